@@ -1,0 +1,1 @@
+"""What happens between experts, and how results are measured."""

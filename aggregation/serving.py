@@ -1,0 +1,294 @@
+"""A trained ensemble as a folder that anyone can serve: tensors, one JSON file, no pickle.
+
+    export/best/model.safetensors    the weights, float32
+    export/best/model.json           what to build round them, and what images they expect
+
+`load_model(folder).predict(images)` takes raw pixels as the dataset's files have them and returns probabilities. It
+goes through the same preprocessing, network and aggregator as evaluation did. MLflow calls `_load_pyfunc`.
+
+Shapes: B images of H x W pixels, E experts, C classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import aggregation
+import experts
+from experts.data.augment import prepare_eval
+from experts.data.config import DatasetConfig, Evaluation
+from experts.data.decode import frame
+from experts.ensemble import Ensemble, build_ensemble
+from experts.registry import Settings, build, import_pieces, piece
+
+FORMAT = 1
+TENSORS = "model.safetensors"
+DESCRIPTION = "model.json"
+
+
+class Preprocessing(Settings):
+    """What of a dataset's config decides how its images reach the network."""
+
+    name: str
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    eval: Evaluation
+
+    def dataset_config(self) -> DatasetConfig:
+        """As the data side wants it; the source only says who reads files, and here nobody does."""
+        return DatasetConfig(
+            name=self.name, source="image_folder", image_size=self.image_size, mean=self.mean, std=self.std,
+            eval=self.eval,
+        )  # fmt: skip
+
+
+class Description(Settings):
+    """The contents of model.json."""
+
+    format: int
+    """Version of this layout."""
+    backbone: dict[str, Any]
+    head: dict[str, Any]
+    aggregator: dict[str, Any]
+    expert_names: tuple[str, ...]
+    """In the order of the logits."""
+    reduce_dimension: bool
+    num_classes: int
+    class_names: tuple[str, ...]
+    preprocessing: Preprocessing
+    image_shape: tuple[int | None, int | None, int]
+    """Height, width and channels of the raw images; null where any size will do."""
+    tensors_sha256: str
+    """Of model.safetensors."""
+
+
+def export_model(
+    folder: str | os.PathLike[str],
+    state: Mapping[str, Tensor],
+    *,
+    backbone: Settings,
+    head: Settings,
+    aggregator: Settings,
+    dataset: DatasetConfig,
+    expert_names: Sequence[str],
+    reduce_dimension: bool,
+    class_names: Sequence[str],
+    image_shape: Sequence[int] | None,
+) -> None:
+    """Write a trained ensemble; a folder that exists is replaced once the new one is complete.
+
+    Args:
+        folder: such as `runs/<name>/export/best`.
+        state: `Ensemble.state_dict()` of the whole ensemble, on any device; floating tensors are kept as float32.
+        backbone: config of the "model" piece.
+        head: config of the "head" piece.
+        aggregator: config of the "aggregator" piece.
+        dataset: config of the dataset, for the preprocessing.
+        expert_names: of all experts, in the order of the logits.
+        reduce_dimension: as the ensemble was built.
+        class_names: C names.
+        image_shape: height, width, channels of the raw images; None if they differ.
+
+    Raises:
+        ValueError: the tensors do not fit the description.
+    """
+    folder = Path(folder)
+    tensors = {}
+    for name, tensor in state.items():
+        value = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype)
+        tensors[name] = value.clone(memory_format=torch.contiguous_format)  # shared memory cannot be saved
+    scratch = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        save_file(tensors, scratch / TENSORS)
+        description = Description(
+            format=FORMAT,
+            backbone=backbone.model_dump(mode="json"),
+            head=head.model_dump(mode="json"),
+            aggregator=aggregator.model_dump(mode="json"),
+            expert_names=tuple(expert_names),
+            reduce_dimension=reduce_dimension,
+            num_classes=len(class_names),
+            class_names=tuple(class_names),
+            preprocessing=Preprocessing(
+                name=dataset.name, image_size=dataset.image_size, mean=dataset.mean, std=dataset.std, eval=dataset.eval
+            ),
+            image_shape=(None, None, 3) if image_shape is None else (image_shape[0], image_shape[1], image_shape[2]),
+            tensors_sha256=_sha256(scratch / TENSORS),
+        )
+        (scratch / DESCRIPTION).write_text(json.dumps(description.model_dump(mode="json"), indent=1) + "\n")
+        load_model(scratch)  # refuse what could not be served
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(scratch, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_model(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> ServedModel:
+    """Build the ensemble that a folder describes, in evaluation mode.
+
+    Raises:
+        ValueError: a file is missing or damaged, was written in another format, or a tensor is missing, unknown or of
+            another shape. Names the file.
+    """
+    folder = Path(folder)
+    description = _read_description(folder / DESCRIPTION)
+    path = folder / TENSORS
+    if not path.exists():
+        raise ValueError(f"{path}: missing; export the model again, or copy the whole folder")
+    if _sha256(path) != description.tensors_sha256:
+        raise ValueError(
+            f"{path}: damaged: its SHA-256 is not the one in {DESCRIPTION}; export the model again, or copy it anew"
+        )
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged ({error}); export the model again") from None
+    import_pieces(experts, aggregation)
+    ensemble = build_ensemble(
+        _config("model", description.backbone),
+        _config("head", description.head),
+        num_classes=description.num_classes,
+        expert_names=description.expert_names,
+        reduce_dimension=description.reduce_dimension,
+        seed=0,
+    )
+    _check_tensors(path, tensors, ensemble.state_dict())
+    ensemble.load_state_dict(tensors)
+    return ServedModel(ensemble.to(device).eval().requires_grad_(False), description)
+
+
+class ServedModel:
+    """A loaded ensemble.
+
+    Attributes:
+        description: what it was built from.
+        class_names: C names, in the order of the probabilities.
+    """
+
+    def __init__(self, ensemble: Ensemble, description: Description) -> None:
+        self.description = description
+        self.class_names = description.class_names
+        self._ensemble = ensemble
+        self._aggregate = build("aggregator", _config("aggregator", description.aggregator))
+        self._dataset = description.preprocessing.dataset_config()
+        self._device = next(ensemble.parameters()).device
+
+    def predict(self, images: ArrayLike, *, batch_size: int = 256) -> NDArray[np.float32]:
+        """Class probabilities of raw images.
+
+        Args:
+            images: uint8 in 0..255, [B, H, W] grey or [B, H, W, 3] colour (also [B, H, W, 1]); a single image [H, W] or
+                [H, W, 3] is a batch of one. Grey images may be given to a model of colour images, not the reverse.
+            batch_size: images computed at once; does not change the result beyond rounding.
+
+        Returns:
+            Probabilities of the ensemble, float32 [B, C]; a row sums to 1.
+
+        Raises:
+            ValueError: another type, shape or size of images than the model takes.
+        """
+        images_BcHW = self._check(np.asarray(images))
+        rows = [np.empty((0, self.description.num_classes), np.float32)]
+        with torch.inference_mode():
+            for start in range(0, len(images_BcHW), batch_size):
+                raw = torch.from_numpy(images_BcHW[start : start + batch_size].copy()).to(self._device)
+                square = frame(raw, self._dataset.image_size, self._dataset.eval.resize)
+                scores_BC = self._aggregate(self._ensemble(prepare_eval(square, self._dataset)))
+                rows.append(scores_BC.softmax(dim=1).float().cpu().numpy())
+        return np.concatenate(rows)
+
+    def _check(self, images: NDArray[Any]) -> NDArray[np.uint8]:
+        height, width, channels = self.description.image_shape
+        size = f"{height or 'H'} x {width or 'W'}"
+        needed = f"needed uint8 pixels [B, H, W]{' or [B, H, W, 3]' if channels == 3 else ''} of {size}"
+        if images.dtype != np.uint8:
+            raise ValueError(f"images: found type {images.dtype}; {needed}, 0 to 255 and not normalised")
+        shape = images.shape
+        if images.ndim == 2 or (images.ndim == 3 and shape[-1] in (1, 3)):  # no image is 3 pixels wide
+            images = images[None]
+        if images.ndim == 3:
+            images = images[..., None]
+        if images.ndim != 4 or images.shape[-1] not in (1, channels):
+            raise ValueError(f"images: found shape {list(shape)}; {needed}")
+        if (height or images.shape[1], width or images.shape[2]) != images.shape[1:3] or 0 in images.shape[1:3]:
+            raise ValueError(f"images: found {images.shape[1]} x {images.shape[2]} pixels in {list(shape)}; {needed}")
+        return np.moveaxis(images, -1, 1)
+
+
+def _load_pyfunc(path: str) -> ServedModel:
+    """What MLflow calls: the exported folder -> an object with `predict`."""
+    return load_model(path)
+
+
+def _read_description(path: Path) -> Description:
+    try:
+        fields = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); is this the folder of an export?") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged, not valid JSON ({error}); export the model again") from None
+    found = fields.get("format") if isinstance(fields, dict) else None
+    if found != FORMAT:
+        raise ValueError(
+            f"{path}: format {found}, this version reads {FORMAT}; export the model again, or load it with the version "
+            "that wrote it"
+        )
+    try:
+        description = Description.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(
+            f"{path}: damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}; export the model again"
+        ) from None
+    if len(description.class_names) != description.num_classes:
+        raise ValueError(
+            f"{path}: damaged: {len(description.class_names)} class_names for num_classes = {description.num_classes}"
+        )
+    return description
+
+
+def _config(kind: str, fields: Mapping[str, Any]) -> Any:
+    return piece(kind, str(fields.get("name"))).Config.model_validate(dict(fields))
+
+
+def _check_tensors(path: Path, found: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> None:
+    problems = [f"{name} is missing" for name in needed if name not in found]
+    problems += [f"{name} is unknown" for name in found if name not in needed]
+    problems += [
+        f"{name} is {list(found[name].shape)}, needed {list(needed[name].shape)}"
+        for name in needed
+        if name in found and found[name].shape != needed[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(
+            f"{path}: the tensors do not fit the ensemble of {DESCRIPTION}: {'; '.join(problems[:3])}{more}; "
+            "export the model again"
+        )
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""Files for launching on a cluster, shipped with the package."""

@@ -1,0 +1,1 @@
+"""Networks split into a trunk that experts share and the late stages that each expert owns."""

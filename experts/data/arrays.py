@@ -1,0 +1,98 @@
+"""Readers of sets that are arrays: scikit-learn's digits and Fashion-MNIST's IDX files."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import struct
+import zlib
+
+import numpy as np
+
+from experts.data.config import DatasetConfig
+from experts.data.download import locked_root, needs_root
+from experts.data.pools import ArrayPool, Source
+
+FASHION_CLASSES = ("t-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
+                   "ankle boot")
+IDX_UNSIGNED_BYTE = 0x08
+
+
+def open_digits(config: DatasetConfig) -> Source:
+    """The 1,797 handwritten digits that ship inside scikit-learn: 8x8, one channel, values 0..16 spread over 0..255.
+
+    No test set: dataset.test_per_class images of each class are held out (`imbalance.hold_out`).
+    """
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
+    return Source(tuple(str(d) for d in range(10)), ArrayPool(images, digits.target.astype(np.int64)))
+
+
+def open_fashion_mnist(config: DatasetConfig) -> Source:
+    """Fashion-MNIST from its four IDX files, packed (.gz) or unpacked, in root or root/FashionMNIST/raw.
+
+    Source: Xiao et al. 2017, arXiv:1708.07747.
+    """
+    root = needs_root(config, "a folder with train-images-idx3-ubyte.gz and its three companions")
+    if config.download:
+        import torchvision
+
+        with locked_root(root):
+            torchvision.datasets.FashionMNIST(root, download=True)
+    train, test = (
+        ArrayPool(_images(root, f"{part}-images-idx3-ubyte"), _labels(root, f"{part}-labels-idx1-ubyte"))
+        for part in ("train", "t10k")
+    )
+    for part, pool in (("train", train), ("t10k", test)):
+        if len(pool.images) != len(pool.labels):
+            raise ValueError(f"dataset.root = {root}: {part} has {len(pool.images)} images but {len(pool.labels)} "
+                             f"labels; copy all four files from one source")
+    return Source(FASHION_CLASSES, train, test=test)
+
+
+def _images(root: str, name: str) -> np.ndarray:
+    return read_idx(_find(root, name), num_axes=3)[:, None]
+
+
+def _labels(root: str, name: str) -> np.ndarray:
+    return read_idx(_find(root, name), num_axes=1).astype(np.int64)
+
+
+def _find(root: str, name: str) -> str:
+    for folder in (root, os.path.join(root, "FashionMNIST", "raw"), os.path.join(root, "raw")):
+        for path in (os.path.join(folder, name), os.path.join(folder, name + ".gz")):
+            if os.path.isfile(path):
+                return path
+    raise ValueError(f"dataset.root = {root}: found no {name}.gz or {name}, there or in FashionMNIST/raw; needed: the "
+                     f"four files of Fashion-MNIST; copy them there, or set dataset.download=true")
+
+
+def read_idx(path: str, num_axes: int) -> np.ndarray:
+    """Read an IDX file of unsigned bytes, gzip-packed if its name ends in .gz.
+
+    Returns:
+        uint8, with `num_axes` axes.
+
+    Raises:
+        ValueError: the file is truncated, corrupt, or of another kind; names the file.
+    """
+    remedy = "fetch the file again"
+    try:
+        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+            data = file.read()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: not a whole gzip file ({error}); {remedy}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    header = 4 + 4 * num_axes
+    magic = IDX_UNSIGNED_BYTE << 8 | num_axes
+    if len(data) < header or struct.unpack(">I", data[:4])[0] != magic:
+        raise ValueError(f"{path}: begins with {data[:4].hex() or 'nothing'}, an IDX file of {num_axes} axes of bytes "
+                         f"begins with {magic:08x}; {remedy}")
+    shape = struct.unpack(f">{num_axes}I", data[4:header])
+    needed = header + int(np.prod(shape, dtype=np.int64))
+    if len(data) != needed:
+        raise ValueError(f"{path}: {len(data)} bytes unpacked, its header {shape} needs {needed}; {remedy}")
+    return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)

@@ -1,0 +1,227 @@
+"""Batches as a pure function of (seed, stage, epoch, step, stream).
+
+An epoch is one global sequence of draws from the sampler; step s takes rows [s B, (s + 1) B) of it, and replica d of D
+the d-th contiguous part of those. Every random choice for an image is keyed by (seed, stage, epoch, stream, view) and
+its row in the epoch. So resuming needs no state, an image drawn twice in an epoch gets two crops, and neither replicas
+nor loader processes change a pixel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experts.data.augment import NUM_UNIFORMS, augment, prepare_eval, random_resized_crops
+from experts.data.config import DatasetConfig
+from experts.data.decode import CROP_UNIFORMS
+from experts.data.random import key, uniforms
+from experts.data.stores import FileImages, ResidentImages, Store
+from experts.data.streams import Request, Stream, read
+from experts.progress import Progress
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One replica's part of a step.
+
+    Attributes:
+        images_B3HW: float; B may be 0 where the global batch has fewer images than there are replicas.
+        labels_B: int64, of these images.
+        global_labels: int64, of the whole batch, in its order: what denominators are computed from.
+    """
+
+    images_B3HW: Tensor
+    labels_B: Tensor
+    global_labels: Tensor
+
+
+def share(count: int, part: int, parts: int) -> tuple[int, int]:
+    """Bounds of one of `parts` contiguous shares of `count` things, the first ones longer, as np.array_split cuts."""
+    each, more = divmod(count, parts)
+    start = part * each + min(part, more)
+    return start, start + each + (part < more)
+
+
+class TrainBatches:
+    """The training batches of one stage and stream, for one replica."""
+
+    def __init__(
+        self,
+        store: Store,
+        sampler: Any,
+        dataset_config: DatasetConfig,
+        *,
+        batch_size: int,
+        seed: int,
+        stage: str,
+        stream: str,
+        epochs: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        replica: int = 0,
+        num_replicas: int = 1,
+        drop_last: bool = False,
+        view: int = 0,
+    ) -> None:
+        """Move a resident store to the device; start nothing else.
+
+        Args:
+            sampler: a built piece of kind "sampler", over the store's labels.
+            batch_size: images of the global batch; the last of an epoch may be smaller, unless dropped.
+            stage, stream: names; experts with equal seed, stage and stream see the same pixels.
+            epochs: of the stage; samplers may depend on it.
+            dtype: of the images.
+            view: another value gives other augmentation of the same images.
+
+        Raises:
+            ValueError: no batch is left when the last partial one is dropped.
+        """
+        self.store = store.to(device)
+        self.sampler = sampler
+        self.config = dataset_config
+        self.batch_size = batch_size
+        self.epochs = epochs
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.replica, self.num_replicas = replica, num_replicas
+        self._stream_name = (seed, stage, stream)
+        self._view = view
+        draws = sampler.draws_per_epoch
+        self.draws_per_epoch = draws - draws % batch_size if drop_last else draws
+        if not self.draws_per_epoch:
+            raise ValueError(f"batch_size = {batch_size} with drop_last: an epoch has {draws} images, no whole "
+                             f"batch; lower batch_size")
+        self.steps_per_epoch = -(-self.draws_per_epoch // batch_size)
+        self._cached: tuple[int, np.ndarray] | None = None
+        self._files: Stream | None = None
+        if isinstance(self.store, FileImages):
+            self._files = Stream(self.store, dataset_config.loader_processes, pin_memory=self.device.type == "cuda")
+
+    def positions(self, epoch: int) -> np.ndarray:
+        """The epoch's global sequence of positions in the store, int64 [draws_per_epoch]; epochs count from 1."""
+        if self._cached is None or self._cached[0] != epoch:
+            progress = Progress(epoch, self.epochs, 0, self.steps_per_epoch)
+            self._cached = epoch, self.sampler.draw(progress, self._key(epoch, "draws"))[:self.draws_per_epoch]
+        return self._cached[1]
+
+    def labels(self, epoch: int, step: int) -> np.ndarray:
+        """Labels of the whole batch, int64 [global B], without touching pixels; steps count from 0."""
+        first, last = self._rows(step)
+        return self.store.labels[self.positions(epoch)[first:last]]
+
+    def batch(self, epoch: int, step: int) -> Batch:
+        """This replica's part of one batch, made here and now.
+
+        Raises:
+            ValueError: an image file is missing or damaged; names it.
+        """
+        request = self._request(epoch, step)
+        images = read(self.store, request) if isinstance(self.store, FileImages) else self._take(self.store, request)
+        return self._finish(images, epoch, step)
+
+    def iterate(self, epoch: int, first_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
+        """The batches of steps first_step .. stop_step - 1, files decoded ahead by the loader processes.
+
+        Args:
+            stop_step: None is the end of the epoch.
+
+        Raises:
+            ValueError: an image file is missing or damaged; names it.
+        """
+        steps = range(first_step, self.steps_per_epoch if stop_step is None else stop_step)
+        if self._files is None:
+            yield from (self.batch(epoch, step) for step in steps)
+            return
+        requests = [self._request(epoch, step) for step in steps]
+        for step, images in zip(steps, self._files.read_all(requests), strict=True):
+            yield self._finish(images, epoch, step)
+
+    def close(self) -> None:
+        """End the loader processes, if there are any."""
+        if self._files is not None:
+            self._files.close()
+
+    def _key(self, epoch: int, what: str) -> int:
+        seed, stage, stream = self._stream_name
+        return key(seed, stage, epoch, stream, what)
+
+    def _rows(self, step: int) -> tuple[int, int]:
+        assert 0 <= step < self.steps_per_epoch, (step, self.steps_per_epoch)
+        return step * self.batch_size, min((step + 1) * self.batch_size, self.draws_per_epoch)
+
+    def _local_rows(self, step: int) -> tuple[int, int]:
+        first, last = self._rows(step)
+        start, stop = share(last - first, self.replica, self.num_replicas)
+        return first + start, first + stop
+
+    def _request(self, epoch: int, step: int) -> Request:
+        first, last = self._local_rows(step)
+        return Request(self.positions(epoch)[first:last], self._key(epoch, f"crop/{self._view}"), first)
+
+    def _take(self, store: ResidentImages, request: Request) -> Tensor:
+        images = store.take(request.positions)
+        scale = self.config.augment.random_resized_crop
+        if scale is None:
+            return images
+        draws = uniforms(request.crop_key, request.first_draw, len(request.positions), CROP_UNIFORMS)
+        return random_resized_crops(images, draws, scale)
+
+    def _finish(self, images: Tensor, epoch: int, step: int) -> Batch:
+        first, last = self._local_rows(step)
+        draws = uniforms(self._key(epoch, f"pixels/{self._view}"), first, last - first, NUM_UNIFORMS)
+        images = images.to(self.device, non_blocking=True)
+        labels = torch.from_numpy(self.labels(epoch, step)).to(self.device)
+        start = first - step * self.batch_size
+        return Batch(augment(images, draws, self.config, self.dtype), labels[start:start + last - first], labels)
+
+
+class EvalBatches:
+    """A test or validation set in its own order, one replica's contiguous share of it, as (images, labels)."""
+
+    def __init__(
+        self,
+        store: Store,
+        config: DatasetConfig,
+        batch_size: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        replica: int = 0,
+        num_replicas: int = 1,
+    ) -> None:
+        """Copy nothing yet: evaluation images go to the device a batch at a time."""
+        self.store = store
+        self.config = config
+        self.batch_size = batch_size
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.start, self.stop = share(len(store.labels), replica, num_replicas)
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return (self.stop - self.start + self.batch_size - 1) // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images [B, 3, S, S] and labels int64 [B], on the device.
+
+        Raises:
+            ValueError: an image file is missing or damaged; names it.
+        """
+        firsts = range(self.start, self.stop, self.batch_size)
+        parts = [np.arange(first, min(first + self.batch_size, self.stop)) for first in firsts]
+        stream = None
+        if isinstance(self.store, FileImages):
+            stream = Stream(self.store, self.config.loader_processes, pin_memory=self.device.type == "cuda")
+            pixels = stream.read_all([Request(part) for part in parts])
+        else:
+            pixels = map(self.store.take, parts)
+        for part, images in zip(parts, pixels, strict=True):
+            labels = torch.from_numpy(self.store.labels[part]).to(self.device)
+            yield prepare_eval(images.to(self.device, non_blocking=True), self.config, self.dtype), labels
+        if stream is not None:
+            stream.close()

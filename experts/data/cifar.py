@@ -1,0 +1,165 @@
+"""CIFAR-10 and CIFAR-100 from their published files, in the order of torchvision. Nothing is unpickled.
+
+Source: Krizhevsky 2009. Both layouts hold the same images in the same order: `python` (cifar-10-batches-py,
+cifar-100-python) and `binary` (cifar-10-batches-bin, cifar-100-binary).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from experts.data.config import DatasetConfig
+from experts.data.download import locked_root, needs_root
+from experts.data.pickles import read_pickled_data
+from experts.data.pools import ArrayPool, Source
+
+SHAPE = (3, 32, 32)
+PIXELS = 3 * 32 * 32
+
+
+@dataclass(frozen=True)
+class Layout:
+    """File and field names of one of the two sets."""
+
+    python_folder: str
+    binary_folder: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    labels: str
+    meta: str
+    names: str
+    num_classes: int
+    label_bytes: int
+
+    @property
+    def binary_names_file(self) -> str:
+        return "batches.meta.txt" if self.num_classes == 10 else "fine_label_names.txt"
+
+
+LAYOUTS = {
+    "cifar10": Layout("cifar-10-batches-py", "cifar-10-batches-bin", tuple(f"data_batch_{i}" for i in range(1, 6)),
+                      ("test_batch",), "labels", "batches.meta", "label_names", 10, 1),
+    "cifar100": Layout("cifar-100-python", "cifar-100-binary", ("train",), ("test",), "fine_labels", "meta",
+                       "fine_label_names", 100, 2),
+}
+
+
+def open_cifar(config: DatasetConfig) -> Source:
+    """CIFAR-10 or -100 from root, which is or holds the unpacked folder of either layout.
+
+    With download=true missing files are fetched and all are checked against the md5 sums that torchvision lists.
+    """
+    layout = LAYOUTS[config.source]
+    root = needs_root(config, f"the folder that holds {layout.python_folder} or {layout.binary_folder}")
+    if config.download:
+        _fetch(config.source, root)
+    for folder in (os.path.join(root, layout.python_folder), root):
+        if os.path.isfile(os.path.join(folder, layout.train[0])):
+            train, test = (_python_split(folder, files, layout) for files in (layout.train, layout.test))
+            return Source(_python_names(folder, layout), train, test=test)
+    for folder in (os.path.join(root, layout.binary_folder), root):
+        if os.path.isfile(os.path.join(folder, f"{layout.train[0]}.bin")):
+            train, test = (_binary_split(folder, files, layout) for files in (layout.train, layout.test))
+            return Source(_binary_names(folder, layout), train, test=test)
+    packed = [f for f in sorted(os.listdir(root)) if f.startswith("cifar-") and f.endswith(".tar.gz")]
+    found = f"only {packed[0]}, still packed" if packed else "neither"
+    raise ValueError(f"dataset.root = {root}: found {found}; needed {layout.python_folder}/{layout.train[0]} or "
+                     f"{layout.binary_folder}/{layout.train[0]}.bin; unpack the published archive there, or set "
+                     f"dataset.download=true")
+
+
+def _fetch(source: str, root: str) -> None:
+    from torchvision.datasets import CIFAR10, CIFAR100
+    from torchvision.datasets.utils import check_integrity, download_and_extract_archive
+
+    published: Any = {"cifar10": CIFAR10, "cifar100": CIFAR100}[source]
+    folder = os.path.join(root, published.base_folder)
+    files = [*published.train_list, *published.test_list, [published.meta["filename"], published.meta["md5"]]]
+    with locked_root(root):
+        if not all(check_integrity(os.path.join(folder, name), md5) for name, md5 in files):
+            download_and_extract_archive(published.url, root, filename=published.filename, md5=published.tgz_md5)
+        for name, md5 in files:
+            if not check_integrity(os.path.join(folder, name), md5):
+                raise RuntimeError(f"{os.path.join(folder, name)} does not have the published md5 {md5}")
+
+
+def _python_split(folder: str, files: tuple[str, ...], layout: Layout) -> ArrayPool:
+    images, labels = [], []
+    for name in files:
+        path = _present(folder, name)
+        content = read_pickled_data(path)
+        data = content.get("data") if isinstance(content, dict) else None
+        ids = content.get(layout.labels) if isinstance(content, dict) else None
+        if not isinstance(data, np.ndarray) or data.shape[1:] != (PIXELS,) or not isinstance(ids, list):
+            raise ValueError(f"{path}: found {_describe(content)}; needed 'data', bytes [N, {PIXELS}], and "
+                             f"'{layout.labels}'; is this the other CIFAR? check dataset.root")
+        images.append(data)
+        labels.append(_checked(path, np.asarray(ids), len(data), layout))
+    return ArrayPool(np.concatenate(images).reshape(-1, *SHAPE), np.concatenate(labels))
+
+
+def _binary_split(folder: str, files: tuple[str, ...], layout: Layout) -> ArrayPool:
+    images, labels = [], []
+    row = layout.label_bytes + PIXELS
+    for name in files:
+        path = _present(folder, f"{name}.bin")
+        raw = np.fromfile(path, dtype=np.uint8)
+        if not raw.size or raw.size % row:
+            raise ValueError(f"{path}: {raw.size} bytes, needed a multiple of {row} ({layout.label_bytes} of labels "
+                             f"and {PIXELS} of pixels an image); fetch the file again")
+        rows = raw.reshape(-1, row)
+        images.append(rows[:, layout.label_bytes:])
+        labels.append(_checked(path, rows[:, layout.label_bytes - 1], len(rows), layout))  # CIFAR-100: coarse, fine
+    return ArrayPool(np.concatenate(images).reshape(-1, *SHAPE), np.concatenate(labels))
+
+
+def _present(folder: str, name: str) -> str:
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: missing, though its companions are there; unpack the published archive again")
+    return path
+
+
+def _checked(path: str, labels: np.ndarray, num_images: int, layout: Layout) -> np.ndarray:
+    labels = labels.astype(np.int64)
+    if len(labels) != num_images:
+        raise ValueError(f"{path}: {num_images} images but {len(labels)} labels; fetch the file again")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < layout.num_classes:
+        bad = int(np.flatnonzero((labels < 0) | (labels >= layout.num_classes))[0])
+        raise ValueError(f"{path}: label {labels[bad]} of image {bad} is out of range; needed 0 to "
+                         f"{layout.num_classes - 1}; fetch the file again")
+    return labels
+
+
+def _python_names(folder: str, layout: Layout) -> tuple[str, ...]:
+    path = os.path.join(folder, layout.meta)
+    if not os.path.isfile(path):
+        return _numbers(layout)
+    content = read_pickled_data(path)
+    names = content.get(layout.names) if isinstance(content, dict) else None
+    if not isinstance(names, list) or len(names) != layout.num_classes:
+        raise ValueError(f"{path}: found {_describe(content)}; needed '{layout.names}', {layout.num_classes} of them")
+    return tuple(n.decode("latin-1") if isinstance(n, bytes) else str(n) for n in names)
+
+
+def _binary_names(folder: str, layout: Layout) -> tuple[str, ...]:
+    path = os.path.join(folder, layout.binary_names_file)
+    if not os.path.isfile(path):
+        return _numbers(layout)
+    with open(path, encoding="latin-1") as file:
+        names = tuple(file.read().split())
+    if len(names) != layout.num_classes:
+        raise ValueError(f"{path}: found {len(names)} class names, needed {layout.num_classes}")
+    return names
+
+
+def _numbers(layout: Layout) -> tuple[str, ...]:
+    return tuple(str(c) for c in range(layout.num_classes))
+
+
+def _describe(content: Any) -> str:
+    return f"the fields {sorted(content)}" if isinstance(content, dict) else f"a {type(content).__name__}"

@@ -1,0 +1,138 @@
+"""What can be said about a dataset. `configs/dataset/*.yaml` are instances of `DatasetConfig`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from experts.registry import Settings
+
+ChannelValues = tuple[float, float, float]
+Strength = Annotated[float, Field(ge=0, le=1)]
+
+
+class ColorJitter(Settings):
+    """Factors drawn per image from [1 - strength, 1 + strength], applied in a random order per image."""
+
+    brightness: Strength = 0.0
+    """Strength, no unit; 0 is off."""
+    contrast: Strength = 0.0
+    """Strength, no unit; 0 is off."""
+    saturation: Strength = 0.0
+    """Strength, no unit; 0 is off."""
+
+
+class Augment(Settings):
+    """Training augmentation in the order it is applied. Every draw is per image."""
+
+    random_resized_crop: tuple[float, float] | None = None
+    """Least and greatest share of the image's area that is cropped and resized to image_size (aspect 3/4 to 4/3), e.g.
+    [0.08, 1]; null is off. Streamed files are cropped from the whole picture, resident images from their frame."""
+    crop_padding: Annotated[int, Field(ge=0)] = 0
+    """Pixels of black on each side, from which image_size is cropped at random; 0 is off."""
+    horizontal_flip: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Probability of mirroring left and right."""
+    rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Greatest angle in degrees, either way; nearest pixel, black corners; 0 is off."""
+    color_jitter: ColorJitter | None = None
+    """Null is off."""
+
+    @model_validator(mode="after")
+    def _one_crop(self) -> Augment:
+        if self.random_resized_crop is not None:
+            low, high = self.random_resized_crop
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"random_resized_crop = [{low:g}, {high:g}]: needs 0 < least <= greatest <= 1")
+            if self.crop_padding:
+                raise ValueError(f"crop_padding = {self.crop_padding} and random_resized_crop are both set; set "
+                                 f"crop_padding=0 or random_resized_crop=null")
+        return self
+
+
+class Evaluation(Settings):
+    """How an image is brought to image_size when nothing is random. A centre crop of image_size always follows."""
+
+    resize: Annotated[int, Field(ge=1)] | None = None
+    """Pixels of the short side before the centre crop (256 for ImageNet at 224); null follows the small-image rule."""
+
+
+class DatasetConfig(Settings):
+    """A dataset: where its images are, which of them are used, what they look like to the network."""
+
+    name: str
+    """As shown in tables and used to look up schedules, e.g. cifar100_lt."""
+    source: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "image_folder", "image_list"]
+    """Which reader opens it."""
+
+    root: str | None = None
+    """Folder of the files. Not needed for digits. With download=true and no root: ~/.cache/expertail/<source>."""
+    download: bool = False
+    """Fetch missing files (fashion_mnist, cifar10, cifar100) and check them against the published md5 sums."""
+    train_list: str | None = None
+    """image_list: text file of `path label` lines, looked up as given and then in root."""
+    val_list: str | None = None
+    """image_list: as train_list; null for none."""
+    test_list: str | None = None
+    """image_list: as train_list; null holds out test_per_class."""
+    num_classes: Annotated[int, Field(ge=2)] | None = None
+    """Classes; null takes what is found. Given and found must agree."""
+
+    imbalance_ratio: Annotated[float, Field(ge=1)] | None = None
+    """Largest class count over smallest, no unit; 1 is balanced; null keeps the natural counts."""
+    imbalance_type: Literal["exp", "step"] = "exp"
+    """exp: counts fall geometrically over the class index; step: the first half has the largest count, the rest the
+    smallest."""
+    max_per_class: Annotated[int, Field(ge=1)] | None = None
+    """Images of the largest class (5000 for CIFAR-10, 500 for CIFAR-100); null is the smallest class of the source.
+    With natural counts: at most this many of each class."""
+    balanced: bool = False
+    """The survey's balanced variant: round(N / C) images of every class, N the total that the keys above give."""
+    val_per_class: Annotated[int, Field(ge=0)] = 0
+    """Images of each class cut from the training pool for validation."""
+    test_per_class: Annotated[int, Field(ge=0)] = 0
+    """Images of each class held out for the test where the source has no test set (digits, folders, lists)."""
+    index_groups: tuple[int, int] | None = None
+    """Many/medium/few by index: where the classes, sorted by falling training count, are cut; null for none."""
+
+    image_size: Annotated[int, Field(ge=8)] = 32
+    """Pixels of the square image that the network sees."""
+    mean: ChannelValues = (0.5, 0.5, 0.5)
+    """Red, green, blue on a scale of 0 to 1, subtracted. One-channel images are repeated onto three."""
+    std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5,) * 3
+    """Red, green, blue on a scale of 0 to 1, divided by after the mean is subtracted."""
+    augment: Augment = Augment()
+    """Training only."""
+    eval: Evaluation = Evaluation()
+    """Validation and test only."""
+
+    resident: Literal["auto", "always", "never"] = "auto"
+    """Whether image files are decoded once and kept, as uint8 on the device. auto: where a split takes at most
+    resident_mib, and the training split is not cropped from whole pictures (random_resized_crop). Arrays always are."""
+    resident_mib: Annotated[int, Field(ge=0)] = 512
+    """Limit per split, MiB, at 3 x image_size x image_size bytes an image."""
+    loader_processes: Annotated[int, Field(ge=0)] = 0
+    """Processes that decode streamed files, per worker; 0 decodes in the worker. Never changes a batch."""
+
+    @model_validator(mode="after")
+    def _keys_fit_together(self) -> DatasetConfig:
+        problems = []
+        lists = [k for k in ("train_list", "val_list", "test_list") if getattr(self, k) is not None]
+        if self.source != "image_list" and lists:
+            problems.append(f"{', '.join(lists)}: only for source=image_list, found source={self.source}")
+        if self.source == "image_list" and self.train_list is None:
+            problems.append("train_list is not set; source=image_list needs a file of `path label` lines")
+        if self.download and self.source not in ("fashion_mnist", "cifar10", "cifar100"):
+            problems.append(f"download=true: source={self.source} cannot be downloaded; set download=false and root")
+        if self.val_list is not None and self.val_per_class:
+            problems.append(f"val_list and val_per_class = {self.val_per_class} are both set; set val_per_class=0 or "
+                            f"val_list=null")
+        if self.eval.resize is not None and self.eval.resize < self.image_size:
+            problems.append(f"eval.resize = {self.eval.resize} is smaller than image_size = {self.image_size}")
+        if self.index_groups is not None and not 0 < self.index_groups[0] < self.index_groups[1]:
+            problems.append(f"index_groups = {list(self.index_groups)}: needs 0 < first cut < second cut")
+        if self.imbalance_type == "step" and self.imbalance_ratio is None:
+            problems.append("imbalance_type = step needs imbalance_ratio")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self

@@ -1,0 +1,160 @@
+"""From a config to stores: open the source, cut it, bring it to the network's size."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from experts.data.config import DatasetConfig
+from experts.data.decode import decode_file
+from experts.data.imbalance import hold_out, select
+from experts.data.pools import ArrayPool, Pool, Source
+from experts.data.sources import open_source
+from experts.data.stores import FileImages, Store, resident_from_array, resident_from_files
+
+MIB = 2**20
+NUM_FILES_LOOKED_AT = 16  # to tell whether the images of a set share one shape
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset, ready for batches.
+
+    Attributes:
+        config: what it was opened with.
+        class_names: C names.
+        counts_C: training images per class, int64 [C], each at least 1.
+        train, val, test: stores; val is None where there is no validation set.
+        digest: sha256 over what was selected: pixels and labels of arrays; paths and labels of files, whose pixels
+            would all have to be read first.
+        raw_image_shape: (height, width, channels) as the source has them, None if its images differ.
+    """
+
+    config: DatasetConfig
+    class_names: tuple[str, ...]
+    counts_C: np.ndarray
+    train: Store
+    val: Store | None
+    test: Store
+    digest: str
+    raw_image_shape: tuple[int, int, int] | None
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+
+def open_dataset(config: DatasetConfig) -> Dataset:
+    """Open a dataset.
+
+    The steps, each a stated rule: hold out a test set where the source has none (`imbalance.hold_out`), choose the
+    training images and cut the validation set (`imbalance.select`), bring all to image_size (`decode.frame`), and keep
+    them in memory where they fit (dataset.resident).
+
+    Raises:
+        ValueError: anything an operator can cause: missing or damaged files, too few images of a class, keys that do
+            not fit together. Names the file or key, what was found, what was needed and what to do.
+    """
+    source = open_source(config)
+    train, val, test = _splits(config, source)
+    num_classes = len(source.class_names)
+    counts_C = np.bincount(train.labels, minlength=num_classes)
+    for name, pool in (("training", train), ("test", test), ("validation", val)):
+        if pool is not None and not len(pool.labels):
+            raise ValueError(f"dataset {config.name}: the {name} set has no image; check dataset.root = {config.root}")
+    empty = np.flatnonzero(counts_C == 0)
+    if len(empty):
+        c = int(empty[0])
+        raise ValueError(f"dataset {config.name}: class {c} ('{source.class_names[c]}') has no training image"
+                         f"{f', nor have {len(empty) - 1} more' if len(empty) > 1 else ''}; needed at least 1; check "
+                         f"{'dataset.train_list' if config.train_list else 'the files'} and dataset.num_classes")
+    if config.index_groups is not None and config.index_groups[1] >= num_classes:
+        raise ValueError(f"dataset.index_groups = {list(config.index_groups)}: found {num_classes} classes; the second "
+                         f"cut must be smaller, or index_groups null")
+    return Dataset(
+        config, source.class_names, counts_C, _train_store(config, train),
+        None if val is None else _eval_store(config, val), _eval_store(config, test),
+        _digest(source.class_names, train, val, test), _raw_shape(train),
+    )
+
+
+def _splits(config: DatasetConfig, source: Source) -> tuple[Pool, Pool | None, Pool]:
+    num_classes = len(source.class_names)
+    pool, val, test = source.train, source.val, source.test
+    if test is None:
+        if not config.test_per_class:
+            raise ValueError(f"dataset.test_per_class = 0: {config.name} has no test set; set test_per_class to the "
+                             f"images of each class to hold out, or give {_test_place(config)}")
+        stay, out = hold_out(pool.labels, num_classes, config.test_per_class, "test_per_class")
+        pool, test = pool.take(stay), pool.take(out)
+    elif config.test_per_class:
+        raise ValueError(f"dataset.test_per_class = {config.test_per_class}: {config.name} has a test set of its own; "
+                         f"set dataset.test_per_class=0")
+    if config.val_per_class and val is not None:
+        raise ValueError(f"dataset.val_per_class = {config.val_per_class}: {config.name} has a validation set of its "
+                         f"own; set dataset.val_per_class=0")
+    if config.imbalance_ratio is config.max_per_class is None and not (config.balanced or config.val_per_class):
+        return pool, val, test
+    chosen = select(
+        pool.labels, num_classes, imbalance_ratio=config.imbalance_ratio, kind=config.imbalance_type,
+        max_per_class=config.max_per_class, balanced=config.balanced, val_per_class=config.val_per_class,
+    )
+    return pool.take(chosen.train), pool.take(chosen.val) if config.val_per_class else val, test
+
+
+def _test_place(config: DatasetConfig) -> str:
+    return {"image_list": "dataset.test_list", "image_folder": "a test/ folder beside train/"}.get(
+        config.source, "another source")
+
+
+def _train_store(config: DatasetConfig, pool: Pool) -> Store:
+    crop_scale = config.augment.random_resized_crop
+    if isinstance(pool, ArrayPool):
+        return resident_from_array(pool, config.image_size)
+    if crop_scale is None or config.resident == "always":
+        return _file_store(config, FileImages(pool, config.image_size))
+    return FileImages(pool, config.image_size, crop_scale=crop_scale)
+
+
+def _eval_store(config: DatasetConfig, pool: Pool) -> Store:
+    if isinstance(pool, ArrayPool):
+        return resident_from_array(pool, config.image_size, config.eval.resize)
+    return _file_store(config, FileImages(pool, config.image_size, config.eval.resize))
+
+
+def _file_store(config: DatasetConfig, files: FileImages) -> Store:
+    """Resident or streamed, as dataset.resident says and, under auto, dataset.resident_mib allows."""
+    needed_mib = len(files) * 3 * config.image_size**2 / MIB
+    fits = needed_mib <= config.resident_mib
+    if config.resident == "always" or (config.resident == "auto" and fits):
+        return resident_from_files(files)
+    return files
+
+
+def _digest(class_names: tuple[str, ...], *pools: Pool | None) -> str:
+    digest = hashlib.sha256("\n".join(class_names).encode("utf-8", "surrogateescape"))
+    for pool in pools:
+        if pool is None:
+            digest.update(b"none")
+            continue
+        digest.update(str(len(pool.labels)).encode())
+        digest.update(pool.labels.tobytes())
+        if isinstance(pool, ArrayPool):
+            digest.update(np.ascontiguousarray(pool.images).data)
+        else:
+            digest.update(b"\n".join(pool.paths.tolist()))
+    return digest.hexdigest()
+
+
+def _raw_shape(pool: Pool) -> tuple[int, int, int] | None:
+    if isinstance(pool, ArrayPool):
+        channels, height, width = pool.images.shape[1:]
+        return height, width, channels
+    positions = np.linspace(0, len(pool.labels) - 1, NUM_FILES_LOOKED_AT).astype(int)
+    shapes = {tuple(decode_file(pool.path(int(i))).shape) for i in np.unique(positions)}
+    if len(shapes) > 1:
+        return None
+    channels, height, width = shapes.pop()
+    return height, width, channels

@@ -1,0 +1,121 @@
+"""One image file to pixels, and pixels to the square that the network sees.
+
+The small-image rule (`frame`): an image whose longer side is at most image_size is enlarged by the largest whole
+factor that fits (bilinear; factor 1 leaves it as it is), then centred on black. Any other image is resized so that
+its short side is image_size, then centre-cropped. One channel is repeated onto three, later, on the device.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+from torchvision.io import ImageReadMode, decode_jpeg
+
+JPEG_START = b"\xff\xd8\xff"
+CROP_ATTEMPTS = 10
+CROP_UNIFORMS = 2 * CROP_ATTEMPTS + 2  # per image: area and aspect of each attempt, then top and left
+
+
+def decode_file(path: str) -> Tensor:
+    """Read one image file as RGB; grey, palette, CMYK and transparent ones are converted.
+
+    Returns:
+        uint8 [3, H, W].
+
+    Raises:
+        ValueError: the file is missing, empty, truncated or no image; names it.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); check dataset.root and its permissions") from None
+    if not data:
+        raise ValueError(f"{path}: an empty file, needed an image; restore it or take it out of the set")
+    try:
+        if data.startswith(JPEG_START):
+            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        return _decode_other(data)
+    except (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        what = str(error).split(", ", 2)[-1].splitlines()[0].replace("<_io.BytesIO object at", "<bytes at")
+        raise ValueError(f"{path} ({len(data)} bytes): not a whole image ({what}); restore the file or take it out of "
+                         f"the set") from None
+
+
+def _decode_other(data: bytes) -> Tensor:
+    with Image.open(io.BytesIO(data)) as opened:
+        image: Image.Image = opened
+        if opened.mode.startswith("I;16"):  # Pillow would clip 16-bit grey at 255 instead of scaling it
+            image = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
+        elif opened.mode == "P" and "transparency" in opened.info:
+            image = opened.convert("RGBA")
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def resize(images: Tensor, height: int, width: int) -> Tensor:
+    """Bilinear with anti-aliasing, uint8 [..., channels, H, W] to [..., channels, height, width]."""
+    if tuple(images.shape[-2:]) == (height, width):
+        return images
+    batch = images if images.dim() == 4 else images[None]
+    out = interpolate(batch, (height, width), mode="bilinear", align_corners=False, antialias=True)
+    return out if images.dim() == 4 else out[0]
+
+
+def frame(images: Tensor, size: int, short_side: int | None = None) -> Tensor:
+    """Bring images to size x size without chance: the small-image rule, or a given short side and a centre crop.
+
+    Args:
+        images: uint8 [..., channels, H, W].
+        short_side: pixels of the short side before the centre crop, at least `size`; None follows the rule.
+
+    Returns:
+        uint8 [..., channels, size, size].
+    """
+    height, width = images.shape[-2:]
+    if short_side is None and max(height, width) <= size:
+        factor = size // max(height, width)
+        images = resize(images, factor * height, factor * width)
+        top, left = (size - factor * height) // 2, (size - factor * width) // 2
+        return pad(images, (left, size - factor * width - left, top, size - factor * height - top))
+    short = short_side or size
+    if height <= width:
+        images = resize(images, short, short * width // height)
+    else:
+        images = resize(images, short * height // width, short)
+    top, left = (round((side - size) / 2.0) for side in images.shape[-2:])  # as torchvision's center_crop rounds
+    return images[..., top:top + size, left:left + size]
+
+
+def resized_crop_box(
+    height: int, width: int, scale: tuple[float, float], uniforms: np.ndarray
+) -> tuple[int, int, int, int]:
+    """Where to crop: top, left, height and width in pixels, as torchvision's RandomResizedCrop chooses.
+
+    Up to ten attempts at an area share from `scale` and a log-uniform aspect in [3/4, 4/3]; if none fits, the largest
+    centred crop of an allowed aspect.
+
+    Args:
+        uniforms: [CROP_UNIFORMS] in [0, 1).
+    """
+    low, high = math.log(3 / 4), math.log(4 / 3)
+    for share, aspect in uniforms[:-2].reshape(CROP_ATTEMPTS, 2).tolist():
+        area = height * width * (scale[0] + share * (scale[1] - scale[0]))
+        ratio = math.exp(low + aspect * (high - low))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(uniforms[-2] * (height - h + 1)), int(uniforms[-1] * (width - w + 1)), h, w
+    h = min(height, round(width / (3 / 4)))
+    w = min(width, round(height * (4 / 3)))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def resized_crop(image: Tensor, size: int, scale: tuple[float, float], uniforms: np.ndarray) -> Tensor:
+    """Crop at random and resize to size x size, uint8 [channels, H, W] to [channels, size, size]."""
+    top, left, h, w = resized_crop_box(image.shape[-2], image.shape[-1], scale, uniforms)
+    return resize(image[:, top:top + h, left:left + w], size, size)

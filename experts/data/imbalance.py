@@ -1,0 +1,129 @@
+"""Which images of a full set make its long-tailed variant: the published counts and the published selection.
+
+Source: Cao et al. 2019 (LDAM), arXiv:1906.07413, whose selection RIDE, BBN, MiSLAS, SADE and H2T share.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+SELECTION_SEED = 0  # of the published selection; the run's seed does not change which images are used
+
+
+def long_tailed_counts(
+    num_classes: int, max_per_class: int, imbalance_ratio: float, kind: Literal["exp", "step"] = "exp"
+) -> np.ndarray:
+    """Images per class, int64 [C]: int(n_max * (1 / ratio) ** (i / (C - 1))) in float64, truncated.
+
+    `step`: the first C // 2 classes have n_max, the rest int(n_max / ratio).
+    """
+    fraction = 1.0 / imbalance_ratio
+    if kind == "step":
+        head = num_classes // 2
+        counts = [max_per_class] * head + [int(max_per_class * fraction)] * (num_classes - head)
+    else:
+        counts = [int(max_per_class * fraction ** (i / (num_classes - 1.0))) for i in range(num_classes)]
+    return np.array(counts, dtype=np.int64)
+
+
+def shuffled_pools(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:
+    """Positions of each class in the published order: one NumPy legacy generator seeded with 0, classes ascending,
+    every class's whole list shuffled in place. So what is kept of one class never changes another, and a smaller
+    ratio's selection contains a larger one's."""
+    generator = np.random.RandomState(SELECTION_SEED)
+    pools = []
+    for c in range(num_classes):
+        positions = np.flatnonzero(labels == c)
+        generator.shuffle(positions)
+        pools.append(positions)
+    return pools
+
+
+def hold_out(labels: np.ndarray, num_classes: int, per_class: int, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Cut a set from a pool: (positions that stay, positions held out), both in ascending order.
+
+    Rule: the last `per_class` positions of each class's shuffled pool are held out.
+
+    Raises:
+        ValueError: a class would have no image left; names `key`, the setting that asked.
+    """
+    pools = shuffled_pools(labels, num_classes)
+    for c, pool in enumerate(pools):
+        if len(pool) <= per_class:
+            raise ValueError(f"dataset.{key} = {per_class}: class {c} has {len(pool)} images and needs at least "
+                             f"{per_class + 1}, so that one is left for training; lower dataset.{key}")
+    out = np.sort(np.concatenate([pool[len(pool) - per_class:] for pool in pools]))
+    stay = np.ones(len(labels), dtype=bool)
+    stay[out] = False
+    return np.flatnonzero(stay), out
+
+
+class Selection(NamedTuple):
+    """Positions in the pool, int64, stored class after class."""
+
+    train: np.ndarray
+    val: np.ndarray
+
+
+def select(
+    labels: np.ndarray,
+    num_classes: int,
+    *,
+    imbalance_ratio: float | None = None,
+    kind: Literal["exp", "step"] = "exp",
+    max_per_class: int | None = None,
+    balanced: bool = False,
+    val_per_class: int = 0,
+) -> Selection:
+    """Choose the training images of a long-tailed set, and a validation cut that training never sees.
+
+    Rule: each class's whole pool is shuffled (`shuffled_pools`); its last val_per_class positions are the validation
+    set; the training set is its first min(n_i, pool - val_per_class) positions, with n_i the published count. So the
+    validation set is the same for every ratio, and a training set only shrinks where the validation cut reaches it.
+    Natural counts: n_i is the pool, at most max_per_class. `balanced`: n_i = round(N / C), N the sum of the counts
+    that the other arguments give, nothing shrinks.
+
+    Args:
+        labels: class ids of the pool, int64 [N].
+        imbalance_ratio: n_max / n_min; None for natural counts.
+        max_per_class: n_max; None is the smallest class of the pool (all of it, for natural counts).
+
+    Raises:
+        ValueError: a class has too few images, or would be left empty; names the class and the keys to change.
+    """
+    pools = shuffled_pools(labels, num_classes)
+    found = np.array([len(pool) for pool in pools], dtype=np.int64)
+    if imbalance_ratio is None:
+        counts = found if max_per_class is None else np.minimum(found, max_per_class)
+    else:
+        counts = long_tailed_counts(num_classes, max_per_class or int(found.min()), imbalance_ratio, kind)
+        _refuse_too_few(found, counts, f"dataset.imbalance_ratio = {imbalance_ratio:g}",
+                        "lower dataset.max_per_class or raise dataset.imbalance_ratio")
+    if balanced:
+        total = int(counts.sum())
+        counts = np.full(num_classes, round(total / num_classes), dtype=np.int64)
+        _refuse_too_few(found - val_per_class, counts, f"dataset.balanced = true (total {total})",
+                        "lower dataset.max_per_class or dataset.val_per_class, or raise dataset.imbalance_ratio; a set "
+                        "with natural counts needs a balanced list of its own in dataset.train_list")
+    kept = np.minimum(counts, found - val_per_class)
+    for c in np.flatnonzero(kept < 1):
+        if found[c] == 0:
+            why, remedy = "the source has none of it", "check the files and dataset.num_classes"
+        elif counts[c] < 1:
+            why = f"dataset.imbalance_ratio = {imbalance_ratio} of at most {counts.max()} images a class leaves it none"
+            remedy = "lower dataset.imbalance_ratio or raise dataset.max_per_class"
+        else:
+            why, remedy = f"dataset.val_per_class = {val_per_class} takes all of its {found[c]}", "lower it"
+        raise ValueError(f"class {c} would have no training image: {why}; needed at least 1; {remedy}")
+    val = [pool[len(pool) - val_per_class:] for pool in pools]
+    return Selection(np.concatenate([pool[:n] for pool, n in zip(pools, kept, strict=True)]), np.concatenate(val))
+
+
+def _refuse_too_few(found: np.ndarray, needed: np.ndarray, because: str, remedy: str) -> None:
+    short = np.flatnonzero(found < needed)
+    if len(short):
+        c = int(short[0])
+        more = f" (and {len(short) - 1} more classes)" if len(short) > 1 else ""
+        raise ValueError(f"{because} needs {needed[c]} images of class {c}, found {found[c]}{more}; {remedy}")

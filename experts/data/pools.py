@@ -1,0 +1,61 @@
+"""What a source yields before anything is selected or decoded: labelled arrays, or labelled files."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class ArrayPool:
+    """Images in memory.
+
+    Attributes:
+        images: uint8 [N, channels, H, W], channels 1 or 3.
+        labels: int64 [N].
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def take(self, positions: np.ndarray) -> ArrayPool:
+        """The images at these positions, in this order."""
+        return ArrayPool(self.images[positions], self.labels[positions])
+
+
+@dataclass(frozen=True)
+class FilePool:
+    """Images in files, not opened yet.
+
+    Attributes:
+        root: folder that the paths are relative to.
+        paths: N relative paths, as the file system's bytes (a quarter of the memory of text).
+        labels: int64 [N].
+    """
+
+    root: str
+    paths: np.ndarray
+    labels: np.ndarray
+
+    def take(self, positions: np.ndarray) -> FilePool:
+        """The files at these positions, in this order."""
+        return FilePool(self.root, self.paths[positions], self.labels[positions])
+
+    def path(self, position: int) -> str:
+        """Where the image of a position is."""
+        return os.path.join(self.root, os.fsdecode(self.paths[position]))
+
+
+Pool = ArrayPool | FilePool
+
+
+@dataclass(frozen=True)
+class Source:
+    """A full set as it ships: its classes and its splits."""
+
+    class_names: tuple[str, ...]
+    train: Pool
+    val: Pool | None = None
+    test: Pool | None = None

@@ -1,0 +1,33 @@
+"""Open the source that a config names, whatever its files look like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from experts.data.arrays import open_digits, open_fashion_mnist
+from experts.data.cifar import open_cifar
+from experts.data.config import DatasetConfig
+from experts.data.files import open_image_folder, open_image_list
+from experts.data.pools import Source
+
+READERS: dict[str, Callable[[DatasetConfig], Source]] = {
+    "digits": open_digits,
+    "fashion_mnist": open_fashion_mnist,
+    "cifar10": open_cifar,
+    "cifar100": open_cifar,
+    "image_folder": open_image_folder,
+    "image_list": open_image_list,
+}
+
+
+def open_source(config: DatasetConfig) -> Source:
+    """The full set, nothing selected.
+
+    Raises:
+        ValueError: files are missing or damaged, labels out of range, a class or the whole set empty.
+    """
+    source = READERS[config.source](config)
+    if config.num_classes not in (None, len(source.class_names)):
+        raise ValueError(f"dataset.num_classes = {config.num_classes}: found {len(source.class_names)} classes in "
+                         f"{config.root or config.source}; set dataset.num_classes={len(source.class_names)} or null")
+    return source

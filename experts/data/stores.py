@@ -1,0 +1,138 @@
+"""Where a split's images are when batches are made: on the device as uint8, or in their files.
+
+Both kinds yield square uint8 images of image_size; what happens to them then (`augment`) is the same.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experts.data.decode import decode_file, frame, resized_crop
+from experts.data.pools import ArrayPool, FilePool
+
+
+@dataclass(frozen=True)
+class ResidentImages:
+    """A split in memory.
+
+    Attributes:
+        images: uint8 [N, channels, S, S], channels 1 or 3; on the CPU until moved by `to`.
+        labels: int64 [N], always in main memory: samplers read them.
+    """
+
+    images: Tensor
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> ResidentImages:
+        """The same split with its images on a device."""
+        return ResidentImages(self.images.to(device), self.labels)
+
+    def counts(self, num_classes: int) -> np.ndarray:
+        """Images per class, int64 [C]."""
+        return np.bincount(self.labels, minlength=num_classes)
+
+    def take(self, positions: np.ndarray) -> Tensor:
+        """The images at these positions, uint8 [B, channels, S, S], on the images' device."""
+        return self.images[torch.from_numpy(np.ascontiguousarray(positions)).to(self.images.device)]
+
+
+@dataclass(frozen=True)
+class FileImages:
+    """A split in files, decoded whenever an image is asked for.
+
+    Attributes:
+        files: paths and labels.
+        image_size: S, pixels.
+        resize: short side before the centre crop, pixels; None follows the small-image rule (`decode.frame`).
+        crop_scale: area shares of RandomResizedCrop, for training; None brings images to S without chance.
+    """
+
+    files: FilePool
+    image_size: int
+    resize: int | None = None
+    crop_scale: tuple[float, float] | None = field(default=None)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Class ids, int64 [N]."""
+        return self.files.labels
+
+    def __len__(self) -> int:
+        return len(self.files.labels)
+
+    def to(self, device: torch.device | str) -> FileImages:
+        """Itself: files have no device, batches go there after decoding."""
+        del device
+        return self
+
+    def counts(self, num_classes: int) -> np.ndarray:
+        """Images per class, int64 [C]."""
+        return np.bincount(self.labels, minlength=num_classes)
+
+    def read(self, positions: np.ndarray, crop_uniforms: np.ndarray | None = None) -> Tensor:
+        """Decode the images at these positions.
+
+        Args:
+            crop_uniforms: [B, CROP_UNIFORMS], one row an image; needed where crop_scale is set.
+
+        Returns:
+            uint8 [B, 3, S, S], on the CPU.
+
+        Raises:
+            ValueError: an image is missing or damaged; names its file.
+        """
+        out = torch.empty(len(positions), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        for row, position in enumerate(positions.tolist()):
+            image = decode_file(self.files.path(position))
+            if self.crop_scale is None:
+                out[row] = frame(image, self.image_size, self.resize)
+            else:
+                assert crop_uniforms is not None
+                out[row] = resized_crop(image, self.image_size, self.crop_scale, crop_uniforms[row])
+        return out
+
+
+Store = ResidentImages | FileImages
+
+
+def resident_from_array(pool: ArrayPool, image_size: int, short_side: int | None = None) -> ResidentImages:
+    """Bring an array of images to image_size (`decode.frame`), 4096 at a time."""
+    pieces = [frame(torch.from_numpy(piece.copy()), image_size, short_side)
+              for piece in np.array_split(pool.images, -(-len(pool.images) // 4096))]
+    return ResidentImages(torch.cat(pieces), pool.labels)
+
+
+def resident_from_files(files: FileImages) -> ResidentImages:
+    """Decode every file once, on as many threads as this process may use; JPEG decoding runs beside Python.
+
+    Raises:
+        ValueError: an image is missing or damaged; names its file.
+    """
+    images = torch.empty(len(files), 3, files.image_size, files.image_size, dtype=torch.uint8)
+
+    def fill(positions: np.ndarray) -> None:
+        images[positions[0]:positions[-1] + 1] = files.read(positions)
+
+    pieces = np.array_split(np.arange(len(files)), -(-len(files) // 256))
+    with ThreadPoolExecutor(max_workers=usable_cpus()) as threads:
+        for done in [threads.submit(fill, piece) for piece in pieces]:
+            try:
+                done.result()
+            except ValueError:
+                threads.shutdown(cancel_futures=True)
+                raise
+    return ResidentImages(images, files.labels)
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

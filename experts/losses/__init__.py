@@ -1,0 +1,1 @@
+"""Losses as pure functions, shared by the objectives; each file is named after what it computes."""

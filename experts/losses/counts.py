@@ -1,0 +1,22 @@
+"""Training images per class, as losses need them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def positive_counts(counts_C: Tensor) -> Tensor:
+    """Counts in float64, refused where a class has no image: every weight and margin below would be infinite.
+
+    Raises:
+        ValueError: a class has no training image; names the first such classes.
+    """
+    empty = torch.nonzero(counts_C < 1).flatten().tolist()
+    if empty:
+        named = ", ".join(map(str, empty[:5])) + (" ..." if len(empty) > 5 else "")
+        raise ValueError(
+            f"{len(empty)} of {len(counts_C)} classes have no training image (class {named}); "
+            f"every class needs at least 1: add images or leave the class out"
+        )
+    return counts_C.to(torch.float64)

@@ -1,0 +1,38 @@
+"""Cross-entropy of every expert, with or without class weights.
+
+Shapes: E experts, B images, C classes.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from experts.losses.precision import at_least_float32
+
+
+def cross_entropy(
+    logits_EBC: Tensor, labels_B: Tensor, *, denominator: Tensor, weight_C: Tensor | None = None
+) -> Tensor:
+    """Cross-entropy of each expert: sum_b w_{y_b} (logsumexp_c z_bc - z_{b,y_b}) / denominator.
+
+    Args:
+        logits_EBC: scores z, any float type; half types are computed in float32.
+        labels_B: class ids, int64, in [0, C).
+        denominator: scalar; over the global batch the number of images, or with weights the sum of w_{y_b} (the
+            weighted mean), not the number of images.
+        weight_C: w, or None for ones.
+
+    Returns:
+        Nats per expert, [E]; 0 with zero gradient where B = 0.
+
+    Raises:
+        RuntimeError: a label outside [0, C), from the look-up.
+
+    Source: the usual definition; weighted mean as torch.nn.CrossEntropyLoss(weight) and the long-tailed codes have it.
+    """
+    log_p_EBC = at_least_float32(logits_EBC).log_softmax(dim=-1)
+    index_EB1 = labels_B.expand(len(logits_EBC), -1).unsqueeze(-1)
+    nll_EB = -log_p_EBC.gather(-1, index_EB1).squeeze(-1)
+    if weight_C is not None:
+        nll_EB = nll_EB * weight_C.to(nll_EB.dtype)[labels_B]
+    return nll_EB.sum(dim=-1) / denominator.to(nll_EB.dtype)

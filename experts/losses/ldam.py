@@ -1,0 +1,63 @@
+"""Label-distribution-aware margins: rare classes must win by more.
+
+Shapes: E experts, B images, C classes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from experts.losses.counts import positive_counts
+from experts.losses.cross_entropy import cross_entropy
+from experts.losses.precision import at_least_float32
+
+
+def ldam_margins(counts_C: Tensor, *, max_margin: float) -> Tensor:
+    """Margins m_c = max_margin * n_c^(-1/4) / max_j n_j^(-1/4), in units of a cosine.
+
+    Args:
+        counts_C: training images n per class, each at least 1.
+        max_margin: margin of the rarest class; published: 0.5 (CIFAR), 0.3 (ImageNet-LT).
+
+    Returns:
+        float64 [C].
+
+    Raises:
+        ValueError: a class has no image.
+
+    Source: Cao et al. 2019, arXiv:1906.07413, section 3; the constant is set by the largest margin as in their code.
+    """
+    margin_C = positive_counts(counts_C) ** -0.25
+    return max_margin * margin_C / margin_C.max()
+
+
+def ldam_loss(
+    logits_EBC: Tensor,
+    labels_B: Tensor,
+    *,
+    margin_C: Tensor,
+    scale: float,
+    denominator: Tensor,
+    weight_C: Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy of each expert after lowering the label's score by its margin.
+
+    Args:
+        logits_EBC: scores z = scale * cosine, as a cosine head of that scale gives them; half types in float32.
+        labels_B: class ids, int64, in [0, C).
+        margin_C: m, in units of a cosine.
+        scale: s of the head; z_y - s m_y is s (cos_y - m_y). It multiplies the margin only: the logits have it already.
+        denominator: scalar over the global batch, see `cross_entropy`.
+        weight_C: class weights, or None for ones.
+
+    Returns:
+        Nats per expert, [E].
+
+    Source: Cao et al. 2019, arXiv:1906.07413, section 3.
+    Differs: the paper's s (cos - m) is applied to unscaled cosines; here the head scales, which is the same number.
+    """
+    logits_EBC = at_least_float32(logits_EBC)
+    shift_B1 = (scale * margin_C).to(logits_EBC.dtype)[labels_B].unsqueeze(-1)
+    shift_BC = torch.zeros_like(logits_EBC[0]).scatter(-1, labels_B.unsqueeze(-1), shift_B1)
+    return cross_entropy(logits_EBC - shift_BC, labels_B, denominator=denominator, weight_C=weight_C)

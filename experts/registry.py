@@ -1,0 +1,83 @@
+"""Pieces by name: a recipe names them, this table finds them.
+
+A piece is a class with a nested (or attached) `Config`, a frozen pydantic model whose field `name` is the literal it is
+registered under. Pieces of one kind are built alike: `build("objective", config, ...)` calls the class registered
+under `config.name` with the config first and the rest as given.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import operator
+import pkgutil
+from collections.abc import Callable
+from types import ModuleType
+from typing import Annotated, Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Settings(BaseModel):
+    """Base of every config: unknown keys are errors, values never change, field docstrings say unit and meaning."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+P = TypeVar("P", bound=type)
+_PIECES: dict[str, dict[str, Any]] = {}
+
+
+def register(kind: str, name: str) -> Callable[[P], P]:
+    """Claim `name` for a class among the pieces of one kind. A second claim is an error."""
+
+    def claim(cls: P) -> P:
+        config = getattr(cls, "Config", None)
+        if config is None or get_args(config.model_fields["name"].annotation) != (name,):
+            raise TypeError(f"{kind} '{name}': {cls.__qualname__}.Config needs a field  name: Literal['{name}']")
+        holder = _PIECES.setdefault(kind, {}).setdefault(name, cls)
+        if holder is not cls:
+            raise ValueError(f"{kind} '{name}' is already {holder.__module__}.{holder.__qualname__}; choose another name")
+        return cls
+
+    return claim
+
+
+def names(kind: str) -> list[str]:
+    """Registered names of one kind, sorted."""
+    return sorted(_PIECES.get(kind, {}))
+
+
+def piece(kind: str, name: str) -> Any:
+    """The class registered under a name.
+
+    Raises:
+        ValueError: no such name; the message lists the known ones and the nearest.
+    """
+    try:
+        return _PIECES[kind][name]
+    except KeyError:
+        near = difflib.get_close_matches(name, names(kind), n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise ValueError(f"no {kind} is called '{name}'{hint} Known: {', '.join(names(kind)) or 'none'}") from None
+
+
+def build(kind: str, config: Any, *args: Any, **kwargs: Any) -> Any:
+    """Build the piece that a config names."""
+    return piece(kind, config.name)(config, *args, **kwargs)
+
+
+def choice(kind: str) -> Any:
+    """The annotation of a field that holds the config of any piece of one kind, told apart by `name`."""
+    configs = [_PIECES[kind][name].Config for name in names(kind)]
+    if len(configs) == 1:
+        return configs[0]
+    return Annotated[functools.reduce(operator.or_, configs), Field(discriminator="name")]
+
+
+def import_pieces(*packages: ModuleType) -> None:
+    """Import every module below the given packages, so that all their pieces are registered."""
+    for package in packages:
+        for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+            importlib.import_module(module.name)

@@ -1,0 +1,153 @@
+"""The Ray actor: a thin shell round `StageTrainer`. One actor is one worker of a mesh; its process can serve many in turn."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A worker's place in a mesh, as plain data.
+
+    Attributes:
+        rank: in the torch world.
+        num_experts, experts_per_worker, replicas: the mesh's shape.
+        address, port: where the worker with rank 0 opened the world.
+        timeout_s: how long an exchange may wait for a partner.
+    """
+
+    rank: int
+    num_experts: int
+    experts_per_worker: int
+    replicas: int
+    address: str
+    port: int
+    timeout_s: float
+
+
+@ray.remote(concurrency_groups={"watch": 1})
+class Worker:
+    """Holds some experts of an ensemble and trains them in step with the other workers."""
+
+    def __init__(self, *, gpu: bool, threads: int) -> None:
+        self.gpu, self.threads = gpu, threads
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch loads, in `load_libraries`
+        self.trainer: Any = None
+        self._rendezvous: Any = None
+        self._dataset: tuple[Any, Any] | None = None
+        self._beat = time.monotonic()
+
+    def load_libraries(self, engine: str) -> dict[str, Any]:
+        """Import what training needs, which takes seconds, and say who and where this worker is."""
+        import torch
+
+        if engine == "deepspeed":
+            from orchestration.deepspeed_engine import import_deepspeed
+
+            import_deepspeed(gpu=self.gpu)
+        import orchestration.trainer  # noqa: F401  (imported for its time)
+
+        if self.gpu and not torch.cuda.is_available():
+            raise ValueError(
+                "cluster.gpus_per_worker = 1: this worker's torch finds no CUDA device; "
+                "install a CUDA build of torch on every node, or set cluster.gpus_per_worker=0"
+            )
+        self._beat = time.monotonic()
+        return {"pid": os.getpid(), "node": ray.util.get_node_ip_address(), "host": socket.gethostname()}
+
+    def open_world(self, workers: int) -> tuple[str, int]:
+        """Rank 0 only: open the meeting point on a free port and say where it is."""
+        from orchestration.mesh import Rendezvous
+
+        address = ray.util.get_node_ip_address()
+        self._rendezvous = Rendezvous(address, workers, host_here=True)
+        return address, self._rendezvous.port
+
+    def build(self, config_tree: dict[str, Any], stage: str, seat: Seat) -> dict[str, Any]:
+        """Open the data, join the world, build model and engine.
+
+        Returns:
+            What the driver wants to know of the data and of this worker.
+
+        Raises:
+            ValueError: data or keys do not fit, as `open_dataset` and the pieces say.
+        """
+        import torch
+
+        from experts.data.dataset import open_dataset
+        from orchestration.config import RunConfig
+        from orchestration.mesh import Mesh, MeshShape, Rendezvous
+        from orchestration.trainer import StageTrainer
+
+        self.leave()
+        torch.set_num_threads(self.threads)
+        config = RunConfig.model_validate(config_tree)
+        marks = [time.time()]
+        if self._dataset is None or self._dataset[0] != config.dataset:
+            self._dataset = config.dataset, open_dataset(config.dataset)
+        dataset = self._dataset[1]
+        self._beat = time.monotonic()
+        marks.append(time.time())
+        shape = MeshShape(seat.num_experts, seat.experts_per_worker, seat.replicas)
+        if seat.rank:
+            self._rendezvous = Rendezvous(seat.address, shape.workers, port=seat.port, host_here=False)
+        self._rendezvous.join(seat.rank, shape.workers, gpu=self.gpu, timeout_s=seat.timeout_s)
+        mesh = Mesh(shape, seat.rank, "cuda" if self.gpu else "cpu")
+        self.trainer = StageTrainer(config, stage, dataset, mesh)
+        marks.append(time.time())
+        held = sum(p.numel() for p in self.trainer.model.parameters())
+        return {
+            "class_names": list(dataset.class_names),
+            "counts": dataset.counts_C.tolist(),
+            "digest": dataset.digest,
+            "image_shape": dataset.raw_image_shape,
+            "has_val": dataset.val is not None,
+            "test_images": len(dataset.test.labels),
+            "steps_per_epoch": self.trainer.steps_per_epoch,
+            "parameters": held,
+            "trunk_parameters": sum(p.numel() for p in self.trainer.model.trunk.parameters()),
+            "device": torch.cuda.get_device_name() if self.gpu else "cpu",
+            "data_s": marks[1] - marks[0],
+            "engine_s": marks[2] - marks[1],
+        }
+
+    def train(self, until: int) -> Any:
+        """See `StageTrainer.train`."""
+        import torch
+
+        torch.set_num_threads(self.threads)
+        return self.trainer.train(until)
+
+    def evaluate(self, split: str) -> Any:
+        """See `StageTrainer.evaluate`."""
+        return self.trainer.evaluate(split)
+
+    def save(self, folder: str) -> tuple[list[Any], dict[str, Any]]:
+        """Files written, and the state that belongs to them."""
+        return self.trainer.save(folder), self.trainer.state()
+
+    def load(self, folder: str, state: dict[str, Any]) -> None:
+        """See `StageTrainer.load`."""
+        self.trainer.load(folder, state)
+
+    def leave(self) -> None:
+        """Give up the mesh, if in one; the process and its libraries stay for the next."""
+        if self.trainer is not None:
+            from orchestration.mesh import leave_world
+
+            self.trainer.close()
+            self.trainer = None
+            leave_world()
+
+    @ray.method(concurrency_group="watch")
+    def heartbeat(self) -> tuple[int, float]:
+        """Steps done, and seconds since this worker last finished a step, an image batch or a file."""
+        trainer = self.trainer
+        beat = max(self._beat, trainer.beat) if trainer is not None else self._beat
+        return (trainer.done if trainer is not None else 0), time.monotonic() - beat

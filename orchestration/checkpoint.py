@@ -1,0 +1,208 @@
+"""Checkpoints: folders of safetensors and JSON that are either complete or not there.
+
+    checkpoints/00-train-00000480/      stage 0 "train", 480 optimiser steps done
+        trunk.safetensors  expert0.safetensors ...              weights and BatchNorm statistics, an expert a file
+        trunk.momentum.safetensors  expert0.momentum.safetensors ...
+        state.json                                              counters, running sums, the best evaluation so far
+        manifest.json                                           format, size and sha256 of every other file
+    checkpoints/best-00-train-00000480/  the same without momentum
+
+Everything is written to a folder `.writing-*`, flushed to disk, and renamed. Tensors are whole, so a checkpoint loads on
+any mesh. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+STATE = "state.json"
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that does not hold what its manifest says."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a checkpoint, as its manifest lists it."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: its folder and what its state.json says."""
+
+    folder: Path
+    state: dict[str, Any]
+
+
+def write_tensors(folder: Path, name: str, tensors: Mapping[str, Any]) -> FileEntry:
+    """Write tensors to `<folder>/<name>.safetensors` and flush it to disk."""
+    from safetensors.torch import save
+
+    return write_file(folder, f"{name}.safetensors", save({key: t.contiguous() for key, t in tensors.items()}))
+
+
+def read_tensors(folder: Path, name: str) -> dict[str, Any]:
+    """Tensors of `<folder>/<name>.safetensors`, on the CPU; {} when there is no such file."""
+    from safetensors.torch import load_file
+
+    path = folder / f"{name}.safetensors"
+    return load_file(path) if path.exists() else {}
+
+
+def write_file(folder: Path, name: str, data: bytes) -> FileEntry:
+    """Write a file and flush it to disk."""
+    with open(folder / name, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileEntry(name, len(data), hashlib.sha256(data).hexdigest())
+
+
+class Checkpoints:
+    """The checkpoints of one run. One writer at a time: the run's lock sees to it."""
+
+    def __init__(self, run_dir: Path, stages: list[str]) -> None:
+        self.folder = run_dir / "checkpoints"
+        self.stages = stages
+
+    def name(self, stage: str, step: int) -> str:
+        """Folder name; names sort in the order of training."""
+        return f"{self.stages.index(stage):02d}-{stage}-{step:08d}"
+
+    def begin(self) -> Path:
+        """A fresh folder that workers write their files to."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        folder = self.folder / f".writing-{uuid.uuid4().hex[:12]}"
+        folder.mkdir()
+        return folder
+
+    def complete(self, writing: Path, name: str, entries: list[FileEntry], state: dict[str, Any]) -> Path:
+        """Add state and manifest, flush, and give the folder its name: from here on the checkpoint exists."""
+        entries = [*entries, write_file(writing, STATE, json.dumps(state, indent=1, sort_keys=True).encode())]
+        files = {e.name: {"size": e.size, "sha256": e.sha256} for e in sorted(entries, key=lambda e: e.name)}
+        write_file(writing, MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1).encode())
+        _sync(writing)
+        final = self.folder / name
+        if final.exists():  # written by a run that was killed before it went on; the same bits on CPU
+            shutil.rmtree(final)
+        os.rename(writing, final)
+        _sync(self.folder)
+        return final
+
+    def copy_weights(self, source: Path, name: str) -> Path:
+        """Keep the weights of a complete checkpoint under another name."""
+        writing = self.begin()
+        listed = _manifest(source)["files"]
+        entries = []
+        for file, entry in listed.items():
+            if file != STATE and ".momentum." not in file:
+                _link_or_copy(source / file, writing / file)
+                entries.append(FileEntry(file, entry["size"], entry["sha256"]))
+        return self.complete(writing, name, entries, json.loads((source / STATE).read_text()))
+
+    def newest(self, report: Callable[[str], None]) -> Checkpoint | None:
+        """The newest complete checkpoint; damaged ones are reported and passed over.
+
+        Raises:
+            ValueError: there are checkpoints, and none is whole.
+        """
+        if not self.folder.is_dir():
+            return None
+        damaged = []
+        for folder in sorted(self.folder.glob("[0-9]*-*"), reverse=True):
+            try:
+                return Checkpoint(folder, verify(folder))
+            except DamagedCheckpoint as problem:
+                damaged.append(str(problem))
+                report(f"damaged checkpoint passed over: {problem}")
+        if damaged:
+            raise ValueError(
+                f"{self.folder}: no checkpoint is whole ({'; '.join(damaged)}); needed one; restore it from a copy, "
+                f"or remove {self.folder.parent} to start the run anew"
+            )
+        return None
+
+    def tidy(self, keep: int) -> None:
+        """Remove half-written folders, all but the newest checkpoints, and weights that none of those calls best."""
+        if not self.folder.is_dir():
+            return
+        for folder in self.folder.glob(".writing-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+        complete = sorted(self.folder.glob("[0-9]*-*"), reverse=True)
+        for folder in complete[keep:]:
+            shutil.rmtree(folder, ignore_errors=True)
+        wanted = set()
+        for folder in complete[:keep]:
+            try:
+                best = json.loads((folder / STATE).read_text()).get("best")
+            except (OSError, ValueError):
+                return  # damaged: `newest` will say so; until then nothing it may need is removed
+            if best:
+                wanted.add(best["checkpoint"])
+        for folder in self.folder.glob("best-*"):
+            if folder.name not in wanted:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Check every byte of a checkpoint against its manifest and return its state.
+
+    Raises:
+        DamagedCheckpoint: names the file, what was found and what was needed.
+    """
+    for name, entry in _manifest(folder)["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise DamagedCheckpoint(f"{path}: missing; needed {entry['size']} bytes")
+        if path.stat().st_size != entry["size"]:
+            raise DamagedCheckpoint(f"{path}: {path.stat().st_size} bytes; needed {entry['size']}")
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != entry["sha256"]:
+            raise DamagedCheckpoint(f"{path}: sha256 {found[:12]}...; needed {entry['sha256'][:12]}...")
+    return json.loads((folder / STATE).read_text())
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        files = manifest["files"]
+        assert STATE in files and all({"size", "sha256"} <= e.keys() for e in files.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise DamagedCheckpoint(f"{path}: not a readable manifest ({type(error).__name__})") from error
+    if manifest.get("format") != FORMAT:
+        raise DamagedCheckpoint(f"{path}: format {manifest.get('format')!r}; this version reads {FORMAT}")
+    return manifest
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
+        with open(target, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,208 @@
+"""The command line: `expertail train | plan | evaluate | doctor | sync`. Also `python -m orchestration`.
+
+This file imports next to nothing, so that help comes at once and libraries load while Ray starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from orchestration import __version__
+
+_EPILOG = """\
+examples:
+  expertail train method=ride dataset=cifar100_lt dataset.root=~/data/cifar    train, or go on where it stopped
+  expertail train dataset=digits_lt cluster.workers=3                         three workers, one expert each
+  expertail plan  method=ride dataset=cifar100_lt cluster.workers=6           what would run where; starts nothing
+  expertail evaluate runs/ride-digits_lt-s0                                   measure a saved run again
+  expertail doctor                                                            is this machine ready?
+
+overrides are group=choice (method, dataset, backbone, schedule, cluster) and a.b=value; see what there is with
+  expertail train --list
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0 done, 1 refused or failed, 2 misused, 130/143 stopped by a signal."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.command is None:
+        parser.print_help()
+        return 2
+    try:
+        return int(options.carry_out(options) or 0)
+    except KeyboardInterrupt:
+        print("expertail: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        return _explain(error, options.traceback)
+
+
+def _explain(error: Exception, full: bool) -> int:
+    """Print what went wrong in a message an operator can act on; the traceback only when asked or when it is our fault."""
+    code = getattr(error, "exit_code", None)
+    if code is not None:
+        print(f"expertail: {error}", file=sys.stderr)
+        return int(code)
+    ours = not isinstance(error, ValueError | FloatingPointError | OSError) and type(error).__name__ != "WorkerLost"
+    if full or ours:
+        traceback.print_exception(error)
+    else:
+        print(f"expertail: {error}", file=sys.stderr)
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="expertail",
+        description="Trains ensembles of experts for long-tailed image recognition on a Ray cluster.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"expertail {__version__}")
+    parser.set_defaults(command=None, traceback=False)
+    commands = parser.add_subparsers(metavar="COMMAND")
+
+    def command(name: str, carry_out: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=text, description=text, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        sub.set_defaults(command=name, carry_out=carry_out)
+        sub.add_argument("--traceback", action="store_true", help="show where an error was raised")
+        return sub
+
+    overrides = {"nargs": "*", "metavar": "KEY=VALUE", "help": "what differs from the defaults"}
+    sub = command("train", _train, "Train a run, or go on with it where it stopped.")
+    sub.add_argument("overrides", **overrides)  # type: ignore[arg-type]
+    sub.add_argument("--list", action="store_true", help="list the choices of every group, and stop")
+    sub = command("plan", _plan, "Show placement, sizes and steps of a run, and start nothing.")
+    sub.add_argument("overrides", **overrides)  # type: ignore[arg-type]
+    sub = command("evaluate", _evaluate, "Measure a saved run again and print its table.")
+    sub.add_argument("run", metavar="RUN", help="run folder, e.g. runs/ride-digits_lt-s0")
+    sub.add_argument("--weights", choices=("best", "last"), default="best", help="which of its models (default: best)")
+    sub.add_argument("--split", choices=("test", "val"), default="test", help="measured on (default: test)")
+    sub.add_argument("overrides", **overrides | {"help": "where the data is now, e.g. dataset.root=..."})  # type: ignore[arg-type]
+    sub = command("doctor", _doctor, "Compare what a config needs with what this machine and its cluster have.")
+    sub.add_argument("overrides", **overrides)  # type: ignore[arg-type]
+    sub = command("sync", _sync, "Upload to MLflow whatever of a run is not there yet.")
+    sub.add_argument("run", metavar="RUN", help="run folder")
+    sub.add_argument("--uri", help="tracking server (default: the run's own)")
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    if options.list:
+        _list_choices()
+        return 0
+    marks = {"start": _process_start(), "command": time.time()}
+    early = _EarlyRay(options.overrides)
+    try:
+        from orchestration.compose import load_config
+
+        config = load_config(options.overrides)
+        marks["config"] = time.time()
+        from orchestration.train import train_and_report
+
+        early.wait()
+        return train_and_report(config, marks)
+    finally:
+        early.end()
+
+
+class _EarlyRay:
+    """Starts a Ray of our own beside the slow imports, when nothing on the command line or around it names a cluster.
+
+    Half of the time from command to first step is two waits of several seconds, for Ray's processes and for torch to
+    load; this puts one beside the other.
+    """
+
+    def __init__(self, words: list[str]) -> None:
+        self._ours = False
+        self._problem: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        named = os.environ.get("RAY_ADDRESS") or any(word.startswith(("cluster.address=", "cluster=")) for word in words)
+        if not named:
+            self._thread = threading.Thread(target=self._start, daemon=True)
+            self._thread.start()
+
+    def _start(self) -> None:
+        try:
+            import ray
+
+            if not ray.is_initialized():
+                from orchestration.own_ray import start_own_ray
+
+                start_own_ray()
+                self._ours = True
+        except BaseException as problem:
+            self._problem = problem
+
+    def wait(self) -> None:
+        """Until Ray is up."""
+        if self._thread is not None:
+            self._thread.join()
+        if self._problem is not None:
+            raise self._problem
+
+    def end(self) -> None:
+        """Shut down what was started here."""
+        if self._thread is not None:
+            self._thread.join()
+        if self._ours:
+            import ray
+
+            ray.shutdown()
+
+
+def _process_start() -> float:
+    import psutil
+
+    return psutil.Process().create_time()
+
+
+def _list_choices() -> None:
+    from pathlib import Path
+
+    import configs
+
+    root = Path(configs.__file__).parent
+    for group in ("method", "dataset", "backbone", "schedule", "cluster"):
+        print(f"{group}=" + " | ".join(sorted(path.stem for path in (root / group).glob("*.yaml"))))
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from orchestration.compose import load_config
+    from orchestration.plan import describe
+
+    print(describe(load_config(options.overrides)))
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from orchestration.reevaluate import reevaluate
+
+    print(reevaluate(options.run, options.weights, options.split, options.overrides))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from orchestration.doctor import examine
+
+    text, healthy = examine(options.overrides)
+    print(text)
+    return 0 if healthy else 1
+
+
+def _sync(options: argparse.Namespace) -> int:
+    from orchestration.train import sync_run
+
+    problem: Any = sync_run(options.run, options.uri)
+    print(problem or "tracking: everything of this run is there")
+    return 1 if problem else 0

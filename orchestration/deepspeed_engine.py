@@ -1,0 +1,234 @@
+"""DeepSpeed behind the engine interface, and the only file that imports it.
+
+One ZeRO engine per non-empty group of parameters: the trunk's spans all workers, the experts' the data axis of their slot.
+DeepSpeed averages over an engine's workers, and we need sums. The loss comes multiplied by the replicas, which makes the
+average over the data axis a sum; a hook multiplies trunk gradients by the slots, which does the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from experts.ensemble import Ensemble
+from orchestration.config import EngineConfig, OptimizerConfig
+from orchestration.engine import NonFiniteGradient, sgd
+from orchestration.mesh import Mesh
+
+
+def import_deepspeed(*, gpu: bool) -> ModuleType:
+    """Import DeepSpeed for CPU or GPU; the first call in a process decides.
+
+    DeepSpeed's autotuner imports MLflow if it is there, which costs every worker 4 s and 100 MB for nothing, so it is
+    hidden while DeepSpeed loads. DeepSpeed treats MLflow as optional and runs without.
+    """
+    if not gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    hide = "mlflow" not in sys.modules
+    if hide:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        import deepspeed
+    finally:
+        if hide:
+            del sys.modules["mlflow"]
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # The shared-memory exchange for CPUs is compiled at first use: 20 s and a compiler, for nothing that gloo lacks.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class _Axis:
+    """The workers of one ZeRO engine, in the form DeepSpeed asks for (Megatron's 'mpu'); no model parallelism."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def get_data_parallel_group(self) -> Any:
+        return self.group
+
+    def get_data_parallel_world_size(self) -> int:
+        return dist.get_world_size(self.group)
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(self.group)
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self.group)
+
+    def get_model_parallel_group(self) -> None:
+        return None
+
+    def get_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_model_parallel_rank(self) -> int:
+        return 0
+
+
+class _Stack(nn.Module):
+    """The experts of one worker as one module: trunk output to logits [e, B, C]."""
+
+    def __init__(self, experts: nn.ModuleDict) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.stack([expert(h) for expert in self.experts.values()])
+
+
+class DeepSpeedEngine:
+    """ZeRO stage 1 or 2 over a mesh of expert slots and data replicas."""
+
+    def __init__(self, model: Ensemble, mesh: Mesh, optimizer: OptimizerConfig, config: EngineConfig) -> None:
+        deepspeed = import_deepspeed(gpu=mesh.device.type == "cuda")
+        os.environ.setdefault("LOCAL_RANK", "0")
+        self.mesh = mesh
+        self.trunk: nn.Module = model.trunk
+        self.experts: nn.Module = _Stack(model.experts)
+        self._names = {id(p): name for name, p in model.named_parameters()}
+        self._engines: dict[str, Any] = {}
+        if _trainable(self.trunk):
+            self.trunk = _initialize(deepspeed, self.trunk, _Axis(dist.group.WORLD), optimizer, config)
+            self._engines["trunk"] = self.trunk
+        if _trainable(self.experts):
+            axis = _Axis(mesh.data_group or dist.group.WORLD)
+            self.experts = _initialize(deepspeed, self.experts, axis, optimizer, config)
+            self._engines["experts"] = self.experts
+        slots = mesh.shape.slots
+        self._hooks = [
+            p.register_hook(lambda gradient: gradient * slots)
+            for p in model.trunk.parameters()
+            if p.requires_grad and slots > 1
+        ]
+
+    def forward(self, images_B3HW: Tensor) -> Tensor:
+        return self.experts(self.trunk(images_B3HW))
+
+    def step(self, loss: Tensor, lr: float) -> None:
+        (loss * self.mesh.shape.replicas).backward()
+        for name, engine in self._engines.items():
+            engine.optimizer.param_groups[0]["lr"] = lr
+            engine.step()
+            if engine.skipped_steps:
+                raise NonFiniteGradient(f"gradient is not finite in the {name}; DeepSpeed skipped the step")
+
+    def momentum(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for engine in self._engines.values():
+            zero = engine.optimizer
+            partition = zero.single_partition_of_fp32_groups[0]
+            buffer = zero.optimizer.state.get(partition, {}).get("momentum_buffer")
+            if buffer is None:
+                continue
+            group = zero.real_dp_process_group[0]
+            partitions = [torch.empty_like(buffer) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(partitions, buffer.contiguous(), group=group)
+            flat = torch.cat(partitions).cpu()
+            for name, place, shape in self._layout(zero):
+                found[name] = flat[place].view(shape).clone()
+        return found
+
+    def restore(self, momentum: dict[str, Tensor]) -> None:
+        for engine in self._engines.values():
+            zero = engine.optimizer
+            zero.refresh_fp32_params()  # else the next step starts from the weights of before
+            layout = self._layout(zero)
+            if not all(name in momentum for name, _, _ in layout):
+                continue
+            partition = zero.single_partition_of_fp32_groups[0]
+            flat = torch.zeros_like(zero.bit16_groups_flat[0], dtype=partition.dtype)
+            for name, place, _ in layout:
+                flat[place] = momentum[name].to(flat.device, flat.dtype).flatten()
+            rank = dist.get_rank(zero.real_dp_process_group[0])
+            own = flat.chunk(dist.get_world_size(zero.real_dp_process_group[0]))[rank]
+            zero.optimizer.state[partition]["momentum_buffer"] = own.clone()
+
+    def _layout(self, zero: Any) -> list[tuple[str, slice, torch.Size]]:
+        """Where each parameter lies in the flat buffer of its ZeRO optimiser."""
+        return [
+            (self._names[id(p)], slice(start, start + p.numel()), p.shape)
+            for p, start in zip(zero.round_robin_bit16_groups[0], zero.round_robin_bit16_offsets[0], strict=True)
+        ]
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for engine in self._engines.values():
+            engine.destroy()
+        self._engines.clear()
+        _forget_world()
+
+
+def _trainable(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def _settings(config: EngineConfig) -> dict[str, Any]:
+    """DeepSpeed's dictionary. Written in full where a default changed between releases or would change results."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # never used: batches come from our own loader
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,  # torch's own SGD
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "overlap_comm": False,
+            "reduce_scatter": False,  # refuses float64; trunks and experts here are small
+            "contiguous_gradients": True,
+            "reduce_bucket_size": 20_000_000,
+            "allgather_bucket_size": 20_000_000,
+        },
+    }
+
+
+def _initialize(deepspeed: Any, part: nn.Module, axis: _Axis, optimizer: OptimizerConfig, config: EngineConfig) -> Any:
+    parameters = [p for p in part.parameters() if p.requires_grad]
+    with _float64() if config.precision == "float64" else nullcontext():
+        engine, *_ = deepspeed.initialize(
+            model=part,
+            optimizer=sgd(parameters, optimizer),
+            config=_settings(config),
+            mpu=axis,
+            dist_init_required=False,
+        )
+    return engine
+
+
+@contextmanager
+def _float64() -> Iterator[None]:
+    """Let ZeRO keep master weights, and sum gradients, in float64. It offers float32 at most.
+
+    Without this, placements agree to 1e-9 after 10 smooth steps and to 1e-3 where RIDE's scale of 30 amplifies rounding.
+    """
+    from deepspeed.runtime.engine import DeepSpeedEngine as Base
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as Zero
+
+    double = torch.float64
+    with (
+        patch.object(Base, "get_data_types", lambda self: (double, double)),
+        patch.object(Base, "communication_data_type", double),
+        patch.object(Zero, "_configure_master_weights", lambda self, **_: double),
+    ):
+        yield
+
+
+def _forget_world() -> None:
+    """Drop what DeepSpeed keeps about the torch world in module variables, so that the next mesh starts afresh."""
+    from deepspeed.comm import comm
+    from deepspeed.utils import groups
+
+    comm.cdb = None
+    groups.mpu = None
+    groups._WORLD_GROUP = None

@@ -1,0 +1,120 @@
+"""What carries out a step: forward, backward, sums over the mesh, SGD. Two engines behind one small interface.
+
+`TorchEngine` is the control run: plain PyTorch, every sum written out. `DeepSpeedEngine` (deepspeed_engine.py) does the
+same with ZeRO. Tests hold one against the other.
+
+Gradients. Every worker differentiates the whole ensemble's loss, as its share of the global batch, through its own
+experts only. So a parameter's gradient is the *sum* of what the workers that hold it computed: over all workers for
+shared parameters (the trunk), over the data axis for an expert's own.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from experts.ensemble import Ensemble
+from orchestration.config import EngineConfig, OptimizerConfig
+from orchestration.mesh import Mesh
+
+
+class NonFiniteGradient(FloatingPointError):
+    """A gradient is NaN or infinite. Weights are as they were before the step."""
+
+
+class Engine(Protocol):
+    """Trains the parameters of one worker's share of an ensemble."""
+
+    def forward(self, images_B3HW: Tensor) -> Tensor:
+        """Logits [e, B, C] of this worker's experts, with their graph."""
+        ...
+
+    def step(self, loss: Tensor, lr: float) -> None:
+        """Back-propagate this worker's share of the loss, sum gradients over the mesh, move the weights.
+
+        Raises:
+            NonFiniteGradient: on every worker that holds the parameter, before any weight of it moves.
+        """
+        ...
+
+    def momentum(self) -> dict[str, Tensor]:
+        """Whole momentum tensors by parameter name, on CPU; empty before the first step. Every worker must call it."""
+        ...
+
+    def restore(self, momentum: dict[str, Tensor]) -> None:
+        """Take over the module's weights, just loaded, and these momentum tensors (all or none)."""
+        ...
+
+    def close(self) -> None:
+        """Let go of hooks and buffers; the process lives on."""
+        ...
+
+
+class TorchEngine:
+    """Plain PyTorch. Sums gradients of all parameters of a group in one flat exchange."""
+
+    def __init__(self, model: Ensemble, mesh: Mesh, optimizer: OptimizerConfig, config: EngineConfig) -> None:
+        self.model = model
+        self.mesh = mesh
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = sgd(list(self.parameters.values()), optimizer)
+
+    def forward(self, images_B3HW: Tensor) -> Tensor:
+        return self.model(images_B3HW)
+
+    def step(self, loss: Tensor, lr: float) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.mesh.shape.workers > 1:
+            self._sum_gradients()
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            raise NonFiniteGradient(_bad_parameter(self.parameters))
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+
+    def _sum_gradients(self) -> None:
+        shared = [p for name, p in self.parameters.items() if name.startswith("trunk.")]
+        own = [p for name, p in self.parameters.items() if not name.startswith("trunk.")]
+        for group, parameters in ((dist.group.WORLD, shared), (self.mesh.data_group, own)):
+            if parameters:
+                flat = torch.cat([p.grad.flatten() for p in parameters])  # type: ignore[union-attr]
+                dist.all_reduce(flat, group=group)
+                for p, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+                    p.grad = total.view_as(p)
+
+    def momentum(self) -> dict[str, Tensor]:
+        state = self.optimizer.state
+        return {
+            name: state[p]["momentum_buffer"].detach().cpu().clone()
+            for name, p in self.parameters.items()
+            if state.get(p, {}).get("momentum_buffer") is not None
+        }
+
+    def restore(self, momentum: dict[str, Tensor]) -> None:
+        for name, p in self.parameters.items():
+            if name in momentum:
+                self.optimizer.state[p]["momentum_buffer"] = momentum[name].to(p.device, p.dtype).clone()
+
+    def close(self) -> None:
+        self.optimizer.state.clear()
+
+
+def sgd(parameters: list[Tensor], config: OptimizerConfig) -> torch.optim.SGD:
+    """The optimiser of a stage. Its learning rate is set before every step."""
+    return torch.optim.SGD(
+        parameters,
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+        foreach=True,
+    )
+
+
+def _bad_parameter(parameters: dict[str, nn.Parameter]) -> str:
+    bad = [name for name, p in parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    return f"gradient is not finite in {', '.join(bad[:3])}{' ...' if len(bad) > 3 else ''}"

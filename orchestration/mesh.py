@@ -1,0 +1,259 @@
+"""Workers on two axes, expert slots x data replicas, and the few exchanges they make.
+
+Rank r holds slot r // replicas and replica r % replicas. Workers of one replica index see the same images and hold
+different experts (the expert axis); workers of one slot hold the same experts and see different images (the data axis).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+# Shapes: E experts, e experts of one worker, B images of one replica, C classes, D channels.
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """How E experts and their data lie on workers.
+
+    Attributes:
+        num_experts: E.
+        experts_per_worker: experts in one slot; divides E.
+        replicas: workers per slot, each with its share of every batch.
+    """
+
+    num_experts: int
+    experts_per_worker: int
+    replicas: int = 1
+
+    @property
+    def slots(self) -> int:
+        return self.num_experts // self.experts_per_worker
+
+    @property
+    def workers(self) -> int:
+        return self.slots * self.replicas
+
+    def position(self, rank: int) -> tuple[int, int]:
+        """Slot and replica of a rank."""
+        return divmod(rank, self.replicas)
+
+    def experts_of(self, slot: int) -> range:
+        """Indices of the experts in a slot."""
+        return range(slot * self.experts_per_worker, (slot + 1) * self.experts_per_worker)
+
+
+def mesh_shape(num_experts: int, workers: int, experts_per_worker: int | None = None) -> MeshShape:
+    """Lay E experts on workers, or say which numbers would fit.
+
+    Raises:
+        ValueError: the numbers do not fit; names the keys, what was found and the valid counts.
+    """
+    if experts_per_worker is None:
+        if workers == 1:
+            return MeshShape(num_experts, num_experts)
+        if workers % num_experts == 0:
+            return MeshShape(num_experts, 1, workers // num_experts)
+        spread = ", ".join(str(num_experts * k) for k in (1, 2, 3))
+        raise ValueError(
+            f"cluster.workers = {workers} does not fit method.num_experts = {num_experts}: use 1 (all experts in one "
+            f"worker) or a multiple of {num_experts} ({spread}, ...: one expert each), "
+            f"or set cluster.experts_per_worker to say how many experts share a worker"
+        )
+    divisors = [d for d in range(1, num_experts + 1) if num_experts % d == 0]
+    if experts_per_worker not in divisors:
+        raise ValueError(
+            f"cluster.experts_per_worker = {experts_per_worker} does not divide method.num_experts = {num_experts}: "
+            f"use {_either(divisors)}"
+        )
+    slots = num_experts // experts_per_worker
+    if workers % slots:
+        raise ValueError(
+            f"cluster.workers = {workers} does not fit method.num_experts = {num_experts} with "
+            f"cluster.experts_per_worker = {experts_per_worker}: needs a multiple of {slots} "
+            f"({slots}, {2 * slots}, {3 * slots}, ...)"
+        )
+    return MeshShape(num_experts, experts_per_worker, workers // slots)
+
+
+def _either(numbers: list[int]) -> str:
+    return " or ".join(map(str, numbers))
+
+
+class Mesh:
+    """One worker's place in the mesh and its exchanges. With one worker nothing is exchanged and no world is needed.
+
+    Args:
+        shape: the whole mesh.
+        rank: of this worker in the torch world.
+        device: where tensors live; 'cuda' exchanges with NCCL, 'cpu' with gloo.
+    """
+
+    def __init__(self, shape: MeshShape, rank: int = 0, device: str = "cpu") -> None:
+        self.shape = shape
+        self.rank = rank
+        self.slot, self.replica = shape.position(rank)
+        self.device = torch.device(device)
+        self.data_group = self.expert_group = None
+        if shape.workers > 1:
+            self.data_group, self.expert_group = self._axes()
+
+    @property
+    def own_experts(self) -> range:
+        return self.shape.experts_of(self.slot)
+
+    def _axes(self) -> tuple[Any, Any]:
+        """Every rank creates every group, in the same order, as torch asks; own ones are kept."""
+        shape, own_data, own_expert = self.shape, None, None
+        for slot in range(shape.slots):
+            ranks = [slot * shape.replicas + d for d in range(shape.replicas)]
+            group = dist.new_group(ranks)
+            own_data = group if self.slot == slot else own_data
+        for replica in range(shape.replicas):
+            ranks = [s * shape.replicas + replica for s in range(shape.slots)]
+            group = dist.new_group(ranks)
+            own_expert = group if self.replica == replica else own_expert
+        return own_data, own_expert
+
+    def gather_logits(self, logits_eBC: Tensor) -> Tensor:
+        """All experts' logits in order: own ones as they are, with their graph; others' detached.
+
+        Returns:
+            [E, B, C] on every worker of this replica index.
+        """
+        if self.shape.slots == 1:
+            return logits_eBC
+        own = logits_eBC.detach().contiguous()
+        slots = [torch.empty_like(own) for _ in range(self.shape.slots)]
+        dist.all_gather(slots, own, group=self.expert_group)
+        return torch.cat([logits_eBC if s == self.slot else other for s, other in enumerate(slots)])
+
+    def sum_over_data(self, values: Tensor) -> Tensor:
+        """Sum over the replicas of this slot; the same bits on each of them."""
+        if self.shape.replicas > 1:
+            dist.all_reduce(values, group=self.data_group)
+        return values
+
+    def synchronise_batchnorm(self, model: nn.Module) -> None:
+        """Make every BatchNorm of a model count the images of all replicas of this slot."""
+        if self.shape.replicas > 1:
+            for module in model.modules():
+                if type(module) is nn.BatchNorm2d:
+                    module.__class__ = SynchronisedBatchNorm2d
+                    module.group = self.data_group  # type: ignore[assignment]
+
+    def broadcast_buffers(self, model: nn.Module) -> None:
+        """Give all replicas of this slot the running statistics of the first."""
+        if self.shape.replicas > 1:
+            source = self.slot * self.shape.replicas
+            for buffer in model.buffers():
+                dist.broadcast(buffer, source, group=self.data_group)
+
+
+class SynchronisedBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm over the batches of a process group, on any device, for unequal and empty shares.
+
+    Replaces `torch.nn.SyncBatchNorm`, which refuses CPU tensors. Forward exchanges one vector of 2 D + 1 numbers per
+    worker, backward 2 D. Shares are combined in rank order, so every worker computes the same bits.
+    """
+
+    group: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        y, mean_D, var_D, count = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.eps, self.group)
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)  # type: ignore[operator, union-attr]
+                unbiased = count / (count - 1).clamp(min=1)
+                factor = self.momentum if self.momentum is not None else 0.1
+                self.running_mean.lerp_(mean_D.to(self.running_mean.dtype), factor)
+                self.running_var.lerp_((var_D * unbiased).to(self.running_var.dtype), factor)
+        return y
+
+
+class _GlobalBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, group: Any) -> tuple[Tensor, ...]:
+        values = x if x.dtype == torch.float64 else x.float()
+        num_channels = x.shape[1]
+        local_count = x.numel() // num_channels
+        if local_count:
+            mean_D = values.mean((0, 2, 3))
+            square_D = (values - mean_D[:, None, None]).square_().sum((0, 2, 3))
+        else:
+            mean_D = square_D = values.new_zeros(num_channels)
+        own = torch.cat([mean_D, square_D, values.new_tensor([local_count])])
+        shares = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(shares, own, group=group)
+        mean_D, square_D, count = _combine(torch.stack(shares), num_channels)
+        var_D = square_D / count
+        inverse_D = (var_D + eps).rsqrt()
+        scale_D = weight_D * inverse_D
+        y = values * scale_D[:, None, None] + (bias_D - mean_D * scale_D)[:, None, None]
+        ctx.save_for_backward(values, weight_D, mean_D, inverse_D, count)
+        ctx.group = group
+        ctx.mark_non_differentiable(mean_D, var_D, count)
+        return y.to(x.dtype), mean_D, var_D, count
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        values, weight_D, mean_D, inverse_D, count = ctx.saved_tensors
+        grad = grads[0].to(values.dtype)
+        normal = (values - mean_D[:, None, None]) * inverse_D[:, None, None]
+        grad_bias_D = grad.sum((0, 2, 3))
+        grad_weight_D = (grad * normal).sum((0, 2, 3))
+        both = torch.cat([grad_bias_D, grad_weight_D])
+        dist.all_reduce(both, group=ctx.group)
+        sum_D, dot_D = both.split(len(mean_D))
+        centred = grad - (sum_D / count)[:, None, None] - normal * (dot_D / count)[:, None, None]
+        return (
+            (centred * (weight_D * inverse_D)[:, None, None]).to(grads[0].dtype),
+            grad_weight_D.to(weight_D.dtype),
+            grad_bias_D.to(weight_D.dtype),
+            None,
+            None,
+        )
+
+
+def _combine(shares: Tensor, num_channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, sum of squared deviations and count of the union of shares (Chan, Golub, LeVeque 1983)."""
+    counts = shares[:, -1:]
+    count = counts.sum()
+    means, squares = shares[:, :num_channels], shares[:, num_channels:-1]
+    mean_D = (means * counts).sum(0) / count
+    square_D = (squares + counts * (means - mean_D).square()).sum(0)
+    return mean_D, square_D, count
+
+
+class Rendezvous:
+    """The meeting point of a torch world. The worker with rank 0 opens it on a port that the system finds free."""
+
+    def __init__(self, address: str, workers: int, *, port: int = 0, host_here: bool) -> None:
+        self.store = dist.TCPStore(
+            address, port, workers, is_master=host_here, wait_for_workers=False, timeout=timedelta(seconds=60)
+        )
+        self.port: int = self.store.port
+
+    def join(self, rank: int, workers: int, *, gpu: bool, timeout_s: float) -> None:
+        """Enter the torch world of a mesh.
+
+        Args:
+            timeout_s: how long an exchange may wait for a partner.
+        """
+        limit = timedelta(seconds=math.ceil(timeout_s))
+        backend = "nccl" if gpu else "gloo"
+        dist.init_process_group(backend, store=self.store, rank=rank, world_size=workers, timeout=limit)
+
+
+def leave_world() -> None:
+    """Leave the torch world, if in one, so that this process can serve another mesh."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

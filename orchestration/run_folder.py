@@ -1,0 +1,203 @@
+"""The folder of one run: who may write it, what it holds, whether it belongs to the config at hand."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import uuid
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from orchestration import __version__
+from orchestration.compose import from_yaml, to_yaml
+from orchestration.config import RunConfig, config_hash, difference, identity
+
+CONFIG, RUN, DATA = "config.yaml", "run.json", "data.json"
+_LIBRARIES = ("torch", "torchvision", "ray", "deepspeed", "mlflow", "numpy", "safetensors", "pydantic")
+
+
+class RunFolder:
+    """One run's folder, held by one process at a time.
+
+    Args:
+        path: the folder; made if missing.
+
+    Raises:
+        ValueError: the folder cannot be read or written, or another process holds it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(path / ".lock", "a+")  # noqa: SIM115  (held for as long as the run lasts)
+        except OSError as error:
+            raise ValueError(
+                f"{path}: the run folder cannot be written ({error.strerror}); "
+                f"make it writable, or choose another with run.dir and run.name"
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "another process"
+            self._lock.close()
+            raise ValueError(
+                f"{path}: the run is already being carried out by {holder}; wait for it, stop it, or set another run.name"
+            ) from error
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {platform.node()}")
+        self._lock.flush()
+
+    def close(self) -> None:
+        """Let another process hold the folder."""
+        self._lock.close()
+
+    @property
+    def started(self) -> bool:
+        """Whether a run was begun here before."""
+        return (self.path / CONFIG).exists()
+
+    def stored_config(self) -> RunConfig:
+        """The config the run was begun with.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        return from_yaml(self.path / CONFIG)
+
+    def check_same(self, config: RunConfig) -> None:
+        """Refuse to go on with a config that would give other numbers.
+
+        Raises:
+            ValueError: every key that differs, old and new.
+        """
+        lines = difference(identity(self.stored_config()), identity(config))
+        if lines:
+            raise ValueError(
+                f"{self.path}: this run was started with another config; {len(lines)} "
+                f"difference{'s' if len(lines) > 1 else ''} (old -> new)\n"
+                + "\n".join(f"  {line}" for line in lines)
+                + "\n  give the old values to resume it, or another run.name to start a new run"
+            )
+
+    def write(self, config: RunConfig) -> None:
+        """Store the resolved config."""
+        write_atomic(self.path / CONFIG, to_yaml(config))
+
+    def describe(self, config: RunConfig, hosts: list[dict[str, Any]], shape: dict[str, int]) -> None:
+        """Add this start to run.json: command, versions, host, mesh."""
+        run = self.run()
+        run.setdefault("created", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+        run |= {
+            "command": " ".join(["expertail", *sys.argv[1:]]),
+            "commit": _commit(),
+            "config_hash": config_hash(config),
+            "seed": config.seed,
+            "status": "running",
+            "versions": versions(),
+            "host": {
+                "name": platform.node(),
+                "system": platform.platform(),
+                "processor": _processor(),
+                "cpus": psutil.cpu_count(),
+                "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+            },
+            "mesh": shape,
+            "workers": hosts,
+        }
+        run["starts"] = run.get("starts", 0) + 1
+        self._write_json(RUN, run)
+
+    def run(self) -> dict[str, Any]:
+        """What run.json says; {} before the first start."""
+        path = self.path / RUN
+        try:
+            return json.loads(path.read_text()) if path.exists() else {}
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{path}: not readable ({error}); needed the JSON written by this run; restore it, or remove the file "
+                f"to have it written anew"
+            ) from error
+
+    def note(self, **values: Any) -> None:
+        """Set values in run.json."""
+        self._write_json(RUN, self.run() | values)
+
+    def write_data(self, data: dict[str, Any]) -> None:
+        """Store what the run's dataset is.
+
+        Raises:
+            ValueError: an earlier start of this run saw other data.
+        """
+        path = self.path / DATA
+        if path.exists():
+            old = json.loads(path.read_text())
+            if old["digest"] != data["digest"]:
+                raise ValueError(
+                    f"{path}: this run was started with other data (digest {old['digest'][:12]}, {old['total']} training "
+                    f"images; found {data['digest'][:12]}, {data['total']}); put the old data back, or start a run with "
+                    f"another run.name"
+                )
+        self._write_json(DATA, data)
+
+    def write_evaluation(self, name: str, evaluation: dict[str, Any]) -> None:
+        """Store evaluation/<name>.json."""
+        (self.path / "evaluation").mkdir(exist_ok=True)
+        self._write_json(f"evaluation/{name}.json", evaluation)
+
+    def _write_json(self, name: str, value: dict[str, Any]) -> None:
+        write_atomic(self.path / name, json.dumps(value, indent=1) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of this project and of the libraries that make the numbers."""
+    found = {"python": platform.python_version(), "expertail": __version__}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a whole file or nothing: to a neighbour, flushed to disk, renamed."""
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    with open(scratch, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this code runs from, with '+' when it has changes; None for an installed wheel."""
+    folder = Path(__file__).resolve().parent.parent
+    if not (folder / ".git").exists():
+        return None
+    try:
+        git = ["git", "-C", str(folder)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor()

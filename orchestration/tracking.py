@@ -1,0 +1,510 @@
+"""Sends a run's journal and results to MLflow, beside training and never in its way.
+
+The run folder is the truth; this file reads it. During training a process of its own, at the lowest priority, follows
+`metrics.jsonl` and sends it in batches (`python -m orchestration.tracking RUN_DIR`, started by `start_uploader`). A
+server that is slow, broken or gone costs telemetry until it is back, and `expertail sync RUN` sends the rest later. The
+uploader ends when its parent ends, however that happened.
+
+Nothing is sent twice, whoever is killed when:
+- the MLflow run carries a key that was saved in the run folder before it was created, and is found by it again;
+- the server itself says how far each metric is: what is not beyond its last step is skipped. So when a run is resumed
+  and repeats steps, the points first sent stay (on CPU the repeated ones are equal);
+- a batch that arrived while its answer was lost has the journal's timestamps, which MLflow recognises;
+- files are sent again only when they changed; models are found by the digest of their weights.
+
+MLflow is imported here alone, and only in the process that uploads: the import costs seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import logging
+import os
+import random
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from orchestration import journal, tracking_contents
+from orchestration.tracking_contents import check_uri, default_uri, redact
+from orchestration.tracking_process import STATE_FILE, State, Tail, Target, locked, lower_priority, one_line
+
+__all__ = ["Uploader", "check_uri", "default_uri", "redact", "start_uploader", "sync"]
+
+LOG_FILE = "tracking.log"
+_BATCH = 1000  # points; MLflow takes no more at once
+_REQUIREMENTS = ("mlflow", "numpy", "Pillow", "pydantic", "safetensors", "scikit-learn", "torch", "torchvision")
+_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",  # seconds; the default of 120 would hold up the end of a run
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the loop below has its own patience
+    "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_UV_AUTO_DETECT": "false",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+_log = logging.getLogger("expertail.tracking")
+
+
+def start_uploader(
+    run_dir: str | os.PathLike[str],
+    uri: str,
+    experiment: str = "expertail",
+    run_name: str | None = None,
+    *,
+    parent: str | None = None,
+) -> Uploader:
+    """Start the process that uploads a run while it trains. Returns at once: nothing is imported, nothing is connected.
+
+    Args:
+        run_dir: the run folder, with `config.yaml`, `run.json` and `data.json` as far as they are known.
+        uri: of the tracking store; `default_uri(runs_dir)` where the operator named none.
+        experiment: MLflow experiment; made when missing.
+        run_name: name of the MLflow run; the folder's name when not given.
+        parent: MLflow run id of the study's run.
+
+    Raises:
+        ValueError: the URI is not one of a tracking store.
+    """
+    run_dir = Path(run_dir)
+    target = Target(check_uri(uri), experiment, run_name or run_dir.name, parent)
+    root = str(Path(__file__).resolve().parent.parent)
+    roots = [] if root == sysconfig.get_path("purelib") else [root]  # a checkout that is not installed
+    path = os.pathsep.join(roots + list(filter(None, [os.environ.get("PYTHONPATH")])))
+    with open(run_dir / LOG_FILE, "ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "orchestration.tracking", str(run_dir)],
+            stdin=subprocess.PIPE, stdout=log, stderr=log,
+            start_new_session=True,  # Ctrl-C is for the driver; and priorities count within a session
+            env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+        )  # fmt: skip
+    uploader = Uploader(run_dir, target, process)
+    uploader.tell(asdict(target))
+    return uploader
+
+
+class Uploader:
+    """The driver's handle on the process that uploads. Nothing here raises into training."""
+
+    def __init__(self, run_dir: Path, target: Target, process: subprocess.Popen[bytes]) -> None:
+        self._run_dir = run_dir
+        self._target = target
+        self._process = process
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Send one message to the process; it may be gone."""
+        with contextlib.suppress(OSError, ValueError):
+            assert self._process.stdin is not None
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def finish(self, wait_s: float = 60.0, status: str | None = None) -> str | None:
+        """Send what is left and end the process.
+
+        Args:
+            wait_s: longest wait; a server that does not answer is given up after that.
+            status: FINISHED, FAILED or KILLED; as in run.json when not given.
+
+        Returns:
+            None when everything arrived, else one line that says what did not, why, and how to send it later.
+        """
+        self.tell({"finish": wait_s, "status": status})
+        with contextlib.suppress(OSError):
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+        try:
+            code = self._process.wait(wait_s + 2.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            return _incomplete(self._run_dir, self._target.uri, f"not done after {wait_s:.0f} s")
+        if code == 0:
+            return None
+        with contextlib.suppress(ValueError):
+            if problem := State(self._run_dir, self._target).values.get("problem"):
+                return _incomplete(self._run_dir, self._target.uri, problem)
+        return _incomplete(self._run_dir, self._target.uri, f"the uploader ended with code {code}, see {LOG_FILE}")
+
+
+def sync(
+    run_dir: str | os.PathLike[str],
+    uri: str,
+    experiment: str = "expertail",
+    run_name: str | None = None,
+    *,
+    parent: str | None = None,
+    wait_s: float = 60.0,
+    status: str | None = None,
+) -> str | None:
+    """Upload everything of a run that the server does not have yet, in this process.
+
+    Arguments and result are those of `start_uploader` and `Uploader.finish`.
+
+    Raises:
+        ValueError: the URI is not one of a tracking store, or `tracking.json` is damaged.
+    """
+    run_dir = Path(run_dir)
+    target = Target(check_uri(uri), experiment, run_name or run_dir.name, parent)
+    with locked(run_dir / f".{STATE_FILE}.lock", wait_s=2.0) as ours:
+        if not ours:
+            return _incomplete(run_dir, uri, "another process is uploading this run; wait until it ends")
+        problem = _drain(_Sender(run_dir, target), wait_s, status)
+    return None if problem is None else _incomplete(run_dir, uri, problem)
+
+
+def _incomplete(run_dir: Path, uri: str, problem: str) -> str:
+    return f"tracking: {redact(uri)} does not have all of this run ({redact(problem)}); later: expertail sync {run_dir}"
+
+
+class _Sender:
+    """Brings one run's folder and the server together, as far as the server plays along; every call may raise."""
+
+    def __init__(self, run_dir: Path, target: Target) -> None:
+        os.environ.update({key: os.environ.get(key, value) for key, value in _ENVIRONMENT.items()})
+        self._run_dir = run_dir
+        self._target = target
+        self.state = State(run_dir, target)
+        self._tail = Tail(run_dir / journal.FILE_NAME)
+        self._client: Any = None
+        self._run_id = ""
+        self._steps: dict[str, int] = {}
+        self._unsent: list[Any] = []
+
+    def connect(self) -> bool:
+        """Find or make the MLflow run, and say what it is; False when that was done before."""
+        if self._client is not None:
+            return False
+        import mlflow
+        from mlflow.entities import Param, RunTag
+
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+        database = tracking_contents.sqlite_path(self._target.uri)
+        if database is not None:
+            database.parent.mkdir(parents=True, exist_ok=True)
+        # Two processes must not build one SQLite file's tables at the same time.
+        lock = contextlib.nullcontext(True) if database is None else locked(Path(f"{database}.lock"), wait_s=120.0)
+        with lock:
+            mlflow.set_tracking_uri(self._target.uri)  # a SQLite registry looks the models up by it
+            mlflow.set_registry_uri(self._target.uri)
+            client = mlflow.MlflowClient(self._target.uri, self._target.uri)
+            run = self._find_run(client)
+        self._run_id = run.info.run_id
+        self._steps = {metric.key: int(metric.step) for metric in run.data.to_proto().metrics}
+        if run.info.status != "RUNNING":
+            client.update_run(self._run_id, status="RUNNING")
+        config = tracking_contents.read_config(self._run_dir)
+        self._stages = list((config.get("method") or {}).get("stages") or [])
+        known = run.data.params  # parameters never change on the server; those of the first start stay
+        params = [Param(k, v) for k, v in tracking_contents.parameters(config).items() if k not in known]
+        for chunk in _chunks(params, 100):
+            client.log_batch(self._run_id, params=chunk, synchronous=True)
+        tags = tracking_contents.tags(
+            tracking_contents.read_json(self._run_dir / "run.json"), self._read("data.json"), config
+        )
+        client.log_batch(self._run_id, tags=[RunTag(k, v) for k, v in tags.items()][:100], synchronous=True)
+        self._log_dataset(client)
+        self._client = client
+        _log.info("run %s of experiment %s", self._run_id, self._target.experiment)
+        return True
+
+    def _find_run(self, client: Any) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        experiment = client.get_experiment_by_name(self._target.experiment)
+        if experiment is None:
+            database = tracking_contents.sqlite_path(self._target.uri)
+            folder = None if database is None else (database.parent / "mlartifacts").as_uri()
+            try:
+                experiment_id = client.create_experiment(self._target.experiment, artifact_location=folder)
+            except MlflowException:  # another run was faster
+                experiment = client.get_experiment_by_name(self._target.experiment)
+                if experiment is None:
+                    raise
+                experiment_id = experiment.experiment_id
+        else:
+            experiment_id = experiment.experiment_id
+        state = self.state.values
+        self.state.save()  # the key is on disk before a run carries it
+        found = client.search_runs([experiment_id], f"tags.`expertail.key` = '{state['key']}'", max_results=1)
+        if found:
+            run = client.get_run(found[0].info.run_id)
+        else:
+            tags = {"expertail.key": state["key"], "mlflow.user": _user()}
+            if self._target.parent:
+                tags["mlflow.parentRunId"] = self._target.parent
+            run = client.create_run(experiment_id, tags=tags, run_name=self._target.run_name)
+            state["files"] = {}
+        state.update(experiment=self._target.experiment, experiment_id=experiment_id, run_id=run.info.run_id)
+        self.state.save()
+        return run
+
+    def _log_dataset(self, client: Any) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        data = self._read("data.json")
+        if not data.get("digest"):
+            return
+        profile = {"images": data.get("total"), "classes": len(data.get("counts", []))}
+        dataset = Dataset(
+            name=str(data.get("dataset", "dataset"))[:500], digest=str(data["digest"])[:36], source_type="local",
+            source=json.dumps({"dataset": data.get("dataset")}), profile=json.dumps(profile),
+        )  # fmt: skip
+        client.log_inputs(self._run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+
+    def _read(self, name: str) -> dict[str, Any]:
+        return tracking_contents.read_json(self._run_dir / name)
+
+    def send_points(self, deadline: float) -> bool:
+        """Send the journal's new lines; a batch that fails is kept and sent first the next time.
+
+        Args:
+            deadline: by `time.monotonic()`; no new batch is started after it.
+
+        Returns:
+            Whether everything that the journal holds was sent.
+        """
+        from mlflow.entities import Metric
+
+        records = self._tail.records()
+        while time.monotonic() < deadline:
+            for record in records:
+                key = tracking_contents.metric_key(record.name, record.stage, self._stages)
+                if record.value == record.value and record.step > self._steps.get(key, -1):
+                    self._unsent.append(Metric(key, record.value, round(record.time * 1000), record.step))
+                    self._steps[key] = record.step
+                if len(self._unsent) == _BATCH:
+                    break
+            if not self._unsent:
+                return True
+            self._client.log_batch(self._run_id, metrics=self._unsent, synchronous=True)
+            self._unsent = []
+        return False
+
+    def send_system(self) -> None:
+        """Send what the machine is doing, as MLflow names its system metrics; lost when it fails."""
+        import psutil
+        from mlflow.entities import Metric
+
+        memory = psutil.virtual_memory()
+        values = {
+            "system/cpu_utilization_percentage": psutil.cpu_percent(),
+            "system/system_memory_usage_percentage": memory.percent,
+            "system/system_memory_usage_megabytes": memory.used / 1e6,
+        }
+        now, step = round(time.time() * 1000), 1 + max(self._steps.get(name, -1) for name in values)
+        metrics = [Metric(name, float(value), now, step) for name, value in values.items()]
+        self._client.log_batch(self._run_id, metrics=metrics, synchronous=True)
+        self._steps.update(dict.fromkeys(values, step))
+
+    def send_files(self) -> None:
+        """Send the files that changed since they were last sent."""
+        sent = self.state.values["files"]
+        for name, content in tracking_contents.files(self._run_dir).items():
+            digest = tracking_contents.digest(content)
+            if sent.get(name) == digest:
+                continue
+            if isinstance(content, str):
+                self._client.log_text(self._run_id, content, name)
+            else:
+                folder = str(Path(name).parent)
+                self._client.log_artifact(self._run_id, str(content), None if folder == "." else folder)
+            if name == tracking_contents.PER_CLASS_FILE:
+                table = [{"path": name, "type": "table"}]
+                self._client.set_tag(self._run_id, "mlflow.loggedArtifacts", json.dumps(table))
+            sent[name] = digest
+            self.state.save()
+
+    def send_models(self) -> None:
+        """Register the exported ensembles and point the aliases "last" and "best" at them."""
+        from mlflow.exceptions import MlflowException
+
+        found = tracking_contents.exports(self._run_dir)
+        if not found:
+            return
+        name = tracking_contents.model_name(tracking_contents.read_config(self._run_dir), self._target.experiment)
+        with contextlib.suppress(MlflowException):  # exists; anything else shows at the next call
+            self._client.create_registered_model(name)
+        versions = {}
+        for version in self._client.search_model_versions(f"run_id = '{self._run_id}'"):
+            versions[version.tags.get("expertail.digest")] = version.version
+        for which, (folder, digest) in found.items():
+            if digest not in versions:
+                model_id = self._send_model(which, folder, digest)
+                versions[digest] = self._client.create_model_version(
+                    name, f"models:/{model_id}", run_id=self._run_id, model_id=model_id,
+                    tags={"expertail.digest": digest, "run": self._target.run_name},
+                ).version  # fmt: skip
+            if self._aliases(name).get(which) != str(versions[digest]):
+                self._client.set_registered_model_alias(name, which, str(versions[digest]))
+
+    def _aliases(self, name: str) -> dict[str, str]:
+        aliases = self._client.get_registered_model(name).aliases
+        return {alias: str(version) for alias, version in dict(aliases).items()}
+
+    def _send_model(self, which: str, folder: Path, digest: str) -> str:
+        from mlflow.entities import LoggedModelOutput
+        from mlflow.models import Model
+
+        filters = f"source_run_id = '{self._run_id}' AND tags.`expertail.digest` = '{digest}'"
+        experiment_id = self.state.values["experiment_id"]
+        found = self._client.search_logged_models([experiment_id], filters)
+        logged = found[0] if found else self._client.create_logged_model(
+            experiment_id, name=which, source_run_id=self._run_id, tags={"expertail.digest": digest}
+        )  # fmt: skip
+        with tempfile.TemporaryDirectory() as scratch:
+            model = Model(
+                artifact_path=logged.artifact_location, run_id=self._run_id,
+                model_uuid=logged.model_id, model_id=logged.model_id,
+            )  # fmt: skip
+            _save_pyfunc(Path(scratch), folder, model)
+            self._client.log_model_artifacts(logged.model_id, str(Path(scratch) / "model"))
+        self._client.finalize_logged_model(logged.model_id, "READY")
+        outputs = self._client.get_run(self._run_id).outputs
+        if logged.model_id not in {output.model_id for output in outputs.model_outputs}:
+            step = int(self._read(f"evaluation/{which}.json").get("step", 0))
+            self._client.log_outputs(self._run_id, [LoggedModelOutput(logged.model_id, step)])
+        return logged.model_id
+
+    def close(self, status: str | None) -> None:
+        """Set the run's final status; the run stays as it is when run.json calls it running."""
+        run = self._read("run.json")
+        status = status or tracking_contents.status_of(run)
+        self._client.set_tag(self._run_id, "status", str(run.get("status", status.lower())))
+        if status != "RUNNING":
+            self._client.set_terminated(self._run_id, status)
+
+
+def _save_pyfunc(scratch: Path, export: Path, model: Any) -> None:
+    """Write an exported ensemble as an MLflow model below `scratch`: tensors, JSON and our code; nothing is pickled."""
+    import mlflow
+    import numpy as np
+    from mlflow.models.signature import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    code = []
+    for package in ("experts", "aggregation"):
+        spec = importlib.util.find_spec(package)
+        assert spec is not None
+        assert spec.submodule_search_locations is not None
+        ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
+        code.append(shutil.copytree(next(iter(spec.submodule_search_locations)), scratch / package, ignore=ignored))
+    num_classes = int(tracking_contents.read_json(export / "model.json")["num_classes"])
+    images = TensorSpec(np.dtype(np.uint8), tracking_contents.signature_shape(export))
+    versions = {package: importlib.metadata.version(package).split("+")[0] for package in _REQUIREMENTS}
+    warnings.filterwarnings("ignore", message=".*input example was not provided.*")  # the signature is exact
+    mlflow.pyfunc.save_model(
+        scratch / "model",
+        loader_module="aggregation.serving",
+        data_path=str(export),
+        code_paths=[str(folder) for folder in code],
+        mlflow_model=model,
+        signature=ModelSignature(Schema([images]), Schema([TensorSpec(np.dtype(np.float32), (-1, num_classes))])),
+        pip_requirements=[f"{package}=={version}" for package, version in versions.items()],
+    )
+
+
+def _drain(sender: _Sender, wait_s: float, status: str | None) -> str | None:
+    """Send everything, trying again until `wait_s` is over; None, or what went wrong."""
+    deadline = time.monotonic() + wait_s
+    problem: str | None = f"not done after {wait_s:.0f} s"
+    for attempt in itertools.count():
+        try:
+            sender.connect()
+            if sender.send_points(deadline):
+                sender.send_files()
+                sender.send_models()
+                sender.close(status)
+                problem = None
+        except Exception as error:
+            problem = one_line(error)
+            _log.warning("%s", problem)
+            if _is_final(error):
+                break
+        pause = min(0.5 * 2**attempt, 5.0)
+        if problem is None or time.monotonic() + pause >= deadline:
+            break
+        time.sleep(pause)
+    sender.state.values.update(problem=problem)
+    sender.state.save()
+    return problem
+
+
+def _follow(sender: _Sender, wake: threading.Event, *, interval_s: float = 2.0, system_s: float = 10.0) -> None:
+    """Send what comes until woken. No exception leaves; a failing server is asked ever more rarely, up to a minute."""
+    failures, system_at = 0, time.monotonic() + system_s
+    while not wake.is_set():
+        try:
+            if sender.connect():
+                sender.send_files()
+            sender.send_points(time.monotonic() + 10.0)
+            if time.monotonic() >= system_at:
+                system_at = time.monotonic() + system_s
+                sender.send_system()
+            failures = 0
+        except Exception as error:
+            failures += 1
+            _log.warning("%s (failure %d)", one_line(error), failures)
+        pause = interval_s if failures == 0 else min(2.0**failures, 60.0) * random.uniform(0.8, 1.2)
+        wake.wait(pause)
+
+
+def main(arguments: list[str]) -> int:
+    """The uploading process: the target as one line of JSON on standard input, then `finish`; an end is an orphan's."""
+    lower_priority()
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s", level=logging.INFO)
+    run_dir = Path(arguments[0])
+    target = Target(**json.loads(sys.stdin.readline()))
+    last: dict[str, Any] = {"finish": 10.0, "status": "KILLED"}  # when the parent ends without a word
+    wake = threading.Event()
+
+    def listen() -> None:
+        for line in sys.stdin:
+            last.update(json.loads(line))
+            break
+        wake.set()
+
+    threading.Thread(target=listen, daemon=True).start()
+    with locked(run_dir / f".{STATE_FILE}.lock", wait_s=60.0) as ours:  # an earlier driver's orphan ends by itself
+        if not ours:
+            _log.error("another process is uploading this run")
+            return 1
+        sender = _Sender(run_dir, target)
+        _follow(sender, wake)
+        lower_priority(0)
+        return 0 if _drain(sender, last["finish"], last["status"]) is None else 3
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether trying again cannot help: the server refuses what it is asked, or a file of the run is damaged."""
+    status = getattr(error, "get_http_status_code", None)
+    return isinstance(error, ValueError) if status is None else 400 <= status() < 500 and status() not in (408, 429)
+
+
+def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    yield from (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container without a passwd entry
+        return str(os.getuid())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,207 @@
+"""What of a run folder goes to the tracking server: parameters, tags, files, names. Pure functions of the folder.
+
+The folder may be incomplete (a young run, an interrupted one): what is missing is left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from orchestration.tables import per_class_table
+
+SCHEMES = ("sqlite", "http", "https", "databricks", "postgresql", "mysql", "mssql")
+PER_CLASS_FILE = "per_class.json"
+_PARAM_CHARACTERS = 250
+_STATUS = {
+    "running": "RUNNING", "started": "RUNNING", "resumed": "RUNNING",
+    "finished": "FINISHED", "complete": "FINISHED", "completed": "FINISHED", "done": "FINISHED", "stopped": "FINISHED",
+    "failed": "FAILED", "error": "FAILED",
+    "killed": "KILLED", "interrupted": "KILLED", "cancelled": "KILLED",
+}  # fmt: skip
+
+
+def redact(text: str) -> str:
+    """The text without what is secret in its URIs: `user:password@`, and values of keys that name a secret."""
+    text = re.sub(r"(?<=://)[^/?#\s]*@", "", text)
+    return re.sub(r"(?i)([?&](?:[\w-]*(?:password|passwd|pwd|token|secret|key))=)[^&\s'\"]+", r"\1***", text)
+
+
+def check_uri(uri: str) -> str:
+    """The URI of a tracking store, a relative SQLite path made absolute.
+
+    Raises:
+        ValueError: the scheme is not one that a tracking store has.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme.split("+")[0] not in SCHEMES and uri != "databricks":
+        raise ValueError(
+            f"tracking.uri = {redact(uri)}: needed the URI of a tracking store, as http://host:5000 or "
+            f"sqlite:////path/mlflow.db (known: {', '.join(SCHEMES)})"
+        )
+    path = sqlite_path(uri)
+    return uri if path is None else f"sqlite:///{path}"
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The absolute path of a SQLite file's URI, None for any other URI."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return Path(os.path.abspath(uri.removeprefix("sqlite:///")))
+
+
+def default_uri(runs_dir: str | os.PathLike[str]) -> str:
+    """The store of those who run no server: one SQLite file for all runs of a folder."""
+    return f"sqlite:///{Path(os.path.abspath(runs_dir)) / 'mlflow.db'}"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file; empty when the file is missing.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); restore the file") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: found {type(value).__name__}, needed a JSON object; restore the file")
+    return value
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The resolved config of a run; empty when there is none yet."""
+    import yaml
+
+    path = run_dir / "config.yaml"
+    return (yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
+
+
+def evaluations(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """The evaluations that exist, of "last" and "best"."""
+    found = {which: read_json(run_dir / "evaluation" / f"{which}.json") for which in ("last", "best")}
+    return {which: evaluation for which, evaluation in found.items() if evaluation}
+
+
+def metric_key(name: str, stage: str, stages: list[str]) -> str:
+    """The server's name of a number: as in the journal, below its stage when the recipe has several.
+
+    Steps are counted within a stage, so that two stages must not share a key.
+    """
+    key = name if len(stages) < 2 and stage in (*stages, "train") else f"{stage}/{name}"
+    return re.sub(r"[^\w./ :-]", "_", key)[:250]
+
+
+def parameters(config: Mapping[str, Any]) -> dict[str, str]:
+    """The config as flat parameters, `method.stages.train.epochs: "200"`; long values are cut, secrets taken out."""
+
+    def flat(value: Any, key: str) -> Iterator[tuple[str, str]]:
+        if isinstance(value, Mapping) and value:
+            for name, item in value.items():
+                yield from flat(item, f"{key}.{name}" if key else str(name))
+            return
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
+        text = redact(text)
+        if len(text) > _PARAM_CHARACTERS:
+            text = text[: _PARAM_CHARACTERS - 20] + " ... see config.yaml"
+        yield re.sub(r"[^\w./ :-]", "_", key)[:250], text
+
+    return dict(flat(config, ""))
+
+
+def tags(run: Mapping[str, Any], data: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
+    """What made the run: commit, command, host, versions, dataset digest, config hash."""
+    found: dict[str, Any] = {
+        "mlflow.source.name": run.get("command"),
+        "mlflow.source.git.commit": run.get("commit"),
+        "mlflow.source.type": "LOCAL",
+        "config_hash": run.get("config_hash") or _hash(config),
+        "seed": run.get("seed", config.get("seed")),
+        "status": run.get("status"),
+        "dataset": data.get("dataset"),
+        "dataset_digest": data.get("digest"),
+        "dataset_images": data.get("total"),
+        **{f"version.{name}": version for name, version in (run.get("versions") or {}).items()},
+    }
+    host = run.get("host")
+    found |= {f"host.{name}": value for name, value in host.items()} if isinstance(host, Mapping) else {"host": host}
+    command = found["mlflow.source.name"]
+    if isinstance(command, list):
+        found["mlflow.source.name"] = " ".join(map(str, command))
+    return {key: redact(str(value))[:5000] for key, value in found.items() if value not in (None, "")}
+
+
+def status_of(run: Mapping[str, Any]) -> str:
+    """The server's word for the `status` of run.json: RUNNING, FINISHED, FAILED or KILLED."""
+    return _STATUS.get(str(run.get("status", "running")).lower(), "RUNNING")
+
+
+def model_name(config: Mapping[str, Any], experiment: str) -> str:
+    """The name that the run's models are registered under: `<dataset>-<method>`."""
+
+    def name(group: str) -> str | None:
+        value = config.get(group)
+        value = value.get("name") if isinstance(value, Mapping) else value
+        return value if isinstance(value, str) else None
+
+    words = [name("dataset") or experiment, name("method")]
+    return re.sub(r"[^\w. -]", "_", "-".join(word for word in words if word))
+
+
+def files(run_dir: Path) -> dict[str, str | Path]:
+    """The artefacts: name on the server -> a file, or text where it differs from the file."""
+    found: dict[str, str | Path] = {}
+    for path in (run_dir / "config.yaml", run_dir / "run.json"):
+        if path.exists():
+            found[path.name] = redact(path.read_text())
+    patterns = ("data.json", "evaluation/*.json", "report/*.png", "report/*.txt")
+    for path in sorted(path for pattern in patterns for path in run_dir.glob(pattern)):
+        found[path.relative_to(run_dir).as_posix()] = path
+    data, results = read_json(run_dir / "data.json"), evaluations(run_dir)
+    if data and results:
+        found[PER_CLASS_FILE] = json.dumps(per_class_table(results, data))
+    return found
+
+
+def digest(content: str | Path) -> str:
+    """SHA-256 of a text or a file, hexadecimal."""
+    if isinstance(content, str):
+        return hashlib.sha256(content.encode()).hexdigest()
+    with open(content, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def exports(run_dir: Path) -> dict[str, tuple[Path, str]]:
+    """The exported ensembles: "last" and "best" -> folder and digest of its files, where complete.
+
+    None when the config says `tracking.log_model: false`.
+    """
+    found: dict[str, tuple[Path, str]] = {}
+    if (read_config(run_dir).get("tracking") or {}).get("log_model") is False:
+        return found
+    for which in ("last", "best"):
+        folder = run_dir / "export" / which
+        parts = [folder / "model.json", folder / "model.safetensors"]
+        if all(part.exists() for part in parts):
+            found[which] = (folder, _hash([digest(part) for part in parts]))
+    return found
+
+
+def signature_shape(folder: Path) -> tuple[int, ...]:
+    """Shape of the images that an exported model takes, batch first, -1 where any size will do."""
+    height, width, channels = read_json(folder / "model.json")["image_shape"]
+    sizes = tuple(-1 if size is None else int(size) for size in (height, width))
+    return (-1, *sizes) if channels == 1 else (-1, *sizes, channels)
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,100 @@
+"""The train command: a run folder, an uploader beside it, the run, its report."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from orchestration import tracking
+from orchestration.compose import expand
+from orchestration.config import RunConfig
+from orchestration.console import Console
+from orchestration.finish import export, table
+from orchestration.run import Outcome, Stopped, read_evaluations, run_path, train
+from orchestration.run_folder import DATA, RunFolder, write_atomic
+
+
+def train_and_report(config: RunConfig, marks: dict[str, float]) -> int:
+    """Carry out a run and leave report, models and final table. Returns the exit code."""
+    folder = RunFolder(run_path(config))
+    try:
+        if folder.started and _complete(folder, config):
+            print(f"expertail: {folder.path} is finished; set another run.name to train anew", file=sys.stderr)
+            print(_stored_table(config, folder))
+            return 0
+        return _train(config, folder, marks)
+    finally:
+        folder.close()
+
+
+def _complete(folder: RunFolder, config: RunConfig) -> bool:
+    if folder.run().get("status") != "finished":
+        return False
+    stored = folder.stored_config()
+    threads = config.engine.threads or stored.engine.threads
+    folder.check_same(config.model_copy(update={"engine": config.engine.model_copy(update={"threads": threads})}))
+    return True
+
+
+def _train(config: RunConfig, folder: RunFolder, marks: dict[str, float]) -> int:
+    uploader = None
+    status = "FAILED"
+    with Console(interval_s=config.run.log_interval_s, stream=sys.stderr) as console:
+        console.message(f"run folder {folder.path}")
+        try:
+            if config.tracking.enabled:
+                uploader = tracking.start_uploader(
+                    folder.path, tracking_uri(config), config.tracking.experiment, config.run_name
+                )
+            outcome = train(config, folder, console, marks)
+            status = "FINISHED"
+            _report(config, folder, outcome)
+        except BaseException as problem:
+            stopped = isinstance(problem, Stopped | KeyboardInterrupt)
+            status = "KILLED" if stopped else "FAILED"
+            if folder.started:
+                folder.note(status="stopped" if stopped else "failed", problem=str(problem))
+            raise
+        finally:
+            if uploader is not None and (incomplete := uploader.finish(config.tracking.final_wait_s, status)):
+                console.message(incomplete)
+    print(_stored_table(config, folder))
+    return 0
+
+
+def _report(config: RunConfig, folder: RunFolder, outcome: Outcome) -> None:
+    from orchestration.report import write_report
+
+    export(folder.stored_config(), folder, outcome.checkpoint)
+    write_report(folder.path)
+    write_atomic(folder.path / "report" / "table.txt", _stored_table(config, folder) + "\n")
+    folder.note(status="finished" if outcome.finished else "stopped", ended=time.time())
+
+
+def _stored_table(config: RunConfig, folder: RunFolder) -> str:
+    data = json.loads((folder.path / DATA).read_text())
+    return table(config, data, read_evaluations(folder.path))
+
+
+def tracking_uri(config: RunConfig) -> str:
+    """Where a run is tracked: the operator's URI, else a SQLite file beside the run folders."""
+    return config.tracking.uri or tracking.default_uri(expand(config.run.dir))
+
+
+def sync_run(run: str, uri: str | None) -> str | None:
+    """Upload what a run's server does not have yet. Returns None, or what is still missing and why.
+
+    Raises:
+        ValueError: there is no such run, or its folder is damaged.
+    """
+    path = Path(run)
+    if not (path / "config.yaml").is_file():
+        raise ValueError(f"{path}: not a run folder (no config.yaml); needed one that `expertail train` made")
+    folder = RunFolder(path)
+    try:
+        config = folder.stored_config()
+        return tracking.sync(path, uri or tracking_uri(config), config.tracking.experiment, path.name)
+    finally:
+        folder.close()

@@ -1,0 +1,166 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from aggregation.ensemble import MeanLogits, MeanProbabilities
+from aggregation.serving import DESCRIPTION, TENSORS, _load_pyfunc, _sha256, export_model, load_model
+from experts.backbones.resnet_cifar import ResNetCifar
+from experts.data.augment import prepare_eval
+from experts.data.config import DatasetConfig
+from experts.data.decode import frame
+from experts.ensemble import build_ensemble
+from experts.heads import CosineHead
+
+NAMES = ("expert0", "expert1")
+GREY = DatasetConfig(name="grey", source="digits", image_size=32, mean=(0.2, 0.2, 0.2), std=(0.3, 0.3, 0.3))
+COLOUR = DatasetConfig(name="colour", source="cifar10", image_size=32)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def ensemble():
+    torch.manual_seed(0)
+    built = build_ensemble(
+        ResNetCifar.Config(depth=8), CosineHead.Config(),
+        num_classes=4, expert_names=NAMES, reduce_dimension=True, seed=1,
+    )  # fmt: skip
+    built(torch.randn(8, 3, 16, 16))  # running statistics that are not those of a new network
+    return built.eval()
+
+
+def export(folder, dataset=GREY, image_shape=(8, 8, 1), aggregator=None, **changes):
+    arguments = {
+        "backbone": ResNetCifar.Config(depth=8), "head": CosineHead.Config(),
+        "aggregator": aggregator or MeanLogits.Config(), "dataset": dataset, "expert_names": NAMES,
+        "reduce_dimension": True, "class_names": ("a", "b", "c", "d"), "image_shape": image_shape,
+    }  # fmt: skip
+    state = changes.pop("state", None) or ensemble().state_dict()
+    export_model(folder, state, **(arguments | changes))
+    return folder
+
+
+def pixels(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("aggregator", [MeanLogits, MeanProbabilities])
+def test_served_probabilities_are_those_of_evaluation(tmp_path, aggregator):
+    images = pixels(5, 8, 8)
+    found = load_model(export(tmp_path / "m", aggregator=aggregator.Config())).predict(images)
+    prepared = prepare_eval(frame(torch.from_numpy(images)[:, None], 32), GREY)
+    with torch.no_grad():
+        expected = aggregator(aggregator.Config())(ensemble()(prepared)).softmax(1)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, expected.numpy())
+    np.testing.assert_allclose(found.sum(1), 1, rtol=1e-6)
+
+
+def test_colour_images_and_batches(tmp_path):
+    model = _load_pyfunc(str(export(tmp_path / "m", COLOUR, (32, 32, 3))))
+    images = pixels(5, 32, 32, 3)
+    whole = model.predict(images)
+    np.testing.assert_allclose(model.predict(images, batch_size=2), whole, rtol=1e-5)
+    np.testing.assert_allclose(model.predict(images[0]), whole[:1], rtol=1e-5)
+    assert model.predict(images[:0]).shape == (0, 4)
+    grey = np.repeat(pixels(2, 32, 32)[..., None], 3, axis=-1)
+    np.testing.assert_allclose(model.predict(grey[..., 0]), model.predict(grey), rtol=1e-5)
+
+
+def test_one_grey_image_is_a_batch_of_one(tmp_path):
+    model = load_model(export(tmp_path / "m"))
+    image = pixels(8, 8)
+    expected = model.predict(image[None])
+    for form in (image, image[..., None], image[None, ..., None]):
+        np.testing.assert_array_equal(model.predict(form), expected)
+
+
+def test_images_of_any_size_where_the_dataset_has_no_one_size(tmp_path):
+    model = load_model(export(tmp_path / "m", COLOUR, None))
+    assert model.predict(pixels(2, 40, 60, 3)).shape == (2, 4)
+    assert model.predict(pixels(1, 20, 10, 3)).shape == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((2, 8, 8), np.float32), "found type float32; needed uint8"),
+        (np.zeros((2, 9, 8), np.uint8), "found 9 x 8 pixels .* needed uint8 pixels .* of 8 x 8"),
+        (np.zeros((2, 8, 8, 3), np.uint8), r"found shape \[2, 8, 8, 3\]"),
+        (np.zeros((2, 2, 8, 8, 1), np.uint8), r"found shape \[2, 2, 8, 8, 1\]"),
+        (np.zeros(5, np.uint8), r"found shape \[5\]"),
+    ],
+)
+def test_other_images_are_refused(tmp_path, images, message):
+    with pytest.raises(ValueError, match=message):
+        load_model(export(tmp_path / "m")).predict(images)
+
+
+def test_float64_weights_are_served_in_float32_and_the_folder_is_replaced(tmp_path):
+    folder = export(tmp_path / "export" / "best", state=ensemble().double().state_dict())
+    assert {t.dtype for t in load_file(folder / TENSORS).values()} == {torch.float32, torch.int64}
+    export(folder)
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["best"]
+    assert sorted(p.name for p in folder.iterdir()) == [DESCRIPTION, TENSORS]
+
+
+def rewrite(folder, **fields):
+    description = json.loads((folder / DESCRIPTION).read_text())
+    (folder / DESCRIPTION).write_text(json.dumps(description | fields))
+
+
+def retensor(folder, change):
+    tensors = load_file(folder / TENSORS)
+    change(tensors)
+    save_file(tensors, folder / TENSORS)
+    rewrite(folder, tensors_sha256=_sha256(folder / TENSORS))
+
+
+def flip_a_byte(folder):
+    data = bytearray((folder / TENSORS).read_bytes())
+    data[-100] ^= 1
+    (folder / TENSORS).write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flip_a_byte, r"model\.safetensors: damaged: its SHA-256"),
+        (lambda f: (f / TENSORS).unlink(), r"model\.safetensors: missing"),
+        (lambda f: (f / DESCRIPTION).unlink(), r"model\.json: cannot be read"),
+        (lambda f: (f / DESCRIPTION).write_text("{"), r"model\.json: damaged, not valid JSON"),
+        (lambda f: rewrite(f, format=2), r"model\.json: format 2, this version reads 1"),
+        (lambda f: rewrite(f, num_classes="x"), r"model\.json: damaged: num_classes"),
+        (lambda f: rewrite(f, num_classes=5), "4 class_names for num_classes = 5"),
+        (lambda f: rewrite(f, surprise=1), "damaged: surprise"),
+        (lambda f: rewrite(f, backbone={"name": "nope"}), "no model is called 'nope'"),
+        (lambda f: retensor(f, lambda t: t.pop("trunk.conv1.weight")), "trunk.conv1.weight is missing"),
+        (lambda f: retensor(f, lambda t: t.update(extra=torch.zeros(1))), "extra is unknown"),
+        (
+            lambda f: retensor(f, lambda t: t.update({"trunk.bn1.bias": torch.zeros(3)})),
+            r"trunk.bn1.bias is \[3\], needed \[16\]",
+        ),
+    ],
+)
+def test_a_damaged_folder_is_refused_by_name(tmp_path, damage, message):
+    folder = export(tmp_path / "m")
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        load_model(folder)
+
+
+def test_an_ensemble_that_could_not_be_served_is_not_exported(tmp_path):
+    export(tmp_path / "m")
+    before = (tmp_path / "m" / TENSORS).read_bytes()
+    with pytest.raises(ValueError, match=r"expert2.* is missing"):
+        export(tmp_path / "m", expert_names=(*NAMES, "expert2"))
+    assert (tmp_path / "m" / TENSORS).read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
