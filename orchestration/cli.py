@@ -6,6 +6,7 @@ This file imports next to nothing, so that help comes at once and libraries load
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import threading
@@ -102,63 +103,39 @@ def _train(options: argparse.Namespace) -> int:
         _list_choices()
         return 0
     marks = {"start": _process_start(), "command": time.time()}
-    early = _EarlyRay(options.overrides)
+    ours = _start_ray_early(options.overrides)
     try:
         from orchestration.compose import load_config
+        from orchestration.train import train_and_report
 
         config = load_config(options.overrides)
         marks["config"] = time.time()
-        from orchestration.train import train_and_report
-
-        early.wait()
         return train_and_report(config, marks)
     finally:
-        early.end()
-
-
-class _EarlyRay:
-    """Starts a Ray of our own beside the slow imports, when nothing on the command line or around it names a cluster.
-
-    Half of the time from command to first step is two waits of several seconds, for Ray's processes and for torch to
-    load; this puts one beside the other.
-    """
-
-    def __init__(self, words: list[str]) -> None:
-        self._ours = False
-        self._problem: BaseException | None = None
-        self._thread: threading.Thread | None = None
-        named = os.environ.get("RAY_ADDRESS") or any(word.startswith(("cluster.address=", "cluster=")) for word in words)
-        if not named:
-            self._thread = threading.Thread(target=self._start, daemon=True)
-            self._thread.start()
-
-    def _start(self) -> None:
-        try:
-            import ray
-
-            if not ray.is_initialized():
-                from orchestration.own_ray import start_own_ray
-
-                start_own_ray()
-                self._ours = True
-        except BaseException as problem:
-            self._problem = problem
-
-    def wait(self) -> None:
-        """Until Ray is up."""
-        if self._thread is not None:
-            self._thread.join()
-        if self._problem is not None:
-            raise self._problem
-
-    def end(self) -> None:
-        """Shut down what was started here."""
-        if self._thread is not None:
-            self._thread.join()
-        if self._ours:
+        if ours:
             import ray
 
             ray.shutdown()
+
+
+def _start_ray_early(words: list[str]) -> bool:
+    """Start a Ray of our own when nothing names a cluster, while another thread loads torch; say whether that was done.
+
+    Half of the time from command to first step is two waits of seconds, for Ray's processes and for libraries. Ray starts
+    in this thread, because its processes end with the thread that started them.
+    """
+    import ray
+
+    named = os.environ.get("RAY_ADDRESS") or any(w.startswith(("cluster.address=", "cluster=")) for w in words)
+    if named or ray.is_initialized():
+        return False
+    loading = threading.Thread(target=importlib.import_module, args=("orchestration.train",), daemon=True)
+    loading.start()
+    from orchestration.own_ray import start_own_ray
+
+    start_own_ray()
+    loading.join()
+    return True
 
 
 def _process_start() -> float:

@@ -43,6 +43,11 @@ def import_deepspeed(*, gpu: bool) -> ModuleType:
     finally:
         if hide:
             del sys.modules["mlflow"]
+    from deepspeed.runtime import compiler
+
+    # Its Muon optimiser, loaded with any ZeRO engine, compiles kernels on import: 5 s of torch.compile that SGD never uses.
+    with patch.object(compiler, "compile", lambda *_, **__: lambda function: function):
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # The shared-memory exchange for CPUs is compiled at first use: 20 s and a compiler, for nothing that gloo lacks.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -6,6 +6,7 @@ The group columns come by two published rules, each named where it is used: by t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -45,8 +46,8 @@ def final_table(
     lines += ["", "Top-1 accuracy in %, groups by number of training images of a class"]
     lines += _accuracy_block(shown, ["all", *GROUPS], _headings(groups.get("by_count"), _COUNT_RULE))
     by_index = [f"{group}_by_index" for group in GROUPS]
-    if any(_top1(shown[which], member, key) is not None for which in shown for member in members(shown) for key in by_index):
-        lines += ["", "Top-1 accuracy in %, groups by index of the class, sorted by decreasing number of training images"]
+    if any(_top1(shown[w], member, key) is not None for w in shown for member in members(shown) for key in by_index):
+        lines += ["", "Top-1 accuracy in %, groups by index of the class, classes sorted by falling training count"]
         headings = _headings(groups.get("by_index"), _index_rule(groups.get("by_index")), "_by_index")
         lines += _accuracy_block(shown, by_index, headings)
     lines += ["", "Calibration: negative log-likelihood in nats, expected calibration error in % (15 bins)"]
@@ -92,10 +93,10 @@ def per_class_table(evaluations: Mapping[str, Mapping[str, Any]], data: Mapping[
         for member in members({which: evaluation}):
             columns.append(f"{which}/{member}")
             accuracies.append(_member(evaluation, member).get("per_class") or [None] * len(counts))
-    rows = [
-        [index, names[index], count, *(groups.get(index) for groups in by_class.values()), *(a[index] for a in accuracies)]
-        for index, count in enumerate(counts)
-    ]
+    rows = []
+    for index, count in enumerate(counts):
+        groups_of = [groups.get(index) for groups in by_class.values()]
+        rows.append([index, names[index], count, *groups_of, *(accuracy[index] for accuracy in accuracies)])
     return {"columns": columns, "data": rows}
 
 
@@ -170,7 +171,7 @@ def _grid(rows: Sequence[Sequence[str]], spans: Iterable[tuple[str, int]] = ()) 
             position += width
         lines.append("  ".join(cells))
     head, *body = (
-        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     )
     return [*lines, head, "-" * len(head), *body]
@@ -185,4 +186,4 @@ def _top1(evaluation: Mapping[str, Any], member: str, key: str) -> float | None:
 
 
 def _number(value: float | None, scale: float, digits: int) -> str:
-    return "n/a" if value is None or value != value else f"{value * scale:.{digits}f}"
+    return "n/a" if value is None or math.isnan(value) else f"{value * scale:.{digits}f}"

@@ -18,14 +18,11 @@ MLflow is imported here alone, and only in the process that uploads: the import 
 from __future__ import annotations
 
 import contextlib
-import getpass
 import importlib.metadata
 import importlib.util
-import itertools
 import json
 import logging
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -34,14 +31,24 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from orchestration import journal, tracking_contents
 from orchestration.tracking_contents import check_uri, default_uri, redact
-from orchestration.tracking_process import STATE_FILE, State, Tail, Target, locked, lower_priority, one_line
+from orchestration.tracking_process import (
+    STATE_FILE,
+    State,
+    Tail,
+    Target,
+    chunks,
+    drain,
+    follow,
+    locked,
+    set_priority,
+    user,
+)
 
 __all__ = ["Uploader", "check_uri", "default_uri", "redact", "start_uploader", "sync"]
 
@@ -54,6 +61,7 @@ _ENVIRONMENT = {
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_UV_AUTO_DETECT": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
@@ -162,7 +170,7 @@ def sync(
     with locked(run_dir / f".{STATE_FILE}.lock", wait_s=2.0) as ours:
         if not ours:
             return _incomplete(run_dir, uri, "another process is uploading this run; wait until it ends")
-        problem = _drain(_Sender(run_dir, target), wait_s, status)
+        problem = drain(_Sender(run_dir, target), wait_s, status)
     return None if problem is None else _incomplete(run_dir, uri, problem)
 
 
@@ -181,15 +189,22 @@ class _Sender:
         self._tail = Tail(run_dir / journal.FILE_NAME)
         self._client: Any = None
         self._run_id = ""
-        self._steps: dict[str, int] = {}
+        self._steps: dict[str, int] = {}  # by metric: the last step that the server has, or that waits to be sent
+        self._params: set[str] = set()
+        self._stages: list[str] = []
+        self._described: Any = None
         self._unsent: list[Any] = []
 
-    def connect(self) -> bool:
-        """Find or make the MLflow run, and say what it is; False when that was done before."""
+    @property
+    def begun(self) -> bool:
+        """Whether there is a run to speak of: its config is there."""
+        return (self._run_dir / "config.yaml").exists()
+
+    def connect(self) -> None:
+        """Find or make the MLflow run. Does nothing when that is done."""
         if self._client is not None:
-            return False
+            return
         import mlflow
-        from mlflow.entities import Param, RunTag
 
         logging.getLogger("alembic").setLevel(logging.WARNING)
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
@@ -205,22 +220,40 @@ class _Sender:
             run = self._find_run(client)
         self._run_id = run.info.run_id
         self._steps = {metric.key: int(metric.step) for metric in run.data.to_proto().metrics}
+        self._params = set(run.data.params)
         if run.info.status != "RUNNING":
             client.update_run(self._run_id, status="RUNNING")
-        config = tracking_contents.read_config(self._run_dir)
-        self._stages = list((config.get("method") or {}).get("stages") or [])
-        known = run.data.params  # parameters never change on the server; those of the first start stay
-        params = [Param(k, v) for k, v in tracking_contents.parameters(config).items() if k not in known]
-        for chunk in _chunks(params, 100):
-            client.log_batch(self._run_id, params=chunk, synchronous=True)
-        tags = tracking_contents.tags(
-            tracking_contents.read_json(self._run_dir / "run.json"), self._read("data.json"), config
-        )
-        client.log_batch(self._run_id, tags=[RunTag(k, v) for k, v in tags.items()][:100], synchronous=True)
-        self._log_dataset(client)
         self._client = client
         _log.info("run %s of experiment %s", self._run_id, self._target.experiment)
-        return True
+
+    def describe(self) -> None:
+        """Say what the run is: parameters, tags, dataset, files. Does nothing while those stay the same."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
+
+        state = [_stamp(self._run_dir / name) for name in ("config.yaml", "run.json", "data.json")]
+        if state == self._described:
+            return
+        config = tracking_contents.read_config(self._run_dir)
+        run, data = self._read("run.json"), self._read("data.json")
+        self._stages = list((config.get("method") or {}).get("stages") or [])
+        # Parameters never change on the server; those of the first start stay.
+        params = {k: v for k, v in tracking_contents.parameters(config).items() if k not in self._params}
+        for chunk in chunks([Param(*item) for item in params.items()], 100):
+            self._client.log_batch(self._run_id, params=chunk, synchronous=True)
+        self._params |= set(params)
+        tags = [RunTag(*item) for item in tracking_contents.tags(run, data, config).items()]
+        for chunk in chunks(tags, 100):
+            self._client.log_batch(self._run_id, tags=chunk, synchronous=True)
+        if data.get("digest"):
+            profile = {"images": data.get("total"), "classes": len(data.get("counts", []))}
+            name = str(data.get("dataset", "dataset"))[:500]
+            dataset = Dataset(
+                name, str(data["digest"])[:36], "local", json.dumps({"dataset": name}), profile=json.dumps(profile)
+            )
+            inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
+            self._client.log_inputs(self._run_id, inputs)
+        self.send_files()
+        self._described = state
 
     def _find_run(self, client: Any) -> Any:
         from mlflow.exceptions import MlflowException
@@ -244,7 +277,7 @@ class _Sender:
         if found:
             run = client.get_run(found[0].info.run_id)
         else:
-            tags = {"expertail.key": state["key"], "mlflow.user": _user()}
+            tags = {"expertail.key": state["key"], "mlflow.user": user()}
             if self._target.parent:
                 tags["mlflow.parentRunId"] = self._target.parent
             run = client.create_run(experiment_id, tags=tags, run_name=self._target.run_name)
@@ -252,19 +285,6 @@ class _Sender:
         state.update(experiment=self._target.experiment, experiment_id=experiment_id, run_id=run.info.run_id)
         self.state.save()
         return run
-
-    def _log_dataset(self, client: Any) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        data = self._read("data.json")
-        if not data.get("digest"):
-            return
-        profile = {"images": data.get("total"), "classes": len(data.get("counts", []))}
-        dataset = Dataset(
-            name=str(data.get("dataset", "dataset"))[:500], digest=str(data["digest"])[:36], source_type="local",
-            source=json.dumps({"dataset": data.get("dataset")}), profile=json.dumps(profile),
-        )  # fmt: skip
-        client.log_inputs(self._run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
     def _read(self, name: str) -> dict[str, Any]:
         return tracking_contents.read_json(self._run_dir / name)
@@ -347,7 +367,7 @@ class _Sender:
                 model_id = self._send_model(which, folder, digest)
                 versions[digest] = self._client.create_model_version(
                     name, f"models:/{model_id}", run_id=self._run_id, model_id=model_id,
-                    tags={"expertail.digest": digest, "run": self._target.run_name},
+                    tags={"expertail.digest": digest, "run": self._target.run_name}, await_creation_for=30,
                 ).version  # fmt: skip
             if self._aliases(name).get(which) != str(versions[digest]):
                 self._client.set_registered_model_alias(name, which, str(versions[digest]))
@@ -389,6 +409,15 @@ class _Sender:
             self._client.set_terminated(self._run_id, status)
 
 
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is written; None when it is not there."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_mtime_ns, status.st_ino
+
+
 def _save_pyfunc(scratch: Path, export: Path, model: Any) -> None:
     """Write an exported ensemble as an MLflow model below `scratch`: tensors, JSON and our code; nothing is pickled."""
     import mlflow
@@ -418,54 +447,9 @@ def _save_pyfunc(scratch: Path, export: Path, model: Any) -> None:
     )
 
 
-def _drain(sender: _Sender, wait_s: float, status: str | None) -> str | None:
-    """Send everything, trying again until `wait_s` is over; None, or what went wrong."""
-    deadline = time.monotonic() + wait_s
-    problem: str | None = f"not done after {wait_s:.0f} s"
-    for attempt in itertools.count():
-        try:
-            sender.connect()
-            if sender.send_points(deadline):
-                sender.send_files()
-                sender.send_models()
-                sender.close(status)
-                problem = None
-        except Exception as error:
-            problem = one_line(error)
-            _log.warning("%s", problem)
-            if _is_final(error):
-                break
-        pause = min(0.5 * 2**attempt, 5.0)
-        if problem is None or time.monotonic() + pause >= deadline:
-            break
-        time.sleep(pause)
-    sender.state.values.update(problem=problem)
-    sender.state.save()
-    return problem
-
-
-def _follow(sender: _Sender, wake: threading.Event, *, interval_s: float = 2.0, system_s: float = 10.0) -> None:
-    """Send what comes until woken. No exception leaves; a failing server is asked ever more rarely, up to a minute."""
-    failures, system_at = 0, time.monotonic() + system_s
-    while not wake.is_set():
-        try:
-            if sender.connect():
-                sender.send_files()
-            sender.send_points(time.monotonic() + 10.0)
-            if time.monotonic() >= system_at:
-                system_at = time.monotonic() + system_s
-                sender.send_system()
-            failures = 0
-        except Exception as error:
-            failures += 1
-            _log.warning("%s (failure %d)", one_line(error), failures)
-        pause = interval_s if failures == 0 else min(2.0**failures, 60.0) * random.uniform(0.8, 1.2)
-        wake.wait(pause)
-
-
 def main(arguments: list[str]) -> int:
     """The uploading process: the target as one line of JSON on standard input, then `finish`; an end is an orphan's."""
-    lower_priority()
+    set_priority(19)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s", level=logging.INFO)
     run_dir = Path(arguments[0])
     target = Target(**json.loads(sys.stdin.readline()))
@@ -477,6 +461,7 @@ def main(arguments: list[str]) -> int:
             last.update(json.loads(line))
             break
         wake.set()
+        set_priority(0)  # training is over; the driver waits
 
     threading.Thread(target=listen, daemon=True).start()
     with locked(run_dir / f".{STATE_FILE}.lock", wait_s=60.0) as ours:  # an earlier driver's orphan ends by itself
@@ -484,26 +469,8 @@ def main(arguments: list[str]) -> int:
             _log.error("another process is uploading this run")
             return 1
         sender = _Sender(run_dir, target)
-        _follow(sender, wake)
-        lower_priority(0)
-        return 0 if _drain(sender, last["finish"], last["status"]) is None else 3
-
-
-def _is_final(error: Exception) -> bool:
-    """Whether trying again cannot help: the server refuses what it is asked, or a file of the run is damaged."""
-    status = getattr(error, "get_http_status_code", None)
-    return isinstance(error, ValueError) if status is None else 400 <= status() < 500 and status() not in (408, 429)
-
-
-def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
-    yield from (items[start : start + size] for start in range(0, len(items), size))
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container without a passwd entry
-        return str(os.getuid())
+        follow(sender, wake)
+        return 0 if drain(sender, last["finish"], last["status"]) is None else 3
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ PER_CLASS_FILE = "per_class.json"
 _PARAM_CHARACTERS = 250
 _STATUS = {
     "running": "RUNNING", "started": "RUNNING", "resumed": "RUNNING",
-    "finished": "FINISHED", "complete": "FINISHED", "completed": "FINISHED", "done": "FINISHED", "stopped": "FINISHED",
+    "finished": "FINISHED", "complete": "FINISHED", "completed": "FINISHED", "done": "FINISHED",
     "failed": "FAILED", "error": "FAILED",
-    "killed": "KILLED", "interrupted": "KILLED", "cancelled": "KILLED",
+    "killed": "KILLED", "stopped": "KILLED", "interrupted": "KILLED", "cancelled": "KILLED",
 }  # fmt: skip
 
 

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import getpass
+import itertools
 import json
+import logging
 import os
+import random
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from orchestration import journal, tracking_contents
 from orchestration.tracking_contents import redact
 
 STATE_FILE = "tracking.json"
+_log = logging.getLogger("expertail.tracking")
 
 
 @dataclass(frozen=True)
@@ -94,14 +100,106 @@ def locked(path: Path, *, wait_s: float) -> Iterator[bool]:
         yield True
 
 
-def lower_priority(nice: int = 19) -> None:
-    """Yield to training. Where each session is scheduled as one group, the group must yield too."""
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, nice)
+def set_priority(nice: int) -> None:
+    """Yield to training (19), or stop yielding (0), which not every user may.
+
+    Where each session is scheduled as one group, the group's number counts; elsewhere the threads' own.
+    """
+    tasks = Path("/proc/self/task")
+    for thread in [int(entry.name) for entry in tasks.iterdir()] if tasks.exists() else [0]:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, nice)
     with contextlib.suppress(OSError):
         Path("/proc/self/autogroup").write_text(str(nice))
+
+
+class Sender(Protocol):
+    """What brings a run folder and a server together. Every call may raise."""
+
+    state: State
+
+    @property
+    def begun(self) -> bool: ...
+    def connect(self) -> None: ...
+    def describe(self) -> None: ...
+    def send_points(self, deadline: float) -> bool: ...
+    def send_system(self) -> None: ...
+    def send_files(self) -> None: ...
+    def send_models(self) -> None: ...
+    def close(self, status: str | None) -> None: ...
+
+
+def drain(sender: Sender, wait_s: float, status: str | None) -> str | None:
+    """Send everything, trying again until `wait_s` is over; None, or what went wrong."""
+    if not sender.begun:
+        return None
+    status = sender.state.values["status"] = status or sender.state.values.get("status")
+    deadline = time.monotonic() + wait_s
+    problem: str | None = f"not done after {wait_s:.0f} s"
+    for attempt in itertools.count():
+        try:
+            sender.connect()
+            sender.describe()
+            if sender.send_points(deadline):
+                sender.send_files()
+                sender.send_models()
+                sender.close(status)
+                problem = None
+        except Exception as error:
+            problem = one_line(error)
+            _log.warning("%s", problem)
+            if is_final(error):
+                break
+        pause = min(0.5 * 2**attempt, 5.0)
+        if problem is None or time.monotonic() + pause >= deadline:
+            break
+        time.sleep(pause)
+    sender.state.values.update(problem=problem)
+    sender.state.save()
+    return problem
+
+
+def follow(sender: Sender, wake: threading.Event, *, interval_s: float = 2.0, system_s: float = 10.0) -> None:
+    """Send what comes until woken. No exception leaves; a failing server is asked ever more rarely, up to a minute."""
+    failures, system_at = 0, time.monotonic() + system_s
+    while not wake.is_set():
+        if not sender.begun:
+            wake.wait(interval_s)
+            continue
+        try:
+            sender.connect()
+            sender.describe()
+            sender.send_points(time.monotonic() + 10.0)
+            if time.monotonic() >= system_at:
+                system_at = time.monotonic() + system_s
+                sender.send_system()
+            failures = 0
+        except Exception as error:
+            failures += 1
+            _log.warning("%s (failure %d)", one_line(error), failures)
+        pause = interval_s if failures == 0 else min(2.0**failures, 60.0) * random.uniform(0.8, 1.2)
+        wake.wait(pause)
 
 
 def one_line(error: BaseException) -> str:
     """An error as one line without secrets."""
     return redact(f"{type(error).__name__}: {error}".strip().splitlines()[0])[:500]
+
+
+def is_final(error: Exception) -> bool:
+    """Whether trying again cannot help: the server refuses what it is asked, or a file of the run is damaged."""
+    status = getattr(error, "get_http_status_code", None)
+    return isinstance(error, ValueError) if status is None else 400 <= status() < 500 and status() not in (408, 429)
+
+
+def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    """Pieces of a list."""
+    yield from (items[start : start + size] for start in range(0, len(items), size))
+
+
+def user() -> str:
+    """The name of who runs this."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container without a passwd entry
+        return str(os.getuid())

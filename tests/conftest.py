@@ -27,3 +27,57 @@ def local_ray():
         start_own_ray()
     yield
     ray.shutdown()
+
+
+class WarmPool:
+    """Worker actors that outlive a test. A fleet made while `lent` is on takes its workers from here."""
+
+    def __init__(self) -> None:
+        self.actors: list = []
+
+    def take(self, count: int, engine: str) -> list:
+        """The first `count` workers, on one thread each, made where there are fewer."""
+        import ray
+        from orchestration.actors import Worker
+
+        while len(self.actors) < count:
+            self.actors.append(Worker.options(num_cpus=0, max_restarts=0).remote(gpu=False, threads=1))
+        workers = self.actors[:count]
+        ray.get([worker.load_libraries.remote(engine) for worker in workers])
+        return workers
+
+    def give_back(self, workers: list) -> None:
+        """Make workers free for the next test; those that died are forgotten."""
+        import ray
+
+        for worker in workers:
+            try:
+                ray.get(worker.leave.remote(), timeout=30)
+            except ray.exceptions.RayError:
+                ray.kill(worker)
+                self.actors.remove(worker)
+
+
+@pytest.fixture(scope="session")
+def warm_pool(local_ray):
+    """One pool for the session."""
+    return WarmPool()
+
+
+@pytest.fixture
+def warm(warm_pool, monkeypatch):
+    """Let fleets use workers of the pool in place of fresh ones in a placement group of their own."""
+    from orchestration.fleet import Fleet
+
+    def start(fleet):
+        fleet.workers = warm_pool.take(fleet.shape.workers, fleet.config.engine.name)
+        fleet.hosts = fleet.call("load_libraries", fleet.config.engine.name)
+
+    def close(fleet):
+        warm_pool.give_back(fleet.workers)
+        fleet.workers = []
+
+    monkeypatch.setattr(Fleet, "_reserve", lambda fleet: None)
+    monkeypatch.setattr(Fleet, "start", start)
+    monkeypatch.setattr(Fleet, "close", close)
+    return warm_pool

@@ -15,6 +15,7 @@ from experts.data.pools import ArrayPool, Source
 
 FASHION_CLASSES = ("t-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
                    "ankle boot")
+FASHION_FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 IDX_UNSIGNED_BYTE = 0x08
 
 
@@ -36,7 +37,7 @@ def open_fashion_mnist(config: DatasetConfig) -> Source:
     Source: Xiao et al. 2017, arXiv:1708.07747.
     """
     root = needs_root(config, "a folder with train-images-idx3-ubyte.gz and its three companions")
-    if config.download:
+    if config.download and not all(_places(root, name) for name in FASHION_FILES):
         import torchvision
 
         with locked_root(root):
@@ -57,14 +58,25 @@ def _images(root: str, name: str) -> np.ndarray:
 
 
 def _labels(root: str, name: str) -> np.ndarray:
-    return read_idx(_find(root, name), num_axes=1).astype(np.int64)
+    path = _find(root, name)
+    labels = read_idx(path, num_axes=1).astype(np.int64)
+    for image in np.flatnonzero(labels >= len(FASHION_CLASSES)):
+        raise ValueError(f"{path}: label {labels[image]} of image {image} is out of range; needed 0 to "
+                         f"{len(FASHION_CLASSES) - 1}; fetch the file again")
+    return labels
+
+
+def _places(root: str, name: str) -> list[str]:
+    """Where a file is, unpacked or packed, the preferred place first."""
+    folders = (root, os.path.join(root, "FashionMNIST", "raw"), os.path.join(root, "raw"))
+    paths = [os.path.join(folder, name + ending) for folder in folders for ending in ("", ".gz")]
+    return [path for path in paths if os.path.isfile(path)]
 
 
 def _find(root: str, name: str) -> str:
-    for folder in (root, os.path.join(root, "FashionMNIST", "raw"), os.path.join(root, "raw")):
-        for path in (os.path.join(folder, name), os.path.join(folder, name + ".gz")):
-            if os.path.isfile(path):
-                return path
+    places = _places(root, name)
+    if places:
+        return places[0]
     raise ValueError(f"dataset.root = {root}: found no {name}.gz or {name}, there or in FashionMNIST/raw; needed: the "
                      f"four files of Fashion-MNIST; copy them there, or set dataset.download=true")
 

@@ -102,8 +102,9 @@ def _move(images_BcHW: Tensor, uniforms_BK: np.ndarray, config: Augment) -> Tens
     if valid_BHW is not None:
         inside_BHW &= valid_BHW
     index_BHW = y_BHW.clamp(0, height - 1) * width + x_BHW.clamp(0, width - 1)
-    index_BcP = index_BHW.expand(num_images, height, width).reshape(num_images, 1, -1).expand(-1, channels, -1)
-    moved_BcP = images_BcHW.reshape(num_images, channels, -1).gather(2, index_BcP)
+    index_B1P = index_BHW.expand(num_images, height, width).reshape(num_images, 1, height * width)
+    pixels_BcP = images_BcHW.reshape(num_images, channels, height * width)
+    moved_BcP = pixels_BcP.gather(2, index_B1P.expand(-1, channels, -1))
     return moved_BcP.view(num_images, channels, height, width) * inside_BHW[:, None]
 
 

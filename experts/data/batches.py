@@ -194,7 +194,7 @@ class EvalBatches:
         replica: int = 0,
         num_replicas: int = 1,
     ) -> None:
-        """Copy nothing yet: evaluation images go to the device a batch at a time."""
+        """Copy nothing yet: images go to the device a batch at a time, unless the store given is there already."""
         self.store = store
         self.config = config
         self.batch_size = batch_size
@@ -220,8 +220,10 @@ class EvalBatches:
             pixels = stream.read_all([Request(part) for part in parts])
         else:
             pixels = map(self.store.take, parts)
-        for part, images in zip(parts, pixels, strict=True):
-            labels = torch.from_numpy(self.store.labels[part]).to(self.device)
-            yield prepare_eval(images.to(self.device, non_blocking=True), self.config, self.dtype), labels
-        if stream is not None:
-            stream.close()
+        try:
+            for part, images in zip(parts, pixels, strict=True):
+                labels = torch.from_numpy(self.store.labels[part]).to(self.device)
+                yield prepare_eval(images.to(self.device, non_blocking=True), self.config, self.dtype), labels
+        finally:
+            if stream is not None:
+                stream.close()

@@ -68,7 +68,7 @@ class DatasetConfig(Settings):
     root: str | None = None
     """Folder of the files. Not needed for digits. With download=true and no root: ~/.cache/expertail/<source>."""
     download: bool = False
-    """Fetch missing files (fashion_mnist, cifar10, cifar100) and check them against the published md5 sums."""
+    """Fetch what is missing (fashion_mnist, cifar10, cifar100) and check it against the published md5 sums."""
     train_list: str | None = None
     """image_list: text file of `path label` lines, looked up as given and then in root."""
     val_list: str | None = None

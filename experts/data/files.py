@@ -43,8 +43,8 @@ def _scan(root: str, split: str, expected: tuple[str, ...] | None) -> tuple[tupl
                          f"dataset.root = {root}")
     if expected is not None and names != expected:
         extra, missing = sorted(set(names) - set(expected)), sorted(set(expected) - set(names))
-        wrong = "; ".join([f"{extra[0]} is not in train/ ({len(extra)} such)"] * bool(extra)
-                          + [f"{missing[0]} is missing ({len(missing)} such)"] * bool(missing))
+        wrong = "; ".join([f"{name} is not in train/ ({len(extra)} such)" for name in extra[:1]]
+                          + [f"{name} is missing ({len(missing)} such)" for name in missing[:1]])
         raise ValueError(f"{base}: its class folders differ from those of train/: {wrong}; give both the same")
     paths: list[str] = []
     labels: list[int] = []

@@ -25,6 +25,7 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
 _LITERALS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE",
              "BINBYTES", "SHORT_BINBYTES", "STRING", "BINSTRING", "SHORT_BINSTRING"}
 _IGNORED = {"PROTO", "FRAME"}
+_PLAIN = {int, str, bytes, bool, type(None)}
 
 
 class _Symbol(tuple):
@@ -160,15 +161,13 @@ def _construct(symbol: Any, arguments: tuple[Any, ...]) -> Any:
 
 
 def _finished(value: Any) -> Any:
-    """Replace arrays under construction by the arrays."""
-    if isinstance(value, dict):
+    """Replace arrays under construction by the arrays, and refuse what is no data."""
+    if type(value) in _PLAIN:
+        return value
+    if type(value) is dict:
         return {k.decode("latin-1") if isinstance(k, bytes) else k: _finished(v) for k, v in value.items()}
-    if isinstance(value, list) and any(isinstance(v, (_Array, dict, list)) for v in value):
-        return [_finished(v) for v in value]
-    if isinstance(value, _Array):
-        if value.value is None:
-            raise ValueError("an array without content")
+    if type(value) in (list, tuple):
+        return type(value)(_finished(v) for v in value)
+    if isinstance(value, _Array) and value.value is not None:
         return value.value
-    if isinstance(value, (_Bytes, _Symbol)):
-        raise ValueError("a value that is no data")
-    return value
+    raise ValueError("it holds something that is no data")

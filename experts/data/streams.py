@@ -97,8 +97,12 @@ class Stream:
                 collate_fn=_as_it_is, persistent_workers=True, pin_memory=self.pin_memory,
                 generator=torch.Generator().manual_seed(0),  # without one it would advance torch's global generator
             )
-        for item in self._loader:
+        batches = iter(self._loader)
+        for _ in requests:
+            item = next(batches)
             if isinstance(item, str):
+                del batches  # else the error's traceback keeps the processes alive
+                self.close()
                 raise ValueError(item)
             yield item
 

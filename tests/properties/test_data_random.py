@@ -1,5 +1,6 @@
 """Keyed randomness: rows do not depend on the pieces they are asked for in, and are as random as they claim."""
 
+import itertools
 import random
 
 import numpy as np
@@ -15,14 +16,14 @@ def test_any_chunking_gives_the_same_rows(seed):
     whole = uniforms(seed, start, 50, width)
     cuts = np.sort(rng.integers(0, 51, 4))
     bounds = [0, *cuts.tolist(), 50]
-    chunks = [uniforms(seed, start + a, b - a, width) for a, b in zip(bounds, bounds[1:], strict=False)]
+    chunks = [uniforms(seed, start + a, b - a, width) for a, b in itertools.pairwise(bounds)]
     assert np.array_equal(np.concatenate(chunks), whole)
 
 
 def test_uniforms_are_uniform():
     """A million numbers: mean 1/2 +- 5 * 0.00029, each tenth +- 5 * 300, rows uncorrelated to 0.01."""
     numbers = uniforms(key("uniform"), 0, 125_000, 8)
-    assert 0 <= numbers.min()
+    assert numbers.min() >= 0
     assert numbers.max() < 1
     assert abs(numbers.mean() - 0.5) < 0.0015
     assert np.abs(np.histogram(numbers, 10, (0, 1))[0] - 100_000).max() < 1500
@@ -31,13 +32,14 @@ def test_uniforms_are_uniform():
 
 def test_keys_are_stable_and_apart():
     """The first value pins the hash: a change would silently change every run."""
-    assert key(0, "train", 1, "main", "draws") == 0x1e0d04ea2cb12a6ab79bcf9a74ca5d9c or True
+    assert key(0, "train", 1, "main", "draws") == 0xc1ccf0c604c0e8ca60075130f2604864
     assert len({key(0, "a", 1), key(0, "a", 2), key(0, "b", 1), key(1, "a", 1), key(0, "a1"), key(0, "a", "1")}) == 6
 
 
 def test_numbers_are_pinned():
     """Philox's raw words are promised by NumPy; these would show a broken promise, or a changed rule of ours."""
-    assert np.array_equal(uniforms(1, 0, 2, 2), uniforms(1, 0, 3, 2)[:2])
+    expected = [0.2933897082214907, 0.20900774825194157, 0.09393503922798041, 0.2848738728460688, 0.08191016477112045]
+    assert uniforms(1, 7, 1, 5)[0].tolist() == expected
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 5, 1000])

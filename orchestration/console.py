@@ -1,0 +1,225 @@
+"""What a person sees while a run trains: a live view on a terminal, one plain line per interval anywhere else.
+
+    epoch 3/60  step 57/3000 (2%)  eta 0:12:40  loss 3.21  lr 0.1  912 images/s  ldam/expert0 2.9
+
+The view is a courtesy: whatever goes wrong in it (a closed pipe, a terminal of no width) is swallowed, and training
+goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, TextIO
+
+from orchestration.tables import GROUPS, members
+
+_FIRST = ("loss", "lr", "images/s")
+_PACE_S = 30.0  # how far back the pace of the ETA looks
+
+
+class Console:
+    """Shows progress and messages on one stream; never raises.
+
+    Args:
+        total_steps: steps of the whole run, where known before the first `step`.
+        interval_s: seconds between plain lines, and nothing else: a terminal is refreshed four times a second at most.
+        stream: a terminal gets the live view, anything else plain lines without colour codes.
+    """
+
+    def __init__(
+        self, total_steps: int | None = None, *, interval_s: float = 10.0, stream: TextIO | None = None
+    ) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._interval_s = interval_s
+        self._pace = _Pace()
+        self._line_at = -math.inf
+        self._moment = (0, 0, 0, total_steps or 0)
+        self._values: dict[str, float] = {}
+        self._evaluation: dict[str, Any] = {}
+        self._live: Any = None
+        self._terminal = False
+        with contextlib.suppress(Exception):
+            self._terminal = self._stream.isatty()
+
+    def step(self, epoch: int, epochs: int, step: int, total_steps: int, values: Mapping[str, float]) -> None:
+        """Show where training is.
+
+        Args:
+            epoch: counted from 1.
+            epochs: of the stage.
+            step: optimiser steps done.
+            total_steps: steps to do.
+            values: `loss`, `lr`, `images/s` and the terms of the loss, as far as known.
+        """
+        with self._courtesy():
+            self._pace.note(step)
+            self._moment, self._values = (epoch, epochs, step, total_steps), dict(values)
+            if self._terminal:
+                self._draw()
+            elif time.monotonic() - self._line_at >= self._interval_s or step == total_steps:
+                self._line_at = time.monotonic()
+                self._write(self._progress_line())
+
+    def evaluation(self, result: Mapping[str, Any]) -> None:
+        """Show an evaluation, as in `evaluation/*.json`."""
+        with self._courtesy():
+            self._evaluation = dict(result)
+            if self._terminal:
+                self._draw()
+            self._write(evaluation_line(result))
+
+    def message(self, text: str) -> None:
+        """Show a line of text; on a terminal it stays above the live view."""
+        with self._courtesy():
+            self._write(text)
+
+    def close(self) -> None:
+        """Leave the last view where it is and give the terminal back. Closing twice does nothing."""
+        live, self._live = self._live, None
+        with self._courtesy():
+            if live is not None:
+                live.stop()
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _courtesy(self) -> Iterator[None]:
+        with contextlib.suppress(Exception):
+            yield
+
+    def _write(self, text: str) -> None:
+        if self._live is not None:
+            from rich.text import Text
+
+            self._live.console.print(Text(text))
+            return
+        print(text, file=self._stream, flush=True)
+
+    def _progress_line(self) -> str:
+        epoch, epochs, step, total = self._moment
+        share = f" ({100 * step / total:.0f}%)" if total else ""
+        parts = [f"epoch {epoch}/{epochs}", f"step {step}/{total}{share}", f"eta {self._pace.eta(total)}"]
+        parts += [_shown(name, self._values[name]) for name in _FIRST if name in self._values]
+        parts += [_shown(name, value) for name, value in self._values.items() if name not in _FIRST]
+        return "  ".join(parts)
+
+    def _draw(self) -> None:
+        from rich.console import Console as RichConsole
+        from rich.live import Live
+
+        if self._live is None:
+            console = RichConsole(file=self._stream)
+            self._live = Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+            self._live.start()
+            self._drawn_at = -math.inf
+        now = time.monotonic()
+        if now - self._drawn_at >= 0.25 or self._moment[2] == self._moment[3]:
+            self._drawn_at = now
+            self._live.update(self._view(), refresh=True)
+
+    def _view(self) -> Any:
+        from rich.console import Group
+        from rich.padding import Padding
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        epoch, epochs, step, total = self._moment
+        head = Text(no_wrap=True, overflow="ellipsis")
+        head.append(f"epoch {epoch}/{epochs}", style="bold")
+        head.append(f"  step {step:,}/{total:,}  eta ")
+        head.append(self._pace.eta(total), style="bold")
+        parts: list[Any] = [head, Padding(ProgressBar(total=max(total, 1), completed=step), 0)]  # a bar ends no line
+        first = [_shown(name, self._values[name]) for name in _FIRST if name in self._values]
+        parts.append(Text("  ".join(first), style="cyan", no_wrap=True, overflow="ellipsis"))
+        if terms := self._terms():
+            parts.append(terms)
+        if self._evaluation:
+            table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+            table.add_column(f"{self._evaluation.get('split', '')} top-1 %", no_wrap=True, style="dim")
+            for group in ("all", *GROUPS):
+                table.add_column(group, justify="right", no_wrap=True)
+            for member in members({"now": self._evaluation}):
+                top1 = self._evaluation["members"][member]["top1"]
+                cells = [_percent(top1.get(group)) for group in ("all", *GROUPS)]
+                table.add_row(member, *cells, style="bold" if member == "ensemble" else "")
+            parts.append(table)
+        return Group(*parts)
+
+    def _terms(self) -> Any:
+        """Terms as a small table, a column a term and a row an expert; None when there are none."""
+        from rich.table import Table
+
+        values = {name: value for name, value in self._values.items() if name not in _FIRST}
+        if not values:
+            return None
+        rows: dict[str, dict[str, float]] = {}
+        for name, value in values.items():
+            term, _, owner = name.rpartition("/")
+            rows.setdefault(owner if term else "", {})[term or owner] = value
+        names = list(dict.fromkeys(term for row in rows.values() for term in row))
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column("loss terms", no_wrap=True, style="dim")
+        for term in names:
+            table.add_column(term, justify="right", no_wrap=True)
+        for owner, row in rows.items():
+            table.add_row(owner, *(f"{row[term]:.4g}" if term in row else "" for term in names))
+        return table
+
+
+def evaluation_line(result: Mapping[str, Any]) -> str:
+    """An evaluation as one line: every group of the ensemble, all images of each expert."""
+    shown = [f"{result.get('split', '')} top-1 %, epoch {result.get('epoch', '?')}:"]
+    for member in members({"now": result}):
+        top1 = result["members"][member]["top1"]
+        if member == "ensemble":
+            shown += [f"{group} {_percent(top1.get(group))}" for group in ("all", *GROUPS)]
+        else:
+            shown.append(f"{member} {_percent(top1.get('all'))}")
+    return "  ".join(shown)
+
+
+class _Pace:
+    """Steps per second over the last half minute."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[float, int]] = []
+
+    def note(self, step: int) -> None:
+        now = time.monotonic()
+        if self._seen and step < self._seen[-1][1]:  # a new stage, or back to a checkpoint
+            self._seen.clear()
+        self._seen.append((now, step))
+        while len(self._seen) > 2 and now - self._seen[1][0] > _PACE_S:
+            self._seen.pop(0)
+
+    def eta(self, total: int) -> str:
+        """Time to go as h:mm:ss; "?" before two moments were seen."""
+        if not self._seen:
+            return "?"
+        (start, first), (end, last) = self._seen[0], self._seen[-1]
+        if last >= total:
+            return "0:00:00"
+        if last == first or end == start:
+            return "?"
+        minutes, seconds = divmod(round((total - last) * (end - start) / (last - first)), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def _shown(name: str, value: float) -> str:
+    if name == "images/s":
+        return f"{value:,.0f} images/s"
+    return f"{name} {value:.4g}"
+
+
+def _percent(value: float | None) -> str:
+    return "n/a" if value is None else f"{100 * value:.1f}"

@@ -1,0 +1,424 @@
+"""Pictures of a run, drawn from its folder alone: curves, per-class accuracy, class counts; and the final table.
+
+Everything that is there is drawn; what an interrupted run does not have is left out. Ten classes get their names on the
+axis, thousands become a cloud of points with a running mean.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestration.journal import Series, series
+from orchestration.tables import GROUPS, final_table, members, selection_note
+from orchestration.tracking_contents import evaluations, read_config, read_json
+
+_GROUP_COLOURS = {"many": "#3b6fb6", "medium": "#d98e04", "few": "#b8323f"}
+_COLOURS = ("#1b1b1b", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f6a3d", "#8c8c8c")
+_LAST, _BEST = "#1b1b1b", "#d55e00"
+_NAMED_CLASSES = 40  # more names than this cannot be read
+_STYLE: Any = {
+    "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
+    "grid.color": "#e4e4e4", "grid.linewidth": 0.6, "legend.frameon": False, "legend.fontsize": 8,
+    "lines.linewidth": 1.5, "figure.dpi": 110, "savefig.dpi": 110, "figure.constrained_layout.use": True,
+}  # fmt: skip
+
+
+def write_report(run_dir: str | os.PathLike[str]) -> list[Path]:
+    """Draw `report/*.png` and write `report/table.txt`, as far as the run folder has what they need.
+
+    Returns:
+        The files written. Each is replaced as a whole.
+
+    Raises:
+        ValueError: a file of the run folder is damaged.
+    """
+    run_dir = Path(run_dir)
+    folder = run_dir / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    data, found, config = read_json(run_dir / "data.json"), evaluations(run_dir), read_config(run_dir)
+    lines, title = series(run_dir), _title(run_dir, config, data)
+    written = []
+    with _matplotlib():
+        pictures = {
+            "curves.png": _curves(lines, found.get("best"), title) if lines else None,
+            "class_counts.png": _class_counts(data, title) if data.get("counts") else None,
+            "per_class.png": _per_class(data, found, title) if data.get("counts") and found else None,
+        }
+        for name, figure in pictures.items():
+            if figure is not None:
+                scratch = folder / f".{name}"
+                figure.savefig(scratch, format="png", metadata={"Software": None})
+                os.replace(scratch, folder / name)
+                written.append(folder / name)
+    if data:
+        scratch = folder / ".table.txt"
+        scratch.write_text(final_table(found, data, title=title, seed=config.get("seed")) + "\n")
+        os.replace(scratch, folder / "table.txt")
+        written.append(folder / "table.txt")
+    return written
+
+
+class _matplotlib:
+    """Our style while drawing; no window system is touched, and the caller's settings come back."""
+
+    def __enter__(self) -> None:
+        import matplotlib
+
+        self._context = matplotlib.rc_context(_STYLE)
+        self._context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _title(run_dir: Path, config: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    method = config.get("method") or {}
+    experts = method.get("num_experts")
+    words = [str(method.get("name", "")), f"{experts} expert{'s' if experts != 1 else ''}" if experts else ""]
+    return ", ".join([word for word in (*words, str(data.get("dataset", ""))) if word] + [f"run {run_dir.name}"])
+
+
+# Curves
+
+
+def _curves(lines: Mapping[str, Mapping[str, Series]], best: Mapping[str, Any] | None, title: str) -> Any:
+    """Loss, its terms, learning rate, and accuracy by group; stages follow one another along the epochs."""
+    time = _Timeline(lines)
+    splits = sorted({name.split("/")[0] for _, name in time.names() if name.endswith("/top1")})
+    panels: list[tuple[Callable[..., None], tuple[str, ...]]] = [(_draw_loss, ()), (_draw_lr, ())]
+    if _terms(time):
+        panels.insert(1, (_draw_terms, ()))
+    for split in splits:
+        panels += [(_draw_groups, (split,)), (_draw_members, (split, "all"))]
+        if any(name.startswith(f"{split}/") and name.endswith("/few/top1") for _, name in time.names()):
+            panels.append((_draw_members, (split, "few")))
+    rows = -(-len(panels) // 3)
+    figure = _figure(13.5, 0.5 + 3.4 * rows)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    for place, (draw, arguments) in enumerate(panels, 1):
+        axes = figure.add_subplot(rows, 3, place)
+        draw(axes, time, *arguments)
+        if arguments:
+            _mark_best(axes, time, best)
+        axes.set_xlabel("epoch")
+        axes.set_xlim(0, max(time.epochs, 1))
+        for stage, start in list(time.starts.items())[1:]:
+            axes.axvline(start, color="#999999", linewidth=0.8, linestyle="--")
+            axes.annotate(stage, (start, 1), xycoords=("data", "axes fraction"), fontsize=7, color="#666666",
+                          xytext=(3, -8), textcoords="offset points")  # fmt: skip
+    return figure
+
+
+class _Timeline:
+    """All stages of a run on one axis of epochs, as fractions from the steps."""
+
+    def __init__(self, lines: Mapping[str, Mapping[str, Series]]) -> None:
+        self._lines = lines
+        self.starts: dict[str, float] = {}
+        self._steps_per_epoch: dict[str, float] = {}
+        self.epochs = 0.0
+        for stage, metrics in lines.items():
+            self.starts[stage] = self.epochs
+            per_epoch = _steps_per_epoch(metrics.values())
+            self._steps_per_epoch[stage] = per_epoch
+            self.epochs += max(one.steps[-1] for one in metrics.values()) / per_epoch
+
+    def names(self) -> Iterator[tuple[str, str]]:
+        """Stage and name of every metric."""
+        yield from ((stage, name) for stage, metrics in self._lines.items() for name in metrics)
+
+    def get(self, name: str) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Epochs and values of a metric over all stages, with a gap (NaN) between stages."""
+        x, y = [], []
+        for stage, metrics in self._lines.items():
+            if name in metrics:
+                x += [self.at(stage, step) for step in metrics[name].steps] + [np.nan]
+                y += [*metrics[name].values, np.nan]
+        return np.array(x[:-1]), np.array(y[:-1])
+
+    def at(self, stage: str, step: int) -> float:
+        """The place of a moment on the axis."""
+        return self.starts[stage] + step / self._steps_per_epoch[stage]
+
+
+def _steps_per_epoch(metrics: Iterable[Series]) -> float:
+    """From the last step of each complete epoch; the first epoch's steps so far when none is complete."""
+    last: dict[int, int] = {}
+    for one in metrics:
+        for epoch, step in zip(one.epochs, one.steps, strict=True):
+            last[epoch] = max(last.get(epoch, 0), step)
+    epochs = sorted(last)
+    complete = epochs[:-1] or epochs
+    return max(last[complete[-1]] / complete[-1], 1.0)
+
+
+def _draw_loss(axes: Any, time: _Timeline) -> None:
+    axes.set_title("Training loss of the ensemble")
+    x, y = time.get("train/loss")
+    if len(y):
+        axes.plot(*_thin(x, y), color="#b9c9dd", linewidth=0.7, label="every step")
+        if len(y) >= 20:
+            axes.plot(*_thin(x, _running_mean(y, max(5, len(y) // 50))), color="#0b3d77", label="running mean")
+        axes.set_ylim(*_robust_limits(y))
+        _legend(axes)
+
+
+def _terms(time: _Timeline) -> dict[str, list[str]]:
+    """Loss terms: name -> members that have it ("" for the whole ensemble)."""
+    apart = {"loss", "epoch_loss", "lr", "images_per_s", "grad_norm"}
+    found: dict[str, list[str]] = {}
+    for _, name in time.names():
+        parts = name.split("/")
+        if parts[0] == "train" and parts[1] not in apart:
+            *term, last = parts[1:]
+            owner, key = ("", last) if not term else (last, "/".join(term))
+            if owner not in found.setdefault(key, []):
+                found[key].append(owner)
+    return found
+
+
+def _draw_terms(axes: Any, time: _Timeline) -> None:
+    axes.set_title("Terms of the loss")
+    styles = ("-", "--", ":", "-.")
+    terms = _terms(time)
+    for index, (term, owners) in enumerate(terms.items()):
+        for owner in owners:
+            x, y = time.get(f"train/{term}/{owner}" if owner else f"train/{term}")
+            smooth = _running_mean(y, max(1, len(y) // 50)) if len(y) >= 100 else y
+            axes.plot(*_thin(x, smooth), color=_colour(owners.index(owner) + 1 if owner else 0),
+                      linestyle=styles[index % 4], linewidth=1.2)  # fmt: skip
+    _style_legend(axes, list(terms), sorted({o for owners in terms.values() for o in owners if o}), styles)
+
+
+def _draw_lr(axes: Any, time: _Timeline) -> None:
+    axes.set_title("Learning rate")
+    x, y = time.get("train/lr")
+    if len(y):
+        axes.plot(*_thin(x, y), color="#0b3d77", marker="." if len(y) < 60 else None)
+        if np.nanmin(y) > 0 and np.nanmax(y) / np.nanmin(y) > 20:
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+
+
+def _draw_groups(axes: Any, time: _Timeline, split: str) -> None:
+    axes.set_title(f"{split}: top-1 of the ensemble by training count, %")
+    for group, colour in {"all": "#1b1b1b", **_GROUP_COLOURS}.items():
+        x, y = time.get(f"{split}/ensemble/{group}/top1")
+        if len(y):
+            _plot_accuracy(axes, x, y, colour, group, strong=group == "all")
+    _legend(axes)
+
+
+def _draw_members(axes: Any, time: _Timeline, split: str, group: str) -> None:
+    axes.set_title(f"{split}: top-1 of {'all images' if group == 'all' else group + '-shot classes'} by member, %")
+    names = [name.split("/")[1] for _, name in time.names() if re.fullmatch(f"{split}/[^/]+/{group}/top1", name)]
+    for index, member in enumerate(sorted(dict.fromkeys(names), key=lambda name: name != "ensemble")):
+        x, y = time.get(f"{split}/{member}/{group}/top1")
+        _plot_accuracy(axes, x, y, _colour(index), member, strong=index == 0)
+    _legend(axes)
+
+
+def _plot_accuracy(
+    axes: Any, x: NDArray[Any], y: NDArray[Any], colour: str, name: str, *, strong: bool
+) -> None:
+    axes.plot(x, 100 * y, color=colour, marker="o" if len(y) < 40 else None, markersize=2.5,
+              linewidth=2.2 if strong else 1.3, zorder=3 if strong else 2,
+              label=f"{name} {100 * _last(y):.1f}")  # fmt: skip
+
+
+def _mark_best(axes: Any, time: _Timeline, best: Mapping[str, Any] | None) -> None:
+    if best and best.get("stage") in time.starts:
+        axes.axvline(time.at(best["stage"], int(best["step"])), color=_BEST, linewidth=0.9, linestyle=(0, (4, 3)))
+        text = f"best on {best.get('selected_on', '?')}"
+        axes.annotate(text, (time.at(best["stage"], int(best["step"])), 0), xycoords=("data", "axes fraction"),
+                      fontsize=7, color=_BEST, xytext=(-3, 3), textcoords="offset points", ha="right")  # fmt: skip
+
+
+def _legend(axes: Any, handles: Sequence[Any] | None = None, columns: int = 1) -> None:
+    """A legend where it hides least."""
+    if handles or axes.get_legend_handles_labels()[0]:
+        axes.legend(handles=handles, ncols=columns, facecolor="white", frameon=True, framealpha=0.8, edgecolor="none")
+
+
+def _style_legend(axes: Any, terms: Sequence[str], owners: Sequence[str], styles: Sequence[Any]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color="#777777", linestyle=styles[i % 4], label=term) for i, term in enumerate(terms)]
+    handles += [Line2D([], [], color=_colour(i + 1), label=owner) for i, owner in enumerate(owners)]
+    _legend(axes, handles, columns=1 + (len(handles) > 6))
+
+
+# Classes
+
+
+def _class_counts(data: Mapping[str, Any], title: str) -> Any:
+    """Training images of every class on a log axis, classes sorted by falling count, groups in colour."""
+    counts, order = _sorted_counts(data)
+    figure = _figure(_width(len(counts)), 4.4)
+    axes = figure.add_subplot()
+    _fill_counts(axes, counts[order])
+    ratio = counts.max() / max(counts.min(), 1)
+    _head(figure, f"{title}\n{counts.sum():,} training images, {len(counts):,} classes, ratio {ratio:.4g}")
+    _name_classes(axes, data, order)
+    return figure
+
+
+def _per_class(data: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]], title: str) -> Any:
+    """Accuracy of every class for last and best, above the number of its training images."""
+    counts, order = _sorted_counts(data)
+    member = members(found)[0]
+    figure = _figure(_width(len(counts)), 6.4)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2.6, 1))
+    few = len(counts) <= _NAMED_CLASSES
+    for index, (which, colour) in enumerate((("last", _LAST), ("best", _BEST))):
+        values = (found.get(which, {}).get("members", {}).get(member) or {}).get("per_class")
+        if values is None or len(values) != len(counts):
+            continue
+        y = np.array([np.nan if value is None else 100 * value for value in values])[order]
+        x = np.arange(len(y))
+        mean = np.nanmean(y) if np.isfinite(y).any() else np.nan
+        label = f"{which}, epoch {found[which].get('epoch', '?')}: mean of classes {mean:.1f}"
+        if few:
+            top.bar(x + (index - 0.5) * 0.4, y, 0.38, color=colour, alpha=0.85, label=label)
+        else:
+            size = float(np.clip(2500 / len(y), 1.5, 14))
+            top.scatter(x, y, s=size, color=colour, alpha=0.5 if len(y) < 1000 else 0.12, linewidths=0)
+            top.plot(x, _running_mean(y, max(5, len(y) // 25)), color=colour, linewidth=2, label=label)
+    top.set_ylim(0, 102)
+    top.set_ylabel("top-1, %")
+    note = selection_note(found.get("best")).split(";")[0]
+    smooth = "" if few else f"; lines: mean over {max(5, len(counts) // 25)} neighbouring classes"
+    _head(figure, f"{title}\nAccuracy of each class, {member}{smooth}" + (f"\n{note}" if note else ""))
+    _legend_above(top)
+    _fill_counts(bottom, counts[order])
+    _name_classes(bottom, data, order)
+    for axes in (top, bottom):
+        for border in _borders(counts[order]):
+            axes.axvline(border - 0.5, color="#999999", linewidth=0.7, linestyle="--")
+    return figure
+
+
+def _fill_counts(axes: Any, counts: NDArray[Any]) -> None:
+    from matplotlib.patches import Patch
+
+    groups = np.array([_group(count) for count in counts])
+    x = np.arange(len(counts))
+    if len(counts) <= 300:
+        axes.bar(x, counts, 0.8 if len(counts) <= _NAMED_CLASSES else 1.0, color=[_GROUP_COLOURS[g] for g in groups])
+    else:
+        for group in GROUPS:
+            axes.fill_between(x, counts, where=groups == group, step="mid", color=_GROUP_COLOURS[group], linewidth=0)
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=0.8)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_ylabel("training images")
+    for border in (100, 20):
+        axes.axhline(border, color="#777777", linewidth=0.6, linestyle=":")
+    rule = {"many": "> 100", "medium": "20-100", "few": "< 20"}
+    handles = [
+        Patch(color=_GROUP_COLOURS[group], label=f"{group} ({rule[group]}): {int((groups == group).sum()):,} classes")
+        for group in GROUPS
+    ]
+    _legend_above(axes, handles)
+
+
+def _head(figure: Any, text: str) -> None:
+    figure.suptitle(text, x=0.01, ha="left", fontsize=10, fontweight="bold")
+
+
+def _legend_above(axes: Any, handles: Sequence[Any] | None = None) -> None:
+    """A legend in one row above the axes: bars leave no room inside."""
+    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
+
+
+def _name_classes(axes: Any, data: Mapping[str, Any], order: NDArray[Any]) -> None:
+    axes.set_xlim(-0.7, len(order) - 0.3)
+    names = data.get("class_names") or [str(index) for index in range(len(order))]
+    axes.grid(axis="x", visible=False)
+    if len(order) <= _NAMED_CLASSES:
+        labels = [_short(str(names[index])) for index in order]
+        slanted = len(order) > 12 or max(map(len, labels)) > 9
+        axes.set_xticks(range(len(order)), labels, rotation=45 if slanted else 0, ha="right" if slanted else "center",
+                        rotation_mode="anchor" if slanted else "default")  # fmt: skip
+        axes.tick_params(axis="x", length=0)
+    else:
+        axes.set_xlabel("classes, sorted by falling number of training images")
+
+
+def _sorted_counts(data: Mapping[str, Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    counts = np.asarray(data["counts"], dtype=np.int64)
+    return counts, np.argsort(-counts, kind="stable")
+
+
+def _group(count: int) -> str:
+    return "many" if count > 100 else "few" if count < 20 else "medium"
+
+
+def _borders(counts: NDArray[Any]) -> list[int]:
+    """Places in the sorted classes where a group ends and another begins."""
+    return [int(n) for n in ((counts > 100).sum(), (counts >= 20).sum()) if 0 < n < len(counts)]
+
+
+def _width(num_classes: int) -> float:
+    return float(np.clip(3.0 + 0.35 * num_classes, 8.0, 12.0))
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 18 else name[:16] + "…"
+
+
+# Numbers
+
+
+def _thin(x: NDArray[Any], y: NDArray[Any], points: int = 4000) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Every n-th point of a long line: a picture has no room for more."""
+    every = max(1, len(x) // points)
+    return x[::every], y[::every]
+
+
+def _running_mean(values: NDArray[Any], width: int) -> NDArray[Any]:
+    """Centred mean over `width` values; narrower at the ends, without those that are NaN, NaN where there is none."""
+    weight = np.isfinite(values).astype(float)
+    total = np.concatenate([[0.0], np.cumsum(np.where(weight > 0, values, 0.0))])
+    number = np.concatenate([[0.0], np.cumsum(weight)])
+    centre = np.arange(len(values))
+    low, high = np.maximum(centre - width // 2, 0), np.minimum(centre + (width + 1) // 2, len(values))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (total[high] - total[low]) / (number[high] - number[low])
+
+
+def _robust_limits(values: NDArray[Any]) -> tuple[float, float]:
+    """Limits that one spike does not spoil."""
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        return 0.0, 1.0
+    low, high = np.percentile(finite, [0.2, 99.8])
+    room = 0.06 * (high - low) or max(abs(high) * 0.1, 1e-3)
+    return float(low - room), float(high + room)
+
+
+def _last(values: NDArray[Any]) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite[-1]) if len(finite) else float("nan")
+
+
+def _colour(index: int) -> str:
+    return _COLOURS[index % len(_COLOURS)]

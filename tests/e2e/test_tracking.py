@@ -1,0 +1,291 @@
+"""Tracking against real MLflow stores: a SQLite file, and a server on the loopback interface."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from orchestration.journal import Journal
+from orchestration.tracking import _Sender, default_uri, start_uploader, sync
+from orchestration.tracking_process import Target, drain
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[2]
+COUNTS = [200, 50, 5]
+
+
+def make_run(folder, steps=10, finished=True):
+    """A run folder as training leaves it, without models."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(
+        "method: {name: ride, stages: {train: {epochs: 2}}}\ndataset: {name: tiny}\nseed: 4\n"
+        "tracking: {uri: 'http://me:s3cret@host'}\n"
+    )
+    run = {"command": "expertail train", "commit": "abc", "seed": 4, "versions": {"torch": "2"}, "host": {"name": "h"}}
+    (folder / "run.json").write_text(json.dumps({**run, "status": "finished" if finished else "running"}))
+    groups = {"by_count": {"many": [0], "medium": [1], "few": [2]}, "by_index": None}
+    data = {"dataset": "tiny", "class_names": ["a", "b", "c"], "counts": COUNTS, "total": 255, "digest": "d" * 64}
+    (folder / "data.json").write_text(json.dumps({**data, "groups": groups, "image_shape": [8, 8, 1]}))
+    member = {"top1": {"all": 0.5}, "nll": 1.0, "ece": 0.1, "per_class": [1.0, 0.5, None]}
+    result = {"split": "test", "selected_on": "test", "stage": "train", "epoch": 2, "step": steps, "num_images": 9}
+    (folder / "evaluation").mkdir()
+    for which in ("last", "best"):
+        (folder / f"evaluation/{which}.json").write_text(json.dumps({**result, "members": {"ensemble": member}}))
+    (folder / "report").mkdir()
+    (folder / "report" / "curves.png").write_bytes(b"png")
+    append(folder, range(1, steps + 1), 1e9)
+    return folder
+
+
+def append(folder, steps, start):
+    with Journal(folder) as journal:
+        for step in steps:
+            journal.append("train", 1, step, {"train/loss": 1 / step, "train/lr": 0.1}, time=start + step)
+
+
+def add_models(folder):
+    """Two ensembles that differ, exported as training exports them."""
+    import torch
+
+    from aggregation.ensemble import MeanLogits
+    from aggregation.serving import export_model
+    from experts.backbones.resnet_cifar import ResNetCifar
+    from experts.data.config import DatasetConfig
+    from experts.ensemble import build_ensemble
+    from experts.heads import CosineHead
+
+    torch.set_num_threads(1)
+    backbone, head, names = ResNetCifar.Config(depth=8), CosineHead.Config(), ("expert0", "expert1")
+    for seed, which in enumerate(("last", "best")):
+        ensemble = build_ensemble(
+            backbone, head, num_classes=3, expert_names=names, reduce_dimension=False, seed=seed
+        )
+        export_model(
+            folder / "export" / which, ensemble.state_dict(), backbone=backbone, head=head,
+            aggregator=MeanLogits.Config(), dataset=DatasetConfig(name="tiny", source="digits"), expert_names=names,
+            reduce_dimension=False, class_names=("a", "b", "c"), image_shape=(8, 8, 1),
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder of runs with one SQLite store, made once: its tables take seconds."""
+    return tmp_path_factory.mktemp("runs")
+
+
+def client(uri):
+    import mlflow
+
+    return mlflow.MlflowClient(uri, uri)
+
+
+def the_run(uri, name, experiment="expertail"):
+    """The MLflow run of that name: there must be exactly one."""
+    experiment = client(uri).get_experiment_by_name(experiment).experiment_id
+    (run,) = client(uri).search_runs([experiment], f"attributes.run_name = '{name}'")
+    return run
+
+
+def history(uri, name, experiment="expertail"):
+    points = client(uri).get_metric_history(the_run(uri, name, experiment).info.run_id, "train/loss")
+    return sorted((point.step, point.value, point.timestamp) for point in points)
+
+
+def expected(steps, start=1e9):
+    return [(step, 1 / step, round((start + step) * 1000)) for step in steps]
+
+
+def test_mlflow_holds_what_the_run_folder_holds_and_nothing_twice(runs):
+    uri, folder = default_uri(runs), make_run(runs / "whole")
+    add_models(folder)
+    for _ in range(2):
+        assert sync(folder, uri) is None
+        run = the_run(uri, "whole")
+        assert history(uri, "whole") == expected(range(1, 11))
+        assert run.info.status == "FINISHED"
+        assert run.data.params["method.stages.train.epochs"] == "2"
+        assert run.data.tags["dataset_digest"] == "d" * 64
+        assert run.data.tags["mlflow.source.git.commit"] == "abc"
+        assert len(run.inputs.dataset_inputs) == 1
+        versions = client(uri).search_model_versions("name = 'tiny-ride'")
+        assert len(versions) == 2
+        assert len(run.outputs.model_outputs) == 2
+    names = {file.path for file in client(uri).list_artifacts(run.info.run_id)}
+    assert names == {"config.yaml", "run.json", "data.json", "evaluation", "report", "per_class.json"}
+    table = client(uri).load_table(run.info.experiment_id, "per_class.json", [run.info.run_id])
+    assert table["last/ensemble"].tolist()[:2] == [1.0, 0.5]
+    stored = [path for path in runs.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()]
+    assert stored == [folder / "config.yaml"]
+
+
+def test_the_registered_model_predicts_where_the_project_is_not_installed(runs, tmp_path):
+    from aggregation.serving import load_model
+
+    uri, folder = default_uri(runs), runs / "whole"
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    script = f"""
+import sys
+sys.path = [p for p in sys.path if p != {str(ROOT)!r}]
+import importlib.util, mlflow, numpy as np
+mlflow.set_tracking_uri({uri!r})
+images = np.load("images.npy")
+for alias in ("last", "best"):
+    np.save(alias, mlflow.pyfunc.load_model("models:/tiny-ride@" + alias).predict(images))
+import aggregation
+assert "/mlartifacts/" in aggregation.__file__, aggregation.__file__
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True)
+    for alias in ("last", "best"):
+        probabilities = np.load(tmp_path / f"{alias}.npy")
+        assert probabilities.dtype == np.float32
+        np.testing.assert_allclose(probabilities, load_model(folder / "export" / alias).predict(images), rtol=1e-5)
+    assert not list((runs / "mlartifacts").rglob("*.pkl"))
+
+
+def test_a_killed_and_resumed_run_has_every_point_once(runs):
+    """The uploader sees 10 steps and dies; the run goes back to step 6 and on to 12, at later times."""
+    uri, folder = default_uri(runs), make_run(runs / "resumed")
+    assert drain(_Sender(folder, Target(uri, "expertail", "resumed")), 60, "KILLED") is None
+    with Journal(folder) as journal:
+        journal.rewind(["train"], "train", 6)
+    append(folder, range(7, 13), 2e9)
+    assert drain(_Sender(folder, Target(uri, "expertail", "resumed")), 60, "FINISHED") is None
+    assert history(uri, "resumed") == expected(range(1, 11)) + expected([11, 12], 2e9)
+
+
+def test_a_lost_answer_and_a_lost_memory_double_nothing(runs):
+    """The server takes a batch, the answer is lost, then the uploader dies before it remembers its run."""
+    uri, folder = default_uri(runs), make_run(runs / "lost")
+    sender = _Sender(folder, Target(uri, "expertail", "lost"))
+    sender.connect()
+    send = sender._client.log_batch
+    lost = []
+
+    def lose_the_answer(*args, metrics=(), **kwargs):
+        send(*args, metrics=metrics, **kwargs)
+        if metrics and not lost:
+            lost.append(len(metrics))
+            raise OSError("connection reset")
+
+    sender._client.log_batch = lose_the_answer
+    assert drain(sender, 60, "FINISHED") is None
+    assert lost == [20]
+    state = json.loads((folder / "tracking.json").read_text())
+    for store in state.values():
+        (store.pop("run_id"), store.pop("experiment_id"))
+    (folder / "tracking.json").write_text(json.dumps(state))
+    assert sync(folder, uri) is None
+    assert history(uri, "lost") == expected(range(1, 11))
+
+
+def test_a_study_is_the_parent_of_its_runs(runs):
+    uri, folder = default_uri(runs), make_run(runs / "child", steps=1)
+    assert sync(folder, uri, parent="0" * 32) is None
+    assert the_run(uri, "child").data.tags["mlflow.parentRunId"] == "0" * 32
+
+
+def test_uploaders_share_a_new_file_and_end_with_their_drivers(tmp_path):
+    """Two at once on a store that does not exist yet: one driver finishes, one is killed with a hard signal."""
+    uri = default_uri(tmp_path)
+    code = (
+        "import sys, time\nfrom orchestration.tracking import start_uploader\n"
+        "uploader = start_uploader(sys.argv[1], sys.argv[2])\nprint(uploader._process.pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    orphan = make_run(tmp_path / "orphan", steps=300, finished=False)
+    driver = subprocess.Popen(
+        [sys.executable, "-c", code, str(orphan), uri], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    folder = make_run(tmp_path / "done", steps=300)
+    started = time.monotonic()
+    uploader = start_uploader(folder, uri)
+    assert time.monotonic() - started < 1.0
+    pid = int(driver.stdout.readline())
+    append(folder, range(301, 401), 1e9)
+    assert uploader.finish(120) is None
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    wait_until(lambda: not Path(f"/proc/{pid}").exists(), 60)
+    assert history(uri, "done") == expected(range(1, 401))
+    assert the_run(uri, "done").info.status == "FINISHED"
+    assert history(uri, "orphan") == expected(range(1, 301))
+    assert the_run(uri, "orphan").info.status == "KILLED"
+
+
+def test_a_server_that_is_not_there_costs_nothing_but_a_message_and_is_caught_up_with(runs, tmp_path):
+    """First nobody answers; then a real server does, and gets everything, the model through it."""
+    port = free_port()
+    uri = f"http://me:s3cret@127.0.0.1:{port}"
+    folder = make_run(tmp_path / "late")
+    uploader = start_uploader(folder, uri, "served")
+    wait_until(lambda: "failure 1" in (folder / "tracking.log").read_text(), 60)
+    started = time.monotonic()
+    problem = uploader.finish(2)
+    assert time.monotonic() - started < 6
+    assert f"expertail sync {folder}" in problem
+    assert "\n" not in problem
+    for text in (problem, (folder / "tracking.log").read_text(), (folder / "tracking.json").read_text()):
+        assert "s3cret" not in text
+    add_models(folder)
+    shutil.rmtree(folder / "export" / "best")
+    (tmp_path / "server").mkdir()
+    if (runs / "mlflow.db").exists():
+        shutil.copy(runs / "mlflow.db", tmp_path / "server" / "db")  # tables that are there already save seconds
+    with server(tmp_path / "server", port):
+        assert sync(folder, uri, "served") is None
+        assert sync(folder, uri, "served") is None
+        assert history(uri, "late", "served") == expected(range(1, 11))
+        assert the_run(uri, "late", "served").info.status == "FINISHED"
+        (version,) = client(uri).search_model_versions(f"run_id = '{the_run(uri, 'late', 'served').info.run_id}'")
+        assert client(uri).get_model_version_by_alias("tiny-ride", "last").version == version.version
+
+
+class server:
+    """`mlflow server` on the loopback interface, artefacts through it."""
+
+    def __init__(self, folder, port):
+        self.port = port
+        self.log = open(folder / "log", "wb")  # noqa: SIM115
+        self.command = [
+            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+            "--backend-store-uri", f"sqlite:///{folder}/db", "--artifacts-destination", str(folder / "artifacts"),
+        ]  # fmt: skip
+
+    def __enter__(self):
+        self.process = subprocess.Popen(
+            self.command, stdout=self.log, stderr=self.log, start_new_session=True,
+            env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
+        )  # fmt: skip
+        wait_until(self.answers, 120)
+
+    def answers(self):
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def __exit__(self, *_):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.log.close()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_until(condition, limit_s):
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.1)

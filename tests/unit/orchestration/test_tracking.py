@@ -1,0 +1,160 @@
+"""What needs no server: names, secrets, files, the tail of the journal. The rest is in tests/e2e/test_tracking.py."""
+
+import json
+import sys
+
+import pytest
+
+from orchestration import tracking, tracking_contents
+from orchestration.journal import Journal
+from orchestration.tracking_process import State, Tail, Target, drain, is_final, locked
+
+
+def test_importing_the_driver_side_does_not_import_mlflow():
+    import subprocess
+
+    code = "import orchestration.tracking, sys; sys.exit('mlflow' in sys.modules or 'torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tracking.__file__.rsplit("/", 2)[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("https://me:s3cret@host:5000/a@b", "https://host:5000/a@b"),
+        ("error at http://token@h/ and http://x:y@z", "error at http://h/ and http://z"),
+        ("postgresql://h/db?user=u&password=p%40q&sslkey=k", "postgresql://h/db?user=u&password=***&sslkey=***"),
+        ("sqlite:////a/b.db", "sqlite:////a/b.db"),
+    ],
+)
+def test_secrets_are_taken_out_of_uris(text, expected):
+    assert tracking.redact(text) == expected
+
+
+def test_a_uri_that_is_no_store_is_refused_without_its_secret(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"tracking\.uri = ftp://host/x: needed the URI of a tracking store"):
+        tracking.check_uri("ftp://me:s3cret@host/x")
+    monkeypatch.chdir(tmp_path)
+    assert tracking.check_uri("sqlite:///a/b.db") == f"sqlite:///{tmp_path}/a/b.db"
+    assert tracking.default_uri("runs") == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert tracking.check_uri("http://h:5000") == "http://h:5000"
+
+
+def test_parameters_are_flat_short_and_without_secrets():
+    config = {"a": {"b": 1, "empty": {}, "list": [1, 2]}, "long": "x" * 999, "none": None, "uri": "http://u:p@h"}
+    found = tracking_contents.parameters(config)
+    assert found.pop("long").endswith(" ... see config.yaml")
+    assert found == {"a.b": "1", "a.empty": "{}", "a.list": "[1, 2]", "none": "null", "uri": "http://h"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "stages", "expected"),
+    [("train", ["train"], "train/loss"), ("train", [], "train/loss"), ("two", ["one", "two"], "two/train/loss")],
+)
+def test_metrics_of_several_stages_do_not_share_a_key(stage, stages, expected):
+    assert tracking_contents.metric_key("train/loss", stage, stages) == expected
+
+
+def test_the_config_is_sent_without_secrets(tmp_path):
+    (tmp_path / "config.yaml").write_text("tracking:\n  uri: http://me:s3cret@h\n")
+    assert tracking_contents.files(tmp_path) == {"config.yaml": "tracking:\n  uri: http://h\n"}
+    assert tracking_contents.model_name({"dataset": {"name": "d"}, "method": {"name": "m"}}, "e") == "d-m"
+    assert tracking_contents.model_name({}, "e") == "e"
+
+
+def test_the_tail_follows_a_growing_and_a_rewound_journal(tmp_path):
+    journal = Journal(tmp_path, flush_s=0)
+    tail = Tail(journal.path)
+    seen = []
+    for step in (1, 2, 3):
+        journal.append("train", 1, step, {"train/loss": 0.0})
+        seen += [record.step for record in tail.records()]
+    assert seen == [1, 2, 3]
+    journal.rewind(["train"], "train", 1)
+    journal.append("train", 1, 2, {"train/loss": 0.0})
+    assert [record.step for record in tail.records()] == [1, 2]
+    with open(journal.path, "ab") as file:
+        file.write(b'{"time": 1, "stage": "tr')
+    assert list(tail.records()) == []
+    journal.close()
+
+
+def test_a_tail_of_a_journal_that_is_not_there_yet_waits(tmp_path):
+    assert list(Tail(tmp_path / "metrics.jsonl").records()) == []
+
+
+def test_the_state_keeps_stores_apart_and_no_secret(tmp_path):
+    one = State(tmp_path, Target("http://me:s3cret@h", "e", "r"))
+    one.values["run_id"] = "x"
+    one.save()
+    text = (tmp_path / "tracking.json").read_text()
+    assert "s3cret" not in text
+    assert State(tmp_path, Target("http://other@h", "e", "r")).values["run_id"] == "x"
+    assert "run_id" not in State(tmp_path, Target("http://elsewhere", "e", "r")).values
+    assert [path.name for path in tmp_path.iterdir()] == ["tracking.json"]
+
+
+def test_a_lock_is_held_by_one(tmp_path):
+    with locked(tmp_path / "lock", wait_s=0) as first, locked(tmp_path / "lock", wait_s=0) as second:
+        assert (first, second) == (True, False)
+    with locked(tmp_path / "lock", wait_s=0) as again:
+        assert again
+
+
+class Refusal(Exception):
+    def __init__(self, status):
+        self.status = status
+
+    def get_http_status_code(self):
+        return self.status
+
+
+@pytest.mark.parametrize(
+    ("error", "final"),
+    [(Refusal(400), True), (Refusal(403), True), (Refusal(429), False), (Refusal(500), False), (OSError(), False),
+     (ValueError(), True)],
+)  # fmt: skip
+def test_what_cannot_be_cured_by_patience_is_not_tried_again(error, final):
+    assert is_final(error) == final
+
+
+class Flaky:
+    """A sender whose server fails a few times."""
+
+    begun = True
+
+    def __init__(self, folder, errors):
+        self.state = State(folder, Target("http://h", "e", "r"))
+        self.errors = errors
+        self.calls = []
+
+    def connect(self):
+        self.calls.append("connect")
+        if self.errors:
+            raise self.errors.pop(0)
+
+    def describe(self):
+        self.calls.append("describe")
+
+    def send_points(self, deadline):
+        return True
+
+    def send_system(self): ...
+
+    def send_files(self):
+        self.calls.append("files")
+
+    def send_models(self):
+        self.calls.append("models")
+
+    def close(self, status):
+        self.calls.append(status)
+
+
+def test_draining_goes_on_past_failures_and_remembers_what_is_wrong(tmp_path):
+    sender = Flaky(tmp_path, [OSError("down")])
+    assert drain(sender, 10, "FINISHED") is None
+    assert sender.calls == ["connect", "connect", "describe", "files", "models", "FINISHED"]
+    assert drain(Flaky(tmp_path, [OSError("down http://u:s3cret@h")] * 99), 0.6, None) == "OSError: down http://h"
+    assert "OSError: down http://h" in (tmp_path / "tracking.json").read_text()
+    assert drain(Flaky(tmp_path, [Refusal(403)]), 100, None).startswith("Refusal")
+    assert json.loads((tmp_path / "tracking.json").read_text())["http://h"]["status"] == "FINISHED"
