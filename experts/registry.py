@@ -38,7 +38,8 @@ def register(kind: str, name: str) -> Callable[[P], P]:
             raise TypeError(f"{kind} '{name}': {cls.__qualname__}.Config needs a field  name: Literal['{name}']")
         holder = _PIECES.setdefault(kind, {}).setdefault(name, cls)
         if holder is not cls:
-            raise ValueError(f"{kind} '{name}' is already {holder.__module__}.{holder.__qualname__}; choose another name")
+            owner = f"{holder.__module__}.{holder.__qualname__}"
+            raise ValueError(f"{kind} '{name}' is already {owner}; choose another name")
         return cls
 
     return claim

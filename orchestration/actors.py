@@ -1,4 +1,4 @@
-"""The Ray actor: a thin shell round `StageTrainer`. One actor is one worker of a mesh; its process can serve many in turn."""
+"""The Ray actor: a thin shell round `StageTrainer`. One actor is one worker of a mesh; it can serve many in turn."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Seat:
     timeout_s: float
 
 
-@ray.remote(concurrency_groups={"watch": 1})
+@ray.remote(concurrency_groups={"watch": 1})  # type: ignore[call-overload]
 class Worker:
     """Holds some experts of an ensemble and trains them in step with the other workers."""
 

@@ -7,8 +7,8 @@
         manifest.json                                           format, size and sha256 of every other file
     checkpoints/best-00-train-00000480/  the same without momentum
 
-Everything is written to a folder `.writing-*`, flushed to disk, and renamed. Tensors are whole, so a checkpoint loads on
-any mesh. Nothing is unpickled.
+Everything is written to a folder `.writing-*`, flushed to disk, and renamed. Tensors are whole, so a checkpoint loads
+on any mesh. Nothing is unpickled.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _explain(error: Exception, full: bool) -> int:
-    """Print what went wrong in a message an operator can act on; the traceback only when asked or when it is our fault."""
+    """Print what went wrong as a message to act on; the traceback only when asked for or when the fault is ours."""
     code = getattr(error, "exit_code", None)
     if code is not None:
         print(f"expertail: {error}", file=sys.stderr)
@@ -119,10 +119,10 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _start_ray_early(words: list[str]) -> bool:
-    """Start a Ray of our own when nothing names a cluster, while another thread loads torch; say whether that was done.
+    """Start a Ray of our own when nothing names a cluster, while another thread loads torch. Says whether it did.
 
-    Half of the time from command to first step is two waits of seconds, for Ray's processes and for libraries. Ray starts
-    in this thread, because its processes end with the thread that started them.
+    Half of the time from command to first step is two waits of seconds, for Ray's processes and for libraries. Ray
+    starts in this thread, because its processes end with the thread that started them.
     """
     import ray
 

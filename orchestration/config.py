@@ -1,7 +1,7 @@
 """The schema of a run: everything a command can say, checked once, every problem in one message.
 
-`RunConfig` is what a run means. Keys under `cluster`, `tracking` and a few of `run` say where and how it is carried out;
-they may change between a start and a resume. All others are the run's identity (`identity`).
+`RunConfig` is what a run means. Keys under `cluster`, `tracking` and most of `run` say where and how it is carried
+out; they may change between a start and a resume. All others are the run's identity (`identity`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """DeepSpeed behind the engine interface, and the only file that imports it.
 
-One ZeRO engine per non-empty group of parameters: the trunk's spans all workers, the experts' the data axis of their slot.
-DeepSpeed averages over an engine's workers, and we need sums. The loss comes multiplied by the replicas, which makes the
-average over the data axis a sum; a hook multiplies trunk gradients by the slots, which does the rest.
+One ZeRO engine per non-empty group of parameters: the trunk's spans all workers, the experts' the data axis of their
+slot. DeepSpeed averages over an engine's workers, and we need sums. The loss comes multiplied by the replicas, which
+makes the average over the data axis a sum; a hook multiplies trunk gradients by the slots, which does the rest.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def import_deepspeed(*, gpu: bool) -> ModuleType:
             del sys.modules["mlflow"]
     from deepspeed.runtime import compiler
 
-    # Its Muon optimiser, loaded with any ZeRO engine, compiles kernels on import: 5 s of torch.compile that SGD never uses.
+    # Its Muon optimiser, loaded with any ZeRO engine, compiles kernels on import: 5 s that SGD never uses.
     with patch.object(compiler, "compile", lambda *_, **__: lambda function: function):
-        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+        import deepspeed.runtime.zero.muon.muon_optimizer
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # The shared-memory exchange for CPUs is compiled at first use: 20 s and a compiler, for nothing that gloo lacks.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -215,7 +215,7 @@ def _initialize(deepspeed: Any, part: nn.Module, axis: _Axis, optimizer: Optimiz
 def _float64() -> Iterator[None]:
     """Let ZeRO keep master weights, and sum gradients, in float64. It offers float32 at most.
 
-    Without this, placements agree to 1e-9 after 10 smooth steps and to 1e-3 where RIDE's scale of 30 amplifies rounding.
+    Without it a float64 run is rounded to float32 at every step, and RIDE's scale of 30 amplifies that.
     """
     from deepspeed.runtime.engine import DeepSpeedEngine as Base
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as Zero

@@ -10,6 +10,7 @@ shared parameters (the trunk), over the data axis for an expert's own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -103,10 +104,10 @@ class TorchEngine:
         self.optimizer.state.clear()
 
 
-def sgd(parameters: list[Tensor], config: OptimizerConfig) -> torch.optim.SGD:
+def sgd(parameters: Sequence[Tensor], config: OptimizerConfig) -> torch.optim.SGD:
     """The optimiser of a stage. Its learning rate is set before every step."""
     return torch.optim.SGD(
-        parameters,
+        list(parameters),
         lr=config.lr,
         momentum=config.momentum,
         nesterov=config.nesterov,

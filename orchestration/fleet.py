@@ -1,4 +1,4 @@
-"""The workers of one mesh as Ray actors in one placement group: place, call together, notice death and hanging, start again.
+"""The workers of one mesh as Ray actors in one placement group: place, call together, notice death, start again.
 
 A worker that dies leaves its partners waiting in an exchange, so nothing here waits for all: the first failure ends the
 call, and `restart` kills the rest of the mesh and fills the same placement group anew.
@@ -103,8 +103,8 @@ def check_fits(workers: int, cpus: float, gpus: float, nodes: dict[str, dict[str
     if possible < workers:
         have = ", ".join(f"{name}: {n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs" for name, n in nodes.items())
         raise ValueError(
-            f"cluster.workers = {workers}: wanted {workers} x ({cpus:g} CPUs, {gpus:g} GPUs), the cluster has places for "
-            f"{possible} ({have}); lower cluster.workers or cluster.cpus_per_worker (fractions are allowed), set "
+            f"cluster.workers = {workers}: wanted {workers} x ({cpus:g} CPUs, {gpus:g} GPUs), the cluster has places "
+            f"for {possible} ({have}); lower cluster.workers or cluster.cpus_per_worker (fractions are allowed), set "
             f"cluster.gpus_per_worker=0, or add nodes"
         )
 

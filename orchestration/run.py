@@ -12,6 +12,7 @@ resumed run drops journal lines after its checkpoint and takes the same steps.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import signal
 import time
@@ -333,7 +334,7 @@ class StageRun:
         self.console.step(epoch, self.epochs, self.step, self.target, shown)
 
     def _evaluate(self, *, count: bool) -> None:
-        """Score all splits. `count` is whether this may become the best: it must come at the same steps in every run."""
+        """Score all splits. `count`: whether this may become the best; it must come at the same steps in every run."""
         epoch = max((self.step - 1) // self.steps_per_epoch + 1, 1)
         cuts = self.config.dataset.index_groups
         results = {}
@@ -388,7 +389,7 @@ def _metrics(split: str, result: dict[str, Any]) -> dict[str, float]:
 def _differences(marks: dict[str, float]) -> dict[str, float]:
     """Seconds between consecutive marks, and in all."""
     names = list(marks)
-    spans = {b: round(marks[b] - marks[a], 2) for a, b in zip(names, names[1:], strict=False)}
+    spans = {b: round(marks[b] - marks[a], 2) for a, b in itertools.pairwise(names)}
     return spans | {"total": round(marks[names[-1]] - marks[names[0]], 2)}
 
 

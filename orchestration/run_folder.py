@@ -51,7 +51,8 @@ class RunFolder:
             holder = self._lock.read().strip() or "another process"
             self._lock.close()
             raise ValueError(
-                f"{path}: the run is already being carried out by {holder}; wait for it, stop it, or set another run.name"
+                f"{path}: the run is already being carried out by {holder}; wait for it, stop it, or set another "
+                f"run.name"
             ) from error
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {platform.node()}")
@@ -143,9 +144,9 @@ class RunFolder:
             old = json.loads(path.read_text())
             if old["digest"] != data["digest"]:
                 raise ValueError(
-                    f"{path}: this run was started with other data (digest {old['digest'][:12]}, {old['total']} training "
-                    f"images; found {data['digest'][:12]}, {data['total']}); put the old data back, or start a run with "
-                    f"another run.name"
+                    f"{path}: this run was started with other data (digest {old['digest'][:12]}, {old['total']} "
+                    f"training images; found {data['digest'][:12]}, {data['total']}); put the old data back, or start "
+                    f"a run with another run.name"
                 )
         self._write_json(DATA, data)
 

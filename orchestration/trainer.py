@@ -1,8 +1,8 @@
 """One worker's part of one stage: its experts, its share of every batch, its files. Knows nothing of Ray.
 
-A batch, on every worker: the replica's images go through the trunk and the worker's own experts; logits of all experts are
-gathered over the expert axis, other workers' detached; the objective is evaluated whole, as this replica's share of the
-global batch; the engine sums gradients over the mesh and moves the weights.
+A batch, on every worker: the replica's images go through the trunk and the worker's own experts; logits of all
+experts are gathered over the expert axis, other workers' detached; the objective is evaluated whole, as this replica's
+share of the global batch; the engine sums gradients over the mesh and moves the weights.
 """
 
 from __future__ import annotations

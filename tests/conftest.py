@@ -21,6 +21,7 @@ def one_thread():
 def local_ray():
     """A Ray for the whole session."""
     import ray
+
     from orchestration.own_ray import start_own_ray
 
     if not ray.is_initialized():
@@ -38,6 +39,7 @@ class WarmPool:
     def take(self, count: int, engine: str) -> list:
         """The first `count` workers, on one thread each, made where there are fewer."""
         import ray
+
         from orchestration.actors import Worker
 
         while len(self.actors) < count:
@@ -64,20 +66,25 @@ def warm_pool(local_ray):
     return WarmPool()
 
 
-@pytest.fixture
-def warm(warm_pool, monkeypatch):
+def lend(pool, monkeypatch):
     """Let fleets use workers of the pool in place of fresh ones in a placement group of their own."""
     from orchestration.fleet import Fleet
 
     def start(fleet):
-        fleet.workers = warm_pool.take(fleet.shape.workers, fleet.config.engine.name)
+        fleet.workers = pool.take(fleet.shape.workers, fleet.config.engine.name)
         fleet.hosts = fleet.call("load_libraries", fleet.config.engine.name)
 
     def close(fleet):
-        warm_pool.give_back(fleet.workers)
+        pool.give_back(fleet.workers)
         fleet.workers = []
 
     monkeypatch.setattr(Fleet, "_reserve", lambda fleet: None)
     monkeypatch.setattr(Fleet, "start", start)
     monkeypatch.setattr(Fleet, "close", close)
+
+
+@pytest.fixture
+def warm(warm_pool, monkeypatch):
+    """See `lend`."""
+    lend(warm_pool, monkeypatch)
     return warm_pool

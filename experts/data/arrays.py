@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import os
 import struct
 import zlib
@@ -24,11 +25,22 @@ def open_digits(config: DatasetConfig) -> Source:
 
     No test set: dataset.test_per_class images of each class are held out (`imbalance.hold_out`).
     """
-    from sklearn.datasets import load_digits
+    table = _digits_table()
+    images = np.rint(table[:, :-1].reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
+    return Source(tuple(str(d) for d in range(10)), ArrayPool(images, table[:, -1].astype(np.int64)))
+
+
+def _digits_table() -> np.ndarray:
+    """scikit-learn's table of 64 pixels and a label a row, read from its file: importing scikit-learn takes 2 s."""
+    package = importlib.util.find_spec("sklearn")
+    for place in (package.submodule_search_locations or ()) if package else ():
+        path = os.path.join(place, "datasets", "data", "digits.csv.gz")
+        if os.path.exists(path):
+            return np.loadtxt(path, delimiter=",")
+    from sklearn.datasets import load_digits  # another layout than the one tested
 
     digits = load_digits()
-    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
-    return Source(tuple(str(d) for d in range(10)), ArrayPool(images, digits.target.astype(np.int64)))
+    return np.column_stack([digits.data, digits.target])
 
 
 def open_fashion_mnist(config: DatasetConfig) -> Source:

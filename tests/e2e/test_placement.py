@@ -102,7 +102,7 @@ def test_losses_weights_and_statistics_agree_in_float64(placement, float64_contr
 
 @pytest.mark.parametrize("placement", ["packed", "spread", "3 x 2", "3 x 2, ZeRO 2", "3 x 2, plain"])
 def test_float32_gradients_from_equal_weights_agree(placement, reference, warm, tmp_path):
-    """After one step momentum is gradient + weight decay. RIDE's scale of 30 forbids comparing later steps in float32."""
+    """After one step momentum is gradient + weight decay. RIDE's scale of 30 forbids comparing later steps."""
     _, tensors = losses_and_weights(PLACEMENTS[placement], tmp_path / "saved", steps=1)
     _, expected = reference([], steps=1)
     names = sorted(name for name in expected if ".momentum:" in name)

@@ -1,0 +1,164 @@
+"""A run that was killed at any moment and started again ends bitwise equal to one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tests import runs
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def undisturbed(warm_pool, tmp_path_factory):
+    """The run that nothing happened to, packed."""
+    from _pytest.monkeypatch import MonkeyPatch
+
+    from tests.conftest import lend
+
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    with MonkeyPatch.context() as patch:
+        lend(warm_pool, patch)
+        assert runs.train(folder) == 0
+    return folder
+
+
+def same(folder, undisturbed):
+    assert runs.points(folder) == runs.points(undisturbed)
+    assert runs.weights(folder) == runs.weights(undisturbed)
+    for name in ("last", "best"):
+        ours, theirs = ((f / "evaluation" / f"{name}.json").read_text() for f in (folder, undisturbed))
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("step", [6, 18])
+def test_a_driver_killed_mid_epoch_and_at_an_epochs_end_goes_on_bitwise(step, undisturbed, warm, tmp_path):
+    folder = tmp_path / "run"
+    process = runs.start(folder)
+    try:
+        runs.wait_for_step(folder, step)
+    finally:
+        process.kill()
+        process.wait()
+    assert runs.train(folder) == 0
+    same(folder, undisturbed)
+
+
+def test_stopping_at_max_steps_and_going_on_changes_nothing(undisturbed, warm, tmp_path, capsys):
+    """Steps 5 and 14 lie inside epochs: the extra evaluations there must not touch 'best'."""
+    folder = tmp_path / "run"
+    for limit in (5, 14):
+        assert runs.train(folder, f"run.max_steps={limit}") == 0
+        assert max(runs.losses(folder)) == limit
+        assert "ensemble" in capsys.readouterr().out
+    assert runs.train(folder) == 0
+    extra = [p for p in runs.points(folder) if p[1] in (5, 14) and p[0].startswith("test/")]
+    assert extra
+    assert [p for p in runs.points(folder) if p not in extra] == runs.points(undisturbed)
+    assert runs.weights(folder) == runs.weights(undisturbed)
+
+
+def test_a_finished_run_is_told_again_and_not_trained(undisturbed, warm, capsys):
+    before = (undisturbed / "metrics.jsonl").read_bytes()
+    assert runs.train(undisturbed) == 0
+    printed = capsys.readouterr()
+    assert "many" in printed.out
+    assert "finished" in printed.err
+    assert (undisturbed / "metrics.jsonl").read_bytes() == before
+
+
+def test_sigterm_leaves_a_checkpoint_at_the_step_it_stopped(warm, tmp_path, undisturbed):
+    folder = tmp_path / "run"
+    process = runs.start(folder)
+    runs.wait_for_step(folder, 3)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "the same command continues" in output
+    stopped = max(runs.losses(folder))
+    newest = sorted((folder / "checkpoints").glob("[0-9]*"))[-1]
+    assert json.loads((newest / "state.json").read_text())["step"] == stopped
+    assert runs.train(folder) == 0
+    same(folder, undisturbed)
+
+
+def test_a_worker_killed_in_training_costs_the_steps_since_the_checkpoint_and_nothing_else(tmp_path, warm):
+    """kill -9 of one of three workers: the curve, the weights and the report equal an undisturbed spread run's."""
+    calm, folder = tmp_path / "calm", tmp_path / "run"
+    spread = ["cluster.workers=3", "cluster.cpus_per_worker=0.3"]
+    assert runs.train(calm, *spread) == 0
+    process = runs.start(folder, *spread)
+    runs.wait_for_step(folder, 7)
+    victim = json.loads((folder / "run.json").read_text())["workers"][1]["pid"]
+    killed_at = time.time()
+    os.kill(victim, signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "a worker died" in output
+    assert json.loads((folder / "run.json").read_text())["failures"] == 1
+    first_after = min(
+        r["time"]
+        for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        if r["time"] > killed_at + 1
+    )
+    assert first_after - killed_at < 60
+    same(folder, calm)
+
+
+def test_another_mesh_loads_the_same_checkpoint(undisturbed, warm, tmp_path):
+    """Packed until step 14, then 3 x 2 workers on the same config; equal up to rounding."""
+    import numpy as np
+
+    folder = tmp_path / "run"
+    assert runs.train(folder, "run.max_steps=14", "engine.precision=float64") == 0
+    assert runs.train(folder, "cluster.workers=6", "cluster.cpus_per_worker=0.1", "engine.precision=float64") == 0
+    whole = tmp_path / "whole"
+    assert runs.train(whole, "engine.precision=float64") == 0
+    ours, theirs = runs.losses(folder), runs.losses(whole)
+    assert ours.keys() == theirs.keys()
+    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=0, atol=1e-6)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+import torch
+from orchestration.checkpoint import Checkpoints, write_tensors
+checkpoints = Checkpoints(Path(sys.argv[1]), ["train"])
+print("ready", flush=True)
+for step in range(1, 100000):
+    folder = checkpoints.begin()
+    entries = [write_tensors(folder, n, {"w": torch.full((200_000,), float(step))}) for n in ("trunk", "expert0")]
+    best = {"step": step, "checkpoint": f"best-{checkpoints.name('train', step)}"} if step % 3 == 0 else None
+    final = checkpoints.complete(folder, checkpoints.name("train", step), entries, {"step": step, "best": best})
+    checkpoints.tidy(2)
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_while_checkpoints_are_written_always_leaves_a_whole_one(tmp_path):
+    """Ten kills at moments spread over the writing of some checkpoints; the newest that is there loads."""
+    from orchestration.checkpoint import Checkpoints, read_tensors
+
+    for kill in range(10):
+        folder = tmp_path / str(kill)
+        process = subprocess.Popen([sys.executable, "-c", WRITER, str(folder)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.05 + 0.013 * kill)
+        process.kill()
+        process.wait()
+        checkpoints = Checkpoints(folder, ["train"])
+        reported: list[str] = []
+        newest = checkpoints.newest(reported.append)
+        assert not reported, "a killed writer left a damaged checkpoint under its final name"
+        if newest is not None:
+            assert (read_tensors(newest.folder, "trunk")["w"] == newest.state["step"]).all()
+        checkpoints.tidy(2)
+        assert not list((folder / "checkpoints").glob(".writing-*"))

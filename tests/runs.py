@@ -1,0 +1,83 @@
+"""Small runs of the real program, and what is compared of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from orchestration.cli import main
+
+# 405 digits at 16 x 16 in batches of 50: 9 steps an epoch, the last with 5 images; 27 steps in all, some seconds.
+SMALL = [
+    "dataset.image_size=16",
+    "method.stages.train.batch_size=50",
+    "method.stages.train.epochs=3",
+    "engine.threads=1",
+    "run.checkpoint_every_steps=4",
+    "run.log_interval_s=0.5",
+    "tracking.enabled=false",
+]
+
+
+def train(folder: Path, *words: str) -> int:
+    """`expertail train` in this process; the run is `folder`."""
+    return main(["train", *SMALL, f"run.dir={folder.parent}", f"run.name={folder.name}", *words])
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+    """`expertail train` in a process of its own, with a Ray of its own."""
+    command = [sys.executable, "-m", "orchestration", "train", *SMALL]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    return subprocess.Popen(
+        [*command, f"run.dir={folder.parent}", f"run.name={folder.name}", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+
+
+def wait_for_step(folder: Path, step: int, limit_s: float = 120.0) -> None:
+    """Until the journal of a run shows a step."""
+    end = time.monotonic() + limit_s
+    while time.monotonic() < end:
+        if max(steps(folder), default=0) >= step:
+            return
+        time.sleep(0.05)
+    raise TimeoutError(f"{folder}: step {step} was not reached in {limit_s} s")
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Loss by step; a step that is noted twice is an error."""
+    found: dict[int, float] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if record["name"] == "train/loss":
+            assert record["step"] not in found, f"step {record['step']} is there twice"
+            found[record["step"]] = record["value"]
+    return found
+
+
+def points(folder: Path) -> list[tuple[str, int, float]]:
+    """Every number of the journal but the speed, in order."""
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(r["name"], r["step"], r["value"]) for r in records if r["name"] != "train/images_per_s"]
+
+
+def steps(folder: Path) -> list[int]:
+    path = folder / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [json.loads(line)["step"] for line in lines]
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """Bytes of every tensor file of the newest checkpoint and of the best weights."""
+    newest = sorted((folder / "checkpoints").glob("[0-9]*"))[-1]
+    best = list((folder / "checkpoints").glob("best-*"))
+    assert len(best) == 1
+    assert not list((folder / "checkpoints").glob(".writing*"))
+    return {f"{f.name}/{p.name}": p.read_bytes() for f in (newest, *best) for p in sorted(f.glob("*.safetensors"))}
