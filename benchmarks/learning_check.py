@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-METHODS = ("ce", "ldam", "ride")
+METHODS = ("ce", "ride")
 GROUPS = ("all", "many", "medium", "few", "many_by_index", "medium_by_index", "few_by_index")
 COMMON = ("dataset=fashion_mnist_lt", "dataset.max_per_class=1000", "engine.threads=1", "run.evaluate_every_epochs=10")
 

@@ -38,8 +38,15 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 def config(root: str, images: int, processes: int, resident: str) -> DatasetConfig:
     """The tree's first `images` images by the published selection, an equal number of each of ten classes."""
     return DatasetConfig(
-        name="jpeg tree", source="image_folder", root=root, max_per_class=images // 10, mean=MEAN, std=STD,
-        augment={"crop_padding": 4, "horizontal_flip": 0.5}, resident=resident, loader_processes=processes,
+        name="jpeg tree",
+        source="image_folder",
+        root=root,
+        max_per_class=images // 10,
+        mean=MEAN,
+        std=STD,
+        augment={"crop_padding": 4, "horizontal_flip": 0.5},
+        resident=resident,
+        loader_processes=processes,
     )
 
 
@@ -48,18 +55,24 @@ def ours(root: str, images: int, processes: int, resident: str) -> TrainBatches:
     chosen = config(root, images, processes, resident)
     dataset = open_dataset(chosen)
     sampler = InstanceBalanced(InstanceBalanced.Config(), dataset.train.labels, dataset.num_classes)
-    return TrainBatches(dataset.train, sampler, chosen, batch_size=BATCH_SIZE, seed=0, stage="train", stream="main",
-                        epochs=1000)
+    return TrainBatches(
+        dataset.train, sampler, chosen, batch_size=BATCH_SIZE, seed=0, stage="train", stream="main", epochs=1000
+    )
 
 
 def torchvisions(root: str, images: int, processes: int) -> DataLoader:
     """The usual loader over as many random images."""
-    steps = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
-             transforms.Normalize(MEAN, STD)]
+    steps = [
+        transforms.RandomCrop(32, padding=4),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+        transforms.Normalize(MEAN, STD),
+    ]
     folder = torchvision.datasets.ImageFolder(str(Path(root) / "train"), transforms.Compose(steps))
     chosen = torch.randperm(len(folder), generator=torch.Generator().manual_seed(0))[:images].tolist()
-    return DataLoader(Subset(folder, chosen), BATCH_SIZE, shuffle=True, num_workers=processes,
-                      persistent_workers=processes > 0)
+    return DataLoader(
+        Subset(folder, chosen), BATCH_SIZE, shuffle=True, num_workers=processes, persistent_workers=processes > 0
+    )
 
 
 def cpu_s() -> float:
@@ -100,10 +113,13 @@ def measure(root: str, images: int, processes: int, passes: int) -> dict[str, An
             if epoch > 1:
                 results[name].append(result)
     streaming.close()
-    medians = {name: {key: statistics.median(r[key] for r in runs) for key in runs[0]}
-               for name, runs in results.items()}
-    ratios = {name: {key: value / medians["torchvision"][key] for key, value in median.items()}
-              for name, median in medians.items()}
+    medians = {
+        name: {key: statistics.median(r[key] for r in runs) for key in runs[0]} for name, runs in results.items()
+    }
+    ratios = {
+        name: {key: value / medians["torchvision"][key] for key, value in median.items()}
+        for name, median in medians.items()
+    }
     return {"processes": processes, "medians": medians, "ratios to torchvision": ratios, "passes": results}
 
 
@@ -118,8 +134,12 @@ def main() -> None:
     torch.set_num_threads(1)
     runs = [measure(arguments.root, arguments.images, p, arguments.passes) for p in arguments.processes]
     made_by = {
-        "images": arguments.images, "batch_size": BATCH_SIZE, "passes": arguments.passes,
-        "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+        "images": arguments.images,
+        "batch_size": BATCH_SIZE,
+        "passes": arguments.passes,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
         "processors": psutil.cpu_count(),
     }
     Path(arguments.out).write_text(json.dumps({"made_by": made_by, "runs": runs}, indent=1) + "\n")
@@ -127,8 +147,10 @@ def main() -> None:
         print(f"loader processes: {run['processes']}")
         for name, median in run["medians"].items():
             ratio = run["ratios to torchvision"][name]
-            print(f"  {name:42s} {median['images_per_s']:9.0f} images/s ({ratio['images_per_s']:5.2f}x)   per core "
-                  f"{median['images_per_s_per_core']:9.0f} ({ratio['images_per_s_per_core']:5.2f}x)")
+            print(
+                f"  {name:42s} {median['images_per_s']:9.0f} images/s ({ratio['images_per_s']:5.2f}x)   per core "
+                f"{median['images_per_s_per_core']:9.0f} ({ratio['images_per_s_per_core']:5.2f}x)"
+            )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import time
 from dataclasses import dataclass
@@ -144,6 +145,10 @@ class Worker:
             self.trainer.close()
             self.trainer = None
             leave_world()
+
+    def peak_memory_gib(self) -> float:
+        """Most memory this worker's process has held, GiB."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     @ray.method(concurrency_group="watch")
     def heartbeat(self) -> tuple[int, float]:

@@ -93,7 +93,7 @@ class Checkpoints:
 
     def complete(self, writing: Path, name: str, entries: list[FileEntry], state: dict[str, Any]) -> Path:
         """Add state and manifest, flush, and give the folder its name: from here on the checkpoint exists."""
-        entries = [*entries, write_file(writing, STATE, json.dumps(state, indent=1, sort_keys=True).encode())]
+        entries = [*entries, write_file(writing, STATE, json.dumps(state, indent=1).encode())]
         files = {e.name: {"size": e.size, "sha256": e.sha256} for e in sorted(entries, key=lambda e: e.name)}
         write_file(writing, MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1).encode())
         _sync(writing)

@@ -157,6 +157,7 @@ class TrackingConfig(Settings):
     final_wait_s: Annotated[float, Field(ge=0)] = 60.0
     """How long the end of a run may wait for the upload to finish."""
     log_model: bool = True
+    """Upload the trained ensembles, last and best, as MLflow models."""
 
 
 class RunConfig(Settings):
@@ -176,7 +177,15 @@ class RunConfig(Settings):
         return self.run.name or f"{self.method.name}-{self.dataset.name}-s{self.seed}"
 
 
-MAY_CHANGE = ("cluster", "tracking", "run", "dataset.root", "dataset.download", "dataset.loader_processes")
+MAY_CHANGE = (
+    "cluster",
+    "tracking",
+    "run",
+    "method.expected",
+    "dataset.root",
+    "dataset.download",
+    "dataset.loader_processes",
+)
 """What a resume may say differently; `run.evaluate_every_epochs` and `run.select_on` may not, see `identity`."""
 
 

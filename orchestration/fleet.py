@@ -177,7 +177,7 @@ class Fleet:
 
         Raises:
             WorkerLost: a worker died or hangs.
-            ValueError, FloatingPointError: what a worker refused, in its words.
+            ValueError, FloatingPointError, OSError: what a worker refused, in its words.
         """
         return self._together([getattr(worker, method).remote(*args) for worker in self.workers])
 
@@ -203,7 +203,7 @@ class Fleet:
         """What a failed call means. A partner's broken exchange is often seen before the death that caused it."""
         if isinstance(error, RayTaskError):
             cause = error.cause
-            if isinstance(cause, ValueError | FloatingPointError | MemoryError):
+            if isinstance(cause, ValueError | FloatingPointError | OSError):
                 return cause
             later, _ = ray.wait(pending, num_returns=len(pending), timeout=3.0) if pending else ([], [])
             for ref in later:
@@ -273,5 +273,3 @@ def _words_of(error: RayError) -> str:
 
 def _last_line(text: str) -> str:
     return text.strip().splitlines()[-1]
-
-

@@ -68,9 +68,7 @@ class Journal:
                 "make the run folder writable, or choose another with run.dir"
             ) from error
 
-    def append(
-        self, stage: str, epoch: int, step: int, values: Mapping[str, float], time: float | None = None
-    ) -> None:
+    def append(self, stage: str, epoch: int, step: int, values: Mapping[str, float], time: float | None = None) -> None:
         """Note numbers of one moment.
 
         Args:

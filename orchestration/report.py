@@ -236,9 +236,7 @@ def _draw_members(axes: Any, time: _Timeline, split: str, group: str) -> None:
     _legend(axes)
 
 
-def _plot_accuracy(
-    axes: Any, x: NDArray[Any], y: NDArray[Any], colour: str, name: str, *, strong: bool
-) -> None:
+def _plot_accuracy(axes: Any, x: NDArray[Any], y: NDArray[Any], colour: str, name: str, *, strong: bool) -> None:
     axes.plot(x, 100 * y, color=colour, marker="o" if len(y) < 40 else None, markersize=2.5,
               linewidth=2.2 if strong else 1.3, zorder=3 if strong else 2,
               label=f"{name} {100 * _last(y):.1f}")  # fmt: skip

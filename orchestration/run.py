@@ -277,9 +277,25 @@ class StageRun:
         evaluations = {"last": self.last["evaluation"], "best": best["evaluation"]}
         for name, evaluation in evaluations.items():
             self.folder.write_evaluation(name, evaluation)
+        self._note_cost()
         newest = self.checkpoints.newest(self.console.message)
         assert newest is not None
         return Outcome(self.step >= self.total_steps, evaluations, newest.folder)
+
+    def _note_cost(self) -> None:
+        """Add what this start used to run.json."""
+        seconds = time.time() - self.run.marks["ray"]
+        old = self.folder.run().get("cost", {"worker_hours": 0.0, "cpu_hours": 0.0, "gpu_hours": 0.0})
+        hours = seconds / 3600 * self.fleet.shape.workers
+        cluster_config = self.config.cluster
+        self.folder.note(
+            cost={
+                "worker_hours": round(old["worker_hours"] + hours, 4),
+                "cpu_hours": round(old["cpu_hours"] + hours * (cluster_config.cpus_per_worker or 0.0), 4),
+                "gpu_hours": round(old["gpu_hours"] + hours * cluster_config.gpus_per_worker, 4),
+            },
+            peak_memory_gib=[round(gib, 2) for gib in self.fleet.call("peak_memory_gib")],
+        )
 
     def _advance(self) -> None:
         """Train one interval, note it, and do what is due at its end."""

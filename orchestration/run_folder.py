@@ -64,8 +64,10 @@ class RunFolder:
 
     @property
     def started(self) -> bool:
-        """Whether a run was begun here before."""
-        return (self.path / CONFIG).exists()
+        """Whether training was begun here before. A start that was refused, for its data say, does not count."""
+        journal = self.path / "metrics.jsonl"
+        trained = (journal.exists() and journal.stat().st_size > 0) or any(self.path.glob("checkpoints/[0-9]*"))
+        return trained and (self.path / CONFIG).exists()
 
     def stored_config(self) -> RunConfig:
         """The config the run was begun with.
@@ -140,7 +142,7 @@ class RunFolder:
             ValueError: an earlier start of this run saw other data.
         """
         path = self.path / DATA
-        if path.exists():
+        if path.exists() and self.started:
             old = json.loads(path.read_text())
             if old["digest"] != data["digest"]:
                 raise ValueError(

@@ -12,12 +12,14 @@ from orchestration.compose import expand
 from orchestration.config import RunConfig
 from orchestration.console import Console
 from orchestration.finish import export, table
+from orchestration.mesh import mesh_shape
 from orchestration.run import Outcome, Stopped, read_evaluations, run_path, train
-from orchestration.run_folder import DATA, RunFolder, write_atomic
+from orchestration.run_folder import CONFIG, DATA, RunFolder, write_atomic
 
 
 def train_and_report(config: RunConfig, marks: dict[str, float]) -> int:
     """Carry out a run and leave report, models and final table. Returns the exit code."""
+    mesh_shape(config.method.num_experts, config.cluster.workers, config.cluster.experts_per_worker)  # refuse early
     folder = RunFolder(run_path(config))
     try:
         if folder.started and _complete(folder, config):
@@ -54,7 +56,7 @@ def _train(config: RunConfig, folder: RunFolder, marks: dict[str, float]) -> int
         except BaseException as problem:
             stopped = isinstance(problem, Stopped | KeyboardInterrupt)
             status = "KILLED" if stopped else "FAILED"
-            if folder.started:
+            if (folder.path / CONFIG).exists():
                 folder.note(status="stopped" if stopped else "failed", problem=str(problem))
             raise
         finally:

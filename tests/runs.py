@@ -29,9 +29,11 @@ def train(folder: Path, *words: str) -> int:
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:
-    """`expertail train` in a process of its own, with a Ray of its own."""
+    """`expertail train` in a process of its own, on the Ray of the session; its workers are its own."""
+    import ray
+
     command = [sys.executable, "-m", "orchestration", "train", *SMALL]
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     return subprocess.Popen(
         [*command, f"run.dir={folder.parent}", f"run.name={folder.name}", *words],
         stdout=subprocess.PIPE,

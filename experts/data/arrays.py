@@ -14,8 +14,18 @@ from experts.data.config import DatasetConfig
 from experts.data.download import locked_root, needs_root
 from experts.data.pools import ArrayPool, Source
 
-FASHION_CLASSES = ("t-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
-                   "ankle boot")
+FASHION_CLASSES = (
+    "t-shirt/top",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
 FASHION_FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 IDX_UNSIGNED_BYTE = 0x08
 
@@ -60,8 +70,10 @@ def open_fashion_mnist(config: DatasetConfig) -> Source:
     )
     for part, pool in (("train", train), ("t10k", test)):
         if len(pool.images) != len(pool.labels):
-            raise ValueError(f"dataset.root = {root}: {part} has {len(pool.images)} images but {len(pool.labels)} "
-                             f"labels; copy all four files from one source")
+            raise ValueError(
+                f"dataset.root = {root}: {part} has {len(pool.images)} images but {len(pool.labels)} "
+                f"labels; copy all four files from one source"
+            )
     return Source(FASHION_CLASSES, train, test=test)
 
 
@@ -73,8 +85,10 @@ def _labels(root: str, name: str) -> np.ndarray:
     path = _find(root, name)
     labels = read_idx(path, num_axes=1).astype(np.int64)
     for image in np.flatnonzero(labels >= len(FASHION_CLASSES)):
-        raise ValueError(f"{path}: label {labels[image]} of image {image} is out of range; needed 0 to "
-                         f"{len(FASHION_CLASSES) - 1}; fetch the file again")
+        raise ValueError(
+            f"{path}: label {labels[image]} of image {image} is out of range; needed 0 to "
+            f"{len(FASHION_CLASSES) - 1}; fetch the file again"
+        )
     return labels
 
 
@@ -89,8 +103,10 @@ def _find(root: str, name: str) -> str:
     places = _places(root, name)
     if places:
         return places[0]
-    raise ValueError(f"dataset.root = {root}: found no {name}.gz or {name}, there or in FashionMNIST/raw; needed: the "
-                     f"four files of Fashion-MNIST; copy them there, or set dataset.download=true")
+    raise ValueError(
+        f"dataset.root = {root}: found no {name}.gz or {name}, there or in FashionMNIST/raw; needed: the "
+        f"four files of Fashion-MNIST; copy them there, or set dataset.download=true"
+    )
 
 
 def read_idx(path: str, num_axes: int) -> np.ndarray:
@@ -113,8 +129,10 @@ def read_idx(path: str, num_axes: int) -> np.ndarray:
     header = 4 + 4 * num_axes
     magic = IDX_UNSIGNED_BYTE << 8 | num_axes
     if len(data) < header or struct.unpack(">I", data[:4])[0] != magic:
-        raise ValueError(f"{path}: begins with {data[:4].hex() or 'nothing'}, an IDX file of {num_axes} axes of bytes "
-                         f"begins with {magic:08x}; {remedy}")
+        raise ValueError(
+            f"{path}: begins with {data[:4].hex() or 'nothing'}, an IDX file of {num_axes} axes of bytes "
+            f"begins with {magic:08x}; {remedy}"
+        )
     shape = struct.unpack(f">{num_axes}I", data[4:header])
     needed = header + int(np.prod(shape, dtype=np.int64))
     if len(data) != needed:

@@ -127,8 +127,10 @@ def _to_unit(images_BcHW: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _normalise(pixels_B3HW: Tensor, config: DatasetConfig) -> Tensor:
-    mean, std = (torch.tensor(v, dtype=pixels_B3HW.dtype, device=pixels_B3HW.device)[:, None, None]
-                 for v in (config.mean, config.std))
+    mean, std = (
+        torch.tensor(v, dtype=pixels_B3HW.dtype, device=pixels_B3HW.device)[:, None, None]
+        for v in (config.mean, config.std)
+    )
     return pixels_B3HW.sub_(mean).div_(std).contiguous()
 
 
@@ -146,13 +148,12 @@ def _jitter(pixels_B3HW: Tensor, uniforms_BK: np.ndarray, config: ColorJitter) -
     for turn in range(3):
         operation_B = order_B3[:, turn]
         table_3B = np.stack([factors_B3[rows_B, operation_B], operation_B == 1, operation_B == 2])
-        factor, is_contrast, is_saturation = (
-            torch.from_numpy(table_3B).to(pixels_B3HW.device, pixels_B3HW.dtype)[:, :, None, None, None]
-        )
+        factor, is_contrast, is_saturation = torch.from_numpy(table_3B).to(pixels_B3HW.device, pixels_B3HW.dtype)[
+            :, :, None, None, None
+        ]
         red, green, blue = pixels_B3HW.unbind(1)
         gray_B1HW = (GRAY_WEIGHTS[0] * red + GRAY_WEIGHTS[1] * green + GRAY_WEIGHTS[2] * blue)[:, None]
         mean_B111 = gray_B1HW.mean((1, 2, 3), keepdim=True)
         reference = is_saturation * gray_B1HW + is_contrast * mean_B111
         pixels_B3HW = (factor * pixels_B3HW + (1 - factor) * reference).clamp_(0, 1)
     return pixels_B3HW
-

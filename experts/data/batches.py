@@ -94,8 +94,10 @@ class TrainBatches:
         draws = sampler.draws_per_epoch
         self.draws_per_epoch = draws - draws % batch_size if drop_last else draws
         if not self.draws_per_epoch:
-            raise ValueError(f"batch_size = {batch_size} with drop_last: an epoch has {draws} images, no whole "
-                             f"batch; lower batch_size")
+            raise ValueError(
+                f"batch_size = {batch_size} with drop_last: an epoch has {draws} images, no whole "
+                f"batch; lower batch_size"
+            )
         self.steps_per_epoch = -(-self.draws_per_epoch // batch_size)
         self._cached: tuple[int, np.ndarray] | None = None
         self._files: Stream | None = None
@@ -106,7 +108,7 @@ class TrainBatches:
         """The epoch's global sequence of positions in the store, int64 [draws_per_epoch]; epochs count from 1."""
         if self._cached is None or self._cached[0] != epoch:
             progress = Progress(epoch, self.epochs, 0, self.steps_per_epoch)
-            self._cached = epoch, self.sampler.draw(progress, self._key(epoch, "draws"))[:self.draws_per_epoch]
+            self._cached = epoch, self.sampler.draw(progress, self._key(epoch, "draws"))[: self.draws_per_epoch]
         return self._cached[1]
 
     def labels(self, epoch: int, step: int) -> np.ndarray:
@@ -177,7 +179,7 @@ class TrainBatches:
         images = images.to(self.device, non_blocking=True)
         labels = torch.from_numpy(self.labels(epoch, step)).to(self.device)
         start = first - step * self.batch_size
-        return Batch(augment(images, draws, self.config, self.dtype), labels[start:start + last - first], labels)
+        return Batch(augment(images, draws, self.config, self.dtype), labels[start : start + last - first], labels)
 
 
 class EvalBatches:

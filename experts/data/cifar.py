@@ -41,10 +41,20 @@ class Layout:
 
 
 LAYOUTS = {
-    "cifar10": Layout("cifar-10-batches-py", "cifar-10-batches-bin", tuple(f"data_batch_{i}" for i in range(1, 6)),
-                      ("test_batch",), "labels", "batches.meta", "label_names", 10, 1),
-    "cifar100": Layout("cifar-100-python", "cifar-100-binary", ("train",), ("test",), "fine_labels", "meta",
-                       "fine_label_names", 100, 2),
+    "cifar10": Layout(
+        "cifar-10-batches-py",
+        "cifar-10-batches-bin",
+        tuple(f"data_batch_{i}" for i in range(1, 6)),
+        ("test_batch",),
+        "labels",
+        "batches.meta",
+        "label_names",
+        10,
+        1,
+    ),
+    "cifar100": Layout(
+        "cifar-100-python", "cifar-100-binary", ("train",), ("test",), "fine_labels", "meta", "fine_label_names", 100, 2
+    ),
 }
 
 
@@ -67,9 +77,11 @@ def open_cifar(config: DatasetConfig) -> Source:
             return Source(_binary_names(folder, layout), train, test=test)
     packed = [f for f in sorted(os.listdir(root)) if f.startswith("cifar-") and f.endswith(".tar.gz")]
     found = f"only {packed[0]}, still packed" if packed else "neither"
-    raise ValueError(f"dataset.root = {root}: found {found}; needed {layout.python_folder}/{layout.train[0]} or "
-                     f"{layout.binary_folder}/{layout.train[0]}.bin; unpack the published archive there, or set "
-                     f"dataset.download=true")
+    raise ValueError(
+        f"dataset.root = {root}: found {found}; needed {layout.python_folder}/{layout.train[0]} or "
+        f"{layout.binary_folder}/{layout.train[0]}.bin; unpack the published archive there, or set "
+        f"dataset.download=true"
+    )
 
 
 def _fetch(source: str, root: str) -> None:
@@ -95,8 +107,10 @@ def _python_split(folder: str, files: tuple[str, ...], layout: Layout) -> ArrayP
         data = content.get("data") if isinstance(content, dict) else None
         ids = content.get(layout.labels) if isinstance(content, dict) else None
         if not isinstance(data, np.ndarray) or data.shape[1:] != (PIXELS,) or not isinstance(ids, list):
-            raise ValueError(f"{path}: found {_describe(content)}; needed 'data', bytes [N, {PIXELS}], and "
-                             f"'{layout.labels}'; is this the other CIFAR? check dataset.root")
+            raise ValueError(
+                f"{path}: found {_describe(content)}; needed 'data', bytes [N, {PIXELS}], and "
+                f"'{layout.labels}'; is this the other CIFAR? check dataset.root"
+            )
         images.append(data)
         labels.append(_checked(path, np.asarray(ids), len(data), layout))
     return ArrayPool(np.concatenate(images).reshape(-1, *SHAPE), np.concatenate(labels))
@@ -109,10 +123,12 @@ def _binary_split(folder: str, files: tuple[str, ...], layout: Layout) -> ArrayP
         path = _present(folder, f"{name}.bin")
         raw = np.fromfile(path, dtype=np.uint8)
         if not raw.size or raw.size % row:
-            raise ValueError(f"{path}: {raw.size} bytes, needed a multiple of {row} ({layout.label_bytes} of labels "
-                             f"and {PIXELS} of pixels an image); fetch the file again")
+            raise ValueError(
+                f"{path}: {raw.size} bytes, needed a multiple of {row} ({layout.label_bytes} of labels "
+                f"and {PIXELS} of pixels an image); fetch the file again"
+            )
         rows = raw.reshape(-1, row)
-        images.append(rows[:, layout.label_bytes:])
+        images.append(rows[:, layout.label_bytes :])
         labels.append(_checked(path, rows[:, layout.label_bytes - 1], len(rows), layout))  # CIFAR-100: coarse, fine
     return ArrayPool(np.concatenate(images).reshape(-1, *SHAPE), np.concatenate(labels))
 
@@ -130,8 +146,10 @@ def _checked(path: str, labels: np.ndarray, num_images: int, layout: Layout) -> 
         raise ValueError(f"{path}: {num_images} images but {len(labels)} labels; fetch the file again")
     if len(labels) and not 0 <= labels.min() <= labels.max() < layout.num_classes:
         bad = int(np.flatnonzero((labels < 0) | (labels >= layout.num_classes))[0])
-        raise ValueError(f"{path}: label {labels[bad]} of image {bad} is out of range; needed 0 to "
-                         f"{layout.num_classes - 1}; fetch the file again")
+        raise ValueError(
+            f"{path}: label {labels[bad]} of image {bad} is out of range; needed 0 to "
+            f"{layout.num_classes - 1}; fetch the file again"
+        )
     return labels
 
 

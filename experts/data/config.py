@@ -45,8 +45,10 @@ class Augment(Settings):
             if not 0 < low <= high <= 1:
                 raise ValueError(f"random_resized_crop = [{low:g}, {high:g}]: needs 0 < least <= greatest <= 1")
             if self.crop_padding:
-                raise ValueError(f"crop_padding = {self.crop_padding} and random_resized_crop are both set; set "
-                                 f"crop_padding=0 or random_resized_crop=null")
+                raise ValueError(
+                    f"crop_padding = {self.crop_padding} and random_resized_crop are both set; set "
+                    f"crop_padding=0 or random_resized_crop=null"
+                )
         return self
 
 
@@ -125,8 +127,9 @@ class DatasetConfig(Settings):
         if self.download and self.source not in ("fashion_mnist", "cifar10", "cifar100"):
             problems.append(f"download=true: source={self.source} cannot be downloaded; set download=false and root")
         if self.val_list is not None and self.val_per_class:
-            problems.append(f"val_list and val_per_class = {self.val_per_class} are both set; set val_per_class=0 or "
-                            f"val_list=null")
+            problems.append(
+                f"val_list and val_per_class = {self.val_per_class} are both set; set val_per_class=0 or val_list=null"
+            )
         if self.eval.resize is not None and self.eval.resize < self.image_size:
             problems.append(f"eval.resize = {self.eval.resize} is smaller than image_size = {self.image_size}")
         if self.index_groups is not None and not 0 < self.index_groups[0] < self.index_groups[1]:

@@ -67,16 +67,25 @@ def open_dataset(config: DatasetConfig) -> Dataset:
     empty = np.flatnonzero(counts_C == 0)
     if len(empty):
         c = int(empty[0])
-        raise ValueError(f"dataset {config.name}: class {c} ('{source.class_names[c]}') has no training image"
-                         f"{f', nor have {len(empty) - 1} more' if len(empty) > 1 else ''}; needed at least 1; check "
-                         f"{'dataset.train_list' if config.train_list else 'the files'} and dataset.num_classes")
+        raise ValueError(
+            f"dataset {config.name}: class {c} ('{source.class_names[c]}') has no training image"
+            f"{f', nor have {len(empty) - 1} more' if len(empty) > 1 else ''}; needed at least 1; check "
+            f"{'dataset.train_list' if config.train_list else 'the files'} and dataset.num_classes"
+        )
     if config.index_groups is not None and config.index_groups[1] >= num_classes:
-        raise ValueError(f"dataset.index_groups = {list(config.index_groups)}: found {num_classes} classes; the second "
-                         f"cut must be smaller, or index_groups null")
+        raise ValueError(
+            f"dataset.index_groups = {list(config.index_groups)}: found {num_classes} classes; the second "
+            f"cut must be smaller, or index_groups null"
+        )
     return Dataset(
-        config, source.class_names, counts_C, _train_store(config, train),
-        None if val is None else _eval_store(config, val), _eval_store(config, test),
-        _digest(source.class_names, train, val, test), _raw_shape(train),
+        config,
+        source.class_names,
+        counts_C,
+        _train_store(config, train),
+        None if val is None else _eval_store(config, val),
+        _eval_store(config, test),
+        _digest(source.class_names, train, val, test),
+        _raw_shape(train),
     )
 
 
@@ -85,28 +94,40 @@ def _splits(config: DatasetConfig, source: Source) -> tuple[Pool, Pool | None, P
     pool, val, test = source.train, source.val, source.test
     if test is None:
         if not config.test_per_class:
-            raise ValueError(f"dataset.test_per_class = 0: {config.name} has no test set; set test_per_class to the "
-                             f"images of each class to hold out, or give {_test_place(config)}")
+            raise ValueError(
+                f"dataset.test_per_class = 0: {config.name} has no test set; set test_per_class to the "
+                f"images of each class to hold out, or give {_test_place(config)}"
+            )
         stay, out = hold_out(pool.labels, num_classes, config.test_per_class, "test_per_class")
         pool, test = pool.take(stay), pool.take(out)
     elif config.test_per_class:
-        raise ValueError(f"dataset.test_per_class = {config.test_per_class}: {config.name} has a test set of its own; "
-                         f"set dataset.test_per_class=0")
+        raise ValueError(
+            f"dataset.test_per_class = {config.test_per_class}: {config.name} has a test set of its own; "
+            f"set dataset.test_per_class=0"
+        )
     if config.val_per_class and val is not None:
-        raise ValueError(f"dataset.val_per_class = {config.val_per_class}: {config.name} has a validation set of its "
-                         f"own; set dataset.val_per_class=0")
+        raise ValueError(
+            f"dataset.val_per_class = {config.val_per_class}: {config.name} has a validation set of its "
+            f"own; set dataset.val_per_class=0"
+        )
     if config.imbalance_ratio is config.max_per_class is None and not (config.balanced or config.val_per_class):
         return pool, val, test
     chosen = select(
-        pool.labels, num_classes, imbalance_ratio=config.imbalance_ratio, kind=config.imbalance_type,
-        max_per_class=config.max_per_class, balanced=config.balanced, val_per_class=config.val_per_class,
+        pool.labels,
+        num_classes,
+        imbalance_ratio=config.imbalance_ratio,
+        kind=config.imbalance_type,
+        max_per_class=config.max_per_class,
+        balanced=config.balanced,
+        val_per_class=config.val_per_class,
     )
     return pool.take(chosen.train), pool.take(chosen.val) if config.val_per_class else val, test
 
 
 def _test_place(config: DatasetConfig) -> str:
     return {"image_list": "dataset.test_list", "image_folder": "a test/ folder beside train/"}.get(
-        config.source, "another source")
+        config.source, "another source"
+    )
 
 
 def _train_store(config: DatasetConfig, pool: Pool) -> Store:

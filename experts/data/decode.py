@@ -52,8 +52,9 @@ def decode_file(path: str) -> Tensor:
         return _decode_with_pillow(data)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         what = "of no known kind" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise ValueError(f"{path} ({len(data)} bytes): not a whole image ({what}); restore the file or take it out of "
-                         f"the set") from None
+        raise ValueError(
+            f"{path} ({len(data)} bytes): not a whole image ({what}); restore the file or take it out of the set"
+        ) from None
 
 
 def _decode_with_pillow(data: bytes) -> Tensor:
@@ -99,7 +100,7 @@ def frame(images: Tensor, size: int, short_side: int | None = None) -> Tensor:
     else:
         images = resize(images, short * height // width, short)
     top, left = (round((side - size) / 2.0) for side in images.shape[-2:])  # as torchvision's center_crop rounds
-    return images[..., top:top + size, left:left + size]
+    return images[..., top : top + size, left : left + size]
 
 
 def resized_crop_box(
@@ -128,4 +129,4 @@ def resized_crop_box(
 def resized_crop(image: Tensor, size: int, scale: tuple[float, float], uniforms: np.ndarray) -> Tensor:
     """Crop at random and resize to size x size, uint8 [channels, H, W] to [channels, size, size]."""
     top, left, h, w = resized_crop_box(image.shape[-2], image.shape[-1], scale, uniforms)
-    return resize(image[:, top:top + h, left:left + w], size, size)
+    return resize(image[:, top : top + h, left : left + w], size, size)

@@ -25,8 +25,9 @@ def needs_root(config: DatasetConfig, holds: str) -> str:
     root = os.path.expanduser(config.root)
     if not os.path.isdir(root) and not config.download:
         found = "a file" if os.path.exists(root) else "nothing"
-        raise ValueError(f"dataset.root = {config.root}: found {found} at {os.path.abspath(root)}; needed {holds}"
-                         f"{offer}")
+        raise ValueError(
+            f"dataset.root = {config.root}: found {found} at {os.path.abspath(root)}; needed {holds}{offer}"
+        )
     return root
 
 
@@ -43,5 +44,7 @@ def locked_root(root: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"dataset.download = true: could not fetch into {root} ({error}); check the network and the "
-                         f"folder, or copy the files and set dataset.root to their folder") from error
+        raise ValueError(
+            f"dataset.download = true: could not fetch into {root} ({error}); check the network and the "
+            f"folder, or copy the files and set dataset.root to their folder"
+        ) from error

@@ -24,8 +24,10 @@ def open_image_folder(config: DatasetConfig) -> Source:
     splits = [s for s in ("train", "val", "test") if os.path.isdir(os.path.join(root, s))]
     if "train" not in splits:
         if splits:
-            raise ValueError(f"dataset.root = {root}: found {'/ and '.join(splits)}/ but no train/; needed train/ "
-                             f"beside them, or class folders only")
+            raise ValueError(
+                f"dataset.root = {root}: found {'/ and '.join(splits)}/ but no train/; needed train/ "
+                f"beside them, or class folders only"
+            )
         names, pool = _scan(root, "", None)
         return Source(names, pool)
     names, train = _scan(root, "train", None)
@@ -39,20 +41,25 @@ def _scan(root: str, split: str, expected: tuple[str, ...] | None) -> tuple[tupl
     base = os.path.join(root, split) if split else root
     names = tuple(sorted(e.name for e in os.scandir(base) if e.is_dir() and not e.name.startswith(".")))
     if not names:
-        raise ValueError(f"{base}: found no class folder; needed one folder per class with its images; check "
-                         f"dataset.root = {root}")
+        raise ValueError(
+            f"{base}: found no class folder; needed one folder per class with its images; check dataset.root = {root}"
+        )
     if expected is not None and names != expected:
         extra, missing = sorted(set(names) - set(expected)), sorted(set(expected) - set(names))
-        wrong = "; ".join([f"{name} is not in train/ ({len(extra)} such)" for name in extra[:1]]
-                          + [f"{name} is missing ({len(missing)} such)" for name in missing[:1]])
+        wrong = "; ".join(
+            [f"{name} is not in train/ ({len(extra)} such)" for name in extra[:1]]
+            + [f"{name} is missing ({len(missing)} such)" for name in missing[:1]]
+        )
         raise ValueError(f"{base}: its class folders differ from those of train/: {wrong}; give both the same")
     paths: list[str] = []
     labels: list[int] = []
     for c, name in enumerate(names):
         found = _images_below(os.path.join(base, name))
         if not found:
-            raise ValueError(f"{os.path.join(base, name)}: class '{name}' has no image; needed at least one file that "
-                             f"ends in {', '.join(EXTENSIONS[:4])} ...; add images or remove the folder")
+            raise ValueError(
+                f"{os.path.join(base, name)}: class '{name}' has no image; needed at least one file that "
+                f"ends in {', '.join(EXTENSIONS[:4])} ...; add images or remove the folder"
+            )
         paths += [os.path.join(split, name, f) for f in found]
         labels += [c] * len(found)
     return names, _pool(root, paths, labels)
@@ -65,8 +72,11 @@ def _pool(root: str, paths: list[str], labels: list[int]) -> FilePool:
 def _images_below(folder: str) -> list[str]:
     found = []
     for where, _, files in os.walk(folder):
-        found += [os.path.relpath(os.path.join(where, f), folder) for f in files
-                  if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
+        found += [
+            os.path.relpath(os.path.join(where, f), folder)
+            for f in files
+            if f.lower().endswith(EXTENSIONS) and not f.startswith(".")
+        ]
     return sorted(found)
 
 
@@ -85,8 +95,10 @@ def open_image_list(config: DatasetConfig) -> Source:
     num_classes = config.num_classes or int(train.labels.max()) + 1
     for key, pool in pools.items():
         if pool is not None and pool.labels.max() >= num_classes:
-            raise ValueError(f"dataset.{key} = {getattr(config, key)}: label {pool.labels.max()} is not in "
-                             f"dataset.train_list, whose labels end at {num_classes - 1}; use lists of one set")
+            raise ValueError(
+                f"dataset.{key} = {getattr(config, key)}: label {pool.labels.max()} is not in "
+                f"dataset.train_list, whose labels end at {num_classes - 1}; use lists of one set"
+            )
     return Source(_class_names(train, num_classes), train, pools["val_list"], pools["test_list"])
 
 
@@ -100,8 +112,10 @@ def _read_list(root: str, key: str, value: str, num_classes: int | None) -> File
     places = [os.path.expanduser(value), os.path.join(root, value)]
     path = next((p for p in places if os.path.isfile(p)), None)
     if path is None:
-        raise ValueError(f"dataset.{key} = {value}: no such file, here or in dataset.root = {root}; needed a text file "
-                         f"of `path label` lines")
+        raise ValueError(
+            f"dataset.{key} = {value}: no such file, here or in dataset.root = {root}; needed a text file "
+            f"of `path label` lines"
+        )
     paths: list[str] = []
     labels: list[int] = []
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
@@ -110,19 +124,24 @@ def _read_list(root: str, key: str, value: str, num_classes: int | None) -> File
                 continue
             image, _, label = line.rstrip().rpartition(" ")
             if not image or not label.isdecimal():
-                raise ValueError(f"{path}:{number}: found '{line.strip()[:80]}'; needed `path label`, the label a "
-                                 f"whole number from 0")
+                raise ValueError(
+                    f"{path}:{number}: found '{line.strip()[:80]}'; needed `path label`, the label a "
+                    f"whole number from 0"
+                )
             if num_classes is not None and int(label) >= num_classes:
-                raise ValueError(f"{path}:{number}: label {label} is out of range; needed 0 to {num_classes - 1} "
-                                 f"(dataset.num_classes = {num_classes})")
+                raise ValueError(
+                    f"{path}:{number}: label {label} is out of range; needed 0 to {num_classes - 1} "
+                    f"(dataset.num_classes = {num_classes})"
+                )
             paths.append(image.strip())
             labels.append(int(label))
     if not paths:
         raise ValueError(f"{path}: holds no image; needed at least one `path label` line (dataset.{key})")
     first = os.path.join(root, paths[0])
     if not os.path.isfile(first):
-        raise ValueError(f"{path}: its first image is not at {first}; set dataset.root to the folder that its paths "
-                         f"are relative to")
+        raise ValueError(
+            f"{path}: its first image is not at {first}; set dataset.root to the folder that its paths are relative to"
+        )
     return _pool(root, paths, labels)
 
 

@@ -52,9 +52,11 @@ def hold_out(labels: np.ndarray, num_classes: int, per_class: int, key: str) -> 
     pools = shuffled_pools(labels, num_classes)
     for c, pool in enumerate(pools):
         if len(pool) <= per_class:
-            raise ValueError(f"dataset.{key} = {per_class}: class {c} has {len(pool)} images and needs at least "
-                             f"{per_class + 1}, so that one is left for training; lower dataset.{key}")
-    out = np.sort(np.concatenate([pool[len(pool) - per_class:] for pool in pools]))
+            raise ValueError(
+                f"dataset.{key} = {per_class}: class {c} has {len(pool)} images and needs at least "
+                f"{per_class + 1}, so that one is left for training; lower dataset.{key}"
+            )
+    out = np.sort(np.concatenate([pool[len(pool) - per_class :] for pool in pools]))
     stay = np.ones(len(labels), dtype=bool)
     stay[out] = False
     return np.flatnonzero(stay), out
@@ -99,14 +101,22 @@ def select(
         counts = found if max_per_class is None else np.minimum(found, max_per_class)
     else:
         counts = long_tailed_counts(num_classes, max_per_class or int(found.min()), imbalance_ratio, kind)
-        _refuse_too_few(found, counts, f"dataset.imbalance_ratio = {imbalance_ratio:g}",
-                        "lower dataset.max_per_class or raise dataset.imbalance_ratio")
+        _refuse_too_few(
+            found,
+            counts,
+            f"dataset.imbalance_ratio = {imbalance_ratio:g}",
+            "lower dataset.max_per_class or raise dataset.imbalance_ratio",
+        )
     if balanced:
         total = int(counts.sum())
         counts = np.full(num_classes, round(total / num_classes), dtype=np.int64)
-        _refuse_too_few(found - val_per_class, counts, f"dataset.balanced = true (total {total})",
-                        "lower dataset.max_per_class or dataset.val_per_class, or raise dataset.imbalance_ratio; a set "
-                        "with natural counts needs a balanced list of its own in dataset.train_list")
+        _refuse_too_few(
+            found - val_per_class,
+            counts,
+            f"dataset.balanced = true (total {total})",
+            "lower dataset.max_per_class or dataset.val_per_class, or raise dataset.imbalance_ratio; a set "
+            "with natural counts needs a balanced list of its own in dataset.train_list",
+        )
     kept = np.minimum(counts, found - val_per_class)
     for c in np.flatnonzero(kept < 1):
         if found[c] == 0:
@@ -117,7 +127,7 @@ def select(
         else:
             why, remedy = f"dataset.val_per_class = {val_per_class} takes all of its {found[c]}", "lower it"
         raise ValueError(f"class {c} would have no training image: {why}; needed at least 1; {remedy}")
-    val = [pool[len(pool) - val_per_class:] for pool in pools]
+    val = [pool[len(pool) - val_per_class :] for pool in pools]
     return Selection(np.concatenate([pool[:n] for pool, n in zip(pools, kept, strict=True)]), np.concatenate(val))
 
 

@@ -19,11 +19,29 @@ _NDARRAY, _DTYPE, _ENCODE = ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs"
 _SYMBOLS = {*_RECONSTRUCT, _NDARRAY, _DTYPE, _ENCODE}
 _MARK = object()
 _CONSTANTS: dict[str, Callable[[], Any]] = {
-    "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple,
-    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
+    "EMPTY_DICT": dict,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
 }
-_LITERALS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE",
-             "BINBYTES", "SHORT_BINBYTES", "STRING", "BINSTRING", "SHORT_BINSTRING"}
+_LITERALS = {
+    "INT",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG",
+    "LONG1",
+    "UNICODE",
+    "BINUNICODE",
+    "SHORT_BINUNICODE",
+    "BINBYTES",
+    "SHORT_BINBYTES",
+    "STRING",
+    "BINSTRING",
+    "SHORT_BINSTRING",
+}
 _IGNORED = {"PROTO", "FRAME"}
 _PLAIN = {int, str, bytes, bool, type(None)}
 
@@ -67,8 +85,10 @@ def read_pickled_data(path: str) -> Any:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); check dataset.root and its permissions") from None
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         size = os.path.getsize(path)
-        raise ValueError(f"{path} ({size} bytes): not a data file of CIFAR ({error}); needed dicts, lists, text, "
-                         f"numbers and byte arrays only, whole; fetch the file again") from None
+        raise ValueError(
+            f"{path} ({size} bytes): not a data file of CIFAR ({error}); needed dicts, lists, text, "
+            f"numbers and byte arrays only, whole; fetch the file again"
+        ) from None
 
 
 def _interpret(file: Any) -> Any:  # noqa: PLR0912, PLR0915 - a branch for each instruction
@@ -77,7 +97,7 @@ def _interpret(file: Any) -> Any:  # noqa: PLR0912, PLR0915 - a branch for each 
 
     def since_mark() -> list[Any]:
         at = max(i for i, item in enumerate(stack) if item is _MARK)
-        items = stack[at + 1:]
+        items = stack[at + 1 :]
         del stack[at:]
         return items
 

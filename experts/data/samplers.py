@@ -55,7 +55,7 @@ def class_aware_draws(
             if at == len(cycle):
                 source.shuffle(cycle)
                 at = 0
-            taken = cycle[at:at + missing]
+            taken = cycle[at : at + missing]
             draws += taken
             at += len(taken)
             missing -= len(taken)
@@ -96,7 +96,7 @@ def cycled_draws(classes_N: np.ndarray, by_class: Sequence[Sequence[int]], sourc
         while len(cycles) < len(rows):
             source.shuffle(cycle)
             cycles += cycle
-        draws[rows] = cycles[:len(rows)]
+        draws[rows] = cycles[: len(rows)]
     return draws
 
 
@@ -130,8 +130,10 @@ class _Sampler:
         self.labels = labels
         self.counts_C = np.bincount(labels, minlength=num_classes)
         if not len(labels) or not self.counts_C.all():
-            raise ValueError(f"a sampler needs at least 1 image of every class, found "
-                             f"{self.counts_C.tolist() if num_classes <= 20 else self.counts_C.min()}")
+            raise ValueError(
+                f"a sampler needs at least 1 image of every class, found "
+                f"{self.counts_C.tolist() if num_classes <= 20 else self.counts_C.min()}"
+            )
 
     @property
     def draws_per_epoch(self) -> int:

@@ -28,9 +28,13 @@ def open_source(config: DatasetConfig) -> Source:
     """
     source = READERS[config.source](config)
     if len(source.class_names) < 2:
-        raise ValueError(f"dataset.root = {config.root}: found 1 class ('{source.class_names[0]}'), needed at least 2; "
-                         f"check that root is not one level too high or too low")
+        raise ValueError(
+            f"dataset.root = {config.root}: found 1 class ('{source.class_names[0]}'), needed at least 2; "
+            f"check that root is not one level too high or too low"
+        )
     if config.num_classes not in (None, len(source.class_names)):
-        raise ValueError(f"dataset.num_classes = {config.num_classes}: found {len(source.class_names)} classes in "
-                         f"{config.root or config.source}; set dataset.num_classes={len(source.class_names)} or null")
+        raise ValueError(
+            f"dataset.num_classes = {config.num_classes}: found {len(source.class_names)} classes in "
+            f"{config.root or config.source}; set dataset.num_classes={len(source.class_names)} or null"
+        )
     return source

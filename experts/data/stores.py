@@ -106,8 +106,10 @@ Store = ResidentImages | FileImages
 
 def resident_from_array(pool: ArrayPool, image_size: int, short_side: int | None = None) -> ResidentImages:
     """Bring an array of images to image_size (`decode.frame`), 4096 at a time."""
-    pieces = [frame(torch.from_numpy(piece.copy()), image_size, short_side)
-              for piece in np.array_split(pool.images, -(-len(pool.images) // 4096))]
+    pieces = [
+        frame(torch.from_numpy(piece.copy()), image_size, short_side)
+        for piece in np.array_split(pool.images, -(-len(pool.images) // 4096))
+    ]
     return ResidentImages(torch.cat(pieces), pool.labels)
 
 
@@ -120,7 +122,7 @@ def resident_from_files(files: FileImages) -> ResidentImages:
     images = torch.empty(len(files), 3, files.image_size, files.image_size, dtype=torch.uint8)
 
     def fill(positions: np.ndarray) -> None:
-        images[positions[0]:positions[-1] + 1] = files.read(positions)
+        images[positions[0] : positions[-1] + 1] = files.read(positions)
 
     pieces = np.array_split(np.arange(len(files)), -(-len(files) // 256))
     with ThreadPoolExecutor(max_workers=usable_cpus()) as threads:

@@ -93,8 +93,13 @@ class Stream:
         self._requests.of_this_pass = requests
         if self._loader is None:
             self._loader = DataLoader(
-                _Reader(self.store), batch_size=None, sampler=self._requests, num_workers=self.processes,
-                collate_fn=_as_it_is, persistent_workers=True, pin_memory=self.pin_memory,
+                _Reader(self.store),
+                batch_size=None,
+                sampler=self._requests,
+                num_workers=self.processes,
+                collate_fn=_as_it_is,
+                persistent_workers=True,
+                pin_memory=self.pin_memory,
                 generator=torch.Generator().manual_seed(0),  # without one it would advance torch's global generator
             )
         batches = iter(self._loader)

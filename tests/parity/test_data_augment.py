@@ -56,8 +56,11 @@ def test_jitter_follows_torchvisions_formulas():
     chosen = config(color_jitter=ColorJitter(brightness=0.4, contrast=0.3, saturation=0.2))
     ours = augment(batch, draws, chosen)
     for image, row, mine in zip(batch, draws, ours, strict=True):
-        steps = [(F.adjust_brightness, 0.4, row[4]), (F.adjust_contrast, 0.3, row[5]),
-                 (F.adjust_saturation, 0.2, row[6])]
+        steps = [
+            (F.adjust_brightness, 0.4, row[4]),
+            (F.adjust_contrast, 0.3, row[5]),
+            (F.adjust_saturation, 0.2, row[6]),
+        ]
         expected = F.convert_image_dtype(image, torch.float32)
         for turn in ORDERS[int(row[7] * 6)]:
             adjust, strength, draw = steps[turn]
@@ -87,9 +90,14 @@ def test_inputs_are_not_written_to():
     assert torch.equal(batch, kept)
 
 
-@pytest.mark.parametrize("steps", [
-    {}, {"crop_padding": 4}, {"rotation": 15, "color_jitter": ColorJitter(contrast=0.4)},
-])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        {},
+        {"crop_padding": 4},
+        {"rotation": 15, "color_jitter": ColorJitter(contrast=0.4)},
+    ],
+)
 def test_an_empty_share_gives_no_rows(steps):
     empty = augment(images(0), uniforms(0, 0, 0, NUM_UNIFORMS), config(**steps))
     assert empty.shape == (0, 3, 32, 32)
@@ -127,14 +135,21 @@ def test_evaluation_frames_are_torchvisions_resize_and_centre_crop():
     assert (frame(picture, 32, 40).int() - expected.int()).abs().max() <= 1
 
 
-@pytest.mark.parametrize(("height", "width", "factor", "top", "left"), [
-    (28, 28, 1, 2, 2), (8, 8, 4, 0, 0), (16, 10, 2, 0, 6), (17, 9, 1, 7, 11), (32, 32, 1, 0, 0),
-])
+@pytest.mark.parametrize(
+    ("height", "width", "factor", "top", "left"),
+    [
+        (28, 28, 1, 2, 2),
+        (8, 8, 4, 0, 0),
+        (16, 10, 2, 0, 6),
+        (17, 9, 1, 7, 11),
+        (32, 32, 1, 0, 0),
+    ],
+)
 def test_small_images_are_enlarged_by_a_whole_factor_and_centred(height, width, factor, top, left):
     white = torch.full((1, 1, height, width), 255, dtype=torch.uint8)
     framed = frame(white, 32)[0, 0]
     expected = torch.zeros(32, 32, dtype=torch.uint8)
-    expected[top:top + factor * height, left:left + factor * width] = 255
+    expected[top : top + factor * height, left : left + factor * width] = 255
     assert torch.equal(framed, expected)
 
 

@@ -6,26 +6,128 @@ import pytest
 from experts.data.imbalance import hold_out, long_tailed_counts, select
 
 CIFAR100_RATIO_100 = [
-    500, 477, 455, 434, 415, 396, 378, 361, 344, 328, 314, 299, 286, 273, 260, 248, 237, 226, 216, 206, 197, 188, 179,
-    171, 163, 156, 149, 142, 135, 129, 123, 118, 112, 107, 102, 98, 93, 89, 85, 81, 77, 74, 70, 67, 64, 61, 58, 56, 53,
-    51, 48, 46, 44, 42, 40, 38, 36, 35, 33, 32, 30, 29, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 15, 14, 13,
-    13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8, 7, 7, 7, 6, 6, 6, 6, 5, 5, 5, 5,
+    500,
+    477,
+    455,
+    434,
+    415,
+    396,
+    378,
+    361,
+    344,
+    328,
+    314,
+    299,
+    286,
+    273,
+    260,
+    248,
+    237,
+    226,
+    216,
+    206,
+    197,
+    188,
+    179,
+    171,
+    163,
+    156,
+    149,
+    142,
+    135,
+    129,
+    123,
+    118,
+    112,
+    107,
+    102,
+    98,
+    93,
+    89,
+    85,
+    81,
+    77,
+    74,
+    70,
+    67,
+    64,
+    61,
+    58,
+    56,
+    53,
+    51,
+    48,
+    46,
+    44,
+    42,
+    40,
+    38,
+    36,
+    35,
+    33,
+    32,
+    30,
+    29,
+    27,
+    26,
+    25,
+    24,
+    23,
+    22,
+    21,
+    20,
+    19,
+    18,
+    17,
+    16,
+    15,
+    15,
+    14,
+    13,
+    13,
+    12,
+    12,
+    11,
+    11,
+    10,
+    10,
+    9,
+    9,
+    8,
+    8,
+    7,
+    7,
+    7,
+    6,
+    6,
+    6,
+    6,
+    5,
+    5,
+    5,
+    5,
 ]
 
 
-@pytest.mark.parametrize(("num_classes", "largest", "totals"), [
-    (100, 500, {200: 9502, 100: 10847, 50: 12608, 20: 15907, 10: 19573}),
-    (10, 5000, {200: 11203, 100: 12406, 50: 13996, 20: 17023, 10: 20431}),
-])
+@pytest.mark.parametrize(
+    ("num_classes", "largest", "totals"),
+    [
+        (100, 500, {200: 9502, 100: 10847, 50: 12608, 20: 15907, 10: 19573}),
+        (10, 5000, {200: 11203, 100: 12406, 50: 13996, 20: 17023, 10: 20431}),
+    ],
+)
 def test_totals_are_the_published_ones(num_classes, largest, totals):
     assert {ratio: long_tailed_counts(num_classes, largest, ratio).sum() for ratio in totals} == totals
 
 
-@pytest.mark.parametrize(("ratio", "counts"), [
-    (100, [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]),
-    (50, [5000, 3237, 2096, 1357, 878, 568, 368, 238, 154, 100]),
-    (10, [5000, 3871, 2997, 2320, 1796, 1391, 1077, 834, 645, 500]),
-])
+@pytest.mark.parametrize(
+    ("ratio", "counts"),
+    [
+        (100, [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]),
+        (50, [5000, 3237, 2096, 1357, 878, 568, 368, 238, 154, 100]),
+        (10, [5000, 3871, 2997, 2320, 1796, 1391, 1077, 834, 645, 500]),
+    ],
+)
 def test_cifar10_counts_are_the_published_ones(ratio, counts):
     assert long_tailed_counts(10, 5000, ratio).tolist() == counts
 
@@ -34,9 +136,16 @@ def test_cifar100_counts_are_the_published_ones():
     assert long_tailed_counts(100, 500, 100).tolist() == CIFAR100_RATIO_100
 
 
-@pytest.mark.parametrize(("ratio", "sizes"), [
-    (200, (30, 31, 39)), (100, (35, 35, 30)), (50, (41, 41, 18)), (20, (53, 47, 0)), (10, (69, 31, 0)),
-])
+@pytest.mark.parametrize(
+    ("ratio", "sizes"),
+    [
+        (200, (30, 31, 39)),
+        (100, (35, 35, 30)),
+        (50, (41, 41, 18)),
+        (20, (53, 47, 0)),
+        (10, (69, 31, 0)),
+    ],
+)
 def test_cifar100_group_sizes_follow(ratio, sizes):
     counts = long_tailed_counts(100, 500, ratio)
     assert ((counts > 100).sum(), ((counts >= 20) & (counts <= 100)).sum(), (counts < 20).sum()) == sizes
@@ -47,21 +156,40 @@ def test_step_has_two_sizes():
 
 
 @pytest.mark.parametrize("ratio", [10, 100, 200])
-@pytest.mark.parametrize(("num_classes", "per_class", "first_five"), [
-    (100, 500, {0: [90, 254, 283, 445, 461], 1: [277, 307, 436, 88, 261], 50: [307, 484, 149, 423, 351],
-                99: [348, 153, 363, 361, 299]}),
-    (10, 5000, {0: [398, 3833, 4836, 4572, 636], 1: [597, 332, 521, 3935, 4800], 5: [4127, 1152, 4595, 4590, 2270],
-                9: [2204, 3816, 2206, 2507, 1926]}),
-])
+@pytest.mark.parametrize(
+    ("num_classes", "per_class", "first_five"),
+    [
+        (
+            100,
+            500,
+            {
+                0: [90, 254, 283, 445, 461],
+                1: [277, 307, 436, 88, 261],
+                50: [307, 484, 149, 423, 351],
+                99: [348, 153, 363, 361, 299],
+            },
+        ),
+        (
+            10,
+            5000,
+            {
+                0: [398, 3833, 4836, 4572, 636],
+                1: [597, 332, 521, 3935, 4800],
+                5: [4127, 1152, 4595, 4590, 2270],
+                9: [2204, 3816, 2206, 2507, 1926],
+            },
+        ),
+    ],
+)
 def test_selected_images_are_the_published_ones(num_classes, per_class, first_five, ratio):
     """CIFAR is not needed: what is selected depends on the labels alone. Ranks are within the class, in file order."""
     labels = np.random.default_rng(1).permutation(np.repeat(np.arange(num_classes), per_class))
     train = select(labels, num_classes, imbalance_ratio=ratio, max_per_class=per_class).train
     starts = np.concatenate([[0], np.cumsum(long_tailed_counts(num_classes, per_class, ratio))])
     for c, expected in first_five.items():
-        chosen = train[starts[c]:min(starts[c] + 5, starts[c + 1])]
+        chosen = train[starts[c] : min(starts[c] + 5, starts[c + 1])]
         assert (labels[chosen] == c).all()
-        assert np.searchsorted(np.flatnonzero(labels == c), chosen).tolist() == expected[:len(chosen)]
+        assert np.searchsorted(np.flatnonzero(labels == c), chosen).tolist() == expected[: len(chosen)]
 
 
 def test_a_smaller_ratio_contains_a_larger_ones_images():
@@ -94,11 +222,23 @@ def test_the_validation_cut_is_the_same_for_every_ratio_and_apart_from_training(
     assert np.bincount(labels[cuts[2].train]).tolist() == [25, 13, 6, 3], "30 images shrink to 25, the others stay"
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"imbalance_ratio": 10, "max_per_class": 31}, r"needs 31 images of class 0, found 30.*lower dataset.max_per_cl"),
-    ({"imbalance_ratio": 100, "max_per_class": 30}, r"class 3 would have no training image.*lower dataset.imbalance"),
-    ({"val_per_class": 30}, r"class 0 would have no training image: dataset.val_per_class = 30 takes all of its 30"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"imbalance_ratio": 10, "max_per_class": 31},
+            r"needs 31 images of class 0, found 30.*lower dataset.max_per_cl",
+        ),
+        (
+            {"imbalance_ratio": 100, "max_per_class": 30},
+            r"class 3 would have no training image.*lower dataset.imbalance",
+        ),
+        (
+            {"val_per_class": 30},
+            r"class 0 would have no training image: dataset.val_per_class = 30 takes all of its 30",
+        ),
+    ],
+)
 def test_too_few_images_are_refused_by_class_and_key(arguments, message):
     with pytest.raises(ValueError, match=message):
         select(np.repeat(np.arange(4), 30), 4, **arguments)

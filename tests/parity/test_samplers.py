@@ -35,10 +35,13 @@ def numbered(counts):
     return [p.tolist() for p in positions_by_class(np.repeat(np.arange(len(counts)), counts), len(counts))]
 
 
-@pytest.mark.parametrize(("counts", "per_visit", "expected"), [
-    ([4, 3, 2], 4, [3, 2, 1, 0, 7, 8, 7, 8, 4, 6, 5, 6]),
-    ([5, 2, 1], 2, [4, 1, 7, 7, 5, 6, 3, 2, 5, 6, 7, 7, 6, 5, 0]),
-])
+@pytest.mark.parametrize(
+    ("counts", "per_visit", "expected"),
+    [
+        ([4, 3, 2], 4, [3, 2, 1, 0, 7, 8, 7, 8, 4, 6, 5, 6]),
+        ([5, 2, 1], 2, [4, 1, 7, 7, 5, 6, 3, 2, 5, 6, 7, 7, 6, 5, 0]),
+    ],
+)
 def test_class_aware_cycles_match(counts, per_visit, expected):
     assert class_aware_draws(numbered(counts), per_visit, len(expected), random.Random(0)).tolist() == expected
 
@@ -60,25 +63,31 @@ def test_balanced_multinomial_matches_torch():
     assert torch.multinomial(torch.from_numpy(weights), 20, replacement=True, generator=generator).tolist() == ours
 
 
-@pytest.mark.parametrize(("piece", "expected"), [
-    (InstanceBalanced, [100 / 154, 40 / 154, 10 / 154, 4 / 154]),
-    (ClassBalanced, [0.25, 0.25, 0.25, 0.25]),
-    (SquareRoot, [0.465401, 0.294346, 0.147173, 0.093080]),
-    (EffectiveNumber, [0.250769, 0.250018, 0.249644, 0.249569]),
-    (Reversed, [0.025974, 0.064935, 0.259740, 0.649351]),
-])
+@pytest.mark.parametrize(
+    ("piece", "expected"),
+    [
+        (InstanceBalanced, [100 / 154, 40 / 154, 10 / 154, 4 / 154]),
+        (ClassBalanced, [0.25, 0.25, 0.25, 0.25]),
+        (SquareRoot, [0.465401, 0.294346, 0.147173, 0.093080]),
+        (EffectiveNumber, [0.250769, 0.250018, 0.249644, 0.249569]),
+        (Reversed, [0.025974, 0.064935, 0.259740, 0.649351]),
+    ],
+)
 def test_class_probabilities_match(piece, expected):
     sampler = piece(piece.Config(), LABELS, 4)
     np.testing.assert_allclose(sampler.class_probabilities(Progress(1, 5)), expected, atol=6e-7, rtol=0)
 
 
-@pytest.mark.parametrize(("epoch", "expected"), [
-    (1, [0.649351, 0.259740, 0.064935, 0.025974]),
-    (2, [0.549513, 0.257305, 0.111201, 0.081981]),
-    (3, [0.449675, 0.254870, 0.157468, 0.137987]),
-    (4, [0.349838, 0.252435, 0.203734, 0.193994]),
-    (5, [0.25, 0.25, 0.25, 0.25]),
-])
+@pytest.mark.parametrize(
+    ("epoch", "expected"),
+    [
+        (1, [0.649351, 0.259740, 0.064935, 0.025974]),
+        (2, [0.549513, 0.257305, 0.111201, 0.081981]),
+        (3, [0.449675, 0.254870, 0.157468, 0.137987]),
+        (4, [0.349838, 0.252435, 0.203734, 0.193994]),
+        (5, [0.25, 0.25, 0.25, 0.25]),
+    ],
+)
 def test_progressively_balanced_probabilities_match(epoch, expected):
     sampler = ProgressivelyBalanced(ProgressivelyBalanced.Config(), LABELS, 4)
     np.testing.assert_allclose(sampler.class_probabilities(Progress(epoch, 5)), expected, atol=6e-7, rtol=0)

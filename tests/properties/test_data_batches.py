@@ -19,9 +19,15 @@ from experts.progress import Progress
 from experts.registry import build
 
 SAMPLERS = [
-    InstanceBalanced.Config(), ClassBalanced.Config(), ClassBalanced.Config(form="per_draw_cycle"),
-    ClassBalanced.Config(form="multinomial"), ClassBalanced.Config(epoch="largest_class"), SquareRoot.Config(),
-    ProgressivelyBalanced.Config(), Reversed.Config(), EffectiveNumber.Config(),
+    InstanceBalanced.Config(),
+    ClassBalanced.Config(),
+    ClassBalanced.Config(form="per_draw_cycle"),
+    ClassBalanced.Config(form="multinomial"),
+    ClassBalanced.Config(epoch="largest_class"),
+    SquareRoot.Config(),
+    ProgressivelyBalanced.Config(),
+    Reversed.Config(),
+    EffectiveNumber.Config(),
 ]
 COUNTS = [7, 4, 2]
 
@@ -57,15 +63,22 @@ def batches(config, sampler=None, **more):
 
 
 def same(a, b):
-    return (torch.equal(a.images_B3HW, b.images_B3HW) and torch.equal(a.labels_B, b.labels_B)
-            and torch.equal(a.global_labels, b.global_labels))
+    return (
+        torch.equal(a.images_B3HW, b.images_B3HW)
+        and torch.equal(a.labels_B, b.labels_B)
+        and torch.equal(a.global_labels, b.global_labels)
+    )
 
 
 @pytest.mark.parametrize("more", [{}, STREAMED, {**STREAMED, "resident": "always"}], ids=["frames", "streamed", "kept"])
 def test_a_batch_does_not_depend_on_what_came_before(tree, more):
     config = settings(tree, **more)
-    history = {(epoch, step): batch for loader in [batches(config)] for epoch in (1, 2)
-               for step, batch in enumerate(loader.iterate(epoch))}
+    history = {
+        (epoch, step): batch
+        for loader in [batches(config)]
+        for epoch in (1, 2)
+        for step, batch in enumerate(loader.iterate(epoch))
+    }
     assert len(history) == 2 * 3
     for (epoch, step), batch in reversed(history.items()):
         assert same(batches(config).batch(epoch, step), batch)
@@ -142,8 +155,9 @@ def test_resident_and_streamed_evaluation_agree_and_shares_join(tree):
     whole = list(EvalBatches(kept.test, kept.config, 4))
     assert [len(y) for _, y in whole] == [4, 2]
     for replicas in (1, 2, 4):
-        parts = [EvalBatches(streamed.test, streamed.config, 4, replica=d, num_replicas=replicas)
-                 for d in range(replicas)]
+        parts = [
+            EvalBatches(streamed.test, streamed.config, 4, replica=d, num_replicas=replicas) for d in range(replicas)
+        ]
         images, labels = zip(*(pair for part in parts for pair in part), strict=True)
         assert torch.equal(torch.cat(images), torch.cat([x for x, _ in whole]))
         assert torch.equal(torch.cat(labels), torch.cat([y for _, y in whole]))
@@ -187,7 +201,7 @@ def test_cycles_show_every_image_of_a_class_before_any_again(form):
     for c, count in enumerate(COUNTS):
         of_class = drawn[labels[drawn] == c].tolist()
         for start in range(0, len(of_class) - count + 1, count):
-            assert len(set(of_class[start:start + count])) == count
+            assert len(set(of_class[start : start + count])) == count
 
 
 def test_a_sampler_refuses_an_empty_class():

@@ -32,7 +32,7 @@ def test_uniforms_are_uniform():
 
 def test_keys_are_stable_and_apart():
     """The first value pins the hash: a change would silently change every run."""
-    assert key(0, "train", 1, "main", "draws") == 0xc1ccf0c604c0e8ca60075130f2604864
+    assert key(0, "train", 1, "main", "draws") == 0xC1CCF0C604C0E8CA60075130F2604864
     assert len({key(0, "a", 1), key(0, "a", 2), key(0, "b", 1), key(1, "a", 1), key(0, "a1"), key(0, "a", "1")}) == 6
 
 

@@ -70,14 +70,20 @@ def test_fashion_is_read_packed_or_not_wherever_torchvision_puts_it(tmp_path, pl
     assert not first[:, 30:].any()
 
 
-@pytest.mark.parametrize(("damage", "message"), [
-    (lambda b: b[:len(b) // 2], "t10k-images-idx3-ubyte.gz: not a whole gzip file .*fetch the file again"),
-    (lambda b: b"", "t10k-images-idx3-ubyte.gz: begins with nothing"),
-    (lambda b: b"not a gzip file", "not a whole gzip file"),
-    (lambda b: b[:40] + bytes([b[40] ^ 255]) + b[41:], "t10k-images-idx3-ubyte.gz: not a whole gzip file"),
-    (lambda b: gzip.compress(gzip.decompress(b)[:-1]), r"bytes unpacked, its header .50, 28, 28. needs 39216"),
-    (lambda b: gzip.compress(b"\0" * 100), "begins with 00000000, an IDX file of 3 axes of bytes begins with 00000803"),
-])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda b: b[: len(b) // 2], "t10k-images-idx3-ubyte.gz: not a whole gzip file .*fetch the file again"),
+        (lambda b: b"", "t10k-images-idx3-ubyte.gz: begins with nothing"),
+        (lambda b: b"not a gzip file", "not a whole gzip file"),
+        (lambda b: b[:40] + bytes([b[40] ^ 255]) + b[41:], "t10k-images-idx3-ubyte.gz: not a whole gzip file"),
+        (lambda b: gzip.compress(gzip.decompress(b)[:-1]), r"bytes unpacked, its header .50, 28, 28. needs 39216"),
+        (
+            lambda b: gzip.compress(b"\0" * 100),
+            "begins with 00000000, an IDX file of 3 axes of bytes begins with 00000803",
+        ),
+    ],
+)
 def test_a_damaged_file_is_named(tmp_path, damage, message):
     write_fashion(tmp_path)
     victim = tmp_path / "t10k-images-idx3-ubyte.gz"

@@ -19,8 +19,12 @@ def content(start, num_classes, labels_key):
     """Four images whose every byte tells which image it is."""
     rows = np.arange(start, start + PER_BATCH)
     data = np.repeat(rows[:, None], PIXELS, axis=1).astype(np.uint8)
-    return {"batch_label": "made for a test", labels_key: [int(r % num_classes) for r in rows], "data": data,
-            "filenames": [f"{r}.png" for r in rows]}
+    return {
+        "batch_label": "made for a test",
+        labels_key: [int(r % num_classes) for r in rows],
+        "data": data,
+        "filenames": [f"{r}.png" for r in rows],
+    }
 
 
 def splits(source):
@@ -35,6 +39,7 @@ def config(root, source="cifar10"):
 
 def python2_file(values):
     """The bytes that Python 2 would write: BINSTRING for text and array bytes, as in the published archive."""
+
     def text(s):
         raw = s if isinstance(s, bytes) else s.encode()
         return b"U" + bytes([len(raw)]) + raw if len(raw) < 256 else b"T" + struct.pack("<i", len(raw)) + raw
@@ -44,10 +49,29 @@ def python2_file(values):
 
     def array(a):
         shape = b"".join(number(n) for n in a.shape) + b"\x86"
-        dtype = (b"cnumpy\ndtype\n" + text("u1") + b"K\x00K\x01\x87R" + b"(K\x03" + text("|") + b"NNN"
-                 + b"J\xff\xff\xff\xff" * 2 + b"K\x00tb")
-        return (b"cnumpy.core.multiarray\n_reconstruct\n" + b"cnumpy\nndarray\n" + b"K\x00\x85" + text("b") + b"\x87R"
-                + b"(K\x01" + shape + dtype + b"\x89" + text(a.tobytes()) + b"tb")
+        dtype = (
+            b"cnumpy\ndtype\n"
+            + text("u1")
+            + b"K\x00K\x01\x87R"
+            + b"(K\x03"
+            + text("|")
+            + b"NNN"
+            + b"J\xff\xff\xff\xff" * 2
+            + b"K\x00tb"
+        )
+        return (
+            b"cnumpy.core.multiarray\n_reconstruct\n"
+            + b"cnumpy\nndarray\n"
+            + b"K\x00\x85"
+            + text("b")
+            + b"\x87R"
+            + b"(K\x01"
+            + shape
+            + dtype
+            + b"\x89"
+            + text(a.tobytes())
+            + b"tb"
+        )
 
     out = b"\x80\x02}q\x01("
     for name, value in values.items():
@@ -69,8 +93,11 @@ def layouts(request, tmp_path):
     folder = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[source]
     binary = {"cifar10": "cifar-10-batches-bin", "cifar100": "cifar-100-binary"}[source]
     names = {names_key: [f"name{c}" for c in range(num_classes)]}
-    writers = {"python 2": python2_file, "protocol 2": lambda v: pickle.dumps(v, protocol=2),
-               "protocol 4": lambda v: pickle.dumps(v, protocol=4)}
+    writers = {
+        "python 2": python2_file,
+        "protocol 2": lambda v: pickle.dumps(v, protocol=2),
+        "protocol 4": lambda v: pickle.dumps(v, protocol=4),
+    }
     for form, write in writers.items():
         target = tmp_path / form / folder
         target.mkdir(parents=True)
@@ -80,7 +107,8 @@ def layouts(request, tmp_path):
     target = tmp_path / "binary" / binary
     target.mkdir(parents=True)
     (target / ("batches.meta.txt" if num_classes == 10 else "fine_label_names.txt")).write_text(
-        "\n".join(names[names_key]) + "\n")
+        "\n".join(names[names_key]) + "\n"
+    )
     for i, name in enumerate(files):
         values = content(i * PER_BATCH, num_classes, labels_key)
         head = [values[labels_key]] if num_classes == 10 else [[7] * PER_BATCH, values[labels_key]]
@@ -130,9 +158,16 @@ def test_anything_but_data_is_refused(tmp_path, value):
         read_pickled_data(str(path))
 
 
-@pytest.mark.parametrize("symbol", [
-    b"cnumpy\nndarray\n)R.", b"c_codecs\nencode\n(U\x01aU\x05rot13tR.", b"}q\x00}b.", b"(.", b"cnumpy\nndarray\n.",
-])
+@pytest.mark.parametrize(
+    "symbol",
+    [
+        b"cnumpy\nndarray\n)R.",
+        b"c_codecs\nencode\n(U\x01aU\x05rot13tR.",
+        b"}q\x00}b.",
+        b"(.",
+        b"cnumpy\nndarray\n.",
+    ],
+)
 def test_allowed_names_are_only_allowed_in_their_place(tmp_path, symbol):
     path = tmp_path / "data_batch_1"
     path.write_bytes(b"\x80\x02" + symbol)
@@ -145,7 +180,7 @@ def test_a_truncated_file_is_named(layouts, share):
     source, root = layouts
     victim = next((root / "protocol 2").iterdir()) / splits(source)[0][0]
     whole = victim.read_bytes()
-    victim.write_bytes(whole[:int(share * len(whole))])
+    victim.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(ValueError, match=rf"{victim.name} \(\d+ bytes\): not a data file of CIFAR .*fetch the file"):
         open_source(config(root / "protocol 2", source))
 
@@ -177,10 +212,13 @@ def test_a_missing_companion_and_the_wrong_set_are_named(layouts):
         open_source(config(root / "protocol 2", other))
 
 
-@pytest.mark.parametrize(("root", "message"), [
-    (None, "dataset.root is not set .dataset cifar10.; set it to the folder that holds cifar-10-batches-py"),
-    ("/nowhere/at/all", "dataset.root = /nowhere/at/all: found nothing at /nowhere/at/all; needed .*download=true"),
-])
+@pytest.mark.parametrize(
+    ("root", "message"),
+    [
+        (None, "dataset.root is not set .dataset cifar10.; set it to the folder that holds cifar-10-batches-py"),
+        ("/nowhere/at/all", "dataset.root = /nowhere/at/all: found nothing at /nowhere/at/all; needed .*download=true"),
+    ],
+)
 def test_a_missing_root_says_which_key(root, message):
     with pytest.raises(ValueError, match=message):
         open_dataset(DatasetConfig(name="cifar10", source="cifar10", root=root))

@@ -37,13 +37,22 @@ def folder(root, **more):
 
 
 def lists(root, **more):
-    return DatasetConfig(name="list", source="image_list", root=str(root),
-                         **({"train_list": "train.txt", "test_list": "test.txt"} | more))
+    return DatasetConfig(
+        name="list",
+        source="image_list",
+        root=str(root),
+        **({"train_list": "train.txt", "test_list": "test.txt"} | more),
+    )
 
 
-@pytest.mark.parametrize(("splits", "val"), [
-    (("train", "test"), 0), (("train", "val"), 0), (("train", "val", "test"), 7),
-])
+@pytest.mark.parametrize(
+    ("splits", "val"),
+    [
+        (("train", "test"), 0),
+        (("train", "val"), 0),
+        (("train", "val", "test"), 7),
+    ],
+)
 def test_a_folder_per_class_is_read_in_sorted_order(tmp_path, splits, val):
     dataset = open_dataset(folder(tree(tmp_path, splits)))
     assert dataset.class_names == ("class0", "class1")
@@ -51,8 +60,9 @@ def test_a_folder_per_class_is_read_in_sorted_order(tmp_path, splits, val):
     assert dataset.test.counts(2).tolist() == [4, 3]
     assert (0 if dataset.val is None else len(dataset.val)) == val
     assert dataset.raw_image_shape == (32, 32, 3)
-    expected = [decode_file(str(tmp_path / "train" / f"class{c}" / f"{i}.jpg"))
-                for c, n in ((0, 4), (1, 3)) for i in range(n)]
+    expected = [
+        decode_file(str(tmp_path / "train" / f"class{c}" / f"{i}.jpg")) for c, n in ((0, 4), (1, 3)) for i in range(n)
+    ]
     assert torch.equal(dataset.train.images, torch.stack(expected))
 
 
@@ -81,12 +91,21 @@ def test_differing_shapes_have_no_one_shape(tmp_path):
     assert open_dataset(folder(tmp_path)).raw_image_shape is None
 
 
-@pytest.mark.parametrize(("damage", "message"), [
-    (lambda root: (root / "train" / "class2").mkdir(), "class2: class 'class2' has no image; needed at least one file"),
-    (lambda root: [p.unlink() for p in (root / "test" / "class1").iterdir()], "class 'class1' has no image"),
-    (lambda root: (root / "test" / "other").mkdir(), "differ from those of train/: other is not in train/ .1 such."),
-    (lambda root: (root / "train").rename(root / "training"), "found test/ but no train/"),
-])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda root: (root / "train" / "class2").mkdir(),
+            "class2: class 'class2' has no image; needed at least one file",
+        ),
+        (lambda root: [p.unlink() for p in (root / "test" / "class1").iterdir()], "class 'class1' has no image"),
+        (
+            lambda root: (root / "test" / "other").mkdir(),
+            "differ from those of train/: other is not in train/ .1 such.",
+        ),
+        (lambda root: (root / "train").rename(root / "training"), "found test/ but no train/"),
+    ],
+)
 def test_a_tree_that_does_not_fit_is_refused(tmp_path, damage, message):
     damage(tree(tmp_path))
     with pytest.raises(ValueError, match=message):
@@ -107,7 +126,7 @@ def test_an_empty_root_and_a_wrong_number_of_classes_are_refused(tmp_path):
         open_dataset(folder(tmp_path / "tree", index_groups=(3, 7)))
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 2], lambda b: b"", lambda b: b"hello", lambda b: b[:3]])
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"hello", lambda b: b[:3]])
 @pytest.mark.parametrize("resident", ["always", "never"])
 @pytest.mark.parametrize("processes", [0, 1])
 def test_a_damaged_image_is_named_wherever_it_is_decoded(tmp_path, damage, resident, processes):
@@ -122,10 +141,21 @@ def test_a_damaged_image_is_named_wherever_it_is_decoded(tmp_path, damage, resid
     assert "take it out of the set" in str(raised.value)
 
 
-@pytest.mark.parametrize(("mode", "name"), [
-    ("L", "grey.jpg"), ("CMYK", "cmyk.jpg"), ("P", "palette.png"), ("RGBA", "alpha.png"), ("LA", "grey_alpha.png"),
-    ("1", "bits.png"), ("RGB", "plain.bmp"), ("RGB", "plain.webp"), ("RGB", "plain.png"), ("RGB", "plain.jpg"),
-])
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [
+        ("L", "grey.jpg"),
+        ("CMYK", "cmyk.jpg"),
+        ("P", "palette.png"),
+        ("RGBA", "alpha.png"),
+        ("LA", "grey_alpha.png"),
+        ("1", "bits.png"),
+        ("RGB", "plain.bmp"),
+        ("RGB", "plain.webp"),
+        ("RGB", "plain.png"),
+        ("RGB", "plain.jpg"),
+    ],
+)
 def test_every_kind_of_file_becomes_rgb_as_pillow_reads_it(tmp_path, mode, name):
     picture(tmp_path / name, size=(40, 30), mode=mode)
     with Image.open(tmp_path / name) as image:
@@ -182,28 +212,43 @@ def test_paths_may_hold_spaces(tmp_path):
     assert open_dataset(lists(tmp_path)).class_names == ("a b", "e")
 
 
-@pytest.mark.parametrize(("train", "test", "more", "message"), [
-    (TRAIN + "nonsense\n", TEST, {}, r"train.txt:5: found 'nonsense'; needed `path label`"),
-    (TRAIN + "x.jpg -1\n", TEST, {}, r"train.txt:5: found 'x.jpg -1'; needed `path label`"),
-    (TRAIN + "x.jpg 1.5\n", TEST, {}, r"train.txt:5: found"),
-    (TRAIN + "x.jpg 2\n", TEST, {"num_classes": 2}, r"train.txt:5: label 2 is out of range; needed 0 to 1"),
-    (TRAIN, TEST + "x.jpg 7\n", {}, r"dataset.test_list = test.txt: label 7 is not in dataset.train_list"),
-    (TRAIN, TEST, {"num_classes": 3}, r"class 2 .* has no training image.*; needed at least 1"),
-    ("train/class0/0.jpg 0\ntrain/class1/0.jpg 2\n", TEST, {}, r"class 1 .* has no training image"),
-    ("\n\n", TEST, {}, r"train.txt: holds no image; needed at least one"),
-    ("gone/0.jpg 0\n" + TRAIN, TEST, {}, r"train.txt: its first image is not at .*gone/0.jpg; set dataset.root"),
-    (TRAIN + "train/gone.jpg 1\n", TEST, {}, r"train/gone.jpg: cannot be read .No such file"),
-    (TRAIN, TEST, {"test_list": "absent.txt"}, r"dataset.test_list = absent.txt: no such file, here or in dataset"),
-    (TRAIN, TEST, {"test_list": None}, r"test_per_class = 0: list has no test set.*or give dataset.test_list"),
-    (TRAIN, TEST, {"root": None}, r"dataset.root is not set .dataset list."),
-    (TRAIN, TEST, {"val_list": "test.txt", "val_per_class": 1}, r"val_list and val_per_class = 1 are both set"),
-    (TRAIN, TEST, {"train_list": None}, r"train_list is not set; source=image_list needs"),
-])
+@pytest.mark.parametrize(
+    ("train", "test", "more", "message"),
+    [
+        (TRAIN + "nonsense\n", TEST, {}, r"train.txt:5: found 'nonsense'; needed `path label`"),
+        (TRAIN + "x.jpg -1\n", TEST, {}, r"train.txt:5: found 'x.jpg -1'; needed `path label`"),
+        (TRAIN + "x.jpg 1.5\n", TEST, {}, r"train.txt:5: found"),
+        (TRAIN + "x.jpg 2\n", TEST, {"num_classes": 2}, r"train.txt:5: label 2 is out of range; needed 0 to 1"),
+        (TRAIN, TEST + "x.jpg 7\n", {}, r"dataset.test_list = test.txt: label 7 is not in dataset.train_list"),
+        (TRAIN, TEST, {"num_classes": 3}, r"class 2 .* has no training image.*; needed at least 1"),
+        ("train/class0/0.jpg 0\ntrain/class1/0.jpg 2\n", TEST, {}, r"class 1 .* has no training image"),
+        ("\n\n", TEST, {}, r"train.txt: holds no image; needed at least one"),
+        ("gone/0.jpg 0\n" + TRAIN, TEST, {}, r"train.txt: its first image is not at .*gone/0.jpg; set dataset.root"),
+        (TRAIN + "train/gone.jpg 1\n", TEST, {}, r"train/gone.jpg: cannot be read .No such file"),
+        (TRAIN, TEST, {"test_list": "absent.txt"}, r"dataset.test_list = absent.txt: no such file, here or in dataset"),
+        (TRAIN, TEST, {"test_list": None}, r"test_per_class = 0: list has no test set.*or give dataset.test_list"),
+        (TRAIN, TEST, {"root": None}, r"dataset.root is not set .dataset list."),
+        (TRAIN, TEST, {"val_list": "test.txt", "val_per_class": 1}, r"val_list and val_per_class = 1 are both set"),
+        (TRAIN, TEST, {"train_list": None}, r"train_list is not set; source=image_list needs"),
+    ],
+)
 def test_a_bad_list_names_file_and_line_or_key(tmp_path, train, test, more, message):
     write_lists(tree(tmp_path), train, test)
     with pytest.raises(ValueError, match=message):
-        open_dataset(DatasetConfig(**({"name": "list", "source": "image_list", "root": str(tmp_path), "train_list":
-                                       "train.txt", "test_list": "test.txt"} | more)))
+        open_dataset(
+            DatasetConfig(
+                **(
+                    {
+                        "name": "list",
+                        "source": "image_list",
+                        "root": str(tmp_path),
+                        "train_list": "train.txt",
+                        "test_list": "test.txt",
+                    }
+                    | more
+                )
+            )
+        )
 
 
 @pytest.mark.skipif(not LOCAL_CIFAR10.is_file(), reason="optional local data is not there")

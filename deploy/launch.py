@@ -1,0 +1,43 @@
+"""Launcher for `ray submit`, which copies one file to the head node and runs it there:
+
+    ray submit CLUSTER.yaml deploy/launch.py -- train method=ride dataset=cifar100_lt dataset.root=/data/cifar
+
+Where expertail is not installed on the nodes, its checkout is looked for beside this file's folder, in EXPERTAIL_ROOT
+and in the current folder; it must lie at the same path on every node.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+
+def main(arguments: list[str]) -> int:
+    """Run one expertail command and return its exit code."""
+    if importlib.util.find_spec("orchestration") is None:
+        root = _checkout()
+        if root is None:
+            print(
+                "expertail: not installed, and no checkout found beside this launcher, in EXPERTAIL_ROOT or in "
+                f"{Path.cwd()}; needed one; pip install it on every node, or set EXPERTAIL_ROOT to the checkout",
+                file=sys.stderr,
+            )
+            return 1
+        sys.path.insert(0, str(root))
+        # Ray's workers and the uploader are processes of their own.
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    from orchestration.cli import main as expertail
+
+    return expertail(arguments[1:] if arguments[:1] == ["--"] else arguments)
+
+
+def _checkout() -> Path | None:
+    named = os.environ.get("EXPERTAIL_ROOT")
+    places = [Path(__file__).resolve().parent.parent, *([Path(named).expanduser()] if named else []), Path.cwd()]
+    return next((place for place in places if (place / "orchestration" / "cli.py").is_file()), None)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

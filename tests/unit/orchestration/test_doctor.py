@@ -1,0 +1,175 @@
+"""The doctor lists what it finds and never raises."""
+
+from __future__ import annotations
+
+import http.server
+import importlib.metadata
+import socket
+import threading
+
+import pytest
+
+from orchestration import doctor
+from orchestration.doctor import examine
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch, tmp_path):
+    """No cluster, no proxy, and a folder of our own."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.chdir(tmp_path)
+
+
+def lines(text, what):
+    """State and text of the findings of one check."""
+    found = [line.split(maxsplit=2) for line in text.splitlines()]
+    return [(f[0], f[2]) for f in found if len(f) == 3 and f[1] == what]
+
+
+def free_port():
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return place.getsockname()[1]
+
+
+@pytest.fixture
+def server():
+    """An HTTP server that answers /health and asks for credentials elsewhere; yields its URI and what it was sent."""
+    seen = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append((self.path, self.headers.get("Authorization")))
+            self.send_response(200 if self.path == "/health" else 401)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as place:
+        threading.Thread(target=place.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{place.server_port}", seen
+        place.shutdown()
+
+
+def test_a_machine_that_can_train_on_digits_is_healthy():
+    text, healthy = examine(["cluster.cpus_per_worker=0.1"])
+    assert healthy, text
+    assert text.splitlines()[-1].startswith("ready: 0 failures")
+    assert "405 training images of 10 classes" in lines(text, "data")[0][1]
+    assert "to be made" in lines(text, "tracking")[0][1]
+    assert "torch" in lines(text, "libraries")[0][1]
+
+
+def test_all_that_is_wrong_is_in_one_list(tmp_path):
+    (tmp_path / "file").write_text("x" * 40)
+    text, healthy = examine([
+        "dataset=cifar10_lt", "cluster.workers=3", "cluster.cpus_per_worker=10000", "run.dir=file",
+        f"tracking.uri=sqlite:///{tmp_path}/file",
+    ])  # fmt: skip
+    assert not healthy
+    assert "places for 0" in lines(text, "cluster")[0][1]
+    assert "is a file" in lines(text, "run.dir")[0][1]
+    assert "not a SQLite file" in lines(text, "tracking")[0][1]
+    assert "dataset.root is not set" in lines(text, "data")[0][1]
+    assert text.splitlines()[-1].startswith("not ready: 4 failures")
+
+
+def test_a_config_that_does_not_compose_is_a_finding():
+    text, healthy = examine(["metod=ride", "seed=x"])
+    assert not healthy
+    assert "did you mean method?" in text and "seed = x" in text
+
+
+def test_experts_that_do_not_fit_the_workers_are_a_finding():
+    text, healthy = examine(["cluster.workers=4"])
+    assert not healthy
+    assert lines(text, "cluster")[0][0] == "FAIL"
+
+
+def test_gpus_that_are_not_there_are_a_finding(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    text, healthy = examine(["cluster.workers=3", "cluster.gpus_per_worker=1", "cluster.cpus_per_worker=0.1"])
+    assert not healthy
+    assert lines(text, "gpus")[0][1].startswith("1 GPU on this machine, 3 wanted; ")
+
+
+def test_a_library_of_another_version_is_named(monkeypatch):
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.59.0" if name == "ray" else real(name))
+    text, healthy = examine([])
+    assert not healthy
+    state, words = lines(text, "libraries")[0]
+    assert (state, words[:24]) == ("FAIL", "ray: found 2.59.0; neede")
+
+
+def test_a_library_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(doctor, "_requirements", lambda: ["no-such-thing>=3"])
+    text, healthy = examine([])
+    assert not healthy
+    assert "no-such-thing: not installed" in text
+
+
+def test_a_cluster_that_nobody_answers_for_is_found_fast():
+    address = f"127.0.0.1:{free_port()}"
+    text, healthy = examine([f"cluster.address={address}"])
+    assert not healthy
+    assert f"cluster.address = {address}: nothing answers" in lines(text, "cluster")[0][1]
+    assert lines(text, "run.dir")[1][0] == "warn"
+
+
+def test_a_tracking_server_is_asked_with_its_credentials(server):
+    place, seen = server
+    text, healthy = examine([f"tracking.uri=http://me:secret@{place}", "cluster.cpus_per_worker=0.1"])
+    assert healthy, text
+    assert lines(text, "tracking") == [("ok", f"http://{place} answers")]
+    assert seen == [("/health", "Basic bWU6c2VjcmV0")]
+    assert "secret" not in text
+
+
+def test_a_tracking_server_that_refuses_or_is_silent_is_a_finding(server):
+    place, _ = server
+    assert "it refuses us (401)" in examine([f"tracking.uri=http://{place}/elsewhere"])[0]
+    text, healthy = examine([f"tracking.uri=http://me:secret@127.0.0.1:{free_port()}"])
+    assert not healthy and "no answer" in text and "secret" not in text
+
+
+def test_an_unknown_kind_of_store_is_a_finding_and_no_store_is_none():
+    assert lines(examine(["tracking.uri=ftp://x/y"])[0], "tracking")[0][0] == "FAIL"
+    assert lines(examine(["tracking.enabled=false"])[0], "tracking")[0][0] == "ok"
+
+
+def test_folders_and_lists_are_looked_at(tmp_path):
+    image = tmp_path / "train" / "cat" / "1.png"
+    image.parent.mkdir(parents=True)
+    (tmp_path / "train" / "dog").mkdir()
+    words = ["schedule=ride_cifar10_lt", f"dataset.root={tmp_path}"]
+    assert "has no image" in lines(examine(["dataset=image_folder_lt", *words])[0], "data")[0][1]
+    image.write_bytes(b"not looked at")
+    assert "2 class folders" in lines(examine(["dataset=image_folder_lt", *words])[0], "data")[0][1]
+    (tmp_path / "train.txt").write_text("train/cat/1.png 0\ntrain/dog/1.png 1\n")
+    (tmp_path / "test.txt").write_text("train/bird/1.png 0\n")
+    assert "its first image is not at" in lines(examine(["dataset=image_list", *words])[0], "data")[0][1]
+
+
+def test_a_set_to_be_downloaded_is_not_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("experts.data.cifar._fetch", None)
+    root = tmp_path / "none"
+    text, healthy = examine(["dataset=cifar10_lt", "dataset.download=true", f"dataset.root={root}"])
+    assert healthy, text
+    assert lines(text, "data")[0][0] == "warn" and "to be downloaded" in text
+    assert not root.exists()
+
+
+def test_a_check_that_breaks_is_a_finding(monkeypatch):
+    def broken(config):
+        yield doctor.Finding("ok", "data", "so far so good")
+        raise RuntimeError("http://me:secret@host broke")
+
+    monkeypatch.setitem(doctor.CHECKS, "data", broken)
+    text, healthy = examine([])
+    assert not healthy
+    assert lines(text, "data") == [("ok", "so far so good"), ("FAIL", "RuntimeError: http://host broke")]
