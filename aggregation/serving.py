@@ -190,7 +190,7 @@ class ServedModel:
     def __init__(self, ensemble: Ensemble, description: Description) -> None:
         self.description = description
         self.class_names = description.class_names
-        self._ensemble = ensemble
+        self.ensemble = ensemble
         self._aggregate = build("aggregator", _config("aggregator", description.aggregator))
         self._dataset = description.preprocessing.dataset_config()
         self._device = next(ensemble.parameters()).device
@@ -215,7 +215,7 @@ class ServedModel:
             for start in range(0, len(images_BcHW), batch_size):
                 raw = torch.from_numpy(images_BcHW[start : start + batch_size].copy()).to(self._device)
                 square = frame(raw, self._dataset.image_size, self._dataset.eval.resize)
-                scores_BC = self._aggregate(self._ensemble(prepare_eval(square, self._dataset)))
+                scores_BC = self._aggregate(self.ensemble(prepare_eval(square, self._dataset)))
                 rows.append(scores_BC.softmax(dim=1).float().cpu().numpy())
         return np.concatenate(rows)
 

@@ -60,8 +60,8 @@ def piece(kind: str, name: str) -> Any:
         return _PIECES[kind][name]
     except KeyError:
         near = difflib.get_close_matches(name, names(kind), n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise ValueError(f"no {kind} is called '{name}'{hint} Known: {', '.join(names(kind)) or 'none'}") from None
+        hint = f", did you mean '{near[0]}'" if near else ""
+        raise ValueError(f"no {kind} is called '{name}'{hint}; known: {', '.join(names(kind)) or 'none'}") from None
 
 
 def build(kind: str, config: Any, *args: Any, **kwargs: Any) -> Any:

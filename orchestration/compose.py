@@ -38,7 +38,7 @@ def load_config(words: list[str]) -> RunConfig:
     Raises:
         ValueError: everything that is wrong, a line each.
     """
-    choices, values = _parse(words)
+    choices, values = parse(words)
     tree = _compose(choices)
     for override in values:
         OmegaConf.update(tree, override.key_or_group, override.value(), force_add=True)
@@ -85,7 +85,7 @@ def available(group: str) -> list[str]:
     return sorted(path.stem for path in (configs_folder() / group).glob("*.yaml"))
 
 
-def _parse(words: list[str]) -> tuple[dict[str, str], list[Override]]:
+def parse(words: list[str]) -> tuple[dict[str, str], list[Override]]:
     """Group choices and value overrides; all misuse in one message."""
     parser = OverridesParser.create()
     choices: dict[str, str] = {}
@@ -106,8 +106,8 @@ def _parse(words: list[str]) -> tuple[dict[str, str], list[Override]]:
     for group, choice in choices.items():
         if choice not in available(group):
             near = difflib.get_close_matches(choice, available(group), 1)
-            hint = f"; did you mean {group}={near[0]}?" if near else ""
-            problems.append(f"{group}={choice}: no such {group}{hint} Known: {', '.join(available(group))}")
+            hint = f", did you mean {group}={near[0]}" if near else ""
+            problems.append(f"{group}={choice}: no such {group}{hint}; known: {', '.join(available(group))}")
     if problems:
         raise ValueError(_message(_title(words), sorted(problems)))
     return choices, values

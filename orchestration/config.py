@@ -183,10 +183,14 @@ MAY_CHANGE = (
     "run",
     "method.expected",
     "dataset.root",
+    "dataset.train_list",
+    "dataset.val_list",
+    "dataset.test_list",
     "dataset.download",
     "dataset.loader_processes",
 )
-"""What a resume may say differently; `run.evaluate_every_epochs` and `run.select_on` may not, see `identity`."""
+"""What a resume may say differently; `run.evaluate_every_epochs` and `run.select_on` may not (`identity`). Other data
+under a moved root or list is found by its digest."""
 
 
 def identity(config: RunConfig) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import math
 import os
+import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -54,11 +55,35 @@ def start_ray(address: str | None) -> None:
     if not named:
         start_own_ray()
         return
+    _check_listening(named)
     try:
         ray.init(address=named, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"cluster.address = {named}: no Ray cluster answers ({str(error).splitlines()[0]}); "
+            f"start one with `ray start --head`, correct the address, or unset it to run on this machine alone"
+        ) from error
+
+
+def _check_listening(address: str) -> None:
+    """Refuse an address where nobody listens; Ray itself would try for minutes and then end the process.
+
+    Raises:
+        ValueError: nobody listens, or it is the address of a Ray Client.
+    """
+    if address.startswith("ray://"):
+        raise ValueError(
+            f"cluster.address = {address}: a run must be driven from inside the cluster; needed auto or host:port; "
+            f"use `ray job submit --working-dir . -- python -m orchestration train ...`"
+        )
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return  # 'auto' and 'local'
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"cluster.address = {address}: nobody listens there ({error}); needed the address of a running Ray head; "
             f"start one with `ray start --head`, correct the address, or unset it to run on this machine alone"
         ) from error
 

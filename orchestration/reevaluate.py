@@ -16,7 +16,7 @@ from experts.data.batches import EvalBatches
 from experts.data.dataset import Dataset, open_dataset
 from experts.data.stores import Store
 from experts.registry import build
-from orchestration.compose import _parse, check, expand, from_yaml
+from orchestration.compose import check, expand, from_yaml, parse
 from orchestration.config import RunConfig
 from orchestration.finish import table
 from orchestration.run_folder import CONFIG, DATA, RUN, write_atomic
@@ -24,6 +24,9 @@ from orchestration.tracking_contents import read_json
 
 MAY_DIFFER = (
     "dataset.root",
+    "dataset.train_list",
+    "dataset.val_list",
+    "dataset.test_list",
     "dataset.download",
     "dataset.loader_processes",
     "dataset.resident",
@@ -90,7 +93,7 @@ def _neighbours(parent: Path) -> list[str]:
 
 
 def _override(config: RunConfig, overrides: list[str]) -> RunConfig:
-    choices, values = _parse(overrides)
+    choices, values = parse(overrides)
     refused = [f"{group}={choice}" for group, choice in choices.items()]
     tree: dict[str, Any] = config.model_dump(mode="json")
     for value in values:
@@ -147,7 +150,7 @@ def _score(config: RunConfig, model: ServedModel, store: Store, dataset: Dataset
     """As `StageTrainer.evaluate` on one worker."""
     device = "cuda" if config.cluster.gpus_per_worker and torch.cuda.is_available() else "cpu"
     dtype = torch.float64 if config.engine.precision == "float64" else torch.float32
-    ensemble = model._ensemble.to(device, dtype).eval()
+    ensemble = model.ensemble.to(device, dtype).eval()
     aggregator = build("aggregator", config.method.aggregator)
     batches = EvalBatches(store, dataset.config, config.run.evaluation_batch_size, device=device, dtype=dtype)
     autocast = config.engine.precision == "autocast"

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -83,8 +84,8 @@ class StopSignals:
 
 
 def run_path(config: RunConfig) -> Path:
-    """The folder a config's run lives in."""
-    return expand(config.run.dir) / config.run_name
+    """The folder a config's run lives in, absolute: workers may have been started elsewhere."""
+    return Path(os.path.abspath(expand(config.run.dir))) / config.run_name
 
 
 def train(config: RunConfig, folder: RunFolder, console: Console, marks: dict[str, float]) -> Outcome:

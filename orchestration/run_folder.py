@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -101,7 +102,7 @@ class RunFolder:
         run = self.run()
         run.setdefault("created", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
         run |= {
-            "command": " ".join(["expertail", *sys.argv[1:]]),
+            "command": shlex.join(["expertail", *sys.argv[1:]]),
             "commit": _commit(),
             "config_hash": config_hash(config),
             "seed": config.seed,

@@ -66,6 +66,8 @@ def selection_note(best: Mapping[str, Any] | None) -> str:
     split = str(best["selected_on"])
     if split in _TEST_NAMES:
         return "best was chosen on TEST: optimistic, for comparison with papers that do so; last is the honest number"
+    if split == best.get("split", "test"):
+        return f"best was chosen on {split}, which is also what is shown here"
     return f"best was chosen on {split}; {best.get('split', 'test')} was not looked at"
 
 

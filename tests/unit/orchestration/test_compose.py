@@ -83,8 +83,8 @@ def test_a_wrong_value_is_named_with_what_is_needed(word, line):
 def test_an_unknown_choice_is_told_the_known_ones():
     lines = problems("method=rid", "backbone=vit")
     assert lines[0].startswith("backbone=vit: no such backbone")
-    assert lines[0].endswith(f"Known: {', '.join(available('backbone'))}")
-    assert lines[1].startswith("method=rid: no such method; did you mean method=ride? Known: ")
+    assert lines[0].endswith(f"known: {', '.join(available('backbone'))}")
+    assert lines[1].startswith("method=rid: no such method, did you mean method=ride; known: ")
 
 
 def test_a_pair_without_a_schedule_is_refused_unless_one_is_named():

@@ -1,0 +1,67 @@
+"""The fleet as an operator meets it: addresses, hanging workers, memory."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from orchestration.compose import load_config
+from orchestration.fleet import Fleet, WorkerLost, check_fits, resolve_resources, start_ray
+from orchestration.mesh import mesh_shape
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:10001"])
+def test_an_address_that_cannot_work_is_refused_at_once(address):
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"cluster\.address = "):
+        start_ray(address)
+    assert time.monotonic() - start < 10
+
+
+def test_a_worker_that_hangs_is_found_within_the_limit(local_ray):
+    """SIGSTOP: the process lives, holds its place, and answers nobody."""
+    config = load_config(
+        ["dataset.image_size=16", "engine.threads=1", "cluster.cpus_per_worker=0.1", "cluster.heartbeat_timeout_s=60"]
+    )
+    fleet = Fleet(config, mesh_shape(3, 1))
+    try:
+        fleet.start()
+        fleet.build("train")
+        hanging = config.cluster.model_copy(update={"heartbeat_timeout_s": 3.0})
+        fleet.config = config.model_copy(update={"cluster": hanging})
+        assert fleet.call("train", 1)
+        os.kill(fleet.hosts[0]["pid"], signal.SIGSTOP)
+        start = time.monotonic()
+        with pytest.raises(WorkerLost, match="has not answered for 3 s"):
+            fleet.call("train", 2)
+        assert time.monotonic() - start < 12
+    finally:
+        os.kill(fleet.hosts[0]["pid"], signal.SIGKILL)
+        fleet.close()
+
+
+def test_shares_of_cpus_are_found_for_any_number_of_workers(local_ray):
+    """Three workers fit two cores: shares are fractions, and all of them together fit."""
+    import ray
+
+    total = ray.cluster_resources()["CPU"]
+    for workers in (1, 2, 3, 7, 24):
+        cpus, threads = resolve_resources(load_config([]).cluster, load_config([]).engine, workers)
+        assert cpus * workers <= total + 1e-9
+        assert threads >= 1
+        check_fits(workers, cpus, 0, {"here": {"CPU": total}})
+
+
+def test_what_does_not_fit_is_counted_by_node():
+    """Two nodes of 4 CPUs have two places for 3 CPUs, not 8 // 3."""
+    nodes = {"a": {"CPU": 4.0}, "b": {"CPU": 4.0, "GPU": 1.0}}
+    check_fits(2, 3.0, 0, nodes)
+    with pytest.raises(ValueError, match="has places for 2"):
+        check_fits(3, 2.5, 0, nodes)
+    with pytest.raises(ValueError, match="b: 4 CPUs, 1 GPUs"):
+        check_fits(2, 1.0, 1, nodes)
