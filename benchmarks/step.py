@@ -3,7 +3,8 @@
     python benchmarks/step.py [--blocks 20] [--steps 5] [--out benchmarks/results/step.json]
 
 Compares, in one run, block by block in turn (A B B A ...), so that a machine whose speed drifts favours nobody:
-  overhead   RIDE-3 ResNet-32, batch 128, packed in one Ray actor with DeepSpeed, journal and MLflow upload running,
+  overhead   RIDE-3 ResNet-32, batch 128, packed in one Ray actor with DeepSpeed, the driver's own loop, journal and
+             MLflow upload running,
              against a bare PyTorch loop of the same model and loss on one batch in memory. Ours
              also draws and augments its images.
   spread     RIDE-2 ResNet-32, one worker with two threads against two workers with one thread each.
@@ -14,6 +15,7 @@ blocks (median, lowest, highest).
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import statistics
 import tempfile
@@ -26,10 +28,12 @@ import ray
 
 from orchestration import tracking
 from orchestration.compose import load_config, to_yaml
+from orchestration.console import Console
 from orchestration.fleet import Fleet
 from orchestration.journal import Journal
 from orchestration.mesh import mesh_shape
 from orchestration.own_ray import start_own_ray
+from orchestration.run import Run, StageRun, StopSignals
 from orchestration.run_folder import RunFolder, versions
 
 COMMON = [
@@ -40,6 +44,8 @@ COMMON = [
     "method.stages.train.batch_size=128",
     "method.stages.train.drop_last=true",
     "method.stages.train.epochs=1000",
+    "run.evaluate_every_epochs=1000",
+    "run.checkpoint_every_steps=100000",
 ]
 
 
@@ -79,11 +85,11 @@ def overhead(folder: RunFolder, options: argparse.Namespace) -> dict[str, Any]:
     uploader = tracking.start_uploader(folder.path, tracking.default_uri(folder.path.parent), "benchmark", "step")
     fleet = Fleet(config, mesh_shape(config.method.num_experts, 1))
     fleet.start()
-    fleet.build("train")
+    run = Run(config, folder, Console(stream=io.StringIO()), fleet, StopSignals(), {})
     bare = ray.remote(BareLoop).options(num_cpus=0).remote(to_yaml(config), 2)
     with Journal(folder.path) as journal:
-        ours = trained(fleet, journal)
-        result = in_turn(ours, lambda steps: ray.get(bare.run.remote(steps)), options)
+        stage = StageRun(run, "train", None, journal)
+        result = in_turn(stage.take, lambda steps: ray.get(bare.run.remote(steps)), options)
     fleet.close()
     ray.kill(bare)
     uploader.finish(60)
@@ -108,20 +114,17 @@ def spread(options: argparse.Namespace) -> dict[str, Any]:
     return {"a": "spread: 2 workers x 1 thread", "b": "packed: 1 worker x 2 threads", **result}
 
 
-def trained(fleet: Fleet, journal: Journal | None = None) -> Callable[[int], None]:
-    """A function that takes steps on a fleet as a run does: an interval never crosses an epoch's end."""
+def trained(fleet: Fleet) -> Callable[[int], None]:
+    """A function that takes steps on a fleet; a call to the workers never crosses an epoch's end."""
     done = 0
 
     def take(steps: int) -> None:
         nonlocal done
         target = done + steps
         while done < target:
-            until = min(target, (done // 9 + 1) * 9)
-            interval = fleet.call("train", until)[0]
-            if journal is not None:
-                for step, loss in enumerate(interval.losses, done + 1):
-                    journal.append("train", step // 9 + 1, step, {"train/loss": loss})
-            done = until
+            done_after = min(target, (done // 9 + 1) * 9)
+            fleet.call("train", done_after)
+            done = done_after
 
     return take
 

@@ -86,6 +86,7 @@ class Worker:
         from orchestration.mesh import Mesh, MeshShape, Rendezvous
         from orchestration.trainer import StageTrainer
 
+        self._beat = time.monotonic()
         self.leave()
         torch.set_num_threads(self.threads)
         config = RunConfig.model_validate(config_tree)
@@ -97,9 +98,11 @@ class Worker:
         marks.append(time.time())
         shape = MeshShape(seat.num_experts, seat.experts_per_worker, seat.replicas)
         if seat.rank:
-            self._rendezvous = Rendezvous(seat.address, shape.workers, port=seat.port, host_here=False)
+            self._rendezvous = Rendezvous(
+                seat.address, shape.workers, port=seat.port, host_here=False, timeout_s=seat.timeout_s
+            )
         self._rendezvous.join(seat.rank, shape.workers, gpu=self.gpu, timeout_s=seat.timeout_s)
-        mesh = Mesh(shape, seat.rank, "cuda" if self.gpu else "cpu")
+        mesh = Mesh(shape, seat.rank, "cuda" if self.gpu else "cpu", seat.timeout_s)
         self.trainer = StageTrainer(config, stage, dataset, mesh)
         marks.append(time.time())
         held = sum(p.numel() for p in self.trainer.model.parameters())
@@ -122,29 +125,38 @@ class Worker:
         """See `StageTrainer.train`."""
         import torch
 
+        self._beat = time.monotonic()  # the pause before this call was the driver's
         torch.set_num_threads(self.threads)
         return self.trainer.train(until)
 
     def evaluate(self, split: str) -> Any:
         """See `StageTrainer.evaluate`."""
+        self._beat = time.monotonic()
         return self.trainer.evaluate(split)
 
     def save(self, folder: str) -> tuple[list[Any], dict[str, Any]]:
         """Files written, and the state that belongs to them."""
+        self._beat = time.monotonic()
         return self.trainer.save(folder), self.trainer.state()
 
     def load(self, folder: str, state: dict[str, Any]) -> None:
         """See `StageTrainer.load`."""
+        self._beat = time.monotonic()
         self.trainer.load(folder, state)
+
+    def start_from(self, folder: str) -> None:
+        """See `StageTrainer.start_from`."""
+        self._beat = time.monotonic()
+        self.trainer.start_from(folder)
 
     def leave(self) -> None:
         """Give up the mesh, if in one; the process and its libraries stay for the next."""
-        if self.trainer is not None:
-            from orchestration.mesh import leave_world
+        from orchestration.mesh import leave_world
 
+        if self.trainer is not None:
             self.trainer.close()
             self.trainer = None
-            leave_world()
+        leave_world()
 
     def peak_memory_gib(self) -> float:
         """Most memory this worker's process has held, GiB."""

@@ -26,6 +26,7 @@ from typing import Any
 FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
+_REPLACED = ".replaced-"
 
 
 class DamagedCheckpoint(ValueError):
@@ -97,12 +98,23 @@ class Checkpoints:
         files = {e.name: {"size": e.size, "sha256": e.sha256} for e in sorted(entries, key=lambda e: e.name)}
         write_file(writing, MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1).encode())
         _sync(writing)
-        final = self.folder / name
-        if final.exists():  # written by a run that was killed before it went on; the same bits on CPU
-            shutil.rmtree(final)
+        final, old = self.folder / name, self.folder / f"{_REPLACED}{name}"
+        if final.exists():  # written at this step before; it stays until the new one has its name
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(final, old)
         os.rename(writing, final)
         _sync(self.folder)
+        shutil.rmtree(old, ignore_errors=True)
         return final
+
+    def recover(self) -> None:
+        """Undo a replacement that was cut off between its two renames."""
+        for old in self.folder.glob(f"{_REPLACED}*"):
+            name = old.name.removeprefix(_REPLACED)
+            if (self.folder / name).exists():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                os.rename(old, self.folder / name)
 
     def copy_weights(self, source: Path, name: str) -> Path:
         """Keep the weights of a complete checkpoint under another name."""
@@ -111,8 +123,10 @@ class Checkpoints:
         entries = []
         for file, entry in listed.items():
             if file != STATE and ".momentum." not in file:
-                _link_or_copy(source / file, writing / file)
-                entries.append(FileEntry(file, entry["size"], entry["sha256"]))
+                copied = write_file(writing, file, (source / file).read_bytes())
+                if copied.sha256 != entry["sha256"]:
+                    raise DamagedCheckpoint(f"{source / file}: changed since it was written; see {MANIFEST}")
+                entries.append(copied)
         return self.complete(writing, name, entries, json.loads((source / STATE).read_text()))
 
     def newest(self, report: Callable[[str], None]) -> Checkpoint | None:
@@ -123,6 +137,7 @@ class Checkpoints:
         """
         if not self.folder.is_dir():
             return None
+        self.recover()
         damaged = []
         for folder in sorted(self.folder.glob("[0-9]*-*"), reverse=True):
             try:
@@ -189,15 +204,6 @@ def _manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
         raise DamagedCheckpoint(f"{path}: format {manifest.get('format')!r}; this version reads {FORMAT}")
     return manifest
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, target)
-        with open(target, "rb") as file:
-            os.fsync(file.fileno())
 
 
 def _sync(folder: Path) -> None:

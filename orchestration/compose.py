@@ -42,7 +42,7 @@ def load_config(words: list[str]) -> RunConfig:
     tree = _compose(choices)
     for override in values:
         OmegaConf.update(tree, override.key_or_group, override.value(), force_add=True)
-    return check(OmegaConf.to_container(tree, resolve=True), _title(words))  # type: ignore[arg-type]
+    return _absolute(check(OmegaConf.to_container(tree, resolve=True), _title(words)))  # type: ignore[arg-type]
 
 
 def check(tree: dict[str, Any], title: str) -> RunConfig:
@@ -56,6 +56,14 @@ def check(tree: dict[str, Any], title: str) -> RunConfig:
     except ValidationError as error:
         lines = sorted({_line(problem, tree) for problem in error.errors()})
     raise ValueError(_message(title, lines))
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    """The config with dataset.root absolute: workers and later commands may stand in other folders."""
+    if config.dataset.root is None:
+        return config
+    root = os.path.abspath(expand(config.dataset.root))
+    return config.model_copy(update={"dataset": config.dataset.model_copy(update={"root": root})})
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -62,6 +62,17 @@ class StageConfig(Settings):
     """Leave out the partial last batch of an epoch. Published CIFAR code keeps it."""
 
 
+class Expected(Settings):
+    """A published result, and what it holds for. Shown beside a run only where the run meets every condition."""
+
+    top1: dict[str, float]
+    """Percent, by group."""
+    remark: str
+    """What made the number: source, epoch chosen on which split, what the recipe here lacks."""
+    conditions: dict[str, Any] = Field(default_factory=dict)
+    """Dotted keys of the config and the values they must have."""
+
+
 class MethodConfig(Settings):
     """A recipe: experts, their stages in order, how they are combined at test time."""
 
@@ -72,8 +83,8 @@ class MethodConfig(Settings):
     head: Annotated[Any, PieceOf("head")]
     aggregator: Annotated[Any, PieceOf("aggregator")]
     stages: Annotated[dict[str, StageConfig], Field(min_length=1)]
-    expected: dict[str, float] = Field(default_factory=dict)
-    """Published top-1 to expect of this recipe on this data, in percent, by group; for the report only."""
+    expected: Expected | None = None
+    """What was published for this recipe on this data; for the report only."""
 
     @model_validator(mode="after")
     def _pieces_fit(self) -> MethodConfig:
@@ -216,6 +227,18 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         if a != b:
             lines.append(f"{key}: {'(unset)' if a is absent else a} -> {'(unset)' if b is absent else b}")
     return lines
+
+
+def published(config: RunConfig) -> str | None:
+    """One line with the published result, or None where there is none for exactly this config."""
+    expected = config.method.expected
+    if expected is None:
+        return None
+    flat = flatten(config.model_dump(mode="json"))
+    if any(flat.get(key) != value for key, value in expected.conditions.items()):
+        return None
+    numbers = ", ".join(f"{group} {value:g}" for group, value in expected.top1.items())
+    return f"published, top-1 in %: {numbers} ({expected.remark})"
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from experts.ensemble import Ensemble
 from orchestration.config import EngineConfig, OptimizerConfig
-from orchestration.engine import NonFiniteGradient, sgd
+from orchestration.engine import NonFiniteGradient, casting, sgd
 from orchestration.mesh import Mesh
 
 
@@ -82,6 +83,19 @@ class _Axis:
         return 0
 
 
+class _Cast(nn.Module):
+    """A module that enters autocast by itself. DeepSpeed switches off what its caller has entered."""
+
+    def __init__(self, module: nn.Module, config: EngineConfig, device: torch.device) -> None:
+        super().__init__()
+        self.module = module
+        self._context = partial(casting, config, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self._context():
+            return self.module(x)
+
+
 class _Stack(nn.Module):
     """The experts of one worker as one module: trunk output to logits [e, B, C]."""
 
@@ -100,8 +114,8 @@ class DeepSpeedEngine:
         deepspeed = import_deepspeed(gpu=mesh.device.type == "cuda")
         os.environ.setdefault("LOCAL_RANK", "0")
         self.mesh = mesh
-        self.trunk: nn.Module = model.trunk
-        self.experts: nn.Module = _Stack(model.experts)
+        self.trunk: nn.Module = _Cast(model.trunk, config, mesh.device)
+        self.experts: nn.Module = _Cast(_Stack(model.experts), config, mesh.device)
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._engines: dict[str, Any] = {}
         if _trainable(self.trunk):

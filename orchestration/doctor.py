@@ -232,7 +232,7 @@ def _cluster(config: RunConfig) -> Iterator[Finding]:
 
         have = {"CPU": float(usable_cpus()), "GPU": float(torch.cuda.device_count())}
         nodes = {"this machine": have}
-        cpus = wanted.cpus_per_worker or min(have["CPU"] / shape.workers, have["CPU"])
+        cpus = wanted.cpus_per_worker or fleet.largest_share(shape.workers, [have["CPU"]])
         threads = config.engine.threads or max(1, int(cpus))
         where = "a Ray of its own on this machine"
     fleet.check_fits(shape.workers, cpus, wanted.gpus_per_worker, nodes)

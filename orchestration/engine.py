@@ -11,7 +11,8 @@ shared parameters (the trunk), over the data axis for an expert's own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ from orchestration.mesh import Mesh
 
 
 class NonFiniteGradient(FloatingPointError):
-    """A gradient is NaN or infinite. Weights are as they were before the step."""
+    """A gradient is NaN or infinite. The parameters it belongs to have not moved."""
 
 
 class Engine(Protocol):
@@ -54,17 +55,26 @@ class Engine(Protocol):
         ...
 
 
+def casting(config: EngineConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """The context a network computes in: bfloat16 where engine.precision = autocast, else as its weights are."""
+    if config.precision == "autocast":
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
 class TorchEngine:
     """Plain PyTorch. Sums gradients of all parameters of a group in one flat exchange."""
 
     def __init__(self, model: Ensemble, mesh: Mesh, optimizer: OptimizerConfig, config: EngineConfig) -> None:
         self.model = model
         self.mesh = mesh
+        self.config = config
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = sgd(list(self.parameters.values()), optimizer)
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
-        return self.model(images_B3HW)
+        with casting(self.config, self.mesh.device):
+            return self.model(images_B3HW)
 
     def step(self, loss: Tensor, lr: float) -> None:
         self.optimizer.zero_grad(set_to_none=True)

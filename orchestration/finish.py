@@ -8,7 +8,7 @@ from typing import Any
 
 from aggregation.serving import export_model
 from orchestration.checkpoint import read_tensors, verify
-from orchestration.config import RunConfig
+from orchestration.config import RunConfig, published
 from orchestration.run_folder import DATA, RunFolder
 from orchestration.tables import final_table
 
@@ -49,7 +49,5 @@ def table(config: RunConfig, data: dict[str, Any], evaluations: dict[str, dict[s
         f"{config.backbone.name} {config.backbone.depth}, {config.dataset.name}"
     )
     text = final_table(evaluations, data, title=title, seed=config.seed)
-    if config.method.expected:
-        published = ", ".join(f"{group} {value:g}" for group, value in config.method.expected.items())
-        text += f"\npublished for this schedule, top-1 in %: {published}"
-    return text
+    line = published(config)
+    return f"{text}\n{line}" if line else text

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -26,6 +26,7 @@ from orchestration.mesh import MeshShape
 from orchestration.own_ray import start_own_ray
 
 _MAX_THREADS = 8  # on one worker by default; small images do not use more
+_EXCHANGE_WORDS = ("gloo", "nccl", "torch/distributed", "torch.distributed")  # in the trace of a broken exchange
 
 
 class WorkerLost(RuntimeError):
@@ -96,10 +97,17 @@ def resolve_resources(config: ClusterConfig, engine: EngineConfig, workers: int)
     """
     cpus = config.cpus_per_worker
     if cpus is None:
-        nodes = [node.get("CPU", 0.0) for node in node_resources().values()]
-        share = min(sum(nodes) / workers, max(nodes, default=1.0), _MAX_THREADS)
-        cpus = float(math.floor(share)) if share >= 1 else max(math.floor(share * 100) / 100, 0.01)
+        cpus = largest_share(workers, [node.get("CPU", 0.0) for node in node_resources().values()])
     return cpus, engine.threads or max(1, int(cpus))
+
+
+def largest_share(workers: int, cpus_of_nodes: list[float]) -> float:
+    """The most CPUs that each of some workers can have: whole ones, else hundredths of one; at most 8."""
+    shares = [float(whole) for whole in range(_MAX_THREADS, 0, -1)] + [part / 100 for part in range(99, 0, -1)]
+    for share in shares:
+        if sum(math.floor(cpus / share + 1e-6) for cpus in cpus_of_nodes) >= workers:
+            return share
+    return shares[-1]  # more than a hundred workers a core: refused by `check_fits`
 
 
 def node_resources() -> dict[str, dict[str, float]]:
@@ -230,6 +238,11 @@ class Fleet:
             cause = error.cause
             if isinstance(cause, ValueError | FloatingPointError | OSError):
                 return cause
+            if type(cause).__name__ == "OutOfMemoryError":
+                return ValueError(
+                    f"a worker's GPU is out of memory ({_last_line(str(cause))}); use more workers "
+                    f"(cluster.workers, cluster.experts_per_worker), or engine.precision=autocast"
+                )
             later, _ = ray.wait(pending, num_returns=len(pending), timeout=3.0) if pending else ([], [])
             for ref in later:
                 try:
@@ -238,16 +251,19 @@ class Fleet:
                     return WorkerLost(_words_of(death))
                 except RayError:
                     continue
-            if "torch.distributed" in str(error) or "Gloo" in str(error) or "NCCL" in str(error):
+            if any(word in str(error).lower() for word in _EXCHANGE_WORDS):
                 return WorkerLost(f"an exchange between workers failed: {_last_line(str(error))}")
             return error
-        if isinstance(error, RayActorError | OutOfMemoryError):
-            return WorkerLost(_words_of(error))
-        return error
+        return WorkerLost(_words_of(error))
 
     def restart(self) -> None:
-        """Kill what is left of the mesh and start again in the same places."""
+        """Kill what is left of the mesh and start again in the same places.
+
+        Raises:
+            ValueError: the cluster has shrunk and the mesh no longer fits; wanted and available.
+        """
         self.kill()
+        check_fits(self.shape.workers, self._cpus, self._gpus, node_resources())
         self.start()
 
     def kill(self) -> None:
@@ -285,7 +301,7 @@ class _Watch:
                 self._answered[refs[ref]] = time.monotonic()
                 if idle_s > self._limit_s:
                     raise WorkerLost(f"worker {refs[ref]} has finished nothing for {idle_s:.0f} s, after step {step}")
-        for rank, at in self._answered.items():
+        for rank, at in sorted(self._answered.items(), key=lambda item: item[1]):
             if time.monotonic() - at > self._limit_s:
                 raise WorkerLost(f"worker {rank} has not answered for {self._limit_s:g} s")
 

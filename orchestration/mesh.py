@@ -93,31 +93,32 @@ class Mesh:
         shape: the whole mesh.
         rank: of this worker in the torch world.
         device: where tensors live; 'cuda' exchanges with NCCL, 'cpu' with gloo.
+        timeout_s: how long an exchange may wait for a partner.
     """
 
-    def __init__(self, shape: MeshShape, rank: int = 0, device: str = "cpu") -> None:
+    def __init__(self, shape: MeshShape, rank: int = 0, device: str = "cpu", timeout_s: float = 600.0) -> None:
         self.shape = shape
         self.rank = rank
         self.slot, self.replica = shape.position(rank)
         self.device = torch.device(device)
         self.data_group = self.expert_group = None
         if shape.workers > 1:
-            self.data_group, self.expert_group = self._axes()
+            self.data_group, self.expert_group = self._axes(timedelta(seconds=math.ceil(timeout_s)))
 
     @property
     def own_experts(self) -> range:
         return self.shape.experts_of(self.slot)
 
-    def _axes(self) -> tuple[Any, Any]:
+    def _axes(self, limit: timedelta) -> tuple[Any, Any]:
         """Every rank creates every group, in the same order, as torch asks; own ones are kept."""
         shape, own_data, own_expert = self.shape, None, None
         for slot in range(shape.slots):
             ranks = [slot * shape.replicas + d for d in range(shape.replicas)]
-            group = dist.new_group(ranks)
+            group = dist.new_group(ranks, timeout=limit)
             own_data = group if self.slot == slot else own_data
         for replica in range(shape.replicas):
             ranks = [s * shape.replicas + replica for s in range(shape.slots)]
-            group = dist.new_group(ranks)
+            group = dist.new_group(ranks, timeout=limit)
             own_expert = group if self.replica == replica else own_expert
         return own_data, own_expert
 
@@ -236,10 +237,9 @@ def _combine(shares: Tensor, num_channels: int) -> tuple[Tensor, Tensor, Tensor]
 class Rendezvous:
     """The meeting point of a torch world. The worker with rank 0 opens it on a port that the system finds free."""
 
-    def __init__(self, address: str, workers: int, *, port: int = 0, host_here: bool) -> None:
-        self.store = dist.TCPStore(
-            address, port, workers, is_master=host_here, wait_for_workers=False, timeout=timedelta(seconds=60)
-        )
+    def __init__(self, address: str, workers: int, *, port: int = 0, host_here: bool, timeout_s: float = 600.0) -> None:
+        limit = timedelta(seconds=math.ceil(timeout_s))
+        self.store = dist.TCPStore(address, port, workers, is_master=host_here, wait_for_workers=False, timeout=limit)
         self.port: int = self.store.port
 
     def join(self, rank: int, workers: int, *, gpu: bool, timeout_s: float) -> None:

@@ -8,7 +8,7 @@ from itertools import groupby
 from experts.progress import Progress
 from experts.registry import build
 from orchestration.compose import expand
-from orchestration.config import RunConfig, StageConfig
+from orchestration.config import RunConfig, StageConfig, published
 from orchestration.placement import Plan, plan, shares_of
 from orchestration.tracking_contents import default_uri, redact
 
@@ -55,8 +55,7 @@ def _what(config: RunConfig, found: Plan) -> Iterator[str]:
         late = _never_reached(settings)
         if late:
             yield f"  NOTE: the stage ends before {', '.join(late)}"
-    expected = ", ".join(f"{group} {value:g}" for group, value in method.expected.items())
-    yield f"published for this schedule, top-1 in %: {expected or 'no number'}"
+    yield published(config) or "published: no number for exactly this config"
 
 
 def _data(config: RunConfig, found: Plan) -> str:

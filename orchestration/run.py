@@ -16,14 +16,15 @@ import itertools
 import json
 import os
 import signal
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from aggregation.metrics import Scores, groups_by_count, groups_by_index
-from orchestration.checkpoint import Checkpoint, Checkpoints
+from orchestration.checkpoint import Checkpoint, Checkpoints, DamagedCheckpoint, verify
 from orchestration.compose import expand
 from orchestration.config import RunConfig
 from orchestration.console import Console
@@ -81,6 +82,7 @@ class StopSignals:
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = number
+        print(f"expertail: {signal.Signals(number).name}: stopping once a checkpoint is written", file=sys.stderr)
 
 
 def run_path(config: RunConfig) -> Path:
@@ -88,7 +90,13 @@ def run_path(config: RunConfig) -> Path:
     return Path(os.path.abspath(expand(config.run.dir))) / config.run_name
 
 
-def train(config: RunConfig, folder: RunFolder, console: Console, marks: dict[str, float]) -> Outcome:
+def train(
+    config: RunConfig,
+    folder: RunFolder,
+    console: Console,
+    marks: dict[str, float],
+    begin_tracking: Callable[[], None] = lambda: None,
+) -> Outcome:
     """Carry out a run, or the rest of it.
 
     Args:
@@ -96,6 +104,7 @@ def train(config: RunConfig, folder: RunFolder, console: Console, marks: dict[st
         folder: the run's, held.
         console: told what happens.
         marks: unix seconds of the start so far, by what happened then; written to run.json after the first step.
+        begin_tracking: called once, when workers, data and model are in place: a start refused before leaves no trace.
 
     Raises:
         ValueError, FloatingPointError: something an operator can change.
@@ -103,12 +112,13 @@ def train(config: RunConfig, folder: RunFolder, console: Console, marks: dict[st
         Stopped: on SIGINT or SIGTERM, after a checkpoint.
     """
     shape = mesh_shape(config.method.num_experts, config.cluster.workers, config.cluster.experts_per_worker)
-    with StopSignals().watched() as signals, cluster(config.cluster.address):
+    # Signals after the connection: Ray sets a SIGTERM handler of its own when it connects.
+    with cluster(config.cluster.address), StopSignals().watched() as signals:
         marks["ray"] = time.time()
         config = _resolved(config, folder, shape)
         fleet = Fleet(config, shape)
         try:
-            return _Run(config, folder, console, fleet, signals, marks).carry_out()
+            return Run(config, folder, console, fleet, signals, marks, begin_tracking).carry_out()
         finally:
             fleet.close()
 
@@ -131,7 +141,9 @@ def _resolved(config: RunConfig, folder: RunFolder, shape: MeshShape) -> RunConf
     return resolved
 
 
-class _Run:
+class Run:
+    """All stages of a run on one fleet, through deaths of its workers."""
+
     def __init__(
         self,
         config: RunConfig,
@@ -140,14 +152,17 @@ class _Run:
         fleet: Fleet,
         signals: StopSignals,
         marks: dict[str, float],
+        begin_tracking: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.folder, self.console, self.fleet = config, folder, console, fleet
-        self.signals, self.marks = signals, marks
+        self.signals, self.marks, self.begin_tracking = signals, marks, begin_tracking
         self.stages = list(config.method.stages)
         self.checkpoints = Checkpoints(folder.path, self.stages)
         self.failures = 0
+        self.cost = Cost(folder, config, fleet.shape.workers)
 
     def carry_out(self) -> Outcome:
+        """Train from the newest checkpoint, or the beginning, to the end; again after each loss of a worker."""
         shape = self.fleet.shape
         start = self.fleet.start
         while True:
@@ -184,20 +199,64 @@ class _Run:
                 journal.rewind(self.stages, newest.state["stage"], newest.state["step"])
             elif (self.folder.path / "metrics.jsonl").exists():
                 journal.rewind(self.stages, self.stages[0], 0)
+            before = newest.state["before"] if newest else 0
+            limit = self.config.run.max_steps
             outcome = None
             for name in self.stages[first:]:
                 at_start = newest if newest and newest.state["stage"] == name else None
-                outcome = StageRun(self, name, at_start, journal).carry_out()
-                if not outcome.finished:
+                weights = outcome.checkpoint if outcome else None
+                stage = StageRun(self, name, at_start, journal, before=before, weights=weights)
+                outcome = stage.carry_out()
+                before += stage.total_steps
+                if not outcome.finished or (limit is not None and before >= limit and name != self.stages[-1]):
+                    outcome.finished = name == self.stages[-1] and outcome.finished
                     break
         assert outcome is not None
         return outcome
 
 
-class StageRun:
-    """One stage on a started fleet, from a checkpoint or from its beginning."""
+class Cost:
+    """What a run has used, over all its starts; kept in run.json."""
 
-    def __init__(self, run: _Run, stage: str, newest: Checkpoint | None, journal: Journal) -> None:
+    def __init__(self, folder: RunFolder, config: RunConfig, workers: int) -> None:
+        self._folder, self._workers = folder, workers
+        self._per_worker = {"worker": 1.0, "cpu": config.cluster.cpus_per_worker or 0.0}
+        self._per_worker["gpu"] = float(config.cluster.gpus_per_worker)
+        self._earlier: dict[str, float] = folder.run().get("cost", {})
+        self._since = time.time()
+
+    def note(self, **more: Any) -> None:
+        """Write the hours used so far, with what else is to be noted."""
+        hours = (time.time() - self._since) / 3600 * self._workers
+        cost = {
+            f"{what}_hours": round(self._earlier.get(f"{what}_hours", 0.0) + hours * share, 4)
+            for what, share in self._per_worker.items()
+        }
+        self._folder.note(cost=cost, **more)
+
+
+class StageRun:
+    """One stage on a started fleet, from a checkpoint or from its beginning.
+
+    Args:
+        run: what it belongs to.
+        stage: its name.
+        newest: a checkpoint of this stage to go on from.
+        journal: open.
+        before: optimiser steps of the earlier stages.
+        weights: checkpoint of the stage before, whose weights this one begins with.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        stage: str,
+        newest: Checkpoint | None,
+        journal: Journal,
+        *,
+        before: int = 0,
+        weights: Path | None = None,
+    ) -> None:
         self.run, self.stage, self.journal = run, stage, journal
         self.config, self.fleet, self.folder = run.config, run.fleet, run.folder
         self.console, self.checkpoints = run.console, run.checkpoints
@@ -205,6 +264,8 @@ class StageRun:
         self.seen = self.fleet.build(stage)
         run.marks.setdefault("built", time.time())
         self.data = self._note_data()
+        run.begin_tracking()
+        self.before = before
         self.steps_per_epoch: int = self.seen[0]["steps_per_epoch"]
         self.total_steps = self.epochs * self.steps_per_epoch
         self.splits = ["val", "test"] if self.seen[0]["has_val"] else ["test"]
@@ -222,6 +283,9 @@ class StageRun:
         self._pace = 0.0  # steps per second, as last seen
         if newest:
             self._go_on_from(newest)
+        elif weights:
+            self.fleet.call("start_from", str(weights))
+            self.console.message(f"stage {stage} begins with the weights of {weights.name}")
 
     def _note_data(self) -> dict[str, Any]:
         seen = self.seen[0]
@@ -249,13 +313,16 @@ class StageRun:
         state = checkpoint.state
         self.fleet.call("load", str(checkpoint.folder), {"step": state["step"], "sums": state["sums"]})
         self.step, self.best, self.last = state["step"], state["best"], state["last"]
-        if self.best and not (self.checkpoints.folder / self.best["checkpoint"]).is_dir():
-            if self.best["step"] != self.step:
+        if self.best and self.best["step"] == self.step:
+            self.checkpoints.copy_weights(checkpoint.folder, self.best["checkpoint"])  # may have been cut off
+        elif self.best:
+            try:
+                verify(self.checkpoints.folder / self.best["checkpoint"])
+            except DamagedCheckpoint as problem:
                 raise ValueError(
-                    f"{self.checkpoints.folder / self.best['checkpoint']}: the weights of the best evaluation are "
-                    f"missing; needed a folder; restore it, or remove {self.checkpoints.folder} to train anew"
-                )
-            self.checkpoints.copy_weights(checkpoint.folder, self.best["checkpoint"])
+                    f"{problem}: the weights of the best evaluation (step {self.best['step']}) are damaged; needed "
+                    f"them whole; restore them from a copy, or remove {self.checkpoints.folder} to train anew"
+                ) from problem
         self.console.message(
             f"going on from {checkpoint.folder.name}: step {self.step} of {self.total_steps}, "
             f"epoch {min(self.step // self.steps_per_epoch + 1, self.epochs)} of {self.epochs}"
@@ -265,11 +332,17 @@ class StageRun:
     def target(self) -> int:
         """The step this start trains to."""
         limit = self.config.run.max_steps
-        return self.total_steps if limit is None else min(limit, self.total_steps)
+        return self.total_steps if limit is None else min(max(limit - self.before, 0), self.total_steps)
+
+    def take(self, steps: int) -> None:
+        """Train this many steps, with everything that is due on the way."""
+        target = self.step + steps
+        while self.step < target:
+            self._advance(target)
 
     def carry_out(self) -> Outcome:
-        while self.step < self.target:
-            self._advance()
+        """Train to the target and make sure that the end is evaluated and saved."""
+        self.take(self.target - self.step)
         if self.last is None or self.last["step"] != self.step:
             self._evaluate(count=False)
             self._save()
@@ -278,29 +351,14 @@ class StageRun:
         evaluations = {"last": self.last["evaluation"], "best": best["evaluation"]}
         for name, evaluation in evaluations.items():
             self.folder.write_evaluation(name, evaluation)
-        self._note_cost()
+        self.run.cost.note(peak_memory_gib=[round(gib, 2) for gib in self.fleet.call("peak_memory_gib")])
         newest = self.checkpoints.newest(self.console.message)
         assert newest is not None
         return Outcome(self.step >= self.total_steps, evaluations, newest.folder)
 
-    def _note_cost(self) -> None:
-        """Add what this start used to run.json."""
-        seconds = time.time() - self.run.marks["ray"]
-        old = self.folder.run().get("cost", {"worker_hours": 0.0, "cpu_hours": 0.0, "gpu_hours": 0.0})
-        hours = seconds / 3600 * self.fleet.shape.workers
-        cluster_config = self.config.cluster
-        self.folder.note(
-            cost={
-                "worker_hours": round(old["worker_hours"] + hours, 4),
-                "cpu_hours": round(old["cpu_hours"] + hours * (cluster_config.cpus_per_worker or 0.0), 4),
-                "gpu_hours": round(old["gpu_hours"] + hours * cluster_config.gpus_per_worker, 4),
-            },
-            peak_memory_gib=[round(gib, 2) for gib in self.fleet.call("peak_memory_gib")],
-        )
-
-    def _advance(self) -> None:
+    def _advance(self, target: int) -> None:
         """Train one interval, note it, and do what is due at its end."""
-        until = self._next_stop()
+        until = self._next_stop(target)
         first, before = self.step, time.monotonic()
         interval: Interval = self.fleet.call("train", until)[0]
         self.step = until
@@ -311,20 +369,20 @@ class StageRun:
         evaluated = rest == 0 and (epoch % self.config.run.evaluate_every_epochs == 0 or epoch == self.epochs)
         if evaluated:
             self._evaluate(count=True)
-        if evaluated or self.step % every == 0:
+        stop = self.run.signals.received
+        if evaluated or self.step % every == 0 or stop is not None:
             self._save()
-        if self.run.signals.received is not None:
-            self._save()
+        if stop is not None:
             raise Stopped(
-                self.run.signals.received,
+                stop,
                 f"stopped after step {self.step} of {self.total_steps}; the same command continues from there",
             )
 
-    def _next_stop(self) -> int:
+    def _next_stop(self, target: int) -> int:
         """The step of the next thing to do, at most an interval away."""
         every = self.config.run.checkpoint_every_steps
         due = min(
-            self.target,
+            target,
             (self.step // self.steps_per_epoch + 1) * self.steps_per_epoch,
             (self.step // every + 1) * every,
         )
@@ -366,6 +424,7 @@ class StageRun:
         evaluation = {
             "split": "test",
             "selected_on": self.select_on,
+            "selected_value": results[self.select_on]["members"]["ensemble"]["top1"]["all"],
             "stage": self.stage,
             "epoch": epoch,
             "step": self.step,
@@ -384,11 +443,18 @@ class StageRun:
         writing = self.checkpoints.begin()
         answers = self.fleet.call("save", str(writing))
         entries = [entry for files, _ in answers for entry in files]
-        state = {"stage": self.stage, **answers[0][1], "best": self.best, "last": self.last}
+        state = {
+            "stage": self.stage,
+            "before": self.before,
+            **answers[0][1],
+            "best": self.best,
+            "last": self.last,
+        }
         folder = self.checkpoints.complete(writing, self.checkpoints.name(self.stage, self.step), entries, state)
         if self.best and self.best["step"] == self.step:
             self.checkpoints.copy_weights(folder, self.best["checkpoint"])
         self.checkpoints.tidy(self.config.run.keep_checkpoints)
+        self.run.cost.note()
 
 
 def _metrics(split: str, result: dict[str, Any]) -> dict[str, float]:

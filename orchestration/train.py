@@ -16,6 +16,8 @@ from orchestration.mesh import mesh_shape
 from orchestration.run import Outcome, Stopped, read_evaluations, run_path, train
 from orchestration.run_folder import CONFIG, DATA, RunFolder, write_atomic
 
+_SHORT_WAIT_S = 10.0  # for the upload when a run did not end well: the message should not wait for it
+
 
 def train_and_report(config: RunConfig, marks: dict[str, float]) -> int:
     """Carry out a run and leave report, models and final table. Returns the exit code."""
@@ -41,29 +43,42 @@ def _complete(folder: RunFolder, config: RunConfig) -> bool:
 
 
 def _train(config: RunConfig, folder: RunFolder, marks: dict[str, float]) -> int:
-    uploader = None
-    status = "FAILED"
-    with Console(interval_s=config.run.log_interval_s, stream=sys.stderr) as console:
-        console.message(f"run folder {folder.path}")
-        try:
-            if config.tracking.enabled:
-                uploader = tracking.start_uploader(
-                    folder.path, tracking_uri(config), config.tracking.experiment, config.run_name
-                )
-            outcome = train(config, folder, console, marks)
-            status = "FINISHED"
-            _report(config, folder, outcome)
-        except BaseException as problem:
-            stopped = isinstance(problem, Stopped | KeyboardInterrupt)
-            status = "KILLED" if stopped else "FAILED"
-            if (folder.path / CONFIG).exists():
-                folder.note(status="stopped" if stopped else "failed", problem=str(problem))
-            raise
-        finally:
-            if uploader is not None and (incomplete := uploader.finish(config.tracking.final_wait_s, status)):
-                console.message(incomplete)
-    print(_stored_table(config, folder))
+    uploader = _Tracking(config, folder)
+    try:
+        with Console(interval_s=config.run.log_interval_s, stream=sys.stderr) as console:
+            console.message(f"run folder {folder.path}")
+            outcome = train(config, folder, console, marks, uploader.begin)
+        _report(config, folder, outcome)
+    except BaseException as problem:
+        stopped = isinstance(problem, Stopped | KeyboardInterrupt)
+        if (folder.path / CONFIG).exists():
+            folder.note(status="stopped" if stopped else "failed", problem=str(problem))
+        uploader.end("KILLED" if stopped else "FAILED", wait_s=min(_SHORT_WAIT_S, config.tracking.final_wait_s))
+        raise
+    print(_stored_table(config, folder), flush=True)
+    uploader.end("FINISHED", wait_s=config.tracking.final_wait_s)
     return 0
+
+
+class _Tracking:
+    """The uploader of a run, if it is tracked; begun once there is something to send."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder) -> None:
+        self._config, self._folder = config, folder
+        self._uploader: tracking.Uploader | None = None
+
+    def begin(self) -> None:
+        """Start it; once."""
+        wanted = self._config.tracking
+        if wanted.enabled and self._uploader is None:
+            self._uploader = tracking.start_uploader(
+                self._folder.path, tracking_uri(self._config), wanted.experiment, self._config.run_name
+            )
+
+    def end(self, status: str, wait_s: float) -> None:
+        """Let it send what is left, and say what could not be sent."""
+        if self._uploader is not None and (incomplete := self._uploader.finish(wait_s, status)):
+            print(incomplete, file=sys.stderr)
 
 
 def _report(config: RunConfig, folder: RunFolder, outcome: Outcome) -> None:

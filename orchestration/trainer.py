@@ -7,8 +7,9 @@ share of the global batch; the engine sums gradients over the mesh and moves the
 
 from __future__ import annotations
 
+import itertools
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,12 @@ from experts.progress import Progress
 from experts.registry import build
 from orchestration.checkpoint import FileEntry, read_tensors, write_tensors
 from orchestration.config import RunConfig
-from orchestration.engine import Engine, NonFiniteGradient, TorchEngine
+from orchestration.engine import Engine, NonFiniteGradient, TorchEngine, casting
 from orchestration.mesh import Mesh
 
 
 class TrainingDiverged(FloatingPointError):
-    """The loss or a gradient is not finite. No weight has moved since the last finite step."""
+    """The loss or a gradient is not finite. The run ends here; its newest checkpoint is from before."""
 
 
 @dataclass
@@ -70,7 +71,6 @@ class StageTrainer:
         self.stage_name, self.stage = stage, config.method.stages[stage]
         precision = config.engine.precision
         self.dtype = torch.float64 if precision == "float64" else torch.float32
-        self._autocast = precision == "autocast"
         self.beat = time.monotonic()
 
         self.model = self._build_model()
@@ -83,6 +83,7 @@ class StageTrainer:
         self.batches = self._build_batches()
         self.done = 0
         self._sums: dict[str, float] = {}
+        self._upcoming: Iterator[Batch] | None = None
 
     # Building
 
@@ -152,9 +153,11 @@ class StageTrainer:
         now = self.progress(self.done)
         last = now.step + until - self.done
         assert now.step < last <= self.steps_per_epoch, (until, self.done, self.steps_per_epoch)
+        if self._upcoming is None:  # kept between intervals, so that files are decoded ahead of them
+            self._upcoming = self.batches.iterate(now.epoch, now.step)
         interval = Interval()
         start = time.monotonic()
-        for batch in self.batches.iterate(now.epoch, now.step, last):
+        for batch in itertools.islice(self._upcoming, until - self.done):
             self._step(batch, self.progress(self.done), interval)
             self.done += 1
             self.beat = time.monotonic()
@@ -163,13 +166,13 @@ class StageTrainer:
             images = self._sums.pop("images")
             interval.epoch_means = {name: total / images for name, total in self._sums.items()}
             self._sums = {}
+            self._upcoming = None
         return interval
 
     def _step(self, batch: Batch, now: Progress, interval: Interval) -> None:
         lr = self.stage.optimizer.lr * self.schedule.factor(now)
         self.model.train()
-        with self._casting():
-            logits_eBC = self.engine.forward(batch.images_B3HW)
+        logits_eBC = self.engine.forward(batch.images_B3HW)
         logits_EBC = self.mesh.gather_logits(logits_eBC)
         denominators = self.objective.denominators(batch.global_labels, now)
         loss, terms = self.objective(logits_EBC, batch.labels_B, denominators, now)
@@ -197,15 +200,13 @@ class StageTrainer:
         total = self.mesh.sum_over_data(torch.cat([v.double() for v in values]))
         return dict(zip(names, total.tolist(), strict=True))
 
-    def _casting(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.mesh.device.type, torch.bfloat16) if self._autocast else nullcontext()
-
     def _place(self, now: Progress) -> str:
         return f"stage {self.stage_name}, epoch {now.epoch}, step {self.done + 1}"
 
     def _blame(self, logits_EBC: Tensor, now: Progress) -> str:
-        finite_E = torch.isfinite(logits_EBC).flatten(1).all(1).tolist()
-        bad = [name for name, ok in zip(self.config.method.expert_names, finite_E, strict=True) if not ok]
+        bad_E = (~torch.isfinite(logits_EBC)).flatten(1).any(1).double()
+        self.mesh.sum_over_data(bad_E)  # the images may be another replica's
+        bad = [name for name, count in zip(self.config.method.expert_names, bad_E.tolist(), strict=True) if count]
         whose = f"logits of {', '.join(bad)}" if bad else "the objective, from finite logits"
         return f"{self._place(now)}: the loss is not finite; found in {whose}; needed finite numbers; {_ADVICE}"
 
@@ -233,7 +234,7 @@ class StageTrainer:
         self.model.eval()
         scores = Scores()
         for images_B3HW, labels_B in batches:
-            with self._casting():
+            with casting(self.config.engine, self.mesh.device):
                 logits_eBC = self.model(images_B3HW)
             logits_EBC = self.mesh.gather_logits(logits_eBC)
             if self.mesh.slot == 0:
@@ -278,6 +279,15 @@ class StageTrainer:
         self.engine.restore(momentum)
         self.done = state["step"]
         self._sums = dict(state["sums"])
+        self._upcoming = None
+
+    def start_from(self, folder: str) -> None:
+        """Begin this stage with the weights of a checkpoint, its momentum left behind."""
+        weights: dict[str, Tensor] = {}
+        for name in ["trunk", *self.model.names]:
+            weights |= read_tensors(Path(folder), name)
+        self.model.load_state_dict(weights)
+        self.engine.restore({})
 
     def state(self) -> dict[str, Any]:
         """Counters for a checkpoint; the same on every worker."""
@@ -285,6 +295,7 @@ class StageTrainer:
 
     def close(self) -> None:
         """Let go of loader processes and engine buffers."""
+        self._upcoming = None
         self.batches.close()
         self.engine.close()
 

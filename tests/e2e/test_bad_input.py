@@ -74,8 +74,8 @@ def test_all_problems_of_a_command_come_in_one_message_and_make_no_folder(warm, 
         ),
         (["dataset.max_per_class=5000"], ["5000", "dataset.max_per_class"]),
         (["dataset=fashion_mnist_lt"], ["dataset.root", "dataset.download"]),
-        (["dataset=cifar10_lt", "dataset.root=/nowhere"], ["/nowhere"]),
-        (["dataset=imagenet_lt"], ["schedule"]),
+        (["dataset=cifar10_lt", "dataset.root=/nowhere"], ["dataset.root = /nowhere", "dataset.download"]),
+        (["dataset=imagenet_lt"], ["no schedule is known for this pair", "schedule=ride_"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value and "=" in value[0] else "",
 )
@@ -117,7 +117,7 @@ def test_an_unreadable_run_folder_is_named(copy, warm, capsys, tmp_path):
     (copy / "config.yaml").write_text("a: [1,\n")
     assert "config.yaml" in refused(capsys, copy)
     (tmp_path / "file").write_text("")
-    assert "file" in refused(capsys, tmp_path / "file" / "run")
+    assert "the run folder cannot be written" in refused(capsys, tmp_path / "file" / "run")
 
 
 def test_a_run_that_is_being_carried_out_is_refused_to_a_second(copy, warm, capsys):
@@ -143,8 +143,9 @@ def test_a_loss_that_is_not_finite_stops_every_worker_and_names_the_expert(warm,
 def test_a_placement_that_cannot_be_met_fails_within_ten_seconds(local_ray, tmp_path, capsys):
     import time
 
+    tracked = ["tracking.enabled=true", "tracking.uri=http://127.0.0.1:9"]
     start = time.monotonic()
-    said = refused(capsys, tmp_path / "run", "cluster.workers=3", "cluster.cpus_per_worker=64")
+    said = refused(capsys, tmp_path / "run", "cluster.workers=3", "cluster.cpus_per_worker=64", *tracked)
     assert "wanted 3 x (64 CPUs" in said
     assert "the cluster has places for 0" in said
     said = refused(capsys, tmp_path / "run", "cluster.gpus_per_worker=1", "cluster.cpus_per_worker=0.1")
@@ -243,3 +244,28 @@ def test_a_start_that_was_refused_for_its_data_does_not_bind_the_next(warm, tmp_
     folder = tmp_path / "run"
     assert "5000" in refused(capsys, folder, "dataset.max_per_class=5000")
     assert runs.train(folder, "dataset.max_per_class=60", "run.max_steps=1") == 0
+
+
+def test_damaged_weights_of_the_best_evaluation_are_found_before_training_goes_on(warm, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert runs.train(folder, "run.max_steps=14") == 0
+    best = next((folder / "checkpoints").glob("best-*"))
+    flip(best / "expert0.safetensors")
+    before = runs.losses(folder)
+    said = refused(capsys, folder)
+    assert f"{best.name}/expert0.safetensors" in said
+    assert "restore them" in said
+    assert runs.losses(folder) == before
+
+
+def test_a_loss_that_is_not_finite_names_the_expert_also_with_replicas(warm, tmp_path, capsys):
+    words = ["method.stages.train.optimizer.lr=1e30", "cluster.workers=2", "cluster.experts_per_worker=3"]
+    assert "logits of expert" in refused(capsys, tmp_path / "run", *words)
+
+
+def test_a_tracking_server_that_is_not_there_costs_a_message(warm, tmp_path, capsys):
+    words = ["tracking.enabled=true", "tracking.uri=http://127.0.0.1:9", "tracking.final_wait_s=1", "run.max_steps=2"]
+    assert runs.train(tmp_path / "run", *words) == 0
+    said = capsys.readouterr()
+    assert "ensemble" in said.out
+    assert "expertail sync" in said.err

@@ -58,6 +58,41 @@ def test_a_gradient_that_is_not_finite_is_refused(engine_and_model):
         assert torch.equal(p, before[name]), name
 
 
+def test_a_bad_gradient_in_one_head_alone_is_refused(engine_and_model):
+    engine, model = engine_and_model
+    logits = engine.forward(torch.rand(2, 3, 16, 16))
+    weight = model.experts["expert1"].head.weight
+    with pytest.raises(NonFiniteGradient):
+        engine.step(logits.sum() + ((weight - weight.detach()) * 0).abs().sum().sqrt() * 0, 0.1)
+
+
+@pytest.mark.parametrize("words", [["engine.name=torch"], ["engine.name=deepspeed"]], ids=["plain", "DeepSpeed"])
+def test_autocast_computes_convolutions_in_bfloat16(words, world):
+    config = load_config([*words, "engine.precision=autocast"])
+    model = build_ensemble(
+        config.backbone,
+        config.method.head,
+        num_classes=4,
+        expert_names=("expert0",),
+        reduce_dimension=True,
+        seed=0,
+    )
+    arguments = (model, Mesh(MeshShape(1, 1)), config.method.stages["train"].optimizer, config.engine)
+    if config.engine.name == "torch":
+        engine = TorchEngine(*arguments)
+    else:
+        from orchestration.deepspeed_engine import DeepSpeedEngine
+
+        engine = DeepSpeedEngine(*arguments)
+    seen = []
+    for conv in (model.trunk.conv1, model.experts["expert0"].features.layer3[0].conv1):
+        conv.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    engine.forward(torch.rand(2, 3, 16, 16))
+    assert seen == [torch.bfloat16, torch.bfloat16]
+    assert model.trunk.conv1.weight.dtype == torch.float32
+    engine.close()
+
+
 def test_momentum_is_whole_and_comes_back(engine_and_model):
     engine, model = engine_and_model
     assert engine.momentum() == {}

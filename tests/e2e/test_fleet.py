@@ -9,7 +9,7 @@ import time
 import pytest
 
 from orchestration.compose import load_config
-from orchestration.fleet import Fleet, WorkerLost, check_fits, resolve_resources, start_ray
+from orchestration.fleet import Fleet, WorkerLost, check_fits, largest_share, resolve_resources, start_ray
 from orchestration.mesh import mesh_shape
 
 pytestmark = pytest.mark.ray
@@ -55,6 +55,36 @@ def test_shares_of_cpus_are_found_for_any_number_of_workers(local_ray):
         assert cpus * workers <= total + 1e-9
         assert threads >= 1
         check_fits(workers, cpus, 0, {"here": {"CPU": total}})
+
+
+@pytest.mark.parametrize(
+    ("workers", "nodes", "share"),
+    [(3, [1, 1], 0.5), (2, [5, 3], 3), (2, [3, 1], 1), (1, [64], 8), (3, [2], 0.66), (6, [2, 2], 0.66)],
+)
+def test_the_largest_share_that_fits_uneven_nodes_is_found(workers, nodes, share):
+    assert largest_share(workers, nodes) == share
+    check_fits(workers, share, 0, {str(i): {"CPU": float(n)} for i, n in enumerate(nodes)})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:1234: Connection reset by peer",
+        "NCCL communicator was aborted on rank 1",
+    ],
+)
+def test_a_broken_exchange_is_a_lost_worker(text, local_ray):
+    """As the backends word it; nothing else says that a partner on another node is gone."""
+    import ray
+
+    @ray.remote
+    def exchange():
+        raise RuntimeError(text)
+
+    fleet = Fleet.__new__(Fleet)
+    with pytest.raises(ray.exceptions.RayTaskError) as caught:
+        ray.get(exchange.remote())
+    assert isinstance(fleet._diagnose(caught.value, []), WorkerLost)
 
 
 def test_what_does_not_fit_is_counted_by_node():

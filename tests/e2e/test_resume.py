@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -73,17 +74,23 @@ def test_a_finished_run_is_told_again_and_not_trained(undisturbed, warm, capsys)
     assert (undisturbed / "metrics.jsonl").read_bytes() == before
 
 
-def test_sigterm_leaves_a_checkpoint_at_the_step_it_stopped(warm, tmp_path, undisturbed):
+def test_sigterm_leaves_a_checkpoint_at_the_step_it_stopped(warm, tmp_path, undisturbed, capsys):
     folder = tmp_path / "run"
-    process = runs.start(folder)
-    runs.wait_for_step(folder, 3)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, output
-    assert "the same command continues" in output
+
+    def stop():
+        runs.wait_for_step(folder, 3)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    assert runs.train(folder) == 128 + signal.SIGTERM
+    stopper.join()
+    assert "the same command continues" in capsys.readouterr().err
     stopped = max(runs.losses(folder))
+    assert stopped < 27
     newest = sorted((folder / "checkpoints").glob("[0-9]*"))[-1]
     assert json.loads((newest / "state.json").read_text())["step"] == stopped
+    assert json.loads((folder / "run.json").read_text())["status"] == "stopped"
     assert runs.train(folder) == 0
     same(folder, undisturbed)
 
@@ -137,6 +144,27 @@ def test_resuming_with_two_replicas_is_bitwise(engine, warm, tmp_path):
     assert runs.weights(parts) == runs.weights(whole)
 
 
+STAGES = (
+    "method.stages.second={epochs: 1, batch_size: 50, optimizer: {lr: 0.001}, lr_schedule: {name: steps}, "
+    "sampler: {name: class_balanced}, objective: {name: ride, scale: 30}}"
+)
+
+
+def test_a_second_stage_begins_with_the_weights_of_the_first_and_resumes(warm, tmp_path, capsys):
+    words = ["method.stages.train.epochs=1", STAGES]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert runs.train(whole, *words) == 0
+    for limit in (9, 12):  # the first stage's last step, and the third of the second's
+        assert runs.train(parts, *words, f"run.max_steps={limit}") == 0
+    assert "stage second begins with the weights of 00-train-00000009" in capsys.readouterr().err
+    assert runs.train(parts, *words) == 0
+    losses = [(r[0], r[1], r[2]) for r in runs.points(whole) if r[0] == "train/loss"]
+    assert [p for p in runs.points(parts) if p[0] == "train/loss"] == losses
+    assert len(losses) == 18
+    assert losses[9][2] < 0.8 * losses[0][2], "the second stage must not begin anew"
+    assert runs.weights(parts).keys() == runs.weights(whole).keys()
+
+
 WRITER = """
 import sys
 from pathlib import Path
@@ -147,14 +175,23 @@ for step in range(1, 100000):
     folder = checkpoints.begin()
     entries = [write_file(folder, n, step.to_bytes(8, "big") * 100_000) for n in ("trunk", "expert0")]
     best = {"step": step, "checkpoint": f"best-{checkpoints.name('train', step)}"} if step % 3 == 0 else None
-    final = checkpoints.complete(folder, checkpoints.name("train", step), entries, {"step": step, "best": best})
-    checkpoints.tidy(2)
+    state = {"step": step, "best": best}
+    final = checkpoints.complete(folder, checkpoints.name("train", step), entries, state)
+    if best:
+        checkpoints.copy_weights(final, best["checkpoint"])
+        again = checkpoints.begin()
+        entries = [write_file(again, n, step.to_bytes(8, "big") * 100_000) for n in ("trunk", "expert0")]
+        checkpoints.complete(again, checkpoints.name("train", step), entries, state)
+    checkpoints.tidy(1)
 """
 
 
 @pytest.mark.slow
 def test_a_kill_while_checkpoints_are_written_always_leaves_a_whole_one(tmp_path):
-    """Ten kills at moments spread over the writing of some checkpoints; the newest that is there loads."""
+    """Ten kills at moments spread over the writing of some checkpoints; the newest that is there loads.
+
+    Only one is kept, and every third is written twice at its step, which replaces it.
+    """
     from orchestration.checkpoint import Checkpoints
 
     for kill in range(10):
@@ -167,9 +204,11 @@ def test_a_kill_while_checkpoints_are_written_always_leaves_a_whole_one(tmp_path
         process.wait()
         checkpoints = Checkpoints(folder, ["train"])
         reported: list[str] = []
+        begun = any((folder / "checkpoints").glob("[0-9]*")) or any((folder / "checkpoints").glob(".replaced-*"))
         newest = checkpoints.newest(reported.append)
+        assert (newest is not None) == begun
         assert not reported, "a killed writer left a damaged checkpoint under its final name"
         if newest is not None:
             assert (newest.folder / "trunk").read_bytes() == newest.state["step"].to_bytes(8, "big") * 100_000
-        checkpoints.tidy(2)
+        checkpoints.tidy(1)
         assert not list((folder / "checkpoints").glob(".writing-*"))
