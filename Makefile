@@ -44,6 +44,7 @@ types: setup
 bench: setup
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/startup.py
+	@echo 'with data at hand: benchmarks/loader.py, benchmarks/learning_check.py'
 
 audit: setup
 	$(BIN)/pip-audit --strict --disable-pip -r constraints.txt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import threading
 import time
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests import runs
 
@@ -119,12 +122,12 @@ def test_a_worker_killed_in_training_costs_the_steps_since_the_checkpoint_and_no
 
 
 def test_another_mesh_loads_the_same_checkpoint(undisturbed, warm, tmp_path):
-    """Packed until step 14, then 3 x 2 workers on the same config; equal up to rounding."""
+    """Packed until step 14, then two replicas of all experts; equal up to rounding."""
     import numpy as np
 
     folder = tmp_path / "run"
     assert runs.train(folder, "run.max_steps=14", "engine.precision=float64") == 0
-    assert runs.train(folder, "cluster.workers=6", "cluster.cpus_per_worker=0.1", "engine.precision=float64") == 0
+    assert runs.train(folder, "cluster.workers=2", "cluster.experts_per_worker=3", "engine.precision=float64") == 0
     whole = tmp_path / "whole"
     assert runs.train(whole, "engine.precision=float64") == 0
     ours, theirs = runs.losses(folder), runs.losses(whole)
@@ -132,7 +135,7 @@ def test_another_mesh_loads_the_same_checkpoint(undisturbed, warm, tmp_path):
     np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("engine", ["engine.zero_stage=1", "engine.zero_stage=2", "engine.name=torch"])
+@pytest.mark.parametrize("engine", ["engine.zero_stage=2", "engine.name=torch"])
 def test_resuming_with_two_replicas_is_bitwise(engine, warm, tmp_path):
     """Momentum lies in partitions there: saved whole, loaded into each worker's part."""
     words = ["cluster.workers=2", "cluster.experts_per_worker=3", "method.stages.train.epochs=1", engine]
@@ -145,7 +148,7 @@ def test_resuming_with_two_replicas_is_bitwise(engine, warm, tmp_path):
 
 
 STAGES = (
-    "method.stages.second={epochs: 1, batch_size: 50, optimizer: {lr: 0.001}, lr_schedule: {name: steps}, "
+    "method.stages.second={epochs: 1, batch_size: 50, optimizer: {lr: 1e-12}, lr_schedule: {name: steps}, "
     "sampler: {name: class_balanced}, objective: {name: ride, scale: 30}}"
 )
 
@@ -154,14 +157,17 @@ def test_a_second_stage_begins_with_the_weights_of_the_first_and_resumes(warm, t
     words = ["method.stages.train.epochs=1", STAGES]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert runs.train(whole, *words) == 0
+    trunks = []
     for limit in (9, 12):  # the first stage's last step, and the third of the second's
         assert runs.train(parts, *words, f"run.max_steps={limit}") == 0
+        newest = sorted((parts / "checkpoints").glob("[0-9]*"))[-1]
+        trunks.append(load_file(newest / "trunk.safetensors")["trunk.conv1.weight"])
     assert "stage second begins with the weights of 00-train-00000009" in capsys.readouterr().err
     assert runs.train(parts, *words) == 0
     losses = [(r[0], r[1], r[2]) for r in runs.points(whole) if r[0] == "train/loss"]
     assert [p for p in runs.points(parts) if p[0] == "train/loss"] == losses
     assert len(losses) == 18
-    assert losses[9][2] < 0.8 * losses[0][2], "the second stage must not begin anew"
+    torch.testing.assert_close(trunks[0], trunks[1], rtol=0, atol=1e-7, msg="the second stage must not begin anew")
     assert runs.weights(parts).keys() == runs.weights(whole).keys()
 
 
@@ -212,3 +218,18 @@ def test_a_kill_while_checkpoints_are_written_always_leaves_a_whole_one(tmp_path
             assert (newest.folder / "trunk").read_bytes() == newest.state["step"].to_bytes(8, "big") * 100_000
         checkpoints.tidy(1)
         assert not list((folder / "checkpoints").glob(".writing-*"))
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("kill", range(5))
+def test_a_driver_killed_at_random_moments_goes_on_bitwise(kill, undisturbed, warm, tmp_path):
+    """Moments from a seed: start-up, steps, evaluations, checkpoints; three kills, then the end."""
+    folder = tmp_path / "run"
+    rng = random.Random(kill)
+    for _ in range(3):
+        process = runs.start(folder)
+        time.sleep(rng.uniform(8, 16))
+        process.kill()
+        process.wait()
+    assert runs.train(folder) == 0
+    same(folder, undisturbed)

@@ -220,6 +220,7 @@ def test_uploaders_share_a_new_file_and_end_with_their_drivers(tmp_path):
     assert the_run(uri, "orphan").info.status == "KILLED"
 
 
+@pytest.mark.drill
 def test_a_server_that_is_not_there_costs_nothing_but_a_message_and_is_caught_up_with(runs, tmp_path):
     """First nobody answers; then a real server does, and gets everything, the model through it."""
     port = free_port()
