@@ -192,6 +192,7 @@ def test_a_study_is_the_parent_of_its_runs(runs):
     assert the_run(uri, "child").data.tags["mlflow.parentRunId"] == "0" * 32
 
 
+@pytest.mark.drill
 def test_uploaders_share_a_new_file_and_end_with_their_drivers(tmp_path):
     """Two at once on a store that does not exist yet: one driver finishes, one is killed with a hard signal."""
     uri = default_uri(tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from orchestration.compose import available, check, expand, from_yaml, load_config, to_yaml
@@ -107,10 +109,15 @@ def test_what_is_no_override_is_refused(word):
 
 @pytest.mark.parametrize(
     "path",
-    ["/a b/c", "/a=b/c=d", "/it's (here)/x", "C:\\data\\x", "~/data", "/with,comma {and} [braces]", "/ümläut/日本"],
+    ["/a b/c", "/a=b/c=d", "/it's (here)/x", "/back\\slash", "/with,comma {and} [braces]", "/ümläut/日本"],
 )
 def test_paths_arrive_as_they_were_typed(path):
     assert load_config([f"dataset.root={path}"]).dataset.root == path
+
+
+def test_a_folder_is_made_absolute_for_workers_that_stand_elsewhere():
+    assert load_config(["dataset.root=~/data"]).dataset.root == os.path.expanduser("~/data")
+    assert load_config(["dataset.root=data"]).dataset.root == os.path.abspath("data")
 
 
 def test_null_lists_and_numbers_are_read():

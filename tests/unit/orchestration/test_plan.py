@@ -114,7 +114,7 @@ def test_the_text_tells_an_operator_what_will_happen():
         "ride: 3 experts on one trunk, resnet_cifar 32", "100 classes, 10,847 training images, 500 to 5 a class",
         "6 workers = 3 expert slots x 2 replicas", "0.02 to 0.08 over epochs 1-4, 0.1 in epochs 5-160, 0.001 in epochs",
         "85 steps an epoch", "17,000 steps in all", "95 images, 47 to 48 on each replica", "logits, all-gather",
-        "published for this schedule, top-1 in %: all 48.6", "/data/runs/ride-cifar100_lt-s0 (new)", "http://host:5000",
+        "published, top-1 in %: all 48.6", "/data/runs/ride-cifar100_lt-s0 (new)", "http://host:5000",
     ):  # fmt: skip
         assert words in text, words
     assert "me:pw" not in text
