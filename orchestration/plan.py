@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 
@@ -55,7 +56,7 @@ def _what(config: RunConfig, found: Plan) -> Iterator[str]:
         late = _never_reached(settings)
         if late:
             yield f"  NOTE: the stage ends before {', '.join(late)}"
-    yield published(config) or "published: no number for exactly this config"
+    yield from textwrap.wrap(published(config) or "published: no number for exactly this config", 100)
 
 
 def _data(config: RunConfig, found: Plan) -> str:

@@ -138,6 +138,7 @@ def test_a_replica_without_images_takes_part(warm, tmp_path):
         np.testing.assert_allclose(theirs[name], values, rtol=0, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.drill
 def test_without_synchronised_batchnorm_replicas_differ_but_agree_on_what_is_saved(warm, tmp_path):
     """Statistics per replica are another computation, as published multi-GPU code has it; it must run and be finite."""
     words = ["engine.precision=float64", "cluster.workers=2", "cluster.experts_per_worker=3"]

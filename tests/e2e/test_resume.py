@@ -155,6 +155,7 @@ STAGES = (
 )
 
 
+@pytest.mark.drill
 def test_a_second_stage_begins_with_the_weights_of_the_first_and_resumes(warm, tmp_path, capsys):
     words = ["method.stages.train.epochs=1", STAGES]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
