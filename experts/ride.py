@@ -19,7 +19,7 @@ from torch import Tensor
 from experts.losses.class_balanced import effective_number_weights
 from experts.losses.counts import positive_counts
 from experts.losses.ldam import ldam_loss, ldam_margins
-from experts.losses.objective import Objective, ObjectiveSettings, num_images
+from experts.losses.objective import NOTHING, Given, Objective, ObjectiveSettings, num_images
 from experts.losses.precision import at_least_float32
 from experts.progress import Progress
 from experts.registry import register
@@ -189,7 +189,12 @@ class RIDE(Objective):
         return {"images": num_images(labels_B), "class_weight": weight_C[labels_B].sum(dtype=torch.float64)}
 
     def forward(
-        self, logits_EBC: Tensor, labels_B: Tensor, denominators: dict[str, Tensor], progress: Progress
+        self,
+        logits_EBC: Tensor,
+        labels_B: Tensor,
+        denominators: dict[str, Tensor],
+        progress: Progress,
+        given: Given = NOTHING,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See `ride_loss` and `Objective.forward`."""
         self.check_shapes(logits_EBC, labels_B)

@@ -15,7 +15,7 @@ from torch import Tensor
 from experts.losses.class_balanced import effective_number_weights
 from experts.losses.cross_entropy import cross_entropy
 from experts.losses.ldam import ldam_loss, ldam_margins
-from experts.losses.objective import Objective, ObjectiveSettings, num_images
+from experts.losses.objective import NOTHING, Given, Objective, ObjectiveSettings, num_images
 from experts.progress import Progress
 from experts.registry import register
 
@@ -34,7 +34,12 @@ class CrossEntropy(Objective):
         return {"images": num_images(labels_B)}
 
     def forward(
-        self, logits_EBC: Tensor, labels_B: Tensor, denominators: dict[str, Tensor], progress: Progress
+        self,
+        logits_EBC: Tensor,
+        labels_B: Tensor,
+        denominators: dict[str, Tensor],
+        progress: Progress,
+        given: Given = NOTHING,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum over experts of the mean per image; term `cross_entropy` [E]. See `Objective.forward`."""
         self.check_shapes(logits_EBC, labels_B)
@@ -88,7 +93,12 @@ class LDAM(Objective):
         return {"class_weight": self.weights_at(progress)[labels_B].sum(dtype=torch.float64)}
 
     def forward(
-        self, logits_EBC: Tensor, labels_B: Tensor, denominators: dict[str, Tensor], progress: Progress
+        self,
+        logits_EBC: Tensor,
+        labels_B: Tensor,
+        denominators: dict[str, Tensor],
+        progress: Progress,
+        given: Given = NOTHING,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum over experts of the weighted mean; term `ldam` [E]. See `Objective.forward`."""
         self.check_shapes(logits_EBC, labels_B)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import socket
@@ -32,6 +33,21 @@ class Seat:
     timeout_s: float
 
 
+def keep_freed_memory() -> None:
+    """Ask glibc to keep what is freed, up to 32 MiB an allocation, for the next step; elsewhere, nothing.
+
+    By default it gives activations back to the system in every backward pass and takes them again in the next forward
+    pass: 25,000 page faults and 4 to 6 % of a step of RIDE on a ResNet-32, and as many as the heap happens to lie.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, value in ((_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**26), (_M_MMAP_THRESHOLD, 2**25)):
+            mallopt(parameter, value)
+
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
+
+
 @ray.remote(concurrency_groups={"watch": 1})  # type: ignore[call-overload]
 class Worker:
     """Holds some experts of an ensemble and trains them in step with the other workers."""
@@ -46,6 +62,7 @@ class Worker:
 
     def load_libraries(self, engine: str) -> dict[str, Any]:
         """Import what training needs, which takes seconds, and say who and where this worker is."""
+        keep_freed_memory()
         import torch
 
         if engine == "deepspeed":

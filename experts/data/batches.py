@@ -33,11 +33,15 @@ class Batch:
         images_B3HW: float; B may be 0 where the global batch has fewer images than there are replicas.
         labels_B: int64, of these images.
         global_labels: int64, of the whole batch, in its order: what denominators are computed from.
+        positions_B: rows of the training set, int64.
+        partner: a second batch of as many images, paired with this one by row, where the stage has one.
     """
 
     images_B3HW: Tensor
     labels_B: Tensor
     global_labels: Tensor
+    positions_B: Tensor | None = None
+    partner: Batch | None = None
 
 
 def share(count: int, part: int, parts: int) -> tuple[int, int]:

@@ -6,6 +6,8 @@ Shapes: E experts, B images of this piece of the batch, C classes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +33,22 @@ class ObjectiveSettings(Settings):
         """
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a stage gives some objectives beside logits and labels.
+
+    Attributes:
+        teachers: scores [B, C_t] of frozen teachers by name, without gradient; a teacher may know fewer classes.
+        positions_B: rows of the training set that the images are, int64.
+    """
+
+    teachers: Mapping[str, Tensor] = field(default_factory=dict)
+    positions_B: Tensor | None = None
+
+
+NOTHING = Given()
+
+
 class Objective(nn.Module, ABC):
     """The loss of the whole ensemble, in a form that adds up over the pieces of a batch.
 
@@ -47,6 +65,10 @@ class Objective(nn.Module, ABC):
 
     couples: ClassVar[bool]
     """Whether an expert's gradient depends on the other experts' logits."""
+    label_sets: ClassVar[int] = 1
+    """2 where labels are [2, B], of the two batches of a pair; denominators still count pairs once."""
+    extra_outputs: ClassVar[int] = 0
+    """Outputs of an expert beyond its C scores, which come first."""
 
     def __init__(self, config: Any, counts_C: Tensor, num_experts: int) -> None:
         super().__init__()
@@ -69,7 +91,12 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, logits_EBC: Tensor, labels_B: Tensor, denominators: dict[str, Tensor], progress: Progress
+        self,
+        logits_EBC: Tensor,
+        labels_B: Tensor,
+        denominators: dict[str, Tensor],
+        progress: Progress,
+        given: Given = NOTHING,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """This piece's share of the loss.
 
@@ -78,10 +105,16 @@ class Objective(nn.Module, ABC):
             labels_B: class ids, int64, in [0, C).
             denominators: the sums over the global batch.
             progress: where training stands; everything that changes with time follows from it.
+            given: teachers' scores and rows of the training set, for objectives that ask for them.
 
         Returns:
             The loss (scalar, nats) and its terms, detached, each a scalar or [E] with one value per expert.
         """
+
+    @property
+    def lr_factors(self) -> tuple[float, ...]:
+        """What each expert's learning rate is multiplied with; the trunk's and shared heads' never is."""
+        return (1.0,) * self.num_experts
 
     def check_shapes(self, logits_EBC: Tensor, labels_B: Tensor) -> None:
         """Refuse logits and labels that do not belong together.
@@ -95,10 +128,13 @@ class Objective(nn.Module, ABC):
                 f"objective '{name}': built for method.num_experts = {self.num_experts}, got logits of shape "
                 f"{tuple(logits_EBC.shape)}; needed [{self.num_experts}, images, {self.num_classes}]"
             )
-        if labels_B.ndim != 1 or logits_EBC.shape[1:] != (len(labels_B), self.num_classes):
+        rows = tuple(labels_B.shape) if self.label_sets == 1 else tuple(labels_B.shape[1:])
+        outputs = self.num_classes + self.extra_outputs
+        sets_fit = labels_B.ndim == 1 if self.label_sets == 1 else labels_B.shape[:1] == (self.label_sets,)
+        if not sets_fit or tuple(logits_EBC.shape[1:]) != (*rows, outputs):
             raise ValueError(
                 f"objective '{name}': logits {tuple(logits_EBC.shape)} and labels {tuple(labels_B.shape)} do not fit; "
-                f"needed [{self.num_experts}, B, {self.num_classes}] and [B]"
+                f"needed [{self.num_experts}, B, {outputs}] and [{'' if self.label_sets == 1 else '2, '}B]"
             )
 
 

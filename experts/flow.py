@@ -1,0 +1,120 @@
+"""How the images of a step become what the objective sees: a piece of kind "flow" for every stage.
+
+A worker holds a copy of the trunk, some of the experts, and a copy of whatever lies after all experts. A flow computes
+its experts' outputs; the other experts' come in detached. The same flow serves one process and many workers.
+
+Shapes: E experts, e of them held here, B images of one replica, C classes, D features.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from experts.data.batches import Batch
+from experts.losses.objective import Objective
+from experts.progress import Progress
+from experts.registry import Settings, register
+
+Result = Any
+PARTS = ("trunk", "features", "heads", "gates")
+"""What can learn: the shared trunk, the experts' late stages, all heads (the shared one too), a router."""
+
+
+class Network(Protocol):
+    """One worker's modules, for a flow to run. Every call goes through the engine, which must see it.
+
+    Attributes:
+        names: experts held here, in the order of the logits.
+    """
+
+    names: tuple[str, ...]
+
+    def trunk(self, run: Callable[[nn.Module], Result]) -> Result:
+        """`run(trunk)`; call it once a step."""
+        ...
+
+    def experts(self, run: Callable[[nn.ModuleDict], Result]) -> Result:
+        """`run(experts)`, of the experts held here by name; each has `features`, `head` and perhaps `gate`."""
+        ...
+
+    def shared(self, run: Callable[[nn.ModuleDict], Result]) -> Result:
+        """`run(shared)`, of the modules after all experts: "head" and "router", where a method has them."""
+        ...
+
+
+class Flow(ABC):
+    """One way from images to outputs.
+
+    Args:
+        config: the `Config` of the class.
+        objective: of the stage; a flow may ask which images an expert learns from.
+        expert_names: of all experts, in the order of the logits.
+        draws: makes the key of a random choice from words and numbers that say which (`experts.data.random.key` with
+            seed and stage filled in), so that choices are the same on every worker and after a restart.
+    """
+
+    learns: ClassVar[frozenset[str]] = frozenset({"trunk", "features", "heads"})
+    """Of PARTS, what the outputs carry gradients to; the rest is frozen whatever the recipe says."""
+    needs_partner: ClassVar[bool] = False
+    """Whether a second batch, paired with the first by row, must come with every batch (`stages.<s>.partner_sampler`)."""
+    own_streams: ClassVar[bool] = False
+    """Whether expert k sees the k-th of the paired batches only, so that trunks that live apart see different ones."""
+
+    def __init__(
+        self, config: Any, objective: Objective, expert_names: Sequence[str], draws: Callable[..., int]
+    ) -> None:
+        self.config = config
+        self.objective = objective
+        self.expert_names = tuple(expert_names)
+        self.draws = draws
+
+    @abstractmethod
+    def __call__(
+        self, network: Network, batch: Batch, progress: Progress, gather: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Outputs of all experts, float [E, B, X]; X is C unless the objective says otherwise.
+
+        Args:
+            network: this worker's modules.
+            batch: this replica's part of the batch, with its partner if one is needed.
+            progress: where training stands.
+            gather: own outputs [e, B, X] to all experts' [E, B, X], the others' detached. Every worker must call it
+                as often as the others.
+        """
+
+    def labels(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the objective compares with, of this replica's images and of the global batch: [B], or [2, B] where it
+        wants those of both batches of a pair."""
+        if self.objective.label_sets == 1:
+            return batch.labels_B, batch.global_labels
+        assert batch.partner is not None
+        return (
+            torch.stack([batch.labels_B, batch.partner.labels_B]),
+            torch.stack([batch.global_labels, batch.partner.global_labels]),
+        )
+
+
+def through_shared_head(network: Network, scores: Tensor) -> Tensor:
+    """What experts' own heads gave, [e, B, X], through the head they share, if they do."""
+    return network.shared(lambda shared: shared["head"](scores) if "head" in shared else scores)
+
+
+@register("flow", "plain")
+class Plain(Flow):
+    """Every expert scores every image of the batch."""
+
+    class Config(Settings):
+        name: Literal["plain"] = "plain"
+
+    def __call__(
+        self, network: Network, batch: Batch, progress: Progress, gather: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """See `Flow.__call__`."""
+        h = network.trunk(lambda trunk: trunk(batch.images_B3HW))
+        scores = network.experts(lambda experts: torch.stack([expert(h) for expert in experts.values()]))
+        return gather(through_shared_head(network, scores))
