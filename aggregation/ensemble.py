@@ -11,10 +11,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from experts.class_groups import GroupRule, nested_targets
+from experts.heads import CosineHead, LinearHead
 from experts.losses.precision import at_least_float32
 from experts.registry import Settings, register
+
+ALL_EXPERTS = "all experts"
+"""A router's second member: what the ensemble would say if every image went to every expert."""
 
 
 @dataclass(frozen=True)
@@ -95,3 +101,192 @@ class MeanProbabilities(Aggregator):
         """Log-probabilities; see `Aggregator.__call__`."""
         log_p_EBC = at_least_float32(outputs.logits_EBC).log_softmax(dim=-1)
         return log_p_EBC.logsumexp(dim=0) - math.log(len(log_p_EBC))
+
+
+@register("aggregator", "weighted")
+class Weighted(Aggregator):
+    """Sum over experts of weight times logits, one weight for each expert. TADE's rule at test time.
+
+    Source: Zhang et al. 2022, arXiv:2107.09249; the weights learned there are any point of the simplex.
+
+    Raises:
+        ValueError: a weight is negative, they do not sum to 1, or they are not of exactly the ensemble's experts.
+    """
+
+    class Config(Settings):
+        name: Literal["weighted"] = "weighted"
+        weights: dict[str, float]
+        """Share of each expert by name, no unit: 0 or more, together 1."""
+
+        @field_validator("weights")
+        @classmethod
+        def _on_the_simplex(cls, weights: dict[str, float]) -> dict[str, float]:
+            shown = ", ".join(f"{name} {weight:g}" for name, weight in weights.items()) or "none"
+            wrong = [name for name, weight in weights.items() if not (math.isfinite(weight) and weight >= 0)]
+            if wrong:
+                raise ValueError(f"weights {shown}: {', '.join(wrong)} must be a number of 0 or more")
+            total = math.fsum(weights.values())
+            if abs(total - 1) > 1e-6:
+                divided = "; divide each by their sum" if total > 0 else ""
+                raise ValueError(f"weights {shown}: they sum to {total:.8g}, needed 1 (within 1e-6){divided}")
+            return weights
+
+    def __init__(self, config: Config, counts_C: Tensor, expert_names: tuple[str, ...]) -> None:
+        super().__init__(config, counts_C, expert_names)
+        if set(config.weights) != set(expert_names):
+            raise ValueError(
+                f"method.aggregator.weights: found weights of {', '.join(config.weights)}; needed one for each of "
+                f"{', '.join(expert_names)} and nobody else"
+            )
+        self._weights = [config.weights[name] for name in expert_names]
+
+    def __call__(self, outputs: Outputs) -> Tensor:
+        """See `Aggregator.__call__`."""
+        logits_EBC = at_least_float32(outputs.logits_EBC)
+        return torch.einsum("e,ebc->bc", logits_EBC.new_tensor(self._weights), logits_EBC)
+
+
+@register("aggregator", "only")
+class Only(Aggregator):
+    """The logits of one expert: LFME's student, whose teachers are left out at test time.
+
+    Raises:
+        ValueError: the ensemble has no expert of that name.
+    """
+
+    class Config(Settings):
+        name: Literal["only"] = "only"
+        expert: str
+        """Name of the expert that answers."""
+
+    def __init__(self, config: Config, counts_C: Tensor, expert_names: tuple[str, ...]) -> None:
+        super().__init__(config, counts_C, expert_names)
+        if config.expert not in expert_names:
+            raise ValueError(
+                f"method.aggregator.expert = {config.expert}: no such expert; needed one of {', '.join(expert_names)}"
+            )
+        self._position = expert_names.index(config.expert)
+
+    def __call__(self, outputs: Outputs) -> Tensor:
+        """See `Aggregator.__call__`."""
+        return at_least_float32(outputs.logits_EBC[self._position])
+
+
+@register("aggregator", "ace")
+class Ace(Aggregator):
+    """Per class the mean over the experts responsible for it, each expert's logits brought to the first one's scale.
+
+    Expert i is responsible for the groups i, i + 1, ... of classes, head to tail. Its logits are multiplied by
+    a_1 / a_i, a_i the mean over its classes of the head's row norms to the power `norm_power`. Logits of classes that
+    an expert is not responsible for are left out, and the divisor is the number of responsible experts.
+
+    Source: Cai et al. 2021, arXiv:2108.02385. No code was published; the power of the norm is uncertain and an option.
+
+    Raises:
+        ValueError: the rule gives an empty group, the head has no rows to measure, or an expert's rows are all zero.
+    """
+
+    class Config(Settings):
+        name: Literal["ace"] = "ace"
+        groups: GroupRule = GroupRule()
+        """Which classes each expert answers for; must be the rule of the stage's objective.groups."""
+        norm_power: float = Field(1.0, gt=0, allow_inf_nan=False)
+        """p, the row norms are taken to this power before their mean; sources have 1 and 2."""
+
+        def check_head(self, head: Any) -> None:
+            """Refuse a head whose row norms are not known.
+
+            Raises:
+                ValueError: names the key and what to set.
+            """
+            if head.name not in ("linear", "cosine"):
+                raise ValueError(_unknown_head(f"method.head.name = {head.name}"))
+
+    def __init__(self, config: Config, counts_C: Tensor, expert_names: tuple[str, ...]) -> None:
+        super().__init__(config, counts_C, expert_names)
+        self._targets_EC = nested_targets(counts_C.cpu(), len(expert_names), config.groups)
+
+    def describe(self, expert: nn.Module) -> Tensor:
+        """Norms of the head's rows, one for each class, [C]; all equal to the scale where a head normalises them."""
+        head: Any = getattr(expert, "head", None)
+        if isinstance(head, CosineHead):
+            return head.weight.detach().new_full((head.weight.shape[1],), head.scale)
+        if type(head) not in (nn.Linear, LinearHead):
+            raise ValueError(_unknown_head(f"an expert's head is a {type(head).__name__}"))
+        return at_least_float32(head.weight.detach()).norm(dim=1)
+
+    def scales(self, norms_EC: Tensor) -> Tensor:
+        """a_1 / a_i for every expert i, [E].
+
+        Raises:
+            ValueError: an expert's rows are zero or not finite.
+        """
+        targets_EC = self._targets_EC.to(norms_EC.device)
+        powers_EC = at_least_float32(norms_EC) ** self.config.norm_power
+        mean_E = powers_EC.where(targets_EC, 0).sum(dim=1) / targets_EC.sum(dim=1)
+        bad = [name for name, mean in zip(self.expert_names, mean_E.tolist(), strict=True) if not 0 < mean < math.inf]
+        if bad:
+            raise ValueError(
+                f"method.aggregator 'ace': the head of {', '.join(bad)} has rows of norm 0 or not finite for all the "
+                f"classes it answers for; needed trained weights: evaluate another checkpoint"
+            )
+        return mean_E[0] / mean_E
+
+    def __call__(self, outputs: Outputs) -> Tensor:
+        """See `Aggregator.__call__`."""
+        if outputs.numbers_EK is None:
+            raise ValueError("method.aggregator 'ace': found no row norms of the experts' heads, needed one a class")
+        logits_EBC = at_least_float32(outputs.logits_EBC)
+        scale_E11 = self.scales(outputs.numbers_EK).to(logits_EBC)[:, None, None]
+        targets_EC = self._targets_EC.to(logits_EBC.device)
+        return (scale_E11 * logits_EBC).where(targets_EC[:, None], 0).sum(dim=0) / targets_EC.sum(dim=0)
+
+
+@register("aggregator", "router")
+class Router(Aggregator):
+    """Every image goes through the first expert, and on to the next as long as the gates ask; mean of the used ones.
+
+    An image stops at the first gate whose score is 0 or less (a probability of 1/2 or less).
+
+    Source: Wang et al. 2021, arXiv:2010.01809 (expert assignment), and the published code's evaluation.
+
+    Raises:
+        ValueError: the ensemble has no gates, or their scores are not finite.
+    """
+
+    class Config(Settings):
+        name: Literal["router"] = "router"
+
+    def experts_used(self, outputs: Outputs) -> Tensor:
+        """1 to E for each image, int64 [B]."""
+        gates_EB = outputs.gates_EB
+        if gates_EB is None:
+            raise ValueError(
+                "method.aggregator.name = router: the ensemble has no gates; set method.router and train its stage, or "
+                "use method.aggregator.name = mean_logits"
+            )
+        asks_EB = gates_EB[:-1]
+        if not bool(torch.isfinite(asks_EB).all()):
+            raise ValueError(
+                "method.aggregator.name = router: scores of the gates are not finite (NaN or infinite); the router has "
+                "diverged or its weights are damaged: evaluate an earlier checkpoint"
+            )
+        return 1 + (asks_EB > 0).long().cumprod(dim=0).sum(dim=0)
+
+    def __call__(self, outputs: Outputs) -> Tensor:
+        """See `Aggregator.__call__`."""
+        logits_EBC = at_least_float32(outputs.logits_EBC)
+        used_B = self.experts_used(outputs)
+        shown_EB = torch.arange(len(logits_EBC), device=used_B.device)[:, None] < used_B
+        return logits_EBC.where(shown_EB[..., None], 0).sum(dim=0) / used_B[:, None]
+
+    def members(self, outputs: Outputs) -> dict[str, Tensor]:
+        """The routed scores, and what the mean of all experts would have said."""
+        return {"ensemble": self(outputs), ALL_EXPERTS: at_least_float32(outputs.logits_EBC).mean(dim=0)}
+
+
+def _unknown_head(found: str) -> str:
+    return (
+        f"{found}: method.aggregator 'ace' needs a row of weights for each class; set method.head.name to linear or "
+        f"cosine, and method.shared_head to false"
+    )

@@ -17,7 +17,8 @@ MANY_ABOVE = 100
 FEW_BELOW = 20
 GROUPS = ("many", "medium", "few")
 CALIBRATION_BINS = 15
-PER_IMAGE = {"correct": np.bool_, "confidence": np.float64, "nll": np.float64}
+MEASURED = {"correct": np.bool_, "confidence": np.float64, "nll": np.float64}
+_EXTRA = "per_image:"  # before the names of extra numbers in a state; a member's arrays have a "/"
 
 
 def groups_by_count(counts_C: Sequence[int] | NDArray[Any]) -> dict[str, NDArray[np.int64]]:
@@ -49,6 +50,44 @@ def groups_by_index(counts_C: Sequence[int] | NDArray[Any], cuts: Sequence[int])
         )
     order = np.argsort(-counts.astype(np.int64), kind="stable")
     return {group: np.sort(part) for group, part in zip(GROUPS, np.split(order, list(cuts)), strict=True)}
+
+
+def all_groups(counts_C: Sequence[int] | NDArray[Any], cuts: Sequence[int] | None) -> dict[str, NDArray[np.int64]]:
+    """The groups of both rules: `many`, `medium`, `few` and, empty without `cuts`, the same `_by_index`."""
+    no_class = dict.fromkeys(GROUPS, np.empty(0, np.int64))
+    by_index = groups_by_index(counts_C, cuts) if cuts is not None else no_class
+    return groups_by_count(counts_C) | {f"{group}_by_index": ids for group, ids in by_index.items()}
+
+
+def class_means(values_N: NDArray[Any], labels_N: NDArray[np.int64], num_classes: int) -> NDArray[np.float64]:
+    """Mean of a number over the images of each class, [C], NaN where there is none; their order does not matter."""
+    order = np.lexsort((values_N, labels_N))  # fixes the order of the sums
+    size_C = np.bincount(labels_N, minlength=num_classes)
+    total_C = np.bincount(labels_N[order], values_N[order].astype(np.float64), num_classes)
+    return total_C / np.where(size_C, size_C, np.nan)
+
+
+def group_means(
+    values_N: NDArray[Any], labels_N: NDArray[np.int64], groups: Mapping[str, NDArray[np.int64]], num_classes: int
+) -> dict[str, float | None]:
+    """A number per image summarised the way accuracies are.
+
+    Args:
+        values_N: the number, at least one.
+        labels_N: class ids, in [0, num_classes).
+        groups: class ids by group, see `all_groups`.
+        num_classes: C.
+
+    Returns:
+        `all`: mean over the images; for every group the unweighted mean over its classes' means, None where no class of
+        it has an image. Neither depends on the order of the images, to the last bit.
+    """
+    mean_C = class_means(values_N, labels_N, num_classes)
+    means: dict[str, float | None] = {"all": float(np.sort(values_N).mean())}
+    for group, ids in groups.items():
+        present = mean_C[ids][~np.isnan(mean_C[ids])]
+        means[group] = float(present.mean()) if len(present) else None
+    return means
 
 
 def expected_calibration_error(
@@ -89,29 +128,34 @@ class Scores:
     """Results per image of the members of an evaluation, to be merged and summarised.
 
     Kept per image: its label and, for every member, whether it was right, how sure it was and its negative
-    log-likelihood: 17 bytes a member. Pieces of a split can be scored apart and merged in any order: the summary is the
-    same to the last bit.
+    log-likelihood: 17 bytes a member; and any extra numbers, as how many experts a router asked. Pieces of a split can
+    be scored apart and merged in any order: the summary is the same to the last bit.
     """
 
     def __init__(self) -> None:
         self._labels: list[NDArray[np.int64]] = []
         self._members: dict[str, dict[str, list[NDArray[Any]]]] = {}
+        self._extras: dict[str, list[NDArray[np.float64]]] = {}
 
     @property
     def num_images(self) -> int:
         """N so far."""
         return sum(map(len, self._labels))
 
-    def update(self, member_logits: Mapping[str, Tensor], labels_B: Tensor) -> None:
+    def update(
+        self, member_logits: Mapping[str, Tensor], labels_B: Tensor, per_image: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Score one batch, which may be empty.
 
         Args:
             member_logits: logits or log-probabilities [B, C] by member, the same members in every call. Equal largest
                 scores count as the first of them.
             labels_B: class ids.
+            per_image: extra numbers [B] by name, such as `experts_used`; the same names in every call.
 
         Raises:
-            ValueError: shapes or members do not fit, a label is not in [0, C), or a score is not finite.
+            ValueError: shapes, members or names do not fit, a label is not in [0, C), or a score or an extra number is
+                not finite.
         """
         labels = labels_B.detach().cpu().numpy().astype(np.int64)
         batch = {}
@@ -122,20 +166,27 @@ class Scores:
                 raise ValueError(
                     f"labels lie in {labels.min()} to {labels.max()}; {member} has {logits_BC.shape[1]} classes"
                 )
-            batch[member] = _per_image(member, logits_BC.detach(), labels_B.detach())
-        self._append(labels, batch)
+            batch[member] = _measure(member, logits_BC.detach(), labels_B.detach())
+        extras = {name: _extra(name, values_B, len(labels)) for name, values_B in (per_image or {}).items()}
+        self._append(labels, batch, extras)
 
     def merge(self, other: Scores) -> None:
         """Add the images of another piece of the same split.
 
         Raises:
-            ValueError: the other piece has other members.
+            ValueError: the other piece has other members or other extra numbers.
         """
         if other._members:
             members = {m: {k: np.concatenate(v) for k, v in kept.items()} for m, kept in other._members.items()}
-            self._append(np.concatenate(other._labels), members)
+            extras = {name: np.concatenate(parts) for name, parts in other._extras.items()}
+            self._append(np.concatenate(other._labels), members, extras)
 
-    def _append(self, labels: NDArray[np.int64], batch: dict[str, dict[str, NDArray[Any]]]) -> None:
+    def _append(
+        self,
+        labels: NDArray[np.int64],
+        batch: dict[str, dict[str, NDArray[Any]]],
+        extras: dict[str, NDArray[np.float64]],
+    ) -> None:
         if not len(labels) and not batch:
             return
         if not batch or (self._members and set(batch) != set(self._members)):
@@ -143,31 +194,42 @@ class Scores:
                 f"scores of {', '.join(self._members) or 'nobody'} cannot take in "
                 f"scores of {', '.join(batch) or 'nobody'}"
             )
+        if self._members and set(extras) != set(self._extras):
+            raise ValueError(
+                f"scores with {', '.join(self._extras) or 'no extra number'} per image cannot take in "
+                f"scores with {', '.join(extras) or 'no extra number'}"
+            )
         self._labels.append(labels)
+        for name, numbers in extras.items():
+            self._extras.setdefault(name, []).append(numbers)
         for member, values in batch.items():
-            kept = self._members.setdefault(member, {key: [] for key in PER_IMAGE})
-            for key in PER_IMAGE:
+            kept = self._members.setdefault(member, {key: [] for key in MEASURED})
+            for key in MEASURED:
                 kept[key].append(values[key])
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Everything as arrays, `labels` and `<member>/<correct|confidence|nll>`, for another process."""
+        """Everything as arrays, for another process: `labels`, `<member>/<correct|confidence|nll>` and
+        `per_image:<name>`."""
         arrays: dict[str, NDArray[Any]] = {"labels": np.concatenate([np.empty(0, np.int64), *self._labels])}
         for member, kept in self._members.items():
             for key, parts in kept.items():
                 arrays[f"{member}/{key}"] = np.concatenate(parts)
-        return arrays
+        return arrays | {_EXTRA + name: np.concatenate(parts) for name, parts in self._extras.items()}
 
     @classmethod
     def from_state(cls, arrays: Mapping[str, NDArray[Any]]) -> Scores:
         """The scores that `state` was taken from."""
         scores = cls()
         members: dict[str, dict[str, NDArray[Any]]] = {}
+        extras: dict[str, NDArray[np.float64]] = {}
         for name, values in arrays.items():
-            if name != "labels":
+            if "/" in name:
                 member, key = name.rsplit("/", 1)
                 members.setdefault(member, {})[key] = values
+            elif name != "labels":
+                extras[name.removeprefix(_EXTRA)] = values
         if members:
-            scores._append(arrays["labels"], members)
+            scores._append(arrays["labels"], members, extras)
         return scores
 
     def result(self, counts_C: Sequence[int] | NDArray[Any], cuts: Sequence[int] | None) -> dict[str, Any]:
@@ -178,10 +240,11 @@ class Scores:
             cuts: of the groups by index, see `groups_by_index`; None: those groups are None.
 
         Returns:
-            `num_images` and `members`, by member:
+            `num_images`; `members`, by member:
             `top1`: fractions; `all` of the images; `many`, `medium`, `few` and the same `_by_index`: unweighted means
             over the group's classes that the split has, None where it has none;
-            `nll`: mean, nats; `ece`, `mce`: fractions, 15 bins; `per_class`: top-1, None where the split has no image.
+            `nll`: mean, nats; `ece`, `mce`: fractions, 15 bins; `per_class`: top-1, None where the split has no image;
+            and `per_image`, by extra number: its means, over the same groups and in the same way as `top1`.
 
         Raises:
             ValueError: no image was scored, or a label is not in [0, C).
@@ -191,27 +254,27 @@ class Scores:
         labels = np.concatenate(self._labels)
         if labels.max() >= len(counts_C):
             raise ValueError(f"a scored image has label {labels.max()}; there are {len(counts_C)} classes")
-        groups = groups_by_count(counts_C)
-        by_index = groups_by_index(counts_C, cuts) if cuts is not None else dict.fromkeys(GROUPS, np.empty(0, int))
-        groups |= {f"{group}_by_index": ids for group, ids in by_index.items()}
-        size_C = np.bincount(labels, minlength=len(counts_C))
+        groups = all_groups(counts_C, cuts)
         members = {}
         for member, parts in self._members.items():
             kept = {key: np.concatenate(values) for key, values in parts.items()}
-            accuracy_C = np.bincount(labels, kept["correct"], len(counts_C)) / np.where(size_C, size_C, np.nan)
+            accuracy_C = class_means(kept["correct"], labels, len(counts_C))
             ece, mce = expected_calibration_error(kept["confidence"], kept["correct"])
             members[member] = {
-                "top1": {"all": float(kept["correct"].mean())}
-                | {group: _mean_of_present(accuracy_C[ids]) for group, ids in groups.items()},
+                "top1": group_means(kept["correct"], labels, groups, len(counts_C)),
                 "nll": float(np.sort(kept["nll"]).mean()),
                 "ece": ece,
                 "mce": mce,
                 "per_class": [None if np.isnan(value) else float(value) for value in accuracy_C],
             }
-        return {"num_images": len(labels), "members": members}
+        per_image = {
+            name: group_means(np.concatenate(parts), labels, groups, len(counts_C))
+            for name, parts in self._extras.items()
+        }
+        return {"num_images": len(labels), "members": members, "per_image": per_image}
 
 
-def _per_image(member: str, logits_BC: Tensor, labels_B: Tensor) -> dict[str, NDArray[Any]]:
+def _measure(member: str, logits_BC: Tensor, labels_B: Tensor) -> dict[str, NDArray[Any]]:
     """One batch, image by image; in float64, because float32 rounds confidences across the edges of bins."""
     bad = int((~torch.isfinite(logits_BC)).any(dim=1).sum())
     if bad:
@@ -226,9 +289,16 @@ def _per_image(member: str, logits_BC: Tensor, labels_B: Tensor) -> dict[str, ND
         "confidence": log_p_BC.amax(dim=1).exp().clamp(max=1),
         "nll": -log_p_BC.gather(1, labels_B[:, None])[:, 0],
     }
-    return {key: values[key].cpu().numpy().astype(dtype) for key, dtype in PER_IMAGE.items()}
+    return {key: values[key].cpu().numpy().astype(dtype) for key, dtype in MEASURED.items()}
 
 
-def _mean_of_present(accuracies: NDArray[Any]) -> float | None:
-    present = accuracies[~np.isnan(accuracies)]
-    return float(present.mean()) if len(present) else None
+def _extra(name: str, values_B: Tensor, num_images: int) -> NDArray[np.float64]:
+    if values_B.shape != (num_images,) or "/" in name:
+        raise ValueError(
+            f"{name}: numbers {tuple(values_B.shape)} do not fit {num_images} labels; "
+            f"needed one for each image, and a name without '/'"
+        )
+    numbers = values_B.detach().double().cpu().numpy()
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{name}: {int((~np.isfinite(numbers)).sum())} of {num_images} numbers are not finite")
+    return numbers

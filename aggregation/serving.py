@@ -29,13 +29,14 @@ from torch import Tensor
 
 import aggregation
 import experts
+from aggregation.ensemble import Aggregator, Outputs
 from experts.data.augment import prepare_eval
 from experts.data.config import DatasetConfig, Evaluation
 from experts.data.decode import frame
 from experts.ensemble import Ensemble, build_ensemble
 from experts.registry import Settings, build, import_pieces, piece
 
-FORMAT = 1
+FORMAT = 2
 TENSORS = "model.safetensors"
 DESCRIPTION = "model.json"
 
@@ -68,8 +69,12 @@ class Description(Settings):
     expert_names: tuple[str, ...]
     """In the order of the logits."""
     reduce_dimension: bool
+    shared_head: bool
+    router: dict[str, Any] | None
     num_classes: int
     class_names: tuple[str, ...]
+    counts: tuple[int, ...]
+    """Training images per class, which some aggregators and corrections need."""
     preprocessing: Preprocessing
     image_shape: tuple[int | None, int | None, int]
     """Height, width and channels of the raw images; null where any size will do."""
@@ -88,7 +93,10 @@ def export_model(
     expert_names: Sequence[str],
     reduce_dimension: bool,
     class_names: Sequence[str],
+    counts: Sequence[int],
     image_shape: Sequence[int] | None,
+    shared_head: bool = False,
+    router: Settings | None = None,
 ) -> None:
     """Write a trained ensemble; a folder that exists is replaced once the new one is complete.
 
@@ -102,7 +110,10 @@ def export_model(
         expert_names: of all experts, in the order of the logits.
         reduce_dimension: as the ensemble was built.
         class_names: C names.
+        counts: training images per class.
         image_shape: height, width, channels of the raw images; None if they differ.
+        shared_head: whether all experts have one head.
+        router: config of the "router" piece, if there is one.
 
     Raises:
         ValueError: the tensors do not fit the description.
@@ -124,8 +135,11 @@ def export_model(
             aggregator=aggregator.model_dump(mode="json"),
             expert_names=tuple(expert_names),
             reduce_dimension=reduce_dimension,
+            shared_head=shared_head,
+            router=None if router is None else router.model_dump(mode="json"),
             num_classes=len(class_names),
             class_names=tuple(class_names),
+            counts=tuple(counts),
             preprocessing=Preprocessing(
                 name=dataset.name, image_size=dataset.image_size, mean=dataset.mean, std=dataset.std, eval=dataset.eval
             ),
@@ -173,6 +187,8 @@ def load_model(folder: str | os.PathLike[str], device: torch.device | str = "cpu
         expert_names=description.expert_names,
         reduce_dimension=description.reduce_dimension,
         seed=0,
+        shared_head=description.shared_head,
+        router=None if description.router is None else _config("router", description.router),
     )
     _check_tensors(path, tensors, ensemble.state_dict())
     ensemble.load_state_dict(tensors)
@@ -191,7 +207,13 @@ class ServedModel:
         self.description = description
         self.class_names = description.class_names
         self.ensemble = ensemble
-        self._aggregate = build("aggregator", _config("aggregator", description.aggregator))
+        self.aggregator: Aggregator = build(
+            "aggregator",
+            _config("aggregator", description.aggregator),
+            torch.tensor(description.counts),
+            description.expert_names,
+        )
+        self._numbers_EK = torch.stack([self.aggregator.describe(expert) for expert in ensemble.experts.values()])
         self._dataset = description.preprocessing.dataset_config()
         self._device = next(ensemble.parameters()).device
 
@@ -215,9 +237,14 @@ class ServedModel:
             for start in range(0, len(images_BcHW), batch_size):
                 raw = torch.from_numpy(images_BcHW[start : start + batch_size].copy()).to(self._device)
                 square = frame(raw, self._dataset.image_size, self._dataset.eval.resize)
-                scores_BC = self._aggregate(self.ensemble(prepare_eval(square, self._dataset)))
+                scores_BC = self.aggregator(self.outputs(prepare_eval(square, self._dataset)))
                 rows.append(scores_BC.softmax(dim=1).float().cpu().numpy())
         return np.concatenate(rows)
+
+    def outputs(self, images_B3HW: Tensor) -> Outputs:
+        """What the experts say of images that are normalised already; gradients are off only if the caller says so."""
+        logits_EBC, gates_EB = self.ensemble.outputs(images_B3HW)
+        return Outputs(logits_EBC, self._numbers_EK.to(logits_EBC.device, logits_EBC.dtype), gates_EB)
 
     def _check(self, images: NDArray[Any]) -> NDArray[np.uint8]:
         height, width, channels = self.description.image_shape
@@ -262,9 +289,10 @@ def _read_description(path: Path) -> Description:
         raise ValueError(
             f"{path}: damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}; export the model again"
         ) from None
-    if len(description.class_names) != description.num_classes:
+    if not len(description.class_names) == len(description.counts) == description.num_classes:
         raise ValueError(
-            f"{path}: damaged: {len(description.class_names)} class_names for num_classes = {description.num_classes}"
+            f"{path}: damaged: {len(description.class_names)} class_names and {len(description.counts)} counts for "
+            f"num_classes = {description.num_classes}"
         )
     return description
 

@@ -1,12 +1,12 @@
-"""An ensemble: a trunk that experts share, and the experts by name.
+"""An ensemble: a trunk that experts share, the experts by name, and what lies after all of them.
 
-Shapes: E experts held here, B images, D features, C classes.
+Shapes: E experts, e of them held here, B images, D features, C classes.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,14 +15,27 @@ from torch import Tensor, nn
 
 from experts.registry import build
 
+RESERVED = ("ensemble", "trunk", "shared", "objective")  # names of other members and of files
+
 
 class Expert(nn.Module):
-    """Late stages and a head. The two are apart, because some methods mix the features of several images."""
+    """Late stages and a head. The two are apart, because some methods mix the features of several images.
 
-    def __init__(self, features: nn.Module, head: nn.Module) -> None:
+    Attributes:
+        features: trunk output to [B, D].
+        head: features to [B, C], or to what the ensemble's shared head takes.
+        gate: features to a router's hidden layer; only where a method has a router, and not in the last expert.
+        position: place among all experts, from 0.
+    """
+
+    def __init__(
+        self, features: nn.Module, head: nn.Module, gate: nn.Module | None = None, position: int = 0
+    ) -> None:
         super().__init__()
         self.features = features
         self.head = head
+        self.gate = gate
+        self.position = position
 
     def forward(self, h: Tensor) -> Tensor:
         """Trunk output to logits [B, C]; `features(h)` gives [B, D], `head` the rest."""
@@ -30,27 +43,69 @@ class Expert(nn.Module):
 
 
 class Ensemble(nn.Module):
-    """The experts that live in one place, on their own copy of the trunk.
+    """The experts that live in one place, on their own copy of the trunk and of what lies after all experts.
 
     Attributes:
         trunk: images [B, 3, H, W] to what every expert starts from.
         experts: name to `Expert`, in the order of the logits.
+        shared: "head", where all experts have one head (ResLT), and "router", a router's last layer (RIDE).
     """
 
-    def __init__(self, trunk: nn.Module, experts: dict[str, Expert]) -> None:
+    def __init__(
+        self, trunk: nn.Module, experts: dict[str, Expert], shared: dict[str, nn.Module] | None = None
+    ) -> None:
         super().__init__()
         self.trunk = trunk
         self.experts = nn.ModuleDict(experts)
+        self.shared = nn.ModuleDict(shared or {})
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the experts held, in the order of the logits."""
         return tuple(self.experts)
 
+    def members(self) -> list[Expert]:
+        """The experts held, in the order of the logits."""
+        return list(self.experts.values())  # type: ignore[arg-type]
+
     def forward(self, images_B3HW: Tensor) -> Tensor:
-        """Logits of the experts held, [E, B, C]."""
+        """Logits of the experts held, [e, B, C]."""
         h = self.trunk(images_B3HW)
-        return torch.stack([expert(h) for expert in self.experts.values()])
+        scores = torch.stack([expert(h) for expert in self.experts.values()])
+        return self.shared["head"](scores) if "head" in self.shared else scores
+
+    def outputs(
+        self, images_B3HW: Tensor, gather: Callable[[Tensor], Tensor] = lambda own: own
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits [E, B, C] and a router's scores [E, B] (None without a router) of all experts.
+
+        Args:
+            images_B3HW: the images.
+            gather: own experts' [e, ...] to all experts' [E, ...]; where experts live apart, an exchange.
+        """
+        h = self.trunk(images_B3HW)
+        features = [expert.features(h) for expert in self.members()]
+        scores = torch.stack([x.head(f) for x, f in zip(self.members(), features, strict=True)])
+        logits_EBC = gather(self.shared["head"](scores) if "head" in self.shared else scores)
+        if "router" not in self.shared:
+            return logits_EBC, None
+        return logits_EBC, gather(self.gate_scores(features, logits_EBC))
+
+    def gate_scores(self, features: Sequence[Tensor], logits_EBC: Tensor) -> Tensor:
+        """Scores [e, B] of the held experts' gates for asking the next expert; 0 where an expert has none.
+
+        Args:
+            features: one [B, D] for each expert held.
+            logits_EBC: of all experts; gate k sees the mean of the first k + 1.
+        """
+        scores = []
+        for expert, features_BD in zip(self.members(), features, strict=True):
+            if expert.gate is not None:
+                running_BC = logits_EBC[: expert.position + 1].mean(dim=0)
+                scores.append(self.shared["router"](expert.gate(features_BD), running_BC))
+            else:
+                scores.append(features_BD.new_zeros(len(features_BD)))
+        return torch.stack(scores)
 
 
 def build_ensemble(
@@ -62,6 +117,8 @@ def build_ensemble(
     reduce_dimension: bool,
     seed: int,
     only: Sequence[str] | None = None,
+    shared_head: bool = False,
+    router: Any = None,
 ) -> Ensemble:
     """Build the trunk and some or all experts, on the CPU, in float32.
 
@@ -76,6 +133,8 @@ def build_ensemble(
         reduce_dimension: thinner late stages, as RIDE has them.
         seed: of the run.
         only: the experts to build, in any order; all if None.
+        shared_head: one head for all experts, in `Ensemble.shared`.
+        router: config of a registered "router"; None for none.
 
     Raises:
         ValueError: no expert, a name that is used twice or cannot be a key, a name in `only` that is not an expert's,
@@ -95,29 +154,54 @@ def build_ensemble(
     with keyed_draws(seed, "trunk"):
         trunk = backbone.trunk()
         backbone.initialise(trunk)
-    experts = {}
-    for name in expert_names:
+    num_features = backbone.num_features(reduce_dimension=reduce_dimension)
+    gates = build("router", router) if router is not None else None
+    experts, shared = {}, {}
+    for position, name in enumerate(expert_names):
         if name not in chosen:
             continue
         with keyed_draws(seed, f"expert/{name}"):
             features = backbone.late_stages(reduce_dimension=reduce_dimension)
-            num_features = backbone.num_features(reduce_dimension=reduce_dimension)
-            experts[name] = Expert(features, build("head", head_config, num_features, num_classes))
-            backbone.initialise(experts[name])
-    return Ensemble(trunk, experts)
+            if shared_head:
+                expert = Expert(features, nn.Identity(), position=position)
+            else:
+                head = build("head", head_config, num_features, num_classes, position)
+                expert = Expert(features, head, position=position)
+            backbone.initialise(expert)
+        if gates is not None and position < len(expert_names) - 1:
+            with keyed_draws(seed, f"gate/{name}"):
+                expert.gate = gates.hidden(num_features)
+        experts[name] = expert
+    if shared_head:
+        with keyed_draws(seed, "shared/head"):
+            shared["head"] = build("head", head_config, num_features, num_classes, 0)
+            backbone.initialise(shared["head"])
+    if gates is not None:
+        with keyed_draws(seed, "shared/router"):
+            shared["router"] = gates.final(num_classes)
+    return Ensemble(trunk, experts, shared)
+
+
+def part_of(name: str) -> str:
+    """Which of "trunk", "features", "heads" and "gates" a parameter of an `Ensemble` belongs to."""
+    words = name.split(".")
+    if words[0] == "trunk":
+        return "trunk"
+    kind = words[1] if words[0] == "shared" else words[2]
+    return {"features": "features", "head": "heads", "gate": "gates", "router": "gates"}[kind]
 
 
 def check_names(expert_names: Sequence[str]) -> None:
     """Refuse names that cannot tell experts apart in logs and files.
 
     Raises:
-        ValueError: no name, a name that is used twice, empty, has a dot, or is "ensemble" or "trunk".
+        ValueError: no name, a name that is used twice, empty, has a dot, or is reserved.
     """
     if not expert_names:
         raise ValueError("an ensemble needs at least 1 expert; set method.num_experts to 1 or more")
     for name in expert_names:
-        if not name or "." in name or name in ("ensemble", "trunk"):
-            raise ValueError(f"expert name '{name}': needs a word without dots other than 'ensemble' and 'trunk'")
+        if not name or "." in name or name in RESERVED:
+            raise ValueError(f"expert name '{name}': needs a word without dots other than {', '.join(RESERVED)}")
         if list(expert_names).count(name) > 1:
             raise ValueError(f"expert name '{name}' is used twice; every expert needs its own")
 

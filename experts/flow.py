@@ -61,7 +61,7 @@ class Flow(ABC):
     learns: ClassVar[frozenset[str]] = frozenset({"trunk", "features", "heads"})
     """Of PARTS, what the outputs carry gradients to; the rest is frozen whatever the recipe says."""
     needs_partner: ClassVar[bool] = False
-    """Whether a second batch, paired with the first by row, must come with every batch (`stages.<s>.partner_sampler`)."""
+    """Whether a second batch, paired by row, must come with every batch (`stages.<stage>.partner_sampler`)."""
     own_streams: ClassVar[bool] = False
     """Whether expert k sees the k-th of the paired batches only, so that trunks that live apart see different ones."""
 

@@ -87,7 +87,7 @@ class Worker:
         self._rendezvous = Rendezvous(address, workers, host_here=True)
         return address, self._rendezvous.port
 
-    def build(self, config_tree: dict[str, Any], stage: str, seat: Seat) -> dict[str, Any]:
+    def build(self, config_tree: dict[str, Any], stage: str, seat: Seat, teachers: dict[str, str]) -> dict[str, Any]:
         """Open the data, join the world, build model and engine.
 
         Returns:
@@ -120,7 +120,7 @@ class Worker:
             )
         self._rendezvous.join(seat.rank, shape.workers, gpu=self.gpu, timeout_s=seat.timeout_s)
         mesh = Mesh(shape, seat.rank, "cuda" if self.gpu else "cpu", seat.timeout_s)
-        self.trainer = StageTrainer(config, stage, dataset, mesh)
+        self.trainer = StageTrainer(config, stage, dataset, mesh, teachers)
         marks.append(time.time())
         held = sum(p.numel() for p in self.trainer.model.parameters())
         return {
@@ -130,6 +130,8 @@ class Worker:
             "image_shape": dataset.raw_image_shape,
             "has_val": dataset.val is not None,
             "test_images": len(dataset.test.labels),
+            "prepares": hasattr(self.trainer.objective, "prepare"),
+            "observes": hasattr(self.trainer.objective, "observe"),
             "steps_per_epoch": self.trainer.steps_per_epoch,
             "parameters": held,
             "trunk_parameters": sum(p.numel() for p in self.trainer.model.trunk.parameters()),
@@ -165,6 +167,20 @@ class Worker:
         """See `StageTrainer.start_from`."""
         self._beat = time.monotonic()
         self.trainer.start_from(folder)
+
+    def start_from_model(self, folder: str) -> None:
+        """See `StageTrainer.start_from_model`."""
+        self._beat = time.monotonic()
+        self.trainer.start_from_model(folder)
+
+    def prepare(self) -> None:
+        """See `StageTrainer.prepare`."""
+        self._beat = time.monotonic()
+        self.trainer.prepare()
+
+    def observe(self, per_class: list[float | None]) -> None:
+        """See `StageTrainer.observe`."""
+        self.trainer.observe(per_class)
 
     def leave(self) -> None:
         """Give up the mesh, if in one; the process and its libraries stay for the next."""

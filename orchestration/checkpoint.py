@@ -3,6 +3,7 @@
     checkpoints/00-train-00000480/      stage 0 "train", 480 optimiser steps done
         trunk.safetensors  expert0.safetensors ...              weights and BatchNorm statistics, an expert a file
         trunk.momentum.safetensors  expert0.momentum.safetensors ...
+        shared.safetensors  objective.safetensors               heads and routers after all experts; where there are any
         state.json                                              counters, running sums, the best evaluation so far
         manifest.json                                           format, size and sha256 of every other file
     checkpoints/best-00-train-00000480/  the same without momentum
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 STATE = "state.json"
 _REPLACED = ".replaced-"
@@ -129,17 +130,14 @@ class Checkpoints:
                 entries.append(copied)
         return self.complete(writing, name, entries, json.loads((source / STATE).read_text()))
 
-    def newest(self, report: Callable[[str], None]) -> Checkpoint | None:
-        """The newest complete checkpoint; damaged ones are reported and passed over.
+    def newest(self, stage: str, report: Callable[[str], None]) -> Checkpoint | None:
+        """The newest complete checkpoint of a stage; damaged ones are reported and passed over.
 
         Raises:
             ValueError: there are checkpoints, and none is whole.
         """
-        if not self.folder.is_dir():
-            return None
-        self.recover()
         damaged = []
-        for folder in sorted(self.folder.glob("[0-9]*-*"), reverse=True):
+        for folder in self._of(stage):
             try:
                 return Checkpoint(folder, verify(folder))
             except DamagedCheckpoint as problem:
@@ -147,18 +145,27 @@ class Checkpoints:
                 report(f"damaged checkpoint passed over: {problem}")
         if damaged:
             raise ValueError(
-                f"{self.folder}: no checkpoint is whole ({'; '.join(damaged)}); needed one; restore it from a copy, "
-                f"or remove {self.folder.parent} to start the run anew"
+                f"{self.folder}: no checkpoint of stage {stage} is whole ({'; '.join(damaged)}); needed one; restore "
+                f"it from a copy, or remove {self.folder.parent} to start the run anew"
             )
         return None
 
-    def tidy(self, keep: int) -> None:
-        """Remove half-written folders, all but the newest checkpoints, and weights that none of those calls best."""
+    def _of(self, stage: str) -> list[Path]:
+        """Folders of a stage's checkpoints, newest first."""
+        return sorted(self.folder.glob(f"{self.stages.index(stage):02d}-{stage}-" + "[0-9]" * 8), reverse=True)
+
+    def clean(self) -> None:
+        """Undo what a killed writer left: half-written folders and a replacement between its two renames. Nobody may
+        be writing."""
         if not self.folder.is_dir():
             return
+        self.recover()
         for folder in self.folder.glob(".writing-*"):
             shutil.rmtree(folder, ignore_errors=True)
-        complete = sorted(self.folder.glob("[0-9]*-*"), reverse=True)
+
+    def tidy(self, stage: str, keep: int) -> None:
+        """Remove all but the newest checkpoints of a stage, and its weights that none of those calls best."""
+        complete = self._of(stage)
         for folder in complete[keep:]:
             shutil.rmtree(folder, ignore_errors=True)
         wanted = set()
@@ -169,7 +176,7 @@ class Checkpoints:
                 return  # damaged: `newest` will say so; until then nothing it may need is removed
             if best:
                 wanted.add(best["checkpoint"])
-        for folder in self.folder.glob("best-*"):
+        for folder in self.folder.glob(f"best-{self.stages.index(stage):02d}-{stage}-" + "[0-9]" * 8):
             if folder.name not in wanted:
                 shutil.rmtree(folder, ignore_errors=True)
 

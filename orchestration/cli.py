@@ -23,6 +23,7 @@ examples:
   expertail train dataset=digits_lt cluster.workers=3                         three workers, one expert each
   expertail plan  method=ride dataset=cifar100_lt cluster.workers=6           what would run where; starts nothing
   expertail evaluate runs/ride-digits_lt-s0                                   measure a saved run again
+  expertail evaluate RUN --weights test-time --distribution backward-50       learn the experts' weights without labels
   expertail doctor                                                            is this machine ready?
 
 overrides are group=choice (method, dataset, backbone, schedule, cluster) and a.b=value; see what there is with
@@ -33,7 +34,11 @@ overrides are group=choice (method, dataset, backbone, schedule, cluster) and a.
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 done, 1 refused or failed, 2 misused, 130/143 stopped by a signal."""
     parser = _parser()
-    options = parser.parse_args(argv)
+    options, words = parser.parse_known_args(argv)
+    if words and (not hasattr(options, "overrides") or any(word.startswith("-") for word in words)):
+        parser.error(f"unrecognized arguments: {' '.join(words)}")
+    if words:
+        options.overrides += words  # argparse takes those before the options for all there are
     if options.command is None:
         parser.print_help()
         return 2
@@ -87,9 +92,21 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("overrides", **overrides)  # type: ignore[arg-type]
     sub = command("evaluate", _evaluate, "Measure a saved run again and print its table.")
     sub.add_argument("run", metavar="RUN", help="run folder, e.g. runs/ride-digits_lt-s0")
-    sub.add_argument("--weights", choices=("best", "last"), default="best", help="which of its models (default: best)")
+    sub.add_argument("--model", choices=("best", "last"), help="which of its models (default: best)")
+    sub.add_argument(
+        "--weights",
+        metavar="RULE",
+        help="how experts are weighed on other test distributions: uniform, test-time (learnt without labels), "
+        "known-prior, or numbers, e.g. 0.2,0.3,0.5 (best and last are understood as --model)",
+    )
+    sub.add_argument(
+        "--distribution",
+        metavar="D[,D...]",
+        help="uniform, forward-<ratio>, backward-<ratio>, or published for all published ones (default: uniform)",
+    )
     sub.add_argument("--split", choices=("test", "val"), default="test", help="measured on (default: test)")
-    sub.add_argument("overrides", **overrides | {"help": "where the data is now, e.g. dataset.root=..."})  # type: ignore[arg-type]
+    places = {"help": "where the data is now, e.g. dataset.root=..., or test_time.lr=..., views.blur=..."}
+    sub.add_argument("overrides", **overrides | places)  # type: ignore[arg-type]
     sub = command("doctor", _doctor, "Compare what a config needs with what this machine and its cluster have.")
     sub.add_argument("overrides", **overrides)  # type: ignore[arg-type]
     sub = command("sync", _sync, "Upload to MLflow whatever of a run is not there yet.")
@@ -163,9 +180,21 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from orchestration.reevaluate import reevaluate
+    rule, which = options.weights, options.model
+    if rule in ("best", "last"):
+        if which not in (None, rule):
+            raise ValueError(f"--weights {rule} --model {which}: two models; --weights {rule} is --model {rule}")
+        rule, which = None, rule
+    which = which or "best"
+    if rule is None and options.distribution is None:
+        from orchestration.reevaluate import reevaluate
 
-    print(reevaluate(options.run, options.weights, options.split, options.overrides))
+        print(reevaluate(options.run, which, options.split, options.overrides))
+        return 0
+    from orchestration.test_time import evaluate_distributions
+
+    wanted = options.distribution or "uniform"
+    print(evaluate_distributions(options.run, rule or "uniform", wanted, which, options.split, options.overrides))
     return 0
 
 

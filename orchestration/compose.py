@@ -59,11 +59,16 @@ def check(tree: dict[str, Any], title: str) -> RunConfig:
 
 
 def _absolute(config: RunConfig) -> RunConfig:
-    """The config with dataset.root absolute: workers and later commands may stand in other folders."""
-    if config.dataset.root is None:
-        return config
-    root = os.path.abspath(expand(config.dataset.root))
-    return config.model_copy(update={"dataset": config.dataset.model_copy(update={"root": root})})
+    """The config with paths absolute: workers and later commands may stand in other folders."""
+    tree = config.model_dump(mode="json")
+    holders = [(tree["dataset"], "root")]
+    for stage in tree["method"]["stages"].values():
+        sources = [stage["start_from"], *stage["teachers"].values()]
+        holders += [(source, "run") for source in sources if source is not None]
+    for holder, key in holders:
+        if holder[key] is not None:
+            holder[key] = os.path.abspath(expand(holder[key]))
+    return RunConfig.model_validate(tree)
 
 
 def to_yaml(config: RunConfig) -> str:

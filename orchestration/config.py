@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, GetCoreSchemaHandler, model_validator
@@ -15,8 +16,11 @@ from pydantic_core import CoreSchema
 
 import aggregation
 import experts
+from experts.class_groups import GroupRule
 from experts.data.config import DatasetConfig
-from experts.registry import Settings, choice, import_pieces
+from experts.ensemble import check_names
+from experts.flow import Plain
+from experts.registry import Settings, choice, import_pieces, piece
 
 import_pieces(experts, aggregation)
 
@@ -24,11 +28,13 @@ import_pieces(experts, aggregation)
 class PieceOf:
     """Marks a field that holds the config of any registered piece of one kind, told apart by its `name`."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, *, optional: bool = False) -> None:
         self.kind = kind
+        self.optional = optional
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return handler.generate_schema(choice(self.kind))
+        chosen = choice(self.kind)
+        return handler.generate_schema(chosen | None if self.optional else chosen)
 
 
 class OptimizerConfig(Settings):
@@ -48,6 +54,51 @@ class OptimizerConfig(Settings):
         return self
 
 
+class Source(Settings):
+    """A trained ensemble: of a stage of this run, or of another run."""
+
+    stage: str | None = None
+    """A stage of this run that comes earlier."""
+    run: str | None = None
+    """Folder of a finished run."""
+    weights: Literal["last", "best"] = "last"
+    """Which of its models."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Source:
+        if (self.stage is None) == (self.run is None):
+            raise ValueError(
+                f"stage = {self.stage}, run = {self.run}: needed exactly one of them: stage (an earlier one of this "
+                f"run) or run (the folder of another)"
+            )
+        return self
+
+
+class Teacher(Source):
+    """A frozen ensemble whose scores a stage learns from."""
+
+    mode: Literal["eval", "train"] = "eval"
+    """"train" normalises with the statistics of each batch, as RIDE's published code does by oversight."""
+
+
+class ClassSubset(Settings):
+    """Some of the classes, and nothing of the others: a stage's data and label space."""
+
+    group: Literal["many", "medium", "few"]
+    rule: GroupRule = GroupRule()
+    """What makes the three groups."""
+
+
+class Mixup(Settings):
+    """Blends every training image with another of its batch; the loss is blended likewise.
+
+    Source: Zhang et al. 2018, arXiv:1710.09412.
+    """
+
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Of the Beta(alpha, alpha) that the share of the first image is drawn from, once a batch."""
+
+
 class StageConfig(Settings):
     """One training job."""
 
@@ -60,6 +111,27 @@ class StageConfig(Settings):
     objective: Annotated[Any, PieceOf("objective")]
     drop_last: bool = False
     """Leave out the partial last batch of an epoch. Published CIFAR code keeps it."""
+    flow: Annotated[Any, PieceOf("flow")] = Plain.Config()
+    """How images become outputs."""
+    partner_sampler: Annotated[Any, PieceOf("sampler", optional=True)] = None
+    """Of a second batch, paired with the first by row, for flows that need one (bilateral, h2t)."""
+    mixup: Mixup | None = None
+    freeze: tuple[Literal["trunk", "features", "heads"], ...] = ()
+    """What does not learn in this stage."""
+    frozen_batchnorm: Literal["eval", "train"] = "eval"
+    """BatchNorm of what is frozen: "eval" uses its running statistics; "train" those of the batch, and moves them."""
+    teachers: dict[str, Teacher] = Field(default_factory=dict)
+    """By name; objectives and distillations that learn from them say which names they know."""
+    distillation: Annotated[Any, PieceOf("distillation", optional=True)] = None
+    after: tuple[str, ...] | None = None
+    """Stages that must have ended before. Unset: the one before in the recipe. Stages that wait for none of each other
+    run side by side where the cluster has places, each on workers of its own."""
+    start_from: Source | None = None
+    """Weights to begin with. Unset: those of the stage before in the recipe, if `after` is unset, else new ones."""
+    classes: ClassSubset | None = None
+    """Unset: all."""
+    experts: tuple[str, ...] | None = None
+    """Names of this stage's experts where they are not the method's: another ensemble, of the same make."""
 
 
 class Expected(Settings):
@@ -82,25 +154,129 @@ class MethodConfig(Settings):
     """RIDE's thinner late stages (24 and 48 channels in place of 32 and 64)."""
     head: Annotated[Any, PieceOf("head")]
     aggregator: Annotated[Any, PieceOf("aggregator")]
+    experts: tuple[str, ...] | None = None
+    """Names of the experts, in the order of the logits. Unset: expert0, expert1, ..."""
+    shared_head: bool = False
+    """One head for all experts, as ResLT has it."""
+    router: Annotated[Any, PieceOf("router", optional=True)] = None
+    """Decides per image how many experts to ask, once a stage has trained it."""
     stages: Annotated[dict[str, StageConfig], Field(min_length=1)]
     expected: Expected | None = None
     """What was published for this recipe on this data; for the report only."""
 
     @model_validator(mode="after")
     def _pieces_fit(self) -> MethodConfig:
-        problems = []
+        problems = list(_names_problems("experts", self.experts, self.num_experts))
+        earlier: list[str] = []
         for name, stage in self.stages.items():
-            try:
-                stage.objective.check_head(self.head)
-            except ValueError as problem:
-                problems.append(f"stages.{name}.{problem}")
+            problems += [f"stages.{name}.{problem}" for problem in _stage_problems(stage, self, earlier)]
+            earlier.append(name)
         if problems:
             raise ValueError("; ".join(problems))
         return self
 
     @property
     def expert_names(self) -> tuple[str, ...]:
-        return tuple(f"expert{i}" for i in range(self.num_experts))
+        return self.experts or tuple(f"expert{i}" for i in range(self.num_experts))
+
+    def names_in(self, stage: str) -> tuple[str, ...]:
+        """Names of the experts that a stage trains."""
+        return self.stages[stage].experts or self.expert_names
+
+    def waits_for(self, stage: str) -> tuple[str, ...]:
+        """Stages that must have ended before a stage begins."""
+        names = list(self.stages)
+        place = names.index(stage)
+        after = self.stages[stage].after
+        return tuple(names[place - 1 : place]) if after is None else after
+
+    def starts_from(self, stage: str) -> Source | None:
+        """The weights that a stage begins with; None for new ones."""
+        config = self.stages[stage]
+        before = self.waits_for(stage)
+        if config.start_from is None and config.after is None and before:
+            return Source(stage=before[0])
+        return config.start_from
+
+    def waves(self) -> list[list[str]]:
+        """Stages that may run side by side, wave after wave."""
+        waves: list[list[str]] = []
+        done: set[str] = set()
+        while len(done) < len(self.stages):
+            waves.append([s for s in self.stages if s not in done and done.issuperset(self.waits_for(s))])
+            done.update(waves[-1])
+        return waves
+
+
+def _names_problems(key: str, names: tuple[str, ...] | None, num_experts: int) -> Iterator[str]:
+    if names is None:
+        return
+    if len(names) != num_experts:
+        yield f"{key} = {list(names)}: {len(names)} names; needed {num_experts}, as num_experts says; change either"
+    try:
+        check_names(names)
+    except ValueError as problem:
+        yield f"{key}: {problem}"
+
+
+def _stage_problems(stage: StageConfig, method: MethodConfig, earlier: list[str]) -> Iterator[str]:
+    """What of a stage does not fit the rest of its recipe, in words that begin with the key."""
+    try:
+        stage.objective.check_head(method.head)
+    except ValueError as problem:
+        yield str(problem)
+    yield from _names_problems("experts", stage.experts, method.num_experts)
+    yield from _flow_problems(stage, method)
+    yield from _teacher_problems(stage)
+    started = (stage.start_from.stage,) if stage.start_from and stage.start_from.stage else ()
+    taught = tuple(teacher.stage for teacher in stage.teachers.values() if teacher.stage)
+    for key, names in (("after", stage.after or ()), ("start_from.stage", started), ("teachers", taught)):
+        for name in names:
+            if name not in earlier:
+                yield f"{key} = {name}: needed an earlier stage of the recipe: {', '.join(earlier) or 'there is none'}"
+
+
+def _flow_problems(stage: StageConfig, method: MethodConfig) -> Iterator[str]:
+    flow, objective = piece("flow", stage.flow.name), piece("objective", stage.objective.name)
+    flow_is, objective_is = f"flow '{stage.flow.name}'", f"objective '{stage.objective.name}'"
+    if flow.needs_partner and stage.partner_sampler is None:
+        yield f"partner_sampler: not set; {flow_is} pairs every batch with a second one; set a sampler"
+    if not flow.needs_partner and stage.partner_sampler is not None:
+        yield f"partner_sampler = {stage.partner_sampler.name}: {flow_is} takes one batch only; set it to null"
+    if objective.label_sets == 2 and not flow.own_streams:
+        yield f"{objective_is} wants the labels of two batches, {flow_is} shows experts one; set flow.name=bilateral"
+    if (objective.extra_outputs > 0) != ("gates" in flow.learns):
+        yield f"{objective_is} and {flow_is} do not fit; a router is trained by objective 'router' and flow 'router'"
+    if "gates" in flow.learns and (method.router is None or method.num_experts < 2):
+        yield (
+            f"{flow_is}: the ensemble has no router to train; needed method.router and 2 experts or more, found "
+            f"method.router {'unset' if method.router is None else 'set'} and method.num_experts = "
+            f"{method.num_experts}; set method.router.name=ride"
+        )
+    if stage.mixup is not None and flow.needs_partner:
+        yield f"mixup: {flow_is} pairs batches already; set mixup=null"
+    if not flow.learns - set(stage.freeze):
+        yield f"freeze = {list(stage.freeze)}: nothing is left to learn; {flow_is} trains {sorted(flow.learns)}"
+    allowed = getattr(objective, "num_experts_allowed", None)
+    if allowed is not None and method.num_experts not in allowed:
+        yield (
+            f"{objective_is}: method.num_experts = {method.num_experts}; it takes {' or '.join(map(str, allowed))}; "
+            f"set method.num_experts={allowed[0]}"
+        )
+
+
+def _teacher_problems(stage: StageConfig) -> Iterator[str]:
+    wanted = getattr(stage.objective, "teacher_names", None)
+    if wanted is not None:
+        if set(wanted) != set(stage.teachers):
+            yield (
+                f"teachers = {sorted(stage.teachers)}: objective '{stage.objective.name}' needs {sorted(wanted)}; set "
+                f"teachers.<name>.run or .stage for each"
+            )
+    elif stage.teachers and stage.distillation is None:
+        yield "teachers: nothing learns from them; set distillation.name=mean_logits, or remove them"
+    elif stage.distillation is not None and not stage.teachers:
+        yield "distillation: there is no teacher; set teachers.teacher.run=<folder of a finished run>"
 
 
 class EngineConfig(Settings):
@@ -134,6 +310,9 @@ class ClusterConfig(Settings):
     """How long to wait for resources that exist but are taken."""
     heartbeat_timeout_s: Annotated[float, Field(gt=0)] = 300.0
     """A worker that finishes no step, image batch or file for this long is taken to hang."""
+    side_by_side: Annotated[int, Field(ge=1)] | None = None
+    """Stages that may train at once, each on workers of its own. Unset: as many as the recipe has and the cluster has
+    places for."""
     max_failures: Annotated[int, Field(ge=0)] = 5
     """Restarts after a worker died before the run gives up."""
 

@@ -28,12 +28,19 @@ class Console:
         total_steps: steps of the whole run, where known before the first `step`.
         interval_s: seconds between plain lines, and nothing else: a terminal is refreshed four times a second at most.
         stream: a terminal gets the live view, anything else plain lines without colour codes.
+        label: begins every line; stages that train side by side have one each, and plain lines everywhere.
     """
 
     def __init__(
-        self, total_steps: int | None = None, *, interval_s: float = 10.0, stream: TextIO | None = None
+        self,
+        total_steps: int | None = None,
+        *,
+        interval_s: float = 10.0,
+        stream: TextIO | None = None,
+        label: str = "",
     ) -> None:
         self._stream = sys.stderr if stream is None else stream
+        self._label = label
         self._interval_s = interval_s
         self._pace = _Pace()
         self._line_at = -math.inf
@@ -43,7 +50,11 @@ class Console:
         self._live: Any = None
         self._terminal = False
         with contextlib.suppress(Exception):
-            self._terminal = self._stream.isatty()
+            self._terminal = not label and self._stream.isatty()
+
+    def beside(self, label: str) -> Console:
+        """A console on the same stream for one of several stages that train side by side."""
+        return Console(interval_s=self._interval_s, stream=self._stream, label=f"{label}: ")
 
     def step(self, epoch: int, epochs: int, step: int, total_steps: int, values: Mapping[str, float]) -> None:
         """Show where training is.
@@ -96,6 +107,7 @@ class Console:
             yield
 
     def _write(self, text: str) -> None:
+        text = self._label + text
         if self._live is not None:
             from rich.text import Text
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import ModuleType
@@ -22,8 +22,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from experts.ensemble import Ensemble
+from experts.flow import Result
 from orchestration.config import EngineConfig, OptimizerConfig
-from orchestration.engine import NonFiniteGradient, casting, sgd
+from orchestration.engine import NonFiniteGradient, casting, lr_groups, set_lr, sgd
 from orchestration.mesh import Mesh
 
 
@@ -83,102 +84,140 @@ class _Axis:
         return 0
 
 
-class _Cast(nn.Module):
-    """A module that enters autocast by itself. DeepSpeed switches off what its caller has entered."""
+class _Part(nn.Module):
+    """One part of an ensemble, for a flow to run.
+
+    It enters autocast by itself, because DeepSpeed switches off what its caller has entered. And it returns, beside the
+    result, a zero that depends on all its parameters: ZeRO waits for a gradient of each in every step, also where a
+    batch has no image for an expert, or an expert's loss does not reach the trunk.
+    """
 
     def __init__(self, module: nn.Module, config: EngineConfig, device: torch.device) -> None:
         super().__init__()
         self.module = module
         self._context = partial(casting, config, device)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, run: Callable[[nn.Module], Result]) -> tuple[Result, Tensor | None]:
         with self._context():
-            return self.module(x)
+            result = run(self.module)
+        learning = [p for p in self.module.parameters() if p.requires_grad]
+        return result, _Zero.apply(*learning) if learning else None
 
 
-class _Stack(nn.Module):
-    """The experts of one worker as one module: trunk output to logits [e, B, C]."""
+class _Zero(torch.autograd.Function):
+    """A zero whose gradient is zero for every tensor given."""
 
-    def __init__(self, experts: nn.ModuleDict) -> None:
-        super().__init__()
-        self.experts = experts
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return tensors[0].new_zeros(())
 
-    def forward(self, h: Tensor) -> Tensor:
-        return torch.stack([expert(h) for expert in self.experts.values()])
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
+        # One element, expanded: it is added to a gradient and never written to.
+        return tuple(t.new_zeros(()).expand_as(t) for t in ctx.saved_tensors)
 
 
 class DeepSpeedEngine:
-    """ZeRO stage 1 or 2 over a mesh of expert slots and data replicas."""
+    """ZeRO stage 1 or 2 over a mesh of expert slots and data replicas. Arguments as of `TorchEngine`."""
 
-    def __init__(self, model: Ensemble, mesh: Mesh, optimizer: OptimizerConfig, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        model: Ensemble,
+        mesh: Mesh,
+        optimizer: OptimizerConfig,
+        config: EngineConfig,
+        lr_factors: dict[str, float] | None = None,
+    ) -> None:
         deepspeed = import_deepspeed(gpu=mesh.device.type == "cuda")
         os.environ.setdefault("LOCAL_RANK", "0")
         self.mesh = mesh
-        self.trunk: nn.Module = _Cast(model.trunk, config, mesh.device)
-        self.experts: nn.Module = _Cast(_Stack(model.experts), config, mesh.device)
+        self.names = model.names
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._engines: dict[str, Any] = {}
-        if _trainable(self.trunk):
-            self.trunk = _initialize(deepspeed, self.trunk, _Axis(dist.group.WORLD), optimizer, config)
-            self._engines["trunk"] = self.trunk
-        if _trainable(self.experts):
-            axis = _Axis(mesh.data_group or dist.group.WORLD)
-            self.experts = _initialize(deepspeed, self.experts, axis, optimizer, config)
-            self._engines["experts"] = self.experts
+        self._parts: dict[str, nn.Module] = {}
+        self._zeros: list[Tensor] = []
+        everyone, replicas = _Axis(dist.group.WORLD), _Axis(mesh.data_group or dist.group.WORLD)
+        for name, axis in (("trunk", everyone), ("experts", replicas), ("shared", everyone)):
+            part = _Part(getattr(model, name), config, mesh.device)
+            self._parts[name] = part
+            learning = [(f"{name}.{k}", p) for k, p in part.module.named_parameters() if p.requires_grad]
+            if learning:
+                groups = lr_groups(learning, lr_factors or {})
+                self._parts[name] = self._engines[name] = _initialize(deepspeed, part, groups, axis, optimizer, config)
         slots = mesh.shape.slots
         self._hooks = [
             p.register_hook(lambda gradient: gradient * slots)
-            for p in model.trunk.parameters()
-            if p.requires_grad and slots > 1
+            for name, p in model.named_parameters()
+            if p.requires_grad and not name.startswith("experts.") and slots > 1
         ]
 
-    def forward(self, images_B3HW: Tensor) -> Tensor:
-        return self.experts(self.trunk(images_B3HW))
+    def trunk(self, run: Callable[[nn.Module], Result]) -> Result:
+        return self._run("trunk", run)
+
+    def experts(self, run: Callable[[nn.ModuleDict], Result]) -> Result:
+        return self._run("experts", run)
+
+    def shared(self, run: Callable[[nn.ModuleDict], Result]) -> Result:
+        return self._run("shared", run)
+
+    def _run(self, name: str, run: Callable[[Any], Result]) -> Result:
+        result, zero = self._parts[name](run)
+        if zero is not None and name in self._engines:
+            self._zeros.append(zero)
+        return result
 
     def step(self, loss: Tensor, lr: float) -> None:
+        loss = loss + sum(zero.to(loss.dtype) for zero in self._zeros)
+        self._zeros.clear()
         (loss * self.mesh.shape.replicas).backward()
         for name, engine in self._engines.items():
-            engine.optimizer.param_groups[0]["lr"] = lr
+            set_lr(engine.optimizer, lr)
             engine.step()
             if engine.skipped_steps:
                 raise NonFiniteGradient(f"gradient is not finite in the {name}; DeepSpeed skipped the step")
 
     def momentum(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for engine in self._engines.values():
-            zero = engine.optimizer
-            partition = zero.single_partition_of_fp32_groups[0]
+        for zero, i in self._groups():
+            partition = zero.single_partition_of_fp32_groups[i]
             buffer = zero.optimizer.state.get(partition, {}).get("momentum_buffer")
             if buffer is None:
                 continue
-            group = zero.real_dp_process_group[0]
+            group = zero.real_dp_process_group[i]
             partitions = [torch.empty_like(buffer) for _ in range(dist.get_world_size(group))]
             dist.all_gather(partitions, buffer.contiguous(), group=group)
             flat = torch.cat(partitions).cpu()
-            for name, place, shape in self._layout(zero):
+            for name, place, shape in self._layout(zero, i):
                 found[name] = flat[place].view(shape).clone()
         return found
 
     def restore(self, momentum: dict[str, Tensor]) -> None:
         for engine in self._engines.values():
-            zero = engine.optimizer
-            zero.refresh_fp32_params()  # else the next step starts from the weights of before
-            layout = self._layout(zero)
+            engine.optimizer.refresh_fp32_params()  # else the next step starts from the weights of before
+        for zero, i in self._groups():
+            layout = self._layout(zero, i)
             if not all(name in momentum for name, _, _ in layout):
                 continue
-            partition = zero.single_partition_of_fp32_groups[0]
-            flat = torch.zeros_like(zero.bit16_groups_flat[0], dtype=partition.dtype)
+            partition = zero.single_partition_of_fp32_groups[i]
+            flat = torch.zeros_like(zero.bit16_groups_flat[i], dtype=partition.dtype)
             for name, place, _ in layout:
                 flat[place] = momentum[name].to(flat.device, flat.dtype).flatten()
-            rank = dist.get_rank(zero.real_dp_process_group[0])
-            own = flat.chunk(dist.get_world_size(zero.real_dp_process_group[0]))[rank]
+            group = zero.real_dp_process_group[i]
+            own = flat.chunk(dist.get_world_size(group))[dist.get_rank(group)]
             zero.optimizer.state[partition]["momentum_buffer"] = own.clone()
 
-    def _layout(self, zero: Any) -> list[tuple[str, slice, torch.Size]]:
-        """Where each parameter lies in the flat buffer of its ZeRO optimiser."""
+    def _groups(self) -> Iterator[tuple[Any, int]]:
+        """Every ZeRO optimiser with the number of each of its groups of one learning rate."""
+        for engine in self._engines.values():
+            for i in range(len(engine.optimizer.param_groups)):
+                yield engine.optimizer, i
+
+    def _layout(self, zero: Any, i: int) -> list[tuple[str, slice, torch.Size]]:
+        """Where each parameter lies in the flat buffer of a group of a ZeRO optimiser."""
         return [
             (self._names[id(p)], slice(start, start + p.numel()), p.shape)
-            for p, start in zip(zero.round_robin_bit16_groups[0], zero.round_robin_bit16_offsets[0], strict=True)
+            for p, start in zip(zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i], strict=True)
         ]
 
     def close(self) -> None:
@@ -188,10 +227,6 @@ class DeepSpeedEngine:
             engine.destroy()
         self._engines.clear()
         _forget_world()
-
-
-def _trainable(module: nn.Module) -> bool:
-    return any(p.requires_grad for p in module.parameters())
 
 
 def _settings(config: EngineConfig) -> dict[str, Any]:
@@ -212,12 +247,18 @@ def _settings(config: EngineConfig) -> dict[str, Any]:
     }
 
 
-def _initialize(deepspeed: Any, part: nn.Module, axis: _Axis, optimizer: OptimizerConfig, config: EngineConfig) -> Any:
-    parameters = [p for p in part.parameters() if p.requires_grad]
+def _initialize(
+    deepspeed: Any,
+    part: nn.Module,
+    groups: list[dict[str, Any]],
+    axis: _Axis,
+    optimizer: OptimizerConfig,
+    config: EngineConfig,
+) -> Any:
     with _float64() if config.precision == "float64" else nullcontext():
         engine, *_ = deepspeed.initialize(
             model=part,
-            optimizer=sgd(parameters, optimizer),
+            optimizer=sgd(groups, optimizer),
             config=_settings(config),
             mpu=axis,
             dist_init_required=False,

@@ -10,7 +10,7 @@ shared parameters (the trunk), over the data axis for an expert's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from experts.ensemble import Ensemble
+from experts.flow import Network, Result
 from orchestration.config import EngineConfig, OptimizerConfig
 from orchestration.mesh import Mesh
 
@@ -27,12 +28,8 @@ class NonFiniteGradient(FloatingPointError):
     """A gradient is NaN or infinite. The parameters it belongs to have not moved."""
 
 
-class Engine(Protocol):
-    """Trains the parameters of one worker's share of an ensemble."""
-
-    def forward(self, images_B3HW: Tensor) -> Tensor:
-        """Logits [e, B, C] of this worker's experts, with their graph."""
-        ...
+class Engine(Network, Protocol):
+    """Trains the parameters of one worker's share of an ensemble; flows run its modules."""
 
     def step(self, loss: Tensor, lr: float) -> None:
         """Back-propagate this worker's share of the loss, sum gradients over the mesh, move the weights.
@@ -63,33 +60,60 @@ def casting(config: EngineConfig, device: torch.device) -> AbstractContextManage
 
 
 class TorchEngine:
-    """Plain PyTorch. Sums gradients of all parameters of a group in one flat exchange."""
+    """Plain PyTorch. Sums gradients of all parameters of a group in one flat exchange.
 
-    def __init__(self, model: Ensemble, mesh: Mesh, optimizer: OptimizerConfig, config: EngineConfig) -> None:
+    Args:
+        model: whose parameters that require gradients are to learn.
+        mesh: this worker's place.
+        optimizer, config: as in the run's config.
+        lr_factors: what an expert's learning rate is multiplied with, by name; 1 where it has none.
+    """
+
+    def __init__(
+        self,
+        model: Ensemble,
+        mesh: Mesh,
+        optimizer: OptimizerConfig,
+        config: EngineConfig,
+        lr_factors: dict[str, float] | None = None,
+    ) -> None:
         self.model = model
         self.mesh = mesh
         self.config = config
+        self.names = model.names
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = sgd(list(self.parameters.values()), optimizer)
+        self.optimizer = sgd(lr_groups(self.parameters.items(), lr_factors or {}), optimizer)
 
-    def forward(self, images_B3HW: Tensor) -> Tensor:
+    def trunk(self, run: Callable[[nn.Module], Result]) -> Result:
+        return self._run(run, self.model.trunk)
+
+    def experts(self, run: Callable[[nn.ModuleDict], Result]) -> Result:
+        return self._run(run, self.model.experts)
+
+    def shared(self, run: Callable[[nn.ModuleDict], Result]) -> Result:
+        return self._run(run, self.model.shared)
+
+    def _run(self, run: Callable[[Any], Result], module: nn.Module) -> Result:
         with casting(self.config, self.mesh.device):
-            return self.model(images_B3HW)
+            return run(module)
 
     def step(self, loss: Tensor, lr: float) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        for p in self.parameters.values():
+            if p.grad is None:  # nothing of this batch reached it here; other workers count on its share
+                p.grad = torch.zeros_like(p)
         if self.mesh.shape.workers > 1:
             self._sum_gradients()
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
             raise NonFiniteGradient(_bad_parameter(self.parameters))
-        self.optimizer.param_groups[0]["lr"] = lr
+        set_lr(self.optimizer, lr)
         self.optimizer.step()
 
     def _sum_gradients(self) -> None:
-        shared = [p for name, p in self.parameters.items() if name.startswith("trunk.")]
-        own = [p for name, p in self.parameters.items() if not name.startswith("trunk.")]
+        shared = [p for name, p in self.parameters.items() if not name.startswith("experts.")]
+        own = [p for name, p in self.parameters.items() if name.startswith("experts.")]
         for group, parameters in ((dist.group.WORLD, shared), (self.mesh.data_group, own)):
             if parameters:
                 flat = torch.cat([p.grad.flatten() for p in parameters])  # type: ignore[union-attr]
@@ -114,16 +138,36 @@ class TorchEngine:
         self.optimizer.state.clear()
 
 
-def sgd(parameters: Sequence[Tensor], config: OptimizerConfig) -> torch.optim.SGD:
-    """The optimiser of a stage. Its learning rate is set before every step."""
+def sgd(groups: Sequence[dict[str, Any]], config: OptimizerConfig) -> torch.optim.SGD:
+    """The optimiser of a stage, over `lr_groups`. Its learning rate is set before every step, by `set_lr`."""
     return torch.optim.SGD(
-        list(parameters),
+        list(groups),
         lr=config.lr,
         momentum=config.momentum,
         nesterov=config.nesterov,
         weight_decay=config.weight_decay,
         foreach=True,
     )
+
+
+def lr_groups(parameters: Iterable[tuple[str, Tensor]], lr_factors: dict[str, float]) -> list[dict[str, Any]]:
+    """Parameters by name in groups of one learning rate each, in the order of their first parameter.
+
+    Args:
+        lr_factors: of experts by name; what belongs to no expert has the factor 1.
+    """
+    groups: dict[float, list[Tensor]] = {}
+    for name, p in parameters:
+        words = name.split(".")
+        factor = lr_factors.get(words[1], 1.0) if words[0] == "experts" else 1.0
+        groups.setdefault(factor, []).append(p)
+    return [{"params": members, "lr_factor": factor} for factor, members in groups.items()]
+
+
+def set_lr(optimizer: Any, lr: float) -> None:
+    """The base learning rate of the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_factor"]
 
 
 def _bad_parameter(parameters: dict[str, nn.Parameter]) -> str:

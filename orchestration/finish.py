@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from aggregation.serving import export_model
-from orchestration.checkpoint import read_tensors, verify
+from orchestration.checkpoint import verify
 from orchestration.config import RunConfig, published
-from orchestration.run_folder import DATA, RunFolder
+from orchestration.run_folder import RunFolder
+from orchestration.sources import export_stage
 from orchestration.tables import final_table
 
 
-def export(config: RunConfig, folder: RunFolder, checkpoint: Path) -> None:
-    """Write export/last and export/best: the ensemble, ready to serve."""
+def export(config: RunConfig, folder: RunFolder, stage: str, checkpoint: Path) -> None:
+    """Write export/last and export/best: the ensemble of a stage, ready to serve."""
     best = verify(checkpoint).get("best")
     sources = {"last": checkpoint, "best": checkpoint.parent / best["checkpoint"] if best else checkpoint}
-    data = json.loads((folder.path / DATA).read_text())
     for name, source in sources.items():
         verify(source)
-        export_model(
-            folder.path / "export" / name,
-            ensemble_state(config, source),
-            backbone=config.backbone,
-            head=config.method.head,
-            aggregator=config.method.aggregator,
-            dataset=config.dataset,
-            expert_names=config.method.expert_names,
-            reduce_dimension=config.method.reduce_dimension,
-            class_names=data["class_names"],
-            image_shape=data["image_shape"],
-        )
-
-
-def ensemble_state(config: RunConfig, checkpoint: Path) -> dict[str, Any]:
-    """`Ensemble.state_dict()` of trunk and all experts, from a checkpoint of any mesh."""
-    state: dict[str, Any] = {}
-    for name in ("trunk", *config.method.expert_names):
-        state |= read_tensors(checkpoint, name)
-    return state
+        export_stage(config, folder, stage, source, folder.path / "export" / name)
 
 
 def table(config: RunConfig, data: dict[str, Any], evaluations: dict[str, dict[str, Any]]) -> str:

@@ -193,8 +193,16 @@ class Fleet:
         ]
         self.hosts = self.call("load_libraries", engine.name)
 
-    def build(self, stage: str) -> list[dict[str, Any]]:
-        """Seat every worker in a new world and build its part of a stage. Returns what each said of itself."""
+    def build(self, stage: str, teachers: dict[str, str] | None = None) -> list[dict[str, Any]]:
+        """Seat every worker in a new world and build its part of a stage.
+
+        Args:
+            stage: its name.
+            teachers: folders of their exported models, by name.
+
+        Returns:
+            What each said of itself.
+        """
         shape = self.shape
         address, port = self._one(self.workers[0].open_world.remote(shape.workers))
         tree = self.config.model_dump(mode="json")
@@ -203,7 +211,9 @@ class Fleet:
             Seat(rank, shape.num_experts, shape.experts_per_worker, shape.replicas, address, port, timeout_s)
             for rank in range(shape.workers)
         ]
-        return self._together([w.build.remote(tree, stage, seat) for w, seat in zip(self.workers, seats, strict=True)])
+        return self._together(
+            [w.build.remote(tree, stage, seat, teachers or {}) for w, seat in zip(self.workers, seats, strict=True)]
+        )
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """Call one method on every worker and return all answers in the order of ranks.
@@ -256,15 +266,13 @@ class Fleet:
             return error
         return WorkerLost(_words_of(error))
 
-    def restart(self) -> None:
-        """Kill what is left of the mesh and start again in the same places.
+    def check_room(self) -> None:
+        """Whether the mesh can be started again in its places.
 
         Raises:
             ValueError: the cluster has shrunk and the mesh no longer fits; wanted and available.
         """
-        self.kill()
         check_fits(self.shape.workers, self._cpus, self._gpus, node_resources())
-        self.start()
 
     def kill(self) -> None:
         """End the worker processes at once."""

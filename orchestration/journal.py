@@ -18,8 +18,9 @@ import json
 import math
 import os
 import tempfile
+import threading
 import time as clock
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +41,7 @@ class Record(NamedTuple):
 
 
 class Journal:
-    """Appends numbers to a run's journal; one writer at a time.
+    """Appends numbers to a run's journal; one process at a time, from any of its threads.
 
     Lines are kept in memory and written together: at most `flush_s` seconds of them are lost when the process is
     killed, and those come back when the run is resumed from its checkpoint.
@@ -57,6 +58,7 @@ class Journal:
         self.path = Path(run_dir) / FILE_NAME
         self._flush_s = flush_s
         self._lines: list[str] = []
+        self._lock = threading.RLock()  # stages that train side by side write to one journal
         self._written_at = clock.monotonic()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,52 +81,58 @@ class Journal:
             time: unix seconds; now when not given.
         """
         now = round(clock.time() if time is None else time, 3)
-        for name, number in values.items():
-            value = float(number)
-            line = {"time": now, "stage": stage, "epoch": epoch, "step": step, "name": name}
-            self._lines.append(json.dumps({**line, "value": value if math.isfinite(value) else None}) + "\n")
-        if clock.monotonic() - self._written_at >= self._flush_s:
-            self.flush()
+        with self._lock:
+            for name, number in values.items():
+                value = float(number)
+                line = {"time": now, "stage": stage, "epoch": epoch, "step": step, "name": name}
+                self._lines.append(json.dumps({**line, "value": value if math.isfinite(value) else None}) + "\n")
+            if clock.monotonic() - self._written_at >= self._flush_s:
+                self.flush()
 
     def flush(self, *, sync: bool = False) -> None:
         """Write what was noted so far; with `sync`, also wait until the disk has it."""
-        data = memoryview("".join(self._lines).encode())
-        while data:  # a write may be short
-            data = data[os.write(self._file, data) :]
-        self._lines.clear()
-        self._written_at = clock.monotonic()
-        if sync:
-            os.fsync(self._file)
+        with self._lock:
+            data = memoryview("".join(self._lines).encode())
+            while data:  # a write may be short
+                data = data[os.write(self._file, data) :]
+            self._lines.clear()
+            self._written_at = clock.monotonic()
+            if sync:
+                os.fsync(self._file)
 
-    def rewind(self, stage_order: Sequence[str], stage: str, step: int) -> int:
-        """Forget everything after a moment, so that a resumed run writes it anew; the file changes all at once.
+    def rewind(self, kept_steps: Mapping[str, int], known: Collection[str]) -> int:
+        """Forget what came after a moment of some stages, so that a resumed run writes it anew; all at once.
 
         Args:
-            stage_order: all stages of the run, in order.
-            stage: the stage that training goes on in; everything of later stages is dropped.
-            step: optimiser steps done in that stage at the checkpoint; lines of later steps are dropped.
+            kept_steps: by stage, the optimiser steps done at its checkpoint; lines of later steps are dropped. Stages
+                not named stay as they are.
+            known: all stages of the run.
 
         Returns:
             The number of lines dropped.
 
         Raises:
-            ValueError: `stage`, or a stage in the journal, is not in `stage_order`; or the journal is corrupt.
+            ValueError: a stage is not of this run, or the journal is corrupt.
         """
+        with self._lock:
+            return self._rewind(kept_steps, known)
+
+    def _rewind(self, kept_steps: Mapping[str, int], known: Collection[str]) -> int:
         self.flush()
-        rank = {name: position for position, name in enumerate(stage_order)}
-        if stage not in rank:
-            raise ValueError(f"stage '{stage}' is not a stage of this run, which has {', '.join(stage_order)}")
+        for stage in kept_steps:
+            if stage not in known:
+                raise ValueError(f"stage '{stage}' is not a stage of this run, which has {', '.join(known)}")
         dropped = 0
         handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=FILE_NAME + ".")
         try:
             with open(handle, "wb") as kept:
                 for number, line, record in _lines(self.path):
-                    if record.stage not in rank:
+                    if record.stage not in known:
                         raise ValueError(
                             f"{self.path}:{number}: stage '{record.stage}' is not a stage of this run, which has "
-                            f"{', '.join(stage_order)}; the folder belongs to another recipe, choose another run.name"
+                            f"{', '.join(known)}; the folder belongs to another recipe, choose another run.name"
                         )
-                    if (rank[record.stage], record.step) <= (rank[stage], step):
+                    if record.step <= kept_steps.get(record.stage, record.step):
                         kept.write(line)
                     else:
                         dropped += 1

@@ -122,18 +122,49 @@ class Mesh:
             own_expert = group if self.replica == replica else own_expert
         return own_data, own_expert
 
-    def gather_logits(self, logits_eBC: Tensor) -> Tensor:
-        """All experts' logits in order: own ones as they are, with their graph; others' detached.
+    def gather(self, own_e: Tensor) -> Tensor:
+        """What all experts say, in their order: own values [e, ...] as they are, with their graph; others' detached.
 
         Returns:
-            [E, B, C] on every worker of this replica index.
+            [E, ...] on every worker of this replica index.
         """
         if self.shape.slots == 1:
-            return logits_eBC
-        own = logits_eBC.detach().contiguous()
+            return own_e
+        own = own_e.detach().contiguous()
         slots = [torch.empty_like(own) for _ in range(self.shape.slots)]
         dist.all_gather(slots, own, group=self.expert_group)
-        return torch.cat([logits_eBC if s == self.slot else other for s, other in enumerate(slots)])
+        return torch.cat([own_e if s == self.slot else other for s, other in enumerate(slots)])
+
+    def statistics_before(self, module: nn.Module) -> list[Tensor]:
+        """A copy of a module's buffers, for `statistics_in_turn`."""
+        return [buffer.detach().clone() for buffer in module.buffers()]
+
+    def statistics_in_turn(self, module: nn.Module, before: list[Tensor]) -> None:
+        """Make BatchNorm's running statistics what they were if one copy had seen the slots' batches in turn.
+
+        Each slot moved its copy from the same r by its own batch s_k: r_k = (1 - m) r + m s_k. One copy would have
+        gone r -> r_0 -> r_1 + (1 - m) (r_0 - r) and so on.
+
+        Args:
+            module: whose BatchNorms have seen this slot's batch.
+            before: `statistics_before` that.
+        """
+        if self.shape.slots == 1:
+            return
+        momenta = [m for part in module.modules() if isinstance(part, nn.BatchNorm2d) for m in _momenta(part)]
+        assert len(momenta) == len(before), "a buffer that is not BatchNorm's"
+        flat = torch.cat([buffer.detach().double().flatten() for buffer in module.buffers()])
+        slots = [torch.empty_like(flat) for _ in range(self.shape.slots)]
+        dist.all_gather(slots, flat, group=self.expert_group)
+        old = torch.cat([buffer.double().flatten() for buffer in before])
+        keep = torch.cat(
+            [torch.full_like(b, 1 - m, dtype=torch.float64).flatten() for b, m in zip(before, momenta, strict=True)]
+        )
+        now = slots[0]
+        for seen in slots[1:]:
+            now = seen + keep * (now - old)
+        for buffer, values in zip(module.buffers(), now.split([b.numel() for b in before]), strict=True):
+            buffer.copy_(values.view_as(buffer))
 
     def sum_over_data(self, values: Tensor) -> Tensor:
         """Sum over the replicas of this slot; the same bits on each of them."""
@@ -155,6 +186,12 @@ class Mesh:
             source = self.slot * self.shape.replicas
             for buffer in model.buffers():
                 dist.broadcast(buffer, source, group=self.data_group)
+
+
+def _momenta(norm: nn.BatchNorm2d) -> tuple[float, float, float]:
+    """Of mean, variance and batch counter, in the order of the buffers; a counter forgets nothing."""
+    momentum = 0.1 if norm.momentum is None else norm.momentum
+    return momentum, momentum, 0.0
 
 
 class SynchronisedBatchNorm2d(nn.BatchNorm2d):

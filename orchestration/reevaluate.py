@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import difflib
 import json
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from aggregation.diversity import Diversity
+from aggregation.ensemble import Outputs
 from aggregation.metrics import Scores
 from aggregation.serving import ServedModel, load_model
 from experts.data.batches import EvalBatches
 from experts.data.dataset import Dataset, open_dataset
 from experts.data.stores import Store
-from experts.registry import build
 from orchestration.compose import check, expand, from_yaml, parse
 from orchestration.config import RunConfig
+from orchestration.engine import casting
 from orchestration.finish import table
 from orchestration.run_folder import CONFIG, DATA, RUN, write_atomic
 from orchestration.tracking_contents import read_json
@@ -35,12 +40,89 @@ MAY_DIFFER = (
 """Where the data is and how it is read; everything else made the model what it is."""
 
 
-def reevaluate(run: str, weights: str, split: str, overrides: list[str]) -> str:
-    """Score the ensemble and its experts on a split, and keep the result as evaluation/again-<weights>-<split>.json.
+@dataclass(frozen=True)
+class SavedRun:
+    """A run folder opened for measuring.
+
+    Attributes:
+        folder: of the run.
+        config: as trained, but for where the data is and how it is read.
+        data: contents of data.json.
+        which: "best" or "last", the model taken.
+        model: loaded, on the device, in the precision of the run.
+        split: "test" or "val".
+        store: the images of the split.
+        dataset: the run's.
+        device, dtype: what is computed on and in.
+    """
+
+    folder: Path
+    config: RunConfig
+    data: dict[str, Any]
+    which: str
+    model: ServedModel
+    split: str
+    store: Store
+    dataset: Dataset
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def cuts(self) -> list[int] | None:
+        """Of the groups by index."""
+        return list(self.config.dataset.index_groups) if self.config.dataset.index_groups else None
+
+    def moment(self) -> dict[str, Any]:
+        """What a result says of where it comes from: split, selection, stage, epoch, step, and which weights."""
+        trained = read_json(self.folder / "evaluation" / f"{self.which}.json")
+        told = {key: trained.get(key) for key in ("selected_on", "stage", "epoch", "step")}
+        return {"split": self.split, **told, "weights": self.which}
+
+    def batches(self) -> EvalBatches:
+        """The split in its own order, in batches of run.evaluation_batch_size."""
+        size = self.config.run.evaluation_batch_size
+        return EvalBatches(self.store, self.dataset.config, size, device=self.device, dtype=self.dtype)
+
+    def outputs(self, images_B3HW: Tensor) -> Outputs:
+        """What the experts say of prepared images, in the run's precision."""
+        with casting(self.config.engine, self.device):
+            return self.model.outputs(images_B3HW)
+
+
+def open_run(run: str, which: str, split: str, overrides: list[str]) -> SavedRun:
+    """Load a saved run's model and the data it was trained from.
+
+    Raises:
+        ValueError: see `reevaluate`.
+    """
+    folder = expand(run)
+    config = _override(_stored_config(folder), overrides)
+    data = read_json(folder / DATA)
+    model = _model(folder, which)
+    store, dataset = _split(folder, config, data, split)
+    device = torch.device("cuda" if config.cluster.gpus_per_worker and torch.cuda.is_available() else "cpu")
+    dtype = torch.float64 if config.engine.precision == "float64" else torch.float32
+    model.ensemble.to(device, dtype).eval()
+    return SavedRun(folder, config, data, which, model, split, store, dataset, device, dtype)
+
+
+@contextmanager
+def threads_of(config: RunConfig) -> Iterator[None]:
+    """Inside, torch computes on as many CPU threads as the run did."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.engine.threads or threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def reevaluate(run: str, which: str, split: str, overrides: list[str]) -> str:
+    """Score the ensemble and its experts on a split, and keep the result as evaluation/again-<which>-<split>.json.
 
     Args:
         run: the run folder.
-        weights: "best" or "last".
+        which: "best" or "last", of its models.
         split: "test" or "val".
         overrides: `a.b=value` for keys of MAY_DIFFER.
 
@@ -51,30 +133,11 @@ def reevaluate(run: str, weights: str, split: str, overrides: list[str]) -> str:
         ValueError: there is no such run, it has no model yet, a file is damaged, an override would change what is
             measured, or the data is not the run's.
     """
-    folder = expand(run)
-    config = _override(_stored_config(folder), overrides)
-    data = read_json(folder / DATA)
-    model = _model(folder, weights)
-    store, dataset = _split(folder, config, data, split)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.engine.threads or threads)
-    try:
-        scores = _score(config, model, store, dataset)
-    finally:
-        torch.set_num_threads(threads)
-    cuts = config.dataset.index_groups
-    trained = read_json(folder / "evaluation" / f"{weights}.json")
-    evaluation = {
-        "split": split,
-        "selected_on": trained.get("selected_on"),
-        "stage": trained.get("stage"),
-        "epoch": trained.get("epoch"),
-        "step": trained.get("step"),
-        "weights": weights,
-        **scores.result(data["counts"], list(cuts) if cuts else None),
-    }
-    text = table(config, data, {weights: _shown(evaluation)})
-    return f"{text}\n\n{_keep(folder, f'again-{weights}-{split}', evaluation)}"
+    saved = open_run(run, which, split, overrides)
+    with threads_of(saved.config):
+        evaluation = saved.moment() | _score(saved)
+    text = table(saved.config, saved.data, {which: _shown(evaluation)})
+    return f"{text}\n\n{keep(saved.folder, f'again-{which}-{split}', evaluation)}"
 
 
 def _stored_config(folder: Path) -> RunConfig:
@@ -112,8 +175,8 @@ def _override(config: RunConfig, overrides: list[str]) -> RunConfig:
     return check(tree, " ".join(overrides) or "config.yaml")
 
 
-def _model(folder: Path, weights: str) -> ServedModel:
-    export = folder / "export" / weights
+def _model(folder: Path, which: str) -> ServedModel:
+    export = folder / "export" / which
     if not export.is_dir():
         status = read_json(folder / RUN)
         command = status.get("command") or "the command that started it"
@@ -146,21 +209,19 @@ def _split(folder: Path, config: RunConfig, data: dict[str, Any], split: str) ->
 
 
 @torch.no_grad()
-def _score(config: RunConfig, model: ServedModel, store: Store, dataset: Dataset) -> Scores:
+def _score(saved: SavedRun) -> dict[str, Any]:
     """As `StageTrainer.evaluate` on one worker."""
-    device = "cuda" if config.cluster.gpus_per_worker and torch.cuda.is_available() else "cpu"
-    dtype = torch.float64 if config.engine.precision == "float64" else torch.float32
-    ensemble = model.ensemble.to(device, dtype).eval()
-    aggregator = build("aggregator", config.method.aggregator)
-    batches = EvalBatches(store, dataset.config, config.run.evaluation_batch_size, device=device, dtype=dtype)
-    autocast = config.engine.precision == "autocast"
-    scores = Scores()
-    for images_B3HW, labels_B in batches:
-        with torch.autocast(device, torch.bfloat16) if autocast else nullcontext():
-            logits_EBC = ensemble(images_B3HW)
-        members = dict(zip(config.method.expert_names, logits_EBC.unbind(), strict=True))
-        scores.update({"ensemble": aggregator(logits_EBC), **members}, labels_B)
-    return scores
+    model, names = saved.model, saved.model.description.expert_names
+    scores, diversity = Scores(), Diversity()
+    for images_B3HW, labels_B in saved.batches():
+        outputs = saved.outputs(images_B3HW)
+        experts = dict(zip(names, outputs.logits_EBC.unbind(), strict=True))
+        used_B = model.aggregator.experts_used(outputs)
+        extra = {} if used_B is None else {"experts_used": used_B}
+        scores.update({**model.aggregator.members(outputs), **experts}, labels_B, extra)
+        diversity.update(experts, labels_B)
+    counts = saved.data["counts"]
+    return {**scores.result(counts, saved.cuts), "diversity": diversity.result(counts, saved.cuts)}
 
 
 def _shown(evaluation: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +230,8 @@ def _shown(evaluation: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in evaluation.items() if not (same and key == "selected_on")}
 
 
-def _keep(folder: Path, name: str, evaluation: dict[str, Any]) -> str:
+def keep(folder: Path, name: str, evaluation: dict[str, Any]) -> str:
+    """Write evaluation/<name>.json, and say where; a folder that cannot be written to costs the file alone."""
     path = folder / "evaluation" / f"{name}.json"
     try:
         path.parent.mkdir(exist_ok=True)

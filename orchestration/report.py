@@ -1,4 +1,5 @@
-"""Pictures of a run, drawn from its folder alone: curves, per-class accuracy, class counts; and the final table.
+"""Pictures of a run, drawn from its folder alone: curves, per-class accuracy, class counts, how different the experts
+are; and the final table.
 
 Everything that is there is drawn; what an interrupted run does not have is left out. Ten classes get their names on the
 axis, thousands become a cloud of points with a running mean.
@@ -15,20 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestration.drawing import BEST, GROUP_COLOURS, LAST, colour_of, head_line, new_figure, our_style, short
 from orchestration.journal import Series, series
-from orchestration.tables import GROUPS, final_table, members, selection_note
+from orchestration.report_experts import draw_experts
+from orchestration.tables import GROUPS, final_table, members, selection_note, several_experts
 from orchestration.tracking_contents import evaluations, read_config, read_json
 
-_GROUP_COLOURS = {"many": "#3b6fb6", "medium": "#d98e04", "few": "#b8323f"}
-_COLOURS = ("#1b1b1b", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f6a3d", "#8c8c8c")
-_LAST, _BEST = "#1b1b1b", "#d55e00"
 _NAMED_CLASSES = 40  # more names than this cannot be read
-_STYLE: Any = {
-    "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-    "grid.color": "#e4e4e4", "grid.linewidth": 0.6, "legend.frameon": False, "legend.fontsize": 8,
-    "lines.linewidth": 1.5, "figure.dpi": 110, "savefig.dpi": 110, "figure.constrained_layout.use": True,
-}  # fmt: skip
 
 
 def write_report(run_dir: str | os.PathLike[str]) -> list[Path]:
@@ -46,11 +40,12 @@ def write_report(run_dir: str | os.PathLike[str]) -> list[Path]:
     data, found, config = read_json(run_dir / "data.json"), evaluations(run_dir), read_config(run_dir)
     lines, title = series(run_dir), _title(run_dir, config, data)
     written = []
-    with _matplotlib():
+    with our_style():
         pictures = {
             "curves.png": _curves(lines, found.get("best"), title) if lines else None,
             "class_counts.png": _class_counts(data, title) if data.get("counts") else None,
             "per_class.png": _per_class(data, found, title) if data.get("counts") and found else None,
+            "diversity.png": draw_experts(found, title) if any(map(several_experts, found.values())) else None,
         }
         for name, figure in pictures.items():
             if figure is not None:
@@ -64,28 +59,6 @@ def write_report(run_dir: str | os.PathLike[str]) -> list[Path]:
         os.replace(scratch, folder / "table.txt")
         written.append(folder / "table.txt")
     return written
-
-
-class _matplotlib:
-    """Our style while drawing; no window system is touched, and the caller's settings come back."""
-
-    def __enter__(self) -> None:
-        import matplotlib
-
-        self._context = matplotlib.rc_context(_STYLE)
-        self._context.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._context.__exit__(*error)
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _title(run_dir: Path, config: Mapping[str, Any], data: Mapping[str, Any]) -> str:
@@ -110,7 +83,7 @@ def _curves(lines: Mapping[str, Mapping[str, Series]], best: Mapping[str, Any] |
         if any(name.startswith(f"{split}/") and name.endswith("/few/top1") for _, name in time.names()):
             panels.append((_draw_members, (split, "few")))
     rows = -(-len(panels) // 3)
-    figure = _figure(13.5, 0.5 + 3.4 * rows)
+    figure = new_figure(13.5, 0.5 + 3.4 * rows)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     for place, (draw, arguments) in enumerate(panels, 1):
         axes = figure.add_subplot(rows, 3, place)
@@ -202,7 +175,7 @@ def _draw_terms(axes: Any, time: _Timeline) -> None:
         for owner in owners:
             x, y = time.get(f"train/{term}/{owner}" if owner else f"train/{term}")
             smooth = _running_mean(y, max(1, len(y) // 50)) if len(y) >= 100 else y
-            axes.plot(*_thin(x, smooth), color=_colour(owners.index(owner) + 1 if owner else 0),
+            axes.plot(*_thin(x, smooth), color=colour_of(owners.index(owner) + 1 if owner else 0),
                       linestyle=styles[index % 4], linewidth=1.2)  # fmt: skip
     _style_legend(axes, list(terms), sorted({o for owners in terms.values() for o in owners if o}), styles)
 
@@ -220,7 +193,7 @@ def _draw_lr(axes: Any, time: _Timeline) -> None:
 
 def _draw_groups(axes: Any, time: _Timeline, split: str) -> None:
     axes.set_title(f"{split}: top-1 of the ensemble by training count, %")
-    for group, colour in {"all": "#1b1b1b", **_GROUP_COLOURS}.items():
+    for group, colour in {"all": "#1b1b1b", **GROUP_COLOURS}.items():
         x, y = time.get(f"{split}/ensemble/{group}/top1")
         if len(y):
             _plot_accuracy(axes, x, y, colour, group, strong=group == "all")
@@ -232,7 +205,7 @@ def _draw_members(axes: Any, time: _Timeline, split: str, group: str) -> None:
     names = [name.split("/")[1] for _, name in time.names() if re.fullmatch(f"{split}/[^/]+/{group}/top1", name)]
     for index, member in enumerate(sorted(dict.fromkeys(names), key=lambda name: name != "ensemble")):
         x, y = time.get(f"{split}/{member}/{group}/top1")
-        _plot_accuracy(axes, x, y, _colour(index), member, strong=index == 0)
+        _plot_accuracy(axes, x, y, colour_of(index), member, strong=index == 0)
     _legend(axes)
 
 
@@ -244,10 +217,10 @@ def _plot_accuracy(axes: Any, x: NDArray[Any], y: NDArray[Any], colour: str, nam
 
 def _mark_best(axes: Any, time: _Timeline, best: Mapping[str, Any] | None) -> None:
     if best and best.get("stage") in time.starts:
-        axes.axvline(time.at(best["stage"], int(best["step"])), color=_BEST, linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.axvline(time.at(best["stage"], int(best["step"])), color=BEST, linewidth=0.9, linestyle=(0, (4, 3)))
         text = f"best on {best.get('selected_on', '?')}"
         axes.annotate(text, (time.at(best["stage"], int(best["step"])), 0), xycoords=("data", "axes fraction"),
-                      fontsize=7, color=_BEST, xytext=(-3, 3), textcoords="offset points", ha="right")  # fmt: skip
+                      fontsize=7, color=BEST, xytext=(-3, 3), textcoords="offset points", ha="right")  # fmt: skip
 
 
 def _legend(axes: Any, handles: Sequence[Any] | None = None, columns: int = 1) -> None:
@@ -260,7 +233,7 @@ def _style_legend(axes: Any, terms: Sequence[str], owners: Sequence[str], styles
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color="#777777", linestyle=styles[i % 4], label=term) for i, term in enumerate(terms)]
-    handles += [Line2D([], [], color=_colour(i + 1), label=owner) for i, owner in enumerate(owners)]
+    handles += [Line2D([], [], color=colour_of(i + 1), label=owner) for i, owner in enumerate(owners)]
     _legend(axes, handles, columns=1 + (len(handles) > 6))
 
 
@@ -270,11 +243,11 @@ def _style_legend(axes: Any, terms: Sequence[str], owners: Sequence[str], styles
 def _class_counts(data: Mapping[str, Any], title: str) -> Any:
     """Training images of every class on a log axis, classes sorted by falling count, groups in colour."""
     counts, order = _sorted_counts(data)
-    figure = _figure(_width(len(counts)), 4.4)
+    figure = new_figure(_width(len(counts)), 4.4)
     axes = figure.add_subplot()
     _fill_counts(axes, counts[order])
     ratio = counts.max() / max(counts.min(), 1)
-    _head(figure, f"{title}\n{counts.sum():,} training images, {len(counts):,} classes, ratio {ratio:.4g}")
+    head_line(figure, f"{title}\n{counts.sum():,} training images, {len(counts):,} classes, ratio {ratio:.4g}")
     _name_classes(axes, data, order)
     return figure
 
@@ -283,10 +256,10 @@ def _per_class(data: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]], 
     """Accuracy of every class for last and best, above the number of its training images."""
     counts, order = _sorted_counts(data)
     member = members(found)[0]
-    figure = _figure(_width(len(counts)), 6.4)
+    figure = new_figure(_width(len(counts)), 6.4)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2.6, 1))
     few = len(counts) <= _NAMED_CLASSES
-    for index, (which, colour) in enumerate((("last", _LAST), ("best", _BEST))):
+    for index, (which, colour) in enumerate((("last", LAST), ("best", BEST))):
         values = (found.get(which, {}).get("members", {}).get(member) or {}).get("per_class")
         if values is None or len(values) != len(counts):
             continue
@@ -304,7 +277,7 @@ def _per_class(data: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]], 
     top.set_ylabel("top-1, %")
     note = selection_note(found.get("best")).split(";")[0]
     smooth = "" if few else f"; lines: mean over {max(5, len(counts) // 25)} neighbouring classes"
-    _head(figure, f"{title}\nAccuracy of each class, {member}{smooth}" + (f"\n{note}" if note else ""))
+    head_line(figure, f"{title}\nAccuracy of each class, {member}{smooth}" + (f"\n{note}" if note else ""))
     _legend_above(top)
     _fill_counts(bottom, counts[order])
     _name_classes(bottom, data, order)
@@ -320,10 +293,10 @@ def _fill_counts(axes: Any, counts: NDArray[Any]) -> None:
     groups = np.array([_group(count) for count in counts])
     x = np.arange(len(counts))
     if len(counts) <= 300:
-        axes.bar(x, counts, 0.8 if len(counts) <= _NAMED_CLASSES else 1.0, color=[_GROUP_COLOURS[g] for g in groups])
+        axes.bar(x, counts, 0.8 if len(counts) <= _NAMED_CLASSES else 1.0, color=[GROUP_COLOURS[g] for g in groups])
     else:
         for group in GROUPS:
-            axes.fill_between(x, counts, where=groups == group, step="mid", color=_GROUP_COLOURS[group], linewidth=0)
+            axes.fill_between(x, counts, where=groups == group, step="mid", color=GROUP_COLOURS[group], linewidth=0)
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.8)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
@@ -332,14 +305,10 @@ def _fill_counts(axes: Any, counts: NDArray[Any]) -> None:
         axes.axhline(border, color="#777777", linewidth=0.6, linestyle=":")
     rule = {"many": "> 100", "medium": "20-100", "few": "< 20"}
     handles = [
-        Patch(color=_GROUP_COLOURS[group], label=f"{group} ({rule[group]}): {int((groups == group).sum()):,} classes")
+        Patch(color=GROUP_COLOURS[group], label=f"{group} ({rule[group]}): {int((groups == group).sum()):,} classes")
         for group in GROUPS
     ]
     _legend_above(axes, handles)
-
-
-def _head(figure: Any, text: str) -> None:
-    figure.suptitle(text, x=0.01, ha="left", fontsize=10, fontweight="bold")
 
 
 def _legend_above(axes: Any, handles: Sequence[Any] | None = None) -> None:
@@ -352,7 +321,7 @@ def _name_classes(axes: Any, data: Mapping[str, Any], order: NDArray[Any]) -> No
     names = data.get("class_names") or [str(index) for index in range(len(order))]
     axes.grid(axis="x", visible=False)
     if len(order) <= _NAMED_CLASSES:
-        labels = [_short(str(names[index])) for index in order]
+        labels = [short(str(names[index])) for index in order]
         slanted = len(order) > 12 or max(map(len, labels)) > 9
         axes.set_xticks(range(len(order)), labels, rotation=45 if slanted else 0, ha="right" if slanted else "center",
                         rotation_mode="anchor" if slanted else "default")  # fmt: skip
@@ -377,10 +346,6 @@ def _borders(counts: NDArray[Any]) -> list[int]:
 
 def _width(num_classes: int) -> float:
     return float(np.clip(3.0 + 0.35 * num_classes, 8.0, 12.0))
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 18 else name[:16] + "…"
 
 
 # Numbers
@@ -416,7 +381,3 @@ def _robust_limits(values: NDArray[Any]) -> tuple[float, float]:
 def _last(values: NDArray[Any]) -> float:
     finite = values[np.isfinite(values)]
     return float(finite[-1]) if len(finite) else float("nan")
-
-
-def _colour(index: int) -> str:
-    return _COLOURS[index % len(_COLOURS)]

@@ -9,6 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from importlib.metadata import PackageNotFoundError, version
@@ -37,6 +38,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._changing = threading.Lock()
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = open(path / ".lock", "a+")  # noqa: SIM115  (held for as long as the run lasts)
@@ -133,8 +135,13 @@ class RunFolder:
             ) from error
 
     def note(self, **values: Any) -> None:
-        """Set values in run.json."""
-        self._write_json(RUN, self.run() | values)
+        """Set values in run.json; from any thread."""
+        with self._changing:
+            self._write_json(RUN, self.run() | values)
+
+    def data(self) -> dict[str, Any]:
+        """What data.json says of the run's dataset."""
+        return json.loads((self.path / DATA).read_text())
 
     def write_data(self, data: dict[str, Any]) -> None:
         """Store what the run's dataset is.
@@ -154,8 +161,8 @@ class RunFolder:
         self._write_json(DATA, data)
 
     def write_evaluation(self, name: str, evaluation: dict[str, Any]) -> None:
-        """Store evaluation/<name>.json."""
-        (self.path / "evaluation").mkdir(exist_ok=True)
+        """Store evaluation/<name>.json; a name may have a folder in it."""
+        (self.path / "evaluation" / name).parent.mkdir(parents=True, exist_ok=True)
         self._write_json(f"evaluation/{name}.json", evaluation)
 
     def _write_json(self, name: str, value: dict[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """The final numbers of a run as plain text, the same on a terminal, in a pipe and in `report/table.txt`.
 
+Accuracy and calibration of the ensemble, of whatever it is compared with, and of each expert; how many experts a router
+asked; and how different the experts are.
 The group columns come by two published rules, each named where it is used: by the number of training images of a class
 (many > 100, medium 20 to 100, few < 20), and by the index of the class among the classes sorted by decreasing count.
 """
@@ -7,8 +9,8 @@ The group columns come by two published rules, each named where it is used: by t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 GROUPS = ("many", "medium", "few")
 _COUNT_RULE = {"many": "> 100", "medium": "20-100", "few": "< 20"}
@@ -22,7 +24,7 @@ def final_table(
     title: str = "",
     seed: int | None = None,
 ) -> str:
-    """Top-1 accuracy of the ensemble and of each expert, by class group, last and best side by side.
+    """Accuracy of the ensemble and of each expert, and how they differ, by class group, last and best side by side.
 
     Args:
         evaluations: "last" and "best", as in `evaluation/*.json`; either may be missing.
@@ -44,18 +46,26 @@ def final_table(
         return "\n".join([*lines, "no evaluation yet"])
     groups = data.get("groups") or {}
     lines += ["", "Top-1 accuracy in %, groups by number of training images of a class"]
-    lines += _accuracy_block(shown, ["all", *GROUPS], _headings(groups.get("by_count"), _COUNT_RULE))
+    by_count = _headings(groups.get("by_count"), _COUNT_RULE)
+    lines += _block(shown, _accuracy_rows(shown), by_count)
     by_index = [f"{group}_by_index" for group in GROUPS]
     if any(_top1(shown[w], member, key) is not None for w in shown for member in members(shown) for key in by_index):
         lines += ["", "Top-1 accuracy in %, groups by index of the class, classes sorted by falling training count"]
         headings = _headings(groups.get("by_index"), _index_rule(groups.get("by_index")), "_by_index")
-        lines += _accuracy_block(shown, by_index, headings)
+        lines += _block(shown, _accuracy_rows(shown), {key: headings[key] for key in by_index})
     lines += ["", "Calibration: negative log-likelihood in nats, expected calibration error in % (15 bins)"]
     rows = []
     for member in members(shown):
         cells = [_number(_member(shown[w], member).get("nll"), 1.0, 4) for w in shown]
         rows.append([member, *cells, *(_number(_member(shown[w], member).get("ece"), 100.0, 2) for w in shown)])
     lines += _grid([["", *(f"NLL {w}" for w in shown), *(f"ECE {w}" for w in shown)], *rows])
+    if rows_per_image := _per_image_rows(shown):
+        lines += ["", "Per image, groups by number of training images of a class"]
+        lines += _block(shown, rows_per_image, by_count)
+    if rows_diversity := _diversity_rows(shown):
+        lines += ["", "How different the experts are, groups by number of training images of a class"]
+        lines += _block(shown, rows_diversity, by_count)
+        lines.append("bias: the class that most experts say is wrong; variance: an expert does not say that class")
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -138,16 +148,86 @@ def _index_rule(groups: Mapping[str, Sequence[int]] | None) -> dict[str, str]:
     return rule
 
 
-def _accuracy_block(
-    shown: Mapping[str, Mapping[str, Any]], keys: Sequence[str], headings: Mapping[str, str]
-) -> list[str]:
-    head = ["", *(headings[key] for key in keys for _ in shown)]
-    second = ["", *(which for _ in keys for which in shown)]
-    rows = [
-        [member, *(_number(_top1(shown[which], member, key), 100.0, 2) for key in keys for which in shown)]
-        for member in members(shown)
+class _Row(NamedTuple):
+    """A row of a block: how it is shown, and an evaluation's numbers by group."""
+
+    label: str
+    scale: float
+    digits: int
+    by_group: Callable[[Mapping[str, Any]], Mapping[str, float | None]]
+
+
+def _block(shown: Mapping[str, Mapping[str, Any]], rows: Sequence[_Row], headings: Mapping[str, str]) -> list[str]:
+    """Rows over the groups that the headings name, each group's evaluations side by side."""
+    head = ["", *(heading for heading in headings.values() for _ in shown)]
+    second = ["", *(which for _ in headings for which in shown)]
+    cells = [
+        [
+            row.label,
+            *(_number(row.by_group(shown[w]).get(group), row.scale, row.digits) for group in headings for w in shown),
+        ]
+        for row in rows
     ]
-    return _grid([second, *rows], spans=_spans(head, len(shown)))
+    return _grid([second, *cells], spans=_spans(head, len(shown)))
+
+
+def _accuracy_rows(shown: Mapping[str, Mapping[str, Any]]) -> list[_Row]:
+    def top1(member: str) -> Callable[[Mapping[str, Any]], Mapping[str, float | None]]:
+        return lambda evaluation: _member(evaluation, member).get("top1") or {}
+
+    return [_Row(member, 100.0, 2, top1(member)) for member in members(shown)]
+
+
+def _per_image_rows(shown: Mapping[str, Mapping[str, Any]]) -> list[_Row]:
+    """Every extra number, and for a router the share of expert passes that it saved; none where there is none."""
+    found = dict.fromkeys(name for evaluation in shown.values() for name in evaluation.get("per_image") or {})
+
+    def mean(name: str) -> Callable[[Mapping[str, Any]], Mapping[str, float | None]]:
+        return lambda evaluation: (evaluation.get("per_image") or {}).get(name) or {}
+
+    rows = [_Row(name.replace("_", " "), 1.0, 3, mean(name)) for name in found]
+    if any(map(passes_saved, shown.values())):
+        rows.append(_Row("expert passes saved, %", 100.0, 2, passes_saved))
+    return rows
+
+
+def passes_saved(evaluation: Mapping[str, Any]) -> dict[str, float | None]:
+    """Share of the experts' forward passes that a router did without, by group; the trunk always runs.
+
+    Empty where there was no router or the number of experts is not noted.
+    """
+    used = (evaluation.get("per_image") or {}).get("experts_used") or {}
+    num_experts = (evaluation.get("diversity") or {}).get("num_experts")
+    if not num_experts:
+        return {}
+    return {group: None if mean is None else 1 - mean / num_experts for group, mean in used.items()}
+
+
+def several_experts(evaluation: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The evaluation's `diversity`; empty where there is none, or one expert, which differs from nobody."""
+    diversity = evaluation.get("diversity") or {}
+    return diversity if diversity.get("num_experts", 0) > 1 else {}
+
+
+def _diversity_rows(shown: Mapping[str, Mapping[str, Any]]) -> list[_Row]:
+    experts = dict.fromkeys(name for e in shown.values() for name in several_experts(e).get("experts", ()))
+    if not experts:
+        return []
+
+    def value(key: str) -> Callable[[Mapping[str, Any]], Mapping[str, float | None]]:
+        return lambda evaluation: several_experts(evaluation).get(key) or {}
+
+    def divergence(name: str) -> Callable[[Mapping[str, Any]], Mapping[str, float | None]]:
+        return lambda evaluation: (several_experts(evaluation).get("divergence") or {}).get(name) or {}
+
+    return [
+        _Row("pairs that disagree, %", 100.0, 2, value("disagreement")),
+        _Row("all agree, %", 100.0, 2, value("agreement")),
+        *(_Row(f"KL(mean || {name}), nats", 1.0, 4, divergence(name)) for name in experts),
+        _Row("error of an expert, %", 100.0, 2, value("error")),
+        _Row("bias, %", 100.0, 2, value("bias")),
+        _Row("variance, %", 100.0, 2, value("variance")),
+    ]
 
 
 def _spans(head: Sequence[str], width: int) -> list[tuple[str, int]]:

@@ -13,8 +13,10 @@ from orchestration.config import RunConfig
 from orchestration.console import Console
 from orchestration.finish import export, table
 from orchestration.mesh import mesh_shape
-from orchestration.run import Outcome, Stopped, read_evaluations, run_path, train
+from orchestration.run import read_evaluations, run_path, train
 from orchestration.run_folder import CONFIG, DATA, RunFolder, write_atomic
+from orchestration.sources import check_sources
+from orchestration.stage_run import Outcome, Stopped
 
 _SHORT_WAIT_S = 10.0  # for the upload when a run did not end well: the message should not wait for it
 
@@ -22,6 +24,7 @@ _SHORT_WAIT_S = 10.0  # for the upload when a run did not end well: the message 
 def train_and_report(config: RunConfig, marks: dict[str, float]) -> int:
     """Carry out a run and leave report, models and final table. Returns the exit code."""
     mesh_shape(config.method.num_experts, config.cluster.workers, config.cluster.experts_per_worker)  # refuse early
+    check_sources(config)
     folder = RunFolder(run_path(config))
     try:
         if folder.started and _complete(folder, config):
@@ -84,7 +87,11 @@ class _Tracking:
 def _report(config: RunConfig, folder: RunFolder, outcome: Outcome) -> None:
     from orchestration.report import write_report
 
-    export(folder.stored_config(), folder, outcome.checkpoint)
+    stored = folder.stored_config()
+    if stored.method.stages[outcome.stage].classes is not None:
+        folder.note(status="stopped", ended=time.time())  # before the last stage; some classes make no table of the run
+        return
+    export(stored, folder, outcome.stage, outcome.checkpoint)
     write_report(folder.path)
     write_atomic(folder.path / "report" / "table.txt", _stored_table(config, folder) + "\n")
     folder.note(status="finished" if outcome.finished else "stopped", ended=time.time())

@@ -77,9 +77,9 @@ def steps(folder: Path) -> list[int]:
 
 
 def weights(folder: Path) -> dict[str, bytes]:
-    """Bytes of every tensor file of the newest checkpoint and of the best weights."""
+    """Bytes of every tensor file of the newest checkpoint and of its stage's best weights."""
     newest = sorted((folder / "checkpoints").glob("[0-9]*"))[-1]
-    best = list((folder / "checkpoints").glob("best-*"))
+    best = list((folder / "checkpoints").glob(f"best-{newest.name[:2]}-*"))
     assert len(best) == 1
     assert not list((folder / "checkpoints").glob(".writing*"))
     return {f"{f.name}/{p.name}": p.read_bytes() for f in (newest, *best) for p in sorted(f.glob("*.safetensors"))}

@@ -1,15 +1,17 @@
-"""ResNet-8, 14, 20 and 32 for small images: the long-tailed benchmarks' CIFAR network, split as RIDE splits it.
+"""ResNet-8, 14, 20 and 32 for small images: the long-tailed benchmarks' CIFAR network, cut as a method needs it.
 
 Shapes: B images of H x W pixels, any H and W; D features.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experts.backbones.splits import GlobalMean, Split, SplitResNet
 from experts.registry import Settings, register
 
 
@@ -34,73 +36,47 @@ class BasicBlock(nn.Module):
         return F.relu(out + x)
 
 
-def stage(blocks: int, in_planes: int, planes: int, stride: int) -> nn.Sequential:
-    """Residual blocks of one width, the first of which may change width and resolution."""
-    first = BasicBlock(in_planes, planes, stride)
-    return nn.Sequential(first, *(BasicBlock(planes, planes, 1) for _ in range(blocks - 1)))
-
-
-class Trunk(nn.Module):
-    """First convolution and stage 1: [B, 3, H, W] -> [B, 16, H, W]."""
-
-    def __init__(self, blocks: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = stage(blocks, 16, 16, 1)
-
-    def forward(self, images_B3HW: Tensor) -> Tensor:
-        return self.layer1(F.relu(self.bn1(self.conv1(images_B3HW))))
-
-
-class LateStages(nn.Module):
-    """Stages 2 and 3 and the mean over positions: [B, 16, H, W] -> [B, D]."""
-
-    def __init__(self, blocks: int, planes2: int, planes3: int) -> None:
-        super().__init__()
-        self.layer2 = stage(blocks, 16, planes2, 2)
-        self.layer3 = stage(blocks, planes2, planes3, 2)
-
-    def forward(self, h_B16HW: Tensor) -> Tensor:
-        return self.layer3(self.layer2(h_B16HW)).mean(dim=(2, 3))
-
-
 @register("model", "resnet_cifar")
-class ResNetCifar:
-    """Makes the parts of the network; every call of a method makes new, untrained ones.
+class ResNetCifar(SplitResNet):
+    """Three stages of 16, 32 and 64 channels after one 3x3 convolution, and the mean over positions.
 
-    Source: He et al. 2016, arXiv:1512.03385, section 4.2; widths of the experts and the split as in the published code
-    of RIDE (arXiv:2010.01809).
+    Source: He et al. 2016, arXiv:1512.03385, section 4.2; cuts and widths of the experts as in the published code of
+    RIDE (arXiv:2010.01809), BBN (arXiv:1912.02413) and ResLT (arXiv:2101.10633). ACE (arXiv:2108.02385) published no
+    code; its cut is our reading of the paper.
     """
 
     class Config(Settings):
         name: Literal["resnet_cifar"] = "resnet_cifar"
         depth: Literal[8, 14, 20, 32] = 32
         """Layers with weights: 3 stages of (depth - 2) / 6 blocks of two, the first convolution and the head."""
+        split: Split = "ride"
+        """What each expert owns: ride: stages 2 and 3; last_stage: stage 3; last_block: the last block of stage 3;
+        whole: the whole network; branches: a BatchNorm on the last map. The rest is the shared trunk."""
+        head_init: Literal["kaiming", "framework"] = "kaiming"
+        """Initial weights of a linear head: kaiming: normal with variance 2 / D (RIDE, LDAM, H2T); framework: uniform
+        within 1 / sqrt(D) (BBN, ResLT)."""
 
     def __init__(self, config: Config) -> None:
-        self.blocks = (config.depth - 2) // 6
+        # RIDE makes each expert thinner, so that three cost about twice one network.
+        super().__init__(
+            blocks=((config.depth - 2) // 6,) * 3, split=config.split, planes=(16, 32, 64), thin_planes=(16, 24, 48)
+        )
+        self.head_init = config.head_init
 
-    def trunk(self) -> nn.Module:
-        """What experts share."""
-        return Trunk(self.blocks)
+    def stem(self) -> dict[str, nn.Module]:
+        return {"conv1": nn.Conv2d(3, 16, 3, padding=1, bias=False), "bn1": nn.BatchNorm2d(16), "relu": nn.ReLU()}
 
-    def late_stages(self, *, reduce_dimension: bool) -> nn.Module:
-        """What an expert owns before its head, with `num_features` outputs."""
-        return LateStages(self.blocks, *self.widths(reduce_dimension))
+    def block(self, stage: int, index: int, in_planes: int, planes: int) -> nn.Module:
+        return BasicBlock(in_planes, planes, stride=2 if stage and not index else 1)
 
-    def num_features(self, *, reduce_dimension: bool) -> int:
-        """D."""
-        return self.widths(reduce_dimension)[-1]
+    def branch(self, num_features: int) -> nn.Module:
+        return nn.Sequential(OrderedDict(bn=nn.BatchNorm2d(num_features), pool=GlobalMean()))
 
-    @staticmethod
-    def widths(reduce_dimension: bool) -> tuple[int, int]:
-        """Channels of stages 2 and 3; RIDE makes each expert thinner, so that three cost about twice one network."""
-        return (24, 48) if reduce_dimension else (32, 64)
-
-    @staticmethod
-    def initialise(module: nn.Module) -> None:
+    def initialise(self, module: nn.Module) -> None:
         """Kaiming-normal weights in convolutions and linear heads; BatchNorm, biases and cosine heads stay as made."""
+        kinds: tuple[type[nn.Conv2d | nn.Linear], ...] = (nn.Conv2d, nn.Linear)
+        if self.head_init == "framework":
+            kinds = (nn.Conv2d,)
         for part in module.modules():
-            if isinstance(part, nn.Conv2d | nn.Linear):
+            if isinstance(part, kinds):
                 nn.init.kaiming_normal_(part.weight)

@@ -19,10 +19,24 @@ from torch import Tensor
 from experts.data.augment import NUM_UNIFORMS, augment, prepare_eval, random_resized_crops
 from experts.data.config import DatasetConfig
 from experts.data.decode import CROP_UNIFORMS
-from experts.data.random import key, uniforms
+from experts.data.random import KeyedRandom, key, permutation, uniforms
 from experts.data.stores import FileImages, ResidentImages, Store
 from experts.data.streams import Request, Stream, read
 from experts.progress import Progress
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """How the images of a batch were blended with others of it (mixup).
+
+    Attributes:
+        share: of the image itself, in [0, 1]; the rest is the other's.
+        labels_B, global_labels: as in `Batch`, of the other images.
+    """
+
+    share: float
+    labels_B: Tensor
+    global_labels: Tensor
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,7 @@ class Batch:
         global_labels: int64, of the whole batch, in its order: what denominators are computed from.
         positions_B: rows of the training set, int64.
         partner: a second batch of as many images, paired with this one by row, where the stage has one.
+        mixed: where the stage blends images.
     """
 
     images_B3HW: Tensor
@@ -42,6 +57,7 @@ class Batch:
     global_labels: Tensor
     positions_B: Tensor | None = None
     partner: Batch | None = None
+    mixed: Mixed | None = None
 
 
 def share(count: int, part: int, parts: int) -> tuple[int, int]:
@@ -71,6 +87,7 @@ class TrainBatches:
         num_replicas: int = 1,
         drop_last: bool = False,
         view: int = 0,
+        mixup_alpha: float | None = None,
     ) -> None:
         """Move a resident store to the device; start nothing else.
 
@@ -81,6 +98,8 @@ class TrainBatches:
             epochs: of the stage; samplers may depend on it.
             dtype: of the images.
             view: another value gives other augmentation of the same images.
+            mixup_alpha: blend every image with another of the global batch, the share of the first one drawn per
+                batch from Beta(alpha, alpha). Each replica then makes the pixels of the whole batch.
 
         Raises:
             ValueError: no batch is left when the last partial one is dropped.
@@ -95,6 +114,7 @@ class TrainBatches:
         self.replica, self.num_replicas = replica, num_replicas
         self._stream_name = (seed, stage, stream)
         self._view = view
+        self._mixup_alpha = mixup_alpha
         draws = sampler.draws_per_epoch
         self.draws_per_epoch = draws - draws % batch_size if drop_last else draws
         if not self.draws_per_epoch:
@@ -165,8 +185,12 @@ class TrainBatches:
         start, stop = share(last - first, self.replica, self.num_replicas)
         return first + start, first + stop
 
+    def _made_rows(self, step: int) -> tuple[int, int]:
+        """Rows whose pixels this replica needs."""
+        return self._local_rows(step) if self._mixup_alpha is None else self._rows(step)
+
     def _request(self, epoch: int, step: int) -> Request:
-        first, last = self._local_rows(step)
+        first, last = self._made_rows(step)
         return Request(self.positions(epoch)[first:last], self._key(epoch, f"crop/{self._view}"), first)
 
     def _take(self, store: ResidentImages, request: Request) -> Tensor:
@@ -177,13 +201,25 @@ class TrainBatches:
         draws = uniforms(request.crop_key, request.first_draw, len(request.positions), CROP_UNIFORMS)
         return random_resized_crops(images, draws, scale)
 
-    def _finish(self, images: Tensor, epoch: int, step: int) -> Batch:
-        first, last = self._local_rows(step)
+    def _finish(self, raw: Tensor, epoch: int, step: int) -> Batch:
+        first, last = self._made_rows(step)
         draws = uniforms(self._key(epoch, f"pixels/{self._view}"), first, last - first, NUM_UNIFORMS)
-        images = images.to(self.device, non_blocking=True)
+        images = augment(raw.to(self.device, non_blocking=True), draws, self.config, self.dtype)
         labels = torch.from_numpy(self.labels(epoch, step)).to(self.device)
-        start = first - step * self.batch_size
-        return Batch(augment(images, draws, self.config, self.dtype), labels[start : start + last - first], labels)
+        start, stop = (row - step * self.batch_size for row in self._local_rows(step))
+        positions = torch.from_numpy(self.positions(epoch)[slice(*self._local_rows(step))]).to(self.device)
+        mixed = None
+        if self._mixup_alpha is not None:
+            share_ = self._mixup_share(epoch, step)
+            order = torch.from_numpy(permutation(self._key(epoch, f"mixup order/{step}"), len(labels))).to(self.device)
+            images = share_ * images[start:stop] + (1 - share_) * images[order[start:stop]]
+            mixed = Mixed(share_, labels[order[start:stop]], labels[order])
+        return Batch(images, labels[start:stop], labels, positions, mixed=mixed)
+
+    def _mixup_share(self, epoch: int, step: int) -> float:
+        assert self._mixup_alpha is not None
+        source = KeyedRandom(self._key(epoch, f"mixup share/{step}"))
+        return source.betavariate(self._mixup_alpha, self._mixup_alpha)
 
 
 class EvalBatches:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from experts.data.config import DatasetConfig
 from experts.data.decode import decode_file
 from experts.data.imbalance import hold_out, select
 from experts.data.pools import ArrayPool, Pool, Source
 from experts.data.sources import open_source
-from experts.data.stores import FileImages, Store, resident_from_array, resident_from_files
+from experts.data.stores import FileImages, ResidentImages, Store, resident_from_array, resident_from_files
 
 MIB = 2**20
 NUM_FILES_LOOKED_AT = 16  # to tell whether the images of a set share one shape
@@ -44,6 +45,42 @@ class Dataset:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    def only(self, classes: np.ndarray) -> Dataset:
+        """The part of it that is of some classes, which are numbered anew in the order given.
+
+        Raises:
+            ValueError: the test or validation set has no image of them.
+        """
+        new_ids = np.full(self.num_classes, -1)
+        new_ids[classes] = np.arange(len(classes))
+        return replace(
+            self,
+            class_names=tuple(self.class_names[c] for c in classes),
+            counts_C=self.counts_C[classes],
+            train=_part(self.train, new_ids),
+            val=None if self.val is None else _part(self.val, new_ids),
+            test=_part(self.test, new_ids),
+        )
+
+    def train_as_evaluated(self) -> Store:
+        """The training images without anything random, as validation images are read."""
+        if isinstance(self.train, FileImages):
+            return replace(self.train, resize=self.config.eval.resize, crop_scale=None)
+        return self.train
+
+
+def _part(store: Store, new_ids: np.ndarray) -> Store:
+    kept = np.flatnonzero(new_ids[store.labels] >= 0)
+    if not len(kept):
+        raise ValueError(
+            f"none of {len(store.labels)} images is of the {int((new_ids >= 0).sum())} classes that the stage is for; "
+            f"needed one or more in the training, validation and test sets each"
+        )
+    labels = new_ids[store.labels[kept]]
+    if isinstance(store, FileImages):
+        return replace(store, files=replace(store.files.take(kept), labels=labels))
+    return ResidentImages(store.images[torch.from_numpy(kept)], labels)
 
 
 def open_dataset(config: DatasetConfig) -> Dataset:

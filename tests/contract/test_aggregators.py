@@ -1,68 +1,155 @@
-"""Every registered aggregator turns the experts' logits into sound scores."""
+"""Every registered aggregator turns the experts' outputs into sound scores."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import aggregation
+from aggregation.ensemble import Outputs
 from experts import registry
+from experts.ensemble import Expert
+from experts.heads import LinearHead
 
 registry.import_pieces(aggregation)
 every_aggregator = pytest.mark.parametrize("name", registry.names("aggregator"))
 
+COUNTS = torch.tensor([200, 101, 50, 20, 5, 1])
+NUM_CLASSES = len(COUNTS)
 
-def aggregator(name):
-    return registry.build("aggregator", registry.piece("aggregator", name).Config())
+# Settings of the rules that have no default for them; weights that are no power of 2, so that sums must be right.
+SETTINGS = {
+    "weighted": lambda names: {"weights": {name: (k + 1) / sum(range(len(names) + 1)) for k, name in enumerate(names)}},
+    "only": lambda names: {"expert": names[-1]},
+    "ace": lambda names: {"groups": {"rule": "equal"}},
+}
+BY_PLACE = {
+    "ace": "an expert answers for the classes of its place",
+    "only": "the answer is one expert's, found by its name",
+    "router": "experts are asked in their order",
+    "weighted": "every expert has its own weight",
+}
+ADDS = {"sum_logits": "experts give parts of one score, so that several of one mind are surer than one"}
 
 
-def logits(num_experts=3, dtype=torch.float64):
+def aggregator(name, num_experts, counts=COUNTS):
+    names = tuple(f"expert{k}" for k in range(num_experts))
+    cls = registry.piece("aggregator", name)
+    return cls(cls.Config.model_validate({"name": name, **SETTINGS.get(name, lambda names: {})(names)}), counts, names)
+
+
+def outputs(rule, num_experts=3, dtype=torch.float64, images=6):
+    """Logits, row norms of equal heads, and gates that send images everywhere."""
     draws = torch.Generator().manual_seed(num_experts)
-    return (torch.randn(num_experts, 6, 4, generator=draws, dtype=torch.float64) * 5).to(dtype)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=draws, dtype=torch.float64)
+
+    head = LinearHead(LinearHead.Config(), 4, NUM_CLASSES)
+    nn.init.constant_(head.weight, 0.5)
+    numbers_EK = rule.describe(Expert(nn.Identity(), head)).expand(num_experts, -1)
+    logits_EBC, gates_EB = 5 * normal(num_experts, images, NUM_CLASSES), normal(num_experts, images)
+    return Outputs(logits_EBC.to(dtype), numbers_EK, gates_EB.to(dtype))
 
 
-def test_the_aggregators_of_the_main_job_are_registered():
-    assert {"mean_logits", "mean_probabilities"} <= set(registry.names("aggregator"))
+def with_logits(given, logits_EBC):
+    return Outputs(logits_EBC, given.numbers_EK, given.gates_EB)
+
+
+def test_the_aggregators_of_the_recipes_are_registered():
+    needed = {"mean_logits", "sum_logits", "mean_probabilities", "weighted", "only", "ace", "router"}
+    assert needed <= set(registry.names("aggregator"))
 
 
 @every_aggregator
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_scores_are_one_row_per_image_in_at_least_float32(name, dtype):
-    scores_BC = aggregator(name)(logits(dtype=dtype))
-    assert scores_BC.shape == (6, 4)
+    rule = aggregator(name, 3)
+    scores_BC = rule(outputs(rule, dtype=dtype))
+    assert scores_BC.shape == (6, NUM_CLASSES)
     assert scores_BC.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert torch.isfinite(scores_BC).all()
 
 
 @every_aggregator
+def test_members_are_the_ensemble_first_and_fit_the_scores(name):
+    rule = aggregator(name, 3)
+    given = outputs(rule)
+    members = rule.members(given)
+    assert next(iter(members)) == "ensemble"
+    assert torch.equal(members["ensemble"], rule(given))
+    assert {tuple(scores_BC.shape) for scores_BC in members.values()} == {(6, NUM_CLASSES)}
+    assert not {"expert0", "expert1", "expert2"} & set(members)
+
+
+@every_aggregator
+def test_experts_used_are_one_to_all(name):
+    rule = aggregator(name, 3)
+    used_B = rule.experts_used(outputs(rule))
+    assert used_B is None or (used_B.shape == (6,) and 1 <= used_B.min() <= used_B.max() <= 3)
+
+
+@every_aggregator
 def test_one_expert_keeps_its_probabilities(name):
-    single = logits(num_experts=1)
-    torch.testing.assert_close(aggregator(name)(single).softmax(dim=1), single[0].softmax(dim=1))
+    rule = aggregator(name, 1)
+    single = outputs(rule, 1)
+    torch.testing.assert_close(rule(single).softmax(dim=1), single.logits_EBC[0].softmax(dim=1))
 
 
 @every_aggregator
 def test_experts_of_one_mind_are_believed(name):
-    copies = logits(num_experts=1).expand(4, -1, -1)
-    torch.testing.assert_close(aggregator(name)(copies).softmax(dim=1), copies[0].softmax(dim=1))
+    rule = aggregator(name, 4)
+    given = outputs(rule, 4)
+    copies = with_logits(given, given.logits_EBC[:1].expand(4, -1, -1))
+    expected = copies.logits_EBC[0] * (4 if name in ADDS else 1)
+    torch.testing.assert_close(rule(copies).softmax(dim=1), expected.softmax(dim=1))
 
 
 @every_aggregator
-def test_order_of_experts_does_not_matter_and_classes_keep_their_places(name):
-    z, combine = logits(), aggregator(name)
-    torch.testing.assert_close(combine(z.flip(0)), combine(z), atol=1e-12, rtol=1e-12)
-    order = torch.tensor([2, 0, 3, 1])
-    torch.testing.assert_close(combine(z[:, :, order]), combine(z)[:, order], atol=1e-12, rtol=1e-12)
+def test_order_of_experts_does_not_matter_but_where_it_must(name):
+    rule = aggregator(name, 3)
+    given = outputs(rule)
+    turned = rule(Outputs(given.logits_EBC.flip(0), given.numbers_EK.flip(0), given.gates_EB))
+    same = torch.allclose(turned, rule(given), atol=1e-12, rtol=1e-12)
+    assert same == (name not in BY_PLACE)
 
 
 @every_aggregator
-def test_inputs_are_unchanged_and_an_empty_batch_gives_no_scores(name):
-    z = logits()
-    aggregator(name)(z)
-    assert torch.equal(z, logits())
-    assert aggregator(name)(z[:, :0]).shape == (0, 4)
+def test_renamed_classes_keep_their_scores(name):
+    rule = aggregator(name, 3)
+    given = outputs(rule)
+    order = torch.tensor([2, 0, 3, 1, 5, 4])
+    renamed = aggregator(name, 3, COUNTS[order])
+    numbers_EK = given.numbers_EK[:, order] if given.numbers_EK.shape[1] else given.numbers_EK
+    scores = renamed(Outputs(given.logits_EBC[:, :, order], numbers_EK, given.gates_EB))
+    torch.testing.assert_close(scores, rule(given)[:, order], atol=1e-12, rtol=1e-12)
+
+
+@every_aggregator
+def test_images_do_not_influence_each_other_and_an_empty_batch_gives_no_scores(name):
+    rule = aggregator(name, 3)
+    given = outputs(rule)
+    for images in (slice(0, 0), slice(2, 3), slice(1, 6)):
+        part = Outputs(given.logits_EBC[:, images], given.numbers_EK, given.gates_EB[:, images])
+        torch.testing.assert_close(rule(part), rule(given)[images], atol=1e-12, rtol=1e-12)
+
+
+@every_aggregator
+def test_inputs_are_unchanged(name):
+    rule = aggregator(name, 3)
+    given, before = outputs(rule), outputs(rule)
+    rule.members(given)
+    rule.experts_used(given)
+    assert torch.equal(given.logits_EBC, before.logits_EBC)
+    assert torch.equal(given.numbers_EK, before.numbers_EK)
+    assert torch.equal(given.gates_EB, before.gates_EB)
 
 
 @every_aggregator
 def test_extreme_scores_stay_finite(name):
-    z = torch.tensor([[[1e4, 0.0]], [[1e4, -1e4]]])
-    assert torch.isfinite(aggregator(name)(z)).all()
+    rule = aggregator(name, 2)
+    given = outputs(rule, 2, images=1)
+    z = torch.zeros(2, 1, NUM_CLASSES)
+    z[:, 0, 0], z[1, 0, 1] = 1e4, -1e4
+    assert torch.isfinite(rule(with_logits(given, z))).all()

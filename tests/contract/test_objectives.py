@@ -11,19 +11,24 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
+import aggregation
 import experts
 from experts import registry
 from experts.backbones.resnet_cifar import ResNetCifar
 from experts.ensemble import build_ensemble
 from experts.heads import CosineHead, LinearHead
+from experts.losses.objective import MAX_EXPERTS, Given
 from experts.progress import Progress
 
-registry.import_pieces(experts)
+registry.import_pieces(experts, aggregation)
 
 COUNTS = torch.tensor([300, 60, 12, 1])  # the rarest class has one image
 LABELS = torch.tensor([0, 3, 1, 0, 2, 2, 0])
 NOW = Progress(epoch=2, epochs=4, step=1, steps_per_epoch=3)
+PARTNERS = torch.tensor([3, 1, 2, 2, 3, 0, 1])  # of the second batch, for objectives that want the labels of both
+EQUAL_GROUPS = {"rule": "equal"}
 # Settings beside the defaults that take another path through the code. A new objective is tested at its defaults.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "ldam": [{"reweight_epoch": 1}],
@@ -34,9 +39,46 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"diversity_factor": 0.0, "base_on": "published"},
         {"diversity_factor": 0.0},
     ],
+    "tade": [{"tau": 1.0, "inverse": "stable", "log_guard": 0.0}],
+    "reslt": [{"beta": 0.5, "fused": "guarded"}, {"log_guard": 0.0, "groups": {"rule": "equal"}}],
+    "bbn": [{"alpha_epochs": "stage"}, {"alpha_epochs": 7}],
+    "ace": [
+        {"softmax_over": "target", "com_reduction": "mean"},
+        {"com_batch": "all", "groups": EQUAL_GROUPS},
+        {"min_rows": 2},
+    ],
+    "lfme": [{"instance_on": "loss", "clamp": True}],
 }
-# Objectives that take fewer numbers of experts than 1 and 3 would be listed here, with the reason.
-NUM_EXPERTS: dict[str, list[int]] = {}
+# Numbers of experts to test with where a class of objectives says which it allows; "ace" takes four only with other
+# groups of classes than it has at its defaults.
+NUM_EXPERTS: dict[str, tuple[int, ...]] = {"ace": (2, 3), "router": (2, 4)}
+LAST_LEARNS_NOTHING = {"router": "the last expert has no gate"}
+TEACHERS = {"many": [0], "medium": [1], "few": [2, 3]}  # which classes the teachers of "lfme" know
+
+
+def draw(*shape, seed=0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def allowed(name) -> tuple[int, ...] | None:
+    """Numbers of experts that an objective says it takes; None: any."""
+    return getattr(registry.piece("objective", name), "num_experts_allowed", None)
+
+
+def prepare_lfme(objective) -> None:
+    """Teachers of every training image, and a validation split of two images a class."""
+
+    def batches(split):
+        labels = torch.arange(len(COUNTS)).repeat_interleave(COUNTS if split == "train" else 2)
+        teachers = {name: draw(len(labels), len(ids), seed=len(name)) for name, ids in TEACHERS.items()}
+        yield Given(teachers, torch.arange(len(labels))), labels
+
+    objective.prepare(batches)
+    objective.observe([0.5, 0.4, 0.1, 0.1])
+
+
+# What an objective needs before its first step.
+PREPARE = {"lfme": prepare_lfme}
 
 
 @dataclass(frozen=True)
@@ -50,21 +92,41 @@ class Case:
 
     def objective(self):
         cls = registry.piece("objective", self.name)
-        return registry.build("objective", cls.Config(**dict(self.settings)), COUNTS, self.num_experts)
+        objective = registry.build("objective", cls.Config(**dict(self.settings)), COUNTS, self.num_experts)
+        PREPARE.get(self.name, lambda objective: None)(objective)
+        return objective
 
     def logits(self, dtype=torch.float64) -> Tensor:
-        draws = torch.Generator().manual_seed(self.num_experts)
-        return (torch.randn(self.num_experts, len(LABELS), len(COUNTS), generator=draws, dtype=torch.float64) * 5).to(
-            dtype
-        )
+        outputs = len(COUNTS) + registry.piece("objective", self.name).extra_outputs
+        return (draw(self.num_experts, len(LABELS), outputs, seed=self.num_experts) * 5).to(dtype)
+
+    def labels(self, images: Any = slice(None)) -> Tensor:
+        """Of some images; the images are the last axis."""
+        pair = registry.piece("objective", self.name).label_sets == 2
+        return (torch.stack([LABELS, PARTNERS]) if pair else LABELS)[..., images]
+
+    def given(self, images: Any = slice(None)) -> Given:
+        """What some objectives want to know of some images beside logits and labels."""
+        teachers = {name: draw(len(LABELS), len(ids), seed=len(ids))[images] for name, ids in TEACHERS.items()}
+        return Given(teachers, (torch.arange(len(LABELS)) * 50)[images])
+
+    def loss(self, objective, logits_EBC, labels=None):
+        labels = self.labels() if labels is None else labels
+        return objective(logits_EBC, labels, objective.denominators(labels, NOW), NOW, self.given())
+
+    def gradient(self, objective, logits_EBC) -> Tensor:
+        leaf_EBC = logits_EBC.clone().requires_grad_()
+        self.loss(objective, leaf_EBC)[0].backward()
+        return leaf_EBC.grad
 
 
 CASES = [
     Case(name, tuple(settings.items()), num_experts)
     for name in registry.names("objective")
     for settings in [{}, *VARIANTS.get(name, [])]
-    for num_experts in NUM_EXPERTS.get(name, [1, 3])
+    for num_experts in NUM_EXPERTS.get(name, allowed(name) or (1, 3))
 ]
+CASES.append(Case("ace", (("groups", EQUAL_GROUPS),), 4))
 
 
 def some_cases(wanted):
@@ -74,24 +136,14 @@ def some_cases(wanted):
 every_case = some_cases(lambda case: True)
 
 
-def loss_of(objective, logits_EBC, labels_B=LABELS):
-    return objective(logits_EBC, labels_B, objective.denominators(labels_B, NOW), NOW)
-
-
-def gradient_of(objective, logits_EBC):
-    leaf_EBC = logits_EBC.clone().requires_grad_()
-    loss_of(objective, leaf_EBC)[0].backward()
-    return leaf_EBC.grad
-
-
-def test_the_objectives_of_the_main_job_are_registered():
-    assert {"cross_entropy", "ldam", "ride"} <= set(registry.names("objective"))
+def test_the_objectives_of_the_published_systems_are_registered():
+    assert {"cross_entropy", "ldam", "ride", "tade", "reslt", "bbn", "ace", "lfme"} <= set(registry.names("objective"))
 
 
 @every_case
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_loss_and_terms_are_finite_in_at_least_float32(case, dtype):
-    loss, terms = loss_of(case.objective(), case.logits(dtype))
+    loss, terms = case.loss(case.objective(), case.logits(dtype))
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
     assert loss.shape == ()
     assert loss.dtype == wanted
@@ -107,8 +159,8 @@ def test_loss_and_terms_are_finite_in_at_least_float32(case, dtype):
 @every_case
 def test_denominators_are_positive_float64_scalars_that_add_over_pieces(case):
     objective = case.objective()
-    whole = objective.denominators(LABELS, NOW)
-    pieces = [objective.denominators(piece, NOW) for piece in (LABELS[:0], LABELS[:3], LABELS[3:])]
+    whole = objective.denominators(case.labels(), NOW)
+    pieces = [objective.denominators(case.labels(slice(*ends)), NOW) for ends in ((0, 0), (0, 3), (3, None))]
     assert whole
     for name, value in whole.items():
         assert value.shape == ()
@@ -122,15 +174,15 @@ def test_pieces_of_a_batch_sum_to_the_whole_and_an_empty_piece_is_zero(case):
     """Losses, terms and gradients; tolerance 1e-12 for another order of float64 sums."""
     objective = case.objective()
     whole = case.logits().requires_grad_()
-    denominators = objective.denominators(LABELS, NOW)
-    loss, terms = objective(whole, LABELS, denominators, NOW)
+    denominators = objective.denominators(case.labels(), NOW)
+    loss, terms = objective(whole, case.labels(), denominators, NOW, case.given())
     loss.backward()
 
     apart = case.logits().requires_grad_()
     order = torch.tensor([4, 0, 6, 2, 1, 5, 3])
     results = []
     for images in (order[:3], order[3:3], order[3:4], order[4:]):
-        results.append(objective(apart[:, images], LABELS[images], denominators, NOW))
+        results.append(objective(apart[:, images], case.labels(images), denominators, NOW, case.given(images)))
         results[-1][0].backward()
     assert results[1][0] == 0
     assert all(torch.count_nonzero(term) == 0 for term in results[1][1].values())
@@ -143,9 +195,10 @@ def test_pieces_of_a_batch_sum_to_the_whole_and_an_empty_piece_is_zero(case):
 @every_case
 def test_an_empty_piece_has_a_gradient_of_zero_for_what_made_its_logits(case):
     objective = case.objective()
-    weight = torch.ones(4, len(COUNTS), requires_grad=True)
+    weight = torch.ones(4, case.logits().shape[-1], requires_grad=True)
     logits_EBC = torch.zeros(case.num_experts, 0, 4) @ weight
-    objective(logits_EBC, LABELS[:0], objective.denominators(LABELS, NOW), NOW)[0].backward()
+    denominators, none = objective.denominators(case.labels(), NOW), slice(0, 0)
+    objective(logits_EBC, case.labels(none), denominators, NOW, case.given(none))[0].backward()
     assert weight.grad is not None
     assert torch.count_nonzero(weight.grad) == 0
 
@@ -156,12 +209,12 @@ def test_slots_evaluated_apart_give_the_whole_loss_and_their_own_gradient(case):
     objective = case.objective()
     logits = case.logits()
     whole = logits.clone().requires_grad_()
-    loss, _ = loss_of(objective, whole)
+    loss, _ = case.loss(objective, whole)
     loss.backward()
     for own in range(case.num_experts):
         slot_BC = logits[own].clone().requires_grad_()
         others = [slot_BC if k == own else z_BC.clone() for k, z_BC in enumerate(logits)]
-        value, _ = loss_of(objective, torch.stack(others))
+        value, _ = case.loss(objective, torch.stack(others))
         value.backward()
         assert torch.equal(value, loss)
         assert torch.equal(slot_BC.grad, whole.grad[own])
@@ -172,8 +225,8 @@ def test_couples_says_whether_gradients_need_the_other_experts(case):
     objective = case.objective()
     logits = case.logits()
     changed = logits.clone()
-    changed[-1] += torch.arange(len(COUNTS))
-    moved = not torch.equal(gradient_of(objective, logits)[0], gradient_of(objective, changed)[0])
+    changed[-1] += 50 * one_hot(LABELS, changed.shape[-1])
+    moved = not torch.equal(case.gradient(objective, logits)[0], case.gradient(objective, changed)[0])
     # True of the class, it may be idle in a variant, but not at the defaults.
     assert moved <= objective.couples
     assert case.settings or moved == objective.couples
@@ -182,12 +235,16 @@ def test_couples_says_whether_gradients_need_the_other_experts(case):
 @every_case
 def test_inputs_are_unchanged_and_the_same_inputs_give_the_same_loss(case):
     objective = case.objective()
-    logits, labels = case.logits(), LABELS.clone()
-    first = loss_of(objective, logits, labels)[0]
+    logits, labels, given = case.logits(), case.labels().clone(), case.given()
+    denominators = objective.denominators(labels, NOW)
+    first = objective(logits, labels, denominators, NOW, given)[0]
     assert torch.equal(logits, case.logits())
-    assert torch.equal(labels, LABELS)
-    assert torch.equal(loss_of(objective, logits, labels)[0], first)
-    assert torch.equal(loss_of(case.objective(), logits, labels)[0], first)
+    assert torch.equal(labels, case.labels())
+    assert torch.equal(given.positions_B, case.given().positions_B)
+    for name, scores in case.given().teachers.items():
+        assert torch.equal(given.teachers[name], scores)
+    assert torch.equal(case.loss(objective, logits)[0], first)
+    assert torch.equal(case.loss(case.objective(), logits)[0], first)
 
 
 @every_case
@@ -195,9 +252,9 @@ def test_gradient_equals_finite_differences(case):
     """Along a random direction. Holds for RIDE too, whose detached mean has no gradient in the sum over experts."""
     objective = case.objective()
     logits = case.logits()
-    direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    ahead, behind = (loss_of(objective, logits + sign * 1e-5 * direction)[0] for sign in (1, -1))
-    slope = (gradient_of(objective, logits) * direction).sum()
+    direction = draw(*logits.shape)
+    ahead, behind = (case.loss(objective, logits + sign * 1e-5 * direction)[0] for sign in (1, -1))
+    slope = (case.gradient(objective, logits) * direction).sum()
     torch.testing.assert_close((ahead - behind) / 2e-5, slope, atol=1e-6, rtol=1e-6)
 
 
@@ -206,14 +263,16 @@ def test_every_parameter_of_a_tiny_model_gets_a_gradient(case):
     net = build_ensemble(
         ResNetCifar.Config(depth=8),
         CosineHead.Config(),
-        num_classes=len(COUNTS),
+        num_classes=case.logits().shape[-1],
         expert_names=[f"expert{k}" for k in range(case.num_experts)],
         reduce_dimension=True,
         seed=0,
     )
     images = torch.randn(len(LABELS), 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    loss_of(case.objective(), net(images))[0].backward()
+    case.loss(case.objective(), net(images))[0].backward()
     for name, parameter in net.named_parameters():
+        if case.name in LAST_LEARNS_NOTHING and name.startswith(f"experts.expert{case.num_experts - 1}."):
+            continue
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
         assert parameter.grad.abs().max() > 0, name
@@ -223,14 +282,21 @@ def test_every_parameter_of_a_tiny_model_gets_a_gradient(case):
 def test_state_makes_the_round_trip_and_constants_follow_the_module(case):
     objective, other = case.objective(), case.objective()
     other.load_state_dict(objective.state_dict())
-    assert torch.equal(loss_of(objective, case.logits())[0], loss_of(other, case.logits())[0])
+    assert torch.equal(case.loss(objective, case.logits())[0], case.loss(other, case.logits())[0])
     assert not list(objective.parameters())
     for name, buffer in objective.to("meta").named_buffers():
         assert buffer.is_meta, name
 
 
-@pytest.mark.parametrize("name", registry.names("objective"))
-@pytest.mark.parametrize("num_experts", [0, 9])
+@pytest.mark.parametrize(
+    ("name", "num_experts"),
+    [
+        (name, number)
+        for name in registry.names("objective")
+        for number in range(MAX_EXPERTS + 2)
+        if number not in (allowed(name) or range(1, MAX_EXPERTS + 1))
+    ],
+)
 def test_a_wrong_number_of_experts_is_refused_by_name(name, num_experts):
     config = registry.piece("objective", name).Config()
     with pytest.raises(ValueError, match=rf"'{name}'.*method.num_experts = {num_experts}"):
@@ -243,17 +309,34 @@ def test_logits_that_do_not_fit_are_refused_by_name(case):
     logits = case.logits()
     for wrong in (torch.cat([logits, logits[:1]]), logits[:, :, :-1], logits[:, :-1], logits[0]):
         with pytest.raises(ValueError, match=f"objective '{case.name}'"):
-            loss_of(objective, wrong)
+            case.loss(objective, wrong)
+
+
+@every_case
+def test_labels_of_another_number_of_batches_are_refused_by_name(case):
+    objective, labels = case.objective(), case.labels()
+    other = labels[0] if labels.ndim == 2 else torch.stack([labels, labels])
+    denominators = objective.denominators(labels, NOW)
+    with pytest.raises(ValueError, match=f"objective '{case.name}'.*labels"):
+        objective(case.logits(), other, denominators, NOW, case.given())
+
+
+@every_case
+def test_learning_rates_are_multiplied_with_one_positive_number_an_expert(case):
+    factors = case.objective().lr_factors
+    assert len(factors) == case.num_experts
+    assert all(0 < factor <= 1 for factor in factors)
+    assert factors[0] == 1
 
 
 @every_case
 def test_a_label_out_of_range_is_an_error(case):
     objective = case.objective()
     for label in (len(COUNTS), -100):
-        labels = LABELS.clone()
-        labels[2] = label
+        labels = case.labels().clone()
+        labels[..., 2] = label
         with pytest.raises((RuntimeError, IndexError)):
-            objective(case.logits(), labels, objective.denominators(LABELS, NOW), NOW)
+            objective(case.logits(), labels, objective.denominators(case.labels(), NOW), NOW, case.given())
 
 
 @pytest.mark.parametrize("name", registry.names("objective"))

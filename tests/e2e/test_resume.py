@@ -191,7 +191,7 @@ for step in range(1, 100000):
         again = checkpoints.begin()
         entries = [write_file(again, n, step.to_bytes(8, "big") * 100_000) for n in ("trunk", "expert0")]
         checkpoints.complete(again, checkpoints.name("train", step), entries, state)
-    checkpoints.tidy(1)
+    checkpoints.tidy("train", 1)
 """
 
 
@@ -214,12 +214,12 @@ def test_a_kill_while_checkpoints_are_written_always_leaves_a_whole_one(tmp_path
         checkpoints = Checkpoints(folder, ["train"])
         reported: list[str] = []
         begun = any((folder / "checkpoints").glob("[0-9]*")) or any((folder / "checkpoints").glob(".replaced-*"))
-        newest = checkpoints.newest(reported.append)
+        checkpoints.clean()
+        newest = checkpoints.newest("train", reported.append)
         assert (newest is not None) == begun
         assert not reported, "a killed writer left a damaged checkpoint under its final name"
         if newest is not None:
             assert (newest.folder / "trunk").read_bytes() == newest.state["step"].to_bytes(8, "big") * 100_000
-        checkpoints.tidy(1)
         assert not list((folder / "checkpoints").glob(".writing-*"))
 
 

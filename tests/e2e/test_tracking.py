@@ -155,7 +155,7 @@ def test_a_killed_and_resumed_run_has_every_point_once(runs):
     uri, folder = default_uri(runs), make_run(runs / "resumed")
     assert drain(_Sender(folder, Target(uri, "expertail", "resumed")), 60, "KILLED") is None
     with Journal(folder) as journal:
-        journal.rewind(["train"], "train", 6)
+        journal.rewind({"train": 6}, ["train"])
     append(folder, range(7, 13), 2e9)
     assert drain(_Sender(folder, Target(uri, "expertail", "resumed")), 60, "FINISHED") is None
     assert history(uri, "resumed") == expected(range(1, 11)) + expected([11, 12], 2e9)

@@ -25,10 +25,11 @@ def draw(num_images=40, num_classes=6, seed=0):
     return {"ensemble": logits.mean(0), "expert0": logits[0], "expert1": logits[1]}, labels
 
 
-def scored(member_logits, labels, *slices):
+def scored(member_logits, labels, *slices, per_image=None):
     scores = Scores()
     for images in slices or (slice(None),):
-        scores.update({member: z[images] for member, z in member_logits.items()}, labels[images])
+        extras = {name: numbers[images] for name, numbers in (per_image or {}).items()}
+        scores.update({member: z[images] for member, z in member_logits.items()}, labels[images], extras)
     return scores
 
 
@@ -203,3 +204,66 @@ def test_half_precision_scores_are_summarised_in_float64():
     scores = scored({"ensemble": torch.tensor([[12.0, 0.0]], dtype=torch.bfloat16)}, torch.tensor([0]))
     member = scores.result([5, 5], None)["members"]["ensemble"]
     assert member["nll"] == pytest.approx(math.log1p(math.exp(-12)), rel=1e-9)
+
+
+def test_extra_numbers_are_averaged_as_accuracies_are():
+    """Class 0 (many): 1 and 2; class 1 (many): 3; class 2 (medium): 3; class 4 (few): 2. Many: (1.5 + 3) / 2."""
+    labels = torch.tensor([0, 1, 0, 2, 4])
+    z = {"ensemble": torch.zeros(5, 6)}
+    used = {"experts_used": torch.tensor([1, 3, 2, 3, 2])}
+    assert scored(z, labels, per_image=used).result(COUNTS, (1, 3))["per_image"] == {
+        "experts_used": {
+            "all": 2.2,
+            "many": 2.25,
+            "medium": 3.0,
+            "few": 2.0,
+            "many_by_index": 1.5,
+            "medium_by_index": 3.0,
+            "few_by_index": 2.0,
+        }
+    }
+    few = scored(z, labels, slice(0, 4), per_image=used).result(COUNTS, None)["per_image"]["experts_used"]
+    assert (few["few"], few["many_by_index"]) == (None, None)
+    assert scored(z, labels).result(COUNTS, None)["per_image"] == {}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_extra_numbers_merge_in_any_order_and_survive_the_round_trip(seed):
+    member_logits, labels = draw(num_images=200, seed=seed)
+    draws = torch.Generator().manual_seed(seed)
+    extras = {"experts_used": torch.randint(1, 4, (200,), generator=draws), "doubt": torch.rand(200, generator=draws)}
+    whole = scored(member_logits, labels, per_image=extras).result(COUNTS, (2, 4))
+    pieces = [slice(120, 200), slice(0, 7), slice(7, 7), slice(7, 120)]
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]):
+        merged = Scores()
+        for k in order:
+            merged.merge(Scores.from_state(scored(member_logits, labels, pieces[k], per_image=extras).state()))
+        merged.merge(Scores.from_state(Scores().state()))
+        assert merged.result(COUNTS, (2, 4)) == whole
+    assert whole["per_image"]["doubt"]["all"] == pytest.approx(extras["doubt"].double().mean().item())
+
+
+def test_extra_numbers_do_not_hide_members_of_the_same_name():
+    labels = torch.tensor([0, 1])
+    z = {"doubt": torch.eye(2, 6), "per_image:doubt": torch.eye(2, 6)}
+    scores = scored(z, labels, per_image={"doubt": torch.tensor([0.25, 0.75]), "correct": torch.tensor([3, 4])})
+    again = Scores.from_state(scores.state()).result(COUNTS, None)
+    assert again == scores.result(COUNTS, None)
+    assert again["per_image"]["doubt"]["all"] == 0.5
+    assert list(again["members"]) == ["doubt", "per_image:doubt"]
+
+
+def test_extra_numbers_that_do_not_fit_are_refused():
+    member_logits, labels = draw()
+    numbers = torch.ones(40)
+    with pytest.raises(ValueError, match=r"experts_used: numbers .* do not fit 40 labels"):
+        scored(member_logits, labels, per_image={"experts_used": torch.ones(40, 1)})
+    with pytest.raises(ValueError, match="a name without '/'"):
+        scored(member_logits, labels, per_image={"experts/used": numbers})
+    with pytest.raises(ValueError, match="doubt: 1 of 40 numbers are not finite"):
+        scored(member_logits, labels, per_image={"doubt": numbers.masked_fill(torch.arange(40) == 3, float("nan"))})
+    with_numbers, without = scored(member_logits, labels, per_image={"doubt": numbers}), scored(member_logits, labels)
+    with pytest.raises(ValueError, match="doubt per image cannot take in scores with no extra number"):
+        with_numbers.merge(without)
+    with pytest.raises(ValueError, match="no extra number per image cannot take in scores with doubt"):
+        without.merge(with_numbers)

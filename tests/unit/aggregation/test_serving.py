@@ -5,16 +5,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from aggregation.ensemble import MeanLogits, MeanProbabilities
+from aggregation.ensemble import Ace, MeanLogits, MeanProbabilities, Outputs, Weighted
 from aggregation.serving import DESCRIPTION, TENSORS, _load_pyfunc, _sha256, export_model, load_model
 from experts.backbones.resnet_cifar import ResNetCifar
+from experts.class_groups import GroupRule
 from experts.data.augment import prepare_eval
 from experts.data.config import DatasetConfig
 from experts.data.decode import frame
 from experts.ensemble import build_ensemble
-from experts.heads import CosineHead
+from experts.heads import CosineHead, LinearHead
 
 NAMES = ("expert0", "expert1")
+COUNTS = (500, 50, 20, 5)
 GREY = DatasetConfig(name="grey", source="digits", image_size=32, mean=(0.2, 0.2, 0.2), std=(0.3, 0.3, 0.3))
 COLOUR = DatasetConfig(name="colour", source="cifar10", image_size=32)
 
@@ -27,10 +29,10 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def ensemble():
+def ensemble(head=CosineHead):
     torch.manual_seed(0)
     built = build_ensemble(
-        ResNetCifar.Config(depth=8), CosineHead.Config(),
+        ResNetCifar.Config(depth=8), head.Config(),
         num_classes=4, expert_names=NAMES, reduce_dimension=True, seed=1,
     )  # fmt: skip
     built(torch.randn(8, 3, 16, 16))  # running statistics that are not those of a new network
@@ -41,7 +43,7 @@ def export(folder, dataset=GREY, image_shape=(8, 8, 1), aggregator=None, **chang
     arguments = {
         "backbone": ResNetCifar.Config(depth=8), "head": CosineHead.Config(),
         "aggregator": aggregator or MeanLogits.Config(), "dataset": dataset, "expert_names": NAMES,
-        "reduce_dimension": True, "class_names": ("a", "b", "c", "d"), "image_shape": image_shape,
+        "reduce_dimension": True, "class_names": ("a", "b", "c", "d"), "counts": COUNTS, "image_shape": image_shape,
     }  # fmt: skip
     state = changes.pop("state", None) or ensemble().state_dict()
     export_model(folder, state, **(arguments | changes))
@@ -52,13 +54,24 @@ def pixels(*shape):
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-@pytest.mark.parametrize("aggregator", [MeanLogits, MeanProbabilities])
-def test_served_probabilities_are_those_of_evaluation(tmp_path, aggregator):
-    images = pixels(5, 8, 8)
-    found = load_model(export(tmp_path / "m", aggregator=aggregator.Config())).predict(images)
+@pytest.mark.parametrize(
+    ("aggregator", "config", "head"),
+    [
+        (MeanLogits, MeanLogits.Config(), CosineHead),
+        (MeanProbabilities, MeanProbabilities.Config(), CosineHead),
+        (Weighted, Weighted.Config(weights={"expert0": 0.8, "expert1": 0.2}), LinearHead),
+        (Ace, Ace.Config(groups=GroupRule(rule="equal")), LinearHead),
+    ],
+)
+def test_served_probabilities_are_those_of_evaluation(tmp_path, aggregator, config, head):
+    images, network = pixels(5, 8, 8), ensemble(head)
+    folder = export(tmp_path / "m", aggregator=config, head=head.Config(), state=network.state_dict())
+    found = load_model(folder).predict(images)
     prepared = prepare_eval(frame(torch.from_numpy(images)[:, None], 32), GREY)
+    rule = aggregator(config, torch.tensor(COUNTS), NAMES)
+    numbers_EK = torch.stack([rule.describe(expert) for expert in network.experts.values()])
     with torch.no_grad():
-        expected = aggregator(aggregator.Config())(ensemble()(prepared)).softmax(1)
+        expected = rule(Outputs(network(prepared), numbers_EK)).softmax(1)
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, expected.numpy())
     np.testing.assert_allclose(found.sum(1), 1, rtol=1e-6)
@@ -137,9 +150,9 @@ def flip_a_byte(folder):
         (lambda f: (f / TENSORS).unlink(), r"model\.safetensors: missing"),
         (lambda f: (f / DESCRIPTION).unlink(), r"model\.json: cannot be read"),
         (lambda f: (f / DESCRIPTION).write_text("{"), r"model\.json: damaged, not valid JSON"),
-        (lambda f: rewrite(f, format=2), r"model\.json: format 2, this version reads 1"),
+        (lambda f: rewrite(f, format=1), r"model\.json: format 1, this version reads 2"),
         (lambda f: rewrite(f, num_classes="x"), r"model\.json: damaged: num_classes"),
-        (lambda f: rewrite(f, num_classes=5), "4 class_names for num_classes = 5"),
+        (lambda f: rewrite(f, num_classes=5), "4 class_names and 4 counts for num_classes = 5"),
         (lambda f: rewrite(f, surprise=1), "damaged: surprise"),
         (lambda f: rewrite(f, backbone={"name": "nope"}), "no model is called 'nope'"),
         (lambda f: retensor(f, lambda t: t.pop("trunk.conv1.weight")), "trunk.conv1.weight is missing"),

@@ -1,12 +1,13 @@
-"""The two heads by hand."""
+"""The heads by hand."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from experts.ensemble import keyed_draws
-from experts.heads import CosineHead, LinearHead
+from experts.heads import CosineHead, LinearHead, TauNormalisedHead
 
 
 def cosine_head(scale=30.0, features=6, classes=4):
@@ -51,3 +52,46 @@ def test_a_linear_head_has_a_scale_of_one_that_cannot_be_set():
     assert LinearHead.Config().scale == 1
     with pytest.raises(ValueError, match="scale"):
         LinearHead.Config(scale=30)
+
+
+def tau_head(gamma, weight, bias) -> TauNormalisedHead:
+    head = TauNormalisedHead(TauNormalisedHead.Config(gamma=gamma), len(weight[0]), len(weight)).double()
+    head.weight.data = torch.tensor(weight, dtype=torch.float64)
+    head.bias.data = torch.tensor(bias, dtype=torch.float64)
+    return head
+
+
+def test_a_tau_normalised_head_by_hand():
+    """Norms 5 and 2, x = (1, 2): training 3 + 8 + 1 = 12 and 0 + 4 - 1 = 3; evaluation with gamma 1: 11 / 5, 4 / 2."""
+    head, x = tau_head(1, [[3, 4], [0, 2]], [1, -1]), torch.tensor([[1.0, 2]], dtype=torch.float64)
+    assert head.train()(x).tolist() == [[12, 3]]
+    torch.testing.assert_close(head.eval()(x), torch.tensor([[2.2, 2]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("gamma", [0, 0.3, 0.7, 1, 2])
+def test_a_tau_normalised_head_divides_rows_by_a_power_of_their_norm(gamma):
+    draws = np.random.default_rng(0)
+    weight, x = draws.normal(size=(4, 3)) * [[10], [1], [0.1], [3]], draws.normal(size=(5, 3))
+    expected = x @ (weight / np.linalg.norm(weight, axis=1, keepdims=True) ** gamma).T
+    found = tau_head(gamma, weight.tolist(), [9.0] * 4).eval()(torch.from_numpy(x))
+    np.testing.assert_allclose(found.detach().numpy(), expected, atol=1e-12)
+
+
+def test_a_row_of_zeros_scores_zero_in_evaluation():
+    head = tau_head(0.7, [[0, 0], [1, 1]], [5, 5]).eval()
+    assert head(torch.tensor([[3.0, 4]], dtype=torch.float64)).tolist()[0][0] == 0
+
+
+@pytest.mark.parametrize("gamma", [-0.1, float("inf"), float("nan")])
+def test_gamma_must_be_a_finite_number_from_zero(gamma):
+    with pytest.raises(ValueError, match="gamma"):
+        TauNormalisedHead.Config(gamma=gamma)
+
+
+@pytest.mark.parametrize("kind", [LinearHead, CosineHead, TauNormalisedHead])
+def test_heads_that_know_no_places_are_the_same_in_every_place(kind):
+    heads = []
+    for position in (0, 2):
+        with keyed_draws(0, "head"):
+            heads.append(kind(kind.Config(), 6, 4, position))
+    assert torch.equal(heads[0].weight, heads[1].weight)

@@ -88,10 +88,10 @@ def test_a_missing_journal_is_empty(tmp_path):
     assert latest(tmp_path) == {}
 
 
-def test_rewind_drops_later_steps_and_later_stages_only(tmp_path):
+def test_rewind_drops_later_steps_of_the_stages_named_only(tmp_path):
     fill(tmp_path, [("teacher", 1), ("teacher", 9), ("train", 1), ("train", 2), ("train", 3), ("last", 1)])
     with Journal(tmp_path) as journal:
-        assert journal.rewind(["teacher", "train", "last"], "train", 2) == 4  # two lines a moment
+        assert journal.rewind({"train": 2, "last": 0}, ["teacher", "train", "last"]) == 4  # two lines a moment
         journal.append("train", 1, 3, {"train/loss": 7.0})
     assert moments(tmp_path) == [("teacher", 1), ("teacher", 9), ("train", 1), ("train", 2), ("train", 3)]
     assert list(read_journal(tmp_path))[-1].value == 7.0
@@ -101,7 +101,7 @@ def test_rewind_drops_later_steps_and_later_stages_only(tmp_path):
 def test_rewind_to_the_start_of_a_stage_keeps_the_stages_before(tmp_path):
     fill(tmp_path, [("a", 1), ("b", 1)])
     with Journal(tmp_path) as journal:
-        journal.rewind(["a", "b"], "b", 0)
+        journal.rewind({"b": 0}, ["a", "b"])
     assert moments(tmp_path) == [("a", 1)]
 
 
@@ -109,7 +109,7 @@ def test_rewind_writes_what_is_still_buffered_first(tmp_path):
     with Journal(tmp_path, flush_s=1e9) as journal:
         for step in (1, 2, 3):
             journal.append("train", 1, step, {"train/loss": 0.0})
-        assert journal.rewind(["train"], "train", 2) == 1
+        assert journal.rewind({"train": 2}, ["train"]) == 1
     assert moments(tmp_path) == [("train", 1), ("train", 2)]
 
 
@@ -117,7 +117,7 @@ def test_a_reader_keeps_the_old_file_while_the_journal_is_rewound(tmp_path):
     fill(tmp_path, [("train", 1), ("train", 2)])
     before = (tmp_path / FILE_NAME).read_bytes()
     with open(tmp_path / FILE_NAME, "rb") as reader, Journal(tmp_path) as journal:
-        journal.rewind(["train"], "train", 1)
+        journal.rewind({"train": 1}, ["train"])
         assert reader.read() == before
 
 
@@ -126,9 +126,9 @@ def test_rewind_refuses_a_stage_that_the_run_does_not_have_and_changes_nothing(t
     before = (tmp_path / FILE_NAME).read_bytes()
     with Journal(tmp_path) as journal:
         with pytest.raises(ValueError, match=r"metrics\.jsonl:1: stage 'other' is not a stage of this run"):
-            journal.rewind(["train"], "train", 1)
+            journal.rewind({"train": 1}, ["train"])
         with pytest.raises(ValueError, match="stage 'nope' is not a stage"):
-            journal.rewind(["train"], "nope", 1)
+            journal.rewind({"nope": 1}, ["train"])
     assert (tmp_path / FILE_NAME).read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == [FILE_NAME]
 

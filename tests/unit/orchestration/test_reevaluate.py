@@ -55,7 +55,7 @@ def train(path, *words):
     saved = checkpoints.complete(writing, checkpoints.name("train", STEPS), entries, state)
     for name in ("last", "best"):
         folder.write_evaluation(name, evaluations["test"])
-    export(config, folder, saved)
+    export(config, folder, "train", saved)
     folder.note(status="finished")
     folder.close()
     trainer.close()

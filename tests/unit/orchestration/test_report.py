@@ -3,9 +3,11 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from aggregation.metrics import groups_by_count
+from aggregation.diversity import Diversity
+from aggregation.metrics import Scores, groups_by_count
 from orchestration.journal import Journal, Series
 from orchestration.report import _running_mean, _steps_per_epoch, write_report
 
@@ -105,3 +107,56 @@ def test_the_running_mean_is_centred_narrower_at_the_ends_and_skips_nan():
     np.testing.assert_allclose(_running_mean(np.array([1.0, 2.0, 6.0]), 3), [1.5, 3.0, 4.0])
     np.testing.assert_allclose(_running_mean(np.array([1.0, np.nan, 3.0]), 3), [1.0, 2.0, 3.0])
     assert np.isnan(_running_mean(np.array([np.nan]), 1)).all()
+
+
+def with_experts(folder, names, *, routed=False, evaluated=("last", "best")):
+    """The evaluations of a small run as real experts would give them; the last class has no test image."""
+    counts = json.loads((folder / "data.json").read_text())["counts"]
+    draws = torch.Generator().manual_seed(0)
+    labels = torch.randint(len(counts) - 1, (200,), generator=draws)
+    logits = {name: torch.randn(200, len(counts), generator=draws) for name in names}
+    used = {"experts_used": torch.randint(1, len(names) + 1, (200,), generator=draws)} if routed else None
+    scores, diversity = Scores(), Diversity()
+    scores.update({"ensemble": torch.stack(list(logits.values())).mean(dim=0), **logits}, labels, used)
+    diversity.update(logits, labels)
+    measured = scores.result(counts, None) | {"diversity": diversity.result(counts, None)}
+    for which in evaluated:
+        path = folder / f"evaluation/{which}.json"
+        write(path, json.loads(path.read_text()) | measured)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "arguments"),
+    [(3, {"routed": True}), (8, {"evaluated": ("last",)}), (2, {"evaluated": ("best",)})],
+)
+def test_how_different_the_experts_are_is_drawn(tmp_path, num_experts, arguments):
+    names = [f"the expert number {k}" for k in range(num_experts)]
+    written = write_report(with_experts(run(tmp_path), names, **arguments))
+    assert sorted(path.name for path in written) == sorted([*EVERYTHING, "diversity.png"])
+    with Image.open(tmp_path / "report" / "diversity.png") as picture:
+        pixels = np.asarray(picture.convert("L"))
+    rows = len(arguments.get("evaluated", ("last", "best")))
+    assert pixels.shape[0] == pytest.approx(110 * (0.5 + 3.4 * rows), abs=1)
+    assert pixels.shape[1] == pytest.approx(110 * 4.4 * (4 if arguments.get("routed") else 3), abs=1)
+    assert pixels.std() > 20
+    table = (tmp_path / "report" / "table.txt").read_text()
+    assert "pairs that disagree, %" in table
+    assert ("expert passes saved, %" in table) == bool(arguments.get("routed"))
+
+
+def test_a_single_expert_has_no_picture_of_differences(tmp_path):
+    assert sorted(path.name for path in write_report(with_experts(run(tmp_path), ["alone"]))) == EVERYTHING
+
+
+def test_experts_that_never_disagree_and_groups_without_images_are_drawn(tmp_path):
+    """Two classes of many images: medium and few are n/a, and every pair is at 0."""
+    counts, labels, z = [500, 400], torch.tensor([0, 1, 1]), torch.eye(2)[[0, 1, 1]]
+    diversity = Diversity()
+    diversity.update({"a": z, "b": z}, labels)
+    write(tmp_path / "data.json", {"dataset": "two", "counts": counts, "class_names": ["x", "y"]})
+    write(tmp_path / "evaluation/last.json", {
+        "split": "test", "members": {"ensemble": member([1.0, 1.0])}, "diversity": diversity.result(counts, None),
+    })  # fmt: skip
+    assert "diversity.png" in [path.name for path in write_report(tmp_path)]
+    assert "n/a" in (tmp_path / "report" / "table.txt").read_text()

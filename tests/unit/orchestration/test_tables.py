@@ -1,7 +1,7 @@
 import pytest
 
 from aggregation.metrics import FEW_BELOW, MANY_ABOVE, groups_by_count, groups_by_index
-from orchestration.tables import _COUNT_RULE, final_table, members, per_class_table, selection_note
+from orchestration.tables import _COUNT_RULE, final_table, members, passes_saved, per_class_table, selection_note
 
 COUNTS = [500, 101, 100, 20, 19]
 
@@ -89,3 +89,63 @@ def test_the_table_of_classes_has_one_row_a_class():
     ]  # fmt: skip
     assert table["data"][0] == [0, "c0", 500, "many", "many", 0.5, 0.5]
     assert table["data"][4] == [4, "c4", 19, "few", "few", None, None]
+
+
+GROUPS = ("all", "many", "medium", "few", "many_by_index", "medium_by_index", "few_by_index")
+
+
+def diversity(value, names=("expert0", "expert1"), **more):
+    """All shares are `value`, divergences `value` times 1, 2, ..."""
+    by_group = dict.fromkeys(GROUPS, value) | more
+    return {
+        "num_experts": len(names), "experts": list(names), "pairs": [],
+        **dict.fromkeys(("disagreement", "agreement", "mean_divergence", "error", "bias", "variance"), by_group),
+        "divergence": {name: dict.fromkeys(GROUPS, value * k) for k, name in enumerate(names, 1)},
+    }  # fmt: skip
+
+
+def test_how_different_the_experts_are_is_shown_by_group():
+    last = evaluation(0.5) | {"diversity": diversity(0.25, few=None)}
+    text = final_table({"last": last, "best": evaluation(0.5) | {"diversity": diversity(0.125)}}, data())
+    for label in ("pairs that disagree, %", "all agree, %", "error of an expert, %", "bias, %", "variance, %"):
+        line = next(line for line in text.splitlines() if line.startswith(label))
+        assert line.removeprefix(label).split() == ["25.00", "12.50"] * 3 + ["n/a", "12.50"]
+    line = next(line for line in text.splitlines() if line.startswith("KL(mean || expert1), nats"))
+    assert line.split()[-8:] == ["0.5000", "0.2500"] * 4
+    assert "bias: the class that most experts say is wrong" in text
+
+
+def test_an_evaluation_from_before_is_shown_without_diversity():
+    text = final_table({"last": evaluation(0.5) | {"diversity": diversity(0.25)}, "best": evaluation(0.5)}, data())
+    assert next(line for line in text.splitlines() if line.startswith("bias, %")).split()[2:] == ["25.00", "n/a"] * 4
+    assert "bias" not in final_table({"last": evaluation(0.5)}, data())
+
+
+def test_a_single_expert_differs_from_nobody():
+    alone = evaluation(0.5) | {"diversity": diversity(0.0, ("expert0",)) | {"disagreement": None}}
+    assert "disagree" not in final_table({"last": alone}, data())
+
+
+def test_experts_asked_and_passes_saved_are_shown():
+    """Of 4 experts 2.5 are asked: 1.5 of 4 passes are saved."""
+    used = dict.fromkeys(GROUPS, 2.5) | {"few": None}
+    four = diversity(0.25, tuple(f"expert{k}" for k in range(4)))
+    routed = evaluation(0.5) | {"per_image": {"experts_used": used}, "diversity": four}
+    assert passes_saved(routed) == dict.fromkeys(GROUPS, 0.375) | {"few": None}
+    lines = final_table({"last": routed}, data()).splitlines()
+    assert next(line for line in lines if line.startswith("experts used")).split()[2:] == ["2.500"] * 3 + ["n/a"]
+    saved = next(line for line in lines if line.startswith("expert passes saved, %"))
+    assert saved.split()[-4:] == ["37.50"] * 3 + ["n/a"]
+    assert passes_saved(evaluation(0.5)) == passes_saved(evaluation(0.5) | {"per_image": {}}) == {}
+    assert "Per image" not in final_table({"last": evaluation(0.5) | {"per_image": {}}}, data())
+
+
+def test_what_the_ensemble_is_compared_with_has_its_rows():
+    routed = evaluation(0.5)
+    routed["members"] = {
+        "ensemble": routed["members"]["ensemble"],
+        "all experts": evaluation(0.75)["members"]["ensemble"],
+    }
+    text = final_table({"last": routed}, data())
+    assert row(text, "all experts")[2:] == ["75.00"] * 4
+    assert per_class_table({"last": routed}, data())["columns"][-2:] == ["last/ensemble", "last/all experts"]

@@ -69,7 +69,7 @@ def test_the_tail_follows_a_growing_and_a_rewound_journal(tmp_path):
         journal.append("train", 1, step, {"train/loss": 0.0})
         seen += [record.step for record in tail.records()]
     assert seen == [1, 2, 3]
-    journal.rewind(["train"], "train", 1)
+    journal.rewind({"train": 1}, ["train"])
     journal.append("train", 1, 2, {"train/loss": 0.0})
     assert [record.step for record in tail.records()] == [1, 2]
     with open(journal.path, "ab") as file:

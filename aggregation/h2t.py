@@ -1,0 +1,136 @@
+"""H2T: heads learn from features of class-balanced images, some channels of which come from instance-drawn images.
+
+A second stage for any host. Everything up to the features is frozen; every expert fuses with a permutation of its own.
+Paper: Li et al. 2024, "Feature Fusion from Head to Tail for Long-Tailed Visual Recognition", arXiv:2306.06963.
+The published code has no working recipe for several experts; fusion per expert follows the paper's description.
+
+Shapes: E experts, e of them held here, B images, C classes, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from experts.data.batches import Batch
+from experts.data.random import permutation
+from experts.flow import Flow, Network, through_shared_head
+from experts.losses.cross_entropy import cross_entropy
+from experts.losses.objective import NOTHING, Given, Objective, ObjectiveSettings, num_images
+from experts.losses.precision import at_least_float32
+from experts.progress import Progress
+from experts.registry import Settings, register
+
+
+def fuse(receiver_BD: Tensor, donor_BD: Tensor, ratio: float, permutation_D: Tensor) -> Tensor:
+    """Replace some channels of the receivers by those of the donors, the same channels in every row.
+
+    A swap of whole channels before mean pooling is the same swap of entries of the pooled features, so both forms do.
+
+    Args:
+        receiver_BD: features [B, D], or maps [B, D, H, W]; left as they are.
+        donor_BD: of the same shape.
+        ratio: share of the channels that the donor gives, in [0, 1]; int(ratio * D) of them, cut off, not rounded.
+        permutation_D: an order of 0 .. D - 1, int64; its first entries are the donor's channels.
+
+    Returns:
+        A new tensor of the same shape.
+
+    Raises:
+        ValueError: shapes that do not fit, or a ratio outside [0, 1].
+
+    Source: arXiv:2306.06963, section 3.2; the rounding as in the published code.
+    """
+    if receiver_BD.shape != donor_BD.shape or receiver_BD.shape[1:2] != permutation_D.shape:
+        raise ValueError(
+            f"fusion needs receivers and donors of one shape [B, D, ...] and an order of D channels, got "
+            f"{tuple(receiver_BD.shape)}, {tuple(donor_BD.shape)} and {tuple(permutation_D.shape)}"
+        )
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"flow.ratio = {ratio:g}: the donor's share of the channels must lie in 0 to 1")
+    given_n = permutation_D[: int(ratio * len(permutation_D))]
+    fused_BD = receiver_BD.clone()
+    fused_BD[:, given_n] = donor_BD[:, given_n]
+    return fused_BD
+
+
+@register("flow", "h2t")
+class H2T(Flow):
+    """The batch receives, its partner gives; labels are the receiver's. Only heads learn.
+
+    Receivers go first through the trunk and through each expert's features, then donors: with BatchNorm in train mode
+    (`frozen_batchnorm: train`, as published), running statistics move in this order.
+    """
+
+    class Config(Settings):
+        name: Literal["h2t"] = "h2t"
+        ratio: float = Field(0.25, ge=0, le=1)
+        """Share of the channels that come from the donor, no unit; published 0.25 (CIFAR-100-LT)."""
+
+    learns: ClassVar[frozenset[str]] = frozenset({"heads"})
+    needs_partner: ClassVar[bool] = True
+
+    def channels(self, expert: str, num_features: int, progress: Progress) -> Tensor:
+        """This step's order of an expert's channels, int64 [D] on the CPU; every replica draws the same."""
+        order = permutation(self.draws("h2t channels", expert, progress.epoch, progress.step), num_features)
+        return torch.from_numpy(order)
+
+    def __call__(
+        self, network: Network, batch: Batch, progress: Progress, gather: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """See `Flow.__call__`.
+
+        Raises:
+            ValueError: the batch has no partner.
+        """
+        donor = batch.partner
+        if donor is None:
+            raise ValueError("flow 'h2t': batches have no partner; set partner_sampler.name=instance_balanced")
+        with torch.no_grad():
+            receiver_h, donor_h = network.trunk(lambda trunk: (trunk(batch.images_B3HW), trunk(donor.images_B3HW)))
+
+        def heads(experts: Any) -> Tensor:
+            scores = []
+            for name, expert in experts.items():
+                with torch.no_grad():
+                    receiver_BD, donor_BD = expert.features(receiver_h), expert.features(donor_h)
+                order_D = self.channels(name, receiver_BD.shape[1], progress).to(receiver_BD.device)
+                scores.append(expert.head(fuse(receiver_BD, donor_BD, self.config.ratio, order_D)))
+            return torch.stack(scores)
+
+        return gather(through_shared_head(network, network.experts(heads)))
+
+
+@register("objective", "mean_cross_entropy")
+class MeanCrossEntropy(Objective):
+    """Cross-entropy of the mean of the experts' logits. H2T's other loss; "cross_entropy" is its default.
+
+    Source: published code of H2T, which has a criterion of the classifier's output, the mean over its heads.
+    """
+
+    class Config(ObjectiveSettings):
+        name: Literal["mean_cross_entropy"] = "mean_cross_entropy"
+
+    couples: ClassVar[bool] = True
+
+    def denominators(self, labels_B: Tensor, progress: Progress) -> dict[str, Tensor]:
+        """`images`."""
+        return {"images": num_images(labels_B)}
+
+    def forward(
+        self,
+        logits_EBC: Tensor,
+        labels_B: Tensor,
+        denominators: dict[str, Tensor],
+        progress: Progress,
+        given: Given = NOTHING,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean per image; term `cross_entropy`, a scalar. See `Objective.forward`."""
+        self.check_shapes(logits_EBC, labels_B)
+        mean_1BC = at_least_float32(logits_EBC).mean(dim=0, keepdim=True)
+        loss = cross_entropy(mean_1BC, labels_B, denominator=denominators["images"])[0]
+        return loss, {"cross_entropy": loss.detach()}

@@ -1,0 +1,217 @@
+"""RIDE's router: after each expert a gate says, from its features and the mean logits so far, whether to ask the next.
+
+A last stage on a trained ensemble, of which nothing but the gates learns. A gate is a layer of its own for each expert
+but the last, and a layer that all gates share.
+Paper: Wang et al. 2021, "Long-tailed Recognition by Routing Diverse Distribution-Aware Experts", arXiv:2010.01809,
+section 3 (expert assignment); form and numbers as in the published code.
+
+Shapes: E experts, e of them held here, B images, C classes, D features, G = E - 1 gates, k largest logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from experts.data.batches import Batch
+from experts.flow import Flow, Network, through_shared_head
+from experts.losses.objective import MAX_EXPERTS, NOTHING, Given, Objective, ObjectiveSettings, num_images
+from experts.losses.precision import at_least_float32
+from experts.progress import Progress
+from experts.registry import Settings, register
+
+
+def gate_score(final: nn.Linear, hidden_BH: Tensor, running_BC: Tensor) -> Tensor:
+    """Score for asking the next expert: the shared layer over the largest mean logits and a gate's hidden layer.
+
+    Args:
+        final: k + H inputs, one output; k follows from its size.
+        hidden_BH: outputs of the gate's own layer.
+        running_BC: mean logits of the experts asked so far.
+
+    Returns:
+        [B]; above 0 (a probability above 1/2) means ask.
+    """
+    k = final.in_features - hidden_BH.shape[1]
+    largest_Bk = running_BC.topk(k, dim=1).values.to(hidden_BH.dtype)
+    return final(torch.cat([largest_Bk, hidden_BH], dim=1)).squeeze(1)
+
+
+class Hidden(nn.Module):
+    """A gate's own layer: features [B, D], brought to length 1, to [B, H].
+
+    Differs: published code divides by the length as it is; here lengths below 1e-12 count as 1e-12, not as NaN.
+    """
+
+    def __init__(self, num_features: int, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(num_features, width)
+
+    def forward(self, features_BD: Tensor) -> Tensor:
+        direction_BD = F.normalize(at_least_float32(features_BD), dim=1)
+        return F.relu(self.linear(direction_BD))
+
+
+class Final(nn.Module):
+    """The layer that all gates share. See `gate_score`."""
+
+    def __init__(self, top_k: int, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(top_k + width, 1)
+
+    def forward(self, hidden_BH: Tensor, running_BC: Tensor) -> Tensor:
+        return gate_score(self.linear, hidden_BH, running_BC)
+
+    def zeros(self, images: int) -> Tensor:
+        """A score of 0 for each image, with a gradient of zero for this layer."""
+        weight = self.linear.weight
+        return 0 * self.linear(weight.new_zeros(images, self.linear.in_features)).squeeze(1)
+
+
+@register("router", "ride")
+class RideRouter:
+    """Makes the layers of the gates; every call of a method makes new, untrained ones."""
+
+    class Config(Settings):
+        name: Literal["ride"] = "ride"
+        top_k: Annotated[int, Field(ge=1)] = 30
+        """Largest mean logits that a gate sees, at most C; published 30 (CIFAR, ResNet-10), 50 (ResNet-50,
+        ResNeXt-50, iNat)."""
+        width: Annotated[int, Field(ge=1)] = 16
+        """H, outputs of a gate's own layer."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def hidden(self, num_features: int) -> Hidden:
+        """A gate's own layer, for features [B, num_features]."""
+        return Hidden(num_features, self.config.width)
+
+    def final(self, num_classes: int) -> Final:
+        """The layer that all gates share."""
+        return Final(min(self.config.top_k, num_classes), self.config.width)
+
+
+@register("flow", "router")
+class RouterFlow(Flow):
+    """Outputs are the experts' logits, without gradient, and after them a column with the score of each one's gate.
+
+    The last expert has no gate: its column is 0.
+    """
+
+    class Config(Settings):
+        name: Literal["router"] = "router"
+
+    learns: ClassVar[frozenset[str]] = frozenset({"gates"})
+
+    def __call__(
+        self, network: Network, batch: Batch, progress: Progress, gather: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """See `Flow.__call__`; gathers twice."""
+
+        with torch.no_grad():
+            h = network.trunk(lambda trunk: trunk(batch.images_B3HW))
+
+        def scores_and_hidden(experts: Any) -> tuple[Tensor, list[tuple[int, Tensor] | None]]:
+            scores: list[Tensor] = []
+            hidden: list[tuple[int, Tensor] | None] = []
+            for expert in experts.values():
+                with torch.no_grad():
+                    features_BD = expert.features(h)
+                    scores.append(expert.head(features_BD))
+                hidden.append(None if expert.gate is None else (expert.position, expert.gate(features_BD)))
+            return torch.stack(scores), hidden
+
+        scores, hidden = network.experts(scores_and_hidden)
+        with torch.no_grad():
+            logits_EBC = gather(at_least_float32(through_shared_head(network, scores)))
+
+        def gates(shared: Any) -> Tensor:
+            router, columns = shared["router"], []
+            for own in hidden:
+                if own is None:  # a worker that holds the last expert alone still needs a graph to go back through
+                    columns.append(router.zeros(logits_EBC.shape[1]).to(logits_EBC.dtype))
+                else:
+                    position, hidden_BH = own
+                    running_BC = logits_EBC[: position + 1].mean(dim=0)
+                    columns.append(router(hidden_BH, running_BC).to(logits_EBC.dtype))
+            return torch.stack(columns)[..., None]
+
+        return torch.cat([logits_EBC, gather(network.shared(gates))], dim=-1)
+
+
+def running_correct(logits_EBC: Tensor, labels_B: Tensor) -> Tensor:
+    """Whether the mean logits of the first i experts are right, bool [E, B]; of equal logits the first counts."""
+    own_C = torch.arange(logits_EBC.shape[-1], device=labels_B.device)
+    known_B = own_C.gather(0, labels_B)  # the labels; one out of range is an error here, without waiting for a device
+    return logits_EBC.cumsum(dim=0).argmax(dim=-1) == known_B
+
+
+def gate_targets(correct_EB: Tensor) -> Tensor:
+    """What each gate should say, bool [G, B]: the prediction so far is wrong, and becomes right with some later expert.
+
+    Source: published code of arXiv:2010.01809.
+    """
+    later_EB = correct_EB.flip(0).long().cumsum(dim=0).flip(0) > 0
+    return ~correct_EB[:-1] & later_EB[1:]
+
+
+@register("objective", "router")
+class RouterObjective(Objective):
+    """Binary cross-entropy of the gates; the experts' logits only say what a gate should have said."""
+
+    class Config(ObjectiveSettings):
+        name: Literal["router"] = "router"
+        pos_weight: float = Field(100.0, gt=0, allow_inf_nan=False)
+        """What the loss of an image that needs another expert is multiplied with, no unit; published 100."""
+
+    couples: ClassVar[bool] = True
+    extra_outputs: ClassVar[int] = 1
+    num_experts_allowed: ClassVar[tuple[int, ...]] = tuple(range(2, MAX_EXPERTS + 1))
+
+    def __init__(self, config: Config, counts_C: Tensor, num_experts: int) -> None:
+        super().__init__(config, counts_C, num_experts)
+        if num_experts < 2:
+            raise ValueError(
+                f"objective 'router': method.num_experts = {num_experts}; a router chooses between 2 or more experts"
+            )
+
+    def denominators(self, labels_B: Tensor, progress: Progress) -> dict[str, Tensor]:
+        """`images`."""
+        return {"images": num_images(labels_B)}
+
+    def forward(
+        self,
+        logits_EBC: Tensor,
+        labels_B: Tensor,
+        denominators: dict[str, Tensor],
+        progress: Progress,
+        given: Given = NOTHING,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean over gates of the mean per image.
+
+        Args:
+            logits_EBC: [E, B, C + 1], the score of each expert's gate last; that of the last expert is not looked at.
+            labels_B, denominators, progress, given: see `Objective.forward`.
+
+        Returns:
+            The loss and its terms: `gate` [E], each gate's mean (0 for the last expert, which has none), and `wanted`
+            and `asked` [E], the shares of images that need the next expert, and that the gate alone would pass on.
+        """
+        self.check_shapes(logits_EBC, labels_B)
+        outputs = at_least_float32(logits_EBC)
+        images = denominators["images"].to(outputs.dtype)
+        score_GB = outputs[:-1, :, -1]
+        target_GB = gate_targets(running_correct(outputs[..., :-1].detach(), labels_B)).to(outputs.dtype)
+        bce_GB = F.binary_cross_entropy_with_logits(
+            score_GB, target_GB, reduction="none", pos_weight=outputs.new_tensor(self.config.pos_weight)
+        )
+        gate_G = bce_GB.sum(dim=1) / images
+        asked_G = (score_GB.detach() > 0).to(outputs.dtype).sum(dim=1) / images
+        terms = {"gate": gate_G.detach(), "wanted": target_GB.sum(dim=1) / images, "asked": asked_G}
+        return gate_G.sum() / (self.num_experts - 1), {name: F.pad(term_G, (0, 1)) for name, term_G in terms.items()}

@@ -1,0 +1,127 @@
+"""Trained ensembles that a stage begins with or learns from: stages of this run, and other runs, by name.
+
+A stage is a served folder (aggregation/serving.py) like any exported model, so teachers need not know where they are
+from. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aggregation.serving import export_model
+from experts.class_groups import split_classes
+from orchestration.checkpoint import Checkpoints, read_tensors, verify
+from orchestration.compose import expand
+from orchestration.config import RunConfig, Source
+from orchestration.run_folder import RUN, RunFolder
+
+
+def check_sources(config: RunConfig) -> None:
+    """Refuse other runs that are named but cannot serve, before anything is started.
+
+    Raises:
+        ValueError: every run that is missing or unfinished.
+    """
+    problems = []
+    for key, source in _named(config):
+        if source.run is not None and (problem := _problem(Path(expand(source.run)), source.weights)):
+            problems.append(f"{key}.run = {source.run}: {problem}")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _named(config: RunConfig) -> Iterator[tuple[str, Source]]:
+    for name, stage in config.method.stages.items():
+        if stage.start_from is not None:
+            yield f"method.stages.{name}.start_from", stage.start_from
+        for teacher, source in stage.teachers.items():
+            yield f"method.stages.{name}.teachers.{teacher}", source
+
+
+def _problem(folder: Path, weights: str) -> str | None:
+    if not (folder / "config.yaml").is_file():
+        return "there is no run; needed the folder of a finished run, as runs/<run.name>"
+    try:
+        status = json.loads((folder / RUN).read_text()).get("status")
+    except (OSError, ValueError) as error:
+        return f"{RUN} cannot be read ({type(error).__name__}); needed a finished run"
+    if status != "finished":
+        return f"the run is {status or 'not started'}; needed a finished one: give its command again to continue it"
+    if not (folder / "export" / weights / "model.json").is_file():
+        return f"it has no export/{weights}; needed its exported model; restore the folder"
+    return None
+
+
+def model_folder(config: RunConfig, folder: RunFolder, checkpoints: Checkpoints, source: Source) -> Path:
+    """Where the exported model of a source is; a stage of this run is exported when asked for.
+
+    Raises:
+        ValueError: a checkpoint is damaged.
+    """
+    if source.run is not None:
+        return Path(expand(source.run)).absolute() / "export" / source.weights
+    assert source.stage is not None
+    target = folder.path / "export" / f"stage-{source.stage}-{source.weights}"
+    export_stage(config, folder, source.stage, weights_of(checkpoints, source), target)
+    return target
+
+
+def weights_of(checkpoints: Checkpoints, source: Source) -> Path:
+    """The checkpoint of a finished stage of this run: its last, or that of its best evaluation.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    assert source.stage is not None
+    newest = checkpoints.newest(source.stage, lambda _: None)
+    if newest is None:
+        raise ValueError(f"{checkpoints.folder}: stage {source.stage} has no checkpoint; needed a finished stage")
+    best = newest.state.get("best")
+    if source.weights == "last" or not best:
+        return newest.folder
+    verify(newest.folder.parent / best["checkpoint"])
+    return newest.folder.parent / best["checkpoint"]
+
+
+def export_stage(config: RunConfig, folder: RunFolder, stage: str, checkpoint: Path, target: Path) -> None:
+    """Write the ensemble of a stage's checkpoint as a served folder."""
+    data = folder.data()
+    ids = stage_classes(config, stage, data["counts"])
+    method = config.method
+    export_model(
+        target,
+        ensemble_state(config, stage, checkpoint),
+        backbone=config.backbone,
+        head=method.head,
+        aggregator=method.aggregator,
+        dataset=config.dataset,
+        expert_names=method.names_in(stage),
+        reduce_dimension=method.reduce_dimension,
+        class_names=[data["class_names"][c] for c in ids],
+        counts=[data["counts"][c] for c in ids],
+        image_shape=data["image_shape"],
+        shared_head=method.shared_head,
+        router=method.router,
+    )
+
+
+def ensemble_state(config: RunConfig, stage: str, checkpoint: Path) -> dict[str, Any]:
+    """`Ensemble.state_dict()` of all parts of a stage's ensemble, from a checkpoint of any mesh."""
+    state: dict[str, Any] = {}
+    for name in ("trunk", "shared", *config.method.names_in(stage)):
+        state |= read_tensors(checkpoint, name)
+    return state
+
+
+def stage_classes(config: RunConfig, stage: str, counts: list[int]) -> list[int]:
+    """Class ids that a stage knows, in the order of its logits."""
+    subset = config.method.stages[stage].classes
+    if subset is None:
+        return list(range(len(counts)))
+    groups = dict(zip(("many", "medium", "few"), split_classes(np.asarray(counts), 3, subset.rule), strict=True))
+    return groups[subset.group].tolist()

@@ -1,0 +1,345 @@
+"""One stage of a run on a started fleet: intervals of steps, evaluations, checkpoints, what the journal notes.
+
+The driver decides when; workers decide what. Everything written here can be written again after a crash: a resumed
+stage drops journal lines after its checkpoint and takes the same steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aggregation.metrics import Scores, groups_by_count, groups_by_index
+from orchestration.checkpoint import Checkpoint, DamagedCheckpoint, verify
+from orchestration.config import Source
+from orchestration.console import Console
+from orchestration.fleet import Fleet
+from orchestration.sources import model_folder, stage_classes, weights_of
+from orchestration.trainer import Interval
+
+if TYPE_CHECKING:
+    from orchestration.run import Run
+
+_INTERVAL_S = 1.0  # how often the driver hears from training
+
+
+class Stopped(Exception):
+    """The run was asked to stop (Ctrl-C, SIGTERM) and has written a checkpoint."""
+
+    def __init__(self, signal_number: int, text: str) -> None:
+        super().__init__(text)
+        self.exit_code = 128 + signal_number
+
+
+class GivenUp(Exception):
+    """A stage that trains beside this one has failed for good; this one has written a checkpoint and ends too."""
+
+
+class StopSignals:
+    """Notes SIGINT and SIGTERM for the next moment at which a checkpoint can be written. A second one acts at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.given_up = threading.Event()
+
+    @contextmanager
+    def watched(self) -> Iterator[StopSignals]:
+        old = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with suppress(ValueError):  # not in the main thread: a test, or a notebook
+                old[number] = signal.signal(number, self._note)
+        try:
+            yield self
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+        print(f"expertail: {signal.Signals(number).name}: stopping once a checkpoint is written", file=sys.stderr)
+
+
+@dataclass
+class Outcome:
+    """How a stage ended.
+
+    Attributes:
+        stage: its name.
+        finished: whether it is trained to its end; False when run.max_steps ended it.
+        total_steps: of the stage.
+        checkpoint: its newest.
+    """
+
+    stage: str
+    finished: bool
+    total_steps: int
+    checkpoint: Path
+
+
+class StageRun:
+    """One stage on a started fleet, from its newest checkpoint or from its beginning.
+
+    Args:
+        run: what it belongs to.
+        stage: its name.
+        fleet: started.
+        console: told what happens.
+        before: optimiser steps of the stages that came before.
+    """
+
+    def __init__(self, run: Run, stage: str, fleet: Fleet, console: Console, *, before: int = 0) -> None:
+        self.run, self.stage, self.fleet, self.console = run, stage, fleet, console
+        self.journal, self.config, self.folder, self.checkpoints = run.journal, run.config, run.folder, run.checkpoints
+        settings = self.config.method.stages[stage]
+        self.epochs = settings.epochs
+        newest = self.checkpoints.newest(stage, console.message)
+        self.journal.rewind({stage: newest.state["step"] if newest else 0}, self.checkpoints.stages)
+        teachers = {name: str(self._model(teacher)) for name, teacher in settings.teachers.items()}
+        self.seen = self.fleet.build(stage, teachers)
+        run.marks.setdefault("built", time.time())
+        data = self._note_data()
+        self.data_classes = len(data["counts"])
+        self.counts = [data["counts"][c] for c in stage_classes(self.config, stage, data["counts"])]
+        run.begin_tracking()
+        self.before = before
+        self.steps_per_epoch: int = self.seen[0]["steps_per_epoch"]
+        self.total_steps = self.epochs * self.steps_per_epoch
+        self.splits = ["val", "test"] if self.seen[0]["has_val"] else ["test"]
+        select = self.config.run.select_on
+        if select == "val" and "val" not in self.splits:
+            raise ValueError(
+                "run.select_on = val: this dataset has no validation split; set dataset.val_per_class (cut from the "
+                "training pool), dataset.val_list, or run.select_on=test"
+            )
+        self.select_on = self.splits[0] if select == "auto" else select
+        self.step = 0
+        self.best: dict[str, Any] | None = None
+        self.last: dict[str, Any] | None = None
+        self._epoch_images, self._epoch_seconds = 0, 0.0
+        self._pace = 0.0  # steps per second, as last seen
+        if newest:
+            self._go_on_from(newest)
+        else:
+            self._begin()
+
+    def _model(self, source: Source) -> Path:
+        return model_folder(self.config, self.folder, self.checkpoints, source)
+
+    def _begin(self) -> None:
+        """The first weights of the stage, and what its objective must see before the first step."""
+        source = self.config.method.starts_from(self.stage)
+        if source is not None and source.stage is not None:
+            weights = weights_of(self.checkpoints, source)
+            self.fleet.call("start_from", str(weights))
+            self.console.message(f"stage {self.stage} begins with the weights of {weights.name}")
+        elif source is not None:
+            model = self._model(source)
+            self.fleet.call("start_from_model", str(model))
+            self.console.message(f"stage {self.stage} begins with the weights of {model}")
+        if self.seen[0]["prepares"]:
+            self.console.message(f"stage {self.stage}: looking at the data with the teachers, once")
+            self.fleet.call("prepare")
+
+    def _note_data(self) -> dict[str, Any]:
+        seen = self.seen[0]
+        cuts = self.config.dataset.index_groups
+
+        def plain(groups: dict[str, Any]) -> dict[str, list[int]]:
+            return {name: ids.tolist() for name, ids in groups.items()}
+
+        data = {
+            "dataset": self.config.dataset.name,
+            "class_names": seen["class_names"],
+            "counts": seen["counts"],
+            "total": sum(seen["counts"]),
+            "digest": seen["digest"],
+            "image_shape": seen["image_shape"],
+            "groups": {
+                "by_count": plain(groups_by_count(seen["counts"])),
+                "by_index": plain(groups_by_index(seen["counts"], cuts)) if cuts else None,
+            },
+        }
+        self.folder.write_data(data)
+        return data
+
+    def _go_on_from(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.state
+        self.fleet.call("load", str(checkpoint.folder), {"step": state["step"], "sums": state["sums"]})
+        self.step, self.best, self.last = state["step"], state["best"], state["last"]
+        if self.best and self.best["step"] == self.step:
+            self.checkpoints.copy_weights(checkpoint.folder, self.best["checkpoint"])  # may have been cut off
+        elif self.best:
+            try:
+                verify(self.checkpoints.folder / self.best["checkpoint"])
+            except DamagedCheckpoint as problem:
+                raise ValueError(
+                    f"{problem}: the weights of the best evaluation (step {self.best['step']}) are damaged; needed "
+                    f"them whole; restore them from a copy, or remove {self.checkpoints.folder} to train anew"
+                ) from problem
+        self.console.message(
+            f"going on from {checkpoint.folder.name}: step {self.step} of {self.total_steps}, "
+            f"epoch {min(self.step // self.steps_per_epoch + 1, self.epochs)} of {self.epochs}"
+        )
+
+    @property
+    def target(self) -> int:
+        """The step this start trains to."""
+        limit = self.config.run.max_steps
+        return self.total_steps if limit is None else min(max(limit - self.before, 0), self.total_steps)
+
+    def take(self, steps: int) -> None:
+        """Train this many steps, with everything that is due on the way."""
+        target = self.step + steps
+        while self.step < target:
+            self._advance(target)
+
+    def carry_out(self) -> Outcome:
+        """Train to the target and make sure that the end is evaluated and saved."""
+        self.take(self.target - self.step)
+        if self.last is None or self.last["step"] != self.step:
+            self._evaluate(count=False)
+            self._save()
+        best = self.best or self.last
+        assert self.last is not None and best is not None
+        # A stage that knows only some classes has no place in the run's table; it has a folder of its own.
+        below = "" if self.config.method.stages[self.stage].classes is None else f"{self.stage}/"
+        self.folder.write_evaluation(f"{below}last", self.last["evaluation"])
+        self.folder.write_evaluation(f"{below}best", best["evaluation"])
+        self.run.cost.note(peak_memory_gib=[round(gib, 2) for gib in self.fleet.call("peak_memory_gib")])
+        newest = self.checkpoints.newest(self.stage, self.console.message)
+        assert newest is not None
+        return Outcome(self.stage, self.step >= self.total_steps, self.total_steps, newest.folder)
+
+    def _advance(self, target: int) -> None:
+        """Train one interval, note it, and do what is due at its end."""
+        until = self._next_stop(target)
+        first, before = self.step, time.monotonic()
+        interval: Interval = self.fleet.call("train", until)[0]
+        self.step = until
+        self._pace = (until - first) / (time.monotonic() - before)
+        self._note(first, interval)
+        every = self.config.run.checkpoint_every_steps
+        epoch, rest = divmod(self.step, self.steps_per_epoch)
+        evaluated = rest == 0 and (epoch % self.config.run.evaluate_every_epochs == 0 or epoch == self.epochs)
+        if evaluated:
+            self._evaluate(count=True)
+        stop, given_up = self.run.signals.received, self.run.signals.given_up.is_set()
+        if evaluated or self.step % every == 0 or stop is not None or given_up:
+            self._save()
+        if given_up and stop is None:
+            raise GivenUp(f"stage {self.stage} stopped after step {self.step}")
+        if stop is not None:
+            raise Stopped(
+                stop,
+                f"stopped after step {self.step} of {self.total_steps} of stage {self.stage}; the same command "
+                f"continues from there",
+            )
+
+    def _next_stop(self, target: int) -> int:
+        """The step of the next thing to do, at most an interval away."""
+        every = self.config.run.checkpoint_every_steps
+        due = min(
+            target,
+            (self.step // self.steps_per_epoch + 1) * self.steps_per_epoch,
+            (self.step // every + 1) * every,
+        )
+        return min(due, self.step + max(1, int(self._pace * _INTERVAL_S)))
+
+    def _note(self, first: int, interval: Interval) -> None:
+        if "first_step" not in self.run.marks:
+            self.run.marks["first_step"] = time.time()
+            self.folder.note(startup_s=_differences(self.run.marks))
+        for step, loss in enumerate(interval.losses, first + 1):
+            self.journal.append(self.stage, (step - 1) // self.steps_per_epoch + 1, step, {"train/loss": loss})
+        self._epoch_images += interval.images
+        self._epoch_seconds += interval.seconds
+        epoch = (self.step - 1) // self.steps_per_epoch + 1
+        speed = interval.images / max(interval.seconds, 1e-9)
+        if interval.epoch_means:
+            means = {f"train/{'epoch_loss' if k == 'loss' else k}": v for k, v in interval.epoch_means.items()}
+            pace = self._epoch_images / max(self._epoch_seconds, 1e-9)
+            self.journal.append(
+                self.stage, epoch, self.step, {**means, "train/lr": interval.lr, "train/images_per_s": pace}
+            )
+            self._epoch_images, self._epoch_seconds = 0, 0.0
+        shown = {"loss": interval.losses[-1], "lr": interval.lr, "images/s": speed, **interval.terms}
+        self.console.step(epoch, self.epochs, self.step, self.target, shown)
+
+    def _evaluate(self, *, count: bool) -> None:
+        """Score all splits. `count`: whether this may become the best; it must come at the same steps in every run."""
+        epoch = max((self.step - 1) // self.steps_per_epoch + 1, 1)
+        cuts = self.config.dataset.index_groups if len(self.counts) == self.data_classes else None
+        results = {}
+        for split in self.splits:
+            scores = Scores()
+            for part in self.fleet.call("evaluate", split):
+                if part is not None:
+                    scores.merge(Scores.from_state(part))
+            results[split] = scores.result(self.counts, cuts)
+            self.journal.append(self.stage, epoch, self.step, _metrics(split, results[split]))
+        self.journal.flush()
+        if "val" in results and self.seen[0]["observes"]:
+            self.fleet.call("observe", results["val"]["members"]["ensemble"]["per_class"])
+        evaluation = {
+            "split": "test",
+            "selected_on": self.select_on,
+            "selected_value": results[self.select_on]["members"]["ensemble"]["top1"]["all"],
+            "stage": self.stage,
+            "epoch": epoch,
+            "step": self.step,
+            **results["test"],
+        }
+        self.last = {"step": self.step, "evaluation": evaluation}
+        value = results[self.select_on]["members"]["ensemble"]["top1"]["all"]
+        if count and (self.best is None or value > self.best["value"]):
+            name = f"best-{self.checkpoints.name(self.stage, self.step)}"
+            self.best = {"step": self.step, "value": value, "checkpoint": name, "evaluation": evaluation}
+        self.console.evaluation(evaluation)
+
+    def _save(self) -> None:
+        """Write a checkpoint; when the evaluation just made is the best, keep its weights apart as well."""
+        self.journal.flush(sync=True)
+        writing = self.checkpoints.begin()
+        answers = self.fleet.call("save", str(writing))
+        entries = [entry for files, _ in answers for entry in files]
+        state = {
+            "stage": self.stage,
+            "total_steps": self.total_steps,
+            **answers[0][1],
+            "best": self.best,
+            "last": self.last,
+        }
+        folder = self.checkpoints.complete(writing, self.checkpoints.name(self.stage, self.step), entries, state)
+        if self.best and self.best["step"] == self.step:
+            self.checkpoints.copy_weights(folder, self.best["checkpoint"])
+        self.checkpoints.tidy(self.stage, self.config.run.keep_checkpoints)
+        self.run.cost.note()
+
+
+def _metrics(split: str, result: dict[str, Any]) -> dict[str, float]:
+    """Metric names and values of an evaluation; groups without a class are left out."""
+    values = {}
+    for member, measured in result["members"].items():
+        for group, top1 in measured["top1"].items():
+            if top1 is not None:
+                values[f"{split}/{member}/{group}/top1"] = top1
+        for name in ("nll", "ece"):
+            values[f"{split}/{member}/all/{name}"] = measured[name]
+    return values
+
+
+def _differences(marks: dict[str, float]) -> dict[str, float]:
+    """Seconds between consecutive marks, and in all."""
+    names = list(marks)
+    spans = {b: round(marks[b] - marks[a], 2) for a, b in itertools.pairwise(names)}
+    return spans | {"total": round(marks[names[-1]] - marks[names[0]], 2)}

@@ -1,0 +1,122 @@
+"""Frozen ensembles that a stage learns from, their experts sharded over the slots of the mesh.
+
+Every worker holds some experts of each teacher on a copy of that teacher's trunk, scores its replica's images with
+them, and gathers the scores; no teacher is held whole anywhere unless there is one slot.
+
+Shapes: B images of one replica, C classes of a teacher, T experts of a teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from aggregation.ensemble import Aggregator, MeanLogits, Outputs
+from aggregation.serving import ServedModel, load_model
+from experts.data.dataset import Dataset
+from experts.ensemble import Ensemble
+from orchestration.config import Teacher
+from orchestration.mesh import Mesh
+
+
+class Teachers:
+    """All teachers of a stage, this worker's share of them.
+
+    Args:
+        configs: by name.
+        folders: of their exported models, by name.
+        dataset: of the run, whole; teachers must know its preprocessing and classes, or a group of them.
+        mesh: this worker's place.
+        dtype: that scores are computed in.
+
+    Raises:
+        ValueError: a model is missing or damaged, or was made for other classes or images.
+    """
+
+    def __init__(
+        self,
+        configs: Mapping[str, Teacher],
+        folders: Mapping[str, str],
+        dataset: Dataset,
+        mesh: Mesh,
+        dtype: torch.dtype,
+    ) -> None:
+        self._mesh = mesh
+        self._held: dict[str, Ensemble] = {}
+        self._rules: dict[str, tuple[Aggregator, Tensor, int, int]] = {}
+        self._places: dict[str, list[int]] = {}
+        slots, unit = mesh.shape.slots, 0
+        for name, config in configs.items():
+            model = load_model(folders[name])
+            check_teacher(name, model, dataset, folders[name])
+            names = model.description.expert_names
+            numbers_EK = torch.stack([model.aggregator.describe(e) for e in model.ensemble.experts.values()])
+            rule = model.aggregator
+            if "router" in model.ensemble.shared:  # it stops early to save work; a teacher is asked in full
+                rule = MeanLogits(MeanLogits.Config(), torch.tensor(model.description.counts), names)
+            self._rules[name] = rule, numbers_EK.to(mesh.device, dtype), len(names), model.description.num_classes
+            self._places[name] = [(unit + i) % slots for i in range(len(names))]
+            unit += len(names)
+            own = {
+                n: model.ensemble.experts[n]
+                for n, slot in zip(names, self._places[name], strict=True)
+                if slot == mesh.slot
+            }
+            if own:
+                shared = {key: m for key, m in model.ensemble.shared.items() if key == "head"}
+                held = Ensemble(model.ensemble.trunk, own, shared).to(mesh.device, dtype)  # type: ignore[arg-type]
+                mesh.synchronise_batchnorm(held)
+                self._held[name] = held.train(config.mode == "train").requires_grad_(False)
+        self._dtype = dtype
+
+    def __bool__(self) -> bool:
+        return bool(self._rules)
+
+    @torch.no_grad()
+    def __call__(self, images_B3HW: Tensor) -> dict[str, Tensor]:
+        """Scores [B, C] of every teacher by name."""
+        scores = {}
+        for name, (rule, numbers_EK, num_experts, num_classes) in self._rules.items():
+            most = max(self._places[name].count(slot) for slot in range(self._mesh.shape.slots))
+            own = torch.zeros(most, len(images_B3HW), num_classes, device=images_B3HW.device, dtype=self._dtype)
+            if name in self._held:
+                found = self._held[name](images_B3HW)
+                own[: len(found)] = found
+            gathered = self._mesh.gather(own).unflatten(0, (self._mesh.shape.slots, most))
+            rows = []
+            for expert in range(num_experts):
+                slot = self._places[name][expert]
+                rows.append(gathered[slot, self._places[name][:expert].count(slot)])
+            scores[name] = rule(Outputs(torch.stack(rows), numbers_EK))
+        return scores
+
+    def modules(self) -> list[nn.Module]:
+        """What this worker holds of the teachers."""
+        return list(self._held.values())
+
+
+def check_teacher(name: str, model: ServedModel, dataset: Dataset, folder: str | Path) -> None:
+    """Refuse a teacher that was made for something else.
+
+    Raises:
+        ValueError: names the teacher, what it was made for and what was needed.
+    """
+    found = model.description
+    unknown = [c for c in found.class_names if c not in dataset.class_names]
+    if unknown:
+        raise ValueError(
+            f"teachers.{name}: {folder} was trained for other classes: found {found.num_classes}, of which "
+            f"{unknown[0]!r} is not in dataset {dataset.config.name}; needed the {dataset.num_classes} of the run or a "
+            f"group of them; name a run on the same dataset"
+        )
+    ours, theirs = dataset.config, found.preprocessing
+    for key in ("image_size", "mean", "std"):
+        if getattr(ours, key) != getattr(theirs, key):
+            raise ValueError(
+                f"teachers.{name}: {folder} sees images with {key} = {getattr(theirs, key)}, this run has "
+                f"dataset.{key} = {getattr(ours, key)}; needed the same, since both see the same batch; set "
+                f"dataset.{key} likewise or name another run"
+            )

@@ -1,0 +1,196 @@
+"""Results of several weightings on several test distributions, as one table and one picture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+GROUPS = ("all", "many", "medium", "few")
+COMPARED = ("as trained", "uniform", "test-time", "given", "known prior", "oracle")
+"""Weightings in the order of the table; an evaluation has some of them, and the experts one by one."""
+_COLOURS = {
+    "as trained": "#8c8c8c", "uniform": "#1b1b1b", "test-time": "#d55e00", "given": "#cc79a7",
+    "known prior": "#0072b2", "oracle": "#009e73",
+}  # fmt: skip
+_EXPERT_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f6a3d", "#8c8c8c")
+_STYLE: Any = {
+    "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
+    "grid.color": "#e4e4e4", "grid.linewidth": 0.6, "legend.frameon": False, "legend.fontsize": 8,
+    "figure.constrained_layout.use": True,
+}  # fmt: skip
+
+
+def distributions_table(result: Mapping[str, Any]) -> str:
+    """Weights and top-1 by group for every distribution and weighting, and what was noticed.
+
+    Args:
+        result: as `orchestration.test_time` keeps it.
+
+    Returns:
+        Lines of text, the last without a newline.
+    """
+    sizes = result.get("group_sizes") or {}
+    heads = ["all", *(f"{group} [{sizes[group]}]" if group in sizes else group for group in GROUPS[1:])]
+    rows = [["distribution", "images", "weighting", "weights", *heads]]
+    for name, found in result["distributions"].items():
+        first = [name, f"{found['num_images']:,}"]
+        for member in (rule for rule in COMPARED if rule in found["members"]):
+            weights = found["weights"].get(member)
+            shown = " ".join(f"{weight:.2f}" for weight in weights) if weights else ""
+            top1 = found["members"][member]["top1"]
+            rows.append([*first, member, shown, *(_percent(top1[group]) for group in GROUPS)])
+            first = ["", ""]
+    when = [f"{key} {result[key]}" for key in ("stage", "epoch", "step") if result.get(key) is not None]
+    lines = [
+        f"{result['method']}, {result['dataset']}, run {result['run']}, model {result['weights']}"
+        f"{' (' + ', '.join(when) + ')' if when else ''}, measured on {result['split']}",
+        f"experts: {', '.join(result['experts'])}",
+        "",
+        "Top-1 accuracy in %, groups by number of training images of a class",
+        *_grid(rows),
+        "",
+        *_legend(result),
+        *_noticed(result),
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _legend(result: Mapping[str, Any]) -> list[str]:
+    settings, views = result.get("settings"), result.get("views")
+    trained = result["trained_for"]
+    trained_for = trained[0] if len(set(trained)) == 1 else ", ".join(trained)
+    lines = [f"as trained: the recipe's own rule, {result['aggregator']}; uniform: mean of the experts' logits"]
+    if settings and views:
+        crop = views["random_resized_crop"]
+        lines += [
+            f"test-time: learnt from the images without labels, at most {settings['epochs']} passes, batch "
+            f"{settings['batch_size']}, lr {settings['lr']:g}, weight decay {settings['weight_decay']:g}, entropy "
+            f"{settings['entropy']:g}, seed {settings['seed']};",
+            f"  views: crop {'of ' + str(crop) if crop else 'from a border of ' + str(views['crop_padding'])}, mirror "
+            f"{views['horizontal_flip']:g}, colour {views['jitter']:g}, grey {views['grey']:g}, blur {views['blur']:g}",
+        ]
+    return [
+        *lines,
+        f"known prior: logits corrected for the test set's class counts, which must be known; experts taken to be "
+        f"trained for: {trained_for}",
+        "oracle: the best weights found WITH the labels of these images; a bound, no result",
+    ]
+
+
+def _noticed(result: Mapping[str, Any]) -> list[str]:
+    lines = [f"{name}: n/a, {why}" for name, why in (result.get("skipped") or {}).items()]
+    warnings: dict[str, None] = {}
+    for name, found in result["distributions"].items():
+        learning = found.get("learning") or {}
+        warnings |= dict.fromkeys(learning.get("warnings") or ())
+        if learning.get("fallback"):
+            lines.append(f"{name}: {learning['fallback']}")
+        if learning.get("stopped_early"):
+            lines.append(f"{name}: learning ended after pass {learning['passes']}, a weight had become too small")
+        empty = sum(count == 0 for count in found["test_counts"])
+        if empty:
+            lines.append(f"{name}: {empty} classes have no test image; groups are means over the others")
+    return [*lines, *(f"warning: {text}" for text in warnings)]
+
+
+def _grid(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns two spaces apart: the first, third and fourth left-aligned, numbers right-aligned."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    left = (0, 2, 3)
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+def _percent(value: float | None) -> str:
+    return "n/a" if value is None else f"{100 * value:.2f}"
+
+
+def draw_distributions(run_dir: Path, name: str, result: Mapping[str, Any]) -> str:
+    """Accuracy of all weightings by group, and the weights, over the distributions: report/<name>.png.
+
+    Args:
+        name: of the evaluation; dashes become underscores.
+
+    Returns:
+        Where the picture is, or why there is none.
+    """
+    import matplotlib
+
+    path = run_dir / "report" / f"{name.replace('-', '_')}.png"
+    scratch = path.with_name(f".{path.name}")
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(result)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            figure.savefig(scratch, format="png", dpi=110, metadata={"Software": None})
+            os.replace(scratch, path)
+        except OSError as error:
+            return f"not drawn: {path} cannot be written ({error.strerror})"
+    return f"drawn as {path}"
+
+
+def _figure(result: Mapping[str, Any]) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    found = result["distributions"]
+    learnt = [rule for rule in ("test-time", "given", "oracle") if any(rule in f["weights"] for f in found.values())]
+    figure = Figure(figsize=(13.5, 7.4))
+    FigureCanvasAgg(figure)
+    figure.suptitle(
+        f"{result['method']}, {result['dataset']}, run {result['run']}, model {result['weights']}\n"
+        f"Test distributions from forward (as in training) to backward, on {result['split']}",
+        x=0.01, ha="left", fontsize=10, fontweight="bold",
+    )  # fmt: skip
+    cells = figure.add_gridspec(2, 6)
+    places = [cells[0, 0:3], cells[0, 3:6], cells[1, 0:2], cells[1, 2:4]]
+    order = (("all", places[0]), ("many", places[2]), ("medium", places[3]), ("few", cells[1, 4:6]))
+    for group, place in order:
+        _draw_accuracy(figure.add_subplot(place), found, group)
+    _draw_weights(figure.add_subplot(places[1]), found, result["experts"], learnt)
+    return figure
+
+
+def _draw_accuracy(axes: Any, found: Mapping[str, Any], group: str) -> None:
+    axes.set_title(f"top-1, {group}, %")
+    for rule in COMPARED:
+        y = [(f["members"].get(rule) or {"top1": {}})["top1"].get(group) for f in found.values()]
+        values = np.array([np.nan if value is None else 100 * value for value in y])
+        if np.isfinite(values).any():
+            style = {"oracle": "--", "known prior": ":", "as trained": "-."}.get(rule, "-")
+            axes.plot(range(len(values)), values, style, marker="o", markersize=3, color=_COLOURS[rule], label=rule)
+    if not axes.lines:
+        axes.text(0.5, 0.5, "n/a", transform=axes.transAxes, ha="center")
+    elif group == "all":
+        axes.legend()
+    _name_distributions(axes, found)
+
+
+def _draw_weights(axes: Any, found: Mapping[str, Any], experts: Sequence[str], rules: Sequence[str]) -> None:
+    axes.set_title("weights: " + ", ".join(f"{rule} {'dashed' if rule == 'oracle' else 'solid'}" for rule in rules))
+    for k, expert in enumerate(experts):
+        for rule in rules:
+            values = [f["weights"][rule][k] if rule in f["weights"] else np.nan for f in found.values()]
+            colour, style = _EXPERT_COLOURS[k % len(_EXPERT_COLOURS)], "--" if rule == "oracle" else "-"
+            label = None if rule == "oracle" and len(rules) > 1 else expert
+            axes.plot(range(len(values)), values, style, marker="o", markersize=3, color=colour, label=label)
+    axes.axhline(1 / len(experts), color="#777777", linewidth=0.6, linestyle=":")
+    axes.set_ylim(-0.02, 1.02)
+    axes.legend(ncols=1 + len(experts) // 5)
+    _name_distributions(axes, found)
+
+
+def _name_distributions(axes: Any, found: Mapping[str, Any]) -> None:
+    axes.set_xlim(-0.4, len(found) - 0.6)
+    axes.set_xticks(range(len(found)), list(found), rotation=35, ha="right", rotation_mode="anchor")

@@ -1,0 +1,50 @@
+"""Engines for tests of flows: all experts in one place, or one expert a worker with the exchange played back."""
+
+from __future__ import annotations
+
+from experts.ensemble import Ensemble
+
+
+class PlainNetwork:
+    """A `Network` that runs an ensemble's modules and nothing else."""
+
+    def __init__(self, net: Ensemble) -> None:
+        self.net = net
+        self.names = net.names
+
+    def trunk(self, run):
+        return run(self.net.trunk)
+
+    def experts(self, run):
+        return run(self.net.experts)
+
+    def shared(self, run):
+        return run(self.net.shared)
+
+
+def run_together(flow, net, batch, progress):
+    """Outputs [E, B, X], and what was gathered on the way."""
+    gathered = []
+
+    def gather(own):
+        gathered.append(own.detach().clone())
+        return own
+
+    return flow(PlainNetwork(net), batch, progress, gather), gathered
+
+
+def run_apart(flow, net, batch, progress, gathered, slot):
+    """Outputs on the worker that holds one expert of `net`; the others' come from a run together, detached."""
+    name = net.names[slot]
+    worker = Ensemble(net.trunk, {name: net.experts[name]}, dict(net.shared.items()))
+    played = iter(gathered)
+
+    def gather(own):
+        whole = next(played).clone()
+        assert own.shape == (1, *whole.shape[1:])
+        whole[slot] = own[0]
+        return whole
+
+    outputs = flow(PlainNetwork(worker), batch, progress, gather)
+    assert next(played, None) is None, "a worker must gather as often as the others"
+    return outputs
