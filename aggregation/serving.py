@@ -244,7 +244,7 @@ class ServedModel:
     def outputs(self, images_B3HW: Tensor) -> Outputs:
         """What the experts say of images that are normalised already; gradients are off only if the caller says so."""
         logits_EBC, gates_EB = self.ensemble.outputs(images_B3HW)
-        return Outputs(logits_EBC, self._numbers_EK.to(logits_EBC.device, logits_EBC.dtype), gates_EB)
+        return Outputs(logits_EBC, self._numbers_EK.to(logits_EBC.device), gates_EB)
 
     def _check(self, images: NDArray[Any]) -> NDArray[np.uint8]:
         height, width, channels = self.description.image_shape

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from experts.registry import build
 
-RESERVED = ("ensemble", "trunk", "shared", "objective")  # names of other members and of files
+RESERVED = ("ensemble", "all experts", "trunk", "shared", "objective")  # names of other members and of files
 
 
 class Expert(nn.Module):
@@ -195,13 +195,13 @@ def check_names(expert_names: Sequence[str]) -> None:
     """Refuse names that cannot tell experts apart in logs and files.
 
     Raises:
-        ValueError: no name, a name that is used twice, empty, has a dot, or is reserved.
+        ValueError: no name, a name that is used twice, empty, has a dot or a slash, or is reserved.
     """
     if not expert_names:
         raise ValueError("an ensemble needs at least 1 expert; set method.num_experts to 1 or more")
     for name in expert_names:
-        if not name or "." in name or name in RESERVED:
-            raise ValueError(f"expert name '{name}': needs a word without dots other than {', '.join(RESERVED)}")
+        if not name or "." in name or "/" in name or name in RESERVED:
+            raise ValueError(f"expert name '{name}': needs a word without '.' and '/' other than {', '.join(RESERVED)}")
         if list(expert_names).count(name) > 1:
             raise ValueError(f"expert name '{name}' is used twice; every expert needs its own")
 

@@ -130,6 +130,8 @@ class StageConfig(Settings):
     """Weights to begin with. Unset: those of the stage before in the recipe, if `after` is unset, else new ones."""
     classes: ClassSubset | None = None
     """Unset: all."""
+    aggregator: Annotated[Any, PieceOf("aggregator", optional=True)] = None
+    """How the experts are combined once this stage has begun. Unset: the method's rule."""
     experts: tuple[str, ...] | None = None
     """Names of this stage's experts where they are not the method's: another ensemble, of the same make."""
 
@@ -169,6 +171,11 @@ class MethodConfig(Settings):
         problems = list(_names_problems("experts", self.experts, self.num_experts))
         earlier: list[str] = []
         for name, stage in self.stages.items():
+            if hasattr(rule := self.aggregator_in(name), "check_head"):
+                try:
+                    rule.check_head(self.head)
+                except ValueError as problem:
+                    problems.append(str(problem))
             problems += [f"stages.{name}.{problem}" for problem in _stage_problems(stage, self, earlier)]
             earlier.append(name)
         if problems:
@@ -182,6 +189,15 @@ class MethodConfig(Settings):
     def names_in(self, stage: str) -> tuple[str, ...]:
         """Names of the experts that a stage trains."""
         return self.stages[stage].experts or self.expert_names
+
+    def aggregator_in(self, stage: str) -> Any:
+        """The rule that combines a stage's experts."""
+        return self.stages[stage].aggregator or self.aggregator
+
+    @property
+    def final(self) -> str:
+        """The stage that makes what the run is for."""
+        return list(self.stages)[-1]
 
     def waits_for(self, stage: str) -> tuple[str, ...]:
         """Stages that must have ended before a stage begins."""
@@ -227,7 +243,7 @@ def _stage_problems(stage: StageConfig, method: MethodConfig, earlier: list[str]
         yield str(problem)
     yield from _names_problems("experts", stage.experts, method.num_experts)
     yield from _flow_problems(stage, method)
-    yield from _teacher_problems(stage)
+    yield from _teacher_problems(stage, method)
     started = (stage.start_from.stage,) if stage.start_from and stage.start_from.stage else ()
     taught = tuple(teacher.stage for teacher in stage.teachers.values() if teacher.stage)
     for key, names in (("after", stage.after or ()), ("start_from.stage", started), ("teachers", taught)):
@@ -253,6 +269,17 @@ def _flow_problems(stage: StageConfig, method: MethodConfig) -> Iterator[str]:
             f"method.router {'unset' if method.router is None else 'set'} and method.num_experts = "
             f"{method.num_experts}; set method.router.name=ride"
         )
+    partner = {"ace": "ace", "bbn": "bilateral"}  # the objective's loss is meant for what this flow shows its experts
+    if partner.get(stage.objective.name, stage.flow.name) != stage.flow.name or (
+        stage.flow.name in partner.values() and stage.objective.name not in partner
+    ):
+        yield f"{objective_is} and {flow_is} do not fit; ace goes with flow 'ace', bbn with flow 'bilateral'"
+    if stage.flow.name in partner.values() and method.shared_head:
+        yield f"{flow_is}: method.shared_head = true; needed a head in each expert; set method.shared_head=false"
+    rule = stage.aggregator or method.aggregator
+    ours, theirs = getattr(rule, "groups", None), getattr(stage.objective, "groups", None)
+    if ours is not None and theirs is not None and ours != theirs:
+        yield f"objective.groups = {_rule(theirs)}, aggregator.groups = {_rule(ours)}; needed the same; set both"
     if stage.mixup is not None and flow.needs_partner:
         yield f"mixup: {flow_is} pairs batches already; set mixup=null"
     if not flow.learns - set(stage.freeze):
@@ -265,9 +292,23 @@ def _flow_problems(stage: StageConfig, method: MethodConfig) -> Iterator[str]:
         )
 
 
-def _teacher_problems(stage: StageConfig) -> Iterator[str]:
+def _rule(groups: Any) -> str:
+    return " ".join(f"{key}={value}" for key, value in groups.model_dump().items() if value is not None)
+
+
+def _teacher_problems(stage: StageConfig, method: MethodConfig) -> Iterator[str]:
     wanted = getattr(stage.objective, "teacher_names", None)
     if wanted is not None:
+        for name, teacher in stage.teachers.items():
+            source = method.stages.get(teacher.stage) if teacher.stage else None
+            subset = source.classes if source else None
+            if subset is not None and subset.rule != stage.objective.groups:
+                yield (
+                    f"objective.groups = {_rule(stage.objective.groups)}, but its teacher's stage has "
+                    f"stages.{teacher.stage}.classes.rule = {_rule(subset.rule)}; needed the same; set both"
+                )
+            if teacher.mode == "train":
+                yield f"teachers.{name}.mode = train: its scores would depend on the batch; set it to eval"
         if set(wanted) != set(stage.teachers):
             yield (
                 f"teachers = {sorted(stage.teachers)}: objective '{stage.objective.name}' needs {sorted(wanted)}; set "

@@ -44,7 +44,7 @@ def _what(config: RunConfig, found: Plan) -> Iterator[str]:
     experts = f"{method.num_experts} expert{'s' if method.num_experts > 1 else ''}"
     thin = ", thinner late stages" if method.reduce_dimension else ""
     yield f"{method.name}: {experts} on one trunk, {config.backbone.name} {config.backbone.depth}{thin},"
-    yield f"{method.head.name} heads, combined by {method.aggregator.name}; seed {config.seed}"
+    yield f"{method.head.name} heads, combined by {method.aggregator_in(method.final).name}; seed {config.seed}"
     yield f"data {data.name}: {_data(config, found)}, {data.image_size} x {data.image_size} pixels"
     if found.num_classes is None:
         yield "the number of classes is known when the data is opened; give dataset.num_classes=... to see what is n/a"

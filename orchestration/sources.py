@@ -98,7 +98,7 @@ def export_stage(config: RunConfig, folder: RunFolder, stage: str, checkpoint: P
         ensemble_state(config, stage, checkpoint),
         backbone=config.backbone,
         head=method.head,
-        aggregator=method.aggregator,
+        aggregator=method.aggregator_in(stage),
         dataset=config.dataset,
         expert_names=method.names_in(stage),
         reduce_dimension=method.reduce_dimension,

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aggregation.diversity import Diversity, metrics
 from aggregation.metrics import Scores, groups_by_count, groups_by_index
 from orchestration.checkpoint import Checkpoint, DamagedCheckpoint, verify
 from orchestration.config import Source
@@ -281,11 +282,12 @@ class StageRun:
         cuts = self.config.dataset.index_groups if len(self.counts) == self.data_classes else None
         results = {}
         for split in self.splits:
-            scores = Scores()
+            scores, diversity = Scores(), Diversity()
             for part in self.fleet.call("evaluate", split):
                 if part is not None:
-                    scores.merge(Scores.from_state(part))
-            results[split] = scores.result(self.counts, cuts)
+                    scores.merge(Scores.from_state(part[0]))
+                    diversity.merge(Diversity.from_state(part[1]))
+            results[split] = scores.result(self.counts, cuts) | {"diversity": diversity.result(self.counts, cuts)}
             self.journal.append(self.stage, epoch, self.step, _metrics(split, results[split]))
         self.journal.flush()
         if "val" in results and self.seen[0]["observes"]:
@@ -335,7 +337,9 @@ def _metrics(split: str, result: dict[str, Any]) -> dict[str, float]:
                 values[f"{split}/{member}/{group}/top1"] = top1
         for name in ("nll", "ece"):
             values[f"{split}/{member}/all/{name}"] = measured[name]
-    return values
+    for name, by_group in result["per_image"].items():
+        values |= {f"{split}/ensemble/{group}/{name}": v for group, v in by_group.items() if v is not None}
+    return values | {f"{split}/{name}": value for name, value in metrics(result["diversity"]).items()}
 
 
 def _differences(marks: dict[str, float]) -> dict[str, float]:

@@ -57,7 +57,7 @@ class Teachers:
             rule = model.aggregator
             if "router" in model.ensemble.shared:  # it stops early to save work; a teacher is asked in full
                 rule = MeanLogits(MeanLogits.Config(), torch.tensor(model.description.counts), names)
-            self._rules[name] = rule, numbers_EK.to(mesh.device, dtype), len(names), model.description.num_classes
+            self._rules[name] = rule, numbers_EK.to(mesh.device), len(names), model.description.num_classes
             self._places[name] = [(unit + i) % slots for i in range(len(names))]
             unit += len(names)
             own = {

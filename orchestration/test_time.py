@@ -48,11 +48,9 @@ from experts.tade import tade_offsets
 from orchestration.compose import parse
 from orchestration.config import RunConfig
 from orchestration.reevaluate import SavedRun, keep, open_run, threads_of
-from orchestration.test_time_report import distributions_table, draw_distributions
+from orchestration.test_time_report import COMPARED, distributions_table, draw_distributions
 
-AS_TRAINED, UNIFORM, LEARNT, GIVEN, KNOWN, ORACLE = (
-    "as trained", "uniform", "test-time", "given", "known prior", "oracle",
-)  # fmt: skip
+AS_TRAINED, UNIFORM, LEARNT, GIVEN, KNOWN, ORACLE = COMPARED
 RULES = ("uniform", "test-time", "known-prior")
 S = TypeVar("S", bound=Settings)
 CHECK_PASS = 0  # number of the pass whose views are for checking only; those learnt from count from 1
@@ -138,34 +136,17 @@ def _measure(saved: SavedRun, request: Request) -> dict[str, Any]:
         learnt = _learn(saved, learning, views, parts)
     found = {}
     for distribution, positions in parts.items():
-        name = distribution.name
-        rules: dict[str, Any] = {UNIFORM: [1 / len(logits_ENC)] * len(logits_ENC)}
+        name, rows = distribution.name, torch.from_numpy(positions)
+        rules: dict[str, list[float]] = {UNIFORM: [1 / len(logits_ENC)] * len(logits_ENC)}
         if name in learnt:
             rules[LEARNT] = learnt[name][0].weights
         if request.given is not None:
             rules[GIVEN] = list(request.given)
-        rows = torch.from_numpy(positions)
-        logits, labels = logits_ENC[:, rows].to(saved.device), labels_N[rows].to(saved.device)
-        rules[ORACLE] = oracle_weights(logits, labels, list(rules.values()))
-        members = {AS_TRAINED: own_NC[rows].to(saved.device)}
-        members |= {rule: combine(torch.tensor(weights), logits) for rule, weights in rules.items()}
-        counts_C = np.bincount(labels.cpu().numpy(), minlength=description.num_classes)
-        members[KNOWN] = correct_for_prior(logits, class_prior(counts_C), trained_EC).mean(dim=0)
-        order = [AS_TRAINED, UNIFORM, LEARNT, GIVEN, KNOWN, ORACLE]
-        scores = Scores()
-        experts = dict(zip(description.expert_names, logits.unbind(), strict=True))
-        scores.update({rule: members[rule] for rule in order if rule in members} | experts, labels)
-        found[name] = {
-            **scores.result(saved.data["counts"], saved.cuts),
-            "test_counts": counts_C.tolist(),
-            "weights": rules,
-        }
+        found[name] = _compare(saved, logits_ENC[:, rows], own_NC[rows], labels_N[rows], rules, trained_EC)
         if name in learnt:
             settled, learner = learnt[name]
-            found[name]["learning"] = {
-                **asdict(settled), "passes": len(learner.trajectory), "stopped_early": learner.stopped,
-                "trajectory": learner.trajectory,
-            }  # fmt: skip
+            passes = {"passes": len(learner.trajectory), "stopped_early": learner.stopped}
+            found[name]["learning"] = {**asdict(settled), **passes, "trajectory": learner.trajectory}
     return {
         **saved.moment(),
         "rule": request.rule,
@@ -181,6 +162,30 @@ def _measure(saved: SavedRun, request: Request) -> dict[str, Any]:
         "skipped": skipped,
         "distributions": found,
     }
+
+
+def _compare(
+    saved: SavedRun,
+    logits_ENC: Tensor,
+    own_NC: Tensor,
+    labels_N: Tensor,
+    rules: Mapping[str, list[float]],
+    trained_EC: np.ndarray,
+) -> dict[str, Any]:
+    """Scores of every weighting and of every expert alone on one distribution; the oracle is found here."""
+    description, counts = saved.model.description, saved.data["counts"]
+    counts_C = np.bincount(labels_N.numpy(), minlength=description.num_classes)
+    target_C = class_prior(counts_C)
+    logits_ENC, own_NC, labels_N = (values.to(saved.device) for values in (logits_ENC, own_NC, labels_N))
+    weights = {**rules, ORACLE: oracle_weights(logits_ENC, labels_N, list(rules.values()))}
+    scores = Scores()
+    for part in torch.arange(len(labels_N)).split(saved.config.run.evaluation_batch_size):
+        logits_EBC = logits_ENC[:, part]
+        members = {AS_TRAINED: own_NC[part], KNOWN: correct_for_prior(logits_EBC, target_C, trained_EC).mean(dim=0)}
+        members |= {rule: combine(torch.tensor(weights_E), logits_EBC) for rule, weights_E in weights.items()}
+        alone = {f"{name} alone": z_BC for name, z_BC in zip(description.expert_names, logits_EBC, strict=True)}
+        scores.update({rule: members[rule] for rule in COMPARED if rule in members} | alone, labels_N[part])
+    return {**scores.result(counts, saved.cuts), "test_counts": counts_C.tolist(), "weights": weights}
 
 
 def _group_sizes(saved: SavedRun) -> dict[str, int]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from orchestration.tables import selection_note
+
 GROUPS = ("all", "many", "medium", "few")
 COMPARED = ("as trained", "uniform", "test-time", "given", "known prior", "oracle")
 """Weightings in the order of the table; an evaluation has some of them, and the experts one by one."""
@@ -46,9 +48,11 @@ def distributions_table(result: Mapping[str, Any]) -> str:
             rows.append([*first, member, shown, *(_percent(top1[group]) for group in GROUPS)])
             first = ["", ""]
     when = [f"{key} {result[key]}" for key in ("stage", "epoch", "step") if result.get(key) is not None]
+    note = selection_note(result) if result["weights"] == "best" else ""
     lines = [
         f"{result['method']}, {result['dataset']}, run {result['run']}, model {result['weights']}"
         f"{' (' + ', '.join(when) + ')' if when else ''}, measured on {result['split']}",
+        *([note] if note else []),
         f"experts: {', '.join(result['experts'])}",
         "",
         "Top-1 accuracy in %, groups by number of training images of a class",

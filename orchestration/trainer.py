@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aggregation.diversity import Diversity
 from aggregation.ensemble import Aggregator, Outputs
 from aggregation.metrics import Scores
 from aggregation.serving import load_model
@@ -100,7 +101,9 @@ class StageTrainer:
         self.model = self._build_model()
         self._frozen = self._freeze()
         self.schedule = build("lr_schedule", self.stage.lr_schedule)
-        self.aggregator: Aggregator = build("aggregator", config.method.aggregator, counts_C, self.expert_names)
+        self.aggregator: Aggregator = build(
+            "aggregator", config.method.aggregator_in(stage), counts_C, self.expert_names
+        )
         self.teachers = Teachers(self.stage.teachers, teacher_folders or {}, dataset, mesh, self.dtype)
         self.engine: Engine = self._build_engine()
         self.batches = self._build_batches(self.stage.sampler, "all")
@@ -299,10 +302,10 @@ class StageTrainer:
     # Evaluation
 
     @torch.no_grad()
-    def evaluate(self, split: str) -> dict[str, np.ndarray] | None:
+    def evaluate(self, split: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]] | None:
         """Score this replica's share of a split ("test" or "val").
 
-        Every worker takes part; the first slot's return the state of `Scores`, the others None.
+        Every worker takes part; the first slot's return the states of `Scores` and `Diversity`, the others None.
         """
         store = self.dataset.test if split == "test" else self.dataset.val
         assert store is not None, split
@@ -319,16 +322,19 @@ class StageTrainer:
         )
         self.model.eval()
         numbers_EK = self.mesh.gather(torch.stack([self.aggregator.describe(e) for e in self.model.experts.values()]))
-        scores = Scores()
+        scores, diversity = Scores(), Diversity()
         for images_B3HW, labels_B in batches:
             with casting(self.config.engine, self.mesh.device):
                 logits_EBC, gates_EB = self.model.outputs(images_B3HW, self.mesh.gather)
             if self.mesh.slot == 0:
-                outputs = Outputs(logits_EBC, numbers_EK.to(logits_EBC.dtype), gates_EB)
+                outputs = Outputs(logits_EBC, numbers_EK, gates_EB)
                 members = dict(zip(self.expert_names, logits_EBC.unbind(), strict=True))
-                scores.update({**self.aggregator.members(outputs), **members}, labels_B)
+                used = self.aggregator.experts_used(outputs)
+                per_image = None if used is None else {"experts_used": used}
+                scores.update({**self.aggregator.members(outputs), **members}, labels_B, per_image)
+                diversity.update(members, labels_B)
             self.beat = time.monotonic()
-        return scores.state() if self.mesh.slot == 0 else None
+        return (scores.state(), diversity.state()) if self.mesh.slot == 0 else None
 
     # Checkpoints
 

@@ -109,7 +109,7 @@ def distribution_counts(distribution: Distribution, train_counts_C: np.ndarray, 
     counts_C[order] = profile
     empty = np.flatnonzero(counts_C == 0)
     if len(empty):
-        more = f" (nor {len(empty) - 1} more)" if len(empty) > 1 else ""
+        more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
         fits = next((ratio for ratio in range(smallest, 1, -1) if int(smallest * (1.0 / ratio))), None)
         remedy = f"use a ratio of at most {fits}" if fits else "use uniform, or a test set with more images"
         raise ValueError(

@@ -67,6 +67,18 @@ def run(tmp_path_factory):
     return save_run(tmp_path_factory.mktemp("runs") / "tiny")
 
 
+@pytest.fixture(autouse=True)
+def no_picture(request, monkeypatch):
+    """A picture takes a second; a test that wants it asks for `picture`."""
+    if "picture" not in request.fixturenames:
+        monkeypatch.setattr("orchestration.test_time.draw_distributions", lambda *_: "not drawn")
+
+
+@pytest.fixture
+def picture():
+    """The picture is drawn."""
+
+
 def evaluate(run, weights="test-time", distributions="backward-10", *words, which="best"):
     text = evaluate_distributions(str(run), weights, distributions, which, "test", list(words))
     name = weights if weights in ("uniform", "test-time", "known-prior") else "given"
@@ -126,12 +138,12 @@ def test_the_same_command_gives_the_same_file_and_another_seed_other_weights(run
     assert learnt[0] != learnt[1]
 
 
-def test_members_weights_and_bounds_of_every_distribution(run):
+def test_members_weights_and_bounds_of_every_distribution(run, picture):
     text, result = evaluate(run, "test-time", "published", "test_time.epochs=1")
     assert len(result["distributions"]) == 11
     for name, found in result["distributions"].items():
         rules = ["as trained", "uniform", "test-time", "known prior", "oracle"]
-        assert list(found["members"]) == [*rules, *NAMES]
+        assert list(found["members"]) == [*rules, *(f"{name} alone" for name in NAMES)]
         for rule in ("uniform", "test-time", "oracle"):
             assert sum(found["weights"][rule]) == pytest.approx(1, abs=1e-9)
             assert min(found["weights"][rule]) >= 0
@@ -155,7 +167,7 @@ def test_on_the_whole_test_set_the_own_rule_is_what_measuring_again_gives(run):
     reevaluate(str(run), "best", "test", [])
     again = json.loads((run / "evaluation" / "again-best-test.json").read_text())
     found = result["distributions"]["uniform"]
-    for ours, theirs in (("as trained", "ensemble"), *((name, name) for name in NAMES)):
+    for ours, theirs in (("as trained", "ensemble"), *((f"{name} alone", name) for name in NAMES)):
         assert found["members"][ours]["top1"] == again["members"][theirs]["top1"]
         assert found["members"][ours]["nll"] == pytest.approx(again["members"][theirs]["nll"], abs=1e-6)
     assert "learning" not in found
@@ -186,13 +198,13 @@ def test_a_known_prior_shifts_the_mean_of_the_logits(trained, run):
 
 def test_ratios_that_leave_a_class_empty_are_refused_by_name_and_left_out_of_the_published(tmp_path):
     path = save_run(tmp_path / "run", "dataset.test_per_class=10")
-    with pytest.raises(ValueError, match=r"forward-25: class 9 .*at most 10"):
+    with pytest.raises(ValueError, match=r"forward-25: class 7 and 2 more .*at most 10"):
         evaluate(path, "uniform", "forward-25")
     text, result = evaluate(path, "uniform", "published")
-    assert list(result["distributions"])[0] == "forward-10"
+    assert next(iter(result["distributions"])) == "forward-10"
     assert list(result["skipped"]) == ["forward-50", "forward-25", "backward-25", "backward-50"]
-    assert "backward-50: n/a, class 0 would have no test image" in text
-    with pytest.raises(ValueError, match="forward-50: class 8"):
+    assert "backward-50: n/a, class 0 and 3 more would have no test image" in text
+    with pytest.raises(ValueError, match="forward-50: class 6 and 3 more"):
         evaluate(path, "uniform", "published,forward-50")
 
 
@@ -223,7 +235,12 @@ def test_other_precisions(precision, tmp_path):
         ("uniform", "uniform,", [], "--distribution : needed uniform"),
         ("uniform", "bckward-5", [], "did you mean backward-5"),
         ("test-time", "uniform", ["test_time.lr=-1"], r"test_time\.lr = -1: Input should be greater than 0"),
-        ("test-time", "uniform", ["test_time.rl=1"], r"test_time\.rl: unknown key; did you mean test_time\.lr"),
+        (
+            "test-time",
+            "uniform",
+            ["test_time.epoch=1"],
+            r"test_time\.epoch: unknown key; did you mean test_time\.epochs",
+        ),
         ("test-time", "uniform", ["views.blur=2"], r"views\.blur = 2"),
         ("test-time", "uniform", ["views.random_resized_crop=[0.2,1]"], "set crop_padding=0"),
         ("uniform", "uniform", ["known_prior.trained=[train]"], "1 words; needed one, or one for each of 3"),
@@ -236,7 +253,7 @@ def test_what_makes_no_sense_is_refused(weights, distributions, words, message, 
         evaluate_distributions(str(run), weights, distributions, "best", "test", words)
 
 
-def test_results_that_cannot_be_written_are_still_shown(run, monkeypatch):
+def test_results_that_cannot_be_written_are_still_shown(run, monkeypatch, picture):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
@@ -339,6 +356,12 @@ def test_the_table_shows_what_is_not_there_as_na_and_says_what_was_noticed():
         assert line in text
     assert text.count("careful") == 1
     assert "trained for: train, uniform" in text
+
+
+def test_the_table_says_when_best_was_chosen_on_test():
+    assert "chosen on TEST" in distributions_table(synthetic(selected_on="test"))
+    assert "chosen on TEST" not in distributions_table(synthetic(selected_on="test", weights="last"))
+    assert "test was not looked at" in distributions_table(synthetic(selected_on="val"))
 
 
 def test_the_picture_leaves_out_what_is_not_there(tmp_path):
