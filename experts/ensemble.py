@@ -202,6 +202,8 @@ def check_names(expert_names: Sequence[str]) -> None:
     for name in expert_names:
         if not name or "." in name or "/" in name or name in RESERVED:
             raise ValueError(f"expert name '{name}': needs a word without '.' and '/' other than {', '.join(RESERVED)}")
+        if hasattr(nn.ModuleDict, name):
+            raise ValueError(f"expert name '{name}': torch's containers have an attribute of that name; choose another")
         if list(expert_names).count(name) > 1:
             raise ValueError(f"expert name '{name}' is used twice; every expert needs its own")
 

@@ -228,7 +228,8 @@ class StageTrainer:
     def _step(self, batch: Batch, now: Progress, interval: Interval) -> None:
         lr = self.stage.optimizer.lr * self.schedule.factor(now)
         self._set_mode()
-        outputs_EBX = self._outputs(batch, now)
+        before = self.mesh.statistics_before(self.model.trunk) if self.flow.own_streams else []
+        outputs_EBX = self.flow(self.engine, batch, now, self.mesh.gather)
         loss, terms = self._loss(outputs_EBX, batch, now)
         values = self._global_values(loss, terms)
         if not np.isfinite(values["loss"]):
@@ -237,6 +238,8 @@ class StageTrainer:
             self.engine.step(loss, lr)
         except NonFiniteGradient as problem:
             raise TrainingDiverged(f"{self._place(now)}: {problem}; {_ADVICE}") from problem
+        if self.flow.own_streams:  # trunks that live apart saw different images; one trunk would have seen them in turn
+            self.mesh.statistics_in_turn(self.model.trunk, before)
         images = len(batch.global_labels)
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value * images
@@ -249,16 +252,6 @@ class StageTrainer:
         if self.stage.frozen_batchnorm == "eval":
             for module in self._frozen:
                 module.eval()
-
-    def _outputs(self, batch: Batch, now: Progress) -> Tensor:
-        """Outputs of all experts. Where experts see different images on trunks that live apart, the trunks' running
-        statistics are brought together as if one trunk had seen them in turn."""
-        if not self.flow.own_streams:
-            return self.flow(self.engine, batch, now, self.mesh.gather)
-        before = self.mesh.statistics_before(self.model.trunk)
-        outputs_EBX = self.flow(self.engine, batch, now, self.mesh.gather)
-        self.mesh.statistics_in_turn(self.model.trunk, before)
-        return outputs_EBX
 
     def _loss(self, outputs_EBX: Tensor, batch: Batch, now: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         """This replica's share of the loss, of the labels and, with mixup, of the labels blended in."""
