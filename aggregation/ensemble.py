@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -131,13 +132,21 @@ class Weighted(Aggregator):
                 raise ValueError(f"weights {shown}: they sum to {total:.8g}, needed 1 (within 1e-6){divided}")
             return weights
 
+        def check_experts(self, names: Sequence[str]) -> None:
+            """Refuse an ensemble of other experts than there are weights for.
+
+            Raises:
+                ValueError: names the key, what was found and what was needed.
+            """
+            if set(self.weights) != set(names):
+                raise ValueError(
+                    f"method.aggregator.weights: found weights of {', '.join(self.weights)}; needed one for each of "
+                    f"{', '.join(names)} and nobody else"
+                )
+
     def __init__(self, config: Config, counts_C: Tensor, expert_names: tuple[str, ...]) -> None:
         super().__init__(config, counts_C, expert_names)
-        if set(config.weights) != set(expert_names):
-            raise ValueError(
-                f"method.aggregator.weights: found weights of {', '.join(config.weights)}; needed one for each of "
-                f"{', '.join(expert_names)} and nobody else"
-            )
+        config.check_experts(expert_names)
         self._weights = [config.weights[name] for name in expert_names]
 
     def __call__(self, outputs: Outputs) -> Tensor:
@@ -159,12 +168,20 @@ class Only(Aggregator):
         expert: str
         """Name of the expert that answers."""
 
+        def check_experts(self, names: Sequence[str]) -> None:
+            """Refuse an ensemble without that expert.
+
+            Raises:
+                ValueError: names the key, what was found and what was needed.
+            """
+            if self.expert not in names:
+                raise ValueError(
+                    f"method.aggregator.expert = {self.expert}: no such expert; needed one of {', '.join(names)}"
+                )
+
     def __init__(self, config: Config, counts_C: Tensor, expert_names: tuple[str, ...]) -> None:
         super().__init__(config, counts_C, expert_names)
-        if config.expert not in expert_names:
-            raise ValueError(
-                f"method.aggregator.expert = {config.expert}: no such expert; needed one of {', '.join(expert_names)}"
-            )
+        config.check_experts(expert_names)
         self._position = expert_names.index(config.expert)
 
     def __call__(self, outputs: Outputs) -> Tensor:

@@ -167,7 +167,7 @@ def load_model(folder: str | os.PathLike[str], device: torch.device | str = "cpu
             another shape. Names the file.
     """
     folder = Path(folder)
-    description = _read_description(folder / DESCRIPTION)
+    description = read_description(folder / DESCRIPTION)
     path = folder / TENSORS
     if not path.exists():
         raise ValueError(f"{path}: missing; export the model again, or copy the whole folder")
@@ -269,7 +269,12 @@ def _load_pyfunc(path: str) -> ServedModel:
     return load_model(path)
 
 
-def _read_description(path: Path) -> Description:
+def read_description(path: Path) -> Description:
+    """What a model.json says.
+
+    Raises:
+        ValueError: it is missing or damaged, or was written in another format. Names the file.
+    """
     try:
         fields = json.loads(path.read_text())
     except OSError as error:

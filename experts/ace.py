@@ -158,6 +158,18 @@ class ACE(Objective):
         )
 
 
+class _Silent(torch.autograd.Function):
+    """Its input; zeros come back, through the same graph and in the same order as a gradient would."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return torch.zeros_like(grads[0])
+
+
 @register("flow", "ace")
 class OwnClasses(Flow):
     """Every expert scores the images of its own classes, and only the first sends gradient to the trunk.
@@ -194,19 +206,20 @@ class OwnClasses(Flow):
         enough, rows_EB, num_rows = self._who_sees_what(batch)
 
         def early(trunk: nn.Module) -> Tensor:
-            # The trunk learns from the first expert alone: without it, no graph is kept.
-            with torch.set_grad_enabled(torch.is_grad_enabled() and 0 in held):
+            # The trunk learns from the first expert alone: without it, no graph is kept where none is waited for.
+            with torch.set_grad_enabled(torch.is_grad_enabled() and (0 in held or network.same_order)):
                 return trunk(batch.images_B3HW)
 
         h = network.trunk(early)
+        silent_h = h.detach() if 0 in held or not network.same_order else _Silent.apply(h)
 
         def late(experts: Any) -> Tensor:
             scores = []
             for k, (name, expert) in zip(held, experts.items(), strict=True):
-                h_k = h if k == 0 else h.detach()
+                h_k = h if k == 0 else silent_h
                 if not enough[k]:
-                    # A gradient of zero, since every worker must have a graph to go back through.
-                    zero = sum((0 * p.sum() for p in expert.parameters()), at_least_float32(h_k).new_zeros(()))
+                    # A gradient of zero, since every worker must have a graph to go back through, the trunk's included.
+                    zero = sum((0 * p.sum() for p in expert.parameters()), 0 * at_least_float32(h_k).sum())
                     scores.append(zero.expand(len(h), self.objective.num_classes))
                 elif num_rows[k] == len(h):
                     scores.append(at_least_float32(self._run(name, expert, h_k)))

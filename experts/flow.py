@@ -30,9 +30,12 @@ class Network(Protocol):
 
     Attributes:
         names: experts held here, in the order of the logits.
+        same_order: whether gradients of a part that several workers hold must arrive in the same order on all of them,
+            because they are summed as they come (ZeRO 2): a flow must then run such a part with a graph everywhere.
     """
 
     names: tuple[str, ...]
+    same_order: bool
 
     def trunk(self, run: Callable[[nn.Module], Result]) -> Result:
         """`run(trunk)`; call it once a step."""

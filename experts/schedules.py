@@ -73,11 +73,12 @@ class Steps:
 class Cosine:
     """Half a cosine from 1 to 0 over the stage, after an optional warm-up.
 
-    In units n = 1 .. N and with a warm-up of w: (1 + cos(pi (n - w) / (N - w))) / 2 if stepped "before" the unit,
-    with n - 1 for n if "after" it.
+    In units n = 1 .. N and with a warm-up of w: (1 + cos(pi (n - w) / (N + b - w))) / 2 if stepped "before" the unit,
+    with n - 1 for n if "after" it; b is `beyond`, usually 0.
 
     Source: Loshchilov and Hutter 2017, arXiv:1608.03983, Eq. 5 without restarts. Stepped before: Kang et al. 2020
-    (arXiv:1910.09217) and the survey's code; after: MiSLAS, H2T and RIDE's router stage. Unit "step": BALMS.
+    (arXiv:1910.09217) and the survey's code; after: MiSLAS, H2T and RIDE's router stage. Unit "step": BALMS. One unit
+    beyond the end: ResLT on ImageNet-LT.
     """
 
     class Config(Settings):
@@ -87,6 +88,8 @@ class Cosine:
         stepped: Literal["before", "after"] = "after"
         """"after": the first unit after warm-up has the full rate; "before": the last unit has rate 0 and trains
         nothing but BatchNorm's statistics, as some published runs do."""
+        beyond: int = Field(0, ge=0)
+        """Units after the end of the stage at which the cosine reaches 0."""
         warmup: int = Field(0, ge=0)
         """Length of the linear warm-up, in units."""
         warmup_start: float = Field(0.0, ge=0, le=1)
@@ -114,4 +117,4 @@ class Cosine:
         if n <= config.warmup:
             return warmup_factor(n, config.warmup, config.warmup_start)
         done = n - config.warmup - (config.stepped == "after")
-        return (1 + math.cos(math.pi * done / (total - config.warmup))) / 2
+        return (1 + math.cos(math.pi * done / (total + config.beyond - config.warmup))) / 2

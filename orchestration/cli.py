@@ -1,4 +1,6 @@
-"""The command line: `expertail train | plan | evaluate | doctor | sync`. Also `python -m orchestration`.
+"""The command line: `expertail train | sweep | plan | evaluate | regions | import-weights | doctor | sync`.
+
+Also `python -m orchestration`.
 
 This file imports next to nothing, so that help comes at once and libraries load while Ray starts.
 """
@@ -24,6 +26,9 @@ examples:
   expertail plan  method=ride dataset=cifar100_lt cluster.workers=6           what would run where; starts nothing
   expertail evaluate runs/ride-digits_lt-s0                                   measure a saved run again
   expertail evaluate RUN --weights test-time --distribution backward-50       learn the experts' weights without labels
+  expertail sweep method.stages.h2t.flow.ratio=0,0.25,0.5 method=ride_h2t     a run for each value, one table
+  expertail regions runs/ride_h2t-digits_lt-s0 --classes 0,9                  decision regions before and after H2T
+  expertail import-weights resnet50.pth weights/resnet50.safetensors          pretrained weights for big backbones
   expertail doctor                                                            is this machine ready?
 
 overrides are group=choice (method, dataset, backbone, schedule, cluster) and a.b=value; see what there is with
@@ -88,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("train", _train, "Train a run, or go on with it where it stopped.")
     sub.add_argument("overrides", **overrides)  # type: ignore[arg-type]
     sub.add_argument("--list", action="store_true", help="list the choices of every group, and stop")
+    sub = command("sweep", _sweep, "Train a run for each value of one key, and compare them; again to go on.")
+    sub.add_argument("variation", metavar="KEY=V1,V2,...", help="e.g. method.stages.h2t.flow.ratio=0,0.1,0.25,0.5,1")
+    sub.add_argument("overrides", **overrides)  # type: ignore[arg-type]
     sub = command("plan", _plan, "Show placement, sizes and steps of a run, and start nothing.")
     sub.add_argument("overrides", **overrides)  # type: ignore[arg-type]
     sub = command("evaluate", _evaluate, "Measure a saved run again and print its table.")
@@ -107,6 +115,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--split", choices=("test", "val"), default="test", help="measured on (default: test)")
     places = {"help": "where the data is now, e.g. dataset.root=..., or test_time.lr=..., views.blur=..."}
     sub.add_argument("overrides", **overrides | places)  # type: ignore[arg-type]
+    sub = command("regions", _regions, "Draw decision regions before and after a last stage that trains heads alone.")
+    sub.add_argument("run", metavar="RUN", help="run folder, e.g. runs/ride_h2t-digits_lt-s0")
+    sub.add_argument("--classes", metavar="A,B[,...]", help="ids or names (default: the most frequent and the rarest)")
+    sub.add_argument("overrides", **overrides | {"help": "where the data is now, e.g. dataset.root=..."})  # type: ignore[arg-type]
+    sub = command("import-weights", _import_weights, "Turn a PyTorch file of a ResNet or ResNeXt into safetensors.")
+    sub.add_argument("source", metavar="SOURCE", help="state dict of torchvision, or of Caffe converted to PyTorch")
+    sub.add_argument("target", metavar="TARGET", help="the .safetensors file to write, for method.backbone_weights")
     sub = command("doctor", _doctor, "Compare what a config needs with what this machine and its cluster have.")
     sub.add_argument("overrides", **overrides)  # type: ignore[arg-type]
     sub = command("sync", _sync, "Upload to MLflow whatever of a run is not there yet.")
@@ -171,6 +186,12 @@ def _list_choices() -> None:
         print(f"{group}=" + " | ".join(sorted(path.stem for path in (root / group).glob("*.yaml"))))
 
 
+def _sweep(options: argparse.Namespace) -> int:
+    from orchestration.sweep import sweep
+
+    return sweep(options.variation, options.overrides)
+
+
 def _plan(options: argparse.Namespace) -> int:
     from orchestration.compose import load_config
     from orchestration.plan import describe
@@ -195,6 +216,20 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     wanted = options.distribution or "uniform"
     print(evaluate_distributions(options.run, rule or "uniform", wanted, which, options.split, options.overrides))
+    return 0
+
+
+def _regions(options: argparse.Namespace) -> int:
+    from orchestration.report_regions import draw_regions
+
+    print(draw_regions(options.run, options.classes, options.overrides))
+    return 0
+
+
+def _import_weights(options: argparse.Namespace) -> int:
+    from orchestration.pretrained import import_weights
+
+    print(f"{import_weights(options.source, options.target)}\nwritten to {options.target}")
     return 0
 
 

@@ -61,7 +61,7 @@ def check(tree: dict[str, Any], title: str) -> RunConfig:
 def _absolute(config: RunConfig) -> RunConfig:
     """The config with paths absolute: workers and later commands may stand in other folders."""
     tree = config.model_dump(mode="json")
-    holders = [(tree["dataset"], "root")]
+    holders = [(tree["dataset"], "root"), (tree["method"], "backbone_weights")]
     for stage in tree["method"]["stages"].values():
         sources = [stage["start_from"], *stage["teachers"].values()]
         holders += [(source, "run") for source in sources if source is not None]

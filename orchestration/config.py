@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, GetCoreSchemaHandler, model_validator
@@ -18,9 +17,9 @@ import aggregation
 import experts
 from experts.class_groups import GroupRule
 from experts.data.config import DatasetConfig
-from experts.ensemble import check_names
 from experts.flow import Plain
-from experts.registry import Settings, choice, import_pieces, piece
+from experts.registry import Settings, choice, import_pieces
+from orchestration.recipe_checks import recipe_problems
 
 import_pieces(experts, aggregation)
 
@@ -99,6 +98,18 @@ class Mixup(Settings):
     """Of the Beta(alpha, alpha) that the share of the first image is drawn from, once a batch."""
 
 
+Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class LrFactors(Settings):
+    """What the learning rate of each part of the ensemble is multiplied with, no unit. Objectives may have factors for
+    each expert besides; the two are multiplied."""
+
+    trunk: Factor = 1.0
+    features: Factor = 1.0
+    heads: Factor = 1.0
+
+
 class StageConfig(Settings):
     """One training job."""
 
@@ -118,6 +129,8 @@ class StageConfig(Settings):
     mixup: Mixup | None = None
     freeze: tuple[Literal["trunk", "features", "heads"], ...] = ()
     """What does not learn in this stage."""
+    lr_factors: LrFactors = LrFactors()
+    """Published for Places-LT from pretrained weights: trunk and features at a tenth of the heads' rate."""
     frozen_batchnorm: Literal["eval", "train"] = "eval"
     """BatchNorm of what is frozen: "eval" uses its running statistics; "train" those of the batch, and moves them."""
     teachers: dict[str, Teacher] = Field(default_factory=dict)
@@ -162,22 +175,15 @@ class MethodConfig(Settings):
     """One head for all experts, as ResLT has it."""
     router: Annotated[Any, PieceOf("router", optional=True)] = None
     """Decides per image how many experts to ask, once a stage has trained it."""
+    backbone_weights: str | None = None
+    """Pretrained weights, written by `expertail import-weights`, that new networks begin with. Unset: random ones."""
     stages: Annotated[dict[str, StageConfig], Field(min_length=1)]
     expected: Expected | None = None
     """What was published for this recipe on this data; for the report only."""
 
     @model_validator(mode="after")
     def _pieces_fit(self) -> MethodConfig:
-        problems = list(_names_problems("experts", self.experts, self.num_experts))
-        earlier: list[str] = []
-        for name, stage in self.stages.items():
-            if hasattr(rule := self.aggregator_in(name), "check_head"):
-                try:
-                    rule.check_head(self.head)
-                except ValueError as problem:
-                    problems.append(str(problem))
-            problems += [f"stages.{name}.{problem}" for problem in _stage_problems(stage, self, earlier)]
-            earlier.append(name)
+        problems = list(dict.fromkeys(recipe_problems(self)))
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -222,102 +228,6 @@ class MethodConfig(Settings):
             waves.append([s for s in self.stages if s not in done and done.issuperset(self.waits_for(s))])
             done.update(waves[-1])
         return waves
-
-
-def _names_problems(key: str, names: tuple[str, ...] | None, num_experts: int) -> Iterator[str]:
-    if names is None:
-        return
-    if len(names) != num_experts:
-        yield f"{key} = {list(names)}: {len(names)} names; needed {num_experts}, as num_experts says; change either"
-    try:
-        check_names(names)
-    except ValueError as problem:
-        yield f"{key}: {problem}"
-
-
-def _stage_problems(stage: StageConfig, method: MethodConfig, earlier: list[str]) -> Iterator[str]:
-    """What of a stage does not fit the rest of its recipe, in words that begin with the key."""
-    try:
-        stage.objective.check_head(method.head)
-    except ValueError as problem:
-        yield str(problem)
-    yield from _names_problems("experts", stage.experts, method.num_experts)
-    yield from _flow_problems(stage, method)
-    yield from _teacher_problems(stage, method)
-    started = (stage.start_from.stage,) if stage.start_from and stage.start_from.stage else ()
-    taught = tuple(teacher.stage for teacher in stage.teachers.values() if teacher.stage)
-    for key, names in (("after", stage.after or ()), ("start_from.stage", started), ("teachers", taught)):
-        for name in names:
-            if name not in earlier:
-                yield f"{key} = {name}: needed an earlier stage of the recipe: {', '.join(earlier) or 'there is none'}"
-
-
-def _flow_problems(stage: StageConfig, method: MethodConfig) -> Iterator[str]:
-    flow, objective = piece("flow", stage.flow.name), piece("objective", stage.objective.name)
-    flow_is, objective_is = f"flow '{stage.flow.name}'", f"objective '{stage.objective.name}'"
-    if flow.needs_partner and stage.partner_sampler is None:
-        yield f"partner_sampler: not set; {flow_is} pairs every batch with a second one; set a sampler"
-    if not flow.needs_partner and stage.partner_sampler is not None:
-        yield f"partner_sampler = {stage.partner_sampler.name}: {flow_is} takes one batch only; set it to null"
-    if objective.label_sets == 2 and not flow.own_streams:
-        yield f"{objective_is} wants the labels of two batches, {flow_is} shows experts one; set flow.name=bilateral"
-    if (objective.extra_outputs > 0) != ("gates" in flow.learns):
-        yield f"{objective_is} and {flow_is} do not fit; a router is trained by objective 'router' and flow 'router'"
-    if "gates" in flow.learns and (method.router is None or method.num_experts < 2):
-        yield (
-            f"{flow_is}: the ensemble has no router to train; needed method.router and 2 experts or more, found "
-            f"method.router {'unset' if method.router is None else 'set'} and method.num_experts = "
-            f"{method.num_experts}; set method.router.name=ride"
-        )
-    partner = {"ace": "ace", "bbn": "bilateral"}  # the objective's loss is meant for what this flow shows its experts
-    if partner.get(stage.objective.name, stage.flow.name) != stage.flow.name or (
-        stage.flow.name in partner.values() and stage.objective.name not in partner
-    ):
-        yield f"{objective_is} and {flow_is} do not fit; ace goes with flow 'ace', bbn with flow 'bilateral'"
-    if stage.flow.name in partner.values() and method.shared_head:
-        yield f"{flow_is}: method.shared_head = true; needed a head in each expert; set method.shared_head=false"
-    rule = stage.aggregator or method.aggregator
-    ours, theirs = getattr(rule, "groups", None), getattr(stage.objective, "groups", None)
-    if ours is not None and theirs is not None and ours != theirs:
-        yield f"objective.groups = {_rule(theirs)}, aggregator.groups = {_rule(ours)}; needed the same; set both"
-    if stage.mixup is not None and flow.needs_partner:
-        yield f"mixup: {flow_is} pairs batches already; set mixup=null"
-    if not flow.learns - set(stage.freeze):
-        yield f"freeze = {list(stage.freeze)}: nothing is left to learn; {flow_is} trains {sorted(flow.learns)}"
-    allowed = getattr(objective, "num_experts_allowed", None)
-    if allowed is not None and method.num_experts not in allowed:
-        yield (
-            f"{objective_is}: method.num_experts = {method.num_experts}; it takes {' or '.join(map(str, allowed))}; "
-            f"set method.num_experts={allowed[0]}"
-        )
-
-
-def _rule(groups: Any) -> str:
-    return " ".join(f"{key}={value}" for key, value in groups.model_dump().items() if value is not None)
-
-
-def _teacher_problems(stage: StageConfig, method: MethodConfig) -> Iterator[str]:
-    wanted = getattr(stage.objective, "teacher_names", None)
-    if wanted is not None:
-        for name, teacher in stage.teachers.items():
-            source = method.stages.get(teacher.stage) if teacher.stage else None
-            subset = source.classes if source else None
-            if subset is not None and subset.rule != stage.objective.groups:
-                yield (
-                    f"objective.groups = {_rule(stage.objective.groups)}, but its teacher's stage has "
-                    f"stages.{teacher.stage}.classes.rule = {_rule(subset.rule)}; needed the same; set both"
-                )
-            if teacher.mode == "train":
-                yield f"teachers.{name}.mode = train: its scores would depend on the batch; set it to eval"
-        if set(wanted) != set(stage.teachers):
-            yield (
-                f"teachers = {sorted(stage.teachers)}: objective '{stage.objective.name}' needs {sorted(wanted)}; set "
-                f"teachers.<name>.run or .stage for each"
-            )
-    elif stage.teachers and stage.distillation is None:
-        yield "teachers: nothing learns from them; set distillation.name=mean_logits, or remove them"
-    elif stage.distillation is not None and not stage.teachers:
-        yield "distillation: there is no teacher; set teachers.teacher.run=<folder of a finished run>"
 
 
 class EngineConfig(Settings):

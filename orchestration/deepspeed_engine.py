@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import ModuleType
@@ -127,12 +127,14 @@ class DeepSpeedEngine:
         mesh: Mesh,
         optimizer: OptimizerConfig,
         config: EngineConfig,
-        lr_factors: dict[str, float] | None = None,
+        lr_factors: Mapping[str, float] | None = None,
+        part_factors: Mapping[str, float] | None = None,
     ) -> None:
         deepspeed = import_deepspeed(gpu=mesh.device.type == "cuda")
         os.environ.setdefault("LOCAL_RANK", "0")
         self.mesh = mesh
         self.names = model.names
+        self.same_order = config.zero_stage == 2 and mesh.shape.workers > 1
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._engines: dict[str, Any] = {}
         self._parts: dict[str, nn.Module] = {}
@@ -143,7 +145,7 @@ class DeepSpeedEngine:
             self._parts[name] = part
             learning = [(f"{name}.{k}", p) for k, p in part.module.named_parameters() if p.requires_grad]
             if learning:
-                groups = lr_groups(learning, lr_factors or {})
+                groups = lr_groups(learning, lr_factors or {}, part_factors or {})
                 self._parts[name] = self._engines[name] = _initialize(deepspeed, part, groups, axis, optimizer, config)
         slots = mesh.shape.slots
         self._hooks = [

@@ -10,7 +10,7 @@ shared parameters (the trunk), over the data axis for an expert's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from experts.ensemble import Ensemble
+from experts.ensemble import Ensemble, part_of
 from experts.flow import Network, Result
 from orchestration.config import EngineConfig, OptimizerConfig
 from orchestration.mesh import Mesh
@@ -67,6 +67,7 @@ class TorchEngine:
         mesh: this worker's place.
         optimizer, config: as in the run's config.
         lr_factors: what an expert's learning rate is multiplied with, by name; 1 where it has none.
+        part_factors: the same for "trunk", "features", "heads" and "gates", of all experts.
     """
 
     def __init__(
@@ -75,14 +76,16 @@ class TorchEngine:
         mesh: Mesh,
         optimizer: OptimizerConfig,
         config: EngineConfig,
-        lr_factors: dict[str, float] | None = None,
+        lr_factors: Mapping[str, float] | None = None,
+        part_factors: Mapping[str, float] | None = None,
     ) -> None:
         self.model = model
         self.mesh = mesh
         self.config = config
         self.names = model.names
+        self.same_order = False
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = sgd(lr_groups(self.parameters.items(), lr_factors or {}), optimizer)
+        self.optimizer = sgd(lr_groups(self.parameters.items(), lr_factors or {}, part_factors or {}), optimizer)
 
     def trunk(self, run: Callable[[nn.Module], Result]) -> Result:
         return self._run(run, self.model.trunk)
@@ -150,17 +153,20 @@ def sgd(groups: Sequence[dict[str, Any]], config: OptimizerConfig) -> torch.opti
     )
 
 
-def lr_groups(parameters: Iterable[tuple[str, Tensor]], lr_factors: dict[str, float]) -> list[dict[str, Any]]:
+def lr_groups(
+    parameters: Iterable[tuple[str, Tensor]], lr_factors: Mapping[str, float], part_factors: Mapping[str, float]
+) -> list[dict[str, Any]]:
     """Parameters by name in groups of one learning rate each, in the order of their first parameter.
 
     Args:
         lr_factors: of experts by name; what belongs to no expert has the factor 1.
+        part_factors: of parts by name (`part_of`). The two are multiplied.
     """
     groups: dict[float, list[Tensor]] = {}
     for name, p in parameters:
         words = name.split(".")
         factor = lr_factors.get(words[1], 1.0) if words[0] == "experts" else 1.0
-        groups.setdefault(factor, []).append(p)
+        groups.setdefault(factor * part_factors.get(part_of(name), 1.0), []).append(p)
     return [{"params": members, "lr_factor": factor} for factor, members in groups.items()]
 
 

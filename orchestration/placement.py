@@ -1,26 +1,28 @@
 """Where a run's experts and images would lie, what crosses the network, what it costs: a pure function of its config.
 
-Nothing is started and no data is read, so sizes of sets that list or scan files stay open. plan.py puts it in words.
+Nothing is started and no data is read, so sizes of sets that list or scan files stay open. What a step asks of a worker
+is found by trying one on blank images (rehearsal.py); here it is laid on the mesh. plan.py puts it in words.
 
 Letters: E experts in all, e in one slot, S expert slots, R replicas, W = S R workers, B images, C classes, D channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
-from experts.backbones.cost import multiply_adds
-from experts.data.batches import share
+from experts.class_groups import GroupRule
 from experts.data.imbalance import hold_out, long_tailed_counts, select
-from experts.ensemble import build_ensemble
-from experts.registry import build
+from experts.flow import PARTS
+from experts.registry import build, piece
 from orchestration.config import RunConfig, StageConfig
 from orchestration.mesh import MeshShape, mesh_shape
+from orchestration.rehearsal import Costs, Load, TeacherLoad, costs_of, rehearse, teacher_load
+from orchestration.sources import stage_classes
+from orchestration.traffic import Exchange, Teachers, dealt, exchanges, number_bytes, shares_of
 
 _DIGITS = (178, 182, 177, 183, 181, 182, 181, 179, 174, 180)
 _TRAINING_IMAGES = {"digits": _DIGITS, "fashion_mnist": (6000,) * 10, "cifar10": (5000,) * 10, "cifar100": (500,) * 100}
@@ -28,42 +30,68 @@ _TRAINING_IMAGES = {"digits": _DIGITS, "fashion_mnist": (6000,) * 10, "cifar10":
 
 @dataclass(frozen=True)
 class Size:
-    """Parameters, BatchNorm channels and multiply-adds per image of one part; `None` where they need C."""
-
-    parameters: int | None
-    multiply_adds: int | None
-    bn_layers: int
-    bn_channels: int
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """One thing that workers exchange in every step.
+    """An ensemble: parameters, and multiply-adds of one image through it. `None` where they need C.
 
     Attributes:
-        what: in words.
-        among: workers that take part.
-        payload: bytes that one worker puts in; None where that needs C.
-        sent: bytes that one worker sends if the exchange runs as a ring.
+        trunk, shared: parameters before and after all experts.
+        experts: parameters of each expert; a gate, or a bias that only one has, makes them differ.
+        trunk_work, expert_work: multiply-adds; a shared head counts once for each expert.
     """
 
-    what: str
-    among: int
-    payload: int | None
-    sent: int | None
+    trunk: int | None
+    shared: int | None
+    experts: tuple[int | None, ...]
+    trunk_work: int | None
+    expert_work: int | None
+
+    @property
+    def parameters(self) -> int | None:
+        return sum_known([self.trunk, self.shared, *self.experts])
+
+    @property
+    def work(self) -> int | None:
+        return sum_known([self.trunk_work, *[self.expert_work] * len(self.experts)])
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Steps of one stage. `steps_per_epoch` and `last_batch` are None where the number of images is not known."""
+    """One stage. `None` where only the data can say.
+
+    Attributes:
+        experts: names, in the order of the logits.
+        num_classes: that the stage knows.
+        shares: images of a batch on each replica.
+        learns: parts that learn.
+        exchanges: of one step; empty with one worker.
+        memory: bytes of weights, gradients, optimiser state and teachers on the worker that has most.
+        work: multiply-adds of a training step per image, on all slots, with teachers; an image and its partner count
+            once.
+        repeated: multiply-adds of forward passes that spread adds, as a share of those in one place.
+        teachers: by name; None where the run is not there.
+    """
 
     name: str
+    experts: tuple[str, ...]
+    num_classes: int | None
+    size: Size
     epochs: int
     batch_size: int
     shares: tuple[int, ...]
     images_per_epoch: int | None
     steps_per_epoch: int | None
     last_batch: int | None
+    learns: tuple[str, ...]
+    exchanges: tuple[Exchange, ...]
+    memory: int | None
+    work: float | None
+    repeated: float | None
+    teachers: dict[str, TeacherLoad | None]
+
+    def sent(self) -> int | None:
+        """Bytes that a worker sends in a step, of the slot that sends most."""
+        slots = range(len(self.exchanges[0].payloads)) if self.exchanges else range(0)
+        sums = [sum_known([exchange.sent(slot) for exchange in self.exchanges]) for slot in slots]
+        return None if None in sums else max(sums, default=0)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)
@@ -71,32 +99,35 @@ class Plan:
     """A run's placement and cost.
 
     Attributes:
+        shape: of the mesh of every stage.
         num_classes: C, None if only the data can say.
         counts: training images per class, None if only the data can say.
-        trunk, expert: sizes of the shared part and of one expert.
-        exchanges: of one step; empty with one worker.
-        memory: bytes of weights, gradients and optimiser state on one worker.
-        repeated: multiply-adds that spread adds, as a share of those of the ensemble in one place.
+        stages: in the order of the recipe.
+        waves: stages that may train side by side, wave after wave.
+        side_by_side: most stages that train at once, each on workers of its own, where there are places.
     """
 
     shape: MeshShape
-    expert_names: tuple[str, ...]
     num_classes: int | None
     counts: tuple[int, ...] | None
-    trunk: Size
-    expert: Size
     stages: tuple[StagePlan, ...]
-    exchanges: tuple[Exchange, ...]
-    memory: int | None
-    repeated: float | None
+    waves: tuple[tuple[str, ...], ...]
+    side_by_side: int
 
-    def experts_on(self, rank: int) -> tuple[str, ...]:
-        """Names of the experts of a worker."""
-        return tuple(self.expert_names[i] for i in self.shape.experts_of(self.shape.position(rank)[0]))
+    @property
+    def final(self) -> StagePlan:
+        return self.stages[-1]
 
-    def whole(self, name: str) -> int | None:
-        """Parameters or multiply_adds of trunk and all experts in one place."""
-        return _plus(getattr(self.trunk, name), _times(getattr(self.expert, name), self.shape.num_experts))
+    @property
+    def memory(self) -> int | None:
+        """Bytes of the stage that needs most, on one worker."""
+        found = [stage.memory for stage in self.stages]
+        return None if None in found else max(found)  # type: ignore[type-var]
+
+    def experts_on(self, rank: int, stage: StagePlan | None = None) -> tuple[str, ...]:
+        """Names of the experts of a worker; unless said, in the last stage."""
+        names = (stage or self.final).experts
+        return tuple(names[i] for i in self.shape.experts_of(self.shape.position(rank)[0]))
 
 
 def plan(config: RunConfig, nodes: Mapping[str, Mapping[str, float]] | None = None) -> Plan:
@@ -107,7 +138,8 @@ def plan(config: RunConfig, nodes: Mapping[str, Mapping[str, float]] | None = No
         nodes: resources by node, as Ray names them; given, a placement that they cannot hold is refused.
 
     Raises:
-        ValueError: experts and workers do not fit, the counts asked for do not exist, or the nodes are too few.
+        ValueError: experts and workers do not fit, the counts asked for do not exist, a method's groups have no class,
+            or the nodes are too few.
     """
     shape = mesh_shape(config.method.num_experts, config.cluster.workers, config.cluster.experts_per_worker)
     if nodes is not None and config.cluster.cpus_per_worker is not None:
@@ -121,23 +153,16 @@ def plan(config: RunConfig, nodes: Mapping[str, Mapping[str, float]] | None = No
         )
     num_classes = _num_classes(config)
     counts = expected_counts(config, num_classes)
-    trunk, expert, logit_bytes = _sizes(config, num_classes)
-    batch = max(stage.batch_size for stage in config.method.stages.values())
-    repeated = None
-    if trunk.multiply_adds is not None and expert.multiply_adds is not None:
-        whole = trunk.multiply_adds + shape.num_experts * expert.multiply_adds
-        repeated = (shape.slots - 1) * trunk.multiply_adds / whole
+    waves = tuple(tuple(wave) for wave in config.method.waves())
+    widest = max(map(len, waves))
+    costs: dict[int, Costs] = {}
     return Plan(
         shape=shape,
-        expert_names=config.method.expert_names,
         num_classes=num_classes,
         counts=None if counts is None else tuple(counts.tolist()),
-        trunk=trunk,
-        expert=expert,
-        stages=tuple(_stage(name, stage, shape, counts) for name, stage in config.method.stages.items()),
-        exchanges=tuple(_exchanges(config, shape, trunk, expert, num_classes, batch, logit_bytes)),
-        memory=_memory(config, shape, trunk, expert),
-        repeated=repeated,
+        stages=tuple(_stage(config, name, shape, num_classes, counts, costs) for name in config.method.stages),
+        waves=waves,
+        side_by_side=min(widest, config.cluster.side_by_side or widest),
     )
 
 
@@ -181,138 +206,156 @@ def _num_classes(config: RunConfig) -> int | None:
     return len(known) if known else given
 
 
-def _sizes(config: RunConfig, num_classes: int | None) -> tuple[Size, Size, int]:
-    """Of the trunk and of one expert (all are alike), and the bytes of one logit."""
-    method = config.method
-    model = build_ensemble(
-        config.backbone,
-        method.head,
-        num_classes=num_classes or 2,
-        expert_names=method.expert_names,
-        reduce_dimension=method.reduce_dimension,
-        seed=config.seed,
-        only=method.expert_names[:1],
-    )
-    expert = model.experts[method.expert_names[0]]
-    image = torch.zeros(1, 3, config.dataset.image_size, config.dataset.image_size)
-    with torch.no_grad():
-        h = model.trunk.eval()(image)
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.engine.precision == "autocast"):
-            logit_bytes = model.eval()(image).element_size()
-    if config.engine.precision == "float64":
-        logit_bytes = 8
-    known = num_classes is not None
-    return (
-        Size(_count(model.trunk), multiply_adds(model.trunk, image), *_batchnorm(model.trunk)),
-        Size(
-            _count(expert) if known else None,
-            multiply_adds(expert, h) if known else None,
-            *_batchnorm(expert),
-        ),
-        logit_bytes,
-    )
-
-
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
-def _batchnorm(module: nn.Module) -> tuple[int, int]:
-    channels = [part.num_features for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
-    return len(channels), sum(channels)
-
-
-def _stage(name: str, stage: StageConfig, shape: MeshShape, counts: np.ndarray | None) -> StagePlan:
-    shares = shares_of(stage.batch_size, shape.replicas)
-    images = steps = last = None
-    if counts is not None:
-        labels = np.repeat(np.arange(len(counts)), counts)
-        images = build("sampler", stage.sampler, labels, len(counts)).draws_per_epoch
-        whole, rest = divmod(images, stage.batch_size)
-        if stage.drop_last:
-            images, rest = whole * stage.batch_size, 0
-        if not images:
-            raise ValueError(
-                f"method.stages.{name}.batch_size = {stage.batch_size} with drop_last: an epoch has no whole batch; "
-                f"lower batch_size"
-            )
-        steps, last = whole + (rest > 0), rest or stage.batch_size
-    return StagePlan(name, stage.epochs, stage.batch_size, shares, images, steps, last)
-
-
-def shares_of(images: int, replicas: int) -> tuple[int, ...]:
-    """Images of each replica; the first ones have one more where they do not divide evenly."""
-    bounds = [share(images, replica, replicas) for replica in range(replicas)]
-    return tuple(stop - start for start, stop in bounds)
-
-
-def _exchanges(
+def _stage(
     config: RunConfig,
+    name: str,
     shape: MeshShape,
-    trunk: Size,
-    expert: Size,
     num_classes: int | None,
-    batch: int,
-    logit_bytes: int,
-) -> Iterator[Exchange]:
-    number = 8 if config.engine.precision == "float64" else 4  # bytes
-    e, slots, replicas, workers = shape.experts_per_worker, shape.slots, shape.replicas, shape.workers
-    own = _times(expert.parameters, e)
-    if slots > 1:
-        logits = None if num_classes is None else e * max(shares_of(batch, replicas)) * num_classes * logit_bytes
-        yield Exchange("logits, all-gather over slots", slots, logits, _times(logits, slots - 1))
-    if workers > 1:
-        yield _all_reduce("trunk gradient, sum over all workers", workers, _times(trunk.parameters, number))
-    if replicas > 1:
-        yield _all_reduce("expert gradients, sum over replicas", replicas, _times(own, number))
-    if config.engine.name == "deepspeed":
-        if workers > 1:
-            yield _parts("updated trunk (ZeRO), all-gather", workers, _times(trunk.parameters, number))
-        if replicas > 1:
-            yield _parts("updated experts (ZeRO), all-gather", replicas, _times(own, number))
-    if replicas > 1 and config.engine.sync_batchnorm:
-        layers, channels = trunk.bn_layers + e * expert.bn_layers, trunk.bn_channels + e * expert.bn_channels
-        forward, backward = (2 * channels + layers) * number, 2 * channels * number
-        sent = forward * (replicas - 1) + _ring(backward, replicas)
-        what = f"BatchNorm statistics of {layers} layers"
-        yield Exchange(what, replicas, forward + backward, sent)
+    counts: np.ndarray | None,
+    costs: dict[int, Costs],
+) -> StagePlan:
+    """A stage's plan. Where the counts are not known, what two different ones agree on."""
+    if counts is not None:
+        return _stage_with(config, name, shape, counts, costs, known=True)
+    rule = _rule(config, config.method.stages[name])
+    guesses = (_guess(num_classes, rule, variant) for variant in (0, 1))
+    return _agreed(*(_stage_with(config, name, shape, guess, costs, known=False) for guess in guesses))
 
 
-def _all_reduce(what: str, among: int, payload: int | None) -> Exchange:
-    return Exchange(what, among, payload, None if payload is None else _ring(payload, among))
+def _rule(config: RunConfig, stage: StageConfig) -> GroupRule:
+    """The rule that groups a stage's classes, if one does."""
+    if stage.classes is not None:
+        return stage.classes.rule
+    rules = (getattr(part, "groups", None) for part in (stage.objective, config.method.aggregator))
+    return next((rule for rule in rules if rule is not None), GroupRule())
 
 
-def _parts(what: str, among: int, whole: int | None) -> Exchange:
-    """Everyone gives one part of a whole and receives the others."""
-    payload = None if whole is None else -(-whole // among)
-    return Exchange(what, among, payload, _times(payload, among - 1))
+def _guess(num_classes: int | None, rule: GroupRule, variant: int) -> np.ndarray:
+    """Counts that have a class in each of a rule's groups; another number of them in every variant."""
+    size = num_classes or max(rule.cuts or (0,)) + 100 + 7 * variant
+    few = max(size // (3 + variant), 1)
+    medium = (rule.few_below + rule.many_above) // 2
+    values = [rule.many_above + 1] * (size - 2 * few) + [max(medium, 1)] * few + [max(rule.few_below - 1, 1)] * few
+    return np.array(values[:size], dtype=np.int64)
 
 
-def _ring(payload: int, among: int) -> int:
-    return round(2 * payload * (among - 1) / among)
+def _agreed(a: Any, b: Any) -> Any:
+    """What two plans have in common, None elsewhere."""
+    if is_dataclass(a) and not isinstance(a, type) and type(a) is type(b):
+        same = {field.name: _agreed(getattr(a, field.name), getattr(b, field.name)) for field in fields(a)}
+        return type(a)(**same)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return {name: _agreed(value, b[name]) for name, value in a.items()}
+    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
+        return tuple(_agreed(x, y) for x, y in zip(a, b, strict=True))
+    return a if a == b else None
 
 
-def _memory(config: RunConfig, shape: MeshShape, trunk: Size, expert: Size) -> int | None:
-    """Bytes of weights, gradients, momentum and, with ZeRO, the part of the master weights, on one worker."""
-    if trunk.parameters is None or expert.parameters is None:
+def _stage_with(
+    config: RunConfig, name: str, shape: MeshShape, counts: np.ndarray, costs: dict[int, Costs], *, known: bool
+) -> StagePlan:
+    stage = config.method.stages[name]
+    counts_C = counts[stage_classes(config, name, counts.tolist())]
+    num_classes = len(counts_C)
+    if num_classes not in costs:
+        costs[num_classes] = costs_of(config, num_classes)
+    loads = [rehearse(config, name, counts_C, shape, slot, costs[num_classes]) for slot in range(shape.slots)]
+    teachers = {
+        teacher: teacher_load(config, source, lambda other: len(stage_classes(config, other, counts.tolist())))
+        for teacher, source in stage.teachers.items()
+    }
+    images, steps, last = _steps(name, stage, counts_C) if known else (None, None, None)
+    work, repeated = _work(stage, shape, loads, teachers)
+    flow = piece("flow", stage.flow.name)
+    return StagePlan(
+        name=name,
+        experts=config.method.names_in(name),
+        num_classes=num_classes,
+        size=_size(loads, costs[num_classes]),
+        epochs=stage.epochs,
+        batch_size=stage.batch_size,
+        shares=shares_of(stage.batch_size, shape.replicas),
+        images_per_epoch=images,
+        steps_per_epoch=steps,
+        last_batch=last,
+        learns=tuple(part for part in PARTS if part in flow.learns - set(stage.freeze)),
+        exchanges=exchanges(config, stage, shape, loads, teachers),
+        memory=_memory(config, stage, shape, loads, teachers),
+        work=work,
+        repeated=repeated,
+        teachers=teachers,
+    )
+
+
+def _steps(name: str, stage: StageConfig, counts_C: np.ndarray) -> tuple[int, int, int]:
+    """Images and steps of an epoch, and images of its last step."""
+    labels = np.repeat(np.arange(len(counts_C)), counts_C)
+    images: int = build("sampler", stage.sampler, labels, len(counts_C)).draws_per_epoch
+    whole, rest = divmod(images, stage.batch_size)
+    if stage.drop_last:
+        images, rest = whole * stage.batch_size, 0
+    if not images:
+        raise ValueError(
+            f"method.stages.{name}.batch_size = {stage.batch_size} with drop_last: an epoch has no whole batch; "
+            f"lower batch_size"
+        )
+    return images, whole + (rest > 0), rest or stage.batch_size
+
+
+def _size(loads: list[Load], costs: Costs) -> Size:
+    experts = {name: n for load in loads for name, n in load.parameters.items() if name not in ("trunk", "shared")}
+    return Size(
+        trunk=loads[0].parameters["trunk"],
+        shared=loads[0].parameters["shared"],
+        experts=tuple(experts.values()),
+        trunk_work=costs.trunk,
+        expert_work=costs.features + costs.head,
+    )
+
+
+def _work(
+    stage: StageConfig, shape: MeshShape, loads: list[Load], teachers: Teachers
+) -> tuple[float | None, float | None]:
+    """Multiply-adds per image of a training step on all slots, and the share of forward passes that spread adds."""
+    if any(teacher is None for teacher in teachers.values()):
+        return None, None
+    experts_in = dealt(teachers, shape.slots)
+    spread = packed = 0
+    for name, teacher in teachers.items():
+        assert teacher is not None
+        spread += sum(teacher.work(experts) for experts in experts_in[name])
+        packed += teacher.work(teacher.num_experts)
+    trunks = [load.trunk_work for load in loads]
+    here = sum(load.work for load in loads)
+    # One trunk sees every stream; trunks that live apart see the same images, or each a stream of its own.
+    alone = here - sum(trunks) + (sum(trunks) if piece("flow", stage.flow.name).own_streams else max(trunks))
+    work = sum(load.training_work for load in loads) + spread
+    return work, (here + spread) / (alone + packed) - 1 if alone + packed else 0.0
+
+
+def _memory(
+    config: RunConfig, stage: StageConfig, shape: MeshShape, loads: list[Load], teachers: Teachers
+) -> int | None:
+    """Bytes of weights, gradients, momentum, teachers and, with ZeRO, the part of the master weights: the most."""
+    if any(teacher is None for teacher in teachers.values()):
         return None
-    number = 8 if config.engine.precision == "float64" else 4
-    momentum = any(stage.optimizer.momentum for stage in config.method.stages.values())
-    total = 0.0
-    groups = ((trunk.parameters, shape.workers), (shape.experts_per_worker * expert.parameters, shape.replicas))
-    for parameters, among in groups:
-        if config.engine.name == "torch":
-            copies = 2.0 + momentum
-        else:
-            gradients = 1.0 if config.engine.zero_stage == 1 else 1 / among
-            copies = 1.0 + gradients + (1 + momentum) / among
-        total += parameters * copies * number
-    return round(total)
+    experts_in = dealt(teachers, shape.slots)
+    engine, momentum = config.engine, stage.optimizer.momentum > 0
+    most = 0.0
+    for slot, load in enumerate(loads):
+        total: float = sum(load.parameters.values())
+        total += sum(teacher.held(experts_in[name][slot]) for name, teacher in teachers.items() if teacher)
+        for part, groups in load.learning.items():
+            among = shape.replicas if part == "experts" else shape.workers
+            if engine.name == "torch":
+                copies = 1.0 + momentum
+            else:
+                copies = (1.0 if engine.zero_stage == 1 else 1 / among) + (1 + momentum) / among
+            total += copies * sum(groups)
+        most = max(most, total)
+    return round(most * number_bytes(config))
 
 
-def _plus(a: int | None, b: int | None) -> int | None:
-    return None if a is None or b is None else a + b
-
-
-def _times(a: int | None, b: int) -> int | None:
-    return None if a is None else a * b
+def sum_known(values: list[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 
 from experts.progress import Progress
-from experts.registry import build
+from experts.flow import PARTS
+from experts.registry import build, piece
 from orchestration.compose import expand
-from orchestration.config import RunConfig, StageConfig, published
-from orchestration.placement import Plan, plan, shares_of
+from orchestration.config import RunConfig, Source, StageConfig, published
+from orchestration.placement import Plan, Size, StagePlan, plan
 from orchestration.tracking_contents import default_uri, redact
+from orchestration.traffic import Exchange, shares_of
 
-_BACKWARD = 3  # a training step costs about three forward passes
 _SHOWN_WORKERS = 16
 
 
@@ -52,11 +53,47 @@ def _what(config: RunConfig, found: Plan) -> Iterator[str]:
         settings = method.stages[stage.name]
         pieces = f"objective {settings.objective.name}, sampler {settings.sampler.name}"
         yield f"stage {stage.name}: {stage.epochs} epochs, batch {stage.batch_size}, {pieces}"
+        yield from (f"  {line}" for line in _special(config, stage))
         yield f"  learning rate {', '.join(_rates(settings, stage.steps_per_epoch))}"
         late = _never_reached(settings)
         if late:
             yield f"  NOTE: the stage ends before {', '.join(late)}"
     yield from textwrap.wrap(published(config) or "published: no number for exactly this config", 100)
+
+
+def _special(config: RunConfig, stage: StagePlan) -> Iterator[str]:
+    """What makes a stage more than a plain one."""
+    method, settings = config.method, config.method.stages[stage.name]
+    flow = piece("flow", settings.flow.name)
+    if settings.classes is not None:
+        yield f"knows the {settings.classes.group} classes only: {_number(stage.num_classes)}"
+    if stage.experts != method.expert_names:
+        yield f"trains an ensemble of its own: {' '.join(stage.experts)}"
+    present = [part for part in PARTS if part != "gates" or method.router is not None]
+    frozen = [part for part in present if part not in stage.learns]
+    if frozen:
+        mode = "by the batch" if settings.frozen_batchnorm == "train" else "by their running statistics"
+        waiting = "" if frozen == ["gates"] else f"; frozen BatchNorms normalise {mode}"
+        yield f"learns: {', '.join(stage.learns)}; does not: {', '.join(frozen)}{waiting}"
+    if settings.partner_sampler is not None:
+        seen = "each goes to an expert of its own" if flow.own_streams else "both pass"
+        yield f"every image comes with a partner, sampler {settings.partner_sampler.name}; {seen}"
+    source = method.starts_from(stage.name)
+    if source is not None:
+        yield f"begins with the weights of {_source(source)}"
+    for name, teacher in settings.teachers.items():
+        size = stage.teachers[name]
+        what = (
+            "which is not there"
+            if size is None
+            else (f"{_many(size.num_experts, 'expert')}, {size.num_classes:,} classes")
+        )
+        yield f"teacher {name}: {_source(teacher)}, {what}; {teacher.mode} mode"
+
+
+def _source(source: Source) -> str:
+    where = f"stage {source.stage}" if source.stage is not None else str(source.run)
+    return f"{where}, {source.weights}"
 
 
 def _data(config: RunConfig, found: Plan) -> str:
@@ -116,7 +153,12 @@ def _mesh(config: RunConfig, found: Plan) -> Iterator[str]:
     yield f"each: {cpus}, {device}, {threads}; engine {config.engine.name}{zero}, {config.engine.precision}"
     where = cluster.address or "RAY_ADDRESS if set, else a Ray of its own on this machine"
     yield f"cluster: {where}"
-    yield f"weights, gradients and momentum of a worker: {_bytes(found.memory)}; activations and buffers come on top"
+    yield from _waves(found)
+    taught = " and teachers" if any(stage.teachers for stage in found.stages) else ""
+    yield (
+        f"weights, gradients, momentum{taught} of a worker: {_bytes(found.memory)} at most; "
+        f"activations and buffers come on top"
+    )
     batches = {stage.name: stage.shares for stage in found.stages}
     rows = [["worker", "slot", "replica", "experts", *(f"images a step, {name}" for name in batches)]]
     for rank in range(min(shape.workers, _SHOWN_WORKERS)):
@@ -128,16 +170,40 @@ def _mesh(config: RunConfig, found: Plan) -> Iterator[str]:
         yield f"... and {shape.workers - _SHOWN_WORKERS} more, in the same order"
 
 
+def _waves(found: Plan) -> Iterator[str]:
+    """Stages that need not wait for each other."""
+    for wave in found.waves:
+        if len(wave) > 1:
+            at_once = min(len(wave), found.side_by_side)
+            places = at_once * found.shape.workers
+            yield (
+                f"stages {', '.join(wave)}: {at_once} at a time, each on workers of its own, "
+                f"{_many(places, 'worker')} in all; where there are fewer places they take turns"
+            )
+
+
 def _size_table(found: Plan) -> Iterator[str]:
     rows = [["", "parameters", "multiply-adds an image"]]
-    for name, part in (("trunk", found.trunk), ("one expert", found.expert)):
-        rows.append([name, _number(part.parameters), _number(part.multiply_adds)])
-    rows.append(["ensemble", _number(found.whole("parameters")), _number(found.whole("multiply_adds"))])
+    several = len({stage.size for stage in found.stages}) > 1
+    shown: dict[Size, list[str]] = {}
+    for stage in found.stages:
+        shown.setdefault(stage.size, []).append(stage.name)
+    for size, stages in shown.items():
+        if several:
+            rows.append([f"stage {', '.join(stages)}", "", ""])
+        rows.append(["trunk", _number(size.trunk), _number(size.trunk_work)])
+        rows.append(["one expert", _range(size.experts), _number(size.expert_work)])
+        if size.shared:
+            rows.append(["shared last layer", _number(size.shared), ""])
+        rows.append(["ensemble", _number(size.parameters), _number(size.work)])
     yield from _grid(rows, left=(0,))
-    yield f"a training step costs about {_BACKWARD} times the multiply-adds of its images"
-    if found.shape.slots > 1:
-        share_ = "n/a" if found.repeated is None else f"{100 * found.repeated:.1f} %"
-        yield f"every slot computes the trunk for itself: {share_} more multiply-adds than packed"
+
+
+def _range(values: tuple[int | None, ...]) -> str:
+    known = {value for value in values if value is not None}
+    if len(known) < len(set(values)):
+        return "n/a"
+    return _number(min(known)) if len(known) == 1 else f"{_number(min(known))} to {_number(max(known))}"
 
 
 def _step(config: RunConfig, found: Plan) -> Iterator[str]:
@@ -147,33 +213,54 @@ def _step(config: RunConfig, found: Plan) -> Iterator[str]:
         yield f"stage {stage.name}: {stage.batch_size} images a step, {each} on each of {_many(replicas, 'replica')}"
         if 0 in stage.shares:
             yield f"  NOTE: {stage.shares.count(0)} replicas have no image; use fewer workers or a larger batch"
+        yield from (f"  {line}" for line in _work(config.method.stages[stage.name], stage, found))
         if stage.steps_per_epoch is None or stage.images_per_epoch is None or stage.last_batch is None:
             yield "  steps per epoch are known when the data is opened"
             continue
         steps = stage.epochs * stage.steps_per_epoch
+        limit = config.run.max_steps
         yield (
             f"  {stage.steps_per_epoch:,} steps an epoch of {stage.images_per_epoch:,} images, {steps:,} steps in all"
-            + ("" if config.run.max_steps is None else f"; run.max_steps = {config.run.max_steps:,}")
+            + ("" if limit is None else f"; run.max_steps = {limit:,}")
         )
         if stage.last_batch < stage.batch_size:
             last = _spread(shares_of(stage.last_batch, replicas))
             yield f"  the last step of an epoch has {_many(stage.last_batch, 'image')}, {last} on each replica"
-        whole = found.whole("multiply_adds")
-        if whole is not None:
-            work = _BACKWARD * whole * (1 + (found.repeated or 0)) * stage.images_per_epoch
+        if stage.work is not None:
+            work = stage.work * stage.images_per_epoch
             yield f"  {work / 1e12:,.3g} T multiply-adds an epoch, {work * stage.epochs / 1e12:,.3g} T in all"
 
 
+def _work(settings: StageConfig, stage: StagePlan, found: Plan) -> Iterator[str]:
+    """What a step computes for an image."""
+    pair = " and its partner" if settings.partner_sampler is not None else ""
+    most = "at most " if getattr(settings.flow, "select", None) == "before" else ""  # experts skip others' images
+    number = "n/a" if stage.work is None else f"{most}{stage.work:,.0f}"
+    yield f"{number} multiply-adds for each image{pair}, forward and back"
+    if found.shape.slots > 1:
+        share_ = "n/a" if stage.repeated is None else f"{100 * stage.repeated:.1f} %"
+        yield f"every slot computes the trunk for itself: {share_} more forward multiply-adds than packed"
+
+
 def _exchange_table(found: Plan) -> Iterator[str]:
-    if not found.exchanges:
+    if found.shape.workers == 1:
         yield "nothing: one worker"
         return
-    rows = [["", "among", "own part", "sent (ring)"]]
-    rows += [[x.what, str(x.among), _bytes(x.payload), _bytes(x.sent)] for x in found.exchanges]
-    known = [x.sent for x in found.exchanges if x.sent is not None]
-    rows.append(["in all", "", "", _bytes(sum(known) if len(known) == len(found.exchanges) else None)])
-    yield from _grid(rows, left=(0,))
-    yield "and the loss with its terms: a few numbers"
+    shown: dict[tuple[Exchange, ...], list[StagePlan]] = {}
+    for stage in found.stages:
+        shown.setdefault(stage.exchanges, []).append(stage)
+    for exchanges, stages in shown.items():
+        if len(found.stages) > 1:
+            yield f"stage {', '.join(stage.name for stage in stages)}"
+        rows = [["", "", "among", "own part", "sent (ring)"]]
+        for x in exchanges:
+            sent = [x.sent(slot) for slot in range(found.shape.slots)]
+            most = None if None in sent else max(sent)  # type: ignore[type-var]
+            rows.append([x.what, x.kind, str(x.among), _bytes(x.payload), _bytes(most)])
+        rows.append(["in all", "", "", "", _bytes(stages[0].sent())])
+        yield from _grid(rows, left=(0, 1))
+    if found.shape.slots > 1:
+        yield "of the slot that has most, each; no feature map is among them"
 
 
 def _places(config: RunConfig) -> Iterator[str]:

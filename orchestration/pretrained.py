@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from experts.backbones.resnet_imagenet import BLOCKS, ResNetImageNet
-from experts.ensemble import Ensemble
+from experts.ensemble import Ensemble, Expert
+from experts.registry import Settings, build
 
 FORMAT = "1"
 _SHOWN = 5  # names of one kind in a message
@@ -165,6 +166,24 @@ def load_pretrained(ensemble: Ensemble, path: str | os.PathLike[str], *, experts
     return left
 
 
+def check_pretrained(path: str | os.PathLike[str], backbone: Settings, reduce_dimension: bool) -> None:
+    """Refuse a file that `load_pretrained` would refuse for the ensembles of a run, without building one.
+
+    Args:
+        path: what `import_weights` wrote.
+        backbone: config of the "model" piece.
+        reduce_dimension: as the run's ensembles are built.
+
+    Raises:
+        ValueError: see `load_pretrained`.
+    """
+    model = build("model", backbone)
+    with torch.device("meta"):
+        expert = Expert(model.late_stages(reduce_dimension=reduce_dimension), nn.Identity())
+        ensemble = Ensemble(model.trunk(), {"expert": expert})
+    load_pretrained(ensemble, path)
+
+
 def _state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors of a PyTorch file by name, without the prefix that DataParallel gives all of them."""
     try:
@@ -252,7 +271,9 @@ def _problem_lines(problems: list[tuple[str, list[str]]]) -> Iterator[str]:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; needed one that was written by importing a PyTorch file")
+        raise ValueError(
+            f"{path}: no such file; needed weights as `expertail import-weights FILE {path.name}` writes them"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from orchestration.drawing import BEST, GROUP_COLOURS, LAST, colour_of, head_line, new_figure, our_style, short
 from orchestration.journal import Series, series
 from orchestration.report_experts import draw_experts
+from orchestration.report_regions import draw_where_it_fits
 from orchestration.tables import GROUPS, final_table, members, selection_note, several_experts
 from orchestration.tracking_contents import evaluations, read_config, read_json
 
@@ -53,6 +54,8 @@ def write_report(run_dir: str | os.PathLike[str]) -> list[Path]:
                 figure.savefig(scratch, format="png", metadata={"Software": None})
                 os.replace(scratch, folder / name)
                 written.append(folder / name)
+    if (regions := draw_where_it_fits(run_dir)) is not None:
+        written.append(regions)
     if data:
         scratch = folder / ".table.txt"
         scratch.write_text(final_table(found, data, title=title, seed=config.get("seed")) + "\n")

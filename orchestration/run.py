@@ -21,14 +21,16 @@ from typing import Any
 
 from orchestration.checkpoint import Checkpoints
 from orchestration.compose import expand
-from orchestration.config import RunConfig
+from orchestration.config import RunConfig, Source
 from orchestration.console import Console
 from orchestration.fleet import Fleet, WorkerLost, cluster, resolve_resources
 from orchestration.journal import Journal
 from orchestration.mesh import MeshShape, mesh_shape
 from orchestration.run_folder import RunFolder
-from orchestration.sources import check_sources
-from orchestration.stage_run import GivenUp, Outcome, StageRun, StopSignals
+from orchestration.sources import check_sources, model_folder
+from orchestration.stage_run import GivenUp, Outcome, StageRun, Stopped, StopSignals, write_evaluations
+
+_WAITS_FOR_NODES = 10  # times cluster.placement_timeout_s: how long a restart waits for a node that was lost
 
 
 def run_path(config: RunConfig) -> Path:
@@ -54,7 +56,7 @@ def train(
 
     Raises:
         ValueError, FloatingPointError: something an operator can change.
-        WorkerLost: more workers died than cluster.max_failures.
+        WorkerLost: a stage's workers died more often than cluster.max_failures without a new checkpoint between.
         Stopped: on SIGINT or SIGTERM, after a checkpoint.
     """
     shape = mesh_shape(config.method.num_experts, config.cluster.workers, config.cluster.experts_per_worker)
@@ -113,6 +115,9 @@ class Run:
         self.journal = Journal(folder.path)
         self.failures = 0
         self.cost = Cost(folder, config)
+        self._described = False
+        self._seated: dict[int, list[dict[str, Any]]] = {}
+        self._models: dict[tuple[str | None, str | None, str], Path] = {}
         self._changing = threading.Lock()
 
     def carry_out(self) -> Outcome:
@@ -125,6 +130,7 @@ class Run:
                 before += sum(outcome.total_steps for outcome in outcomes)
                 if not all(o.finished for o in outcomes) or (limit is not None and before >= limit):
                     break
+        self.checkpoints.clean()  # a worker that died while it wrote left a folder half-written
         last = outcomes[-1]
         last.finished = last.finished and last.stage == self.checkpoints.stages[-1]
         return last
@@ -143,6 +149,7 @@ class Run:
         finally:
             for fleet in fleets[1:]:
                 self.cost.change(-len(fleet.workers))
+                self._seated.pop(id(fleet), None)
                 fleet.close()
         return [outcome for outcome in done.values() if outcome is not None]
 
@@ -151,6 +158,8 @@ class Run:
         newest = self.checkpoints.newest(stage, self.console.message)
         if newest is None or newest.state["step"] < newest.state["total_steps"]:
             return None
+        if self.config.method.stages[stage].classes is not None:  # that start may have ended before they were written
+            write_evaluations(self.folder, self.config, stage, newest.state)
         return Outcome(stage, True, newest.state["total_steps"], newest.folder)
 
     def _more_fleets(self, wanted: int) -> list[Fleet]:
@@ -193,44 +202,87 @@ class Run:
                 for fleet in fleets:
                     fleet.kill()
                 raise
-        for error in sorted((e for e in errors if e is not None), key=lambda e: isinstance(e, GivenUp)):
+        found = sorted((e for e in errors if e is not None), key=lambda e: isinstance(e, Stopped) + 2 * _gave_up(e))
+        for error in found[1:]:
+            self.console.message(str(error))
+        for error in found[:1]:
             raise error
         return outcomes
+
+    def check_wanted(self, stage: str) -> None:
+        """Refuse to begin with a stage, or to go on with it, when the run is to end.
+
+        Raises:
+            Stopped, GivenUp: as the case may be.
+        """
+        if self.signals.received is not None:
+            raise Stopped(
+                self.signals.received,
+                f"stopped before the workers of stage {stage} were started; the same command continues from its "
+                f"newest checkpoint",
+            )
+        if self.signals.given_up.is_set():
+            raise GivenUp(f"stage {stage}: its workers were not started any more")
+
+    def model(self, source: Source) -> Path:
+        """The exported model of a source; a stage of this run is exported once, whoever asks first."""
+        asked = source.stage, source.run, source.weights
+        with self._changing:
+            if asked not in self._models:
+                self._models[asked] = model_folder(self.config, self.folder, self.checkpoints, source)
+            return self._models[asked]
 
     def begin_tracking(self) -> None:
         """Start the upload, once there is something to send."""
         with self._changing:
             self._begin_tracking()
 
-    def started(self, fleet: Fleet) -> None:
-        """Note that a fleet's workers have loaded their libraries."""
+    def started(self, fleet: Fleet, stage: str) -> None:
+        """Note which workers a stage has; their libraries are loaded."""
         shape = fleet.shape
         with self._changing:
             self.marks.setdefault("libraries", time.time())
+            self._seated[id(fleet)] = [host | {"stage": stage} for host in fleet.hosts]
+            workers = [host for hosts in self._seated.values() for host in hosts]
+            if self._described:
+                self.folder.note(workers=workers)
+                return
+            self._described = True
             self.folder.describe(
                 self.config,
-                fleet.hosts,
+                workers,
                 {"slots": shape.slots, "replicas": shape.replicas, "experts_per_worker": shape.experts_per_worker},
             )
 
-    def lost(self, loss: WorkerLost, stage: str) -> None:
+    def lost(self, loss: WorkerLost, stage: str, in_a_row: int) -> None:
         """Count a failure.
+
+        Args:
+            loss: what happened.
+            stage: whose workers are to be started again.
+            in_a_row: its failures without a new checkpoint between, this one included.
 
         Raises:
             WorkerLost: there were too many.
         """
+        limit = self.config.cluster.max_failures
+        if in_a_row > limit:
+            raise WorkerLost(
+                f"{loss}; {in_a_row} failures of stage {stage} without a new checkpoint between, "
+                f"cluster.max_failures = {limit}; the newest checkpoint is kept: the same command continues from it"
+            ) from loss
         with self._changing:
             self.failures += 1
-            failures, limit = self.failures, self.config.cluster.max_failures
-        if failures > limit:
-            raise WorkerLost(
-                f"{loss}; {failures} failures, cluster.max_failures = {limit}; "
-                f"the newest checkpoint is kept: the same command continues from it"
-            ) from loss
+            failure = {"time": time.time(), "stage": stage, "what": str(loss)}
+            self.folder.note(failures=self.failures, last_failure=failure)
         self.console.message(
-            f"{loss}; starting the workers of stage {stage} again (failure {failures} of at most {limit})"
+            f"{loss}; starting the workers of stage {stage} again (failure {in_a_row} of at most {limit} without a new "
+            f"checkpoint between)"
         )
-        self.folder.note(failures=failures, last_failure={"time": time.time(), "stage": stage, "what": str(loss)})
+
+
+def _gave_up(error: BaseException) -> bool:
+    return isinstance(error, GivenUp)
 
 
 class Lane:
@@ -242,18 +294,45 @@ class Lane:
     def carry_out(self, stage: str, before: int) -> Outcome:
         """Train a stage from its newest checkpoint, or its beginning, to its end; again after each loss of a worker."""
         run, fleet = self._run, self._fleet
+        in_a_row, reached = 0, -1
         while True:
+            run.check_wanted(stage)
             try:
                 if not fleet.workers:
-                    fleet.start()
                     run.cost.change(fleet.shape.workers)
-                    run.started(fleet)
+                    fleet.start()
+                run.started(fleet, stage)
                 return StageRun(run, stage, fleet, self._console, before=before).carry_out()
             except WorkerLost as loss:
                 fleet.kill()
                 run.cost.change(-fleet.shape.workers)
-                run.lost(loss, stage)
-                fleet.check_room()
+                run.check_wanted(stage)
+                newest = run.checkpoints.newest(stage, self._console.message)
+                now = newest.state["step"] if newest else 0
+                in_a_row = 1 if now > reached else in_a_row + 1
+                reached = now
+                run.lost(loss, stage, in_a_row)
+                self._wait_for_places(stage)
+
+    def _wait_for_places(self, stage: str) -> None:
+        """Wait a while for a node that was lost with its workers.
+
+        Raises:
+            ValueError: it has not come back, nor another.
+        """
+        wait_s = _WAITS_FOR_NODES * self._run.config.cluster.placement_timeout_s
+        end, told = time.monotonic() + wait_s, False
+        while True:
+            try:
+                return self._fleet.check_room()
+            except ValueError as reason:
+                if time.monotonic() >= end:
+                    raise
+                if not told:
+                    self._console.message(f"{reason}; waiting up to {wait_s:g} s for a node")
+                    told = True
+            self._run.check_wanted(stage)
+            time.sleep(min(1.0, wait_s / 10))
 
 
 class Cost:

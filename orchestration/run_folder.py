@@ -101,9 +101,7 @@ class RunFolder:
 
     def describe(self, config: RunConfig, hosts: list[dict[str, Any]], shape: dict[str, int]) -> None:
         """Add this start to run.json: command, versions, host, mesh."""
-        run = self.run()
-        run.setdefault("created", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
-        run |= {
+        found = {
             "command": shlex.join(["expertail", *sys.argv[1:]]),
             "commit": _commit(),
             "config_hash": config_hash(config),
@@ -120,8 +118,10 @@ class RunFolder:
             "mesh": shape,
             "workers": hosts,
         }
-        run["starts"] = run.get("starts", 0) + 1
-        self._write_json(RUN, run)
+        with self._changing:
+            run = self.run()
+            run.setdefault("created", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+            self._write_json(RUN, run | found | {"starts": run.get("starts", 0) + 1})
 
     def run(self) -> dict[str, Any]:
         """What run.json says; {} before the first start."""

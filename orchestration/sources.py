@@ -13,24 +13,31 @@ from typing import Any
 
 import numpy as np
 
-from aggregation.serving import export_model
+from aggregation.serving import DESCRIPTION, export_model, read_description
 from experts.class_groups import split_classes
 from orchestration.checkpoint import Checkpoints, read_tensors, verify
 from orchestration.compose import expand
 from orchestration.config import RunConfig, Source
+from orchestration.pretrained import check_pretrained
 from orchestration.run_folder import RUN, RunFolder
+from orchestration.teachers import preprocessing_problem
 
 
 def check_sources(config: RunConfig) -> None:
-    """Refuse other runs that are named but cannot serve, before anything is started.
+    """Refuse other runs and files that are named but cannot serve, before anything is started.
 
     Raises:
-        ValueError: every run that is missing or unfinished.
+        ValueError: every run that is missing, unfinished or of other images, and pretrained weights that do not fit.
     """
     problems = []
     for key, source in _named(config):
-        if source.run is not None and (problem := _problem(Path(expand(source.run)), source.weights)):
+        if source.run is not None and (problem := _problem(Path(expand(source.run)), source.weights, config)):
             problems.append(f"{key}.run = {source.run}: {problem}")
+    if config.method.backbone_weights is not None:
+        try:
+            check_pretrained(config.method.backbone_weights, config.backbone, config.method.reduce_dimension)
+        except ValueError as misfit:
+            problems.append(f"method.backbone_weights: {misfit}")
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -43,7 +50,7 @@ def _named(config: RunConfig) -> Iterator[tuple[str, Source]]:
             yield f"method.stages.{name}.teachers.{teacher}", source
 
 
-def _problem(folder: Path, weights: str) -> str | None:
+def _problem(folder: Path, weights: str, config: RunConfig) -> str | None:
     if not (folder / "config.yaml").is_file():
         return "there is no run; needed the folder of a finished run, as runs/<run.name>"
     try:
@@ -52,9 +59,15 @@ def _problem(folder: Path, weights: str) -> str | None:
         return f"{RUN} cannot be read ({type(error).__name__}); needed a finished run"
     if status != "finished":
         return f"the run is {status or 'not started'}; needed a finished one: give its command again to continue it"
-    if not (folder / "export" / weights / "model.json").is_file():
+    model = folder / "export" / weights / DESCRIPTION
+    if not model.is_file():
         return f"it has no export/{weights}; needed its exported model; restore the folder"
-    return None
+    try:
+        preprocessing = read_description(model).preprocessing
+    except ValueError as error:
+        return str(error)
+    problem = preprocessing_problem(preprocessing, config.dataset)
+    return None if problem is None else f"its model {problem}"
 
 
 def model_folder(config: RunConfig, folder: RunFolder, checkpoints: Checkpoints, source: Source) -> Path:

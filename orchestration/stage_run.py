@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 from aggregation.diversity import Diversity, metrics
 from aggregation.metrics import Scores, groups_by_count, groups_by_index
 from orchestration.checkpoint import Checkpoint, DamagedCheckpoint, verify
-from orchestration.config import Source
+from orchestration.config import RunConfig
 from orchestration.console import Console
 from orchestration.fleet import Fleet
-from orchestration.sources import model_folder, stage_classes, weights_of
+from orchestration.run_folder import RunFolder
+from orchestration.sources import stage_classes, weights_of
 from orchestration.trainer import Interval
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class StageRun:
         self.epochs = settings.epochs
         newest = self.checkpoints.newest(stage, console.message)
         self.journal.rewind({stage: newest.state["step"] if newest else 0}, self.checkpoints.stages)
-        teachers = {name: str(self._model(teacher)) for name, teacher in settings.teachers.items()}
+        teachers = {name: str(run.model(teacher)) for name, teacher in settings.teachers.items()}
         self.seen = self.fleet.build(stage, teachers)
         run.marks.setdefault("built", time.time())
         data = self._note_data()
@@ -133,9 +134,6 @@ class StageRun:
         else:
             self._begin()
 
-    def _model(self, source: Source) -> Path:
-        return model_folder(self.config, self.folder, self.checkpoints, source)
-
     def _begin(self) -> None:
         """The first weights of the stage, and what its objective must see before the first step."""
         source = self.config.method.starts_from(self.stage)
@@ -144,7 +142,7 @@ class StageRun:
             self.fleet.call("start_from", str(weights))
             self.console.message(f"stage {self.stage} begins with the weights of {weights.name}")
         elif source is not None:
-            model = self._model(source)
+            model = self.run.model(source)
             self.fleet.call("start_from_model", str(model))
             self.console.message(f"stage {self.stage} begins with the weights of {model}")
         if self.seen[0]["prepares"]:
@@ -210,12 +208,7 @@ class StageRun:
         if self.last is None or self.last["step"] != self.step:
             self._evaluate(count=False)
             self._save()
-        best = self.best or self.last
-        assert self.last is not None and best is not None
-        # A stage that knows only some classes has no place in the run's table; it has a folder of its own.
-        below = "" if self.config.method.stages[self.stage].classes is None else f"{self.stage}/"
-        self.folder.write_evaluation(f"{below}last", self.last["evaluation"])
-        self.folder.write_evaluation(f"{below}best", best["evaluation"])
+        write_evaluations(self.folder, self.config, self.stage, {"best": self.best, "last": self.last})
         self.run.cost.note(peak_memory_gib=[round(gib, 2) for gib in self.fleet.call("peak_memory_gib")])
         newest = self.checkpoints.newest(self.stage, self.console.message)
         assert newest is not None
@@ -277,7 +270,8 @@ class StageRun:
         self.console.step(epoch, self.epochs, self.step, self.target, shown)
 
     def _evaluate(self, *, count: bool) -> None:
-        """Score all splits. `count`: whether this may become the best; it must come at the same steps in every run."""
+        """Score all splits. `count`: whether this may become the best and objectives may learn of it; those must come
+        at the same steps in every run."""
         epoch = max((self.step - 1) // self.steps_per_epoch + 1, 1)
         cuts = self.config.dataset.index_groups if len(self.counts) == self.data_classes else None
         results = {}
@@ -290,7 +284,7 @@ class StageRun:
             results[split] = scores.result(self.counts, cuts) | {"diversity": diversity.result(self.counts, cuts)}
             self.journal.append(self.stage, epoch, self.step, _metrics(split, results[split]))
         self.journal.flush()
-        if "val" in results and self.seen[0]["observes"]:
+        if count and "val" in results and self.seen[0]["observes"]:
             self.fleet.call("observe", results["val"]["members"]["ensemble"]["per_class"])
         evaluation = {
             "split": "test",
@@ -326,6 +320,16 @@ class StageRun:
             self.checkpoints.copy_weights(folder, self.best["checkpoint"])
         self.checkpoints.tidy(self.stage, self.config.run.keep_checkpoints)
         self.run.cost.note()
+
+
+def write_evaluations(folder: RunFolder, config: RunConfig, stage: str, state: dict[str, Any]) -> None:
+    """Write the last and the best evaluation of a stage, as its newest checkpoint holds them.
+
+    A stage that knows only some classes has no place in the run's table; it has a folder of its own.
+    """
+    below = "" if config.method.stages[stage].classes is None else f"{stage}/"
+    folder.write_evaluation(f"{below}last", state["last"]["evaluation"])
+    folder.write_evaluation(f"{below}best", (state["best"] or state["last"])["evaluation"])
 
 
 def _metrics(split: str, result: dict[str, Any]) -> dict[str, float]:

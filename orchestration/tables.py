@@ -56,9 +56,9 @@ def final_table(
     lines += ["", "Calibration: negative log-likelihood in nats, expected calibration error in % (15 bins)"]
     rows = []
     for member in members(shown):
-        cells = [_number(_member(shown[w], member).get("nll"), 1.0, 4) for w in shown]
-        rows.append([member, *cells, *(_number(_member(shown[w], member).get("ece"), 100.0, 2) for w in shown)])
-    lines += _grid([["", *(f"NLL {w}" for w in shown), *(f"ECE {w}" for w in shown)], *rows])
+        cells = [number(_member(shown[w], member).get("nll"), 1.0, 4) for w in shown]
+        rows.append([member, *cells, *(number(_member(shown[w], member).get("ece"), 100.0, 2) for w in shown)])
+    lines += grid([["", *(f"NLL {w}" for w in shown), *(f"ECE {w}" for w in shown)], *rows])
     if rows_per_image := _per_image_rows(shown):
         lines += ["", "Per image, groups by number of training images of a class"]
         lines += _block(shown, rows_per_image, by_count)
@@ -164,11 +164,11 @@ def _block(shown: Mapping[str, Mapping[str, Any]], rows: Sequence[_Row], heading
     cells = [
         [
             row.label,
-            *(_number(row.by_group(shown[w]).get(group), row.scale, row.digits) for group in headings for w in shown),
+            *(number(row.by_group(shown[w]).get(group), row.scale, row.digits) for group in headings for w in shown),
         ]
         for row in rows
     ]
-    return _grid([second, *cells], spans=_spans(head, len(shown)))
+    return grid([second, *cells], spans=_spans(head, len(shown)))
 
 
 def _accuracy_rows(shown: Mapping[str, Mapping[str, Any]]) -> list[_Row]:
@@ -234,7 +234,7 @@ def _spans(head: Sequence[str], width: int) -> list[tuple[str, int]]:
     return [(head[0], 1), *((head[start], width) for start in range(1, len(head), width))]
 
 
-def _grid(rows: Sequence[Sequence[str]], spans: Iterable[tuple[str, int]] = ()) -> list[str]:
+def grid(rows: Sequence[Sequence[str]], spans: Iterable[tuple[str, int]] = ()) -> list[str]:
     """Right-aligned columns two spaces apart, the first left-aligned; spans head several columns at once."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     position, spans = 0, list(spans)
@@ -267,5 +267,5 @@ def _top1(evaluation: Mapping[str, Any], member: str, key: str) -> float | None:
     return (_member(evaluation, member).get("top1") or {}).get(key)
 
 
-def _number(value: float | None, scale: float, digits: int) -> str:
+def number(value: float | None, scale: float, digits: int) -> str:
     return "n/a" if value is None or math.isnan(value) else f"{value * scale:.{digits}f}"

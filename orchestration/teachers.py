@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from aggregation.ensemble import Aggregator, MeanLogits, Outputs
-from aggregation.serving import ServedModel, load_model
+from aggregation.serving import Preprocessing, ServedModel, load_model
+from experts.data.config import DatasetConfig
 from experts.data.dataset import Dataset
 from experts.ensemble import Ensemble
 from orchestration.config import Teacher
@@ -51,7 +52,7 @@ class Teachers:
         slots, unit = mesh.shape.slots, 0
         for name, config in configs.items():
             model = load_model(folders[name])
-            check_teacher(name, model, dataset, folders[name])
+            check_teacher(f"teachers.{name}", model, dataset, folders[name])
             names = model.description.expert_names
             numbers_EK = torch.stack([model.aggregator.describe(e) for e in model.ensemble.experts.values()])
             rule = model.aggregator
@@ -98,25 +99,34 @@ class Teachers:
         return list(self._held.values())
 
 
-def check_teacher(name: str, model: ServedModel, dataset: Dataset, folder: str | Path) -> None:
-    """Refuse a teacher that was made for something else.
+def check_teacher(key: str, model: ServedModel, dataset: Dataset, folder: str | Path) -> None:
+    """Refuse a model that was made for something else.
+
+    Args:
+        key: of the config, that names it.
 
     Raises:
-        ValueError: names the teacher, what it was made for and what was needed.
+        ValueError: names the key, what the model was made for and what was needed.
     """
     found = model.description
     unknown = [c for c in found.class_names if c not in dataset.class_names]
     if unknown:
         raise ValueError(
-            f"teachers.{name}: {folder} was trained for other classes: found {found.num_classes}, of which "
+            f"{key}: {folder} was trained for other classes: found {found.num_classes}, of which "
             f"{unknown[0]!r} is not in dataset {dataset.config.name}; needed the {dataset.num_classes} of the run or a "
             f"group of them; name a run on the same dataset"
         )
-    ours, theirs = dataset.config, found.preprocessing
+    if problem := preprocessing_problem(found.preprocessing, dataset.config):
+        raise ValueError(f"{key}: {folder} {problem}")
+
+
+def preprocessing_problem(theirs: Preprocessing, ours: DatasetConfig) -> str | None:
+    """What makes the images of a run unfit for a model of another run, if anything does."""
     for key in ("image_size", "mean", "std"):
-        if getattr(ours, key) != getattr(theirs, key):
-            raise ValueError(
-                f"teachers.{name}: {folder} sees images with {key} = {getattr(theirs, key)}, this run has "
-                f"dataset.{key} = {getattr(ours, key)}; needed the same, since both see the same batch; set "
-                f"dataset.{key} likewise or name another run"
+        found, needed = getattr(theirs, key), getattr(ours, key)
+        if found != needed:
+            return (
+                f"sees images with {key} = {found}, this run has dataset.{key} = {needed}; needed the same, since "
+                f"both see the same batch; set dataset.{key} likewise or name another run"
             )
+    return None

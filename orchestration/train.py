@@ -27,7 +27,7 @@ def train_and_report(config: RunConfig, marks: dict[str, float]) -> int:
     check_sources(config)
     folder = RunFolder(run_path(config))
     try:
-        if folder.started and _complete(folder, config):
+        if folder.started and is_complete(folder, config):
             print(f"expertail: {folder.path} is finished; set another run.name to train anew", file=sys.stderr)
             print(_stored_table(config, folder))
             return 0
@@ -36,7 +36,7 @@ def train_and_report(config: RunConfig, marks: dict[str, float]) -> int:
         folder.close()
 
 
-def _complete(folder: RunFolder, config: RunConfig) -> bool:
+def is_complete(folder: RunFolder, config: RunConfig) -> bool:
     if folder.run().get("status") != "finished":
         return False
     stored = folder.stored_config()

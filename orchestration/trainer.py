@@ -36,6 +36,7 @@ from orchestration.checkpoint import FileEntry, read_tensors, write_tensors
 from orchestration.config import RunConfig, StageConfig
 from orchestration.engine import Engine, NonFiniteGradient, TorchEngine, casting
 from orchestration.mesh import Mesh
+from orchestration.pretrained import load_pretrained
 from orchestration.teachers import Teachers, check_teacher
 
 
@@ -134,7 +135,10 @@ class StageTrainer:
             only=[self.expert_names[i] for i in self.mesh.own_experts],
             shared_head=method.shared_head,
             router=method.router,
-        ).to(self.mesh.device, self.dtype)
+        )
+        if method.backbone_weights is not None and method.starts_from(self.stage_name) is None:
+            load_pretrained(model, method.backbone_weights)
+        model.to(self.mesh.device, self.dtype)
         if self.config.engine.sync_batchnorm:
             self.mesh.synchronise_batchnorm(model)
         return model.train()
@@ -151,7 +155,8 @@ class StageTrainer:
 
     def _build_engine(self) -> Engine:
         factors = dict(zip(self.expert_names, self.objective.lr_factors, strict=True))
-        args = (self.model, self.mesh, self.stage.optimizer, self.config.engine, factors)
+        parts = self.stage.lr_factors.model_dump()
+        args = (self.model, self.mesh, self.stage.optimizer, self.config.engine, factors, parts)
         if self.config.engine.name == "torch":
             return TorchEngine(*args)
         from orchestration.deepspeed_engine import DeepSpeedEngine

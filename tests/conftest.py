@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -35,16 +36,22 @@ class WarmPool:
 
     def __init__(self) -> None:
         self.actors: list = []
+        self._lent: list = []
+        self._changing = threading.Lock()  # stages side by side start their fleets from threads
 
     def take(self, count: int, engine: str) -> list:
-        """The first `count` workers, on one thread each, made where there are fewer."""
+        """The first `count` workers that nobody has, on one thread each, made where there are fewer."""
         import ray
 
         from orchestration.actors import Worker
 
-        while len(self.actors) < count:
-            self.actors.append(Worker.options(num_cpus=0, max_restarts=0).remote(gpu=False, threads=1))
-        workers = self.actors[:count]
+        with self._changing:
+            free = [actor for actor in self.actors if actor not in self._lent]
+            while len(free) < count:
+                free.append(Worker.options(num_cpus=0, max_restarts=0).remote(gpu=False, threads=1))
+                self.actors.append(free[-1])
+            workers = free[:count]
+            self._lent += workers
         ray.get([worker.load_libraries.remote(engine) for worker in workers])
         return workers
 
@@ -58,6 +65,7 @@ class WarmPool:
             except ray.exceptions.RayError:
                 ray.kill(worker)
                 self.actors.remove(worker)
+            self._lent.remove(worker)
 
 
 @pytest.fixture(scope="session")

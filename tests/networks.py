@@ -11,6 +11,7 @@ class PlainNetwork:
     def __init__(self, net: Ensemble) -> None:
         self.net = net
         self.names = net.names
+        self.same_order = False
 
     def trunk(self, run):
         return run(self.net.trunk)

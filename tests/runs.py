@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from orchestration.cli import main
 
@@ -23,16 +25,16 @@ SMALL = [
 ]
 
 
-def train(folder: Path, *words: str) -> int:
+def train(folder: Path, *words: str, common: Sequence[str] = SMALL) -> int:
     """`expertail train` in this process; the run is `folder`."""
-    return main(["train", *SMALL, f"run.dir={folder.parent}", f"run.name={folder.name}", *words])
+    return main(["train", *common, f"run.dir={folder.parent}", f"run.name={folder.name}", *words])
 
 
-def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+def start(folder: Path, *words: str, common: Sequence[str] = SMALL) -> subprocess.Popen[str]:
     """`expertail train` in a process of its own, on the Ray of the session; its workers are its own."""
     import ray
 
-    command = [sys.executable, "-m", "orchestration", "train", *SMALL]
+    command = [sys.executable, "-m", "orchestration", "train", *common]
     environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     return subprocess.Popen(
         [*command, f"run.dir={folder.parent}", f"run.name={folder.name}", *words],
@@ -43,14 +45,17 @@ def start(folder: Path, *words: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for_step(folder: Path, step: int, limit_s: float = 120.0) -> None:
-    """Until the journal of a run shows a step."""
+def wait_for_step(folder: Path, step: int, limit_s: float = 120.0, stage: str | None = None) -> None:
+    """Until the journal of a run shows a step, of a stage if one is named."""
+    wait_until(lambda: max(steps(folder, stage), default=0) >= step, f"{folder}: step {step}", limit_s)
+
+
+def wait_until(reached: Callable[[], bool], what: str, limit_s: float = 120.0) -> None:
     end = time.monotonic() + limit_s
-    while time.monotonic() < end:
-        if max(steps(folder), default=0) >= step:
-            return
+    while not reached():
+        if time.monotonic() >= end:
+            raise TimeoutError(f"{what} was not reached in {limit_s} s")
         time.sleep(0.05)
-    raise TimeoutError(f"{folder}: step {step} was not reached in {limit_s} s")
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -70,10 +75,39 @@ def points(folder: Path) -> list[tuple[str, int, float]]:
     return [(r["name"], r["step"], r["value"]) for r in records if r["name"] != "train/images_per_s"]
 
 
-def steps(folder: Path) -> list[int]:
+def steps(folder: Path, stage: str | None = None) -> list[int]:
+    return [r["step"] for r in records(folder) if stage in (None, r["stage"])]
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """Whole lines of the journal, which may be growing."""
     path = folder / "metrics.jsonl"
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return [json.loads(line)["step"] for line in lines]
+    return [json.loads(line) for line in lines]
+
+
+def points_by_stage(folder: Path) -> list[tuple[str, int, str, float]]:
+    """Every number of the journal but speeds, whatever the order in which stages side by side noted them."""
+    return sorted(
+        (r["stage"], r["step"], r["name"], r["value"]) for r in records(folder) if "images_per_s" not in r["name"]
+    )
+
+
+def checkpoints(folder: Path, stages: Sequence[str]) -> dict[str, bytes]:
+    """Every byte of the newest checkpoint and of the best weights of each stage."""
+    found = {}
+    for i, stage in enumerate(stages):
+        name = f"{i:02d}-{stage}-"
+        newest = sorted((folder / "checkpoints").glob(f"{name}[0-9]*"))[-1]
+        best = folder / "checkpoints" / json.loads((newest / "state.json").read_text())["best"]["checkpoint"]
+        found |= {f"{f.name}/{p.name}": p.read_bytes() for f in (newest, best) for p in f.iterdir()}
+    assert not list((folder / "checkpoints").glob(".writing*"))
+    return found
+
+
+def evaluations(folder: Path) -> dict[str, str]:
+    """All files below evaluation/."""
+    return {str(p.relative_to(folder)): p.read_text() for p in (folder / "evaluation").rglob("*.json")}
 
 
 def weights(folder: Path) -> dict[str, bytes]:

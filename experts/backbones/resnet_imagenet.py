@@ -131,7 +131,9 @@ class ResNetImageNet(SplitResNet):
         """The same in evaluation; published: pool_first, which is cheaper and not the same function."""
         init: Literal["published", "framework"] = "published"
         """Initial weights of convolutions: published: normal with variance 2 / (kernel area * output channels);
-        framework: PyTorch's uniform ones (BBN). Linear layers start as PyTorch makes them."""
+        framework: PyTorch's uniform ones (BBN)."""
+        head_init: Literal["framework"] = "framework"
+        """Linear layers start as PyTorch makes them; a key so that a recipe can ask for it on any backbone."""
 
         @model_validator(mode="after")
         def _fits(self) -> ResNetImageNet.Config:

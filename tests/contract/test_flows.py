@@ -102,7 +102,7 @@ class Network:
     """One worker's modules, run in place; counts what the flow asks for."""
 
     def __init__(self, ensemble):
-        self.ensemble, self.names = ensemble, ensemble.names
+        self.ensemble, self.names, self.same_order = ensemble, ensemble.names, False
         self.runs, self.trunk_outputs = [], None
 
     def trunk(self, run):

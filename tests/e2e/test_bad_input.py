@@ -75,7 +75,7 @@ def test_all_problems_of_a_command_come_in_one_message_and_make_no_folder(warm, 
         (["dataset.max_per_class=5000"], ["5000", "dataset.max_per_class"]),
         (["dataset=fashion_mnist_lt"], ["dataset.root", "dataset.download"]),
         (["dataset=cifar10_lt", "dataset.root=/nowhere"], ["dataset.root = /nowhere", "dataset.download"]),
-        (["dataset=imagenet_lt"], ["no schedule is known for this pair", "schedule=ride_"]),
+        (["dataset=places_lt"], ["no schedule is known for this pair", "schedule=ride_"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value and "=" in value[0] else "",
 )

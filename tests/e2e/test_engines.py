@@ -14,6 +14,12 @@ from orchestration.mesh import Mesh, MeshShape, Rendezvous, leave_world
 ENGINES = {"plain": ["engine.name=torch"], "ZeRO 1": ["engine.zero_stage=1"], "ZeRO 2": ["engine.zero_stage=2"]}
 
 
+def scores(engine, images):
+    """Logits of both experts, as the plain flow computes them."""
+    h = engine.trunk(lambda trunk: trunk(images))
+    return engine.experts(lambda experts: torch.stack([expert(h) for expert in experts.values()]))
+
+
 @pytest.fixture
 def world():
     """A world of one process; DeepSpeed wants one."""
@@ -25,7 +31,14 @@ def world():
 
 @pytest.fixture(params=ENGINES)
 def engine_and_model(request, world):
-    config = load_config(ENGINES[request.param])
+    engine, model = make(ENGINES[request.param])
+    yield engine, model
+    engine.close()
+
+
+def make(words, **factors):
+    """An engine over a new ensemble of two experts; `factors` as of `TorchEngine`."""
+    config = load_config(words)
     model = build_ensemble(
         config.backbone,
         config.method.head,
@@ -34,22 +47,21 @@ def engine_and_model(request, world):
         reduce_dimension=True,
         seed=0,
     )
+    if config.engine.precision == "float64":
+        model.double()
     arguments = (model, Mesh(MeshShape(2, 2)), config.method.stages["train"].optimizer, config.engine)
     if config.engine.name == "torch":
-        engine = TorchEngine(*arguments)
-    else:
-        from orchestration.deepspeed_engine import DeepSpeedEngine
+        return TorchEngine(*arguments, **factors), model
+    from orchestration.deepspeed_engine import DeepSpeedEngine
 
-        engine = DeepSpeedEngine(*arguments)
-    yield engine, model
-    engine.close()
+    return DeepSpeedEngine(*arguments, **factors), model
 
 
 def test_a_gradient_that_is_not_finite_is_refused(engine_and_model):
     """The loss is finite: 0 * sqrt(0) is 0, its derivative 0 * inf is not a number."""
     engine, model = engine_and_model
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    logits = engine.forward(torch.rand(2, 3, 16, 16))
+    logits = scores(engine, torch.rand(2, 3, 16, 16))
     loss = logits.sum() * 0 + ((logits - logits.detach()) * 0).abs().sum().sqrt() * 0
     assert torch.isfinite(loss)
     with pytest.raises(NonFiniteGradient):
@@ -60,7 +72,7 @@ def test_a_gradient_that_is_not_finite_is_refused(engine_and_model):
 
 def test_a_bad_gradient_in_one_head_alone_is_refused(engine_and_model):
     engine, model = engine_and_model
-    logits = engine.forward(torch.rand(2, 3, 16, 16))
+    logits = scores(engine, torch.rand(2, 3, 16, 16))
     weight = model.experts["expert1"].head.weight
     with pytest.raises(NonFiniteGradient):
         engine.step(logits.sum() + ((weight - weight.detach()) * 0).abs().sum().sqrt() * 0, 0.1)
@@ -87,7 +99,7 @@ def test_autocast_computes_convolutions_in_bfloat16(words, world):
     seen = []
     for conv in (model.trunk.conv1, model.experts["expert0"].features.layer3[0].conv1):
         conv.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    engine.forward(torch.rand(2, 3, 16, 16))
+    scores(engine, torch.rand(2, 3, 16, 16))
     assert seen == [torch.bfloat16, torch.bfloat16]
     assert model.trunk.conv1.weight.dtype == torch.float32
     engine.close()
@@ -96,9 +108,57 @@ def test_autocast_computes_convolutions_in_bfloat16(words, world):
 def test_momentum_is_whole_and_comes_back(engine_and_model):
     engine, model = engine_and_model
     assert engine.momentum() == {}
-    engine.step(engine.forward(torch.rand(2, 3, 16, 16)).square().mean(), 0.1)
+    engine.step(scores(engine, torch.rand(2, 3, 16, 16)).square().mean(), 0.1)
     momentum = engine.momentum()
     assert {name: m.shape for name, m in momentum.items()} == {n: p.shape for n, p in model.named_parameters()}
     engine.restore({name: m + 1 for name, m in momentum.items()})
     back = engine.momentum()
     assert all(torch.equal(back[name], m + 1) for name, m in momentum.items())
+
+
+FACTORS = {"lr_factors": {"expert1": 3.0}, "part_factors": {"trunk": 0.1, "features": 0.5, "heads": 2.0}}
+
+
+def factor_of(name):
+    part = {"trunk": 0.1, "features": 0.5, "head": 2.0}
+    words = name.split(".")
+    return part["trunk"] if words[0] == "trunk" else part[words[2]] * (3 if words[1] == "expert1" else 1)
+
+
+def two_steps(words, first=None, **factors):
+    """Weights before, after a step and after two, momentum after the first, and the groups of one rate each.
+
+    Args:
+        first: weights and momentum to take over in place of the first step.
+    """
+    engine, model = make([*words, "engine.precision=float64"], **factors)
+    try:
+        seen = [{name: p.detach().clone() for name, p in model.named_parameters()}]
+        for seed in (0, 1):
+            if first is not None and seed == 0:
+                model.load_state_dict(first[0])
+                engine.restore(first[1])
+                continue
+            images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed)).double()
+            engine.step(scores(engine, images).square().mean(), 0.1)
+            seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
+            if seed == 0:
+                after = {name: value.clone() for name, value in model.state_dict().items()}, engine.momentum()
+        return seen, after if first is None else first
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("words", ENGINES.values(), ids=ENGINES)
+def test_parts_and_experts_learn_at_rates_of_their_own_and_go_on_so(words, world):
+    """A first step is proportional to its rate, momentum to none; taken over, both give the same second step."""
+    seen, (weights, momentum) = two_steps(words, **FACTORS)
+    plain, (_, plain_momentum) = two_steps(words)
+    for name, start in seen[0].items():
+        assert torch.equal(start, plain[0][name])
+        expected = start + factor_of(name) * (plain[1][name] - start)
+        assert not torch.equal(plain[1][name], start)
+        torch.testing.assert_close(seen[1][name], expected, rtol=0, atol=1e-12, msg=name)
+        assert torch.equal(momentum[name], plain_momentum[name])
+    again, _ = two_steps(words, (weights, momentum), **FACTORS)
+    assert all(torch.equal(again[1][name], value) for name, value in seen[2].items())

@@ -39,12 +39,17 @@ PLACEMENTS = {
 
 
 def losses_and_weights(words, folder, steps=STEPS, common=COMMON):
-    config = load_config([*common, *words])
+    return train_on([*common, *words], folder, "train", steps)
+
+
+def train_on(words, folder, stage, steps):
+    """Losses of each step, and all tensors that a fleet saves after them."""
+    config = load_config(words)
     shape = mesh_shape(config.method.num_experts, config.cluster.workers, config.cluster.experts_per_worker)
     fleet = Fleet(config, shape)
     try:
         fleet.start()
-        per_epoch = fleet.build("train")[0]["steps_per_epoch"]
+        per_epoch = fleet.build(stage)[0]["steps_per_epoch"]
         losses, done = [], 0
         while done < steps:
             until = min(steps, (done // per_epoch + 1) * per_epoch)
@@ -56,10 +61,15 @@ def losses_and_weights(words, folder, steps=STEPS, common=COMMON):
         fleet.call("save", str(folder))
     finally:
         fleet.close()
+    return np.array(losses), saved_tensors(folder)
+
+
+def saved_tensors(folder):
+    """Every tensor of a folder of safetensors, by file and name."""
     tensors = {}
     for path in folder.glob("*.safetensors"):
         tensors |= {f"{path.stem}:{name}": t.numpy() for name, t in load_file(path).items()}
-    return np.array(losses), tensors
+    return tensors
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +85,7 @@ def reference(warm_pool, tmp_path_factory):
         losses = [trainer.train(step).losses[0] for step in range(1, steps + 1)]
         folder = tmp_path_factory.mktemp("control")
         trainer.save(str(folder))
-        tensors = {}
-        for path in folder.glob("*.safetensors"):
-            tensors |= {f"{path.stem}:{name}": t.numpy() for name, t in load_file(path).items()}
-        return np.array(losses), tensors
+        return np.array(losses), saved_tensors(folder)
 
     return control
 

@@ -75,7 +75,7 @@ class Alone:
     """Runs everything in one place, as the flow asks."""
 
     def __init__(self, ensemble):
-        self.ensemble, self.names = ensemble, ensemble.names
+        self.ensemble, self.names, self.same_order = ensemble, ensemble.names, False
 
     def trunk(self, run):
         return run(self.ensemble.trunk)

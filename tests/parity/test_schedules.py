@@ -73,6 +73,14 @@ def test_balms_cosine_after_warm_up():
     check(schedule, 0.1, 100, published)
 
 
+def test_reslt_on_imagenet_lt_stops_a_step_before_zero():
+    """Its code: a warm-up of 5 epochs, then 0.05 (1 + cos(pi (e - 4) / 176)) at index e = 5 .. 179."""
+    schedule = Cosine(Cosine.Config(stepped="before", warmup=5, beyond=1))
+    published = {0: 0.02, 4: 0.1, 5: 0.09999203, 90: 0.05178462, 179: 0.00000797}
+    for index, expected in published.items():
+        assert rate(schedule, 0.1, index + 1, 180) == pytest.approx(expected, abs=5e-9)
+
+
 def test_mislas_cosine_by_epoch_index():
     schedule = Cosine(Cosine.Config())
     for index in (0, 1, 90, 179):

@@ -91,10 +91,10 @@ def test_an_unknown_choice_is_told_the_known_ones():
 
 def test_a_pair_without_a_schedule_is_refused_unless_one_is_named():
     with pytest.raises(ValueError, match="no schedule is known for this pair") as error:
-        load_config(["method=ride", "dataset=imagenet_lt"])
+        load_config(["method=ride", "dataset=places_lt"])
     assert "schedule=ride_cifar100_lt" in str(error.value)
-    named = load_config(["method=ride", "dataset=imagenet_lt", "schedule=ride_cifar100_lt"])
-    assert named.dataset.name == "imagenet_lt" and named.method.stages["train"].epochs == 200
+    named = load_config(["method=ride", "dataset=places_lt", "schedule=ride_cifar100_lt"])
+    assert named.dataset.name == "places_lt" and named.method.stages["train"].epochs == 200
 
 
 @pytest.mark.parametrize("word", ["+seed=1", "++seed=1", "~seed", "~cluster.workers=1", "seed=1,2", "seed=range(1,3)"])
@@ -118,6 +118,9 @@ def test_paths_arrive_as_they_were_typed(path):
 def test_a_folder_is_made_absolute_for_workers_that_stand_elsewhere():
     assert load_config(["dataset.root=~/data"]).dataset.root == os.path.expanduser("~/data")
     assert load_config(["dataset.root=data"]).dataset.root == os.path.abspath("data")
+    assert load_config(["method.backbone_weights=a.safetensors"]).method.backbone_weights == os.path.abspath(
+        "a.safetensors"
+    )
 
 
 def test_null_lists_and_numbers_are_read():

@@ -1,0 +1,381 @@
+"""One step of a stage, tried on two blank images in this process: what a worker would compute and hand to the others.
+
+The stage's own flow and objective run on the parts that a worker of one slot holds, and what they ask for is noted, so
+that plans know every flow, also one that is written later. Nothing learns, no data is read, nobody else is needed.
+
+Shapes: E experts, e in one slot, B = 2 images, C classes, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from aggregation.serving import DESCRIPTION, read_description
+from experts.backbones.cost import multiply_adds
+from experts.data.batches import Batch
+from experts.data.random import key
+from experts.ensemble import Ensemble, build_ensemble, part_of
+from experts.flow import Flow, Result
+from experts.losses.objective import Given, Objective
+from experts.progress import Progress
+from experts.registry import build, piece
+from orchestration.compose import expand
+from orchestration.config import RunConfig, Teacher
+from orchestration.engine import casting, lr_groups
+from orchestration.mesh import MeshShape
+
+_IMAGES = 2  # BatchNorm cannot train on one value
+_LARGEST = 32  # pixels; what is handed over does not depend on the size of the images
+_DEVICE = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Multiply-adds per image of one forward pass of trunk, one expert's late stages, a head and a gate."""
+
+    trunk: int
+    features: int
+    head: int
+    gate: int
+
+
+@dataclass
+class Norms:
+    """BatchNorms that see a batch in a step, a layer as often as it does.
+
+    Attributes:
+        layers: calls in training mode.
+        channels: of those.
+        back: channels of the calls that a gradient comes back through.
+    """
+
+    layers: int = 0
+    channels: int = 0
+    back: int = 0
+
+
+@dataclass
+class Load:
+    """What one step asks of a worker of one slot.
+
+    Attributes:
+        parameters: numbers held, by "trunk", "shared" and expert.
+        learning: numbers that learn, by "trunk", "experts" and "shared", for each learning rate.
+        logits: bytes per image of every exchange of outputs between slots.
+        norms: BatchNorms in training mode.
+        terms: numbers of the loss and its terms.
+        in_turn: numbers of the trunk's running statistics where trunks that live apart see different images, else 0.
+        trunk_work, work: multiply-adds per image in forward passes of the trunk, and of everything. An image and its
+            partner count once.
+        training_work: with backward passes.
+    """
+
+    parameters: dict[str, int]
+    learning: dict[str, list[int]]
+    logits: list[int] = field(default_factory=list)
+    norms: Norms = field(default_factory=Norms)
+    terms: int = 0
+    in_turn: int = 0
+    trunk_work: float = 0.0
+    work: float = 0.0
+    training_work: float = 0.0
+
+
+def rehearse(config: RunConfig, stage: str, counts_C: np.ndarray, shape: MeshShape, slot: int, costs: Costs) -> Load:
+    """Try one step of a stage.
+
+    Args:
+        config: checked.
+        stage: name of the stage.
+        counts_C: training images per class that the stage sees.
+        shape: of the mesh.
+        slot: whose experts are held.
+        costs: of `costs_of`.
+
+    Raises:
+        ValueError: a piece refuses the classes or the number of experts.
+    """
+    return _Rehearsal(config, stage, counts_C, shape, slot).carry_out(costs)
+
+
+def costs_of(config: RunConfig, num_classes: int) -> Costs:
+    """Forward passes of the parts of an ensemble, at the size of the run's images."""
+    names = config.method.expert_names
+    model = _ensemble(config, names, num_classes, names[:1])
+    expert = model.members()[0]
+    image = torch.zeros(1, 3, config.dataset.image_size, config.dataset.image_size)
+    with torch.no_grad():
+        h = model.trunk.eval()(image)
+        features = expert.features.eval()(h)
+    head = expert.head
+    if "head" in model.shared:
+        head = model.shared["head"]
+    return Costs(
+        multiply_adds(model.trunk, image),
+        multiply_adds(expert.features, h),
+        multiply_adds(head, features),
+        0 if expert.gate is None else multiply_adds(expert.gate, features),
+    )
+
+
+def _ensemble(config: RunConfig, names: tuple[str, ...], num_classes: int, only: tuple[str, ...]) -> Ensemble:
+    method = config.method
+    return build_ensemble(
+        config.backbone,
+        method.head,
+        num_classes=num_classes,
+        expert_names=names,
+        reduce_dimension=method.reduce_dimension,
+        seed=config.seed,
+        only=only,
+        shared_head=method.shared_head,
+        router=method.router,
+    )
+
+
+class _Rehearsal:
+    """A worker's parts of a stage; a `Network` for its flow."""
+
+    def __init__(self, config: RunConfig, stage: str, counts_C: np.ndarray, shape: MeshShape, slot: int) -> None:
+        method, engine = config.method, config.engine
+        self.config, self.stage, self.shape = config, method.stages[stage], shape
+        self.expert_names = method.names_in(stage)
+        self.held = list(shape.experts_of(slot))
+        self.names = tuple(self.expert_names[i] for i in self.held)
+        self.same_order = engine.name == "deepspeed" and engine.zero_stage == 2 and shape.workers > 1
+        self.dtype = torch.float64 if engine.precision == "float64" else torch.float32
+        self.rarest, self.num_classes = int(counts_C.argmin()), len(counts_C)
+        self.objective: Objective = build(
+            "objective", self.stage.objective, torch.from_numpy(counts_C), len(self.expert_names)
+        )
+        state = self.objective.state_dict()
+        if "prepared" in state:  # as after its look at the data
+            self.objective.load_state_dict(state | {"prepared": torch.ones_like(state["prepared"])})
+        self.objective.to(dtype=self.dtype)
+        draws = partial(key, config.seed, stage)
+        self.flow: Flow = build("flow", self.stage.flow, self.objective, self.expert_names, draws)
+        self.model = _ensemble(config, self.expert_names, self.num_classes, self.names).to(self.dtype).train()
+        self.learns = self.flow.learns - set(self.stage.freeze)
+        self._freeze()
+        self.load = Load(self._parameters(), self._learning())
+
+    def _freeze(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(part_of(name) in self.learns)
+        if self.stage.frozen_batchnorm == "eval":
+            if "trunk" not in self.learns:
+                self.model.trunk.eval()
+            if "features" not in self.learns:
+                for expert in self.model.members():
+                    expert.features.eval()
+
+    def _parameters(self) -> dict[str, int]:
+        parts = {"trunk": self.model.trunk, "shared": self.model.shared, **self.model.experts}
+        return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+
+    def _learning(self) -> dict[str, list[int]]:
+        factors = dict(zip(self.expert_names, self.objective.lr_factors, strict=True))
+        found = {}
+        for part in ("trunk", "experts", "shared"):
+            named = [(n, p) for n, p in self.model.named_parameters() if n.startswith(f"{part}.") and p.requires_grad]
+            groups = lr_groups(named, factors, self.stage.lr_factors.model_dump())
+            found[part] = [sum(p.numel() for p in group["params"]) for group in groups]
+        return found
+
+    # What a flow runs
+
+    def trunk(self, run: Callable[[nn.Module], Result]) -> Result:
+        return self._run(run, self.model.trunk)
+
+    def experts(self, run: Callable[[nn.ModuleDict], Result]) -> Result:
+        return self._run(run, self.model.experts)
+
+    def shared(self, run: Callable[[nn.ModuleDict], Result]) -> Result:
+        return self._run(run, self.model.shared)
+
+    def _run(self, run: Callable[[Any], Result], module: nn.Module) -> Result:
+        with casting(self.config.engine, _DEVICE):
+            return run(module)
+
+    def gather(self, own: Tensor) -> Tensor:
+        """All experts' outputs, the others' 0; notes what a worker would give."""
+        self.load.logits.append(own.numel() * own.element_size() // _IMAGES)
+        everyone = own.new_zeros(len(self.expert_names), *own.shape[1:])
+        everyone[self.held] = own
+        return everyone
+
+    # What is noted
+
+    def carry_out(self, costs: Costs) -> Load:
+        """Run the flow and the objective, and say what that took."""
+        self._listen(costs)
+        if self.flow.own_streams:
+            self.load.in_turn = sum(buffer.numel() for buffer in self.model.trunk.buffers())
+        batch = self._batch()
+        if self.flow.needs_partner:
+            batch = replace(batch, partner=batch)
+        now = Progress(1, self.stage.epochs, 0, 1)
+        with torch.enable_grad():
+            outputs_EBX = self.flow(self, batch, now, self.gather)
+        self.load.terms = 1 + self._terms(outputs_EBX.detach(), batch, now)
+        return self.load
+
+    def _batch(self) -> Batch:
+        size = min(self.config.dataset.image_size, _LARGEST)
+        labels_B = torch.full((_IMAGES,), self.rarest)  # a class that every expert of any method learns
+        images_B3HW = torch.zeros(_IMAGES, 3, size, size, dtype=self.dtype)
+        return Batch(images_B3HW, labels_B, labels_B, torch.arange(_IMAGES))
+
+    def _listen(self, costs: Costs) -> None:
+        parts: list[tuple[nn.Module, int]] = [(self.model.trunk, costs.trunk)]
+        for expert in self.model.members():
+            parts.append((expert.features, costs.features))
+            if expert.gate is not None:
+                parts.append((expert.gate, costs.gate))
+            if "head" not in self.model.shared:
+                parts.append((expert.head, costs.head))
+        if "head" in self.model.shared:
+            parts.append((self.model.shared["head"], costs.head))
+        for part, cost in parts:
+            part.register_forward_hook(partial(self._passed, cost))
+        for module in self.model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.register_forward_hook(self._normalised)
+
+    def _passed(self, cost: int, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        # Scores that go through a shared head are [e, B, D].
+        images = inputs[0].shape[0] * (inputs[0].shape[1] if inputs[0].ndim == 3 else 1) / _IMAGES
+        learns = any(p.requires_grad for p in module.parameters())
+        backward = 1 + learns if output.requires_grad else 0
+        self.load.work += images * cost
+        self.load.training_work += images * cost * (1 + backward)
+        if module is self.model.trunk:
+            self.load.trunk_work += images * cost
+
+    def _normalised(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if module.training and isinstance(module, nn.BatchNorm2d):
+            norms = self.load.norms
+            norms.layers += 1
+            norms.channels += module.num_features
+            norms.back += module.num_features if output.requires_grad else 0
+
+    def _terms(self, outputs_EBX: Tensor, batch: Batch, now: Progress) -> int:
+        """Numbers that the loss's terms are, one for each expert or one for all."""
+        given = Given(self._scores(), batch.positions_B)
+        labels, global_labels = self.flow.labels(batch)
+        loss, terms = self.objective(outputs_EBX, labels, self.objective.denominators(global_labels, now), now, given)
+        if self.stage.distillation is not None:
+            distillation = build("distillation", self.stage.distillation)
+            denominators = distillation.denominators(batch.global_labels)
+            terms = terms | distillation(loss, outputs_EBX, given.teachers, denominators, now)[1]
+        return sum(value.numel() for value in terms.values())
+
+    def _scores(self) -> dict[str, Tensor]:
+        """Blank scores of every teacher, of the classes that the objective thinks it knows."""
+        known: Mapping[str, Any] = getattr(self.objective, "teacher_classes", {})
+        return {
+            name: torch.zeros(_IMAGES, len(known.get(name, range(self.num_classes))), dtype=self.dtype)
+            for name in self.stage.teachers
+        }
+
+
+@dataclass(frozen=True)
+class TeacherLoad:
+    """What a frozen teacher asks of the workers; its experts are dealt out to the slots.
+
+    Attributes:
+        num_experts, num_classes: of the teacher.
+        trunk, expert: numbers held by each slot that has experts, and for each of them (a shared head counts with the
+            trunk).
+        trunk_work, expert_work: multiply-adds per image.
+        trunk_norms, expert_norms: layers and channels of the BatchNorms that normalise by the batch.
+    """
+
+    num_experts: int
+    num_classes: int
+    trunk: int
+    expert: int
+    trunk_work: int
+    expert_work: int
+    trunk_norms: tuple[int, int]
+    expert_norms: tuple[int, int]
+
+    def held(self, experts: int) -> int:
+        """Numbers in a slot with so many experts."""
+        return self.trunk + experts * self.expert if experts else 0
+
+    def work(self, experts: int) -> int:
+        """Multiply-adds per image in a slot with so many experts."""
+        return self.trunk_work + experts * self.expert_work if experts else 0
+
+    def norms(self, experts: int) -> Norms:
+        """Of a slot with so many experts."""
+        if not experts:
+            return Norms()
+        layers, channels = (a + experts * b for a, b in zip(self.trunk_norms, self.expert_norms, strict=True))
+        return Norms(layers, channels)
+
+
+def teacher_load(config: RunConfig, teacher: Teacher, num_classes_in: Callable[[str], int]) -> TeacherLoad | None:
+    """What a teacher asks, or None where it is a run that does not exist yet or cannot be read.
+
+    Args:
+        config: of the run that learns.
+        teacher: a stage of this run, or another run.
+        num_classes_in: classes that a stage of this run knows.
+    """
+    if teacher.stage is not None:
+        names, num_classes = config.method.names_in(teacher.stage), num_classes_in(teacher.stage)
+        model = _ensemble(config, names, num_classes, names[:1])
+    else:
+        assert teacher.run is not None
+        try:
+            found = read_description(Path(expand(teacher.run)) / "export" / teacher.weights / DESCRIPTION)
+        except ValueError:
+            return None
+        names, num_classes = found.expert_names, found.num_classes
+        model = build_ensemble(
+            _settings("model", found.backbone),
+            _settings("head", found.head),
+            num_classes=num_classes,
+            expert_names=names,
+            reduce_dimension=found.reduce_dimension,
+            seed=0,
+            only=names[:1],
+            shared_head=found.shared_head,
+        )
+    expert = model.members()[0]
+    image = torch.zeros(1, 3, config.dataset.image_size, config.dataset.image_size)
+    with torch.no_grad():
+        h = model.trunk.eval()(image)
+        scores = expert.eval()(h)
+    head = multiply_adds(model.shared["head"], scores) if "head" in model.shared else 0
+    live = teacher.mode == "train"
+    shared_head = [p for name, p in model.shared.named_parameters() if name.startswith("head.")]
+    return TeacherLoad(
+        num_experts=len(names),
+        num_classes=num_classes,
+        trunk=sum(p.numel() for p in [*model.trunk.parameters(), *shared_head]),
+        expert=sum(p.numel() for part in (expert.features, expert.head) for p in part.parameters()),
+        trunk_work=multiply_adds(model.trunk, image),
+        expert_work=multiply_adds(expert, h) + head,
+        trunk_norms=_norms(model.trunk) if live else (0, 0),
+        expert_norms=_norms(expert) if live else (0, 0),
+    )
+
+
+def _settings(kind: str, values: dict[str, Any]) -> Any:
+    return piece(kind, values["name"]).Config.model_validate(values)
+
+
+def _norms(module: nn.Module) -> tuple[int, int]:
+    channels = [part.num_features for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
+    return len(channels), sum(channels)

@@ -1,0 +1,318 @@
+"""The picture of a classifier's decision regions before and after a last stage that trains heads alone (H2T's).
+
+Of a run's test images of a few classes, the features that the heads see are laid on a plane (`aggregation.regions`),
+the same for both moments; every point of it is coloured by the class that the heads would choose among those few.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from experts.registry import piece
+from orchestration.compose import expand, from_yaml
+from orchestration.config import RunConfig, Source
+from orchestration.drawing import colour_of, head_line, new_figure, our_style, short
+from orchestration.tables import grid
+
+if TYPE_CHECKING:
+    from aggregation.regions import Regions
+    from aggregation.serving import ServedModel
+    from orchestration.reevaluate import SavedRun
+
+_SIDE = 240  # points of the grid, a side
+_LIGHT = 0.28  # how strongly a region has the colour of its class
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What one pair of panels shows.
+
+    Attributes:
+        member: "ensemble" or the name of an expert.
+        window: left, right, bottom and top, the same for both.
+        variance: share of the images' variance that the plane holds.
+        moments: "before" and "after" -> what was found.
+    """
+
+    member: str
+    window: tuple[float, float, float, float]
+    variance: float
+    moments: dict[str, Regions]
+
+
+def draw_where_it_fits(run_dir: Path) -> Path | None:
+    """Draw report/regions.png of a run whose last stage has trained heads alone; a failure is a line on stderr.
+
+    Returns:
+        The picture; None for any other run, and where there is none.
+    """
+    try:
+        if not (run_dir / "config.yaml").is_file() or _misfit(run_dir, from_yaml(run_dir / "config.yaml")):
+            return None
+        return _draw(run_dir, None, [])[0]
+    except Exception as problem:  # a courtesy to a run that is trained: nothing here may make it fail
+        print(f"expertail: decision regions are not drawn: {problem}", file=sys.stderr)
+        return None
+
+
+def draw_regions(run: str, classes: str | None, overrides: list[str]) -> str:
+    """Draw the regions of a saved run: report/regions.png, or regions-<ids>.png for classes that were asked for.
+
+    Args:
+        run: the run folder.
+        classes: ids or names, separated by commas; None for the most frequent class and the rarest.
+        overrides: as `orchestration.reevaluate.open_run` takes them.
+
+    Returns:
+        What the picture shows in numbers, and where it is.
+
+    Raises:
+        ValueError: there is no such run; its last stage has not ended or trains more than heads; fewer than two
+            classes, unknown ones, or none with a test image; what `open_run` refuses.
+    """
+    folder = expand(run)
+    if (folder / "config.yaml").is_file() and (misfit := _misfit(folder, from_yaml(folder / "config.yaml"))):
+        raise ValueError(f"{folder}: {misfit}")
+    picture, result, kept = _draw(folder, classes, overrides)
+    rows = [
+        ["member", "moment", *(f"{short(name)}: {what}" for name in result["classes"] for what in ("area", "right"))]
+    ]
+    for one in result["members"]:
+        for moment, found in one["moments"].items():
+            pairs = zip(found["area"], found["recall"], strict=True)
+            shares = [_percent(share) for pair in pairs for share in pair]
+            rows.append([one["member"], f"{moment}, {result[moment]}", *shares])
+    lines = [*grid(rows), "area: share of the plane; right: share of the class's test images, among these classes", ""]
+    return "\n".join([*lines, kept, f"drawn as {picture}"])
+
+
+def _misfit(folder: Path, config: RunConfig) -> str | None:
+    """Why a run has no regions before and after, or None."""
+    from orchestration.tracking_contents import read_json
+
+    method = config.method
+    stage = method.stages[method.final]
+    learns = piece("flow", stage.flow.name).learns - set(stage.freeze)
+    if learns != {"heads"} or method.starts_from(method.final) is None:
+        return (
+            f"its last stage, {method.final}, trains {', '.join(sorted(learns))}; needed a stage that begins with "
+            f"trained weights and trains heads alone, as those of dr_h2t, ride_h2t and reslt_h2t"
+        )
+    reached = read_json(folder / "evaluation" / "last.json").get("stage")
+    if reached != method.final:
+        return f"stage {method.final} has not begun (reached: {reached or 'nothing'}); train the run to its end first"
+    return None
+
+
+def _draw(folder: Path, asked: str | None, overrides: list[str]) -> tuple[Path, dict[str, Any], str]:
+    """The picture, its numbers, and where those are kept."""
+    from orchestration.reevaluate import keep, open_run, threads_of
+
+    saved = open_run(str(folder), "last", "test", overrides)
+    classes = _classes(asked, saved.data, saved.store.labels)
+    with threads_of(saved.config):
+        shown, labels_N = _measure(saved, classes)
+    name = "regions" if asked is None else "regions-" + "-".join(map(str, classes))
+    result = _numbers(saved, classes, shown)
+    path = folder / "report" / f"{name}.png"
+    path.parent.mkdir(exist_ok=True)
+    scratch = path.with_name(f".{path.name}")
+    with our_style():
+        _figure(saved, result, shown, labels_N).savefig(scratch, format="png", metadata={"Software": None})
+    os.replace(scratch, path)
+    return path, result, keep(folder, name, result)
+
+
+def _classes(asked: str | None, data: Mapping[str, Any], test_labels: NDArray[np.integer]) -> list[int]:
+    """Ids of the classes to show; without a wish the most frequent in training and the rarest that have test images."""
+    names, counts = [str(name) for name in data["class_names"]], data["counts"]
+    there = set(np.unique(test_labels).tolist())
+    if asked is None:
+        order = [c for c in sorted(range(len(counts)), key=lambda c: -counts[c]) if c in there]
+        return [order[0], order[-1]]
+    classes = []
+    for word in (part.strip() for part in asked.split(",")):
+        place = names.index(word) if word in names else int(word) if word.isdigit() else -1
+        if not 0 <= place < len(names):
+            raise ValueError(
+                f"--classes {asked}: no class {word!r}; needed ids from 0 to {len(names) - 1}, or names as "
+                f"{', '.join(names[:3])}"
+            )
+        if place not in there:
+            raise ValueError(f"--classes {asked}: class {word} has no test image to show; leave it out")
+        classes.append(place)
+    if len(set(classes)) != len(classes) or len(classes) < 2:
+        raise ValueError(f"--classes {asked}: needed two or more different classes, e.g. --classes 0,{len(names) - 1}")
+    return classes
+
+
+def _start(config: RunConfig) -> Source:
+    source = config.method.starts_from(config.method.final)
+    assert source is not None, "see _misfit"
+    return source
+
+
+def _before(saved: SavedRun) -> ServedModel:
+    """The model that the last stage began with, served as the run's own."""
+    from aggregation.serving import ServedModel, load_model
+    from orchestration.checkpoint import Checkpoints
+    from orchestration.sources import ensemble_state, weights_of
+
+    method, source = saved.config.method, _start(saved.config)
+    if source.run is not None:
+        model = load_model(expand(source.run) / "export" / source.weights)
+    else:
+        assert source.stage is not None
+        checkpoint = weights_of(Checkpoints(saved.folder, list(method.stages)), source)
+        model = load_model(saved.folder / "export" / saved.which)
+        model.ensemble.load_state_dict(ensemble_state(saved.config, source.stage, checkpoint))
+        rule = method.aggregator_in(source.stage).model_dump(mode="json")
+        model = ServedModel(model.ensemble, model.description.model_copy(update={"aggregator": rule}))
+    model.ensemble.to(saved.device, saved.dtype).eval()
+    return model
+
+
+def _measure(saved: SavedRun, classes: list[int]) -> tuple[list[Shown], NDArray[np.int64]]:
+    """Regions of every member at both moments, and the classes of the images as places in `classes`."""
+    import torch
+
+    from aggregation.regions import ENSEMBLE, decision_regions, features_of, fit_plane, laid_end_to_end, window_of
+    from experts.data.batches import EvalBatches
+    from orchestration.engine import casting
+
+    part = saved.dataset.only(np.array(classes))
+    size = saved.config.run.evaluation_batch_size
+    models = {"before": _before(saved), "after": saved.model}
+    found: dict[str, list[list[Any]]] = {moment: [] for moment in models}
+    labels = []
+    for images_B3HW, labels_B in EvalBatches(part.test, part.config, size, device=saved.device, dtype=saved.dtype):
+        labels.append(labels_B.cpu().numpy())
+        for moment, model in models.items():
+            with casting(saved.config.engine, saved.device):
+                found[moment].append(features_of(model, images_B3HW))
+    labels_N = np.concatenate(labels)
+    features = {m: [torch.cat(own).to(saved.dtype) for own in zip(*rows, strict=True)] for m, rows in found.items()}
+    names = list(saved.model.ensemble.names)
+    shown = []
+    for member in [ENSEMBLE, *(names if len(names) > 1 else [])]:
+        own = {m: every if member == ENSEMBLE else [every[names.index(member)]] for m, every in features.items()}
+        laid = {moment: laid_end_to_end(values) for moment, values in own.items()}
+        plane = fit_plane(np.concatenate(list(laid.values())))
+        window = window_of([plane.places(points) for points in laid.values()])
+        regions = {
+            moment: decision_regions(model, member, own[moment], labels_N, classes, plane, window, _SIDE)
+            for moment, model in models.items()
+        }
+        shown.append(Shown(member, window, plane.variance, regions))
+    return shown, labels_N
+
+
+def _numbers(saved: SavedRun, classes: list[int], shown: Sequence[Shown]) -> dict[str, Any]:
+    """What is kept beside the picture: fractions, None where a class has no image."""
+    method, source = saved.config.method, _start(saved.config)
+    return {
+        **saved.moment(),
+        "run": saved.folder.name,
+        "before": f"stage {source.stage}" if source.stage else f"run {Path(source.run or '').name}",
+        "after": f"stage {method.final}",
+        "class_ids": classes,
+        "classes": [str(saved.data["class_names"][c]) for c in classes],
+        "train_images": [saved.data["counts"][c] for c in classes],
+        "members": [
+            {
+                "member": one.member,
+                "plane_variance": one.variance,
+                "moments": {
+                    moment: {
+                        "area": regions.area_K.tolist(),
+                        "recall": [None if np.isnan(value) else value for value in regions.recall_K.tolist()],
+                        "faithful": regions.faithful,
+                    }
+                    for moment, regions in one.moments.items()
+                },
+            }
+            for one in shown
+        ],
+    }
+
+
+def _figure(saved: SavedRun, result: Mapping[str, Any], shown: Sequence[Shown], labels_N: NDArray[np.int64]) -> Any:
+    """Pairs of panels, before and after, two pairs a row."""
+    pairs = min(2, len(shown))
+    rows = -(-len(shown) // pairs)
+    figure = new_figure(7.6 * pairs, 1.1 + 3.9 * rows)
+    method, dataset = saved.config.method, saved.config.dataset.name
+    flow = method.stages[method.final].flow
+    names = ", ".join(
+        f"{short(name)} ({count:,} training images)"
+        for name, count in zip(result["classes"][:6], result["train_images"], strict=False)
+    )
+    rest = f" and {len(result['classes']) - 6} more" if len(result["classes"]) > 6 else ""
+    ratio = f", ratio {flow.ratio:g}" if hasattr(flow, "ratio") else ""
+    apart = ", of all experts laid end to end for the ensemble" if len(shown) > 1 else ""
+    head_line(
+        figure,
+        f"{method.name}, {dataset}, run {saved.folder.name}: decisions among {names}{rest},\n"
+        f"before and after heads alone were trained (flow {flow.name}{ratio}). Points: features of test images; crosses: "
+        f"wrong;\nbackground: the heads' choice there. Plane: two principal components of the features{apart}",
+    )
+    for place, one in enumerate(shown):
+        for column, (moment, regions) in enumerate(one.moments.items()):
+            axes = figure.add_subplot(rows, 2 * pairs, 2 * place + column + 1)
+            _draw_regions(axes, one, regions, labels_N, [short(name) for name in result["classes"]])
+            who = one.member if one.member != "ensemble" else f"ensemble, {_rule(saved, moment)}"
+            axes.set_title(f"{who}\n{moment}: {result[moment]}")
+            if column == 0:
+                axes.set_ylabel(f"the plane holds {100 * one.variance:.0f} % of the variance")
+            if place == 0 and column == 0:
+                axes.legend(loc="best", frameon=True, framealpha=0.8, edgecolor="none")
+    return figure
+
+
+def _rule(saved: SavedRun, moment: str) -> str:
+    method, source = saved.config.method, _start(saved.config)
+    if len(method.expert_names) == 1:
+        return "its one expert"
+    return str(method.aggregator_in(method.final if moment == "after" or not source.stage else source.stage).name)
+
+
+def _draw_regions(axes: Any, one: Shown, regions: Regions, labels_N: NDArray[np.int64], names: Sequence[str]) -> None:
+    from matplotlib.colors import to_rgb
+
+    colours = np.array([to_rgb(colour_of(1 + k)) for k in range(len(names))])
+    light = 1 - _LIGHT * (1 - colours)
+    axes.imshow(light[regions.region_GG], extent=one.window, origin="lower", aspect="auto", interpolation="nearest")
+    for k in range(len(names) if len(names) > 2 else 1):
+        if 0 < regions.area_K[k] < 1:
+            inside = (regions.region_GG == k).astype(float)
+            axes.contour(inside, [0.5], extent=one.window, origin="lower", colors="#444444", linewidths=0.8)
+    size = float(np.clip(3000 / len(labels_N), 3, 16))
+    for k, name in enumerate(names):
+        own = labels_N == k
+        wrong = own & (regions.predicted_N != k)
+        x, y = regions.places_N2.T
+        axes.scatter(x[own & ~wrong], y[own & ~wrong], s=size, color=colours[k], linewidths=0, label=name)
+        axes.scatter(x[wrong], y[wrong], s=2 * size, color=colours[k], marker="x", linewidths=0.9)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(visible=False)
+    lines = [
+        f"{name}: {100 * area:.0f} % of the area, {_percent(None if np.isnan(recall) else recall)} right"
+        for name, area, recall in zip(names, regions.area_K, regions.recall_K, strict=True)
+    ]
+    if len(lines) > 4:  # more than fits below a panel: the numbers are in the file beside the picture
+        lines = [f"{100 * float((regions.predicted_N == labels_N).mean()):.1f} % of all images right"]
+    lines.append(f"plane and classifier agree on {100 * regions.faithful:.0f} % of the images")
+    axes.set_xlabel("\n".join(lines), fontsize=8)
+
+
+def _percent(share: float | None) -> str:
+    return "n/a" if share is None else f"{100 * share:.1f} %"

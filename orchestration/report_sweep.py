@@ -1,0 +1,126 @@
+"""The runs of a sweep as one table and one picture: top-1 of the ensemble by group against the value that varied."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orchestration.drawing import GROUP_COLOURS, head_line, new_figure, our_style, short
+from orchestration.tables import GROUPS, grid, number
+
+_RULES = {"by number of training images": "", "by index of the class": "_by_index"}
+_WIDE = 30  # values that reach over more than this factor are drawn on a log axis
+
+
+def sweep_table(result: Mapping[str, Any]) -> str:
+    """The numbers of all runs, what was trained once, and what failed.
+
+    Args:
+        result: as in sweep.json.
+
+    Returns:
+        Lines of text, the last without a newline.
+    """
+    runs = result["runs"]
+    moments = sorted({f"stage {r['stage']}, epoch {r['epoch']}, on {r['split']}" for r in runs if "top1" in r})
+    lines = [
+        f"{result['method']}, {result['dataset']}: {result['key']}",
+        f"last model of each run{' (' + '; '.join(moments) + ')' if moments else ''}; seed {result['seed']}, one run a "
+        f"value: no spread",
+    ]
+    for rule, suffix in _rules(result).items():
+        lines += ["", f"Top-1 accuracy of the ensemble in %, groups {rule}"]
+        keys = ["all", *(group + suffix for group in GROUPS)]
+        rows = [[result["key"].rsplit(".", 1)[-1], *(_heading(key, result) for key in keys), "run"]]
+        for run in runs:
+            top1 = run.get("top1") or {}
+            rows.append([run["value"], *(number(top1.get(key), 100.0, 2) for key in keys), run["run"]])
+        lines += grid(rows)
+    taken: dict[tuple[str, str], list[str]] = {}
+    for run in runs:
+        for stage, donor in run["stages_taken"].items():
+            taken.setdefault((stage, donor), []).append(run["run"])
+    lines += [""] if taken else []
+    for (stage, donor), takers in taken.items():
+        lines.append(f"stage {stage}: trained once, in {donor}, and taken over by {', '.join(takers)}")
+    for run in runs:
+        if run["status"] != "finished":
+            why = f": {run['problem']}" if run["problem"] else ""
+            lines.append(f"{run['value']}: {run['status']}{why}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _rules(result: Mapping[str, Any]) -> dict[str, str]:
+    """Rules by which classes are grouped here, and how their keys end."""
+    has_index = any(value is not None for run in result["runs"] for value in _by_index(run).values())
+    return {rule: suffix for rule, suffix in _RULES.items() if not suffix or has_index}
+
+
+def _by_index(run: Mapping[str, Any]) -> dict[str, float | None]:
+    top1 = run.get("top1") or {}
+    return {group: top1.get(f"{group}_by_index") for group in GROUPS}
+
+
+def _heading(key: str, result: Mapping[str, Any]) -> str:
+    sizes, name = result["group_sizes"], key.removesuffix("_by_index")
+    return f"{name} [{sizes[key]}]" if key in sizes else name
+
+
+def draw_sweep(folder: Path, result: Mapping[str, Any]) -> str:
+    """Draw sweep.png: a line for every group, a panel for every rule of grouping.
+
+    Returns:
+        The file's name, or why there is none.
+    """
+    shown = [run for run in result["runs"] if "top1" in run]
+    if not shown:
+        return "no picture, since no run is finished"
+    path = folder / "sweep.png"
+    scratch = folder / ".sweep.png"
+    with our_style():
+        _figure(result, shown).savefig(scratch, format="png", metadata={"Software": None})
+    os.replace(scratch, path)
+    return path.name
+
+
+def _figure(result: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> Any:
+    rules = _rules(result)
+    figure = new_figure(0.6 + 6.0 * len(rules), 4.6)
+    head_line(
+        figure,
+        f"{result['method']}, {result['dataset']}: top-1 of the ensemble against {result['key']}\n"
+        f"last model, seed {result['seed']}, one run a value",
+    )
+    numbers = [_as_number(run["value"]) for run in runs]
+    on_axis = all(value is not None for value in numbers)
+    order = np.argsort([float(value or 0) for value in numbers], kind="stable") if on_axis else np.arange(len(runs))
+    x = np.array([numbers[i] if on_axis else i for i in order], dtype=float)
+    for place, (rule, suffix) in enumerate(rules.items(), 1):
+        axes = figure.add_subplot(1, len(rules), place)
+        axes.set_title(f"groups {rule}, top-1 %")
+        for group, colour in {"all": "#1b1b1b", **GROUP_COLOURS}.items():
+            key = group if group == "all" else group + suffix
+            y = np.array([np.nan if (v := runs[i]["top1"].get(key)) is None else 100 * v for i in order])
+            if np.isfinite(y).any():
+                strong = group == "all"
+                axes.plot(x, y, color=colour, marker="o", markersize=4, linewidth=2.4 if strong else 1.5,
+                          zorder=3 if strong else 2, label=_heading(key, result))  # fmt: skip
+        axes.set_xlabel(result["key"])
+        if not on_axis:
+            axes.set_xticks(x, [short(runs[i]["value"]) for i in order], rotation=20 if len(x) > 4 else 0)
+        elif x.min() > 0 and x.max() / x.min() > _WIDE:
+            axes.set_xscale("log")
+        axes.legend(frameon=True, framealpha=0.8, edgecolor="none")
+    return figure
+
+
+def _as_number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if np.isfinite(value) else None

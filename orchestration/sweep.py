@@ -1,0 +1,336 @@
+"""The sweep command: a run for each value of one key, one after another on one Ray, compared in one table and picture.
+
+Every run is a whole one, in a folder of its own: the same that `expertail train` with that value makes. What makes a
+sweep cheaper is that a stage which the value cannot touch is trained once: the other runs get its checkpoints, its part
+of the journal and its evaluations before they start, and go on from there as any interrupted run does. run.json says
+so under `stages_taken`. A sweep that is started again goes on: finished runs stay, an interrupted one is resumed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from orchestration.checkpoint import Checkpoints
+from orchestration.compose import GROUPS, from_yaml, load_config
+from orchestration.config import RunConfig, difference, identity
+from orchestration.fleet import cluster
+from orchestration.journal import FILE_NAME as JOURNAL
+from orchestration.journal import read_journal
+from orchestration.mesh import mesh_shape
+from orchestration.report_sweep import draw_sweep, sweep_table
+from orchestration.run import run_path
+from orchestration.run_folder import DATA, RunFolder, write_atomic
+from orchestration.sources import check_sources
+from orchestration.tracking_contents import read_json
+from orchestration.train import is_complete, train_and_report
+
+SWEEP = "sweep.json"
+_NAME_CHARACTERS = 60  # of a value, in the name of its run
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep: the value as text, and the config with it."""
+
+    value: str
+    config: RunConfig
+
+    @property
+    def folder(self) -> Path:
+        """Of its run."""
+        return run_path(self.config)
+
+
+def sweep(variation: str, words: list[str]) -> int:
+    """Train a run for each value, or what is left of it, and compare them in <run.dir>/<name>-sweep/.
+
+    What runs print goes to stderr; stdout gets the table. A run whose loss is not finite is noted, and the others go
+    on; anything else that ends a run ends the sweep.
+
+    Args:
+        variation: `key=v1,v2,...`.
+        words: overrides that hold for all runs.
+
+    Returns:
+        The exit code: 1 when a run failed.
+
+    Raises:
+        ValueError: the variation is not one, a config is not valid, or a folder holds something else; all before
+            anything is started.
+    """
+    key, points, folder = plan_sweep(variation, words)
+    for point in points:
+        mesh_shape(
+            point.config.method.num_experts, point.config.cluster.workers, point.config.cluster.experts_per_worker
+        )
+        check_sources(point.config)
+    left = [point for point in points if not _is_finished(point)]
+    problems: dict[str, str] = {}
+    _keep(folder, key, points, problems)
+    if left:
+        with cluster(left[0].config.cluster.address):
+            for number, point in enumerate(left, 1):
+                _say(f"sweep: {key} = {point.value}, run {number} of {len(left)}")
+                try:
+                    with contextlib.redirect_stdout(sys.stderr):
+                        take_over_stages(point, points)
+                        train_and_report(point.config, {"start": time.time()})
+                except FloatingPointError as problem:
+                    problems[point.value] = str(problem)
+                    _say(f"expertail: {problem}")
+                finally:
+                    _keep(folder, key, points, problems)
+    result = _keep(folder, key, points, problems)
+    print(sweep_table(result))
+    print(f"\nkept in {folder}: {SWEEP}, table.txt, {draw_sweep(folder, result)}")
+    return 1 if problems else 0
+
+
+def plan_sweep(variation: str, words: list[str]) -> tuple[str, list[Point], Path]:
+    """The key that varies, the runs, and the sweep's folder; nothing is started or written.
+
+    Raises:
+        ValueError: see `sweep`.
+    """
+    key, values = _values(variation)
+    if any(word.split("=")[0] == key for word in words):
+        raise ValueError(f"{key}: given twice, with several values and with one; leave out the second")
+    configs, problems = {}, []
+    for value in values:
+        try:
+            configs[value] = load_config([*words, f"{key}={value}"])
+        except ValueError as problem:
+            problems.append(str(problem))
+    if problems:
+        raise ValueError("\n".join(problems))
+    first = configs[values[0]]
+    points = [
+        Point(value, _named(config, f"{first.run_name}-{_in_a_name(value)}")) for value, config in configs.items()
+    ]
+    folder = run_path(_named(first, f"{first.run_name}-sweep"))
+    problems = [*_alike(key, points), *_other_sweep(folder, key, first), *_other_runs(points)]
+    if problems:
+        raise ValueError("\n".join(problems))
+    return key, points, folder
+
+
+def _named(config: RunConfig, name: str) -> RunConfig:
+    return config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+
+
+def _values(variation: str) -> tuple[str, list[str]]:
+    """The key and the values, each as text that an override may have."""
+    needed = "needed KEY=V1,V2,..., e.g. method.stages.h2t.flow.ratio=0,0.1,0.25,0.5,1"
+    try:
+        override = OverridesParser.create().parse_override(variation)
+    except HydraException:
+        raise ValueError(f"{variation}: {needed}") from None
+    if not override.is_sweep_override():
+        raise ValueError(f"{variation}: one value; {needed}; `expertail train` takes one")
+    if override.key_or_group in GROUPS:
+        raise ValueError(f"{variation}: {override.key_or_group} stands for a whole file of keys; {needed}")
+    values = list(dict.fromkeys(str(value) for value in override.sweep_string_iterator()))
+    if len(values) < 2:
+        raise ValueError(f"{variation}: found {len(values)} different value; {needed}")
+    return override.key_or_group, values
+
+
+def _in_a_name(value: str) -> str:
+    return re.sub(r"[^\w.+-]+", "_", value).strip("_")[:_NAME_CHARACTERS] or "_"
+
+
+def _alike(key: str, points: list[Point]) -> list[str]:
+    """Values that would give the same numbers, or share a folder."""
+    problems = []
+    for place, point in enumerate(points):
+        for other in points[:place]:
+            if identity(point.config) == identity(other.config):
+                problems.append(f"{key} = {other.value} and {point.value}: the runs would be the same; leave one out")
+            elif point.folder == other.folder:
+                problems.append(f"{key} = {other.value} and {point.value}: both runs would be {point.folder}")
+    return problems
+
+
+def _without(config: RunConfig, key: str) -> dict[str, Any]:
+    """What the runs of a sweep have in common."""
+    return {k: value for k, value in identity(config).items() if k != key and not k.startswith(f"{key}.")}
+
+
+def _other_sweep(folder: Path, key: str, first: RunConfig) -> list[str]:
+    earlier = read_json(folder / SWEEP)
+    if not earlier:
+        return []
+    if earlier["key"] != key:
+        return [f"{folder}: holds a sweep over {earlier['key']}, not {key}; set another run.name"]
+    lines = difference(earlier["config"], json.loads(json.dumps(_without(first, key))))
+    if not lines:
+        return []
+    return [
+        f"{folder}: holds a sweep with another config; {len(lines)} difference{'s' if len(lines) > 1 else ''} "
+        f"(old -> new)",
+        *(f"  {line}" for line in lines),
+        "  give the old values to go on with it, or another run.name",
+    ]
+
+
+def _other_runs(points: list[Point]) -> list[str]:
+    """Runs whose folders hold a run of another config."""
+    problems = []
+    for point in points:
+        if (point.folder / "config.yaml").exists():
+            with contextlib.closing(RunFolder(point.folder)) as folder:
+                if folder.started:
+                    try:
+                        folder.check_same(_with_threads(point.config, folder.stored_config()))
+                    except ValueError as problem:
+                        problems.append(str(problem))
+    return problems
+
+
+def _with_threads(config: RunConfig, stored: RunConfig) -> RunConfig:
+    """The config with the threads that a run was begun with, where it leaves them open."""
+    threads = config.engine.threads or stored.engine.threads
+    return config.model_copy(update={"engine": config.engine.model_copy(update={"threads": threads})})
+
+
+def _is_finished(point: Point) -> bool:
+    if not (point.folder / "config.yaml").exists():
+        return False
+    with contextlib.closing(RunFolder(point.folder)) as folder:
+        return folder.started and is_complete(folder, point.config)
+
+
+# Stages trained once
+
+
+def untouched_stages(one: RunConfig, other: RunConfig) -> list[str]:
+    """Stages that are bitwise the same in two runs: neither they nor what they begin with or learn from differ.
+
+    A difference outside the stages, of the seed or the backbone say, touches all of them.
+    """
+    ours, theirs = identity(one), identity(other)
+    changed = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
+    stages = list(one.method.stages)
+    prefixes = {stage: f"method.stages.{stage}." for stage in stages}
+    if stages != list(other.method.stages) or not all(key.startswith(tuple(prefixes.values())) for key in changed):
+        return []
+    same: list[str] = []
+    for stage, config in one.method.stages.items():
+        start = one.method.starts_from(stage)
+        needed = {source.stage for source in (*config.teachers.values(), *([start] if start else [])) if source.stage}
+        if needed <= set(same) and not any(key.startswith(prefixes[stage]) for key in changed):
+            same.append(stage)
+    return same
+
+
+def take_over_stages(point: Point, points: list[Point]) -> dict[str, str]:
+    """Give a run the stages that another run of the sweep has trained for it, where it has not begun them itself.
+
+    Returns:
+        Name of the run that each stage was taken from.
+    """
+    taken: dict[str, str] = {}
+    with contextlib.closing(RunFolder(point.folder)) as folder:
+        for donor in points:
+            if donor is not point and (donor.folder / "config.yaml").exists():
+                for stage in _take(donor, point, folder):
+                    taken[stage] = donor.folder.name
+                    _say(f"stage {stage}: taken from run {donor.folder.name}, where the same was trained")
+    return taken
+
+
+def _take(donor: Point, point: Point, folder: RunFolder) -> list[str]:
+    """Copy what a run has finished of the stages that are the same. Killed at any moment, it can be done again."""
+    stored = from_yaml(donor.folder / "config.yaml")
+    config = folder.stored_config() if folder.started else _with_threads(point.config, stored)
+    stages = list(config.method.stages)
+    source, target = Checkpoints(donor.folder, stages), Checkpoints(folder.path, stages)
+    target.clean()
+    finished = {}
+    for stage in untouched_stages(stored, config):
+        newest = source.newest(stage, _say)
+        done = newest is not None and newest.state["step"] >= newest.state["total_steps"]
+        if newest is not None and done and target.newest(stage, _say) is None:
+            finished[stage] = newest
+    if not finished:
+        return []
+    if not folder.started:
+        folder.write(config)
+        write_atomic(folder.path / DATA, (donor.folder / DATA).read_text())
+    taken = folder.run().get("stages_taken", {})
+    folder.note(stages_taken=taken | dict.fromkeys(finished, donor.folder.name))
+    _merge_journals(donor.folder, folder.path, stages, set(finished))
+    for stage, newest in finished.items():
+        evaluations = donor.folder / "evaluation" / stage
+        if evaluations.is_dir():
+            shutil.copytree(evaluations, folder.path / "evaluation" / stage, dirs_exist_ok=True)
+        if best := newest.state["best"]:
+            target.copy_weights(source.folder / best["checkpoint"], best["checkpoint"])
+        target.copy_weights(newest.folder, newest.folder.name)  # the last: from here on the stage is there
+    return list(finished)
+
+
+def _merge_journals(donor: Path, ours: Path, stages: list[str], taken: set[str]) -> None:
+    """Our journal with the donor's lines of the stages taken, in the order of the recipe."""
+    lines: dict[str, list[str]] = {stage: [] for stage in stages}
+    for folder, theirs in ((donor, True), (ours, False)):
+        for record in read_journal(folder):
+            if (record.stage in taken) == theirs:
+                value = record.value if record.value == record.value else None
+                lines[record.stage].append(json.dumps(record._asdict() | {"value": value}) + "\n")
+    write_atomic(ours / JOURNAL, "".join(line for own in lines.values() for line in own))
+
+
+# Results
+
+
+def _keep(folder: Path, key: str, points: list[Point], problems: dict[str, str]) -> dict[str, Any]:
+    """Write what is known so far: sweep.json and table.txt."""
+    result = {
+        "key": key,
+        "method": points[0].config.method.name,
+        "dataset": points[0].config.dataset.name,
+        "seed": points[0].config.seed,
+        "runs": [_outcome(point, problems.get(point.value)) for point in points],
+        "config": _without(points[0].config, key),
+    }
+    result["group_sizes"] = next((sizes for point in points if (sizes := _group_sizes(point.folder))), {})
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / SWEEP, json.dumps(result, indent=1) + "\n")
+    write_atomic(folder / "table.txt", sweep_table(result) + "\n")
+    return result
+
+
+def _outcome(point: Point, problem: str | None) -> dict[str, Any]:
+    """What a run has come to: numbers of its last model only once it is finished."""
+    run = read_json(point.folder / "run.json")
+    status = "failed" if problem else run.get("status", "not begun")
+    found: dict[str, Any] = {"value": point.value, "run": point.folder.name, "status": status}
+    found["problem"] = problem or (run.get("problem") if status == "failed" else None)
+    found["stages_taken"] = run.get("stages_taken", {})
+    if status == "finished":
+        evaluation = read_json(point.folder / "evaluation" / "last.json")
+        found |= {k: evaluation.get(k) for k in ("stage", "epoch", "step", "split")}
+        found["top1"] = evaluation["members"]["ensemble"]["top1"]
+    return found
+
+
+def _group_sizes(folder: Path) -> dict[str, int]:
+    groups = read_json(folder / DATA).get("groups") or {}
+    by_index = {f"{group}_by_index": ids for group, ids in (groups.get("by_index") or {}).items()}
+    return {group: len(ids) for group, ids in {**(groups.get("by_count") or {}), **by_index}.items()}
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

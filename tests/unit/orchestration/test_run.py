@@ -1,0 +1,212 @@
+"""How a run goes on after deaths, and how it ends: with fakes that note what is asked of them, and no Ray."""
+
+from __future__ import annotations
+
+import signal
+from types import SimpleNamespace
+
+import pytest
+
+from orchestration import run as module
+from orchestration.compose import load_config
+from orchestration.console import Console
+from orchestration.fleet import WorkerLost
+from orchestration.mesh import MeshShape
+from orchestration.run import Run
+from orchestration.run_folder import RunFolder
+from orchestration.stage_run import GivenUp, Outcome, Stopped, StopSignals
+
+LFME = ["method=lfme", "cluster.cpus_per_worker=0.5", "cluster.placement_timeout_s=0.01", "cluster.max_failures=2"]
+
+
+class FakeFleet:
+    """One worker that starts at once; `rooms` is what each question for room raises, None for a place."""
+
+    def __init__(self, events, name="main", rooms=()):
+        self.events, self.name, self.rooms = events, name, list(rooms)
+        self.shape, self.workers, self.hosts = MeshShape(1, 1), [], [{"pid": name}]
+
+    def start(self):
+        self.events.append(f"start {self.name}")
+        self.workers = ["worker"]
+
+    def kill(self):
+        self.workers = []
+
+    def close(self):
+        self.events.append(f"close {self.name}")
+
+    def check_room(self):
+        self.events.append("room?")
+        problem = self.rooms.pop(0) if self.rooms else None
+        if problem is not None:
+            raise problem
+
+
+@pytest.fixture
+def events():
+    return []
+
+
+@pytest.fixture
+def make_run(tmp_path, events, monkeypatch):
+    """A run whose stages do what `acts` says: a list by stage, one act for every time the stage is begun."""
+    folders = []
+
+    def make(acts, rooms=(), words=LFME):
+        class FakeStage:
+            def __init__(self, run, stage, fleet, console, *, before=0):
+                self.stage = stage
+
+            def carry_out(self):
+                events.append(f"train {self.stage}")
+                act = acts[self.stage].pop(0)
+                if isinstance(act, BaseException):
+                    raise act
+                if callable(act):
+                    act()
+                return Outcome(self.stage, True, 1, tmp_path)
+
+        monkeypatch.setattr(module, "StageRun", FakeStage)
+        monkeypatch.setattr(module, "Fleet", lambda config, shape: FakeFleet(events, "further"))
+        folders.append(RunFolder(tmp_path / str(len(folders))))
+        main = FakeFleet(events, rooms=rooms)
+        return Run(load_config(words), folders[-1], Console(stream=None), main, StopSignals(), {})
+
+    yield make
+    for folder in folders:
+        folder.close()
+
+
+def at(monkeypatch, run, steps):
+    """The newest checkpoint of every stage, one for every time it is looked for."""
+    found = iter(steps)
+
+    def newest(stage, report):
+        step = next(found)
+        return None if step is None else SimpleNamespace(state={"step": step, "total_steps": 100}, folder=None)
+
+    monkeypatch.setattr(run.checkpoints, "newest", newest)
+
+
+def lane(run, stage="many"):
+    return module.Lane(run, run.fleet, run.console).carry_out(stage, 0)
+
+
+def deaths(count):
+    return [WorkerLost("a worker died") for _ in range(count)]
+
+
+def test_failures_without_a_new_checkpoint_end_the_run_at_the_limit(make_run, monkeypatch, events):
+    run = make_run({"many": [*deaths(3), None]})
+    at(monkeypatch, run, [None, None, None])
+    with pytest.raises(WorkerLost, match="3 failures of stage many without a new checkpoint between"):
+        lane(run)
+    assert events.count("start main") == 3
+    assert run.folder.run()["failures"] == 2
+
+
+def test_a_new_checkpoint_refills_the_failures_that_are_allowed(make_run, monkeypatch, events):
+    """Limit 2. Seven deaths, at steps 0 0 4 4 8 8 8: the third at step 8 is the first that is one too many."""
+    run = make_run({"many": [*deaths(7), None]})
+    at(monkeypatch, run, [None, None, 4, 4, 8, 8, 8])
+    with pytest.raises(WorkerLost, match="3 failures"):
+        lane(run)
+    assert events.count("train many") == 7
+
+    run = make_run({"many": [*deaths(6), None]})
+    at(monkeypatch, run, [None, None, 4, 4, 8, 8])
+    assert lane(run).finished
+    assert run.folder.run()["failures"] == 6
+
+
+def test_a_restart_waits_for_a_lost_node(make_run, events):
+    missing = ValueError("cluster.workers = 1: places for 0")
+    run = make_run({"many": [*deaths(1), None]}, rooms=[missing, missing, None])
+    assert lane(run).finished
+    assert events == ["start main", "train many", "room?", "room?", "room?", "start main", "train many"]
+
+
+def test_a_node_that_does_not_come_back_ends_the_run(make_run, events):
+    missing = ValueError("cluster.workers = 1: places for 0")
+    run = make_run({"many": deaths(1)}, rooms=[missing] * 1000)
+    with pytest.raises(ValueError, match="places for 0"):
+        lane(run)
+    assert events.count("room?") > 2
+
+
+def test_a_signal_ends_the_wait_for_a_lost_node(make_run):
+    missing = ValueError("cluster.workers = 1: places for 0")
+    run = make_run({"many": deaths(1)}, rooms=[missing] * 1000)
+    run.fleet.check_room = lambda: run.signals._note(signal.SIGTERM, None) or (_ for _ in ()).throw(missing)
+    with pytest.raises(Stopped, match="the same command continues"):
+        lane(run)
+
+
+def test_workers_that_die_after_a_signal_are_not_started_again(make_run, events):
+    run = make_run({"many": []})
+
+    def die():
+        run.signals.received = signal.SIGTERM
+        raise WorkerLost("a worker died")
+
+    module.StageRun.carry_out = lambda stage: die()
+    with pytest.raises(Stopped) as stopped:
+        lane(run)
+    assert stopped.value.exit_code == 143
+    assert events == ["start main"]
+
+
+def test_hours_are_counted_for_a_fleet_that_dies_while_it_starts(make_run):
+    run = make_run({"many": [None]})
+    fleet, starts = run.fleet, []
+
+    def start():
+        starts.append(run.cost._workers)
+        fleet.workers = ["worker"]
+        if len(starts) == 1:
+            raise WorkerLost("a worker died")
+
+    fleet.start = start
+    lane(run)
+    assert starts == [1, 1]
+    assert run.cost._workers == 1
+
+
+def test_a_stage_that_failed_for_good_ends_the_run_with_its_words_and_no_further_stage_begins(make_run, events):
+    """One fleet after another: `few` waits when `many` fails, and is not begun."""
+    run = make_run(
+        {"many": [FloatingPointError("stage many: not finite")], "medium": [None], "few": [None]},
+        words=[*LFME, "cluster.side_by_side=1"],
+    )
+    with pytest.raises(FloatingPointError, match="stage many"):
+        run.carry_out()
+    assert events == ["start main", "train many"]
+
+
+def test_the_failure_is_told_and_not_that_others_were_given_up(make_run, events):
+    run = make_run(
+        {"many": [GivenUp("m")], "medium": [FloatingPointError("medium: not finite")], "few": [Stopped(15, "f")]}
+    )
+    with pytest.raises(FloatingPointError):
+        run.carry_out()
+    assert events.count("close further") == 2
+
+
+def test_all_stages_of_a_wave_are_trained_before_the_next_begins(make_run, events):
+    run = make_run({"many": [None], "medium": [None], "few": [None], "student": [None]})
+    assert run.carry_out() == Outcome("student", True, 1, run.folder.path.parent)
+    trained = [event for event in events if event.startswith("train")]
+    assert sorted(trained[:3]) == ["train few", "train many", "train medium"]
+    assert trained[3] == "train student"
+
+
+def test_run_json_lists_the_workers_of_every_living_fleet_with_their_stage(make_run):
+    run = make_run({})
+    one, two = run.fleet, FakeFleet([], "further")
+    run.started(one, "many")
+    run.started(two, "medium")
+    run.started(one, "few")
+    stored = run.folder.run()
+    assert stored["workers"] == [{"pid": "main", "stage": "few"}, {"pid": "further", "stage": "medium"}]
+    assert stored["starts"] == 1
