@@ -1,0 +1,191 @@
+"""Every recipe on the same real images, schedule and seeds: the table of the README.
+
+    python benchmarks/systems.py run   --fashion <folder> [--cifar <folder>] [--seeds 0,1,2] [--runs <folder>]
+    python benchmarks/systems.py table --runs <folder> [--out benchmarks/results/systems.json]
+
+`run` trains what is not finished yet, two runs side by side with one thread each, so it can be stopped and started
+again. `table` reads the run folders: mean and sample standard deviation over seeds of the *last* epoch's accuracy, by
+both rules for groups, and writes them with what made them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+METHODS = (
+    "ce", "ldam", "ride", "ride_router", "ride_distill", "ride_h2t", "tade", "ace", "bbn", "reslt", "reslt_h2t", "lfme",
+    "dr_h2t",
+)  # fmt: skip
+CIFAR_METHODS = ("ce", "ride", "tade")
+GROUPS = ("all", "many", "medium", "few", "many_by_index", "medium_by_index", "few_by_index")
+FASHION = ["dataset=fashion_mnist_lt", "dataset.max_per_class=1000", "dataset.imbalance_ratio=100"]
+# The schedule of the Fashion-MNIST presets at half its length: warm-up 3 of 40 becomes 2 of 20, and so on.
+CIFAR = [
+    "dataset=image_folder_lt", "dataset.imbalance_ratio=100", "dataset.max_per_class=2500", "dataset.index_groups=[3,7]",
+    "dataset.mean=[0.4914,0.4822,0.4465]", "dataset.std=[0.2023,0.1994,0.2010]", "dataset.augment.crop_padding=4",
+    "dataset.augment.horizontal_flip=0.5", "backbone=resnet8", "method.stages.train.epochs=20",
+    "method.stages.train.batch_size=128", "method.stages.train.optimizer.nesterov=true",
+    "method.stages.train.optimizer.weight_decay=5e-4", "method.stages.train.lr_schedule.warmup_epochs=2",
+    "method.stages.train.lr_schedule.milestones=[{after_epoch: 16, factor: 0.01}, {after_epoch: 18, factor: 0.0001}]",
+]  # fmt: skip
+COMMON = ["engine.threads=1", "cluster.cpus_per_worker=1", "tracking.enabled=false", "run.log_interval_s=30"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("run", "table"))
+    parser.add_argument("--fashion", help="folder of the four .gz files")
+    parser.add_argument("--cifar", help="CIFAR-10 as a tree train/<class>/*, test/<class>/*")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--runs", default="runs/systems")
+    parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "systems.json"))
+    options = parser.parse_args()
+    runs = Path(options.runs).absolute()
+    if options.command == "table":
+        record = summary(runs)
+        Path(options.out).write_text(json.dumps(record, indent=1) + "\n")
+        print(markdown(record))
+        return
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    first, then = [], []
+    for seed in seeds:
+        if options.fashion:
+            teacher = ["method=ride", "method.num_experts=6", *fashion(options.fashion, seed)]
+            first.append((f"fashion-teacher-s{seed}", teacher))
+            then += [
+                (f"fashion-{m}-s{seed}", [*fashion(options.fashion, seed), *words(m, runs, seed)]) for m in METHODS
+            ]
+        if options.cifar:
+            where = [*CIFAR, f"dataset.root={Path(options.cifar).absolute()}", f"seed={seed}"]
+            then += [
+                (f"cifar-{m}-s{seed}", [f"method={m}", f"schedule={m}_fashion_mnist_lt", *where]) for m in CIFAR_METHODS
+            ]
+    for wave in (first, then):
+        with ThreadPoolExecutor(2) as side_by_side:
+            for name, code in side_by_side.map(lambda run: train(runs, *run), wave):
+                print(f"{name}: {'done' if code == 0 else f'exit code {code}, see {runs}/{name}.log'}", flush=True)
+
+
+def fashion(root: str, seed: int) -> list[str]:
+    return [*FASHION, f"dataset.root={Path(root).absolute()}", f"seed={seed}"]
+
+
+def words(method: str, runs: Path, seed: int) -> list[str]:
+    """What a recipe needs beside the common words. The last epoch is what counts, so only it is evaluated, but for
+    LFME, whose student is led by its validation accuracy."""
+    more = {
+        "ride_distill": [f"method.stages.train.teachers.teacher.run={runs}/fashion-teacher-s{seed}"],
+        "lfme": ["run.evaluate_every_epochs=5"],
+    }
+    return [f"method={method}", *more.get(method, [])]
+
+
+def train(runs: Path, name: str, chosen: list[str]) -> tuple[str, int]:
+    """One run in a process and a Ray of its own."""
+    seldom = [] if any(word.startswith("run.evaluate_every") for word in chosen) else ["run.evaluate_every_epochs=1000"]
+    command = [sys.executable, "-m", "orchestration", "train", *chosen, *COMMON, *seldom]
+    runs.mkdir(parents=True, exist_ok=True)
+    with open(runs / f"{name}.log", "a") as log:
+        code = subprocess.call([*command, f"run.dir={runs}", f"run.name={name}"], stdout=log, stderr=subprocess.STDOUT)
+    return name, code
+
+
+def finished(runs: Path) -> Iterator[tuple[str, str, dict[str, Any], dict[str, Any]]]:
+    """Data, method, run.json and last evaluation of every finished run."""
+    for path in sorted(runs.glob("*-s[0-9]*/run.json")):
+        run = json.loads(path.read_text())
+        evaluation = path.parent / "evaluation" / "last.json"
+        if run.get("status") == "finished" and evaluation.exists():
+            data, _, rest = path.parent.name.partition("-")
+            yield data, rest.rsplit("-s", 1)[0], run, json.loads(evaluation.read_text())
+
+
+def summary(runs: Path) -> dict[str, Any]:
+    """Mean, spread and every seed's value by data set, method and group, with what made them."""
+    found: dict[str, dict[str, Any]] = {}
+    makers: dict[str, Any] = {}
+    for data, method, run, evaluation in finished(runs):
+        entry = found.setdefault(data, {}).setdefault(
+            method, {"seeds": [], "top1": {g: [] for g in GROUPS}, "cpu_hours": []}
+        )
+        entry["seeds"].append(run["seed"])
+        entry["cpu_hours"].append(run["cost"]["cpu_hours"])
+        for group in GROUPS:
+            entry["top1"][group].append(evaluation["members"]["ensemble"]["top1"][group])
+        if "all experts" in evaluation["members"]:
+            entry.setdefault("all_experts", []).append(evaluation["members"]["all experts"]["top1"]["all"])
+            entry.setdefault("experts_used", []).append(evaluation["per_image"]["experts_used"]["all"])
+        entry["config_hash"] = run["config_hash"]
+        makers = {key: run[key] for key in ("commit", "versions", "host")}
+    for data, methods in found.items():
+        for method, entry in methods.items():
+            entry["mean"], entry["spread"] = {}, {}
+            for group, values in entry["top1"].items():
+                known = [value for value in values if value is not None]
+                entry["mean"][group] = statistics.mean(known) if known else None
+                entry["spread"][group] = statistics.stdev(known) if len(known) > 1 else None
+            entry |= size(data, method)
+    return {
+        "command": "python benchmarks/systems.py run --fashion <folder> --cifar <folder>",
+        **makers,
+        "results": found,
+    }
+
+
+def size(data: str, method: str) -> dict[str, Any]:
+    """Parameters and multiply-adds of what is kept at the end, and training cost, as `expertail plan` has them."""
+    from orchestration.compose import load_config
+    from orchestration.placement import plan
+
+    if method == "teacher":
+        chosen = ["method=ride", "method.num_experts=6", *FASHION]
+    elif data == "fashion":
+        chosen = [f"method={method}", *FASHION]
+    else:
+        chosen = [f"method={method}", f"schedule={method}_fashion_mnist_lt", *CIFAR, "dataset.num_classes=10"]
+    if method == "ride_distill":
+        chosen.append("method.stages.train.teachers.teacher.run=runs/teacher")
+    found = plan(load_config(chosen))
+    return {"parameters": found.whole("parameters"), "multiply_adds": found.whole("multiply_adds")}
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The tables of the README."""
+    lines = []
+    for data, methods in record["results"].items():
+        lines += [
+            "",
+            data,
+            "| recipe | all | many | medium | few | many / medium / few by index | parameters | M multiply-adds | CPU-minutes |",
+        ]
+        lines.append("|---" * 9 + "|")
+        order = [m for m in ("ce", "ldam", "teacher", *METHODS) if m in methods]
+        for method in dict.fromkeys(order):
+            entry = methods[method]
+            cells = [with_spread(entry, group) for group in GROUPS[:4]]
+            index = " / ".join(with_spread(entry, group, spread=False) for group in GROUPS[4:])
+            minutes = statistics.mean(entry["cpu_hours"]) * 60
+            lines.append(
+                f"| `{method}` | {' | '.join(cells)} | {index} | {entry['parameters']:,} | "
+                f"{entry['multiply_adds'] / 1e6:.1f} | {minutes:.1f} |"
+            )
+    return "\n".join(lines)
+
+
+def with_spread(entry: dict[str, Any], group: str, *, spread: bool = True) -> str:
+    mean, deviation = entry["mean"][group], entry["spread"][group]
+    if mean is None:
+        return "n/a"
+    return f"{100 * mean:.1f}" + (f" ± {100 * deviation:.1f}" if spread and deviation is not None else "")
+
+
+if __name__ == "__main__":
+    main()
