@@ -75,19 +75,19 @@ def fit_plane(features_ND: NDArray[np.floating]) -> Plane:
     The sign of an axis is chosen so that its largest entry is positive.
 
     Raises:
-        ValueError: fewer than 2 images or features, or all images have the same features.
+        ValueError: fewer than 2 images or features, some not finite, or all images have the same.
     """
     features_ND = np.asarray(features_ND, dtype=np.float64)
     if min(features_ND.shape) < 2:
         raise ValueError(
             f"a plane needs 2 images and 2 features or more, found {features_ND.shape[0]} and {features_ND.shape[1]}"
         )
+    if not np.isfinite(features_ND).all():
+        raise ValueError("a plane needs features that are finite, found NaN or infinity; the model has diverged")
     mean_D = features_ND.mean(axis=0)
     _, strength, axes = np.linalg.svd(features_ND - mean_D, full_matrices=False)
-    if not np.isfinite(strength).all() or strength[0] == 0:
-        raise ValueError(
-            "a plane needs images with different and finite features; these are all the same or not finite"
-        )
+    if strength[0] <= 1e-12 * np.abs(features_ND).max():
+        raise ValueError("a plane needs images with different features; these are all the same")
     axes_2D = axes[:2]
     largest = np.abs(axes_2D).argmax(axis=1)
     axes_2D = axes_2D * np.sign(axes_2D[[0, 1], largest])[:, None]

@@ -190,7 +190,7 @@ def _line(problem: Any, tree: dict[str, Any]) -> str:
         return f"{key} = {found}: needed {expected}"
     text = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if isinstance(found, dict | list | BaseModel):
-        return f"{key}: {text}"
+        return f"{key}: {text}" if key else text
     return f"{key} = {found}: {text[0].lower() + text[1:]}"
 
 

@@ -19,7 +19,7 @@ from experts.class_groups import GroupRule
 from experts.data.config import DatasetConfig
 from experts.flow import Plain
 from experts.registry import Settings, choice, import_pieces
-from orchestration.recipe_checks import recipe_problems
+from orchestration.recipe_checks import data_problems, recipe_problems
 
 import_pieces(experts, aggregation)
 
@@ -312,6 +312,13 @@ class RunConfig(Settings):
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     run: RunSettings = Field(default_factory=RunSettings)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+
+    @model_validator(mode="after")
+    def _data_fits(self) -> RunConfig:
+        problems = list(data_problems(self))
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
     @property
     def run_name(self) -> str:

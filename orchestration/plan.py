@@ -6,8 +6,8 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 
-from experts.progress import Progress
 from experts.flow import PARTS
+from experts.progress import Progress
 from experts.registry import build, piece
 from orchestration.compose import expand
 from orchestration.config import RunConfig, Source, StageConfig, published
@@ -89,6 +89,8 @@ def _special(config: RunConfig, stage: StagePlan) -> Iterator[str]:
             else (f"{_many(size.num_experts, 'expert')}, {size.num_classes:,} classes")
         )
         yield f"teacher {name}: {_source(teacher)}, {what}; {teacher.mode} mode"
+    if hasattr(piece("objective", settings.objective.name), "prepare"):
+        yield "before the first step every worker shows the teachers all training and validation images once"
 
 
 def _source(source: Source) -> str:
@@ -155,8 +157,9 @@ def _mesh(config: RunConfig, found: Plan) -> Iterator[str]:
     yield f"cluster: {where}"
     yield from _waves(found)
     taught = " and teachers" if any(stage.teachers for stage in found.stages) else ""
+    most = "" if found.memory is None else " at most"
     yield (
-        f"weights, gradients, momentum{taught} of a worker: {_bytes(found.memory)} at most; "
+        f"weights, gradients, momentum{taught} of a worker: {_bytes(found.memory)}{most}; "
         f"activations and buffers come on top"
     )
     batches = {stage.name: stage.shares for stage in found.stages}
@@ -237,9 +240,13 @@ def _work(settings: StageConfig, stage: StagePlan, found: Plan) -> Iterator[str]
     most = "at most " if getattr(settings.flow, "select", None) == "before" else ""  # experts skip others' images
     number = "n/a" if stage.work is None else f"{most}{stage.work:,.0f}"
     yield f"{number} multiply-adds for each image{pair}, forward and back"
-    if found.shape.slots > 1:
+    if found.shape.slots == 1:
+        return
+    if piece("flow", settings.flow.name).own_streams:
+        yield "every slot computes the trunk for its own images: no more multiply-adds than packed"
+    else:
         share_ = "n/a" if stage.repeated is None else f"{100 * stage.repeated:.1f} %"
-        yield f"every slot computes the trunk for itself: {share_} more forward multiply-adds than packed"
+        yield f"every slot computes the trunk for itself: forward multiply-adds grow by {share_} over packed"
 
 
 def _exchange_table(found: Plan) -> Iterator[str]:

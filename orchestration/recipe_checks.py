@@ -9,7 +9,7 @@ from experts.ensemble import check_names
 from experts.registry import piece
 
 if TYPE_CHECKING:
-    from orchestration.config import MethodConfig, StageConfig
+    from orchestration.config import MethodConfig, RunConfig, StageConfig
 
 
 def recipe_problems(method: MethodConfig) -> Iterator[str]:
@@ -25,6 +25,20 @@ def recipe_problems(method: MethodConfig) -> Iterator[str]:
         yield "router: no stage trains it; add one with flow 'router', as method=ride_router has it, or set it to null"
     if method.backbone_weights is not None and all(method.starts_from(name) for name in method.stages):
         yield "backbone_weights: every stage has start_from, no network begins anew; set it to null"
+
+
+def data_problems(config: RunConfig) -> Iterator[str]:
+    """What of the data does not fit the recipe, as far as the config says."""
+    data = config.dataset
+    if data.val_per_class or data.val_list or data.source == "image_folder":  # a folder may have val/ beside test/
+        return
+    for name, stage in config.method.stages.items():
+        if hasattr(piece("objective", stage.objective.name), "observe"):
+            yield (
+                f"dataset.val_per_class = 0: objective '{stage.objective.name}' of stage {name} needs a validation "
+                f"split, and never takes the test set; set dataset.val_per_class (cut from the training pool) or, for "
+                f"source=image_list, dataset.val_list"
+            )
 
 
 def _names_problems(key: str, names: tuple[str, ...] | None, num_experts: int) -> Iterator[str]:

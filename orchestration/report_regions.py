@@ -261,7 +261,7 @@ def _figure(saved: SavedRun, result: Mapping[str, Any], shown: Sequence[Shown], 
     head_line(
         figure,
         f"{method.name}, {dataset}, run {saved.folder.name}: decisions among {names}{rest},\n"
-        f"before and after heads alone were trained (flow {flow.name}{ratio}). Points: features of test images; crosses: "
+        f"before and after heads alone were trained (flow {flow.name}{ratio}). Points: features of test images, cross: "
         f"wrong;\nbackground: the heads' choice there. Plane: two principal components of the features{apart}",
     )
     for place, one in enumerate(shown):

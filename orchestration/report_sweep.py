@@ -29,8 +29,8 @@ def sweep_table(result: Mapping[str, Any]) -> str:
     moments = sorted({f"stage {r['stage']}, epoch {r['epoch']}, on {r['split']}" for r in runs if "top1" in r})
     lines = [
         f"{result['method']}, {result['dataset']}: {result['key']}",
-        f"last model of each run{' (' + '; '.join(moments) + ')' if moments else ''}; seed {result['seed']}, one run a "
-        f"value: no spread",
+        f"last model of each run{' (' + '; '.join(moments) + ')' if moments else ''}; {_seed(result)}one run a value: "
+        f"no spread",
     ]
     for rule, suffix in _rules(result).items():
         lines += ["", f"Top-1 accuracy of the ensemble in %, groups {rule}"]
@@ -52,6 +52,10 @@ def sweep_table(result: Mapping[str, Any]) -> str:
             why = f": {run['problem']}" if run["problem"] else ""
             lines.append(f"{run['value']}: {run['status']}{why}")
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _seed(result: Mapping[str, Any]) -> str:
+    return "" if result["key"] == "seed" else f"seed {result['seed']}, "
 
 
 def _rules(result: Mapping[str, Any]) -> dict[str, str]:
@@ -89,11 +93,11 @@ def draw_sweep(folder: Path, result: Mapping[str, Any]) -> str:
 
 def _figure(result: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> Any:
     rules = _rules(result)
-    figure = new_figure(0.6 + 6.0 * len(rules), 4.6)
+    figure = new_figure(0.6 + 6.6 * len(rules), 4.6)
     head_line(
         figure,
         f"{result['method']}, {result['dataset']}: top-1 of the ensemble against {result['key']}\n"
-        f"last model, seed {result['seed']}, one run a value",
+        f"last model, {_seed(result)}one run a value",
     )
     numbers = [_as_number(run["value"]) for run in runs]
     on_axis = all(value is not None for value in numbers)
@@ -114,7 +118,7 @@ def _figure(result: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> Any
             axes.set_xticks(x, [short(runs[i]["value"]) for i in order], rotation=20 if len(x) > 4 else 0)
         elif x.min() > 0 and x.max() / x.min() > _WIDE:
             axes.set_xscale("log")
-        axes.legend(frameon=True, framealpha=0.8, edgecolor="none")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 

@@ -154,11 +154,18 @@ class Run:
         return [outcome for outcome in done.values() if outcome is not None]
 
     def _finished(self, stage: str) -> Outcome | None:
-        """How a stage ended at an earlier start, if it did."""
+        """How a stage ended at an earlier start, if it did. What that start was killed before writing is written now."""
         newest = self.checkpoints.newest(stage, self.console.message)
         if newest is None or newest.state["step"] < newest.state["total_steps"]:
             return None
-        if self.config.method.stages[stage].classes is not None:  # that start may have ended before they were written
+        best = newest.state["best"]
+        if (
+            best
+            and best["step"] == newest.state["step"]
+            and not (self.checkpoints.folder / best["checkpoint"]).exists()
+        ):
+            self.checkpoints.copy_weights(newest.folder, best["checkpoint"])
+        if self.config.method.stages[stage].classes is not None:  # others' are the last stage's to write
             write_evaluations(self.folder, self.config, stage, newest.state)
         return Outcome(stage, True, newest.state["total_steps"], newest.folder)
 

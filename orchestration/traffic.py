@@ -123,7 +123,8 @@ def _gradients(config: RunConfig, shape: MeshShape, load: Load) -> Iterator[_Row
             continue
         yield f"gradient, {what}", "all-reduce", among, sum(groups) * number_bytes(config)
         if config.engine.name == "deepspeed":
-            yield f"norm of the gradient, {what} (ZeRO)", "all-reduce", among, number_bytes(config)
+            # One float32 for each learning rate, whatever the precision.
+            yield f"norm of the gradient, {what} (ZeRO)", "all-reduce", among, 4 * len(groups)
             # ZeRO fills each learning rate's numbers up to a multiple of twice the workers.
             own = sum(2 * -(-numbers // (2 * among)) for numbers in groups)
             yield f"updated weights, {what} (ZeRO)", "all-gather", among, own * number_bytes(config)

@@ -39,7 +39,7 @@ def lfme(experts, student):
 @pytest.fixture
 def short(warm, tmp_path):
     """LFME as it is, its experts side by side."""
-    folder = tmp_path / "short"
+    folder = tmp_path / "short" / "run"
     assert runs.train(folder, common=lfme(2, 1)) == 0
     return folder
 
@@ -49,7 +49,7 @@ def undisturbed(warm_pool, tmp_path_factory, name, words):
 
     from tests.conftest import lend
 
-    folder = tmp_path_factory.mktemp("undisturbed") / name
+    folder = tmp_path_factory.mktemp(name) / "run"  # the name of a run is in what it writes
     with MonkeyPatch.context() as patch:
         lend(warm_pool, patch)
         assert runs.train(folder, common=words) == 0
@@ -66,7 +66,7 @@ def same(folder, calm, stages):
 
 def test_experts_that_train_side_by_side_or_one_by_one_are_bitwise_equal(short, warm, tmp_path):
     """Every byte of every stage's checkpoints, the student's included."""
-    folder = tmp_path / "one by one"
+    folder = tmp_path / "one by one" / "run"
     assert runs.train(folder, "cluster.side_by_side=1", common=lfme(2, 1)) == 0
     noted = [r["stage"] for r in runs.records(folder)]
     assert sorted(noted, key=LFME.index) == noted
@@ -175,7 +175,7 @@ def test_max_steps_inside_the_students_epoch_teaches_it_nothing(calm_lfme, warm,
 def test_a_worker_of_one_expert_that_dies_stops_nobody_else(warm, tmp_path):
     """The others' steps go on while new workers load their libraries for the one; in the end all are as undisturbed."""
     words = lfme(60, 1)
-    calm, folder = tmp_path / "calm", tmp_path / "run"
+    calm, folder = tmp_path / "calm" / "run", tmp_path / "run"
     assert runs.train(calm, common=words) == 0
     process = runs.start(folder, common=words)
     runs.wait_until(lambda: every_expert_begun(folder), "a step of every expert")

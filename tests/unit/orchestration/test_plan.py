@@ -14,8 +14,10 @@ from orchestration.plan import describe
 CIFAR = ["dataset=cifar100_lt"]
 
 
-def exchanges(found):
-    return {x.what.split(",")[0]: (x.among, x.payload, x.sent) for x in found.exchanges}
+def exchanges(found, stage=-1):
+    return {
+        x.what: (x.among, x.payload, max(map(x.sent, range(len(x.payloads))))) for x in found.stages[stage].exchanges
+    }
 
 
 def test_ride_on_cifar100_packed():
@@ -26,35 +28,61 @@ def test_ride_on_cifar100_packed():
         config.backbone, config.method.head, num_classes=100, expert_names=config.method.expert_names,
         reduce_dimension=True, seed=0,
     )  # fmt: skip
-    assert found.whole("parameters") == sum(p.numel() for p in model.parameters())
-    assert found.trunk.multiply_adds == 442_368 + 23_592_960
-    assert found.exchanges == () and found.repeated == 0
     (stage,) = found.stages
+    assert stage.size.parameters == sum(p.numel() for p in model.parameters())
+    assert stage.size.trunk_work == 442_368 + 23_592_960
+    assert stage.exchanges == () and stage.repeated == 0
+    assert stage.work == 3 * stage.size.work  # forward, and back by weights and by inputs
     assert (sum(found.counts), stage.steps_per_epoch, stage.last_batch) == (10_847, 85, 95)
     assert found.experts_on(0) == ("expert0", "expert1", "expert2")
 
 
 def test_bytes_and_repeated_work_of_three_slots_and_two_replicas():
     """64 images of 128 on each replica; 64 x 100 logits of 4 bytes to 2 partners. A ring all-reduce over n workers
-    sends 2 (n - 1) / n of the buffer. BatchNorm: 2 D + 1 numbers a layer forward, 2 D backward."""
+    sends 2 (n - 1) / n of the buffer. BatchNorm: 2 D + 1 numbers a layer forward, 2 D backward. RIDE's loss has two
+    terms for each of 3 experts: 7 float64 numbers with the loss."""
     found = plan(load_config([*CIFAR, "cluster.workers=6", "engine.name=torch"]))
-    trunk, expert = 4 * found.trunk.parameters, 4 * found.expert.parameters
-    sent = exchanges(found)
-    assert sent["logits"] == (3, 25_600, 51_200)
-    assert sent["trunk gradient"] == (6, trunk, round(2 * trunk * 5 / 6))
-    assert sent["expert gradients"] == (2, expert, expert)
+    (stage,) = found.stages
+    trunk, expert = 4 * stage.size.trunk, 4 * stage.size.experts[0]
     layers, channels = 11 + 20, 11 * 16 + 10 * 24 + 10 * 48
     forward, backward = 4 * (2 * channels + layers), 4 * 2 * channels
-    assert sent[f"BatchNorm statistics of {layers} layers"] == (2, forward + backward, forward + backward)
-    packed = found.trunk.multiply_adds + 3 * found.expert.multiply_adds
-    assert found.repeated == pytest.approx(2 * found.trunk.multiply_adds / packed)
+    assert exchanges(found) == {
+        "logits": (3, 25_600, 51_200),
+        "gradient, trunk": (6, trunk, round(2 * trunk * 5 / 6)),
+        "gradient, experts": (2, expert, expert),
+        "BatchNorm statistics": (2, forward, forward),
+        "BatchNorm gradients": (2, backward, backward),
+        "loss and its terms": (2, 56, 56),
+    }
+    assert stage.sent() == 51_200 + round(2 * trunk * 5 / 6) + expert + forward + backward + 56
+    assert stage.repeated == pytest.approx(2 * stage.size.trunk_work / stage.size.work)
     assert [found.experts_on(rank) for rank in (0, 1, 2, 5)] == [("expert0",)] * 2 + [("expert1",), ("expert2",)]
 
 
+def test_zero_fills_up_its_parts_and_exchanges_a_norm():
+    """23,824 numbers of the trunk over 6 workers: 2 x ceil(23,824 / 12) = 3,972 each; the norm is one float32."""
+    found = exchanges(plan(load_config([*CIFAR, "cluster.workers=6"])))
+    assert found["updated weights, trunk (ZeRO)"] == (6, 4 * 3972, 4 * 3972 * 5)
+    assert found["norm of the gradient, trunk (ZeRO)"][:2] == (6, 4)
+
+
 def test_what_is_not_exchanged_is_not_listed():
-    assert set(exchanges(plan(load_config(["cluster.workers=3", "engine.name=torch"])))) == {"logits", "trunk gradient"}
+    one_replica = exchanges(plan(load_config(["cluster.workers=3", "engine.name=torch"])))
+    assert set(one_replica) == {"logits", "gradient, trunk"}
     words = ["method=ce", "cluster.workers=2", "engine.name=torch", "engine.sync_batchnorm=false"]
-    assert set(exchanges(plan(load_config(words)))) == {"trunk gradient", "expert gradients"}
+    assert set(exchanges(plan(load_config(words)))) == {"gradient, trunk", "gradient, experts", "loss and its terms"}
+
+
+@pytest.mark.parametrize("method", ["ace", "bbn", "lfme", "reslt", "ride_distill", "ride_router", "ride_h2t"])
+def test_only_scores_grow_with_the_batch(method):
+    """A feature map, or a feature, would grow too."""
+    config = load_config([f"method={method}"])
+    words = [f"method={method}", f"cluster.workers={2 * config.method.num_experts}"]
+    larger = [f"method.stages.{name}.batch_size=200" for name in config.method.stages]
+    for small, large in zip(plan(load_config(words)).stages, plan(load_config([*words, *larger])).stages, strict=True):
+        assert small.exchanges
+        for a, b in zip(small.exchanges, large.exchanges, strict=True):
+            assert a == b or a.what in ("logits", "scores of the gates"), a.what
 
 
 def test_precision_decides_the_bytes():
@@ -70,10 +98,122 @@ def test_precision_decides_the_bytes():
 def test_momentum_and_master_weights_are_shared_out_by_zero():
     """torch: weights, gradients, momentum. ZeRO over n: weights, gradients (all, or 1 / n), 2 / n."""
     words = ["method=ce", "cluster.workers=4"]
-    total = 4 * plan(load_config(words)).whole("parameters")
+    total = 4 * plan(load_config(words)).final.size.parameters
     engines = ("engine.name=torch", "engine.zero_stage=2", "")
     memory = {engine: plan(load_config([*words, *engine.split()])).memory for engine in engines}
     assert memory == {"engine.name=torch": 3 * total, "engine.zero_stage=2": 1.75 * total, "": 2.5 * total}
+
+
+# The expert systems
+
+
+def test_a_router_stage_moves_gates_alone():
+    """Second stage: logits and a column of scores; 27 numbers of the shared layer, a gate of 48 x 16 + 16 in all but
+    the last slot; frozen BatchNorms neither learn nor normalise by the batch."""
+    found = plan(load_config(["method=ride_router", "cluster.workers=6", "engine.name=torch"]))
+    train, router = found.stages
+    assert "gates" not in train.learns and router.learns == ("gates",)
+    sent = exchanges(found)
+    assert set(sent) == {
+        "logits", "scores of the gates", "gradient, shared last layer", "gradient, experts", "loss and its terms",
+    }  # fmt: skip
+    assert sent["scores of the gates"][1] == sent["logits"][1] // 10 == 4 * router.shares[0]
+    assert sent["gradient, shared last layer"][:2] == (6, 4 * 27)
+    gates = next(x for x in router.exchanges if x.what == "gradient, experts")
+    assert gates.payloads == (4 * 784, 4 * 784, 0)
+    assert router.size.experts == (train.size.experts[2] + 784,) * 2 + (train.size.experts[2],)
+    assert train.size == router.size and router.size.shared == 27
+    # Frozen: forward alone, but for the gates (48 x 16 multiply-adds) of two experts.
+    assert router.work == 3 * router.size.trunk_work + 3 * router.size.expert_work + 2 * 3 * 768
+
+
+def test_bbn_runs_a_stream_in_each_slot_and_moves_statistics_in_turn():
+    """Running means, variances and counters cross as float64, as many numbers as a forward exchange has."""
+    config = load_config(["method=bbn", "cluster.workers=2", "engine.name=torch"])
+    spread, packed = plan(config), plan(load_config(["method=bbn"]))
+    model = build_ensemble(
+        config.backbone, config.method.head, num_classes=10, expert_names=config.method.expert_names,
+        reduce_dimension=False, seed=0,
+    )  # fmt: skip
+    assert exchanges(spread)["running statistics of the trunks, in turn"][1] == 8 * sum(
+        buffer.numel() for buffer in model.trunk.buffers()
+    )
+    size = packed.final.size
+    assert size.experts[0] == size.experts[1] + 10  # one bias for both halves
+    assert spread.final.work == packed.final.work == 3 * (2 * size.trunk_work + 2 * size.expert_work)
+    assert spread.final.repeated == packed.final.repeated == 0
+    twins = plan(load_config(["method=bbn", "cluster.workers=2", "cluster.experts_per_worker=2"])).final
+    halves = plan(load_config(["method=bbn", "cluster.workers=4"])).final
+
+    def statistics(stage):
+        return next(x.payload for x in stage.exchanges if x.what == "BatchNorm statistics")
+
+    experts, trunk = (part.numel() for part in (_buffers(model.experts), _buffers(model.trunk)))
+    assert statistics(twins) == 4 * (2 * trunk + experts)  # one trunk sees both streams
+    assert statistics(halves) == 4 * (trunk + experts // 2)
+
+
+def _buffers(module):
+    """Mean, variance and counter of every BatchNorm: as many numbers as a forward exchange has."""
+    return torch.cat([buffer.flatten() for buffer in module.buffers()])
+
+
+def test_ace_sends_no_gradient_through_the_trunk_of_other_slots():
+    found = plan(load_config(["method=ace", "cluster.workers=6", "engine.name=torch"])).final
+    back = next(x.payloads for x in found.exchanges if x.what == "BatchNorm gradients")
+    trunk = 4 * 2 * (3 * 16 + 2 * 32)
+    assert (back[0] - back[1], back[1]) == (trunk, back[2])
+    zero2 = plan(load_config(["method=ace", "cluster.workers=6", "engine.zero_stage=2"])).final
+    assert len(set(next(x.payloads for x in zero2.exchanges if x.what == "BatchNorm gradients"))) == 1
+    size = found.size
+    assert found.work == (3 + 1 + 1) * size.trunk_work + 9 * size.expert_work
+
+
+def test_h2t_passes_pairs_and_moves_heads():
+    """Receiver and donor: two forward passes of everything that is frozen. Its BatchNorms normalise by the batch, as
+    published, so their statistics cross twice and no gradient of them does."""
+    found = plan(load_config(["method=ride_h2t", "cluster.workers=6", "engine.name=torch"]))
+    train, h2t = found.stages
+    first, second = exchanges(found, 0), exchanges(found, 1)
+    assert h2t.learns == ("heads",)
+    assert second["BatchNorm statistics"][1] == 2 * first["BatchNorm statistics"][1]
+    assert second["BatchNorm gradients"][1] == 0
+    assert second["gradient, experts"][:2] == (2, 4 * 64 * 10) and "gradient, trunk" not in second
+    head = 64 * 10
+    assert h2t.work == 3 * 2 * train.size.trunk_work + 3 * (2 * (train.size.expert_work - head) + 3 * head)
+    text = describe(load_config(["method=ride_h2t"]))
+    assert "learns: heads; does not: trunk, features; frozen BatchNorms normalise by the batch" in text
+    assert "every image comes with a partner, sampler instance_balanced; both pass" in text
+    assert "begins with the weights of stage train, last" in text
+
+
+def test_a_shared_head_is_exchanged_by_all():
+    found = exchanges(plan(load_config(["method=reslt", "cluster.workers=3", "engine.name=torch"])))
+    assert found["gradient, shared last layer"][:2] == (3, 4 * (64 * 10 + 10))
+
+
+def test_lfme_trains_three_stages_side_by_side_and_its_student_holds_the_teachers():
+    config = load_config(["method=lfme", "engine.name=torch"])
+    found = plan(config)
+    many, medium, few, student = found.stages
+    assert found.waves == (("many", "medium", "few"), ("student",)) and found.side_by_side == 3
+    assert [stage.num_classes for stage in found.stages] == [4, 3, 3, 10]
+    assert [stage.images_per_epoch for stage in found.stages] == [120 + 86 + 61 + 44, 31 + 22 + 16, 11 + 8 + 6, 405]
+    teachers = sum(stage.size.parameters for stage in (many, medium, few))
+    assert found.memory == student.memory == 4 * (3 * student.size.parameters + teachers)
+    seen = sum(stage.size.work for stage in (many, medium, few))
+    assert student.work == 3 * student.size.work + seen
+    assert "3 at a time, each on workers of its own, 3 workers in all" in describe(config)
+    assert plan(load_config(["method=lfme", "cluster.side_by_side=1"])).side_by_side == 1
+
+
+def test_a_teacher_that_is_not_there_leaves_only_its_own_numbers_open(tmp_path):
+    words = ["method=ride_distill", "cluster.workers=3", f"method.stages.train.teachers.teacher.run={tmp_path}"]
+    found = plan(load_config(words))
+    sent = {x.what: x.payload for x in found.final.exchanges}
+    assert [what for what, payload in sent.items() if payload is None] == ["scores of teacher teacher"]
+    assert found.memory is None and found.final.sent() is None and found.final.size.parameters
+    assert "which is not there" in describe(load_config(words))
 
 
 @pytest.mark.parametrize(
@@ -106,6 +246,30 @@ def test_what_only_the_data_can_say_is_left_open():
     assert "n/a" not in told and "8,142" in told
 
 
+FILES = ["dataset=imagenet_lt", "dataset.root=/not/there"]
+COUNTED = "{rule:{rule:count}}"
+
+
+@pytest.mark.parametrize("method", ["ace", "reslt"])
+def test_groups_of_classes_that_nobody_has_counted_do_not_stop_a_plan(method):
+    found = plan(load_config([*FILES, f"method={method}", f"schedule={method}_digits_lt", "cluster.workers=3"]))
+    assert found.counts is None and found.final.steps_per_epoch is None
+    assert found.final.size.parameters and found.final.sent() and found.memory
+
+
+def test_an_ensemble_of_a_group_that_nobody_has_counted_is_left_open():
+    """LFME's experts have a logit for each class of their group, which only the data can count; the student for all."""
+    words = ["method=lfme", "schedule=lfme_digits_lt", "dataset.val_per_class=0", "cluster.workers=2"]
+    words += [f"method.stages.{stage}.classes={COUNTED}" for stage in ("many", "medium", "few")]
+    found = plan(load_config([*FILES, *words, "method.stages.student.objective.groups.rule=count"]))
+    assert [stage.num_classes for stage in found.stages] == [None, None, None, 1000]
+    assert [stage.size.parameters is None for stage in found.stages] == [True, True, True, False]
+    assert found.stages[0].size.trunk == 0
+    sent = {x.what: x.payload for x in found.stages[0].exchanges}
+    assert sent["gradient, experts"] is None and sent["BatchNorm statistics"]
+    assert found.memory is None and found.final.sent()
+
+
 def test_the_text_tells_an_operator_what_will_happen():
     text = describe(
         load_config([*CIFAR, "cluster.workers=6", "run.dir=/data/runs", "tracking.uri=http://me:pw@host:5000"])
@@ -113,7 +277,8 @@ def test_the_text_tells_an_operator_what_will_happen():
     for words in (
         "ride: 3 experts on one trunk, resnet_cifar 32", "100 classes, 10,847 training images, 500 to 5 a class",
         "6 workers = 3 expert slots x 2 replicas", "0.02 to 0.08 over epochs 1-4, 0.1 in epochs 5-160, 0.001 in epochs",
-        "85 steps an epoch", "17,000 steps in all", "95 images, 47 to 48 on each replica", "logits, all-gather",
+        "85 steps an epoch", "17,000 steps in all", "95 images, 47 to 48 on each replica", "  all-gather  ",
+        "445,286,592 multiply-adds for each image, forward and back", "grow by 47.9 % over packed",
         "published, top-1 in %: all 48.6", "/data/runs/ride-cifar100_lt-s0 (new)", "http://host:5000",
     ):  # fmt: skip
         assert words in text, words

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from types import SimpleNamespace
 
 import pytest
 
 from orchestration import run as module
+from orchestration.checkpoint import write_file
 from orchestration.compose import load_config
 from orchestration.console import Console
 from orchestration.fleet import WorkerLost
@@ -210,3 +212,20 @@ def test_run_json_lists_the_workers_of_every_living_fleet_with_their_stage(make_
     stored = run.folder.run()
     assert stored["workers"] == [{"pid": "main", "stage": "few"}, {"pid": "further", "stage": "medium"}]
     assert stored["starts"] == 1
+
+
+def test_what_a_kill_after_a_stages_last_checkpoint_left_out_is_written_at_the_next_start(make_run):
+    """The weights of its best evaluation, and the evaluations of a stage that knows only some classes."""
+    run = make_run({})
+    checkpoints = run.checkpoints
+    evaluation = {"step": 9, "evaluation": {"split": "test"}}
+    best = evaluation | {"checkpoint": "best-00-many-00000009"}
+    writing = checkpoints.begin()
+    entries = [write_file(writing, "trunk.safetensors", b"weights")]
+    state = {"step": 9, "total_steps": 9, "best": best, "last": evaluation}
+    checkpoints.complete(writing, checkpoints.name("many", 9), entries, state)
+    assert run._finished("many").finished
+    assert (checkpoints.folder / "best-00-many-00000009" / "trunk.safetensors").read_bytes() == b"weights"
+    for name in ("last", "best"):
+        assert json.loads((run.folder.path / "evaluation" / "many" / f"{name}.json").read_text()) == {"split": "test"}
+    assert run._finished("medium") is None

@@ -1,0 +1,170 @@
+"""Decision regions of runs whose last stage trains heads alone, from run folders made in this process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experts.data.dataset import open_dataset
+from orchestration.checkpoint import Checkpoints
+from orchestration.cli import main
+from orchestration.compose import load_config
+from orchestration.finish import export
+from orchestration.mesh import Mesh, mesh_shape
+from orchestration.report import write_report
+from orchestration.run_folder import RunFolder
+from orchestration.trainer import StageTrainer
+
+WORDS = ["dataset=digits_lt", "engine.name=torch", "engine.threads=1", "dataset.image_size=8", "tracking.enabled=false"]
+
+
+def train(path, method, *, stages=2):
+    """A run folder as training leaves it, of two steps a stage."""
+    config = load_config([f"method={method}", *WORDS])
+    dataset, folder = open_dataset(config.dataset), RunFolder(path)
+    counts = dataset.counts_C.tolist()
+    folder.write(config)
+    folder.describe(config, [], {})
+    folder.write_data({
+        "dataset": config.dataset.name, "class_names": list(dataset.class_names), "counts": counts,
+        "total": sum(counts), "digest": dataset.digest, "image_shape": dataset.raw_image_shape, "groups": {},
+    })  # fmt: skip
+    checkpoints, saved = Checkpoints(path, list(config.method.stages)), None
+    for stage in list(config.method.stages)[:stages]:
+        trainer = StageTrainer(config, stage, dataset, Mesh(mesh_shape(config.method.num_experts, 1)))
+        if saved is not None:
+            trainer.start_from(str(saved))
+        trainer.train(2)
+        writing = checkpoints.begin()
+        entries = trainer.save(str(writing))
+        state = {"stage": stage, **trainer.state(), "total_steps": 2, "best": None, "last": None}
+        saved = checkpoints.complete(writing, checkpoints.name(stage, 2), entries, state)
+        trainer.close()
+    members = {"ensemble": {"top1": {"all": 0.5}, "nll": 1.0, "ece": 0.1, "per_class": [0.5] * 10}}
+    folder.write_evaluation("last", {"split": "test", "stage": stage, "epoch": 1, "step": 2, "members": members})
+    export(config, folder, stage, saved)
+    folder.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def ride(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("runs") / "ride", "ride_h2t")
+
+
+@pytest.fixture(scope="module")
+def reslt(tmp_path_factory):
+    """One head that all branches share, and the sum of what it says of them."""
+    return train(tmp_path_factory.mktemp("runs") / "reslt", "reslt_h2t")
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("runs") / "single", "dr_h2t")
+
+
+@pytest.mark.parametrize("host", ["ride", "reslt", "single"])
+def test_a_report_has_the_regions_of_every_member_before_and_after(host, request):
+    run = request.getfixturevalue(host)
+    written = write_report(run)
+    assert run / "report" / "regions.png" in written
+    with Image.open(run / "report" / "regions.png") as picture:
+        pixels = np.asarray(picture.convert("L"))
+    assert pixels.std() > 10 and 300 < min(pixels.shape) < 2000
+    found = json.loads((run / "evaluation" / "regions.json").read_text())
+    assert (found["before"], found["after"]) == ("stage train", "stage h2t")
+    assert (found["classes"], found["train_images"]) == (["0", "9"], [120, 6])
+    names = [one["member"] for one in found["members"]]
+    assert (
+        names
+        == {
+            "ride": ["ensemble", "expert0", "expert1", "expert2"],
+            "reslt": ["ensemble", "all_classes", "medium_and_few", "few_only"],
+            "single": ["ensemble"],
+        }[host]
+    )
+    for one in found["members"]:
+        assert 0 < one["plane_variance"] <= 1
+        for moment in ("before", "after"):
+            assert sum(one["moments"][moment]["area"]) == pytest.approx(1.0)
+            assert all(0 <= share <= 1 for share in one["moments"][moment]["recall"])
+    assert any(one["moments"]["before"] != one["moments"]["after"] for one in found["members"])
+
+
+def test_before_are_the_weights_that_the_last_stage_began_with(ride):
+    """With stage train's tensors exported as the last model too, nothing differs but the statistics, which moved."""
+    from orchestration.reevaluate import open_run
+    from orchestration.report_regions import _before
+
+    saved = open_run(str(ride), "last", "test", [])
+    before, after = _before(saved).ensemble.state_dict(), saved.model.ensemble.state_dict()
+    trained = {}
+    for name in ("trunk", "expert0", "expert1", "expert2"):
+        from orchestration.checkpoint import read_tensors
+
+        trained |= read_tensors(ride / "checkpoints" / "00-train-00000002", name)
+    assert all((before[name] == trained[name]).all() for name in before) and before.keys() == trained.keys()
+    moved = {name for name in before if (before[name] != after[name]).any()}
+    assert {name for name in moved if "head" in name} == {f"experts.expert{k}.head.weight" for k in range(3)}
+    assert all("running" in name or "num_batches" in name or "head" in name for name in moved)
+
+
+def test_a_picture_is_the_same_when_drawn_again(ride):
+    write_report(ride)
+    before = (ride / "report" / "regions.png").read_bytes()
+    write_report(ride)
+    assert (ride / "report" / "regions.png").read_bytes() == before
+
+
+def test_classes_may_be_chosen(single, capsys):
+    assert main(["regions", str(single), "--classes", "7, 1,3"]) == 0
+    printed = capsys.readouterr().out
+    assert "7: area" in printed and "3: right" in printed and "regions-7-1-3.png" in printed
+    assert json.loads((single / "evaluation" / "regions-7-1-3.json").read_text())["class_ids"] == [7, 1, 3]
+    assert (single / "report" / "regions-7-1-3.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [
+        ("0,12", "no class '12'; needed ids from 0 to 9"),
+        ("0,cat", "no class 'cat'"),
+        ("4", "two or more different classes"),
+        ("4,4", "two or more different classes"),
+    ],
+)
+def test_classes_that_cannot_be_shown_are_refused(single, classes, words, capsys):
+    assert main(["regions", str(single), "--classes", classes]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_a_run_without_such_a_stage_is_refused_by_the_command_and_passed_over_by_the_report(tmp_path, capsys):
+    run = train(tmp_path / "run", "ride", stages=1)
+    assert main(["regions", str(run)]) == 1
+    assert "its last stage, train, trains features, heads, trunk; needed" in capsys.readouterr().err
+    assert run / "report" / "regions.png" not in write_report(run)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_that_has_not_come_so_far_is_refused(tmp_path, capsys):
+    run = train(tmp_path / "run", "dr_h2t", stages=1)
+    assert main(["regions", str(run)]) == 1
+    assert "stage h2t has not begun (reached: train)" in capsys.readouterr().err
+    assert run / "report" / "regions.png" not in write_report(run)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
+    assert main(["regions", str(tmp_path / "nothing")]) == 1
+    assert "nothing there" in capsys.readouterr().err
+
+
+def test_regions_that_cannot_be_drawn_cost_a_line_and_not_the_report(single, tmp_path, capsys):
+    run = shutil.copytree(single, tmp_path / "run", ignore=shutil.ignore_patterns("regions*"))
+    shutil.rmtree(run / "checkpoints" / "00-train-00000002")
+    written = write_report(run)
+    assert "decision regions are not drawn: " in (said := capsys.readouterr().err) and "no checkpoint" in said
+    assert run / "report" / "table.txt" in written and run / "report" / "regions.png" not in written

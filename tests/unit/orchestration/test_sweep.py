@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from orchestration.compose import load_config
+from orchestration.journal import Journal, read_journal
+from orchestration.report_sweep import draw_sweep, sweep_table
+from orchestration.run_folder import RunFolder
+from orchestration.sweep import _merge_journals, plan_sweep, untouched_stages
+
+RATIO = "method.stages.h2t.flow.ratio"
+H2T = ["method=ride_h2t", "dataset=digits_lt"]
+
+
+def plan(variation, tmp_path, *words):
+    return plan_sweep(variation, [*H2T, f"run.dir={tmp_path}", *words])
+
+
+def test_every_value_gets_a_run_named_after_it(tmp_path):
+    key, points, folder = plan(f"{RATIO}=0,0.25,1", tmp_path, "seed=4")
+    assert (key, folder) == (RATIO, tmp_path / "ride_h2t-digits_lt-s4-sweep")
+    assert [point.folder.name for point in points] == [f"ride_h2t-digits_lt-s4-{v}" for v in ("0", "0.25", "1")]
+    assert [point.config.method.stages["h2t"].flow.ratio for point in points] == [0, 0.25, 1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_of_a_sweep_is_the_run_that_train_makes(tmp_path):
+    _, points, _ = plan(f"{RATIO}=0.1,0.5", tmp_path, "run.name=x")
+    same = load_config([*H2T, f"{RATIO}=0.5", f"run.dir={tmp_path}", "run.name=x-0.5"])
+    assert points[1].config == same
+
+
+def test_values_that_are_no_words_make_names_that_are(tmp_path):
+    key = "method.stages.train.lr_schedule.milestones"
+    _, points, _ = plan(f"{key}=[],[{{after_epoch: 3, factor: 0.1}}]", tmp_path, "run.name=x")
+    assert [point.folder.name for point in points] == ["x-_", "x-after_epoch_3_factor_0.1"]
+
+
+@pytest.mark.parametrize(
+    ("variation", "words", "message"),
+    [
+        (f"{RATIO}=0.5", [], "one value; needed KEY=V1,V2"),
+        (f"{RATIO}=0.5,0.50", [], "found 1 different value"),
+        ("nothing", [], "needed KEY=V1,V2"),
+        ("method=ride,tade", [], "method stands for a whole file of keys"),
+        (f"{RATIO}=0,2", [], "less than or equal to 1"),
+        ("method.stages.h2t.flow.rato=0,1", [], "did you mean method.stages.h2t.flow.ratio"),
+        (f"{RATIO}=0,1", [f"{RATIO}=0.3"], "given twice"),
+        ("run.keep_checkpoints=1,2", [], "both runs would compute the same"),
+        ("seed=1,2", ["dataset.imbalance_ratio=1,2"], "with one value"),
+    ],
+)
+def test_what_is_no_sweep_is_refused_before_anything_is_written(variation, words, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        plan(variation, tmp_path, *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_that_hold_something_else_are_refused_and_all_named(tmp_path):
+    _, points, folder = plan(f"{RATIO}=0,1", tmp_path, "run.name=x")
+    other = load_config([*H2T, f"{RATIO}=1", "method.stages.train.epochs=7", "engine.threads=1"])
+    run = RunFolder(points[1].folder)
+    run.write(other)
+    run.close()
+    with Journal(points[1].folder) as journal:
+        journal.append("train", 1, 1, {"train/loss": 1.0})
+    folder.mkdir()
+    (folder / "sweep.json").write_text(json.dumps({"key": "seed", "config": {}}))
+    with pytest.raises(ValueError, match="holds a sweep over seed") as refused:
+        plan(f"{RATIO}=0,1", tmp_path, "run.name=x")
+    assert "x-1: this run was started with another config" in str(refused.value)
+    assert "method.stages.train.epochs: 7 -> 24" in str(refused.value)
+
+
+def compose(*words):
+    return load_config(["dataset=digits_lt", *words])
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "expected"),
+    [
+        ("ride_h2t", [f"{RATIO}=0.9"], ["train"]),
+        ("ride_h2t", ["method.stages.h2t.optimizer.lr=0.5"], ["train"]),
+        ("ride_h2t", ["run.dir=elsewhere", "method.stages.h2t.epochs=3", "cluster.workers=3"], ["train"]),
+        ("ride_h2t", ["method.stages.train.epochs=3"], []),
+        ("ride_h2t", ["seed=1"], []),
+        ("ride_h2t", [f"{RATIO}=0.9", "backbone=resnet14"], []),
+        ("ride_h2t", [f"{RATIO}=0.9", "run.evaluate_every_epochs=2"], []),
+        ("lfme", ["method.stages.student.epochs=3"], ["many", "medium", "few"]),
+        ("lfme", ["method.stages.medium.epochs=3"], ["many", "few"]),
+        ("ride_router", ["method.stages.router.epochs=3"], ["train"]),
+    ],
+)
+def test_stages_that_neither_differ_nor_build_on_one_that_does_are_shared(method, words, expected):
+    one, other = compose(f"method={method}"), compose(f"method={method}", *words)
+    assert untouched_stages(one, other) == untouched_stages(other, one) == expected
+    assert untouched_stages(one, one) == list(one.method.stages)
+
+
+def test_a_merged_journal_has_the_taken_stages_and_our_own_lines_of_the_others(tmp_path):
+    donor, ours = tmp_path / "donor", tmp_path / "ours"
+    with Journal(donor) as journal:
+        journal.append("a", 1, 1, {"train/loss": 1.0, "train/x": float("nan")}, time=5.0)
+        journal.append("b", 1, 1, {"train/loss": 2.0}, time=6.0)
+    with Journal(ours) as journal:
+        journal.append("c", 1, 1, {"train/loss": 3.0}, time=1.0)
+        journal.append("a", 1, 1, {"train/loss": 9.0}, time=2.0)
+    for _ in range(2):  # again after a kill
+        _merge_journals(donor, ours, ["a", "b", "c"], {"a"})
+        found = [(r.stage, r.name, r.value, r.time) for r in read_journal(ours)]
+        assert found[0] == ("a", "train/loss", 1.0, 5.0) and np.isnan(found[1][2])
+        assert found[2:] == [("c", "train/loss", 3.0, 1.0)]
+
+
+def outcome(value, few, by_index=0.5, status="finished", **more):
+    found = {"value": value, "run": f"x-{value}", "status": status, "problem": None, "stages_taken": {}, **more}
+    if status == "finished":
+        top1 = {"all": 0.5, "many": 0.9, "medium": None, "few": few}
+        top1 |= {f"{group}_by_index": by_index for group in ("many", "medium", "few")}
+        found |= {"top1": top1, "stage": "h2t", "epoch": 2, "step": 9, "split": "test"}
+    return found
+
+
+def result(*runs, key=RATIO):
+    sizes = {"many": 3, "medium": 0, "few": 7}
+    return {"key": key, "method": "m", "dataset": "d", "seed": 3, "runs": list(runs), "group_sizes": sizes}
+
+
+def test_the_table_has_a_row_for_every_value_and_says_what_was_shared_and_what_failed():
+    taken = {"stages_taken": {"train": "x-0"}}
+    runs = [outcome("0", 0.25), outcome("0.5", 0.375, **taken), outcome("1", None, **taken)]
+    runs.append(outcome("2", None, status="failed", problem="the loss is not finite"))
+    text = sweep_table(result(*runs))
+    rows = [line.split() for line in text.splitlines() if line.endswith(("x-0", "x-0.5", "x-1"))][:3]
+    assert rows[0] == ["0", "50.00", "90.00", "n/a", "25.00", "x-0"]
+    assert rows[1][4] == "37.50" and rows[2][4] == "n/a"
+    assert "stage train: trained once, in x-0, and taken over by x-0.5, x-1" in text
+    assert "2: failed: the loss is not finite" in text
+    assert "few [7]" in text and "by index" in text and "seed 3, one run a value: no spread" in text
+    assert "nan" not in text.lower()
+    assert "by index" not in sweep_table(result(outcome("0", 0.25, by_index=None)))
+    assert "seed 3" not in sweep_table(result(outcome("0", 0.25), key="seed"))
+
+
+@pytest.mark.parametrize("values", [("1", "0.25", "0"), ("0.001", "0.1", "1"), ("ride", "a rather long value", "[1]")])
+def test_the_picture_is_drawn_for_numbers_and_for_words(values, tmp_path):
+    runs = [outcome(value, 0.1 * k) for k, value in enumerate(values)]
+    assert draw_sweep(tmp_path, result(*runs, outcome("9", None, status="stopped"))) == "sweep.png"
+    with Image.open(tmp_path / "sweep.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 5
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep.png"]
+
+
+def test_there_is_no_picture_before_a_run_is_finished(tmp_path):
+    assert "no run is finished" in draw_sweep(tmp_path, result(outcome("0", None, status="stopped")))
+    assert not list(tmp_path.iterdir())
