@@ -45,7 +45,7 @@ class Plane:
 
     def features(self, places_N2: NDArray[np.floating]) -> NDArray[np.float64]:
         """The features that places of the plane stand for, [N, D]."""
-        return self.mean_D + places_N2 @ self.axes_2D
+        return self.mean_D + places_N2[:, :1] * self.axes_2D[0] + places_N2[:, 1:] * self.axes_2D[1]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def fit_plane(features_ND: NDArray[np.floating]) -> Plane:
     if not np.isfinite(features_ND).all():
         raise ValueError("a plane needs features that are finite, found NaN or infinity; the model has diverged")
     mean_D = features_ND.mean(axis=0)
-    _, strength, axes = np.linalg.svd(features_ND - mean_D, full_matrices=False)
+    _, strength, axes = (part.numpy() for part in torch.linalg.svd(torch.from_numpy(features_ND - mean_D), False))
     if strength[0] <= 1e-12 * np.abs(features_ND).max():
         raise ValueError("a plane needs images with different features; these are all the same")
     axes_2D = axes[:2]

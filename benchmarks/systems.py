@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,9 @@ CIFAR = [
     "dataset.augment.horizontal_flip=0.5",
 ]  # fmt: skip
 COMMON = ["engine.threads=1", "cluster.cpus_per_worker=1", "tracking.enabled=false", "run.log_interval_s=30"]
+
+
+mp = multiprocessing.get_context("spawn")  # each lane has a Ray of its own
 
 
 def main() -> None:
@@ -68,9 +70,11 @@ def main() -> None:
                 (f"cifar-{m}-s{seed}", [f"method={m}", f"schedule={m}_fashion_mnist_lt", *where]) for m in CIFAR_METHODS
             ]
     for wave in (first, then):
-        with ThreadPoolExecutor(2) as side_by_side:
-            for name, code in side_by_side.map(lambda run: train(runs, *run), wave):
-                print(f"{name}: {'done' if code == 0 else f'exit code {code}, see {runs}/{name}.log'}", flush=True)
+        lanes = [mp.Process(target=train, args=(runs, wave[lane::2])) for lane in range(2)]
+        for process in lanes:
+            process.start()
+        for process in lanes:
+            process.join()
 
 
 def fashion(root: str, seed: int) -> list[str]:
@@ -106,14 +110,18 @@ def schedule(method: str) -> list[str]:
     return chosen
 
 
-def train(runs: Path, name: str, chosen: list[str]) -> tuple[str, int]:
-    """One run in a process and a Ray of its own."""
-    seldom = [] if any(word.startswith("run.evaluate_every") for word in chosen) else ["run.evaluate_every_epochs=1000"]
-    command = [sys.executable, "-m", "orchestration", "train", *chosen, *COMMON, *seldom]
-    runs.mkdir(parents=True, exist_ok=True)
-    with open(runs / f"{name}.log", "a") as log:
-        code = subprocess.call([*command, f"run.dir={runs}", f"run.name={name}"], stdout=log, stderr=subprocess.STDOUT)
-    return name, code
+def train(runs: Path, chosen: list[tuple[str, list[str]]]) -> None:
+    """Runs one after another, in a Ray of this process's own."""
+    from orchestration.cli import main as expertail
+    from orchestration.own_ray import start_own_ray
+
+    start_own_ray()
+    for name, words_ in chosen:
+        seldom = [] if any(w.startswith("run.evaluate_every") for w in words_) else ["run.evaluate_every_epochs=1000"]
+        runs.mkdir(parents=True, exist_ok=True)
+        with open(runs / f"{name}.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
+            code = expertail(["train", *words_, *COMMON, *seldom, f"run.dir={runs}", f"run.name={name}"])
+        print(f"{name}: {'done' if code == 0 else f'exit code {code}, see {runs}/{name}.log'}", flush=True)
 
 
 def finished(runs: Path) -> Iterator[tuple[str, str, dict[str, Any], dict[str, Any]]]:

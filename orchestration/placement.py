@@ -46,11 +46,11 @@ class Size:
 
     @property
     def parameters(self) -> int | None:
-        return sum_known([self.trunk, self.shared, *self.experts])
+        return _sum([self.trunk, self.shared, *self.experts])
 
     @property
     def work(self) -> int | None:
-        return sum_known([self.trunk_work, *[self.expert_work] * len(self.experts)])
+        return _sum([self.trunk_work, *[self.expert_work] * len(self.experts)])
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class StagePlan:
     def sent(self) -> int | None:
         """Bytes that a worker sends in a step, of the slot that sends most."""
         slots = range(len(self.exchanges[0].payloads)) if self.exchanges else range(0)
-        sums = [sum_known([exchange.sent(slot) for exchange in self.exchanges]) for slot in slots]
+        sums = [_sum([exchange.sent(slot) for exchange in self.exchanges]) for slot in slots]
         return None if None in sums else max(sums, default=0)  # type: ignore[type-var]
 
 
@@ -356,6 +356,6 @@ def _memory(
     return round(most * number_bytes(config))
 
 
-def sum_known(values: list[int | None]) -> int | None:
+def _sum(values: list[int | None]) -> int | None:
     known = [value for value in values if value is not None]
     return sum(known) if len(known) == len(values) else None

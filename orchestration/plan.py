@@ -83,11 +83,9 @@ def _special(config: RunConfig, stage: StagePlan) -> Iterator[str]:
         yield f"begins with the weights of {_source(source)}"
     for name, teacher in settings.teachers.items():
         size = stage.teachers[name]
-        what = (
-            "which is not there"
-            if size is None
-            else (f"{_many(size.num_experts, 'expert')}, {size.num_classes:,} classes")
-        )
+        what = "which is not there"
+        if size is not None:
+            what = f"{_many(size.num_experts, 'expert')}, {_number(size.num_classes)} classes"
         yield f"teacher {name}: {_source(teacher)}, {what}; {teacher.mode} mode"
     if hasattr(piece("objective", settings.objective.name), "prepare"):
         yield "before the first step every worker shows the teachers all training and validation images once"

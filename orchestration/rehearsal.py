@@ -293,8 +293,8 @@ class TeacherLoad:
 
     Attributes:
         num_experts, num_classes: of the teacher.
-        trunk, expert: numbers held by each slot that has experts, and for each of them (a shared head counts with the
-            trunk).
+        trunk, expert: numbers held by each slot that has experts, and for each of them; a shared head counts with the
+            trunk, a router's gates not at all.
         trunk_work, expert_work: multiply-adds per image.
         trunk_norms, expert_norms: layers and channels of the BatchNorms that normalise by the batch.
     """

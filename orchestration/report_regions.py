@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from aggregation.serving import ServedModel
     from orchestration.reevaluate import SavedRun
 
-_SIDE = 240  # points of the grid, a side
+_SIDE = 180  # points of the grid, a side
 _LIGHT = 0.28  # how strongly a region has the colour of its class
 
 

@@ -154,7 +154,7 @@ class Run:
         return [outcome for outcome in done.values() if outcome is not None]
 
     def _finished(self, stage: str) -> Outcome | None:
-        """How a stage ended at an earlier start, if it did. What that start was killed before writing is written now."""
+        """How a stage ended at an earlier start, if it did; what that start was killed before writing is written."""
         newest = self.checkpoints.newest(stage, self.console.message)
         if newest is None or newest.state["step"] < newest.state["total_steps"]:
             return None
@@ -275,8 +275,8 @@ class Run:
         limit = self.config.cluster.max_failures
         if in_a_row > limit:
             raise WorkerLost(
-                f"{loss}; {in_a_row} failures of stage {stage} without a new checkpoint between, "
-                f"cluster.max_failures = {limit}; the newest checkpoint is kept: the same command continues from it"
+                f"{loss}; {in_a_row} failures, cluster.max_failures = {limit}, and no new checkpoint of stage {stage} "
+                f"between them; the newest checkpoint is kept: the same command continues from it"
             ) from loss
         with self._changing:
             self.failures += 1

@@ -156,7 +156,9 @@ def _alike(key: str, points: list[Point]) -> list[str]:
     for place, point in enumerate(points):
         for other in points[:place]:
             if identity(point.config) == identity(other.config):
-                problems.append(f"{key} = {other.value} and {point.value}: both runs would compute the same; leave one out")
+                problems.append(
+                    f"{key} = {other.value} and {point.value}: both runs would compute the same; leave one out"
+                )
             elif point.folder == other.folder:
                 problems.append(f"{key} = {other.value} and {point.value}: both runs would be {point.folder}")
     return problems

@@ -30,12 +30,14 @@ def train(folder: Path, *words: str, common: Sequence[str] = SMALL) -> int:
     return main(["train", *common, f"run.dir={folder.parent}", f"run.name={folder.name}", *words])
 
 
-def start(folder: Path, *words: str, common: Sequence[str] = SMALL) -> subprocess.Popen[str]:
-    """`expertail train` in a process of its own, on the Ray of the session; its workers are its own."""
+def start(
+    folder: Path, *words: str, common: Sequence[str] = SMALL, address: str | None = None
+) -> subprocess.Popen[str]:
+    """`expertail train` in a process of its own, on a Ray's address or the session's; its workers are its own."""
     import ray
 
     command = [sys.executable, "-m", "orchestration", "train", *common]
-    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    environment = os.environ | {"RAY_ADDRESS": address or ray.get_runtime_context().gcs_address}
     return subprocess.Popen(
         [*command, f"run.dir={folder.parent}", f"run.name={folder.name}", *words],
         stdout=subprocess.PIPE,

@@ -108,7 +108,7 @@ def test_when_no_checkpoint_is_whole_the_run_is_refused_and_left_alone(copy, war
         flip(folder / "trunk.safetensors")
     before = (copy / "metrics.jsonl").read_bytes()
     said = refused(capsys, copy)
-    assert "no checkpoint is whole" in said
+    assert "no checkpoint of stage train is whole" in said
     assert "trunk.safetensors" in said
     assert (copy / "metrics.jsonl").read_bytes() == before
 

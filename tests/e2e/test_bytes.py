@@ -133,18 +133,24 @@ def test_bytes_of_a_step_are_those_of_the_plan(method, placement, warm):
     check([f"method={method}", *words], STAGES[method])
 
 
+FROZEN = "method.stages.train.start_from.run=/not/asked method.stages.train.freeze="
+
+
 @pytest.mark.parametrize(
-    ("method", "word"),
+    ("method", "words"),
     [
         ("ace", "engine.name=torch"),
         ("ace", "engine.zero_stage=2"),  # a graph through the trunk in every slot
         ("reslt", "engine.precision=float64"),
         ("reslt", "engine.precision=autocast"),
         ("reslt", "engine.sync_batchnorm=false"),
+        ("tade", f"{FROZEN}[trunk]"),
+        ("tade", f"{FROZEN}[features] method.stages.train.frozen_batchnorm=train"),
+        ("ride_router", "method.stages.router.frozen_batchnorm=train"),
     ],
 )
-def test_engines_and_precisions(method, word, warm):
-    check([f"method={method}", "cluster.workers=6", word], "train")
+def test_engines_precisions_and_frozen_parts(method, words, warm):
+    check([f"method={method}", "cluster.workers=6", *words.split()], STAGES[method])
 
 
 def test_two_learning_rates_are_filled_up_and_measured_apart(warm):

@@ -257,3 +257,33 @@ def test_a_worker_killed_in_either_stage_or_between_changes_nothing(moment, calm
     assert "a worker died" in output
     assert json.loads((folder / "run.json").read_text())["failures"] == 1
     same(folder, calm_h2t, TWO)
+
+
+@pytest.mark.drill
+def test_a_restart_waits_for_a_lost_node_and_goes_on_when_another_comes(tmp_path):
+    """Two nodes of one core, a worker on each; one node goes, half a minute later another comes."""
+    from ray.cluster_utils import Cluster
+
+    folder = tmp_path / "run"
+    words = [w for w in runs.SMALL if "epochs" not in w] + [
+        "method.stages.train.epochs=2000",
+        "run.evaluate_every_epochs=2000",
+        "run.max_steps=200",
+    ]
+    spread = ["cluster.workers=2", "cluster.experts_per_worker=3", "cluster.cpus_per_worker=1"]
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        lost = nodes.add_node(num_cpus=1)
+        process = runs.start(folder, *spread, common=words, address=nodes.address)
+        runs.wait_for_step(folder, 12, 180)
+        nodes.remove_node(lost)
+        time.sleep(30)
+        assert process.poll() is None, process.communicate()[0]
+        nodes.add_node(num_cpus=1)
+        output, _ = process.communicate(timeout=240)
+    finally:
+        nodes.shutdown()
+    assert process.returncode == 0, output
+    assert "places for 1" in output
+    assert "s for a node" in output
+    assert list(runs.losses(folder)) == list(range(1, 201))

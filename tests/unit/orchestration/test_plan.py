@@ -167,6 +167,7 @@ def test_ace_sends_no_gradient_through_the_trunk_of_other_slots():
     assert len(set(next(x.payloads for x in zero2.exchanges if x.what == "BatchNorm gradients"))) == 1
     size = found.size
     assert found.work == (3 + 1 + 1) * size.trunk_work + 9 * size.expert_work
+    assert f"at most {found.work:,.0f} multiply-adds" in describe(load_config(["method=ace", "cluster.workers=6"]))
 
 
 def test_h2t_passes_pairs_and_moves_heads():
@@ -246,7 +247,7 @@ def test_what_only_the_data_can_say_is_left_open():
     assert "n/a" not in told and "8,142" in told
 
 
-FILES = ["dataset=imagenet_lt", "dataset.root=/not/there"]
+FILES = ["dataset=imagenet_lt", "dataset.root=/not/there", "dataset.image_size=32"]
 COUNTED = "{rule:{rule:count}}"
 
 
@@ -261,7 +262,9 @@ def test_an_ensemble_of_a_group_that_nobody_has_counted_is_left_open():
     """LFME's experts have a logit for each class of their group, which only the data can count; the student for all."""
     words = ["method=lfme", "schedule=lfme_digits_lt", "dataset.val_per_class=0", "cluster.workers=2"]
     words += [f"method.stages.{stage}.classes={COUNTED}" for stage in ("many", "medium", "few")]
-    found = plan(load_config([*FILES, *words, "method.stages.student.objective.groups.rule=count"]))
+    config = load_config([*FILES, *words, "method.stages.student.objective.groups.rule=count"])
+    assert "teacher many: stage many, best, 1 expert, n/a classes" in describe(config)
+    found = plan(config)
     assert [stage.num_classes for stage in found.stages] == [None, None, None, 1000]
     assert [stage.size.parameters is None for stage in found.stages] == [True, True, True, False]
     assert found.stages[0].size.trunk == 0

@@ -10,12 +10,14 @@ import pytest
 from PIL import Image
 
 from experts.data.dataset import open_dataset
-from orchestration.checkpoint import Checkpoints
+from orchestration.checkpoint import Checkpoints, read_tensors
 from orchestration.cli import main
 from orchestration.compose import load_config
 from orchestration.finish import export
 from orchestration.mesh import Mesh, mesh_shape
+from orchestration.reevaluate import open_run
 from orchestration.report import write_report
+from orchestration.report_regions import _before, draw_where_it_fits
 from orchestration.run_folder import RunFolder
 from orchestration.trainer import StageTrainer
 
@@ -57,17 +59,11 @@ def ride(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def reslt(tmp_path_factory):
-    """One head that all branches share, and the sum of what it says of them."""
-    return train(tmp_path_factory.mktemp("runs") / "reslt", "reslt_h2t")
-
-
-@pytest.fixture(scope="module")
 def single(tmp_path_factory):
     return train(tmp_path_factory.mktemp("runs") / "single", "dr_h2t")
 
 
-@pytest.mark.parametrize("host", ["ride", "reslt", "single"])
+@pytest.mark.parametrize("host", ["ride", "single"])
 def test_a_report_has_the_regions_of_every_member_before_and_after(host, request):
     run = request.getfixturevalue(host)
     written = write_report(run)
@@ -83,7 +79,6 @@ def test_a_report_has_the_regions_of_every_member_before_and_after(host, request
         names
         == {
             "ride": ["ensemble", "expert0", "expert1", "expert2"],
-            "reslt": ["ensemble", "all_classes", "medium_and_few", "few_only"],
             "single": ["ensemble"],
         }[host]
     )
@@ -92,20 +87,16 @@ def test_a_report_has_the_regions_of_every_member_before_and_after(host, request
         for moment in ("before", "after"):
             assert sum(one["moments"][moment]["area"]) == pytest.approx(1.0)
             assert all(0 <= share <= 1 for share in one["moments"][moment]["recall"])
-    assert any(one["moments"]["before"] != one["moments"]["after"] for one in found["members"])
+    if host == "ride":
+        assert any(one["moments"]["before"] != one["moments"]["after"] for one in found["members"])
 
 
 def test_before_are_the_weights_that_the_last_stage_began_with(ride):
-    """With stage train's tensors exported as the last model too, nothing differs but the statistics, which moved."""
-    from orchestration.reevaluate import open_run
-    from orchestration.report_regions import _before
-
+    """They are those of stage train's checkpoint; heads and BatchNorm's statistics alone have moved since."""
     saved = open_run(str(ride), "last", "test", [])
     before, after = _before(saved).ensemble.state_dict(), saved.model.ensemble.state_dict()
     trained = {}
     for name in ("trunk", "expert0", "expert1", "expert2"):
-        from orchestration.checkpoint import read_tensors
-
         trained |= read_tensors(ride / "checkpoints" / "00-train-00000002", name)
     assert all((before[name] == trained[name]).all() for name in before) and before.keys() == trained.keys()
     moved = {name for name in before if (before[name] != after[name]).any()}
@@ -113,11 +104,9 @@ def test_before_are_the_weights_that_the_last_stage_began_with(ride):
     assert all("running" in name or "num_batches" in name or "head" in name for name in moved)
 
 
-def test_a_picture_is_the_same_when_drawn_again(ride):
-    write_report(ride)
-    before = (ride / "report" / "regions.png").read_bytes()
-    write_report(ride)
-    assert (ride / "report" / "regions.png").read_bytes() == before
+def test_a_picture_is_the_same_when_drawn_again(single):
+    before = draw_where_it_fits(single).read_bytes()
+    assert draw_where_it_fits(single).read_bytes() == before
 
 
 def test_classes_may_be_chosen(single, capsys):
@@ -143,7 +132,7 @@ def test_classes_that_cannot_be_shown_are_refused(single, classes, words, capsys
 
 
 def test_a_run_without_such_a_stage_is_refused_by_the_command_and_passed_over_by_the_report(tmp_path, capsys):
-    run = train(tmp_path / "run", "ride", stages=1)
+    run = train(tmp_path / "run", "ce", stages=1)
     assert main(["regions", str(run)]) == 1
     assert "its last stage, train, trains features, heads, trunk; needed" in capsys.readouterr().err
     assert run / "report" / "regions.png" not in write_report(run)

@@ -102,7 +102,7 @@ def deaths(count):
 def test_failures_without_a_new_checkpoint_end_the_run_at_the_limit(make_run, monkeypatch, events):
     run = make_run({"many": [*deaths(3), None]})
     at(monkeypatch, run, [None, None, None])
-    with pytest.raises(WorkerLost, match="3 failures of stage many without a new checkpoint between"):
+    with pytest.raises(WorkerLost, match=r"3 failures, .* no new checkpoint of stage many"):
         lane(run)
     assert events.count("start main") == 3
     assert run.folder.run()["failures"] == 2

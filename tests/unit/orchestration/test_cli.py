@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from orchestration.cli import main
+from orchestration.pretrained import _whole_network
+
+
+def test_every_command_explains_itself(capsys):
+    for command in ("train", "sweep", "plan", "evaluate", "regions", "import-weights", "doctor", "sync"):
+        with pytest.raises(SystemExit, match="0"):
+            main([command, "--help"])
+        assert f"expertail {command}" in capsys.readouterr().out
+
+
+def test_a_sweep_without_values_is_misused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["sweep"])
+    assert "KEY=V1,V2" in capsys.readouterr().err
+
+
+def test_import_weights_writes_safetensors_and_says_what_it_found(tmp_path, capsys):
+    state = {name: torch.zeros(value.shape, dtype=value.dtype) for name, value in _whole_network(10, 1).items()}
+    torch.save({**state, "fc.weight": torch.zeros(3, 512), "fc.bias": torch.zeros(3)}, tmp_path / "net.pth")
+    target = tmp_path / "weights" / "net.safetensors"
+    assert main(["import-weights", str(tmp_path / "net.pth"), str(target)]) == 0
+    printed = capsys.readouterr().out
+    assert "ResNet-10" in printed and "left out the head (fc.weight, fc.bias)" in printed and str(target) in printed
+    with safe_open(target, "pt") as file:
+        assert set(file.keys()) == set(state)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "words"),
+    [("missing.pth", "net.safetensors", "no such file"), ("missing.pth", "net.pth", "ends in .safetensors")],
+)
+def test_import_weights_that_cannot_be_done_is_one_line(source, target, words, tmp_path, capsys):
+    assert main(["import-weights", str(tmp_path / source), str(tmp_path / target)]) == 1
+    said = capsys.readouterr().err
+    assert words in said and said.startswith("expertail: ") and said.count("\n") == 1
