@@ -28,9 +28,7 @@ class Expert(nn.Module):
         position: place among all experts, from 0.
     """
 
-    def __init__(
-        self, features: nn.Module, head: nn.Module, gate: nn.Module | None = None, position: int = 0
-    ) -> None:
+    def __init__(self, features: nn.Module, head: nn.Module, gate: nn.Module | None = None, position: int = 0) -> None:
         super().__init__()
         self.features = features
         self.head = head

@@ -33,7 +33,7 @@ def train(path, *words):
     counts, cuts = dataset.counts_C.tolist(), config.dataset.index_groups
     evaluations = {}
     for split in ("val", "test"):
-        scores = Scores.from_state(trainer.evaluate(split)).result(counts, list(cuts))
+        scores = Scores.from_state(trainer.evaluate(split)[0]).result(counts, list(cuts))
         when = {"split": split, "selected_on": "val", "stage": "train", "epoch": 1, "step": STEPS}
         evaluations[split] = {**when, **scores}
     folder = RunFolder(path)
