@@ -30,11 +30,11 @@ from orchestration import tracking
 from orchestration.compose import load_config, to_yaml
 from orchestration.console import Console
 from orchestration.fleet import Fleet
-from orchestration.journal import Journal
 from orchestration.mesh import mesh_shape
 from orchestration.own_ray import start_own_ray
-from orchestration.run import Run, StageRun, StopSignals
+from orchestration.run import Run
 from orchestration.run_folder import RunFolder, versions
+from orchestration.stage_run import StageRun, StopSignals
 
 COMMON = [
     "method=ride",
@@ -87,8 +87,8 @@ def overhead(folder: RunFolder, options: argparse.Namespace) -> dict[str, Any]:
     fleet.start()
     run = Run(config, folder, Console(stream=io.StringIO()), fleet, StopSignals(), {})
     bare = ray.remote(BareLoop).options(num_cpus=0).remote(to_yaml(config), 2)
-    with Journal(folder.path) as journal:
-        stage = StageRun(run, "train", None, journal)
+    with run.journal:
+        stage = StageRun(run, "train", fleet, run.console)
         result = in_turn(stage.take, lambda steps: ray.get(bare.run.remote(steps)), options)
     fleet.close()
     ray.kill(bare)

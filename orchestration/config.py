@@ -265,7 +265,7 @@ class ClusterConfig(Settings):
     """Stages that may train at once, each on workers of its own. Unset: as many as the recipe has and the cluster has
     places for."""
     max_failures: Annotated[int, Field(ge=0)] = 5
-    """Restarts after a worker died before the run gives up."""
+    """Restarts in a row after a worker died, without a new checkpoint of the stage between, before the run gives up."""
 
 
 class RunSettings(Settings):

@@ -69,7 +69,7 @@ def add_models(folder):
         export_model(
             folder / "export" / which, ensemble.state_dict(), backbone=backbone, head=head,
             aggregator=MeanLogits.Config(), dataset=DatasetConfig(name="tiny", source="digits"), expert_names=names,
-            reduce_dimension=False, class_names=("a", "b", "c"), image_shape=(8, 8, 1),
+            reduce_dimension=False, class_names=("a", "b", "c"), counts=COUNTS, image_shape=(8, 8, 1),
         )  # fmt: skip
 
 
