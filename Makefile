@@ -26,7 +26,7 @@ demo: setup
 	@echo "MLflow:  $(BIN)/mlflow server --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1 --port 5000"
 
 test: setup
-	$(BIN)/python -m pytest -m 'not drill'
+	$(BIN)/python -m pytest -m 'not drill' -n 2 --dist loadgroup
 
 unit: setup
 	$(BIN)/python -m pytest -m 'not drill and not ray and not slow' tests/unit tests/contract tests/parity tests/properties

@@ -12,6 +12,13 @@ import pytest
 import torch
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that share the local Ray stay in one process when several run tests."""
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """The number of threads changes the last bits of a result."""

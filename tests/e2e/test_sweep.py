@@ -69,6 +69,7 @@ def test_a_sweep_shares_a_stage_goes_on_where_it_was_stopped_and_ends_as_single_
     assert {path: path.stat().st_mtime_ns for path in ours.rglob("*.json")} == before
 
 
+@pytest.mark.drill
 def test_a_value_whose_loss_is_not_finite_is_noted_and_the_others_go_on(warm, tmp_path, capsys):
     key = "method.stages.h2t.optimizer.lr"
     words = [*WORDS, f"run.dir={tmp_path}", "run.name=y"]
