@@ -284,6 +284,8 @@ class RunSettings(Settings):
     checkpoint_every_steps: Annotated[int, Field(ge=1)] = 500
     """Besides one at the end of every evaluated epoch."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    pictures: bool = True
+    """Draw report/*.png at the end; some seconds a run. report/table.txt is written in any case."""
     log_interval_s: Annotated[float, Field(gt=0)] = 10.0
     """Seconds between plain progress lines."""
 

@@ -92,7 +92,9 @@ def _report(config: RunConfig, folder: RunFolder, outcome: Outcome) -> None:
         folder.note(status="stopped", ended=time.time())  # before the last stage; some classes make no table of the run
         return
     export(stored, folder, outcome.stage, outcome.checkpoint)
-    write_report(folder.path)
+    if config.run.pictures:
+        write_report(folder.path)
+    (folder.path / "report").mkdir(exist_ok=True)
     write_atomic(folder.path / "report" / "table.txt", _stored_table(config, folder) + "\n")
     folder.note(status="finished" if outcome.finished else "stopped", ended=time.time())
 

@@ -22,6 +22,7 @@ SMALL = [
     "run.checkpoint_every_steps=4",
     "run.log_interval_s=0.5",
     "tracking.enabled=false",
+    "run.pictures=false",
 ]
 
 
