@@ -258,6 +258,7 @@ def test_damaged_weights_of_the_best_evaluation_are_found_before_training_goes_o
     assert runs.losses(folder) == before
 
 
+@pytest.mark.drill
 def test_a_loss_that_is_not_finite_names_the_expert_also_with_replicas(warm, tmp_path, capsys):
     words = ["method.stages.train.optimizer.lr=1e30", "cluster.workers=2", "cluster.experts_per_worker=3"]
     assert "logits of expert" in refused(capsys, tmp_path / "run", *words)

@@ -121,6 +121,7 @@ def test_a_worker_killed_in_training_costs_the_steps_since_the_checkpoint_and_no
     same(folder, calm)
 
 
+@pytest.mark.drill
 def test_another_mesh_loads_the_same_checkpoint(undisturbed, warm, tmp_path):
     """Packed until step 14, then two replicas of all experts; equal up to rounding."""
     import numpy as np

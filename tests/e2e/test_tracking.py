@@ -124,6 +124,7 @@ def test_mlflow_holds_what_the_run_folder_holds_and_nothing_twice(runs):
     assert stored == [folder / "config.yaml"]
 
 
+@pytest.mark.drill
 def test_the_registered_model_predicts_where_the_project_is_not_installed(runs, tmp_path):
     from aggregation.serving import load_model
 
