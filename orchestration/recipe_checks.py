@@ -120,7 +120,7 @@ def _flow_problems(stage: StageConfig, method: MethodConfig) -> Iterator[str]:
         yield f"objective.groups = {_rule(theirs)}, aggregator.groups = {_rule(ours)}; needed the same; set both"
     if stage.mixup is not None and flow.needs_partner:
         yield f"mixup: {flow_is} pairs batches already; set mixup=null"
-    allowed = getattr(objective, "num_experts_allowed", None)
+    allowed = objective.num_experts_allowed
     if allowed is not None and method.num_experts not in allowed:
         yield (
             f"{objective_is}: method.num_experts = {method.num_experts}; it takes {' or '.join(map(str, allowed))}; "

@@ -69,6 +69,8 @@ class Objective(nn.Module, ABC):
     """2 where labels are [2, B], of the two batches of a pair; denominators still count pairs once."""
     extra_outputs: ClassVar[int] = 0
     """Outputs of an expert beyond its C scores, which come first."""
+    num_experts_allowed: ClassVar[tuple[int, ...] | None] = None
+    """Numbers of experts that it takes, where not every one from 1 to 8."""
 
     def __init__(self, config: Any, counts_C: Tensor, num_experts: int) -> None:
         super().__init__()

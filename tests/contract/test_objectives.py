@@ -62,7 +62,7 @@ def draw(*shape, seed=0) -> Tensor:
 
 def allowed(name) -> tuple[int, ...] | None:
     """Numbers of experts that an objective says it takes; None: any."""
-    return getattr(registry.piece("objective", name), "num_experts_allowed", None)
+    return registry.piece("objective", name).num_experts_allowed
 
 
 def prepare_lfme(objective) -> None:
