@@ -178,8 +178,8 @@ def size(data: str, method: str) -> dict[str, Any]:
         chosen = [f"method={method}", f"schedule={method}_fashion_mnist_lt", *CIFAR, "dataset.num_classes=10"]
     if method == "ride_distill":
         chosen.append("method.stages.train.teachers.teacher.run=runs/teacher")
-    found = plan(load_config(chosen))
-    return {"parameters": found.whole("parameters"), "multiply_adds": found.whole("multiply_adds")}
+    size = plan(load_config(chosen)).final.size
+    return {"parameters": size.parameters, "multiply_adds": size.work}
 
 
 def markdown(record: dict[str, Any]) -> str:

@@ -8,9 +8,12 @@ import resource
 import socket
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
+
+from orchestration.hangs import own_stacks
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,35 @@ class Worker:
                 "install a CUDA build of torch on every node, or set cluster.gpus_per_worker=0"
             )
         self._beat = time.monotonic()
-        return {"pid": os.getpid(), "node": ray.util.get_node_ip_address(), "host": socket.gethostname()}
+        return {
+            "pid": os.getpid(),
+            "node": ray.util.get_node_ip_address(),
+            "node_id": ray.get_runtime_context().get_node_id(),
+            "host": socket.gethostname(),
+        }
+
+    def warm_up(self, engine: str, dataset: dict[str, Any]) -> dict[str, Any]:
+        """Do ahead of time what takes long when a place is to be filled. Returns what `load_libraries` does."""
+        found = self.load_libraries(engine)
+        from orchestration.config import DatasetConfig
+
+        self._open(DatasetConfig.model_validate(dataset))
+        return found
+
+    def sees(self, path: str, text: str) -> bool:
+        """Whether a file is there for this worker, with this text in it."""
+        try:
+            return text in Path(path).read_text()
+        except OSError:
+            return False
+
+    def _open(self, config: Any) -> Any:
+        """A dataset, opened once for all stages."""
+        from experts.data.dataset import open_dataset
+
+        if self._dataset is None or self._dataset[0] != config:
+            self._dataset = config, open_dataset(config)
+        return self._dataset[1]
 
     def open_world(self, workers: int) -> tuple[str, int]:
         """Rank 0 only: open the meeting point on a free port and say where it is."""
@@ -98,9 +129,8 @@ class Worker:
         """
         import torch
 
-        from experts.data.dataset import open_dataset
         from orchestration.config import RunConfig
-        from orchestration.mesh import Mesh, MeshShape, Rendezvous
+        from orchestration.mesh import Mesh, MeshShape, Rendezvous, use_network_of
         from orchestration.trainer import StageTrainer
 
         self._beat = time.monotonic()
@@ -108,12 +138,11 @@ class Worker:
         torch.set_num_threads(self.threads)
         config = RunConfig.model_validate(config_tree)
         marks = [time.time()]
-        if self._dataset is None or self._dataset[0] != config.dataset:
-            self._dataset = config.dataset, open_dataset(config.dataset)
-        dataset = self._dataset[1]
+        dataset = self._open(config.dataset)
         self._beat = time.monotonic()
         marks.append(time.time())
         shape = MeshShape(seat.num_experts, seat.experts_per_worker, seat.replicas)
+        use_network_of(ray.util.get_node_ip_address())
         if seat.rank:
             self._rendezvous = Rendezvous(
                 seat.address, shape.workers, port=seat.port, host_here=False, timeout_s=seat.timeout_s
@@ -146,12 +175,24 @@ class Worker:
 
         self._beat = time.monotonic()  # the pause before this call was the driver's
         torch.set_num_threads(self.threads)
-        return self.trainer.train(until)
+        trained = self.trainer.train(until)
+        self._check_memory()
+        return trained
 
     def evaluate(self, split: str) -> Any:
         """See `StageTrainer.evaluate`."""
         self._beat = time.monotonic()
-        return self.trainer.evaluate(split)
+        found = self.trainer.evaluate(split)
+        self._check_memory()
+        return found
+
+    def _check_memory(self) -> None:
+        limit, held = self.trainer.config.cluster.memory_gib_per_worker, self.peak_memory_gib()
+        if limit is not None and held > limit:
+            raise MemoryError(
+                f"it held {held:.2f} GiB, cluster.memory_gib_per_worker = {limit:g}; raise it, or use more workers, "
+                f"fewer dataset.loader_processes or a smaller dataset.resident_mib"
+            )
 
     def save(self, folder: str) -> tuple[list[Any], dict[str, Any]]:
         """Files written, and the state that belongs to them."""
@@ -194,6 +235,11 @@ class Worker:
     def peak_memory_gib(self) -> float:
         """Most memory this worker's process has held, GiB."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    @ray.method(concurrency_group="watch")
+    def stacks(self) -> str:
+        """See `own_stacks`; answers beside the work."""
+        return own_stacks()
 
     @ray.method(concurrency_group="watch")
     def heartbeat(self) -> tuple[int, float]:

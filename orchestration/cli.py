@@ -37,7 +37,8 @@ overrides are group=choice (method, dataset, backbone, schedule, cluster) and a.
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0 done, 1 refused or failed, 2 misused, 130/143 stopped by a signal."""
+    """Run one command. Returns the exit code: 0 done, 1 refused or failed, 2 misused, 75 nodes taken away, 130 and 143
+    stopped by SIGINT and SIGTERM."""
     parser = _parser()
     options, words = parser.parse_known_args(argv)
     if words and (not hasattr(options, "overrides") or any(word.startswith("-") for word in words)):

@@ -266,6 +266,23 @@ class ClusterConfig(Settings):
     places for."""
     max_failures: Annotated[int, Field(ge=0)] = 5
     """Restarts in a row after a worker died, without a new checkpoint of the stage between, before the run gives up."""
+    max_preemptions: Annotated[int, Field(ge=0)] = 100
+    """Times that nodes may be taken away from one start of the command before it ends with exit status 75."""
+    standby: Annotated[int, Field(ge=0, le=8)] = 0
+    """Spare worker processes kept warm, libraries loaded and data opened, so that a dead worker is replaced in seconds.
+    Each holds about as much memory as a worker before training. CPU only."""
+    memory_gib_per_worker: Annotated[float, Field(gt=0)] | None = None
+    """Memory of a worker's process, GiB: asked of Ray when workers are placed, and a limit above which the run ends
+    with a message. Unset: whatever there is."""
+
+    @model_validator(mode="after")
+    def _spares_on_cpu(self) -> ClusterConfig:
+        if self.standby and self.gpus_per_worker:
+            raise ValueError(
+                f"standby = {self.standby} with gpus_per_worker = {self.gpus_per_worker}: spare processes are kept for "
+                f"CPU workers only; set standby=0"
+            )
+        return self
 
 
 class RunSettings(Settings):
@@ -321,6 +338,12 @@ class RunConfig(Settings):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    @property
+    def side_by_side(self) -> int:
+        """The most stages that train at once, where the cluster has places."""
+        widest = max(map(len, self.method.waves()))
+        return min(widest, self.cluster.side_by_side or widest)
 
     @property
     def run_name(self) -> str:

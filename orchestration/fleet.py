@@ -1,7 +1,8 @@
 """The workers of one mesh as Ray actors in one placement group: place, call together, notice death, start again.
 
 A worker that dies leaves its partners waiting in an exchange, so nothing here waits for all: the first failure ends the
-call, and `restart` kills the rest of the mesh and fills the same placement group anew.
+call. `mend` then fills the places of the dead, from warm spare processes where there are some; `kill` and `start` fill
+all of them anew.
 """
 
 from __future__ import annotations
@@ -12,25 +13,38 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestration.actors import Seat, Worker
 from orchestration.config import ClusterConfig, EngineConfig, RunConfig
+from orchestration.drain import draining_nodes
 from orchestration.mesh import MeshShape
 from orchestration.own_ray import start_own_ray
 
+_GIB = 2**30
 _MAX_THREADS = 8  # on one worker by default; small images do not use more
 _EXCHANGE_WORDS = ("gloo", "nccl", "torch/distributed", "torch.distributed")  # in the trace of a broken exchange
 
 
+_LEAVE_S = 5.0  # how long a survivor may take to give up a step that lost a partner
+
+
 class WorkerLost(RuntimeError):
-    """A worker died or hangs; the run can go on from its newest checkpoint."""
+    """A worker died or hangs; the run can go on from its newest checkpoint.
+
+    Attributes:
+        why: "failure"; "hang"; "memory", ended for using too much; "preemption", its node was taken away with notice.
+    """
+
+    def __init__(self, text: str, why: str = "failure") -> None:
+        super().__init__(text)
+        self.why = why
 
 
 @contextlib.contextmanager
@@ -111,15 +125,18 @@ def largest_share(workers: int, cpus_of_nodes: list[float]) -> float:
 
 
 def node_resources() -> dict[str, dict[str, float]]:
-    """All resources of every living node, by its address."""
+    """All resources of every living node that is not being drained, by its address."""
+    leaving = draining_nodes()
     return {
         f"{node['NodeManagerAddress']}/{node['NodeID'][:6]}": dict(node["Resources"])
         for node in ray.nodes()
-        if node["Alive"]
+        if node["Alive"] and node["NodeID"] not in leaving
     }
 
 
-def check_fits(workers: int, cpus: float, gpus: float, nodes: dict[str, dict[str, float]]) -> None:
+def check_fits(
+    workers: int, cpus: float, gpus: float, nodes: dict[str, dict[str, float]], memory_gib: float | None = None
+) -> None:
     """Refuse a placement that can never be met.
 
     Raises:
@@ -130,15 +147,22 @@ def check_fits(workers: int, cpus: float, gpus: float, nodes: dict[str, dict[str
         fits = [math.floor(node.get("CPU", 0.0) / cpus + 1e-6)]
         if gpus:
             fits.append(math.floor(node.get("GPU", 0.0) / gpus))
+        if memory_gib is not None:
+            fits.append(math.floor(node.get("memory", 0.0) / (memory_gib * _GIB)))
         return min(fits)
 
     possible = sum(places(node) for node in nodes.values())
     if possible < workers:
-        have = ", ".join(f"{name}: {n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs" for name, n in nodes.items())
+        memory = "" if memory_gib is None else f", {memory_gib:g} GiB"
+        have = ", ".join(
+            f"{name}: {n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs"
+            + (f", {n.get('memory', 0) / _GIB:.1f} GiB" if memory else "")
+            for name, n in nodes.items()
+        )
         raise ValueError(
-            f"cluster.workers = {workers}: wanted {workers} x ({cpus:g} CPUs, {gpus:g} GPUs), the cluster has places "
-            f"for {possible} ({have}); lower cluster.workers or cluster.cpus_per_worker (fractions are allowed), set "
-            f"cluster.gpus_per_worker=0, or add nodes"
+            f"cluster.workers = {workers}: wanted {workers} x ({cpus:g} CPUs, {gpus:g} GPUs{memory}), the cluster has "
+            f"places for {possible} ({have or 'no node'}); lower cluster.workers or cluster.cpus_per_worker (fractions "
+            f"are allowed), set cluster.gpus_per_worker=0, or add nodes"
         )
 
 
@@ -160,11 +184,14 @@ class Fleet:
         self._cpus, self._gpus = cluster_config.cpus_per_worker, cluster_config.gpus_per_worker
         self.workers: list[Any] = []
         self.hosts: list[dict[str, Any]] = []
-        check_fits(shape.workers, self._cpus, self._gpus, node_resources())
+        self._spares: list[tuple[Any, Any]] = []  # process, and the promise of what it says of itself once it is warm
+        self.check_room()
         self._group = self._reserve()
 
     def _reserve(self) -> PlacementGroup:
         bundle = {"CPU": self._cpus} | ({"GPU": float(self._gpus)} if self._gpus else {})
+        if self.config.cluster.memory_gib_per_worker is not None:
+            bundle["memory"] = self.config.cluster.memory_gib_per_worker * _GIB
         group = placement_group([bundle] * self.shape.workers, strategy="PACK")
         wait_s = self.config.cluster.placement_timeout_s
         if not group.wait(wait_s):
@@ -181,17 +208,84 @@ class Fleet:
 
     def start(self) -> None:
         """Create the actors and import their libraries, all at once."""
-        engine = self.config.engine
-        self.workers = [
+        self.workers, self.hosts = self._create(range(self.shape.workers)), []
+        self.hosts = self.call("load_libraries", self.config.engine.name)
+
+    def _create(self, ranks: Iterable[int], *, spare: bool = False) -> list[Any]:
+        """New processes in the places of some ranks; spare ones take no share of the CPUs there while they wait."""
+        return [
             Worker.options(  # type: ignore[attr-defined]
-                num_cpus=self._cpus,
-                num_gpus=self._gpus,
+                num_cpus=0 if spare else self._cpus,
+                num_gpus=0 if spare else self._gpus,
+                memory=0 if spare else (self.config.cluster.memory_gib_per_worker or 0) * _GIB,
                 max_restarts=0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=i),
-            ).remote(gpu=self._gpus > 0, threads=engine.threads)
-            for i in range(self.shape.workers)
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank),
+            ).remote(gpu=self._gpus > 0, threads=self.config.engine.threads)
+            for rank in ranks
         ]
-        self.hosts = self.call("load_libraries", engine.name)
+
+    def keep_spares(self) -> None:
+        """Start spare processes up to cluster.standby, without waiting until they are warm."""
+        missing = range(len(self._spares), self.config.cluster.standby)
+        data = self.config.model_dump(mode="json")["dataset"]
+        for spare in self._create([i % self.shape.workers for i in missing], spare=True):
+            self._spares.append((spare, spare.warm_up.remote(self.config.engine.name, data)))
+
+    def mend(self) -> int:
+        """Keep the workers that survived a loss and fill the other places. Returns how many spares were used.
+
+        On GPUs all are started again: who waits in an NCCL exchange for a dead partner does not come back.
+
+        Raises:
+            WorkerLost: as `call`.
+        """
+        if self._gpus or not self.hosts:
+            self.kill()
+            self.start()
+            return 0
+        lost = sorted(set(range(self.shape.workers)) - self._survivors())
+        for rank in lost:
+            with contextlib.suppress(RayError, ValueError):
+                ray.kill(self.workers[rank])
+        warm = dict(zip(lost, self._warm([self.hosts[rank]["node_id"] for rank in lost]), strict=False))
+        cold = [rank for rank in lost if rank not in warm]
+        for rank, worker in (warm | dict(zip(cold, self._create(cold), strict=True))).items():
+            self.workers[rank] = worker
+        self.hosts = self.call("load_libraries", self.config.engine.name)
+        return len(warm)
+
+    def _survivors(self) -> set[int]:
+        """Ranks of the workers that gave up their mesh in time."""
+        refs = {worker.leave.remote(): rank for rank, worker in enumerate(self.workers)}
+        done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=_LEAVE_S)
+        alive = set()
+        for ref in done:
+            with contextlib.suppress(RayError):
+                ray.get(ref)
+                alive.add(refs[ref])
+        return alive
+
+    def _warm(self, nodes: list[str]) -> list[Any]:
+        """A warm spare process for each of some nodes, as far as there are any; on that node if possible."""
+        ready = []
+        for spare in list(self._spares):
+            done, _ = ray.wait([spare[1]], timeout=0)
+            if done:
+                self._spares.remove(spare)
+                with contextlib.suppress(RayError):
+                    ready.append((ray.get(spare[1])["node_id"], spare[0]))
+        chosen = []
+        for node in nodes[: len(ready)]:
+            ready.sort(key=lambda found, node=node: found[0] != node)  # type: ignore[misc]
+            chosen.append(ready.pop(0)[1])
+        for _, unused in ready:
+            self._spares.append((unused, unused.load_libraries.remote(self.config.engine.name)))
+        return chosen
+
+    @property
+    def node_ids(self) -> list[str]:
+        """Of the workers, in the order of ranks."""
+        return [host["node_id"] for host in self.hosts]
 
     def build(self, stage: str, teachers: dict[str, str] | None = None) -> list[dict[str, Any]]:
         """Seat every worker in a new world and build its part of a stage.
@@ -244,27 +338,22 @@ class Fleet:
 
     def _diagnose(self, error: RayError, pending: list[Any]) -> Exception:
         """What a failed call means. A partner's broken exchange is often seen before the death that caused it."""
-        if isinstance(error, RayTaskError):
-            cause = error.cause
-            if isinstance(cause, ValueError | FloatingPointError | OSError):
-                return cause
-            if type(cause).__name__ == "OutOfMemoryError":
-                return ValueError(
-                    f"a worker's GPU is out of memory ({_last_line(str(cause))}); use more workers "
-                    f"(cluster.workers, cluster.experts_per_worker), or engine.precision=autocast"
-                )
-            later, _ = ray.wait(pending, num_returns=len(pending), timeout=3.0) if pending else ([], [])
-            for ref in later:
-                try:
-                    ray.get(ref)
-                except RayActorError as death:
-                    return WorkerLost(_words_of(death))
-                except RayError:
-                    continue
-            if any(word in str(error).lower() for word in _EXCHANGE_WORDS):
-                return WorkerLost(f"an exchange between workers failed: {_last_line(str(error))}")
-            return error
-        return WorkerLost(_words_of(error))
+        if not isinstance(error, RayTaskError):
+            return _loss(error)
+        found = _refusal(error)
+        if found is not None:
+            return found
+        later, _ = ray.wait(pending, num_returns=len(pending), timeout=3.0) if pending else ([], [])
+        for ref in later:
+            try:
+                ray.get(ref)
+            except (RayActorError, OutOfMemoryError) as death:
+                return _loss(death)
+            except RayError:
+                continue
+        if any(word in str(error).lower() for word in _EXCHANGE_WORDS):
+            return WorkerLost(f"an exchange between workers failed: {_last_line(str(error))}")
+        return error
 
     def check_room(self) -> None:
         """Whether the mesh can be started again in its places.
@@ -272,18 +361,33 @@ class Fleet:
         Raises:
             ValueError: the cluster has shrunk and the mesh no longer fits; wanted and available.
         """
-        check_fits(self.shape.workers, self._cpus, self._gpus, node_resources())
+        memory = self.config.cluster.memory_gib_per_worker
+        check_fits(self.shape.workers, self._cpus, self._gpus, node_resources(), memory)
 
     def kill(self) -> None:
-        """End the worker processes at once."""
+        """End the workers' processes at once; spare ones stay."""
         for worker in self.workers:
             with contextlib.suppress(RayError, ValueError):
                 ray.kill(worker)
         self.workers = []
 
+    def move(self) -> None:
+        """End all processes and reserve places anew, on nodes that are not being drained.
+
+        Raises:
+            ValueError: there are none.
+        """
+        self.close()
+        self.check_room()
+        self._group = self._reserve()
+
     def close(self) -> None:
         """End the workers and give their places back. Goes on past failures."""
         self.kill()
+        for spare, _ in self._spares:
+            with contextlib.suppress(RayError, ValueError):
+                ray.kill(spare)
+        self._spares = []
         with contextlib.suppress(RayError, ValueError):
             remove_placement_group(self._group)
 
@@ -308,16 +412,37 @@ class _Watch:
                 step, idle_s = ray.get(ref)
                 self._answered[refs[ref]] = time.monotonic()
                 if idle_s > self._limit_s:
-                    raise WorkerLost(f"worker {refs[ref]} has finished nothing for {idle_s:.0f} s, after step {step}")
+                    raise WorkerLost(
+                        f"worker {refs[ref]} has finished nothing for {idle_s:.0f} s, after step {step}", "hang"
+                    )
         for rank, at in sorted(self._answered.items(), key=lambda item: item[1]):
             if time.monotonic() - at > self._limit_s:
-                raise WorkerLost(f"worker {rank} has not answered for {self._limit_s:g} s")
+                raise WorkerLost(f"worker {rank} has not answered for {self._limit_s:g} s", "hang")
 
 
-def _words_of(error: RayError) -> str:
+def _refusal(error: RayTaskError) -> Exception | None:
+    """What a worker said in words that an operator can act on, if it did."""
+    cause = error.cause
+    if isinstance(cause, ValueError | FloatingPointError | OSError):
+        return cause
+    if isinstance(cause, MemoryError) or "can't allocate memory" in str(error):
+        return WorkerLost(f"a worker is out of memory: {_last_line(str(cause))}", "memory")
+    if type(cause).__name__ == "OutOfMemoryError":
+        return ValueError(
+            f"a worker's GPU is out of memory ({_last_line(str(cause))}); use more workers "
+            f"(cluster.workers, cluster.experts_per_worker), or engine.precision=autocast"
+        )
+    return None
+
+
+def _loss(error: RayError) -> WorkerLost:
+    """What the death of a worker means, in Ray's words."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "memory" in line.lower()] or lines
-    return f"a worker died: {telling[0] if telling else type(error).__name__}"
+    if isinstance(error, OutOfMemoryError):
+        text = next((line for line in lines if "memory" in line.lower()), "its node is nearly full")
+        return WorkerLost(f"a worker was ended, out of memory: {text}", "memory")
+    text = f"a worker died: {lines[0] if lines else type(error).__name__}"
+    return WorkerLost(text, "preemption" if getattr(error, "preempted", False) else "failure")
 
 
 def _last_line(text: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import queue
 import threading
@@ -23,19 +24,41 @@ from orchestration.checkpoint import Checkpoints
 from orchestration.compose import expand
 from orchestration.config import RunConfig, Source
 from orchestration.console import Console
-from orchestration.fleet import Fleet, WorkerLost, cluster, resolve_resources
+from orchestration.drain import Drained, DrainNotices, Preempted
+from orchestration.fleet import Fleet, WorkerLost, cluster, node_resources, resolve_resources
+from orchestration.hangs import keep_stacks
 from orchestration.journal import Journal
 from orchestration.mesh import MeshShape, mesh_shape
-from orchestration.run_folder import RunFolder
+from orchestration.run_folder import LOCK, RunFolder
 from orchestration.sources import check_sources, model_folder
 from orchestration.stage_run import GivenUp, Outcome, StageRun, Stopped, StopSignals, write_evaluations
 
+_MEMORY_RESTARTS = 1  # a worker that is out of memory will most likely be so again
+_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for what `ray job submit` starts
 _WAITS_FOR_NODES = 10  # times cluster.placement_timeout_s: how long a restart waits for a node that was lost
 
 
 def run_path(config: RunConfig) -> Path:
     """The folder a config's run lives in, absolute: workers may have been started elsewhere."""
     return Path(os.path.abspath(expand(config.run.dir))) / config.run_name
+
+
+def check_run_dir(config: RunConfig, nodes: int = 1) -> None:
+    """Refuse a run folder that would vanish with a job, or be another one on every node.
+
+    Raises:
+        ValueError: run.dir is relative, and this is a submitted job or a cluster of several nodes.
+    """
+    if Path(expand(config.run.dir)).is_absolute():
+        return
+    reason = f"the cluster has {nodes} nodes and each would have a folder of its own" if nodes > 1 else None
+    if os.environ.get(_JOB):
+        reason = "a submitted job starts in a copy of the working directory that vanishes with it"
+    if reason:
+        raise ValueError(
+            f"run.dir = {config.run.dir}: relative, and {reason}; needed an absolute path on storage that all nodes "
+            f"share; set run.dir=/..."
+        )
 
 
 def train(
@@ -58,12 +81,14 @@ def train(
         ValueError, FloatingPointError: something an operator can change.
         WorkerLost: a stage's workers died more often than cluster.max_failures without a new checkpoint between.
         Stopped: on SIGINT or SIGTERM, after a checkpoint.
+        Preempted: nodes were taken away, after a checkpoint, and there is no room left.
     """
     shape = mesh_shape(config.method.num_experts, config.cluster.workers, config.cluster.experts_per_worker)
     check_sources(config)
     # Signals after the connection: Ray sets a SIGTERM handler of its own when it connects.
     with cluster(config.cluster.address), StopSignals().watched() as signals:
         marks["ray"] = time.time()
+        check_run_dir(config, len(node_resources()))
         config = _resolved(config, folder, shape)
         fleet = Fleet(config, shape)
         try:
@@ -72,18 +97,12 @@ def train(
             fleet.close()
 
 
-def most_side_by_side(config: RunConfig) -> int:
-    """Stages that may train at once."""
-    widest = max(map(len, config.method.waves()))
-    return widest if config.cluster.side_by_side is None else min(widest, config.cluster.side_by_side)
-
-
 def _resolved(config: RunConfig, folder: RunFolder, shape: MeshShape) -> RunConfig:
     """The config with CPUs and threads filled in, the same threads as at the first start, stored in the run folder."""
     engine = config.engine
     if folder.started and engine.threads is None:
         engine = engine.model_copy(update={"threads": folder.stored_config().engine.threads})
-    cpus, threads = resolve_resources(config.cluster, engine, shape.workers * most_side_by_side(config))
+    cpus, threads = resolve_resources(config.cluster, engine, shape.workers * config.side_by_side)
     resolved = config.model_copy(
         update={
             "cluster": config.cluster.model_copy(update={"cpus_per_worker": cpus}),
@@ -113,7 +132,8 @@ class Run:
         self.signals, self.marks, self._begin_tracking = signals, marks, begin_tracking
         self.checkpoints = Checkpoints(folder.path, list(config.method.stages))
         self.journal = Journal(folder.path)
-        self.failures = 0
+        self.failures = self.preemptions = 0
+        self.drains = DrainNotices()
         self.cost = Cost(folder, config)
         self._described = False
         self._seated: dict[int, list[dict[str, Any]]] = {}
@@ -272,11 +292,18 @@ class Run:
         Raises:
             WorkerLost: there were too many.
         """
-        limit = self.config.cluster.max_failures
+        out_of_memory = loss.why == "memory"
+        limit = min(self.config.cluster.max_failures, _MEMORY_RESTARTS if out_of_memory else math.inf)
         if in_a_row > limit:
+            why = (
+                f"out of memory {in_a_row} times in a row; use larger nodes, more workers, a smaller "
+                f"dataset.resident_mib or fewer dataset.loader_processes"
+                if out_of_memory
+                else f"{in_a_row} failures, cluster.max_failures = {limit}, and no new checkpoint of stage {stage} "
+                f"between them"
+            )
             raise WorkerLost(
-                f"{loss}; {in_a_row} failures, cluster.max_failures = {limit}, and no new checkpoint of stage {stage} "
-                f"between them; the newest checkpoint is kept: the same command continues from it"
+                f"{loss}; {why}; the newest checkpoint is kept: the same command continues from it"
             ) from loss
         with self._changing:
             self.failures += 1
@@ -285,6 +312,36 @@ class Run:
         self.console.message(
             f"{loss}; starting the workers of stage {stage} again (failure {in_a_row} of at most {limit} without a new "
             f"checkpoint between)"
+        )
+
+    def preempted(self, notice: Exception, stage: str) -> None:
+        """Count nodes that were taken away.
+
+        Raises:
+            Preempted: that was once too often.
+        """
+        limit = self.config.cluster.max_preemptions
+        with self._changing:
+            self.preemptions += 1
+            happened = {"time": time.time(), "stage": stage, "what": str(notice)}
+            self.folder.note(preemptions=self.preemptions, last_preemption=happened)
+        if self.preemptions > limit:
+            raise Preempted(
+                f"{notice}; cluster.max_preemptions = {limit}; the newest checkpoint is kept: the same command "
+                f"continues from it"
+            ) from notice
+        self.console.message(
+            f"{notice}; moving stage {stage} to other nodes (preemption {self.preemptions} of at most {limit})"
+        )
+
+    def recovered(self, stage: str, seconds: dict[str, float], again: int) -> None:
+        """Note how long a stage stood still, by what it waited for."""
+        with self._changing:
+            recovery = {"time": time.time(), "stage": stage, "steps_again": again, "seconds": seconds}
+            self.folder.note(recoveries=[*self.folder.run().get("recoveries", []), recovery])
+        spans = ", ".join(f"{name} {span:.1f}" for name, span in seconds.items() if name != "total")
+        self.console.message(
+            f"stage {stage} trains again after {seconds['total']:.1f} s ({spans}); {again} steps taken again"
         )
 
 
@@ -302,26 +359,78 @@ class Lane:
         """Train a stage from its newest checkpoint, or its beginning, to its end; again after each loss of a worker."""
         run, fleet = self._run, self._fleet
         in_a_row, reached = 0, -1
+        pause: Pause | None = None
+        training: StageRun | None = None
         while True:
             run.check_wanted(stage)
             try:
                 if not fleet.workers:
                     run.cost.change(fleet.shape.workers)
                     fleet.start()
+                    self._check_shared()
+                elif pause is not None:
+                    fleet.mend()
                 run.started(fleet, stage)
-                return StageRun(run, stage, fleet, self._console, before=before).carry_out()
+                if pause is not None:
+                    pause.mark("workers")
+                training = StageRun(run, stage, fleet, self._console, before=before, pause=pause)
+                fleet.keep_spares()
+                return training.carry_out()
+            except Drained as notice:
+                pause = Pause(training)
+                run.preempted(notice, stage)
+                self._move(stage, notice)
             except WorkerLost as loss:
-                fleet.kill()
-                run.cost.change(-fleet.shape.workers)
+                pause = Pause(training)
+                if loss.why == "hang":
+                    self._console.message(keep_stacks(fleet.workers, fleet.hosts, run.folder.path / "hangs"))
                 run.check_wanted(stage)
+                if loss.why == "preemption":
+                    run.preempted(loss, stage)
+                    self._move(stage, loss)
+                    continue
                 newest = run.checkpoints.newest(stage, self._console.message)
                 now = newest.state["step"] if newest else 0
                 in_a_row = 1 if now > reached else in_a_row + 1
                 reached = now
+                if loss.why != "failure" or in_a_row > 1:  # what hangs or is full does not survive
+                    self._end_workers()
                 run.lost(loss, stage, in_a_row)
-                self._wait_for_places(stage)
+                self._wait(stage, fleet.check_room)
 
-    def _wait_for_places(self, stage: str) -> None:
+    def _end_workers(self) -> None:
+        self._run.cost.change(-len(self._fleet.workers))
+        self._fleet.kill()
+
+    def _move(self, stage: str, notice: Exception) -> None:
+        """Leave nodes that are taken away.
+
+        Raises:
+            Preempted: no other has room, and none has come.
+        """
+        self._end_workers()
+        try:
+            self._wait(stage, self._fleet.move)
+        except ValueError as reason:
+            raise Preempted(
+                f"{notice}; {reason}; the newest checkpoint is kept: the same command continues from it"
+            ) from reason
+
+    def _check_shared(self) -> None:
+        """Refuse workers that do not see the run folder.
+
+        Raises:
+            ValueError: names the first node that sees another one.
+        """
+        folder, fleet = self._run.folder, self._fleet
+        for host, seen in zip(fleet.hosts, fleet.call("sees", str(folder.path / LOCK), folder.token), strict=True):
+            if not seen:
+                raise ValueError(
+                    f"run.dir = {folder.path.parent}: node {host['node']} does not see this run's folder there; "
+                    f"needed a folder on storage that all nodes share, at the same path on each; set run.dir"
+                )
+
+    def _wait(self, stage: str, for_room: Callable[[], None]) -> None:
         """Wait a while for a node that was lost with its workers.
 
         Raises:
@@ -331,7 +440,7 @@ class Lane:
         end, told = time.monotonic() + wait_s, False
         while True:
             try:
-                return self._fleet.check_room()
+                return for_room()
             except ValueError as reason:
                 if time.monotonic() >= end:
                     raise
@@ -340,6 +449,29 @@ class Lane:
                     told = True
             self._run.check_wanted(stage)
             time.sleep(min(1.0, wait_s / 10))
+
+
+class Pause:
+    """The time between a loss and the next step.
+
+    Args:
+        training: what was interrupted; None if it had not begun.
+    """
+
+    def __init__(self, training: StageRun | None) -> None:
+        self.step = training.step if training is not None else 0
+        self._last = self._begun = time.monotonic()
+        self._spans: dict[str, float] = {}
+
+    def mark(self, name: str) -> None:
+        """Something was waited for until now."""
+        now = time.monotonic()
+        self._spans[name] = round(now - self._last, 2)
+        self._last = now
+
+    def spans(self) -> dict[str, float]:
+        """Seconds by what was waited for, and in all."""
+        return self._spans | {"total": round(self._last - self._begun, 2)}
 
 
 class Cost:

@@ -21,13 +21,18 @@ import psutil
 from orchestration import __version__
 from orchestration.compose import from_yaml, to_yaml
 from orchestration.config import RunConfig, config_hash, difference, identity
+from orchestration.tracking_contents import redact
 
-CONFIG, RUN, DATA = "config.yaml", "run.json", "data.json"
+CONFIG, RUN, DATA, LOCK = "config.yaml", "run.json", "data.json", ".lock"
 _LIBRARIES = ("torch", "torchvision", "ray", "deepspeed", "mlflow", "numpy", "safetensors", "pydantic")
 
 
 class RunFolder:
     """One run's folder, held by one process at a time.
+
+    Attributes:
+        path: the folder.
+        token: in its lock file as long as this process holds it, for whoever wants to know whether he sees the same.
 
     Args:
         path: the folder; made if missing.
@@ -41,7 +46,7 @@ class RunFolder:
         self._changing = threading.Lock()
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(path / ".lock", "a+")  # noqa: SIM115  (held for as long as the run lasts)
+            self._lock = open(path / LOCK, "a+")  # noqa: SIM115  (held for as long as the run lasts)
         except OSError as error:
             raise ValueError(
                 f"{path}: the run folder cannot be written ({error.strerror}); "
@@ -51,14 +56,15 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lock.seek(0)
-            holder = self._lock.read().strip() or "another process"
+            holder = next(iter(self._lock.read().splitlines()), "another process")
             self._lock.close()
             raise ValueError(
                 f"{path}: the run is already being carried out by {holder}; wait for it, stop it, or set another "
                 f"run.name"
             ) from error
+        self.token = uuid.uuid4().hex
         self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {platform.node()}")
+        self._lock.write(f"process {os.getpid()} on {platform.node()}\n{self.token}\n")
         self._lock.flush()
 
     def close(self) -> None:
@@ -96,13 +102,15 @@ class RunFolder:
             )
 
     def write(self, config: RunConfig) -> None:
-        """Store the resolved config."""
-        write_atomic(self.path / CONFIG, to_yaml(config))
+        """Store the resolved config, without the password that tracking.uri may hold."""
+        uri = None if config.tracking.uri is None else redact(config.tracking.uri)
+        kept = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
+        write_atomic(self.path / CONFIG, to_yaml(kept))
 
     def describe(self, config: RunConfig, hosts: list[dict[str, Any]], shape: dict[str, int]) -> None:
         """Add this start to run.json: command, versions, host, mesh."""
         found = {
-            "command": shlex.join(["expertail", *sys.argv[1:]]),
+            "command": redact(shlex.join(["expertail", *sys.argv[1:]])),
             "commit": _commit(),
             "config_hash": config_hash(config),
             "seed": config.seed,

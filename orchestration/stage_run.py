@@ -22,13 +22,14 @@ from aggregation.metrics import Scores, groups_by_count, groups_by_index
 from orchestration.checkpoint import Checkpoint, DamagedCheckpoint, verify
 from orchestration.config import RunConfig
 from orchestration.console import Console
+from orchestration.drain import Drained, Preempted
 from orchestration.fleet import Fleet
 from orchestration.run_folder import RunFolder
 from orchestration.sources import stage_classes, weights_of
 from orchestration.trainer import Interval
 
 if TYPE_CHECKING:
-    from orchestration.run import Run
+    from orchestration.run import Pause, Run
 
 _INTERVAL_S = 1.0  # how often the driver hears from training
 
@@ -97,10 +98,13 @@ class StageRun:
         fleet: started.
         console: told what happens.
         before: optimiser steps of the stages that came before.
+        pause: since a loss, if there was one; ends with the first step.
     """
 
-    def __init__(self, run: Run, stage: str, fleet: Fleet, console: Console, *, before: int = 0) -> None:
-        self.run, self.stage, self.fleet, self.console = run, stage, fleet, console
+    def __init__(
+        self, run: Run, stage: str, fleet: Fleet, console: Console, *, before: int = 0, pause: Pause | None = None
+    ) -> None:
+        self.run, self.stage, self.fleet, self.console, self._pause = run, stage, fleet, console, pause
         self.journal, self.config, self.folder, self.checkpoints = run.journal, run.config, run.folder, run.checkpoints
         settings = self.config.method.stages[stage]
         self.epochs = settings.epochs
@@ -109,6 +113,8 @@ class StageRun:
         teachers = {name: str(run.model(teacher)) for name, teacher in settings.teachers.items()}
         self.seen = self.fleet.build(stage, teachers)
         run.marks.setdefault("built", time.time())
+        if pause is not None:
+            pause.mark("built")
         data = self._note_data()
         self.data_classes = len(data["counts"])
         self.counts = [data["counts"][c] for c in stage_classes(self.config, stage, data["counts"])]
@@ -133,6 +139,8 @@ class StageRun:
             self._go_on_from(newest)
         else:
             self._begin()
+        if pause is not None:
+            pause.mark("loaded")
 
     def _begin(self) -> None:
         """The first weights of the stage, and what its objective must see before the first step."""
@@ -220,6 +228,10 @@ class StageRun:
         first, before = self.step, time.monotonic()
         interval: Interval = self.fleet.call("train", until)[0]
         self.step = until
+        if self._pause is not None:
+            self._pause.mark("first step")
+            self.run.recovered(self.stage, self._pause.spans(), max(0, self._pause.step - first))
+            self._pause = None
         self._pace = (until - first) / (time.monotonic() - before)
         self._note(first, interval)
         every = self.config.run.checkpoint_every_steps
@@ -228,7 +240,8 @@ class StageRun:
         if evaluated:
             self._evaluate(count=True)
         stop, given_up = self.run.signals.received, self.run.signals.given_up.is_set()
-        if evaluated or self.step % every == 0 or stop is not None or given_up:
+        drained = self.run.drains.among([*self.fleet.node_ids, self.run.drains.own_node]) if self.step < target else []
+        if evaluated or self.step % every == 0 or stop is not None or given_up or drained:
             self._save()
         if given_up and stop is None:
             raise GivenUp(f"stage {self.stage} stopped after step {self.step}")
@@ -238,6 +251,14 @@ class StageRun:
                 f"stopped after step {self.step} of {self.total_steps} of stage {self.stage}; the same command "
                 f"continues from there",
             )
+        if self.run.drains.own_node in drained:
+            raise Preempted(
+                f"the node of this command is being taken away; stopped after step {self.step} of {self.total_steps} "
+                f"of stage {self.stage}, with a checkpoint; the same command continues from there"
+            )
+        if drained:
+            nodes = sorted({h["node"] for h in self.fleet.hosts if h["node_id"] in drained})
+            raise Drained(f"{', '.join(nodes)} will be taken away; checkpoint written after step {self.step}")
 
     def _next_stop(self, target: int) -> int:
         """The step of the next thing to do, at most an interval away."""

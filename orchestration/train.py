@@ -8,15 +8,17 @@ import time
 from pathlib import Path
 
 from orchestration import tracking
-from orchestration.compose import expand
+from orchestration.compose import expand, from_yaml
 from orchestration.config import RunConfig
 from orchestration.console import Console
+from orchestration.drain import Preempted
 from orchestration.finish import export, table
 from orchestration.mesh import mesh_shape
-from orchestration.run import read_evaluations, run_path, train
+from orchestration.run import check_run_dir, read_evaluations, run_path, train
 from orchestration.run_folder import CONFIG, DATA, RunFolder, write_atomic
 from orchestration.sources import check_sources
 from orchestration.stage_run import Outcome, Stopped
+from orchestration.tracking_contents import STUDY_FILE, read_json
 
 _SHORT_WAIT_S = 10.0  # for the upload when a run did not end well: the message should not wait for it
 
@@ -25,6 +27,7 @@ def train_and_report(config: RunConfig, marks: dict[str, float]) -> int:
     """Carry out a run and leave report, models and final table. Returns the exit code."""
     mesh_shape(config.method.num_experts, config.cluster.workers, config.cluster.experts_per_worker)  # refuse early
     check_sources(config)
+    check_run_dir(config)
     folder = RunFolder(run_path(config))
     try:
         if folder.started and is_complete(folder, config):
@@ -53,7 +56,7 @@ def _train(config: RunConfig, folder: RunFolder, marks: dict[str, float]) -> int
             outcome = train(config, folder, console, marks, uploader.begin)
         _report(config, folder, outcome)
     except BaseException as problem:
-        stopped = isinstance(problem, Stopped | KeyboardInterrupt)
+        stopped = isinstance(problem, Stopped | Preempted | KeyboardInterrupt)
         if (folder.path / CONFIG).exists():
             folder.note(status="stopped" if stopped else "failed", problem=str(problem))
         uploader.end("KILLED" if stopped else "FAILED", wait_s=min(_SHORT_WAIT_S, config.tracking.final_wait_s))
@@ -110,12 +113,14 @@ def tracking_uri(config: RunConfig) -> str:
 
 
 def sync_run(run: str, uri: str | None) -> str | None:
-    """Upload what a run's server does not have yet. Returns None, or what is still missing and why.
+    """Upload what a run's server does not have yet, or that of a study and all its runs. Returns None, or what is still missing and why.
 
     Raises:
         ValueError: there is no such run, or its folder is damaged.
     """
     path = Path(run)
+    if (path / STUDY_FILE).is_file():
+        return _sync_study(path, uri)
     if not (path / "config.yaml").is_file():
         raise ValueError(f"{path}: not a run folder (no config.yaml); needed one that `expertail train` made")
     folder = RunFolder(path)
@@ -124,3 +129,14 @@ def sync_run(run: str, uri: str | None) -> str | None:
         return tracking.sync(path, uri or tracking_uri(config), config.tracking.experiment, path.name)
     finally:
         folder.close()
+
+
+def _sync_study(path: Path, uri: str | None) -> str | None:
+    runs = [path.parent / run["run"] for run in read_json(path / STUDY_FILE)["runs"]]
+    begun = [run for run in runs if (run / CONFIG).is_file()]
+    if not begun:
+        raise ValueError(f"{path}: none of its runs was begun; needed one at least, start the sweep again")
+    problems = [sync_run(str(run), uri) for run in begun]
+    config = from_yaml(begun[0] / CONFIG)
+    problems.append(tracking.sync(path, uri or tracking_uri(config), config.tracking.experiment, path.name))
+    return "\n".join(filter(None, problems)) or None

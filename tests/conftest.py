@@ -85,16 +85,15 @@ def lend(pool, monkeypatch):
     """Let fleets use workers of the pool in place of fresh ones in a placement group of their own."""
     from orchestration.fleet import Fleet
 
-    def start(fleet):
-        fleet.workers = pool.take(fleet.shape.workers, fleet.config.engine.name)
-        fleet.hosts = fleet.call("load_libraries", fleet.config.engine.name)
+    def create(fleet, ranks, *, spare=False):
+        return pool.take(len(ranks), fleet.config.engine.name)
 
     def close(fleet):
         pool.give_back(fleet.workers)
         fleet.workers = []
 
     monkeypatch.setattr(Fleet, "_reserve", lambda fleet: None)
-    monkeypatch.setattr(Fleet, "start", start)
+    monkeypatch.setattr(Fleet, "_create", create)
     monkeypatch.setattr(Fleet, "close", close)
 
 

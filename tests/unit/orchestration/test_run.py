@@ -12,6 +12,7 @@ from orchestration import run as module
 from orchestration.checkpoint import write_file
 from orchestration.compose import load_config
 from orchestration.console import Console
+from orchestration.drain import Drained, Preempted
 from orchestration.fleet import WorkerLost
 from orchestration.mesh import MeshShape
 from orchestration.run import Run
@@ -31,6 +32,19 @@ class FakeFleet:
     def start(self):
         self.events.append(f"start {self.name}")
         self.workers = ["worker"]
+
+    def mend(self):
+        self.events.append(f"mend {self.name}")
+
+    def keep_spares(self):
+        pass
+
+    def call(self, method, *args):
+        return [True]
+
+    def move(self):
+        self.events.append(f"move {self.name}")
+        self.check_room()
 
     def kill(self):
         self.workers = []
@@ -57,8 +71,8 @@ def make_run(tmp_path, events, monkeypatch):
 
     def make(acts, rooms=(), words=LFME):
         class FakeStage:
-            def __init__(self, run, stage, fleet, console, *, before=0):
-                self.stage = stage
+            def __init__(self, run, stage, fleet, console, *, before=0, pause=None):
+                self.stage, self.step = stage, 0
 
             def carry_out(self):
                 events.append(f"train {self.stage}")
@@ -104,7 +118,8 @@ def test_failures_without_a_new_checkpoint_end_the_run_at_the_limit(make_run, mo
     at(monkeypatch, run, [None, None, None])
     with pytest.raises(WorkerLost, match=r"3 failures, .* no new checkpoint of stage many"):
         lane(run)
-    assert events.count("start main") == 3
+    begun = [e for e in events if e.endswith("main")]
+    assert begun == ["start main", "mend main", "start main"], "survivors are kept after the first loss only"
     assert run.folder.run()["failures"] == 2
 
 
@@ -126,7 +141,7 @@ def test_a_restart_waits_for_a_lost_node(make_run, events):
     missing = ValueError("cluster.workers = 1: places for 0")
     run = make_run({"many": [*deaths(1), None]}, rooms=[missing, missing, None])
     assert lane(run).finished
-    assert events == ["start main", "train many", "room?", "room?", "room?", "start main", "train many"]
+    assert events == ["start main", "train many", "room?", "room?", "room?", "mend main", "train many"]
 
 
 def test_a_node_that_does_not_come_back_ends_the_run(make_run, events):
@@ -159,6 +174,51 @@ def test_workers_that_die_after_a_signal_are_not_started_again(make_run, events)
     assert events == ["start main"]
 
 
+@pytest.mark.parametrize(("why", "begun"), [("hang", "start main"), ("failure", "mend main")])
+def test_workers_of_a_mesh_that_hung_are_all_started_again(make_run, events, why, begun):
+    run = make_run({"many": [WorkerLost("lost", why), None]})
+    assert lane(run).finished
+    assert [e for e in events if e.endswith("main")] == ["start main", begun]
+
+
+def test_out_of_memory_is_tried_once_more_and_not_for_ever(make_run):
+    run = make_run({"many": [WorkerLost("full", "memory") for _ in range(3)]})
+    with pytest.raises(WorkerLost, match="out of memory 2 times in a row; use larger nodes"):
+        lane(run)
+    assert run.folder.run()["failures"] == 1
+
+
+def test_preemptions_have_a_budget_of_their_own(make_run, events):
+    """Two preemptions are allowed and no failure counts; the third ends with exit status 75."""
+    words = [*LFME, "cluster.max_preemptions=2"]
+    run = make_run({"many": [Drained("node a"), WorkerLost("node b", "preemption"), None]}, words=words)
+    assert lane(run).finished
+    assert run.folder.run()["preemptions"] == 2
+    assert "failures" not in run.folder.run()
+
+    run = make_run({"many": [Drained("node a") for _ in range(3)]}, words=words)
+    with pytest.raises(Preempted, match=r"cluster.max_preemptions = 2") as ended:
+        lane(run)
+    assert ended.value.exit_code == 75
+
+
+def test_nodes_taken_away_without_room_elsewhere_end_the_run_with_the_status_for_it(make_run):
+    run = make_run({"many": [Drained("node a will be taken away")]}, rooms=[ValueError("places for 0")] * 1000)
+    with pytest.raises(Preempted, match=r"node a .*places for 0.*the same command continues"):
+        lane(run)
+
+
+def test_a_run_folder_that_would_vanish_is_refused(monkeypatch):
+    config = load_config([*LFME, "run.dir=runs"])
+    module.check_run_dir(config)
+    with pytest.raises(ValueError, match=r"run.dir = runs: relative, and the cluster has 2 nodes.*set run.dir=/"):
+        module.check_run_dir(config, 2)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(ValueError, match=r"run.dir = runs: relative, and a submitted job .* vanishes"):
+        module.check_run_dir(config)
+    module.check_run_dir(load_config([*LFME, "run.dir=/shared/runs"]), 2)
+
+
 def test_hours_are_counted_for_a_fleet_that_dies_while_it_starts(make_run):
     run = make_run({"many": [None]})
     fleet, starts = run.fleet, []
@@ -169,7 +229,7 @@ def test_hours_are_counted_for_a_fleet_that_dies_while_it_starts(make_run):
         if len(starts) == 1:
             raise WorkerLost("a worker died")
 
-    fleet.start = start
+    fleet.start = fleet.mend = start
     lane(run)
     assert starts == [1, 1]
     assert run.cost._workers == 1

@@ -1,0 +1,168 @@
+"""What the driver does about deaths, full memory and nodes that are taken away, on real workers and nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests import runs
+
+pytestmark = [pytest.mark.ray, pytest.mark.drill]
+
+TWO = ["cluster.workers=2", "cluster.experts_per_worker=3", "cluster.cpus_per_worker=0.5"]
+# Long enough for things to happen to it, and it ends early.
+LONG = [w for w in runs.SMALL if "epochs" not in w] + [
+    "method.stages.train.epochs=2000",
+    "run.evaluate_every_epochs=2000",
+]
+
+
+def run_json(folder):
+    return json.loads((folder / "run.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def calm(warm_pool, tmp_path_factory):
+    """150 steps on two workers that nothing happened to."""
+    from _pytest.monkeypatch import MonkeyPatch
+
+    from tests.conftest import lend
+
+    folder = tmp_path_factory.mktemp("calm") / "run"
+    with MonkeyPatch.context() as patch:
+        lend(warm_pool, patch)
+        assert runs.train(folder, *TWO, "run.max_steps=150", common=LONG) == 0
+    return folder
+
+
+def same(folder, calm):
+    assert runs.losses(folder) == runs.losses(calm)
+    newest = [sorted((f / "checkpoints").glob("[0-9]*"))[-1] for f in (folder, calm)]
+    files = [{p.name: p.read_bytes() for p in path.glob("*.safetensors")} for path in newest]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(("standby", "limit_s"), [(1, 10), (0, 25)])
+def test_a_dead_worker_is_replaced_in_time(standby, limit_s, calm, local_ray, tmp_path, record_property):
+    """From the kill to the next new step on the clock of the journal; with what it was made of."""
+    folder = tmp_path / "run"
+    process = runs.start(folder, *TWO, "run.max_steps=150", f"cluster.standby={standby}", common=LONG)
+    try:
+        runs.wait_for_step(folder, 30)
+        time.sleep(20 * standby)  # until the spare is warm
+        reached = max(runs.losses(folder))
+        assert reached < 150, "the run must outlast its spare's start"
+        os.kill(run_json(folder)["workers"][1]["pid"], signal.SIGKILL)
+        killed_at = time.time()
+        output, _ = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    (recovery,) = run_json(folder)["recoveries"]
+    again = min(r["time"] for r in runs.records(folder) if r["name"] == "train/loss" and r["time"] > killed_at + 0.5)
+    record_property("recovery_s", again - killed_at)
+    record_property("breakdown", recovery["seconds"])
+    print(f"standby {standby}: {again - killed_at:.1f} s, {recovery}")
+    assert "trains again after" in output
+    assert recovery["steps_again"] <= 4
+    assert again - killed_at < limit_s, recovery
+    same(folder, calm)
+
+
+def test_a_worker_over_its_memory_ends_the_run_with_the_reason(local_ray, tmp_path):
+    folder = tmp_path / "run"
+    process = runs.start(folder, "cluster.memory_gib_per_worker=0.3")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 1, output
+    assert "cluster.memory_gib_per_worker = 0.3" in output
+    assert "out of memory 2 times in a row" in output
+    assert "Traceback" not in output
+    assert run_json(folder)["failures"] == 1
+
+
+def test_a_worker_that_the_memory_monitor_ends_is_told_so_and_not_tried_for_ever(tmp_path):
+    """Ray ends workers once a node holds more than a threshold; here that is below what the node holds already."""
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {
+        "RAY_memory_monitor_refresh_ms": "100",
+        "RAY_memory_usage_threshold": "0.01",
+    }
+    command = [sys.executable, "-m", "orchestration", "train", *runs.SMALL, f"run.dir={tmp_path}", "run.name=run"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "out of memory" in done.stderr
+    assert "2 times in a row" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def two_nodes():
+    """A head with room for the driver alone, and two nodes of two cores."""
+    from ray.cluster_utils import Cluster
+
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        nodes.add_node(num_cpus=2, resources={"first": 1})
+        yield nodes
+    finally:
+        nodes.shutdown()
+
+
+def drain(address, node_id):
+    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", address, "--node-id", node_id]
+    why = [
+        "--reason",
+        "DRAIN_NODE_REASON_PREEMPTION",
+        "--reason-message",
+        "spot",
+        "--deadline-remaining-seconds",
+        "600",
+    ]
+    subprocess.run([*command, *why], check=True, capture_output=True, timeout=60)
+
+
+def test_a_node_that_is_drained_is_left_after_a_checkpoint(calm, two_nodes, tmp_path):
+    """A notice for the workers' node costs no step: they move to the other; the failures stay at none."""
+    folder = tmp_path / "run"
+    process = runs.start(folder, *TWO, "run.max_steps=150", common=LONG, address=two_nodes.address)
+    try:
+        runs.wait_for_step(folder, 20)
+        two_nodes.add_node(num_cpus=2)
+        before = run_json(folder)["workers"][0]
+        drain(two_nodes.address, before["node_id"])
+        output, _ = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    assert "will be taken away; checkpoint written after step" in output
+    found = run_json(folder)
+    assert found["preemptions"] == 1
+    assert "failures" not in found
+    assert found["recoveries"][0]["steps_again"] == 0
+    assert found["workers"][0]["node_id"] != before["node_id"]
+    same(folder, calm)
+
+
+def test_a_drained_cluster_without_another_node_ends_with_status_75_and_goes_on_later(calm, two_nodes, tmp_path):
+    folder = tmp_path / "run"
+    words = [*TWO, "run.max_steps=150", "cluster.placement_timeout_s=1"]
+    process = runs.start(folder, *words, common=LONG, address=two_nodes.address)
+    try:
+        runs.wait_for_step(folder, 20)
+        drain(two_nodes.address, run_json(folder)["workers"][0]["node_id"])
+        output, _ = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    assert process.returncode == 75, output
+    assert "the same command continues from it" in output
+    assert run_json(folder)["status"] == "stopped"
+    two_nodes.add_node(num_cpus=2)
+    again = runs.start(folder, *words, common=LONG, address=two_nodes.address)
+    output, _ = again.communicate(timeout=240)
+    assert again.returncode == 0, output
+    same(folder, calm)
