@@ -47,7 +47,7 @@ bench: setup
 	@echo 'with data at hand: benchmarks/loader.py, benchmarks/learning_check.py'
 
 audit: setup
-	$(BIN)/pip-audit --strict --disable-pip -r constraints.txt
+	$(BIN)/python .ci/audit.py
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info

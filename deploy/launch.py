@@ -2,8 +2,9 @@
 
     ray submit CLUSTER.yaml deploy/launch.py -- train method=ride dataset=cifar100_lt dataset.root=/data/cifar
 
-Where expertail is not installed on the nodes, its checkout is looked for beside this file's folder, in EXPERTAIL_ROOT
-and in the current folder; it must lie at the same path on every node.
+The run uses the Ray of that node, unless RAY_ADDRESS or cluster.address names another. Where expertail is not installed
+on the nodes, its checkout is looked for beside this file's folder, in EXPERTAIL_ROOT and in the current folder; it must
+lie at the same path on every node.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 def main(arguments: list[str]) -> int:
     """Run one expertail command and return its exit code."""
+    os.environ.setdefault("RAY_ADDRESS", "auto")
     if importlib.util.find_spec("orchestration") is None:
         root = _checkout()
         if root is None:

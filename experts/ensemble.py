@@ -6,7 +6,7 @@ Shapes: E experts, e of them held here, B images, D features, C classes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -187,6 +187,24 @@ def part_of(name: str) -> str:
         return "trunk"
     kind = words[1] if words[0] == "shared" else words[2]
     return {"features": "features", "head": "heads", "gate": "gates", "router": "gates"}[kind]
+
+
+def freeze(model: Ensemble, learning: Collection[str]) -> list[nn.Module]:
+    """Make only some parts of an ensemble learn.
+
+    Args:
+        model: gradients of its parameters are switched on and off.
+        learning: of "trunk", "features", "heads" and "gates".
+
+    Returns:
+        Trunk and features, as far as they do not learn; their BatchNorms may have to be kept still.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) in learning)
+    frozen: list[nn.Module] = [] if "trunk" in learning else [model.trunk]
+    if "features" not in learning:
+        frozen += [expert.features for expert in model.members()]
+    return frozen
 
 
 def check_names(expert_names: Sequence[str]) -> None:

@@ -158,6 +158,8 @@ class LFME(Objective):
             return TEACHERS
 
     couples: ClassVar[bool] = False
+    prepares: ClassVar[bool] = True
+    observes: ClassVar[bool] = True
     num_experts_allowed: ClassVar[tuple[int, ...]] = (1,)
     lowest_C: Tensor
     instance_u_N: Tensor

@@ -7,7 +7,8 @@ import os
 import resource
 import socket
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,12 @@ class Worker:
         keep_freed_memory()
         import torch
 
+        self._beat = time.monotonic()
         if engine == "deepspeed":
             from orchestration.deepspeed_engine import import_deepspeed
 
             import_deepspeed(gpu=self.gpu)
+            self._beat = time.monotonic()
         import orchestration.trainer  # noqa: F401  (imported for its time)
 
         if self.gpu and not torch.cuda.is_available():
@@ -87,13 +90,28 @@ class Worker:
             "host": socket.gethostname(),
         }
 
-    def warm_up(self, engine: str, dataset: dict[str, Any]) -> dict[str, Any]:
+    def warm_up(self, engine: str, dataset: dict[str, Any], left_out: Sequence[str] | None = None) -> dict[str, Any]:
         """Do ahead of time what takes long when a place is to be filled. Returns what `load_libraries` does."""
         found = self.load_libraries(engine)
         from orchestration.config import DatasetConfig
 
-        self._open(DatasetConfig.model_validate(dataset))
+        self._open(DatasetConfig.model_validate(dataset), left_out)
         return found
+
+    def find_unreadable(self, dataset: dict[str, Any]) -> list[dict[str, Any]]:
+        """Open the data and say which training images cannot be read and are to be left out (dataset.quarantine).
+
+        Raises:
+            ValueError: there are more than that, or others than training images; or as `build`.
+        """
+        from experts.data.dataset import open_dataset
+        from orchestration.config import DatasetConfig
+
+        self._beat = time.monotonic()
+        config = DatasetConfig.model_validate(dataset)
+        opened = open_dataset(config, beat=self._finished_something)
+        self._dataset = (config, tuple(item.path for item in opened.left_out)), opened
+        return [asdict(item) for item in opened.left_out]
 
     def sees(self, path: str, text: str) -> bool:
         """Whether a file is there for this worker, with this text in it."""
@@ -102,13 +120,17 @@ class Worker:
         except OSError:
             return False
 
-    def _open(self, config: Any) -> Any:
+    def _open(self, config: Any, left_out: Sequence[str] | None) -> Any:
         """A dataset, opened once for all stages."""
         from experts.data.dataset import open_dataset
 
-        if self._dataset is None or self._dataset[0] != config:
-            self._dataset = config, open_dataset(config)
+        asked = config, None if left_out is None else tuple(left_out)
+        if self._dataset is None or self._dataset[0] != asked:
+            self._dataset = asked, open_dataset(config, left_out=left_out, beat=self._finished_something)
         return self._dataset[1]
+
+    def _finished_something(self) -> None:
+        self._beat = time.monotonic()
 
     def open_world(self, workers: int) -> tuple[str, int]:
         """Rank 0 only: open the meeting point on a free port and say where it is."""
@@ -118,8 +140,18 @@ class Worker:
         self._rendezvous = Rendezvous(address, workers, host_here=True)
         return address, self._rendezvous.port
 
-    def build(self, config_tree: dict[str, Any], stage: str, seat: Seat, teachers: dict[str, str]) -> dict[str, Any]:
+    def build(
+        self,
+        config_tree: dict[str, Any],
+        stage: str,
+        seat: Seat,
+        teachers: dict[str, str],
+        left_out: Sequence[str] | None = None,
+    ) -> dict[str, Any]:
         """Open the data, join the world, build model and engine.
+
+        Args:
+            left_out: training images to do without, as `find_unreadable` found them; None where none may be left out.
 
         Returns:
             What the driver wants to know of the data and of this worker.
@@ -137,10 +169,10 @@ class Worker:
         self.leave()
         torch.set_num_threads(self.threads)
         config = RunConfig.model_validate(config_tree)
-        marks = [time.time()]
-        dataset = self._open(config.dataset)
+        marks = [time.perf_counter()]
+        dataset = self._open(config.dataset, left_out)
         self._beat = time.monotonic()
-        marks.append(time.time())
+        marks.append(time.perf_counter())
         shape = MeshShape(seat.num_experts, seat.experts_per_worker, seat.replicas)
         use_network_of(ray.util.get_node_ip_address())
         if seat.rank:
@@ -150,7 +182,7 @@ class Worker:
         self._rendezvous.join(seat.rank, shape.workers, gpu=self.gpu, timeout_s=seat.timeout_s)
         mesh = Mesh(shape, seat.rank, "cuda" if self.gpu else "cpu", seat.timeout_s)
         self.trainer = StageTrainer(config, stage, dataset, mesh, teachers)
-        marks.append(time.time())
+        marks.append(time.perf_counter())
         held = sum(p.numel() for p in self.trainer.model.parameters())
         return {
             "class_names": list(dataset.class_names),
@@ -159,8 +191,8 @@ class Worker:
             "image_shape": dataset.raw_image_shape,
             "has_val": dataset.val is not None,
             "test_images": len(dataset.test.labels),
-            "prepares": hasattr(self.trainer.objective, "prepare"),
-            "observes": hasattr(self.trainer.objective, "observe"),
+            "prepares": self.trainer.objective.prepares,
+            "observes": self.trainer.objective.observes,
             "steps_per_epoch": self.trainer.steps_per_epoch,
             "parameters": held,
             "trunk_parameters": sum(p.numel() for p in self.trainer.model.trunk.parameters()),

@@ -59,11 +59,21 @@ def write_tensors(folder: Path, name: str, tensors: Mapping[str, Any]) -> FileEn
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, Any]:
-    """Tensors of `<folder>/<name>.safetensors`, on the CPU; {} when there is no such file."""
+    """Tensors of `<folder>/<name>.safetensors`, on the CPU; {} when there is no such file.
+
+    Raises:
+        DamagedCheckpoint: the file holds something else.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = folder / f"{name}.safetensors"
-    return load_file(path) if path.exists() else {}
+    try:
+        return load_file(path) if path.exists() else {}
+    except SafetensorError as error:
+        raise DamagedCheckpoint(
+            f"{path}: not a file of tensors ({error}); restore it from a copy, or remove {folder}"
+        ) from None
 
 
 def write_file(folder: Path, name: str, data: bytes) -> FileEntry:
@@ -197,7 +207,24 @@ def verify(folder: Path) -> dict[str, Any]:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != entry["sha256"]:
             raise DamagedCheckpoint(f"{path}: sha256 {found[:12]}...; needed {entry['sha256'][:12]}...")
-    return json.loads((folder / STATE).read_text())
+    return _state(folder / STATE)
+
+
+def _state(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(path.read_text())
+        best = state.get("best")
+        plain = best is None or _is_plain(best["checkpoint"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{path}: not a readable state ({type(error).__name__})") from error
+    if not plain:
+        raise DamagedCheckpoint(f"{path}: names {best['checkpoint']!r} as the best weights; needed a folder beside it")
+    return state
+
+
+def _is_plain(name: Any) -> bool:
+    """Whether a name is that of something in the folder at hand, and no path out of it."""
+    return isinstance(name, str) and name == Path(name).name and name.isprintable() and name[:1] not in ("", ".")
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -208,6 +235,9 @@ def _manifest(folder: Path) -> dict[str, Any]:
         assert STATE in files and all({"size", "sha256"} <= e.keys() for e in files.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise DamagedCheckpoint(f"{path}: not a readable manifest ({type(error).__name__})") from error
+    paths = [name for name in files if not _is_plain(name)]
+    if paths:
+        raise DamagedCheckpoint(f"{path}: lists {paths[0]!r}; needed names of files beside it")
     if manifest.get("format") != FORMAT:
         raise DamagedCheckpoint(f"{path}: format {manifest.get('format')!r}; this version reads {FORMAT}")
     return manifest

@@ -24,6 +24,7 @@ examples:
   expertail train method=ride dataset=cifar100_lt dataset.root=~/data/cifar    train, or go on where it stopped
   expertail train dataset=digits_lt cluster.workers=3                         three workers, one expert each
   expertail plan  method=ride dataset=cifar100_lt cluster.workers=6           what would run where; starts nothing
+  expertail plan --probe method=ride dataset=digits_lt                        ... and hours, from a few real steps
   expertail evaluate runs/ride-digits_lt-s0                                   measure a saved run again
   expertail evaluate RUN --weights test-time --distribution backward-50       learn the experts' weights without labels
   expertail sweep method.stages.h2t.flow.ratio=0,0.25,0.5 method=ride_h2t     a run for each value, one table
@@ -97,8 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("sweep", _sweep, "Train a run for each value of one key, and compare them; again to go on.")
     sub.add_argument("variation", metavar="KEY=V1,V2,...", help="e.g. method.stages.h2t.flow.ratio=0,0.1,0.25,0.5,1")
     sub.add_argument("overrides", **overrides)  # type: ignore[arg-type]
-    sub = command("plan", _plan, "Show placement, sizes and steps of a run, and start nothing.")
+    sub = command("plan", _plan, "Show placement, sizes, steps and cost of a run; starts nothing without --probe.")
     sub.add_argument("overrides", **overrides)  # type: ignore[arg-type]
+    sub.add_argument("--probe", action="store_true", help="take a few steps on real workers, and tell hours from them")
     sub = command("evaluate", _evaluate, "Measure a saved run again and print its table.")
     sub.add_argument("run", metavar="RUN", help="run folder, e.g. runs/ride-digits_lt-s0")
     sub.add_argument("--model", choices=("best", "last"), help="which of its models (default: best)")
@@ -126,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("doctor", _doctor, "Compare what a config needs with what this machine and its cluster have.")
     sub.add_argument("overrides", **overrides)  # type: ignore[arg-type]
     sub = command("sync", _sync, "Upload to MLflow whatever of a run is not there yet.")
-    sub.add_argument("run", metavar="RUN", help="run folder")
+    sub.add_argument("run", metavar="RUN", help="run folder, or a sweep's: then of all its runs")
     sub.add_argument("--uri", help="tracking server (default: the run's own)")
     return parser
 
@@ -194,10 +196,22 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from orchestration.compose import load_config
-    from orchestration.plan import describe
+    if not options.probe:
+        from orchestration.plan import plan_text
 
-    print(describe(load_config(options.overrides)))
+        print(plan_text(options.overrides))
+        return 0
+    begun = _process_start()
+    ours = _start_ray_early(options.overrides)  # as `train` does: the time until the first step is measured
+    try:
+        from orchestration.plan import probe_text
+
+        print(probe_text(options.overrides, begun))
+    finally:
+        if ours:
+            import ray
+
+            ray.shutdown()
     return 0
 
 

@@ -42,7 +42,7 @@ def load_config(words: list[str]) -> RunConfig:
     tree = _compose(choices)
     for override in values:
         OmegaConf.update(tree, override.key_or_group, override.value(), force_add=True)
-    return _absolute(check(OmegaConf.to_container(tree, resolve=True), _title(words)))  # type: ignore[arg-type]
+    return _absolute(check(OmegaConf.to_container(tree), _title(words)))  # type: ignore[arg-type]
 
 
 def check(tree: dict[str, Any], title: str) -> RunConfig:
@@ -105,6 +105,9 @@ def parse(words: list[str]) -> tuple[dict[str, str], list[Override]]:
     values: list[Override] = []
     problems = []
     for word in words:
+        if "${" in word:  # would be filled in from the environment, and written to run folder and tracking server
+            problems.append(f"{word}: needed a plain value; ${{...}} is not filled in here, let the shell do it")
+            continue
         try:
             override = _parse_word(parser, word)
         except HydraException:

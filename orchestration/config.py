@@ -19,7 +19,7 @@ from experts.class_groups import GroupRule
 from experts.data.config import DatasetConfig
 from experts.flow import Plain
 from experts.registry import Settings, choice, import_pieces
-from orchestration.recipe_checks import data_problems, recipe_problems
+from orchestration.recipe_checks import data_problems, name_problems, recipe_problems
 
 import_pieces(experts, aggregation)
 
@@ -334,7 +334,7 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _data_fits(self) -> RunConfig:
-        problems = list(data_problems(self))
+        problems = [*name_problems(self), *data_problems(self)]
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -27,7 +28,7 @@ class Console:
     Args:
         total_steps: steps of the whole run, where known before the first `step`.
         interval_s: seconds between plain lines, and nothing else: a terminal is refreshed four times a second at most.
-        stream: a terminal gets the live view, anything else plain lines without colour codes.
+        stream: a terminal gets the live view, a dumb one and anything else plain lines without colour codes.
         label: begins every line; stages that train side by side have one each, and plain lines everywhere.
     """
 
@@ -50,7 +51,7 @@ class Console:
         self._live: Any = None
         self._terminal = False
         with contextlib.suppress(Exception):
-            self._terminal = not label and self._stream.isatty()
+            self._terminal = not label and self._stream.isatty() and os.environ.get("TERM") != "dumb"
 
     def beside(self, label: str) -> Console:
         """A console on the same stream for one of several stages that train side by side."""

@@ -1,11 +1,11 @@
 """The doctor command: what a config needs, against what this machine and its cluster have. Looks, and changes nothing.
 
-Every check is a function that yields findings. One that fails to look is a finding itself, so the list is always whole.
+The nodes of a cluster are asked in node_checks.py, a tracking store in tracking_checks.py. Every check is a function
+that yields findings. One that fails to look is a finding itself, so the list is always whole.
 """
 
 from __future__ import annotations
 
-import base64
 import importlib.metadata
 import os
 import shutil
@@ -13,36 +13,26 @@ import socket
 import sys
 import tempfile
 import tomllib
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import psutil
 
-from orchestration.tracking_contents import check_uri, default_uri, redact, sqlite_path
+from orchestration.finding import Finding
+from orchestration.tracking_checks import check_tracking
+from orchestration.tracking_contents import redact
+from orchestration.wording import many
 
 if TYPE_CHECKING:  # what loads torch is imported where it is used: a torch that does not load is a finding
     from orchestration.config import RunConfig
+    from orchestration.mesh import MeshShape
 
 _PYTHON = (3, 11)
 _PATIENCE_S = 3.0  # for anything on a network
 _GIB = 2**30
-_WORKER_GIB = 1.5  # resident memory of a worker on a small data set
 _FREE_GIB = 1.0  # room for checkpoints, exports and the journal
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one check found. `state` is "ok", "warn" (a run may still work) or "FAIL" (it cannot, or not as asked)."""
-
-    state: str
-    what: str
-    text: str
-
 
 Check = Callable[["RunConfig"], Iterator[Finding]]
 
@@ -75,7 +65,7 @@ def examine(overrides: list[str]) -> tuple[str, bool]:
     failures = sum(finding.state == "FAIL" for finding in findings)
     warnings = sum(finding.state == "warn" for finding in findings)
     verdict = "ready" if not failures else "not ready"
-    lines.append(f"{verdict}: {_many(failures, 'failure')}, {_many(warnings, 'warning')}")
+    lines.append(f"{verdict}: {many(failures, 'failure')}, {many(warnings, 'warning')}")
     return "\n".join(lines), not failures
 
 
@@ -152,7 +142,7 @@ def _gpus(config: RunConfig) -> Iterator[Finding]:
 
     found = torch.cuda.device_count()
     wanted = config.cluster.gpus_per_worker * config.cluster.workers
-    text = f"{_many(found, 'GPU')} on this machine, {wanted} wanted"
+    text = f"{many(found, 'GPU')} on this machine, {wanted} wanted"
     if not wanted:
         yield Finding("ok", "gpus", text)
     elif _address(config):
@@ -168,12 +158,14 @@ def _gpus(config: RunConfig) -> Iterator[Finding]:
 
 
 def _memory(config: RunConfig) -> Iterator[Finding]:
+    if _address(config):
+        return  # workers live on the cluster, whose nodes are asked
+    from orchestration.placement import WORKER_GIB
+
     memory = psutil.virtual_memory()
     text = f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free on this machine"
-    needed = _WORKER_GIB * config.cluster.workers
-    if _address(config):
-        yield Finding("ok", "memory", f"{text}; workers live on the cluster, about {_WORKER_GIB} GiB each")
-    elif memory.available < needed * _GIB:
+    needed = WORKER_GIB[1] * config.cluster.workers
+    if memory.available < needed * _GIB:
         yield Finding("warn", "memory", f"{text}; needed about {needed:g} GiB for {config.cluster.workers} workers; "
                                         f"use fewer workers, or free some")  # fmt: skip
     else:
@@ -201,13 +193,6 @@ def _run_dir(config: RunConfig) -> Iterator[Finding]:
         yield Finding("warn", "run.dir", f"{text}; needed {_FREE_GIB:g} GiB or more; make room, or {advice}")
     else:
         yield Finding("ok", "run.dir", text)
-    if _address(config) and not place.is_absolute():
-        yield Finding(
-            "warn",
-            "run.dir",
-            f"{place} is relative, and workers of a cluster may start in another folder; needed an absolute path on "
-            f"storage that all nodes share; set run.dir=/...",
-        )
 
 
 def _cluster(config: RunConfig) -> Iterator[Finding]:
@@ -224,28 +209,71 @@ def _cluster(config: RunConfig) -> Iterator[Finding]:
     if address:
         _knock(address)
         with fleet.cluster(address):
-            nodes = fleet.node_resources()
-            cpus, threads = fleet.resolve_resources(wanted, config.engine, shape.workers)
-        where = f"Ray at {redact(address)}"
-    else:
-        import torch
+            yield from _connected(config, shape, address)
+        return
+    import torch
 
-        have = {"CPU": float(usable_cpus()), "GPU": float(torch.cuda.device_count())}
-        nodes = {"this machine": have}
-        cpus = wanted.cpus_per_worker or fleet.largest_share(shape.workers, [have["CPU"]])
-        threads = config.engine.threads or max(1, int(cpus))
-        where = "a Ray of its own on this machine"
-    fleet.check_fits(shape.workers, cpus, wanted.gpus_per_worker, nodes)
+    have = {"CPU": float(usable_cpus()), "GPU": float(torch.cuda.device_count())}
+    have["memory"] = float(psutil.virtual_memory().available)
+    cpus = wanted.cpus_per_worker or fleet.largest_share(shape.workers * config.side_by_side, [have["CPU"]])
+    threads = config.engine.threads or max(1, int(cpus))
+    yield from _fits(config, shape, cpus, threads, {"this machine": have}, "a Ray of its own on this machine")
+
+
+def _connected(config: RunConfig, shape: MeshShape, address: str) -> Iterator[Finding]:
+    """What the cluster has, and what its nodes say."""
+    from orchestration import fleet
+    from orchestration.compose import expand
+    from orchestration.layout import bundle_of, packed
+    from orchestration.node_checks import Needs, check_nodes
+    from orchestration.run import check_run_dir
+
+    nodes = fleet.node_resources()
+    cpus, threads = fleet.resolve_resources(config.cluster, config.engine, shape.workers * config.side_by_side)
+    yield from _fits(config, shape, cpus, threads, nodes, f"Ray at {redact(address)}")
+    try:
+        check_run_dir(config, len(nodes))
+    except ValueError as problem:
+        yield Finding("FAIL", "run.dir", str(problem))
+    bundle = bundle_of(config.cluster, cpus)
+    layout = packed(shape.workers * config.side_by_side, bundle, nodes) or packed(shape.workers, bundle, nodes)
+    run_dir = Path(os.path.abspath(expand(config.run.dir)))
+    yield from check_nodes(Needs(config, layout, run_dir, _weights(config), _batch_bytes(config, shape)))
+
+
+def _fits(
+    config: RunConfig, shape: MeshShape, cpus: float, threads: int, nodes: dict[str, dict[str, float]], where: str
+) -> Iterator[Finding]:
+    from orchestration.fleet import check_fits
+
+    cluster = config.cluster
     total = {kind: sum(node.get(kind, 0) for node in nodes.values()) for kind in ("CPU", "GPU")}
+    try:
+        check_fits(shape.workers, cpus, cluster.gpus_per_worker, nodes, cluster.memory_gib_per_worker)
+    except ValueError as problem:
+        yield Finding("FAIL", "cluster", str(problem))
+        return
     yield Finding(
         "ok",
         "cluster",
-        f"{where}: {_many(len(nodes), 'node')}, {total['CPU']:g} CPUs, {total['GPU']:g} GPUs; wanted {shape.workers} x "
-        f"({cpus:.3g} CPUs, {wanted.gpus_per_worker} GPUs), {_many(threads, 'thread')} each",
+        f"{where}: {many(len(nodes), 'node')}, {total['CPU']:g} CPUs, {total['GPU']:g} GPUs; wanted {shape.workers} x "
+        f"({cpus:.3g} CPUs, {cluster.gpus_per_worker} GPUs), {many(threads, 'thread')} each",
     )
-    if len(nodes) > 1:
-        text = f"{len(nodes)} nodes: run.dir and dataset.root must be on storage that all of them share; not checked"
-        yield Finding("warn", "storage", text)
+
+
+def _weights(config: RunConfig) -> int | None:
+    from orchestration.placement import plan
+
+    try:
+        return plan(config).memory
+    except ValueError:  # other checks say what is wrong with the config's data or teachers
+        return None
+
+
+def _batch_bytes(config: RunConfig, shape: MeshShape) -> int:
+    """Of images that loader processes hand to one worker: two batches each wait there."""
+    images = max(-(-stage.batch_size // shape.replicas) for stage in config.method.stages.values())
+    return 2 * config.dataset.loader_processes * images * 3 * config.dataset.image_size**2
 
 
 def _address(config: RunConfig) -> str | None:
@@ -271,69 +299,21 @@ def _knock(address: str) -> None:
 
 
 def _tracking(config: RunConfig) -> Iterator[Finding]:
-    from orchestration.compose import expand
-
-    if not config.tracking.enabled:
-        yield Finding("ok", "tracking", "off; `expertail sync RUN` can upload later")
-        return
-    uri = check_uri(config.tracking.uri or default_uri(expand(config.run.dir)))
-    database = sqlite_path(uri)
-    later = "training goes on without it and `expertail sync RUN` uploads later"
-    if database is not None:
-        yield _sqlite(database)
-    elif uri.startswith(("http://", "https://")):
-        problem = _ask(uri)
-        if problem is None:
-            yield Finding("ok", "tracking", f"{redact(uri)} answers")
-        else:
-            yield Finding(
-                "FAIL",
-                "tracking",
-                f"tracking.uri = {redact(uri)}: {problem}; needed an MLflow server; start it, correct the URI, or set "
-                f"tracking.enabled=false ({later})",
-            )
-    else:
-        yield Finding("warn", "tracking", f"{redact(uri)}: stores of this kind are not checked; {later}")
-
-
-def _sqlite(path: Path) -> Finding:
-    there = _existing(path)
-    if path.is_file():
-        with open(path, "rb") as file:
-            start = file.read(16)
-        if start and start != b"SQLite format 3\x00":
-            text = f"tracking.uri: {path} is not a SQLite file; needed one, or a path where one can be made"
-            return Finding("FAIL", "tracking", text)
-    if (path.exists() and not path.is_file()) or not os.access(there, os.W_OK):
-        text = f"tracking.uri: {path} cannot be written; make it writable, or choose another with tracking.uri"
-        return Finding("FAIL", "tracking", text)
-    return Finding("ok", "tracking", f"SQLite file {path}{'' if path.exists() else ', to be made'}")
-
-
-def _ask(uri: str) -> str | None:
-    """Ask an MLflow server whether it is well. Returns what is wrong, in words."""
-    parts = urlsplit(uri)
-    bare = parts._replace(netloc=parts.netloc.rpartition("@")[2], path=parts.path.rstrip("/") + "/health", query="")
-    request = urllib.request.Request(urlunsplit(bare))
-    user = unquote(parts.username or "") or os.environ.get("MLFLOW_TRACKING_USERNAME")
-    password = unquote(parts.password or "") or os.environ.get("MLFLOW_TRACKING_PASSWORD")
-    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
-    if user and password:
-        request.add_header("Authorization", "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode())
-    elif token:
-        request.add_header("Authorization", f"Bearer {token}")
-    try:
-        with urllib.request.urlopen(request, timeout=_PATIENCE_S):
-            return None
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403):
-            return f"it refuses us ({error.code}); set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        return f"it answers {error.code} to /health"
-    except (OSError, ValueError) as error:
-        return f"no answer ({getattr(error, 'reason', error)})"
+    return check_tracking(config, _PATIENCE_S)
 
 
 def _data(config: RunConfig) -> Iterator[Finding]:
+    """On this machine; with a cluster it is the workers' nodes that must have the data."""
+    if not _address(config):
+        yield from _data_here(config)
+        return
+    try:
+        yield from _data_here(config)
+    except ValueError as problem:
+        yield Finding("warn", "data", f"not on this machine, where only the driver runs: {problem}")
+
+
+def _data_here(config: RunConfig) -> Iterator[Finding]:
     """Array sets are opened whole, which takes seconds at most; of files only the first are looked for."""
     from experts.data.dataset import open_dataset
     from experts.data.download import needs_root
@@ -366,8 +346,6 @@ def _data(config: RunConfig) -> Iterator[Finding]:
             f"{what}: {counts.sum():,} training images of {len(counts):,} classes, {counts.max():,} to "
             f"{counts.min():,} a class; {len(opened.test.labels):,} test images",
         )
-    if _address(config) and data.source != "digits":
-        yield Finding("warn", "data", "looked at on this machine only; every node needs the same files at dataset.root")
 
 
 def _image_folder(root: str) -> str:
@@ -392,10 +370,6 @@ def _existing(path: Path) -> Path:
     while not path.exists() and path != path.parent:
         path = path.parent
     return path
-
-
-def _many(count: int, thing: str) -> str:
-    return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
 CHECKS: dict[str, Check] = {

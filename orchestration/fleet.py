@@ -32,6 +32,7 @@ _MAX_THREADS = 8  # on one worker by default; small images do not use more
 _EXCHANGE_WORDS = ("gloo", "nccl", "torch/distributed", "torch.distributed")  # in the trace of a broken exchange
 
 
+_STACKS_FIRST_S = 30.0  # an exchange gives up this much after the watch has found the hang and kept its stacks
 _LEAVE_S = 5.0  # how long a survivor may take to give up a step that lost a partner
 
 
@@ -101,6 +102,32 @@ def _check_listening(address: str) -> None:
             f"cluster.address = {address}: nobody listens there ({error}); needed the address of a running Ray head; "
             f"start one with `ray start --head`, correct the address, or unset it to run on this machine alone"
         ) from error
+    _check_token(address)
+
+
+def _check_token(address: str) -> None:
+    """Refuse a token that the cluster refuses; Ray itself would say only that it could not connect.
+
+    Raises:
+        ValueError: the cluster asks for a token, and ours is missing or another one.
+    """
+    import grpc
+    from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
+
+    headers = get_auth_headers_if_auth_enabled({})
+    with grpc.insecure_channel(address) as channel:
+        try:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(
+                b"", timeout=10, metadata=[(name.lower(), value) for name, value in headers.items()]
+            )
+        except grpc.RpcError as error:
+            if error.code() != grpc.StatusCode.UNAUTHENTICATED:
+                return  # not a matter of tokens; connecting will tell
+            found = "another token than the cluster's" if headers else "no token"
+            raise ValueError(
+                f"cluster.address = {address}: the cluster refuses us: it was started with token authentication and "
+                f"found {found}; needed the cluster's own; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=<its file>"
+            ) from error
 
 
 def resolve_resources(config: ClusterConfig, engine: EngineConfig, workers: int) -> tuple[float, int]:
@@ -184,6 +211,7 @@ class Fleet:
         self._cpus, self._gpus = cluster_config.cpus_per_worker, cluster_config.gpus_per_worker
         self.workers: list[Any] = []
         self.hosts: list[dict[str, Any]] = []
+        self.left_out: list[dict[str, Any]] | None = None  # training images, once the first worker has looked at all
         self._spares: list[tuple[Any, Any]] = []  # process, and the promise of what it says of itself once it is warm
         self.check_room()
         self._group = self._reserve()
@@ -229,7 +257,7 @@ class Fleet:
         missing = range(len(self._spares), self.config.cluster.standby)
         data = self.config.model_dump(mode="json")["dataset"]
         for spare in self._create([i % self.shape.workers for i in missing], spare=True):
-            self._spares.append((spare, spare.warm_up.remote(self.config.engine.name, data)))
+            self._spares.append((spare, spare.warm_up.remote(self.config.engine.name, data, self._paths_left_out())))
 
     def mend(self) -> int:
         """Keep the workers that survived a loss and fill the other places. Returns how many spares were used.
@@ -298,16 +326,25 @@ class Fleet:
             What each said of itself.
         """
         shape = self.shape
-        address, port = self._one(self.workers[0].open_world.remote(shape.workers))
         tree = self.config.model_dump(mode="json")
-        timeout_s = self.config.cluster.heartbeat_timeout_s
+        if self.config.dataset.quarantine and self.left_out is None:
+            self.left_out = self._one(self.workers[0].find_unreadable.remote(tree["dataset"]), self.workers[:1])
+        left_out = self._paths_left_out()
+        address, port = self._one(self.workers[0].open_world.remote(shape.workers))
+        timeout_s = self.config.cluster.heartbeat_timeout_s + _STACKS_FIRST_S
         seats = [
             Seat(rank, shape.num_experts, shape.experts_per_worker, shape.replicas, address, port, timeout_s)
             for rank in range(shape.workers)
         ]
         return self._together(
-            [w.build.remote(tree, stage, seat, teachers or {}) for w, seat in zip(self.workers, seats, strict=True)]
+            [
+                worker.build.remote(tree, stage, seat, teachers or {}, left_out)
+                for worker, seat in zip(self.workers, seats, strict=True)
+            ]
         )
+
+    def _paths_left_out(self) -> list[str] | None:
+        return None if self.left_out is None else [item["path"] for item in self.left_out]
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """Call one method on every worker and return all answers in the order of ranks.
@@ -318,13 +355,14 @@ class Fleet:
         """
         return self._together([getattr(worker, method).remote(*args) for worker in self.workers])
 
-    def _one(self, ref: Any) -> Any:
-        return self._together([ref])[0]
+    def _one(self, ref: Any, watched: list[Any] | None = None) -> Any:
+        return self._together([ref], watched)[0]
 
-    def _together(self, refs: list[Any]) -> list[Any]:
+    def _together(self, refs: list[Any], watched: list[Any] | None = None) -> list[Any]:
+        """All answers; workers that are not asked are not watched where the call may take long."""
         answers: dict[Any, Any] = {}
         pending = list(refs)
-        watch = _Watch(self.workers, self.config.cluster.heartbeat_timeout_s)
+        watch = _Watch(watched or self.workers, self.config.cluster.heartbeat_timeout_s)
         while pending:
             done, pending = ray.wait(pending, num_returns=1, timeout=2.0)
             for ref in done:
@@ -352,7 +390,9 @@ class Fleet:
             except RayError:
                 continue
         if any(word in str(error).lower() for word in _EXCHANGE_WORDS):
-            return WorkerLost(f"an exchange between workers failed: {_last_line(str(error))}")
+            waited_long = "timed out" in str(error).lower() or "timeout" in str(error).lower()
+            text = f"an exchange between workers failed: {_last_line(str(error))}"
+            return WorkerLost(text, "hang" if waited_long else "failure")
         return error
 
     def check_room(self) -> None:

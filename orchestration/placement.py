@@ -24,6 +24,8 @@ from orchestration.rehearsal import Costs, Load, TeacherLoad, costs_of, rehearse
 from orchestration.sources import stage_classes
 from orchestration.traffic import Exchange, Teachers, dealt, exchanges, number_bytes, shares_of
 
+WORKER_GIB = (0.8, 1.5)
+"""Memory of a worker's process without weights, measured: digits on ResNet-8, CIFAR from JPEG files on ResNet-32."""
 _DIGITS = (178, 182, 177, 183, 181, 182, 181, 179, 174, 180)
 _TRAINING_IMAGES = {"digits": _DIGITS, "fashion_mnist": (6000,) * 10, "cifar10": (5000,) * 10, "cifar100": (500,) * 100}
 
@@ -150,11 +152,11 @@ def plan(config: RunConfig, nodes: Mapping[str, Mapping[str, float]] | None = No
             config.cluster.cpus_per_worker,
             config.cluster.gpus_per_worker,
             {name: dict(resources) for name, resources in nodes.items()},
+            config.cluster.memory_gib_per_worker,
         )
     num_classes = _num_classes(config)
     counts = expected_counts(config, num_classes)
     waves = tuple(tuple(wave) for wave in config.method.waves())
-    widest = max(map(len, waves))
     costs: dict[int, Costs] = {}
     return Plan(
         shape=shape,
@@ -162,7 +164,7 @@ def plan(config: RunConfig, nodes: Mapping[str, Mapping[str, float]] | None = No
         counts=None if counts is None else tuple(counts.tolist()),
         stages=tuple(_stage(config, name, shape, num_classes, counts, costs) for name in config.method.stages),
         waves=waves,
-        side_by_side=min(widest, config.cluster.side_by_side or widest),
+        side_by_side=config.side_by_side,
     )
 
 
@@ -264,7 +266,7 @@ def _stage_with(
         teacher: teacher_load(config, source, lambda other: len(stage_classes(config, other, counts.tolist())))
         for teacher, source in stage.teachers.items()
     }
-    images, steps, last = _steps(name, stage, counts_C) if known else (None, None, None)
+    images, steps, last = epoch_of(name, stage, counts_C) if known else (None, None, None)
     work, repeated = _work(stage, shape, loads, teachers)
     flow = piece("flow", stage.flow.name)
     return StagePlan(
@@ -287,7 +289,7 @@ def _stage_with(
     )
 
 
-def _steps(name: str, stage: StageConfig, counts_C: np.ndarray) -> tuple[int, int, int]:
+def epoch_of(name: str, stage: StageConfig, counts_C: np.ndarray) -> tuple[int, int, int]:
     """Images and steps of an epoch, and images of its last step."""
     labels = np.repeat(np.arange(len(counts_C)), counts_C)
     images: int = build("sampler", stage.sampler, labels, len(counts_C)).draws_per_epoch

@@ -1,40 +1,102 @@
-"""The plan command: what a run would be, in words and tables, for whoever is about to launch it. Starts nothing."""
+"""The plan command: what a run would be, in words and tables, for whoever is about to launch it. Starts nothing.
+
+With a cluster named, its nodes are looked at; with a probe (probe.py), a few steps say what the run will take.
+"""
 
 from __future__ import annotations
 
+import os
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 
 from experts.flow import PARTS
 from experts.progress import Progress
 from experts.registry import build, piece
-from orchestration.compose import expand
+from orchestration.compose import expand, load_config
 from orchestration.config import RunConfig, Source, StageConfig, published
-from orchestration.placement import Plan, Size, StagePlan, plan
+from orchestration.layout import Layout, bundle_of, draw, packed
+from orchestration.placement import WORKER_GIB, Plan, Size, StagePlan, plan
 from orchestration.tracking_contents import default_uri, redact
-from orchestration.traffic import Exchange, shares_of
+from orchestration.traffic import Exchange, link_bytes, shares_of
+from orchestration.wording import bytes_, grid, many, number
 
 _SHOWN_WORKERS = 16
+_SHOWN_LINKS = 24
 
 
-def describe(config: RunConfig, nodes: Mapping[str, Mapping[str, float]] | None = None) -> str:
+def plan_text(overrides: list[str]) -> str:
+    """The plan of a run, on the nodes of its cluster if it names one that answers.
+
+    Args:
+        overrides: as for training.
+
+    Raises:
+        ValueError: as `describe`, and what a config does wrong.
+    """
+    config = load_config(overrides)
+    return describe(config, _nodes_of(config))
+
+
+def probe_text(overrides: list[str], begun: float) -> str:
+    """The plan of a run with the time it will take, from a few real steps.
+
+    Args:
+        overrides: as for training.
+        begun: unix seconds at which the command began.
+
+    Raises:
+        ValueError, FloatingPointError, WorkerLost: as for training.
+    """
+    from orchestration.fleet import cluster, node_resources
+    from orchestration.probe import probe, time_lines
+
+    config = load_config(overrides)
+    with cluster(config.cluster.address):
+        found = probe(config, begun)
+        return describe(found.config, node_resources(), time_lines(found))
+
+
+def _nodes_of(config: RunConfig) -> Mapping[str, Mapping[str, float]] | str | None:
+    """Resources by node of the cluster that a run would be on, or why they are not known; None without a cluster."""
+    if not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
+        return None
+    from orchestration.fleet import cluster, node_resources
+
+    try:
+        with cluster(config.cluster.address):
+            return node_resources()
+    except ValueError as problem:
+        return str(problem)
+
+
+def describe(
+    config: RunConfig,
+    nodes: Mapping[str, Mapping[str, float]] | str | None = None,
+    time_lines: Iterable[str] | None = None,
+) -> str:
     """A run in words and tables.
 
     Args:
         config: checked.
-        nodes: resources by node, as for `placement.plan`.
+        nodes: resources by node, as for `placement.plan`; why they are not known; or None where nobody has looked.
+        time_lines: what a probe found; None where there was none.
 
     Raises:
         ValueError: as `placement.plan`.
     """
-    found = plan(config, nodes)
+    there = None if isinstance(nodes, str) else nodes
+    found = plan(config, there)
+    layout = _layout(config, found, there)
     sections = [
         ("run", _what(config, found)),
         ("mesh", _mesh(config, found)),
+        ("nodes", _nodes(found, there, layout, nodes if isinstance(nodes, str) else None)),
         ("size", _size_table(found)),
         ("step", _step(config, found)),
         ("exchanged per step and worker", _exchange_table(found)),
+        ("on each link, bytes a step", _link_table(found, layout)),
+        ("time", time_lines if time_lines is not None else _no_time()),
         ("folder", _places(config)),
     ]
     return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections)
@@ -66,7 +128,7 @@ def _special(config: RunConfig, stage: StagePlan) -> Iterator[str]:
     method, settings = config.method, config.method.stages[stage.name]
     flow = piece("flow", settings.flow.name)
     if settings.classes is not None:
-        yield f"knows the {settings.classes.group} classes only: {_number(stage.num_classes)}"
+        yield f"knows the {settings.classes.group} classes only: {number(stage.num_classes)}"
     if stage.experts != method.expert_names:
         yield f"trains an ensemble of its own: {' '.join(stage.experts)}"
     present = [part for part in PARTS if part != "gates" or method.router is not None]
@@ -85,9 +147,9 @@ def _special(config: RunConfig, stage: StagePlan) -> Iterator[str]:
         size = stage.teachers[name]
         what = "which is not there"
         if size is not None:
-            what = f"{_many(size.num_experts, 'expert')}, {_number(size.num_classes)} classes"
+            what = f"{many(size.num_experts, 'expert')}, {number(size.num_classes)} classes"
         yield f"teacher {name}: {_source(teacher)}, {what}; {teacher.mode} mode"
-    if hasattr(piece("objective", settings.objective.name), "prepare"):
+    if piece("objective", settings.objective.name).prepares:
         yield "before the first step every worker shows the teachers all training and validation images once"
 
 
@@ -143,8 +205,8 @@ def _mesh(config: RunConfig, found: Plan) -> Iterator[str]:
     shape, cluster = found.shape, config.cluster
     kind = "packed" if shape.slots == 1 else "spread" if shape.experts_per_worker == 1 else "grouped"
     yield (
-        f"{_many(shape.workers, 'worker')} = {_many(shape.slots, 'expert slot')} x {_many(shape.replicas, 'replica')} "
-        f"({kind}, {_many(shape.experts_per_worker, 'expert')} a worker)"
+        f"{many(shape.workers, 'worker')} = {many(shape.slots, 'expert slot')} x {many(shape.replicas, 'replica')} "
+        f"({kind}, {many(shape.experts_per_worker, 'expert')} a worker)"
     )
     cpus = "an equal share of the CPUs" if cluster.cpus_per_worker is None else f"{cluster.cpus_per_worker:g} CPUs"
     device = "1 GPU, NCCL" if cluster.gpus_per_worker else "no GPU, gloo"
@@ -157,18 +219,75 @@ def _mesh(config: RunConfig, found: Plan) -> Iterator[str]:
     taught = " and teachers" if any(stage.teachers for stage in found.stages) else ""
     most = "" if found.memory is None else " at most"
     yield (
-        f"weights, gradients, momentum{taught} of a worker: {_bytes(found.memory)}{most}; "
-        f"activations and buffers come on top"
+        f"weights, gradients, momentum{taught} of a worker: {bytes_(found.memory)}{most}; its libraries, images and "
+        f"activations come on top,"
     )
+    low, high = WORKER_GIB
+    yield f"{low} to {high} GiB on sets of small images (measured); `--probe` measures this run's"
     batches = {stage.name: stage.shares for stage in found.stages}
     rows = [["worker", "slot", "replica", "experts", *(f"images a step, {name}" for name in batches)]]
     for rank in range(min(shape.workers, _SHOWN_WORKERS)):
         slot, replica = shape.position(rank)
         images = [str(shares[replica]) for shares in batches.values()]
         rows.append([str(rank), str(slot), str(replica), " ".join(found.experts_on(rank)), *images])
-    yield from _grid(rows, left=(3,))
+    yield from grid(rows, left=(3,))
     if shape.workers > _SHOWN_WORKERS:
         yield f"... and {shape.workers - _SHOWN_WORKERS} more, in the same order"
+
+
+def _layout(config: RunConfig, found: Plan, nodes: Mapping[str, Mapping[str, float]] | None) -> Layout | None:
+    """Workers on the nodes, as far as they are known and large enough."""
+    from orchestration.fleet import largest_share
+
+    if nodes is None:
+        return None
+    cpus = config.cluster.cpus_per_worker or largest_share(
+        found.shape.workers * found.side_by_side, [node.get("CPU", 0.0) for node in nodes.values()]
+    )
+    return packed(found.shape.workers, bundle_of(config.cluster, cpus), nodes)
+
+
+def _nodes(
+    found: Plan, nodes: Mapping[str, Mapping[str, float]] | None, layout: Layout | None, unknown: str | None
+) -> Iterator[str]:
+    if nodes is None:
+        yield f"n/a: {unknown or 'no cluster is named; give cluster.address to see its nodes'}"
+        return
+    if layout is None:
+        yield f"n/a: {many(len(nodes), 'node')}, which have too few places"
+        return
+    experts = {rank: found.experts_on(rank) for rank in range(found.shape.workers)}
+    yield "as Ray packs them when nothing else runs; of equal nodes it may fill another first"
+    yield from draw(layout, nodes, found.shape, experts, _SHOWN_WORKERS)
+
+
+def _link_table(found: Plan, layout: Layout | None) -> Iterator[str]:
+    if found.shape.workers == 1:
+        yield "nothing: one worker"
+        return
+    yield "at most, if every exchange runs as a ring in the order of the workers"
+    shown: dict[tuple[Exchange, ...], list[str]] = {}
+    for stage in found.stages:
+        shown.setdefault(stage.exchanges, []).append(stage.name)
+    for exchanges, stages in shown.items():
+        if len(found.stages) > 1:
+            yield f"stage {', '.join(stages)}"
+        links = link_bytes(exchanges, found.shape)
+        rows = [["from worker", "to", "bytes", *(["over"] if layout else [])]]
+        for (sender, receiver), sent in sorted(links.items())[:_SHOWN_LINKS]:
+            rows.append([str(sender), str(receiver), bytes_(sent)])
+            if layout is not None:
+                a, b = (layout.nodes[layout.node_of[rank]] for rank in (sender, receiver))
+                rows[-1].append(f"inside {a}" if a == b else f"{a} -> {b}")
+        yield from grid(rows, left=(3,))
+        if len(links) > _SHOWN_LINKS:
+            yield f"... and {len(links) - _SHOWN_LINKS} more"
+        for (a, b), sent in layout.between(links).items() if layout is not None else ():
+            yield f"in all from {a} to {b}: {bytes_(sent)}"
+
+
+def _no_time() -> Iterator[str]:
+    yield "n/a: nothing was run; `expertail plan --probe ...` takes a few steps and tells hours from them"
 
 
 def _waves(found: Plan) -> Iterator[str]:
@@ -179,39 +298,44 @@ def _waves(found: Plan) -> Iterator[str]:
             places = at_once * found.shape.workers
             yield (
                 f"stages {', '.join(wave)}: {at_once} at a time, each on workers of its own, "
-                f"{_many(places, 'worker')} in all; where there are fewer places they take turns"
+                f"{many(places, 'worker')} in all; where there are fewer places they take turns"
             )
 
 
 def _size_table(found: Plan) -> Iterator[str]:
-    rows = [["", "parameters", "multiply-adds an image"]]
+    rows = [["", "parameters", "multiply-adds an image", "FLOPs an image"]]
     several = len({stage.size for stage in found.stages}) > 1
     shown: dict[Size, list[str]] = {}
     for stage in found.stages:
         shown.setdefault(stage.size, []).append(stage.name)
     for size, stages in shown.items():
         if several:
-            rows.append([f"stage {', '.join(stages)}", "", ""])
-        rows.append(["trunk", _number(size.trunk), _number(size.trunk_work)])
-        rows.append(["one expert", _range(size.experts), _number(size.expert_work)])
+            rows.append([f"stage {', '.join(stages)}", "", "", ""])
+        rows.append(["trunk", number(size.trunk), *_work_and_flops(size.trunk_work)])
+        rows.append(["one expert", _range(size.experts), *_work_and_flops(size.expert_work)])
         if size.shared:
-            rows.append(["shared last layer", _number(size.shared), ""])
-        rows.append(["ensemble", _number(size.parameters), _number(size.work)])
-    yield from _grid(rows, left=(0,))
+            rows.append(["shared last layer", number(size.shared), "", ""])
+        rows.append(["ensemble", number(size.parameters), *_work_and_flops(size.work)])
+    yield from grid(rows, left=(0,))
+    yield "forward, as in inference, the convolutions and linear layers; two FLOPs a multiply-add"
+
+
+def _work_and_flops(work: int | None) -> tuple[str, str]:
+    return number(work), number(None if work is None else 2 * work)
 
 
 def _range(values: tuple[int | None, ...]) -> str:
     known = {value for value in values if value is not None}
     if len(known) < len(set(values)):
         return "n/a"
-    return _number(min(known)) if len(known) == 1 else f"{_number(min(known))} to {_number(max(known))}"
+    return number(min(known)) if len(known) == 1 else f"{number(min(known))} to {number(max(known))}"
 
 
 def _step(config: RunConfig, found: Plan) -> Iterator[str]:
     replicas = found.shape.replicas
     for stage in found.stages:
         each = _spread(stage.shares)
-        yield f"stage {stage.name}: {stage.batch_size} images a step, {each} on each of {_many(replicas, 'replica')}"
+        yield f"stage {stage.name}: {stage.batch_size} images a step, {each} on each of {many(replicas, 'replica')}"
         if 0 in stage.shares:
             yield f"  NOTE: {stage.shares.count(0)} replicas have no image; use fewer workers or a larger batch"
         yield from (f"  {line}" for line in _work(config.method.stages[stage.name], stage, found))
@@ -226,7 +350,7 @@ def _step(config: RunConfig, found: Plan) -> Iterator[str]:
         )
         if stage.last_batch < stage.batch_size:
             last = _spread(shares_of(stage.last_batch, replicas))
-            yield f"  the last step of an epoch has {_many(stage.last_batch, 'image')}, {last} on each replica"
+            yield f"  the last step of an epoch has {many(stage.last_batch, 'image')}, {last} on each replica"
         if stage.work is not None:
             work = stage.work * stage.images_per_epoch
             yield f"  {work / 1e12:,.3g} T multiply-adds an epoch, {work * stage.epochs / 1e12:,.3g} T in all"
@@ -237,7 +361,8 @@ def _work(settings: StageConfig, stage: StagePlan, found: Plan) -> Iterator[str]
     pair = " and its partner" if settings.partner_sampler is not None else ""
     most = "at most " if getattr(settings.flow, "select", None) == "before" else ""  # experts skip others' images
     number = "n/a" if stage.work is None else f"{most}{stage.work:,.0f}"
-    yield f"{number} multiply-adds for each image{pair}, forward and back"
+    flops = "" if stage.work is None else f" ({most}{2 * stage.work:,.0f} FLOPs)"
+    yield f"{number} multiply-adds for each image{pair}, forward and back{flops}"
     if found.shape.slots == 1:
         return
     if piece("flow", settings.flow.name).own_streams:
@@ -261,9 +386,9 @@ def _exchange_table(found: Plan) -> Iterator[str]:
         for x in exchanges:
             sent = [x.sent(slot) for slot in range(found.shape.slots)]
             most = None if None in sent else max(sent)  # type: ignore[type-var]
-            rows.append([x.what, x.kind, str(x.among), _bytes(x.payload), _bytes(most)])
-        rows.append(["in all", "", "", "", _bytes(stages[0].sent())])
-        yield from _grid(rows, left=(0, 1))
+            rows.append([x.what, x.kind, str(x.among), bytes_(x.payload), bytes_(most)])
+        rows.append(["in all", "", "", "", bytes_(stages[0].sent())])
+        yield from grid(rows, left=(0, 1))
     if found.shape.slots > 1:
         yield "of the slot that has most, each; no feature map is among them"
 
@@ -282,32 +407,6 @@ def _places(config: RunConfig) -> Iterator[str]:
     yield f"the best epoch is chosen on {split}"
 
 
-def _grid(rows: list[list[str]], left: tuple[int, ...]) -> Iterator[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        cells = [c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        yield "  ".join(cells).rstrip()
-
-
 def _spread(shares: tuple[int, ...]) -> str:
     low, high = min(shares), max(shares)
     return f"{low}" if low == high else f"{low} to {high}"
-
-
-def _many(count: int, thing: str) -> str:
-    return f"{count:,} {thing}{'' if count == 1 else 's'}"
-
-
-def _number(value: int | None) -> str:
-    return "n/a" if value is None else f"{value:,}"
-
-
-def _bytes(value: int | None) -> str:
-    if value is None:
-        return "n/a"
-    if value < 1000:
-        return f"{value} B"
-    for unit, size in (("KB", 1e3), ("MB", 1e6)):
-        if value < 1000 * size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value / 1e9:.3g} GB"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ from experts.registry import piece
 
 if TYPE_CHECKING:
     from orchestration.config import MethodConfig, RunConfig, StageConfig
+
+_LONGEST_NAME = 200  # characters of a folder's name; file systems allow 255 bytes
 
 
 def recipe_problems(method: MethodConfig) -> Iterator[str]:
@@ -27,13 +30,27 @@ def recipe_problems(method: MethodConfig) -> Iterator[str]:
         yield "backbone_weights: every stage has start_from, no network begins anew; set it to null"
 
 
+def name_problems(config: RunConfig) -> Iterator[str]:
+    """Names that become names of files and folders, and would lie elsewhere or be no such name."""
+    name = config.run_name
+    if name.startswith(".") or len(name) > _LONGEST_NAME or not name.isprintable() or set("/\\") & set(name):
+        whence = "" if config.run.name else " (made of method.name, dataset.name and seed)"
+        yield (
+            f"run.name = {name!r}{whence}: needed the name of one folder, of at most {_LONGEST_NAME} characters, "
+            f"without / and not beginning with a dot; where that folder lies is run.dir"
+        )
+    for stage in config.method.stages:
+        if not re.fullmatch(r"[\w-]+", stage):
+            yield f"method.stages: {stage!r} is no name of a stage; needed letters, digits, _ and - alone"
+
+
 def data_problems(config: RunConfig) -> Iterator[str]:
     """What of the data does not fit the recipe, as far as the config says."""
     data = config.dataset
     if data.val_per_class or data.val_list or data.source == "image_folder":  # a folder may have val/ beside test/
         return
     for name, stage in config.method.stages.items():
-        if hasattr(piece("objective", stage.objective.name), "observe"):
+        if piece("objective", stage.objective.name).observes:
             yield (
                 f"dataset.val_per_class = 0: objective '{stage.objective.name}' of stage {name} needs a validation "
                 f"split, and never takes the test set; set dataset.val_per_class (cut from the training pool) or, for "
@@ -150,7 +167,7 @@ def _rule(groups: Any) -> str:
 
 
 def _teacher_problems(stage: StageConfig, method: MethodConfig) -> Iterator[str]:
-    wanted = getattr(stage.objective, "teacher_names", None)
+    wanted = stage.objective.teacher_names
     if wanted is not None:
         for name, teacher in stage.teachers.items():
             source = method.stages.get(teacher.stage) if teacher.stage else None

@@ -192,7 +192,7 @@ def _split(folder: Path, config: RunConfig, data: dict[str, Any], split: str) ->
         raise ValueError(
             f"{folder / DATA}: missing or without a digest; needed to know the run's data; restore the file"
         )
-    dataset = open_dataset(config.dataset)
+    dataset = open_dataset(config.dataset, left_out=[item["path"] for item in data.get("left_out", [])])
     if dataset.digest != data["digest"]:
         total = data.get("total", "?")
         raise ValueError(

@@ -8,7 +8,7 @@ Shapes: E experts, e in one slot, B = 2 images, C classes, D channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from aggregation.serving import DESCRIPTION, read_description
 from experts.backbones.cost import multiply_adds
 from experts.data.batches import Batch
 from experts.data.random import key
-from experts.ensemble import Ensemble, build_ensemble, part_of
+from experts.ensemble import Ensemble, build_ensemble, freeze
 from experts.flow import Flow, Result
 from experts.losses.objective import Given, Objective
 from experts.progress import Progress
@@ -163,19 +163,11 @@ class _Rehearsal:
         draws = partial(key, config.seed, stage)
         self.flow: Flow = build("flow", self.stage.flow, self.objective, self.expert_names, draws)
         self.model = _ensemble(config, self.expert_names, self.num_classes, self.names).to(self.dtype).train()
-        self.learns = self.flow.learns - set(self.stage.freeze)
-        self._freeze()
-        self.load = Load(self._parameters(), self._learning())
-
-    def _freeze(self) -> None:
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(part_of(name) in self.learns)
+        frozen = freeze(self.model, self.flow.learns - set(self.stage.freeze))
         if self.stage.frozen_batchnorm == "eval":
-            if "trunk" not in self.learns:
-                self.model.trunk.eval()
-            if "features" not in self.learns:
-                for expert in self.model.members():
-                    expert.features.eval()
+            for module in frozen:
+                module.eval()
+        self.load = Load(self._parameters(), self._learning())
 
     def _parameters(self) -> dict[str, int]:
         parts = {"trunk": self.model.trunk, "shared": self.model.shared, **self.model.experts}
@@ -280,7 +272,7 @@ class _Rehearsal:
 
     def _scores(self) -> dict[str, Tensor]:
         """Blank scores of every teacher, of the classes that the objective thinks it knows."""
-        known: Mapping[str, Any] = getattr(self.objective, "teacher_classes", {})
+        known = self.objective.teacher_classes
         return {
             name: torch.zeros(_IMAGES, len(known.get(name, range(self.num_classes))), dtype=self.dtype)
             for name in self.stage.teachers

@@ -2,7 +2,7 @@
 
 prepare   config -> run folder (lock, same config as before?)        `train`
 place     workers in placement groups, libraries loaded              `Fleet`
-train     each stage on a fleet, some side by side                   `Lane`, `StageRun`
+train     each stage on a fleet, some side by side                   `Lane` (lane.py), `StageRun`
 finish    evaluation/*.json, export/*, report/*, table on stdout     `finish.py`
 """
 
@@ -24,18 +24,17 @@ from orchestration.checkpoint import Checkpoints
 from orchestration.compose import expand
 from orchestration.config import RunConfig, Source
 from orchestration.console import Console
-from orchestration.drain import Drained, DrainNotices, Preempted
+from orchestration.drain import DrainNotices, Preempted
 from orchestration.fleet import Fleet, WorkerLost, cluster, node_resources, resolve_resources
-from orchestration.hangs import keep_stacks
 from orchestration.journal import Journal
+from orchestration.lane import Lane
 from orchestration.mesh import MeshShape, mesh_shape
-from orchestration.run_folder import LOCK, RunFolder
+from orchestration.run_folder import RunFolder
 from orchestration.sources import check_sources, model_folder
-from orchestration.stage_run import GivenUp, Outcome, StageRun, Stopped, StopSignals, write_evaluations
+from orchestration.stage_run import GivenUp, Outcome, Stopped, StopSignals, write_evaluations
 
 _MEMORY_RESTARTS = 1  # a worker that is out of memory will most likely be so again
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for what `ray job submit` starts
-_WAITS_FOR_NODES = 10  # times cluster.placement_timeout_s: how long a restart waits for a node that was lost
 
 
 def run_path(config: RunConfig) -> Path:
@@ -349,131 +348,6 @@ def _gave_up(error: BaseException) -> bool:
     return isinstance(error, GivenUp)
 
 
-class Lane:
-    """One fleet that trains one stage after another; a worker's death costs the steps since its stage's checkpoint."""
-
-    def __init__(self, run: Run, fleet: Fleet, console: Console) -> None:
-        self._run, self._fleet, self._console = run, fleet, console
-
-    def carry_out(self, stage: str, before: int) -> Outcome:
-        """Train a stage from its newest checkpoint, or its beginning, to its end; again after each loss of a worker."""
-        run, fleet = self._run, self._fleet
-        in_a_row, reached = 0, -1
-        pause: Pause | None = None
-        training: StageRun | None = None
-        while True:
-            run.check_wanted(stage)
-            try:
-                if not fleet.workers:
-                    run.cost.change(fleet.shape.workers)
-                    fleet.start()
-                    self._check_shared()
-                elif pause is not None:
-                    fleet.mend()
-                run.started(fleet, stage)
-                if pause is not None:
-                    pause.mark("workers")
-                training = StageRun(run, stage, fleet, self._console, before=before, pause=pause)
-                fleet.keep_spares()
-                return training.carry_out()
-            except Drained as notice:
-                pause = Pause(training)
-                run.preempted(notice, stage)
-                self._move(stage, notice)
-            except WorkerLost as loss:
-                pause = Pause(training)
-                if loss.why == "hang":
-                    self._console.message(keep_stacks(fleet.workers, fleet.hosts, run.folder.path / "hangs"))
-                run.check_wanted(stage)
-                if loss.why == "preemption":
-                    run.preempted(loss, stage)
-                    self._move(stage, loss)
-                    continue
-                newest = run.checkpoints.newest(stage, self._console.message)
-                now = newest.state["step"] if newest else 0
-                in_a_row = 1 if now > reached else in_a_row + 1
-                reached = now
-                if loss.why != "failure" or in_a_row > 1:  # what hangs or is full does not survive
-                    self._end_workers()
-                run.lost(loss, stage, in_a_row)
-                self._wait(stage, fleet.check_room)
-
-    def _end_workers(self) -> None:
-        self._run.cost.change(-len(self._fleet.workers))
-        self._fleet.kill()
-
-    def _move(self, stage: str, notice: Exception) -> None:
-        """Leave nodes that are taken away.
-
-        Raises:
-            Preempted: no other has room, and none has come.
-        """
-        self._end_workers()
-        try:
-            self._wait(stage, self._fleet.move)
-        except ValueError as reason:
-            raise Preempted(
-                f"{notice}; {reason}; the newest checkpoint is kept: the same command continues from it"
-            ) from reason
-
-    def _check_shared(self) -> None:
-        """Refuse workers that do not see the run folder.
-
-        Raises:
-            ValueError: names the first node that sees another one.
-        """
-        folder, fleet = self._run.folder, self._fleet
-        for host, seen in zip(fleet.hosts, fleet.call("sees", str(folder.path / LOCK), folder.token), strict=True):
-            if not seen:
-                raise ValueError(
-                    f"run.dir = {folder.path.parent}: node {host['node']} does not see this run's folder there; "
-                    f"needed a folder on storage that all nodes share, at the same path on each; set run.dir"
-                )
-
-    def _wait(self, stage: str, for_room: Callable[[], None]) -> None:
-        """Wait a while for a node that was lost with its workers.
-
-        Raises:
-            ValueError: it has not come back, nor another.
-        """
-        wait_s = _WAITS_FOR_NODES * self._run.config.cluster.placement_timeout_s
-        end, told = time.monotonic() + wait_s, False
-        while True:
-            try:
-                return for_room()
-            except ValueError as reason:
-                if time.monotonic() >= end:
-                    raise
-                if not told:
-                    self._console.message(f"{reason}; waiting up to {wait_s:g} s for a node")
-                    told = True
-            self._run.check_wanted(stage)
-            time.sleep(min(1.0, wait_s / 10))
-
-
-class Pause:
-    """The time between a loss and the next step.
-
-    Args:
-        training: what was interrupted; None if it had not begun.
-    """
-
-    def __init__(self, training: StageRun | None) -> None:
-        self.step = training.step if training is not None else 0
-        self._last = self._begun = time.monotonic()
-        self._spans: dict[str, float] = {}
-
-    def mark(self, name: str) -> None:
-        """Something was waited for until now."""
-        now = time.monotonic()
-        self._spans[name] = round(now - self._last, 2)
-        self._last = now
-
-    def spans(self) -> dict[str, float]:
-        """Seconds by what was waited for, and in all."""
-        return self._spans | {"total": round(self._last - self._begun, 2)}
-
-
 class Cost:
     """What a run has used, over all its starts; kept in run.json."""
 
@@ -482,7 +356,7 @@ class Cost:
         self._per_worker = {"worker": 1.0, "cpu": config.cluster.cpus_per_worker or 0.0}
         self._per_worker["gpu"] = float(config.cluster.gpus_per_worker)
         self._earlier: dict[str, float] = folder.run().get("cost", {})
-        self._workers, self._hours, self._since = 0, 0.0, time.time()
+        self._workers, self._hours, self._since = 0, 0.0, time.monotonic()
         self._changing = threading.Lock()
 
     def change(self, workers: int) -> None:
@@ -492,7 +366,7 @@ class Cost:
             self._workers += workers
 
     def _count(self) -> None:
-        now = time.time()
+        now = time.monotonic()
         self._hours += (now - self._since) / 3600 * self._workers
         self._since = now
 

@@ -191,18 +191,26 @@ def versions() -> dict[str, str]:
 def write_atomic(path: Path, text: str) -> None:
     """Write a whole file or nothing: to a neighbour, flushed to disk, renamed."""
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    with open(scratch, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
+    try:
+        with open(scratch, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this code runs from, with '+' when it has changes; None for an installed wheel."""
+    """The commit of the checkout this code runs from, with '+' when it has changes; None for an installed wheel.
+
+    What `ray job submit` uploads has no .git: there it is EXPERTAIL_COMMIT, or else the name of the package, which is a
+    digest of its files.
+    """
     folder = Path(__file__).resolve().parent.parent
     if not (folder / ".git").exists():
-        return None
+        job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+        return os.environ.get("EXPERTAIL_COMMIT") or (job.get("runtime_env") or {}).get("working_dir")
     try:
         git = ["git", "-C", str(folder)]
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)

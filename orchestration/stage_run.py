@@ -29,7 +29,8 @@ from orchestration.sources import stage_classes, weights_of
 from orchestration.trainer import Interval
 
 if TYPE_CHECKING:
-    from orchestration.run import Pause, Run
+    from orchestration.lane import Pause
+    from orchestration.run import Run
 
 _INTERVAL_S = 1.0  # how often the driver hears from training
 
@@ -159,6 +160,21 @@ class StageRun:
 
     def _note_data(self) -> dict[str, Any]:
         seen = self.seen[0]
+        other = next((rank for rank, worker in enumerate(self.seen) if worker["digest"] != seen["digest"]), None)
+        if other is not None:
+            hosts = [f"worker {rank} on {self.fleet.hosts[rank]['node']}" for rank in (0, other)]
+            raise ValueError(
+                f"dataset.root = {self.config.dataset.root}: {' and '.join(hosts)} see other files there (digests "
+                f"{seen['digest'][:12]} and {self.seen[other]['digest'][:12]}); needed the same on every node; copy "
+                f"them, or put them on storage that all nodes share"
+            )
+        if left_out := self.fleet.left_out:
+            first = left_out[0]
+            self.console.message(
+                f"dataset.quarantine = {self.config.dataset.quarantine}: {len(left_out)} training "
+                f"image{'s' if len(left_out) > 1 else ''} cannot be read and {'are' if len(left_out) > 1 else 'is'} "
+                f"left out, first {first['path']} ({first['reason']}); data.json has all"
+            )
         cuts = self.config.dataset.index_groups
 
         def plain(groups: dict[str, Any]) -> dict[str, list[int]]:
@@ -171,6 +187,7 @@ class StageRun:
             "total": sum(seen["counts"]),
             "digest": seen["digest"],
             "image_shape": seen["image_shape"],
+            "left_out": self.fleet.left_out or [],
             "groups": {
                 "by_count": plain(groups_by_count(seen["counts"])),
                 "by_index": plain(groups_by_index(seen["counts"], cuts)) if cuts else None,
@@ -368,7 +385,7 @@ def _metrics(split: str, result: dict[str, Any]) -> dict[str, float]:
 
 
 def _differences(marks: dict[str, float]) -> dict[str, float]:
-    """Seconds between consecutive marks, and in all."""
+    """Seconds between consecutive marks, and in all; 0 where the clock was set back."""
     names = list(marks)
-    spans = {b: round(marks[b] - marks[a], 2) for a, b in itertools.pairwise(names)}
-    return spans | {"total": round(marks[names[-1]] - marks[names[0]], 2)}
+    spans = {b: max(0.0, round(marks[b] - marks[a], 2)) for a, b in itertools.pairwise(names)}
+    return spans | {"total": max(0.0, round(marks[names[-1]] - marks[names[0]], 2))}

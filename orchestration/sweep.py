@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,11 @@ from orchestration.report_sweep import draw_sweep, sweep_table
 from orchestration.run import run_path
 from orchestration.run_folder import DATA, RunFolder, write_atomic
 from orchestration.sources import check_sources
+from orchestration.tracking import Uploader, start_uploader
+from orchestration.tracking_contents import STUDY_FILE as SWEEP
 from orchestration.tracking_contents import read_json
-from orchestration.train import is_complete, train_and_report
+from orchestration.train import is_complete, tracking_uri, train_and_report
 
-SWEEP = "sweep.json"
 _NAME_CHARACTERS = 60  # of a value, in the name of its run
 
 
@@ -79,11 +81,13 @@ def sweep(variation: str, words: list[str]) -> int:
     problems: dict[str, str] = {}
     _keep(folder, key, points, problems)
     if left:
-        with cluster(left[0].config.cluster.address):
+        with _tracked_when_interrupted(folder, points[0].config), cluster(left[0].config.cluster.address):
             for number, point in enumerate(left, 1):
                 _say(f"sweep: {key} = {point.value}, run {number} of {len(left)}")
                 try:
                     with contextlib.redirect_stdout(sys.stderr):
+                        with contextlib.closing(RunFolder(point.folder)) as run:
+                            run.note(study=folder.name)
                         take_over_stages(point, points)
                         train_and_report(point.config, {"start": time.time()})
                 except FloatingPointError as problem:
@@ -93,8 +97,29 @@ def sweep(variation: str, words: list[str]) -> int:
                     _keep(folder, key, points, problems)
     result = _keep(folder, key, points, problems)
     print(sweep_table(result))
-    print(f"\nkept in {folder}: {SWEEP}, table.txt, {draw_sweep(folder, result)}")
+    print(f"\nkept in {folder}: {SWEEP}, table.txt, {draw_sweep(folder, result)}", flush=True)
+    if (uploader := _uploader(folder, points[0].config)) and (
+        incomplete := uploader.finish(points[0].config.tracking.final_wait_s)
+    ):
+        _say(incomplete)
     return 1 if problems else 0
+
+
+def _uploader(folder: Path, config: RunConfig) -> Uploader | None:
+    """What sends the sweep's own files to the MLflow run above its runs; None when nothing is tracked."""
+    if not config.tracking.enabled:
+        return None
+    return start_uploader(folder, tracking_uri(config), config.tracking.experiment)
+
+
+@contextlib.contextmanager
+def _tracked_when_interrupted(folder: Path, config: RunConfig) -> Iterator[None]:
+    """A sweep that is stopped leaves its uploader behind, which says so and ends by itself."""
+    try:
+        yield
+    except BaseException:
+        _uploader(folder, config)
+        raise
 
 
 def plan_sweep(variation: str, words: list[str]) -> tuple[str, list[Point], Path]:
@@ -299,12 +324,15 @@ def _merge_journals(donor: Path, ours: Path, stages: list[str], taken: set[str])
 
 def _keep(folder: Path, key: str, points: list[Point], problems: dict[str, str]) -> dict[str, Any]:
     """Write what is known so far: sweep.json and table.txt."""
+    outcomes = [_outcome(point, problems.get(point.value)) for point in points]
+    statuses = {outcome["status"] for outcome in outcomes}
     result = {
         "key": key,
         "method": points[0].config.method.name,
         "dataset": points[0].config.dataset.name,
         "seed": points[0].config.seed,
-        "runs": [_outcome(point, problems.get(point.value)) for point in points],
+        "status": "failed" if "failed" in statuses else "finished" if statuses == {"finished"} else "running",
+        "runs": outcomes,
         "config": _without(points[0].config, key),
     }
     result["group_sizes"] = next((sizes for point in points if (sizes := _group_sizes(point.folder))), {})

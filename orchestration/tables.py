@@ -118,9 +118,11 @@ def _classes_line(data: Mapping[str, Any]) -> str:
         return ""
     most, least = max(counts), min(counts)
     ratio = f"{most / least:.4g}" if least else "undefined"
+    left_out = len(data.get("left_out") or [])
+    without = f"; {left_out:,} unreadable image{'s' if left_out > 1 else ''} left out" if left_out else ""
     return (
         f"{data.get('dataset', 'data')}: {sum(counts):,} training images of {len(counts):,} classes, "
-        f"{most:,} to {least:,} a class (ratio {ratio})"
+        f"{most:,} to {least:,} a class (ratio {ratio}){without}"
     )
 
 

@@ -6,11 +6,16 @@ server that is slow, broken or gone costs telemetry until it is back, and `exper
 uploader ends when its parent ends, however that happened.
 
 Nothing is sent twice, whoever is killed when:
-- the MLflow run carries a key that was saved in the run folder before it was created, and is found by it again;
+- the MLflow run carries a key that was saved in the run folder before it was created, and is found by it again; a
+  second one, made by a request whose answer came too late, is removed;
 - the server itself says how far each metric is: what is not beyond its last step is skipped. So when a run is resumed
   and repeats steps, the points first sent stay (on CPU the repeated ones are equal);
 - a batch that arrived while its answer was lost has the journal's timestamps, which MLflow recognises;
-- files are sent again only when they changed; models are found by the digest of their weights.
+- files are sent again only when they changed; models are found by the digest of their weights;
+- nothing else repeats a request: MLflow's own retries, which do not look what arrived, are switched off.
+
+A run whose run.json names a study is a child of the study's MLflow run, which whoever comes first creates. A study's
+folder lies beside those of its runs and is uploaded like a run, with its own files.
 
 MLflow is imported here alone, and only in the process that uploads: the import costs seconds.
 """
@@ -24,6 +29,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -36,17 +42,23 @@ from pathlib import Path
 from typing import Any
 
 from orchestration import journal, tracking_contents
-from orchestration.tracking_contents import check_uri, default_uri, redact
+from orchestration.tracking_contents import STUDY_FILE, check_uri, default_uri, redact
 from orchestration.tracking_process import (
     STATE_FILE,
+    TIMEOUT,
     State,
     Tail,
     Target,
+    WithoutSecrets,
+    building_tables,
     chunks,
     drain,
     follow,
+    incomplete,
     locked,
+    patience,
     set_priority,
+    stamp,
     user,
 )
 
@@ -56,14 +68,15 @@ LOG_FILE = "tracking.log"
 _BATCH = 1000  # points; MLflow takes no more at once
 _REQUIREMENTS = ("mlflow", "numpy", "Pillow", "pydantic", "safetensors", "scikit-learn", "torch", "torchvision")
 _ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",  # seconds; the default of 120 would hold up the end of a run
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the loop below has its own patience
+    TIMEOUT: "5",  # seconds; the default of 120 would hold up the end of a run
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_UV_AUTO_DETECT": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
+
+_NO_RETRIES = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}  # whatever the operator's environment says
 
 _log = logging.getLogger("expertail.tracking")
 
@@ -73,23 +86,20 @@ def start_uploader(
     uri: str,
     experiment: str = "expertail",
     run_name: str | None = None,
-    *,
-    parent: str | None = None,
 ) -> Uploader:
     """Start the process that uploads a run while it trains. Returns at once: nothing is imported, nothing is connected.
 
     Args:
-        run_dir: the run folder, with `config.yaml`, `run.json` and `data.json` as far as they are known.
+        run_dir: the run folder, with `config.yaml`, `run.json` and `data.json` as far as they are known; or a study's.
         uri: of the tracking store; `default_uri(runs_dir)` where the operator named none.
         experiment: MLflow experiment; made when missing.
         run_name: name of the MLflow run; the folder's name when not given.
-        parent: MLflow run id of the study's run.
 
     Raises:
         ValueError: the URI is not one of a tracking store.
     """
     run_dir = Path(run_dir)
-    target = Target(check_uri(uri), experiment, run_name or run_dir.name, parent)
+    target = Target(check_uri(uri), experiment, run_name or run_dir.name)
     root = str(Path(__file__).resolve().parent.parent)
     roots = [] if root == sysconfig.get_path("purelib") else [root]  # a checkout that is not installed
     path = os.pathsep.join(roots + list(filter(None, [os.environ.get("PYTHONPATH")])))
@@ -139,13 +149,13 @@ class Uploader:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-            return _incomplete(self._run_dir, self._target.uri, f"not done after {wait_s:.0f} s")
+            return incomplete(self._run_dir, self._target.uri, f"not done after {wait_s:.0f} s")
         if code == 0:
             return None
         with contextlib.suppress(ValueError):
             if problem := State(self._run_dir, self._target).values.get("problem"):
-                return _incomplete(self._run_dir, self._target.uri, problem)
-        return _incomplete(self._run_dir, self._target.uri, f"the uploader ended with code {code}, see {LOG_FILE}")
+                return incomplete(self._run_dir, self._target.uri, problem)
+        return incomplete(self._run_dir, self._target.uri, f"the uploader ended with code {code}, see {LOG_FILE}")
 
 
 def sync(
@@ -154,7 +164,6 @@ def sync(
     experiment: str = "expertail",
     run_name: str | None = None,
     *,
-    parent: str | None = None,
     wait_s: float = 60.0,
     status: str | None = None,
 ) -> str | None:
@@ -166,23 +175,20 @@ def sync(
         ValueError: the URI is not one of a tracking store, or `tracking.json` is damaged.
     """
     run_dir = Path(run_dir)
-    target = Target(check_uri(uri), experiment, run_name or run_dir.name, parent)
+    target = Target(check_uri(uri), experiment, run_name or run_dir.name)
     with locked(run_dir / f".{STATE_FILE}.lock", wait_s=2.0) as ours:
         if not ours:
-            return _incomplete(run_dir, uri, "another process is uploading this run; wait until it ends")
-        problem = drain(_Sender(run_dir, target), wait_s, status)
-    return None if problem is None else _incomplete(run_dir, uri, problem)
-
-
-def _incomplete(run_dir: Path, uri: str, problem: str) -> str:
-    return f"tracking: {redact(uri)} does not have all of this run ({redact(problem)}); later: expertail sync {run_dir}"
+            return incomplete(run_dir, uri, "another process is uploading this run; wait until it ends")
+        with patience():
+            problem = drain(_Sender(run_dir, target), wait_s, status)
+    return None if problem is None else incomplete(run_dir, uri, problem)
 
 
 class _Sender:
     """Brings one run's folder and the server together, as far as the server plays along; every call may raise."""
 
     def __init__(self, run_dir: Path, target: Target) -> None:
-        os.environ.update({key: os.environ.get(key, value) for key, value in _ENVIRONMENT.items()})
+        os.environ.update({key: os.environ.get(key, value) for key, value in _ENVIRONMENT.items()} | _NO_RETRIES)
         self._run_dir = run_dir
         self._target = target
         self.state = State(run_dir, target)
@@ -197,8 +203,8 @@ class _Sender:
 
     @property
     def begun(self) -> bool:
-        """Whether there is a run to speak of: its config is there."""
-        return (self._run_dir / "config.yaml").exists()
+        """Whether there is a run to speak of."""
+        return any((self._run_dir / name).exists() for name in ("config.yaml", STUDY_FILE))
 
     def connect(self) -> None:
         """Find or make the MLflow run. Does nothing when that is done."""
@@ -208,16 +214,18 @@ class _Sender:
 
         logging.getLogger("alembic").setLevel(logging.WARNING)
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-        database = tracking_contents.sqlite_path(self._target.uri)
-        if database is not None:
-            database.parent.mkdir(parents=True, exist_ok=True)
-        # Two processes must not build one SQLite file's tables at the same time.
-        lock = contextlib.nullcontext(True) if database is None else locked(Path(f"{database}.lock"), wait_s=120.0)
-        with lock:
+        with building_tables(self._target.uri, self._run_dir.parent):
             mlflow.set_tracking_uri(self._target.uri)  # a SQLite registry looks the models up by it
             mlflow.set_registry_uri(self._target.uri)
             client = mlflow.MlflowClient(self._target.uri, self._target.uri)
-            run = self._find_run(client)
+            experiment_id = self._find_experiment(client)
+        study = tracking_contents.study_folder(self._run_dir)
+        parent = None
+        if study is not None:
+            theirs = State(study, self._target)
+            parent = self._find_run(client, experiment_id, study, theirs, study.name, {}).info.run_id
+        tags = {} if parent is None else {"mlflow.parentRunId": parent}
+        run = self._find_run(client, experiment_id, self._run_dir, self.state, self._target.run_name, tags)
         self._run_id = run.info.run_id
         self._steps = {metric.key: int(metric.step) for metric in run.data.to_proto().metrics}
         self._params = set(run.data.params)
@@ -230,11 +238,10 @@ class _Sender:
         """Say what the run is: parameters, tags, dataset, files. Does nothing while those stay the same."""
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 
-        state = [_stamp(self._run_dir / name) for name in ("config.yaml", "run.json", "data.json")]
+        state = [stamp(self._run_dir / name) for name in ("config.yaml", "run.json", "data.json", STUDY_FILE)]
         if state == self._described:
             return
-        config = tracking_contents.read_config(self._run_dir)
-        run, data = self._read("run.json"), self._read("data.json")
+        run, data, config = tracking_contents.description(self._run_dir)
         self._stages = list((config.get("method") or {}).get("stages") or [])
         # Parameters never change on the server; those of the first start stay.
         params = {k: v for k, v in tracking_contents.parameters(config).items() if k not in self._params}
@@ -242,6 +249,8 @@ class _Sender:
             self._client.log_batch(self._run_id, params=chunk, synchronous=True)
         self._params |= set(params)
         tags = [RunTag(*item) for item in tracking_contents.tags(run, data, config).items()]
+        if table := tracking_contents.summary(self._run_dir):
+            tags.append(RunTag("mlflow.note.content", table))
         for chunk in chunks(tags, 100):
             self._client.log_batch(self._run_id, tags=chunk, synchronous=True)
         if data.get("digest"):
@@ -255,36 +264,43 @@ class _Sender:
         self.send_files()
         self._described = state
 
-    def _find_run(self, client: Any) -> Any:
+    def _find_experiment(self, client: Any) -> str:
         from mlflow.exceptions import MlflowException
 
-        experiment = client.get_experiment_by_name(self._target.experiment)
+        name = self._target.experiment
+        experiment = client.get_experiment_by_name(name)
         if experiment is None:
-            database = tracking_contents.sqlite_path(self._target.uri)
-            folder = None if database is None else (database.parent / "mlartifacts").as_uri()
             try:
-                experiment_id = client.create_experiment(self._target.experiment, artifact_location=folder)
+                folder = tracking_contents.artifact_folder(self._target.uri, self._run_dir.parent)
+                kind = {"mlflow.experimentKind": "custom_model_development"}  # else the pages are those of chat models
+                return str(client.create_experiment(name, folder, kind))
             except MlflowException:  # another run was faster
-                experiment = client.get_experiment_by_name(self._target.experiment)
+                experiment = client.get_experiment_by_name(name)
                 if experiment is None:
                     raise
-                experiment_id = experiment.experiment_id
-        else:
-            experiment_id = experiment.experiment_id
-        state = self.state.values
-        self.state.save()  # the key is on disk before a run carries it
-        found = client.search_runs([experiment_id], f"tags.`expertail.key` = '{state['key']}'", max_results=1)
-        if found:
-            run = client.get_run(found[0].info.run_id)
-        else:
-            tags = {"expertail.key": state["key"], "mlflow.user": user()}
-            if self._target.parent:
-                tags["mlflow.parentRunId"] = self._target.parent
-            run = client.create_run(experiment_id, tags=tags, run_name=self._target.run_name)
-            state["files"] = {}
-        state.update(experiment=self._target.experiment, experiment_id=experiment_id, run_id=run.info.run_id)
-        self.state.save()
-        return run
+        return str(experiment.experiment_id)
+
+    def _find_run(
+        self, client: Any, experiment_id: str, folder: Path, state: State, name: str, tags: dict[str, str]
+    ) -> Any:
+        """The one MLflow run of a folder; made where there is none."""
+        with locked(folder / f".{STATE_FILE}.run.lock", wait_s=30.0):  # runs side by side make their study's once
+            state.keep_key()
+            values = state.values
+            key = f"tags.`expertail.key` = '{values['key']}'"
+            found = {run.info.run_id: run for run in client.search_runs([experiment_id], key)}
+            if found:
+                run_id = values["run_id"] if values.get("run_id") in found else min(found)
+                for stray in found.keys() - {run_id}:
+                    client.delete_run(stray)
+            else:
+                made = {"expertail.key": values["key"], "mlflow.user": user(), **tags}
+                begun = tracking_contents.moment(tracking_contents.description(folder)[0], "created")
+                run_id = client.create_run(experiment_id, begun, made, name).info.run_id
+                values["files"] = {}
+            values.update(experiment=self._target.experiment, experiment_id=experiment_id, run_id=run_id)
+            state.save()
+        return client.get_run(run_id)
 
     def _read(self, name: str) -> dict[str, Any]:
         return tracking_contents.read_json(self._run_dir / name)
@@ -328,8 +344,8 @@ class _Sender:
         }
         now, step = round(time.time() * 1000), 1 + max(self._steps.get(name, -1) for name in values)
         metrics = [Metric(name, float(value), now, step) for name, value in values.items()]
+        self._steps.update(dict.fromkeys(values, step))  # first: only the answer may be lost
         self._client.log_batch(self._run_id, metrics=metrics, synchronous=True)
-        self._steps.update(dict.fromkeys(values, step))
 
     def send_files(self) -> None:
         """Send the files that changed since they were last sent."""
@@ -401,21 +417,15 @@ class _Sender:
         return logged.model_id
 
     def close(self, status: str | None) -> None:
-        """Set the run's final status; the run stays as it is when run.json calls it running."""
-        run = self._read("run.json")
+        """Set the run's final status; the run stays as it is when its folder calls it running."""
+        run = tracking_contents.description(self._run_dir)[0]
         status = status or tracking_contents.status_of(run)
         self._client.set_tag(self._run_id, "status", str(run.get("status", status.lower())))
+        experiment_id = self.state.values["experiment_id"]
+        self._find_run(self._client, experiment_id, self._run_dir, self.state, self._target.run_name, {})  # no strays
         if status != "RUNNING":
-            self._client.set_terminated(self._run_id, status)
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """What changes when a file is written; None when it is not there."""
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_mtime_ns, status.st_ino
+            ended = tracking_contents.moment(run, "ended") if status == "FINISHED" else None
+            self._client.set_terminated(self._run_id, status, ended)
 
 
 def _save_pyfunc(scratch: Path, export: Path, model: Any) -> None:
@@ -449,10 +459,12 @@ def _save_pyfunc(scratch: Path, export: Path, model: Any) -> None:
 
 def main(arguments: list[str]) -> int:
     """The uploading process: the target as one line of JSON on standard input, then `finish`; an end is an orphan's."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `ray job stop` sends it to all; the driver says when to end
     set_priority(19)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s", level=logging.INFO)
     run_dir = Path(arguments[0])
     target = Target(**json.loads(sys.stdin.readline()))
+    sys.stdout, sys.stderr = WithoutSecrets(sys.stdout), WithoutSecrets(sys.stderr)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s", level=logging.INFO)
     last: dict[str, Any] = {"finish": 10.0, "status": "KILLED"}  # when the parent ends without a word
     wake = threading.Event()
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,6 +19,8 @@ from orchestration.tables import per_class_table
 
 SCHEMES = ("sqlite", "http", "https", "databricks", "postgresql", "mysql", "mssql")
 PER_CLASS_FILE = "per_class.json"
+STUDY_FILE = "sweep.json"
+"""What makes a folder a study's: its runs, and what they have in common."""
 _PARAM_CHARACTERS = 250
 _STATUS = {
     "running": "RUNNING", "started": "RUNNING", "resumed": "RUNNING",
@@ -56,6 +59,14 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(os.path.abspath(uri.removeprefix("sqlite:///")))
 
 
+def artifact_folder(uri: str, runs_dir: Path) -> str | None:
+    """Where files of a new experiment go: beside a database; None where the server decides."""
+    if uri.startswith(("http", "databricks")):
+        return None
+    database = sqlite_path(uri)
+    return (Path(os.path.abspath(runs_dir if database is None else database.parent)) / "mlartifacts").as_uri()
+
+
 def default_uri(runs_dir: str | os.PathLike[str]) -> str:
     """The store of those who run no server: one SQLite file for all runs of a folder."""
     return f"sqlite:///{Path(os.path.abspath(runs_dir)) / 'mlflow.db'}"
@@ -78,12 +89,29 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def study_folder(run_dir: Path) -> Path | None:
+    """The folder of the study that a run belongs to; None for a run on its own."""
+    name = read_json(run_dir / "run.json").get("study")
+    folder = run_dir.parent / str(name)
+    return folder if name and (folder / STUDY_FILE).exists() else None
+
+
 def read_config(run_dir: Path) -> dict[str, Any]:
     """The resolved config of a run; empty when there is none yet."""
     import yaml
 
     path = run_dir / "config.yaml"
     return (yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
+
+
+def description(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """What a folder says of its run, its data and its config; of a study, what its runs have in common."""
+    study = read_json(folder / STUDY_FILE)
+    if not study:
+        return read_json(folder / "run.json"), read_json(folder / "data.json"), read_config(folder)
+    values = ",".join(run["value"] for run in study["runs"])
+    run = {"seed": study["seed"], "status": study.get("status")}
+    return run, {"dataset": study["dataset"]}, {**study["config"], "sweep": {"key": study["key"], "values": values}}
 
 
 def evaluations(run_dir: Path) -> dict[str, dict[str, Any]]:
@@ -121,7 +149,8 @@ def parameters(config: Mapping[str, Any]) -> dict[str, str]:
 def tags(run: Mapping[str, Any], data: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
     """What made the run: commit, command, host, versions, dataset digest, config hash."""
     found: dict[str, Any] = {
-        "mlflow.source.name": run.get("command"),
+        "command": run.get("command"),
+        "mlflow.source.name": "expertail",
         "mlflow.source.git.commit": run.get("commit"),
         "mlflow.source.type": "LOCAL",
         "config_hash": run.get("config_hash") or _hash(config),
@@ -134,10 +163,25 @@ def tags(run: Mapping[str, Any], data: Mapping[str, Any], config: Mapping[str, A
     }
     host = run.get("host")
     found |= {f"host.{name}": value for name, value in host.items()} if isinstance(host, Mapping) else {"host": host}
-    command = found["mlflow.source.name"]
-    if isinstance(command, list):
-        found["mlflow.source.name"] = " ".join(map(str, command))
     return {key: redact(str(value))[:5000] for key, value in found.items() if value not in (None, "")}
+
+
+def moment(run: Mapping[str, Any], name: str) -> int | None:
+    """The time that run.json calls `created` or `ended`, in unix milliseconds; None where it does not say."""
+    value = run.get(name)
+    try:
+        seconds = datetime.fromisoformat(value).timestamp() if isinstance(value, str) else value
+        return None if seconds is None else round(float(seconds) * 1000)
+    except (TypeError, ValueError):
+        return None
+
+
+def summary(folder: Path) -> str | None:
+    """What MLflow shows as a run's description: its final table; None where there is none yet."""
+    for path in (folder / "report" / "table.txt", folder / "table.txt"):
+        if path.exists():
+            return f"```\n{path.read_text()[:4900].rstrip()}\n```"
+    return None
 
 
 def status_of(run: Mapping[str, Any]) -> str:
@@ -163,8 +207,9 @@ def files(run_dir: Path) -> dict[str, str | Path]:
     for path in (run_dir / "config.yaml", run_dir / "run.json"):
         if path.exists():
             found[path.name] = redact(path.read_text())
-    patterns = ("data.json", "evaluation/*.json", "report/*.png", "report/*.txt")
-    for path in sorted(path for pattern in patterns for path in run_dir.glob(pattern)):
+    patterns = ("data.json", "evaluation/**/*.json", "report/*.png", "report/*.txt")
+    of_a_study = (STUDY_FILE, "sweep.png", "table.txt")
+    for path in sorted(path for pattern in patterns + of_a_study for path in run_dir.glob(pattern)):
         found[path.relative_to(run_dir).as_posix()] = path
     data, results = read_json(run_dir / "data.json"), evaluations(run_dir)
     if data and results:

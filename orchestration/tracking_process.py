@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import getpass
+import io
 import itertools
 import json
 import logging
 import os
 import random
+import re
 import tempfile
 import threading
 import time
@@ -17,12 +19,13 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TextIO
 
 from orchestration import journal, tracking_contents
 from orchestration.tracking_contents import redact
 
 STATE_FILE = "tracking.json"
+TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 _log = logging.getLogger("expertail.tracking")
 
 
@@ -33,21 +36,28 @@ class Target:
     uri: str
     experiment: str
     run_name: str
-    parent: str | None = None
-    """MLflow run id of the study's run, None for a run on its own."""
 
 
 class State:
     """What the run folder remembers of one store: the MLflow run, and the digests of files sent. No secrets."""
 
     def __init__(self, run_dir: Path, target: Target) -> None:
-        self._path = run_dir / STATE_FILE
+        self._path, self._uri = run_dir / STATE_FILE, target.uri
         self._stores = tracking_contents.read_json(self._path)
         self.values: dict[str, Any] = self._stores.setdefault(redact(target.uri), {})
-        self.values.setdefault("key", uuid.uuid4().hex)
+        # One key for all: the same store may be reached by several names.
+        keys = [store["key"] for store in self._stores.values() if "key" in store]
+        self.values.setdefault("key", keys[0] if keys else uuid.uuid4().hex)
         self.values.setdefault("files", {})
 
+    def keep_key(self) -> None:
+        """Have the key on disk before a run carries it; where another process was faster, take its key."""
+        kept = tracking_contents.read_json(self._path).get(redact(self._uri), {})
+        self.values.update({name: kept[name] for name in ("key", "run_id") if name in kept})
+        self.save()
+
     def save(self) -> None:
+        """Write the file, whole."""
         handle, temporary = tempfile.mkstemp(dir=self._path.parent, prefix=f".{STATE_FILE}.")
         with open(handle, "w") as file:
             json.dump(self._stores, file, indent=1)
@@ -98,6 +108,38 @@ def locked(path: Path, *, wait_s: float) -> Iterator[bool]:
                     return
                 time.sleep(0.1)
         yield True
+
+
+@contextlib.contextmanager
+def building_tables(uri: str, folder: Path) -> Iterator[None]:
+    """Hold a lock where opening a store may build its tables, which two processes must not do at the same time.
+
+    A server sees to that by itself.
+
+    Args:
+        uri: of the store.
+        folder: of runs; the lock of a database that is not a file lies there.
+    """
+    database = tracking_contents.sqlite_path(uri)
+    if database is not None:
+        database.parent.mkdir(parents=True, exist_ok=True)
+    if uri.startswith(("http", "databricks")):
+        yield
+    else:
+        with locked(Path(f"{database or folder / '.mlflow'}.lock"), wait_s=120.0):
+            yield
+
+
+@contextlib.contextmanager
+def patience() -> Iterator[None]:
+    """Requests may take 30 s, where the operator has not set another limit: no training waits for them."""
+    given = os.environ.get(TIMEOUT)
+    os.environ.setdefault(TIMEOUT, "30")
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[TIMEOUT]
 
 
 def set_priority(nice: int) -> None:
@@ -179,6 +221,38 @@ def follow(sender: Sender, wake: threading.Event, *, interval_s: float = 2.0, sy
             _log.warning("%s (failure %d)", one_line(error), failures)
         pause = interval_s if failures == 0 else min(2.0**failures, 60.0) * random.uniform(0.8, 1.2)
         wake.wait(pause)
+
+
+def incomplete(run_dir: Path, uri: str, problem: str) -> str:
+    """What an operator is told when something of a run did not arrive: one line without secrets."""
+    text = f"tracking: {redact(uri)} does not have all of this run ({redact(problem)}); later: expertail sync {run_dir}"
+    if redact(uri) == uri and not re.search(r"\b40[13]\b", problem):
+        return text
+    return f"{text} (no password is kept: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or add --uri)"
+
+
+class WithoutSecrets(io.TextIOBase):
+    """A text stream that takes secrets out of what is written to it, by whatever library."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(redact(text))
+        self._stream.flush()
+        return len(text)
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+
+def stamp(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is written; None when it is not there."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_mtime_ns, status.st_ino
 
 
 def one_line(error: BaseException) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
 
 from orchestration import tracking
+from orchestration.checkpoint import Checkpoints
 from orchestration.compose import expand, from_yaml
 from orchestration.config import RunConfig
 from orchestration.console import Console
@@ -57,13 +61,27 @@ def _train(config: RunConfig, folder: RunFolder, marks: dict[str, float]) -> int
         _report(config, folder, outcome)
     except BaseException as problem:
         stopped = isinstance(problem, Stopped | Preempted | KeyboardInterrupt)
-        if (folder.path / CONFIG).exists():
-            folder.note(status="stopped" if stopped else "failed", problem=str(problem))
+        with contextlib.suppress(OSError):  # a full disk must not hide what happened first
+            if (folder.path / CONFIG).exists():
+                folder.note(status="stopped" if stopped else "failed", problem=str(problem))
         uploader.end("KILLED" if stopped else "FAILED", wait_s=min(_SHORT_WAIT_S, config.tracking.final_wait_s))
+        if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _full(folder, problem) from problem
         raise
     print(_stored_table(config, folder), flush=True)
     uploader.end("FINISHED", wait_s=config.tracking.final_wait_s)
     return 0
+
+
+def _full(folder: RunFolder, problem: OSError) -> ValueError:
+    """The run folder's disk is full: say so, and give back what was half-written."""
+    Checkpoints(folder.path, []).clean()
+    disk = shutil.disk_usage(folder.path)
+    return ValueError(
+        f"{problem.filename or folder.path}: {problem.strerror}; {disk.free / 2**20:.1f} of {disk.total / 2**20:.1f} "
+        f"MiB are free where {folder.path} lies; the newest checkpoint is whole; make room there (run.keep_checkpoints "
+        f"says how many are kept), and the same command continues from it"
+    )
 
 
 class _Tracking:
@@ -113,7 +131,10 @@ def tracking_uri(config: RunConfig) -> str:
 
 
 def sync_run(run: str, uri: str | None) -> str | None:
-    """Upload what a run's server does not have yet, or that of a study and all its runs. Returns None, or what is still missing and why.
+    """Upload what the server of a run, or of a study and all its runs, does not have yet.
+
+    Returns:
+        None, or what is still missing and why.
 
     Raises:
         ValueError: there is no such run, or its folder is damaged.

@@ -27,7 +27,7 @@ from experts.class_groups import split_classes
 from experts.data.batches import Batch, EvalBatches, TrainBatches
 from experts.data.dataset import Dataset
 from experts.data.random import key
-from experts.ensemble import Ensemble, build_ensemble, part_of
+from experts.ensemble import Ensemble, build_ensemble, freeze, part_of
 from experts.flow import Flow
 from experts.losses.objective import Given, Objective
 from experts.progress import Progress
@@ -100,7 +100,7 @@ class StageTrainer:
         self.flow: Flow = build("flow", self.stage.flow, self.objective, self.expert_names, draws)
         self.distillation = self.stage.distillation and build("distillation", self.stage.distillation)
         self.model = self._build_model()
-        self._frozen = self._freeze()
+        self._frozen = freeze(self.model, self.flow.learns - set(self.stage.freeze))
         self.schedule = build("lr_schedule", self.stage.lr_schedule)
         self.aggregator: Aggregator = build(
             "aggregator", config.method.aggregator_in(stage), counts_C, self.expert_names
@@ -142,16 +142,6 @@ class StageTrainer:
         if self.config.engine.sync_batchnorm:
             self.mesh.synchronise_batchnorm(model)
         return model.train()
-
-    def _freeze(self) -> list[torch.nn.Module]:
-        """Make only what this stage trains require gradients. Returns the modules that hold nothing else."""
-        learning = self.flow.learns - set(self.stage.freeze)
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(part_of(name) in learning)
-        frozen: list[torch.nn.Module] = [] if "trunk" in learning else [self.model.trunk]
-        if "features" not in learning:
-            frozen += [expert.features for expert in self.model.experts.values()]  # type: ignore[misc]
-        return frozen
 
     def _build_engine(self) -> Engine:
         factors = dict(zip(self.expert_names, self.objective.lr_factors, strict=True))
@@ -408,10 +398,9 @@ class StageTrainer:
 
     def prepare(self) -> None:
         """What an objective needs to see before the first step of a stage; nothing, for most."""
-        prepare = getattr(self.objective, "prepare", None)
-        if prepare is not None:
+        if self.objective.prepares:
             self.model.eval()
-            prepare(self._looked_at)
+            self.objective.prepare(self._looked_at)
             self.beat = time.monotonic()
 
     @torch.no_grad()
@@ -434,9 +423,7 @@ class StageTrainer:
 
     def observe(self, per_class: list[float | None]) -> None:
         """Tell the objective how the ensemble does on the validation split, top-1 by class; most do not ask."""
-        observe = getattr(self.objective, "observe", None)
-        if observe is not None:
-            observe(per_class)
+        self.objective.observe(per_class)
 
     def state(self) -> dict[str, Any]:
         """Counters for a checkpoint; the same on every worker."""

@@ -115,6 +115,10 @@ class DatasetConfig(Settings):
     """Limit per split, MiB, at 3 x image_size x image_size bytes an image."""
     loader_processes: Annotated[int, Field(ge=0)] = 0
     """Processes that decode streamed files, per worker; 0 decodes in the worker. Never changes a batch."""
+    quarantine: Annotated[int, Field(ge=0)] = 0
+    """Training images that may be left out because they cannot be read; one more refuses the run. Above 0, every file
+    that the run uses is decoded once before training, by one worker; resident sets are in any case. Validation and test
+    images are never left out."""
 
     @model_validator(mode="after")
     def _keys_fit_together(self) -> DatasetConfig:
@@ -126,6 +130,8 @@ class DatasetConfig(Settings):
             problems.append("train_list is not set; source=image_list needs a file of `path label` lines")
         if self.download and self.source not in ("fashion_mnist", "cifar10", "cifar100"):
             problems.append(f"download=true: source={self.source} cannot be downloaded; set download=false and root")
+        if self.quarantine and self.source not in ("image_folder", "image_list"):
+            problems.append(f"quarantine = {self.quarantine}: {self.source} has no image files; set quarantine=0")
         if self.val_list is not None and self.val_per_class:
             problems.append(
                 f"val_list and val_per_class = {self.val_per_class} are both set; set val_per_class=0 or val_list=null"

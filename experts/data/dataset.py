@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from experts.data.config import DatasetConfig
-from experts.data.decode import decode_file
+from experts.data.decode import UnreadableImage, decode_file
 from experts.data.imbalance import hold_out, select
-from experts.data.pools import ArrayPool, Pool, Source
+from experts.data.pools import ArrayPool, FilePool, Pool, Source
 from experts.data.sources import open_source
-from experts.data.stores import FileImages, ResidentImages, Store, resident_from_array, resident_from_files
+from experts.data.stores import FileImages, ResidentImages, Store, decode_all, resident_from_array
 
 MIB = 2**20
 NUM_FILES_LOOKED_AT = 16  # to tell whether the images of a set share one shape
+_SHOWN = 3  # files in a message
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A training image that cannot be read and that training does without (dataset.quarantine).
+
+    Attributes:
+        path: relative to dataset.root.
+        label: class id.
+        reason: what is wrong with the file.
+    """
+
+    path: str
+    label: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -31,6 +49,7 @@ class Dataset:
         digest: sha256 over what was selected: pixels and labels of arrays; paths and labels of files, whose pixels
             would all have to be read first.
         raw_image_shape: (height, width, channels) as the source has them, None if its images differ.
+        left_out: training images that cannot be read. They are in no count, no store and no digest.
     """
 
     config: DatasetConfig
@@ -41,6 +60,7 @@ class Dataset:
     test: Store
     digest: str
     raw_image_shape: tuple[int, int, int] | None
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -83,12 +103,19 @@ def _part(store: Store, new_ids: np.ndarray) -> Store:
     return ResidentImages(store.images[torch.from_numpy(kept)], labels)
 
 
-def open_dataset(config: DatasetConfig) -> Dataset:
+def open_dataset(
+    config: DatasetConfig, *, left_out: Sequence[str] | None = None, beat: Callable[[], None] = lambda: None
+) -> Dataset:
     """Open a dataset.
 
     The steps, each a stated rule: hold out a test set where the source has none (`imbalance.hold_out`), choose the
-    training images and cut the validation set (`imbalance.select`), bring all to image_size (`decode.frame`), and keep
-    them in memory where they fit (dataset.resident).
+    training images and cut the validation set (`imbalance.select`), leave out what cannot be read (dataset.quarantine),
+    bring all to image_size (`decode.frame`), and keep them in memory where they fit (dataset.resident).
+
+    Args:
+        left_out: training images that were found unreadable when the run began, as `LeftOut.path`: exactly these are
+            left out, and nothing is looked for. None looks, if dataset.quarantine allows any.
+        beat: called after every file that is decoded here, from any thread.
 
     Raises:
         ValueError: anything an operator can cause: missing or damaged files, too few images of a class, keys that do
@@ -97,11 +124,10 @@ def open_dataset(config: DatasetConfig) -> Dataset:
     source = open_source(config)
     train, val, test = _splits(config, source)
     num_classes = len(source.class_names)
-    counts_C = np.bincount(train.labels, minlength=num_classes)
     for name, pool in (("training", train), ("test", test), ("validation", val)):
         if pool is not None and not len(pool.labels):
             raise ValueError(f"dataset {config.name}: the {name} set has no image; check dataset.root = {config.root}")
-    empty = np.flatnonzero(counts_C == 0)
+    empty = np.flatnonzero(np.bincount(train.labels, minlength=num_classes) == 0)
     if len(empty):
         c = int(empty[0])
         raise ValueError(
@@ -114,16 +140,35 @@ def open_dataset(config: DatasetConfig) -> Dataset:
             f"dataset.index_groups = {list(config.index_groups)}: found {num_classes} classes; the second "
             f"cut must be smaller, or index_groups null"
         )
+    search = config.quarantine > 0 and left_out is None
+    if left_out and isinstance(train, FilePool):
+        train = train.take(np.flatnonzero(~np.isin(train.paths, [os.fsencode(path) for path in left_out])))
+    train_store, missing = _train_store(config, train, search, beat)
+    if missing:
+        train = train.take(np.setdiff1d(np.arange(len(train.labels)), list(missing)))
     return Dataset(
         config,
         source.class_names,
-        counts_C,
-        _train_store(config, train),
-        None if val is None else _eval_store(config, val),
-        _eval_store(config, test),
+        _counts_left(source.class_names, train, missing),
+        train_store,
+        None if val is None else _eval_store(config, val, "validation", search, beat),
+        _eval_store(config, test, "test", search, beat),
         _digest(source.class_names, train, val, test),
         _raw_shape(train),
+        tuple(missing.values()),
     )
+
+
+def _counts_left(class_names: tuple[str, ...], train: Pool, missing: dict[int, LeftOut]) -> np.ndarray:
+    counts_C = np.bincount(train.labels, minlength=len(class_names))
+    for c in np.flatnonzero(counts_C == 0).tolist():
+        first = next((item for item in missing.values() if item.label == c), None)
+        why = f"; the first is {first.path}, {first.reason}" if first else ""
+        raise ValueError(
+            f"dataset.quarantine: none of the training images of class {c} ('{class_names[c]}') can be read{why}; "
+            f"needed at least 1; restore them"
+        )
+    return counts_C
 
 
 def _splits(config: DatasetConfig, source: Source) -> tuple[Pool, Pool | None, Pool]:
@@ -167,28 +212,68 @@ def _test_place(config: DatasetConfig) -> str:
     )
 
 
-def _train_store(config: DatasetConfig, pool: Pool) -> Store:
-    crop_scale = config.augment.random_resized_crop
+def _train_store(
+    config: DatasetConfig, pool: Pool, search: bool, beat: Callable[[], None]
+) -> tuple[Store, dict[int, LeftOut]]:
+    """The training images, and those of the pool, by position, that had to be left out.
+
+    Raises:
+        ValueError: an image cannot be read and none may be left out, or more than dataset.quarantine cannot.
+    """
     if isinstance(pool, ArrayPool):
-        return resident_from_array(pool, config.image_size)
-    if crop_scale is None or config.resident == "always":
-        return _file_store(config, FileImages(pool, config.image_size))
-    return FileImages(pool, config.image_size, crop_scale=crop_scale)
+        return resident_from_array(pool, config.image_size), {}
+    crop_scale = config.augment.random_resized_crop
+    if config.resident == "always":
+        crop_scale = None
+    files = FileImages(pool, config.image_size, crop_scale=crop_scale)
+    images = _memory_for(config, files) if crop_scale is None else None
+    problems = {} if images is None and not search else decode_all(files, images, count_all=search, beat=beat)
+    if problems and not search:
+        raise next(iter(problems.values()))
+    if len(problems) > config.quarantine:
+        _refuse_so_many(config, pool, problems)
+    missing = {
+        i: LeftOut(os.fsdecode(pool.paths[i]), int(pool.labels[i]), problem.reason) for i, problem in problems.items()
+    }
+    kept = np.setdiff1d(np.arange(len(files)), list(missing))
+    if images is not None:
+        return ResidentImages(images[torch.from_numpy(kept)] if missing else images, pool.labels[kept]), missing
+    return replace(files, files=pool.take(kept)) if missing else files, missing
 
 
-def _eval_store(config: DatasetConfig, pool: Pool) -> Store:
+def _refuse_so_many(config: DatasetConfig, pool: FilePool, problems: dict[int, UnreadableImage]) -> None:
+    shown = ", ".join(f"{problem.path} ({problem.reason})" for problem in list(problems.values())[:_SHOWN])
+    more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    raise ValueError(
+        f"dataset.quarantine = {config.quarantine}: {len(problems)} of {len(pool.labels)} training images cannot be "
+        f"read: {shown}{more}; restore them, or set dataset.quarantine={len(problems)} to train without them"
+    )
+
+
+def _eval_store(config: DatasetConfig, pool: Pool, split: str, search: bool, beat: Callable[[], None]) -> Store:
+    """Validation or test images: all of them, or an error.
+
+    Raises:
+        UnreadableImage: one cannot be read. Streamed files are looked at here only where training files are as well.
+    """
     if isinstance(pool, ArrayPool):
         return resident_from_array(pool, config.image_size, config.eval.resize)
-    return _file_store(config, FileImages(pool, config.image_size, config.eval.resize))
+    files = FileImages(pool, config.image_size, config.eval.resize)
+    images = _memory_for(config, files)
+    if images is not None or search:
+        for problem in decode_all(files, images, beat=beat).values():
+            remedy = f"restore it: no {split} image is left out, dataset.quarantine is for training images alone"
+            raise UnreadableImage(problem.path, problem.reason, remedy)
+    return files if images is None else ResidentImages(images, pool.labels)
 
 
-def _file_store(config: DatasetConfig, files: FileImages) -> Store:
-    """Resident or streamed, as dataset.resident says and, under auto, dataset.resident_mib allows."""
-    needed_mib = len(files) * 3 * config.image_size**2 / MIB
-    fits = needed_mib <= config.resident_mib
+def _memory_for(config: DatasetConfig, files: FileImages) -> torch.Tensor | None:
+    """Room for all images, or None where they are to be streamed: as dataset.resident says and, under auto,
+    dataset.resident_mib allows."""
+    fits = len(files) * 3 * config.image_size**2 / MIB <= config.resident_mib
     if config.resident == "always" or (config.resident == "auto" and fits):
-        return resident_from_files(files)
-    return files
+        return torch.empty(len(files), 3, config.image_size, config.image_size, dtype=torch.uint8)
+    return None
 
 
 def _digest(class_names: tuple[str, ...], *pools: Pool | None) -> str:

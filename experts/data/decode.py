@@ -1,5 +1,10 @@
 """One image file to pixels, and pixels to the square that the network sees.
 
+What a file may hold (`decode_file`): grey, palette and CMYK pixels become RGB; transparency is dropped, the colours
+stay as stored; 16 bits become their upper 8; of several frames the first counts; an EXIF orientation is not applied, as
+in torchvision's ImageFolder. More than MAX_PIXELS pixels, or one side more than MAX_ASPECT times the other, is refused
+before memory is taken for it.
+
 The small-image rule (`frame`): an image whose longer side is at most image_size is enlarged by the largest whole
 factor that fits (bilinear; factor 1 leaves it as it is), then centred on black. Any other image is resized so that
 its short side is image_size, then centre-cropped. One channel is repeated onto three, later, on the device.
@@ -25,46 +30,101 @@ with contextlib.suppress(ImportError):
 decode_jpeg = getattr(torch.ops.image, "decode_jpeg", None)
 MODE_RGB = 3  # of torchvision.io.ImageReadMode
 JPEG_START = b"\xff\xd8\xff"
+MAX_PIXELS = 89_478_485  # Pillow's own limit, 256 MiB as RGB: a file of 1 KB may claim to be of 12 GB
+MAX_ASPECT = 1000  # bringing the short side of a thinner image to image_size takes more memory than the image
+_BARE_MARKERS = {0x01, *range(0xD0, 0xD8)}  # of a JPEG; without a length
+_FRAME_MARKERS = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # followed by the image's size
+_SCAN_MARKERS = {0xD9, 0xDA}
 CROP_ATTEMPTS = 10
 CROP_UNIFORMS = 2 * CROP_ATTEMPTS + 2  # per image: area and aspect of each attempt, then top and left
 
 
+class UnreadableImage(ValueError):
+    """An image file that cannot be decoded.
+
+    Attributes:
+        path: as it was asked for.
+        reason: what is wrong with it, a few words.
+    """
+
+    def __init__(self, path: str, reason: str, remedy: str) -> None:
+        super().__init__(path, reason, remedy)  # its parts: processes hand errors to one another by them
+        self.path, self.reason, self.remedy = path, reason, remedy
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}; {self.remedy}"
+
+
+_RESTORE = "restore it, take it out of the set, or let dataset.quarantine leave such training images out"
+
+
 def decode_file(path: str) -> Tensor:
-    """Read one image file as RGB; grey, palette, CMYK and transparent ones are converted.
+    """Read one image file as RGB.
+
+    Damage that leaves a file decodable, such as a flipped bit in the middle of a JPEG, is not found.
 
     Returns:
         uint8 [3, H, W].
 
     Raises:
-        ValueError: the file is missing, empty, truncated or no image; names it.
+        UnreadableImage: the file is missing, empty, truncated, too large or no image; names it.
     """
     try:
         with open(path, "rb") as file:
             data = file.read()
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); check dataset.root and its permissions") from None
+        remedy = "check dataset.root and its permissions"
+        raise UnreadableImage(path, f"cannot be read ({error.strerror})", remedy) from None
     if not data:
-        raise ValueError(f"{path}: an empty file, needed an image; restore it or take it out of the set")
+        raise UnreadableImage(path, "an empty file, needed an image", _RESTORE)
     try:
         if decode_jpeg is not None and data.startswith(JPEG_START):
-            with contextlib.suppress(RuntimeError):  # Pillow decides: it reads rarer kinds and says what is wrong
-                return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), MODE_RGB)
+            height, width = _size_of_jpeg(data)
+            _refuse_size(height, width)
+            if height and width:
+                with contextlib.suppress(RuntimeError):  # Pillow decides: it reads rarer kinds and says what is wrong
+                    return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), MODE_RGB)
         return _decode_with_pillow(data)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         what = "of no known kind" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise ValueError(
-            f"{path} ({len(data)} bytes): not a whole image ({what}); restore the file or take it out of the set"
-        ) from None
+        raise UnreadableImage(path, f"not a whole image ({what}; {len(data)} bytes)", _RESTORE) from None
 
 
 def _decode_with_pillow(data: bytes) -> Tensor:
     with Image.open(io.BytesIO(data)) as opened:
+        _refuse_size(opened.height, opened.width)
         image: Image.Image = opened
-        if opened.mode.startswith("I;16"):  # Pillow would clip 16-bit grey at 255 instead of scaling it
+        if opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format == "PNG"):
+            # Pillow would clip 16-bit grey at 255 instead of scaling it
             image = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
+        elif opened.mode in ("I", "F"):
+            raise ValueError(f"pixels of 32 bits, Pillow's mode {opened.mode}; needed 8 or 16 bits")
         elif opened.mode == "P" and "transparency" in opened.info:
             image = opened.convert("RGBA")
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def _size_of_jpeg(data: bytes) -> tuple[int, int]:
+    """Height and width that the header of a JPEG claims; zeros where that is not plain to see."""
+    at = 2
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker in _FRAME_MARKERS:
+            return int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
+        if marker in _SCAN_MARKERS:
+            break
+        if marker == 0xFF:  # filling
+            at += 1
+        else:
+            at += 2 if marker in _BARE_MARKERS else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return 0, 0
+
+
+def _refuse_size(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels, at most {MAX_PIXELS:,} are read")
+    if max(height, width) > MAX_ASPECT * max(1, min(height, width)):
+        raise ValueError(f"{width} x {height} pixels, one side more than {MAX_ASPECT} times the other")
 
 
 def resize(images: Tensor, height: int, width: int) -> Tensor:

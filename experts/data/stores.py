@@ -6,6 +6,7 @@ Both kinds yield square uint8 images of image_size; what happens to them then (`
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experts.data.decode import decode_file, frame, resized_crop
+from experts.data.decode import UnreadableImage, decode_file, frame, resized_crop
 from experts.data.pools import ArrayPool, FilePool
 
 
@@ -88,7 +89,7 @@ class FileImages:
             uint8 [B, 3, S, S], on the CPU.
 
         Raises:
-            ValueError: an image is missing or damaged; names its file.
+            UnreadableImage: an image is missing or damaged; names its file.
         """
         out = torch.empty(len(positions), 3, self.image_size, self.image_size, dtype=torch.uint8)
         for row, position in enumerate(positions.tolist()):
@@ -113,26 +114,47 @@ def resident_from_array(pool: ArrayPool, image_size: int, short_side: int | None
     return ResidentImages(torch.cat(pieces), pool.labels)
 
 
-def resident_from_files(files: FileImages) -> ResidentImages:
+def decode_all(
+    files: FileImages,
+    out: Tensor | None = None,
+    *,
+    count_all: bool = False,
+    beat: Callable[[], None] = lambda: None,
+) -> dict[int, UnreadableImage]:
     """Decode every file once, on as many threads as this process may use; JPEG decoding runs beside Python.
 
-    Raises:
-        ValueError: an image is missing or damaged; names its file.
+    Args:
+        out: uint8 [N, 3, S, S], filled with the images; None only looks whether they can be read.
+        count_all: go on after the first that cannot be read.
+        beat: called after every file, from any of the threads.
+
+    Returns:
+        What cannot be read, by position, in ascending order; its rows of `out` are undefined.
     """
-    images = torch.empty(len(files), 3, files.image_size, files.image_size, dtype=torch.uint8)
 
-    def fill(positions: np.ndarray) -> None:
-        images[positions[0] : positions[-1] + 1] = files.read(positions)
+    def decode(positions: np.ndarray) -> dict[int, UnreadableImage]:
+        unreadable = {}
+        for position in positions.tolist():
+            try:
+                image = decode_file(files.files.path(position))
+                if out is not None:
+                    out[position] = frame(image, files.image_size, files.resize)
+            except UnreadableImage as problem:
+                unreadable[position] = problem
+                if not count_all:
+                    break
+            beat()
+        return unreadable
 
+    found: dict[int, UnreadableImage] = {}
     pieces = np.array_split(np.arange(len(files)), -(-len(files) // 256))
     with ThreadPoolExecutor(max_workers=usable_cpus()) as threads:
-        for done in [threads.submit(fill, piece) for piece in pieces]:
-            try:
-                done.result()
-            except ValueError:
+        for done in [threads.submit(decode, piece) for piece in pieces]:
+            found |= done.result()
+            if found and not count_all:
                 threads.shutdown(cancel_futures=True)
-                raise
-    return ResidentImages(images, files.labels)
+                break
+    return found
 
 
 def usable_cpus() -> int:

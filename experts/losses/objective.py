@@ -6,7 +6,7 @@ Shapes: E experts, B images of this piece of the batch, C classes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -31,6 +31,11 @@ class ObjectiveSettings(Settings):
         Raises:
             ValueError: names both keys, `objective.<key>` and `head.<key>`, and what to set.
         """
+
+    @property
+    def teacher_names(self) -> tuple[str, ...] | None:
+        """The teachers that the objective learns from, all of them needed; None where it asks for none by name."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,12 @@ class Objective(nn.Module, ABC):
     """Outputs of an expert beyond its C scores, which come first."""
     num_experts_allowed: ClassVar[tuple[int, ...] | None] = None
     """Numbers of experts that it takes, where not every one from 1 to 8."""
+    prepares: ClassVar[bool] = False
+    """Whether `prepare` has something to do, which needs teachers and a validation split."""
+    observes: ClassVar[bool] = False
+    """Whether `observe` has something to do, which needs a validation split."""
+    teacher_classes: Mapping[str, Any]
+    """Class ids that a teacher knows, by its name, int64 [C_t]; teachers not named know all."""
 
     def __init__(self, config: Any, counts_C: Tensor, num_experts: int) -> None:
         super().__init__()
@@ -86,6 +97,7 @@ class Objective(nn.Module, ABC):
         self.config = config
         self.num_experts = num_experts
         self.num_classes = len(counts_C)
+        self.teacher_classes = {}
 
     @abstractmethod
     def denominators(self, labels_B: Tensor, progress: Progress) -> dict[str, Tensor]:
@@ -117,6 +129,21 @@ class Objective(nn.Module, ABC):
     def lr_factors(self) -> tuple[float, ...]:
         """What each expert's learning rate is multiplied with; the trunk's and shared heads' never is."""
         return (1.0,) * self.num_experts
+
+    def prepare(self, batches: Callable[[str], Iterable[tuple[Given, Tensor]]]) -> None:
+        """Look at the data, once before the first step of a stage.
+
+        Args:
+            batches: for "train" and "val", all images of the split as they are evaluated, in any order: the teachers'
+                scores (with `positions_B` for "train") and the labels [B].
+        """
+
+    def observe(self, per_class_top1: Sequence[float | None]) -> None:
+        """Take note of how the ensemble does on the validation split.
+
+        Args:
+            per_class_top1: fractions, one a class; None where the split has no image of a class.
+        """
 
     def check_shapes(self, logits_EBC: Tensor, labels_B: Tensor) -> None:
         """Refuse logits and labels that do not belong together.

@@ -197,19 +197,20 @@ for step in range(1, 100000):
 
 
 @pytest.mark.slow
-def test_a_kill_while_checkpoints_are_written_always_leaves_a_whole_one(tmp_path):
-    """Six kills at moments spread over the writing of some checkpoints; the newest that is there loads.
+@pytest.mark.parametrize("rounds", [6, pytest.param(50, marks=pytest.mark.drill)])
+def test_a_kill_while_checkpoints_are_written_always_leaves_a_whole_one(rounds, tmp_path):
+    """Kills at moments spread over the writing of some checkpoints; the newest that is there loads.
 
     Only one is kept, and every third is written twice at its step, which replaces it.
     """
     from orchestration.checkpoint import Checkpoints
 
-    for kill in range(6):
+    for kill in range(rounds):
         folder = tmp_path / str(kill)
         process = subprocess.Popen([sys.executable, "-c", WRITER, str(folder)], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         process.stdout.readline()
-        time.sleep(0.05 + 0.021 * kill)
+        time.sleep(0.05 + 0.126 * kill / rounds)
         process.kill()
         process.wait()
         checkpoints = Checkpoints(folder, ["train"])
@@ -237,3 +238,15 @@ def test_a_driver_killed_at_random_moments_goes_on_bitwise(kill, undisturbed, wa
         process.wait()
     assert runs.train(folder) == 0
     same(folder, undisturbed)
+
+
+def test_a_clock_that_jumps_changes_nothing(undisturbed, warm, tmp_path, monkeypatch):
+    """The driver's clock goes back an hour, then two days ahead, every few readings."""
+    folder, read, real = tmp_path / "run", iter(range(10**6)), time.time
+    monkeypatch.setattr(time, "time", lambda: real() + (0, -3600, 172_800)[next(read) // 3 % 3])
+    assert runs.train(folder) == 0
+    monkeypatch.undo()
+    same(folder, undisturbed)
+    found = json.loads((folder / "run.json").read_text())
+    assert min(found["startup_s"].values()) >= 0
+    assert 0 < found["cost"]["worker_hours"] < 1

@@ -30,6 +30,7 @@ def make_run(folder, steps=10, finished=True):
         "tracking: {uri: 'http://me:s3cret@host'}\n"
     )
     run = {"command": "expertail train", "commit": "abc", "seed": 4, "versions": {"torch": "2"}, "host": {"name": "h"}}
+    run |= {"created": "2026-01-02T03:04:05Z", "ended": 1767323105.5} if finished else {}
     (folder / "run.json").write_text(json.dumps({**run, "status": "finished" if finished else "running"}))
     groups = {"by_count": {"many": [0], "medium": [1], "few": [2]}, "by_index": None}
     data = {"dataset": "tiny", "class_names": ["a", "b", "c"], "counts": COUNTS, "total": 255, "digest": "d" * 64}
@@ -41,6 +42,7 @@ def make_run(folder, steps=10, finished=True):
         (folder / f"evaluation/{which}.json").write_text(json.dumps({**result, "members": {"ensemble": member}}))
     (folder / "report").mkdir()
     (folder / "report" / "curves.png").write_bytes(b"png")
+    (folder / "report" / "table.txt").write_text("all 50.00\n")
     append(folder, range(1, steps + 1), 1e9)
     return folder
 
@@ -109,6 +111,8 @@ def test_mlflow_holds_what_the_run_folder_holds_and_nothing_twice(runs):
         run = the_run(uri, "whole")
         assert history(uri, "whole") == expected(range(1, 11))
         assert run.info.status == "FINISHED"
+        assert (run.info.start_time, run.info.end_time) == (1767323045000, 1767323105500)  # of training, not of sending
+        assert run.data.tags["mlflow.note.content"] == "```\nall 50.00\n```"
         assert run.data.params["method.stages.train.epochs"] == "2"
         assert run.data.tags["dataset_digest"] == "d" * 64
         assert run.data.tags["mlflow.source.git.commit"] == "abc"
@@ -188,9 +192,23 @@ def test_a_lost_answer_and_a_lost_memory_double_nothing(runs):
 
 
 def test_a_study_is_the_parent_of_its_runs(runs):
+    """Whoever of the two comes first makes the study's run; the other finds it."""
     uri, folder = default_uri(runs), make_run(runs / "child", steps=1)
-    assert sync(folder, uri, parent="0" * 32) is None
-    assert the_run(uri, "child").data.tags["mlflow.parentRunId"] == "0" * 32
+    study = runs / "study"
+    study.mkdir()
+    result = {"key": "seed", "method": "ride", "dataset": "tiny", "seed": 4, "config": {"method.name": "ride"}}
+    result |= {"status": "finished", "runs": [{"value": "4", "run": "child"}]}
+    (study / "sweep.json").write_text(json.dumps(result))
+    (study / "sweep.png").write_bytes(b"png")
+    (folder / "run.json").write_text(json.dumps({"status": "finished", "study": "study"}))
+    assert sync(folder, uri) is None
+    assert the_run(uri, "study").info.status == "RUNNING"
+    assert sync(study, uri) is None
+    parent = the_run(uri, "study")
+    assert the_run(uri, "child").data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert parent.info.status == "FINISHED"
+    assert parent.data.params == {"method.name": "ride", "sweep.key": "seed", "sweep.values": "4"}
+    assert {file.path for file in client(uri).list_artifacts(parent.info.run_id)} == {"sweep.json", "sweep.png"}
 
 
 @pytest.mark.drill

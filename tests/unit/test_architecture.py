@@ -64,26 +64,6 @@ def test_every_module_imports(path):
     importlib.import_module(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
 
 
-@every_file
-def test_nothing_is_pickled(path):
-    banned = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-    assert not imported(path) & banned
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "torch":
-            assert not {alias.name for alias in node.names} & {"load", "save", "serialization"}, named(path)
-        if not isinstance(node, ast.Call):
-            continue
-        where = f"{named(path)}:{node.lineno}"
-        called = ast.unparse(node.func)
-        assert called != "torch.save", where
-        if called == "torch.load":
-            assert named(path) == "orchestration/pretrained.py", where
-            safe = [k.value for k in node.keywords if k.arg == "weights_only"]
-            assert len(safe) == 1 and isinstance(safe[0], ast.Constant) and safe[0].value is True, where
-        allowed = [k.value for k in node.keywords if k.arg == "allow_pickle"]
-        assert all(isinstance(value, ast.Constant) and value.value is False for value in allowed), where
-
-
 @pytest.mark.parametrize("path", [*files(*PACKAGES, "tests"), *files("benchmarks")], ids=named)
 def test_a_file_stays_small(path):
     assert len(path.read_text().splitlines()) < MAX_LINES

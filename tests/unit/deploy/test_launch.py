@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,13 @@ import pytest
 from deploy import launch
 
 ROOT = Path(launch.__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def no_ray_address(monkeypatch):
+    """The launcher sets it for its process; nothing of that outlives a test."""
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    monkeypatch.delenv("RAY_ADDRESS")
 
 
 @pytest.mark.parametrize("words", [["--", "plan", "seed=0"], ["plan", "seed=0"]])
@@ -33,6 +41,16 @@ def test_a_copied_launcher_finds_the_checkout_it_is_told_of(monkeypatch, tmp_pat
     monkeypatch.setenv("EXPERTAIL_ROOT", str(ROOT))
     assert launch.main(["plan"]) == 0
     assert sys.path[0] == str(ROOT)
+
+
+@pytest.mark.parametrize(("before", "used"), [(None, "auto"), ("10.0.0.1:6379", "10.0.0.1:6379")])
+def test_the_run_uses_the_ray_of_the_node_unless_told_otherwise(before, used, monkeypatch):
+    if before:
+        monkeypatch.setenv("RAY_ADDRESS", before)
+    seen = []
+    monkeypatch.setattr("orchestration.cli.main", lambda arguments: seen.append(os.environ["RAY_ADDRESS"]) or 0)
+    assert launch.main(["train"]) == 0
+    assert seen == [used]
 
 
 def test_a_copied_launcher_without_expertail_says_so(tmp_path):

@@ -35,6 +35,20 @@ def now(monkeypatch):
     return clock
 
 
+@pytest.fixture(autouse=True)
+def able_terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+
+
+def test_a_dumb_terminal_gets_plain_lines(now, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    stream = Terminal()
+    with Console(interval_s=10, stream=stream) as console:
+        console.step(1, 2, 1, 60, VALUES)
+    assert stream.getvalue().startswith("epoch 1/2  step 1/60 (2%)")
+    assert "\x1b" not in stream.getvalue()
+
+
 def test_a_log_file_gets_one_plain_line_per_interval(now):
     stream = io.StringIO()
     with Console(interval_s=10, stream=stream) as console:

@@ -12,6 +12,9 @@ import pytest
 from orchestration import doctor
 from orchestration.doctor import examine
 
+ASKED = "/api/2.0/mlflow/experiments/search?max_results=1"
+ME = "Basic bWU6c2VjcmV0"
+
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch, tmp_path):
@@ -35,13 +38,14 @@ def free_port():
 
 @pytest.fixture
 def server():
-    """An HTTP server that answers /health and asks for credentials elsewhere; yields its URI and what it was sent."""
+    """An HTTP server that answers /health to all, and experiments to one user; yields its URI and what it was sent."""
     seen = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             seen.append((self.path, self.headers.get("Authorization")))
-            self.send_response(200 if self.path == "/health" else 401)
+            known = self.path == "/health" or (self.path == ASKED and self.headers.get("Authorization") == ME)
+            self.send_response(200 if known else 401)
             self.end_headers()
 
         def log_message(self, *args):
@@ -118,7 +122,6 @@ def test_a_cluster_that_nobody_answers_for_is_found_fast():
     text, healthy = examine([f"cluster.address={address}"])
     assert not healthy
     assert f"cluster.address = {address}: nothing answers" in lines(text, "cluster")[0][1]
-    assert lines(text, "run.dir")[1][0] == "warn"
 
 
 def test_a_tracking_server_is_asked_with_its_credentials(server):
@@ -126,13 +129,36 @@ def test_a_tracking_server_is_asked_with_its_credentials(server):
     text, healthy = examine([f"tracking.uri=http://me:secret@{place}", "cluster.cpus_per_worker=0.1"])
     assert healthy, text
     assert lines(text, "tracking") == [("ok", f"http://{place} answers")]
-    assert seen == [("/health", "Basic bWU6c2VjcmV0")]
+    assert seen == [("/health", ME), (ASKED, ME)]
     assert "secret" not in text
+
+
+def test_credentials_that_a_server_does_not_take_are_a_finding(server):
+    """Its /health answers anybody."""
+    place, _ = server
+    state, words = lines(examine([f"tracking.uri=http://me:wrong@{place}"])[0], "tracking")[0]
+    assert state == "FAIL" and "it refuses us (401)" in words and "wrong@" not in words
+
+
+def test_a_server_without_users_that_others_reach_is_a_warning(monkeypatch):
+    from orchestration import tracking_checks
+
+    asked = []
+
+    def answers(parts, what, credentials, patience_s):
+        asked.append((what, credentials))
+
+    monkeypatch.setattr(tracking_checks, "_ask", answers)
+    found = list(tracking_checks._server("http://me:pw@mlflow.example:5000", 1.0))
+    assert [f.state for f in found] == ["ok", "warn", "warn"]
+    assert "without a user" in found[1].text and "in the clear" in found[2].text
+    assert asked[-1] == (ASKED, None)
+    assert [f.state for f in tracking_checks._server("http://127.0.0.1:5000", 1.0)] == ["ok"]
 
 
 def test_a_tracking_server_that_refuses_or_is_silent_is_a_finding(server):
     place, _ = server
-    assert "it refuses us (401)" in examine([f"tracking.uri=http://{place}/elsewhere"])[0]
+    assert "it refuses us (401)" in examine([f"tracking.uri=http://{place}"])[0]
     text, healthy = examine([f"tracking.uri=http://me:secret@127.0.0.1:{free_port()}"])
     assert not healthy and "no answer" in text and "secret" not in text
 

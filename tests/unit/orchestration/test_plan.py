@@ -8,8 +8,11 @@ import torch
 from experts.data.dataset import open_dataset
 from experts.ensemble import build_ensemble
 from orchestration.compose import load_config
+from orchestration.layout import packed
+from orchestration.mesh import MeshShape
 from orchestration.placement import expected_counts, plan
-from orchestration.plan import describe
+from orchestration.plan import describe, plan_text
+from orchestration.traffic import link_bytes, rings
 
 CIFAR = ["dataset=cifar100_lt"]
 
@@ -244,7 +247,11 @@ def test_what_only_the_data_can_say_is_left_open():
     text = describe(load_config(words))
     assert "dataset.num_classes=..." in text and "n/a" in text and "steps per epoch are known when the data" in text
     told = describe(load_config([*words, "dataset.num_classes=8142"]))
-    assert "n/a" not in told and "8,142" in told
+    assert "8,142" in told
+    assert [line for line in told.splitlines() if "n/a" in line] == [
+        "  n/a: no cluster is named; give cluster.address to see its nodes",
+        "  n/a: nothing was run; `expertail plan --probe ...` takes a few steps and tells hours from them",
+    ]
 
 
 FILES = ["dataset=imagenet_lt", "dataset.root=/not/there", "dataset.image_size=32"]
@@ -317,6 +324,78 @@ def test_nodes_that_are_too_few_are_refused():
     plan(config, {"a": {"CPU": 4.0}, "b": {"CPU": 2.0}})
     with pytest.raises(ValueError, match="places for 2"):
         describe(config, {"a": {"CPU": 4.0}})
+
+
+def test_workers_are_packed_on_few_nodes_the_emptiest_first():
+    """Left after one worker of 1 CPU: 3 of 4, 1 of 2, 7 of 8. Ray's scheduler takes the largest share first."""
+    nodes = {"a": {"CPU": 4.0}, "b": {"CPU": 2.0}, "c": {"CPU": 8.0}}
+    assert packed(3, {"CPU": 1.0}, nodes).nodes == ("c",)
+    over = packed(10, {"CPU": 1.0}, nodes)
+    assert over.nodes == ("c", "a") and over.on("a") == [8, 9] and over.on("b") == []
+    assert packed(15, {"CPU": 1.0}, nodes) is None
+    assert packed(14, {"CPU": 1.0}, nodes).nodes == ("c", "a", "b")
+
+
+def test_packing_counts_gpus_memory_and_fractions():
+    nodes = {"a": {"CPU": 4.0, "memory": 2e9}, "b": {"CPU": 4.0, "GPU": 2.0, "memory": 9e9}}
+    assert packed(2, {"CPU": 1.0, "GPU": 1.0}, nodes).nodes == ("b",)
+    assert packed(3, {"CPU": 1.0, "GPU": 1.0}, nodes) is None
+    assert packed(3, {"CPU": 1.0, "memory": 3e9}, nodes).nodes == ("b",)
+    assert packed(3, {"CPU": 0.66}, {"one": {"CPU": 2.0}}).node_of == (0, 0, 0)
+
+
+def test_rings_follow_slots_and_replicas():
+    shape = MeshShape(3, 1, 2)
+    assert rings("replicas", shape) == [[0, 1], [2, 3], [4, 5]]
+    assert rings("slots", shape) == [[0, 2, 4], [1, 3, 5]]
+    assert rings("all", shape) == [[0, 1, 2, 3, 4, 5]]
+
+
+def test_what_links_carry_is_what_workers_send():
+    """Every byte that the exchanges' rings send is on a link, and only those between nodes cross."""
+    config = load_config([*CIFAR, "cluster.workers=6", "cluster.cpus_per_worker=1"])
+    found = plan(config)
+    links = link_bytes(found.final.exchanges, found.shape)
+    slots = [found.shape.position(rank)[0] for rank in range(6)]
+    assert sum(links.values()) == sum(x.sent(slot) for x in found.final.exchanges for slot in slots)
+    layout = packed(6, {"CPU": 1.0}, {"a": {"CPU": 4.0}, "b": {"CPU": 2.0}})
+    # Slots lie on workers 0 1, 2 3, 4 5: rings of slots cross from 2, 3 to 4, 5 and from there to 0, 1.
+    crossing = {(2, 4), (3, 5), (3, 4), (4, 0), (5, 1), (5, 0)}
+    assert layout.between(links) == {
+        (a, b): sum(links[link] for link in crossing if layout.node_of[link[0]] == "ab".index(a))
+        for a, b in (("a", "b"), ("b", "a"))
+    }
+
+
+def test_the_picture_shows_every_worker_on_its_node():
+    words = [*CIFAR, "cluster.workers=6", "cluster.cpus_per_worker=1"]
+    text = describe(load_config(words), {"10.0.0.1": {"CPU": 4.0}, "10.0.0.2": {"CPU": 2.0}, "10.0.0.3": {"CPU": 1.0}})
+    for line in (
+        "  10.0.0.1  (4 CPUs; 4 of 6 workers)",
+        "    | worker 0  | worker 1  | worker 2  | worker 3  |",
+        "    | expert0   | expert0   | expert1   | expert1   |",
+        "    | replica 0 | replica 1 | replica 0 | replica 1 |",
+        "  10.0.0.2  (2 CPUs; 2 of 6 workers)",
+        "  without a worker: 10.0.0.3",
+    ):
+        assert line in text.splitlines(), line
+    assert "  10.0.0.1 -> 10.0.0.2" in text and "inside 10.0.0.1" in text
+    assert "in all from 10.0.0.2 to 10.0.0.1: " in text
+
+
+def test_flops_are_two_a_multiply_add():
+    text = describe(load_config(CIFAR))
+    size = plan(load_config(CIFAR)).final.size
+    (row,) = [line.split() for line in text.splitlines() if line.startswith("  ensemble")]
+    assert row[2:] == [f"{size.work:,}", f"{2 * size.work:,}"]
+    assert f"({2 * 3 * size.work:,} FLOPs)" in text
+
+
+def test_a_cluster_that_does_not_answer_is_told_and_hides_nothing(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    text = plan_text(["cluster.address=127.0.0.1:9", "cluster.workers=3"])
+    assert "  n/a: cluster.address = 127.0.0.1:9: nobody listens there" in text
+    assert "3 workers = 3 expert slots x 1 replica " in text
 
 
 def test_planning_starts_nothing_and_leaves_the_generator_alone(monkeypatch):

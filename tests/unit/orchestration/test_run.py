@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from orchestration import lane as lane_module
 from orchestration import run as module
 from orchestration.checkpoint import write_file
 from orchestration.compose import load_config
@@ -83,7 +84,7 @@ def make_run(tmp_path, events, monkeypatch):
                     act()
                 return Outcome(self.stage, True, 1, tmp_path)
 
-        monkeypatch.setattr(module, "StageRun", FakeStage)
+        monkeypatch.setattr(lane_module, "StageRun", FakeStage)
         monkeypatch.setattr(module, "Fleet", lambda config, shape: FakeFleet(events, "further"))
         folders.append(RunFolder(tmp_path / str(len(folders))))
         main = FakeFleet(events, rooms=rooms)
@@ -106,7 +107,7 @@ def at(monkeypatch, run, steps):
 
 
 def lane(run, stage="many"):
-    return module.Lane(run, run.fleet, run.console).carry_out(stage, 0)
+    return lane_module.Lane(run, run.fleet, run.console).carry_out(stage, 0)
 
 
 def deaths(count):
@@ -167,7 +168,7 @@ def test_workers_that_die_after_a_signal_are_not_started_again(make_run, events)
         run.signals.received = signal.SIGTERM
         raise WorkerLost("a worker died")
 
-    module.StageRun.carry_out = lambda stage: die()
+    lane_module.StageRun.carry_out = lambda stage: die()
     with pytest.raises(Stopped) as stopped:
         lane(run)
     assert stopped.value.exit_code == 143
@@ -175,7 +176,8 @@ def test_workers_that_die_after_a_signal_are_not_started_again(make_run, events)
 
 
 @pytest.mark.parametrize(("why", "begun"), [("hang", "start main"), ("failure", "mend main")])
-def test_workers_of_a_mesh_that_hung_are_all_started_again(make_run, events, why, begun):
+def test_workers_of_a_mesh_that_hung_are_all_started_again(make_run, events, why, begun, monkeypatch):
+    monkeypatch.setattr(lane_module, "keep_stacks", lambda workers, hosts, folder: f"stacks kept in {folder}")
     run = make_run({"many": [WorkerLost("lost", why), None]})
     assert lane(run).finished
     assert [e for e in events if e.endswith("main")] == ["start main", begun]

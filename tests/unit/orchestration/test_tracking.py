@@ -7,7 +7,7 @@ import pytest
 
 from orchestration import tracking, tracking_contents
 from orchestration.journal import Journal
-from orchestration.tracking_process import State, Tail, Target, drain, is_final, locked
+from orchestration.tracking_process import State, Tail, Target, WithoutSecrets, drain, incomplete, is_final, locked
 
 
 def test_importing_the_driver_side_does_not_import_mlflow():
@@ -89,8 +89,63 @@ def test_the_state_keeps_stores_apart_and_no_secret(tmp_path):
     text = (tmp_path / "tracking.json").read_text()
     assert "s3cret" not in text
     assert State(tmp_path, Target("http://other@h", "e", "r")).values["run_id"] == "x"
-    assert "run_id" not in State(tmp_path, Target("http://elsewhere", "e", "r")).values
+    elsewhere = State(tmp_path, Target("http://elsewhere", "e", "r")).values
+    assert "run_id" not in elsewhere
+    assert elsewhere["key"] == one.values["key"]  # the same store by another name finds the same run
     assert [path.name for path in tmp_path.iterdir()] == ["tracking.json"]
+
+
+def test_two_processes_that_see_a_folder_first_agree_on_its_key(tmp_path):
+    """Runs side by side make their study's MLflow run once."""
+    one, two = (State(tmp_path, Target("http://h", "e", "r")) for _ in range(2))
+    assert one.values["key"] != two.values["key"]
+    one.keep_key()
+    one.values["run_id"] = "x"
+    one.save()
+    two.keep_key()
+    assert (two.values["key"], two.values["run_id"]) == (one.values["key"], "x")
+
+
+def test_a_run_knows_its_study_by_name(tmp_path):
+    (tmp_path / "run").mkdir()
+    assert tracking_contents.study_folder(tmp_path / "run") is None
+    (tmp_path / "run" / "run.json").write_text('{"study": "all"}')
+    assert tracking_contents.study_folder(tmp_path / "run") is None  # its folder is gone
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "sweep.json").write_text("{}")
+    assert tracking_contents.study_folder(tmp_path / "run") == tmp_path / "all"
+
+
+def test_what_libraries_print_is_logged_without_secrets(tmp_path):
+    with open(tmp_path / "log", "w") as file:
+        print("Traceback: http://me:s3cret@h/api", file=WithoutSecrets(file))
+    assert (tmp_path / "log").read_text() == "Traceback: http://h/api\n"
+
+
+@pytest.mark.parametrize(
+    ("uri", "problem", "hint"),
+    [("http://h", "down", False), ("http://me:s3cret@h", "down", True), ("http://h", "error code 401 != 200", True)],
+)
+def test_who_needs_a_password_is_told_where_to_put_it(tmp_path, uri, problem, hint):
+    text = incomplete(tmp_path, uri, problem)
+    assert ("MLFLOW_TRACKING_PASSWORD" in text) == hint
+    assert "s3cret" not in text and "\n" not in text
+    assert f"expertail sync {tmp_path}" in text
+
+
+def test_the_run_folder_keeps_no_password(tmp_path, monkeypatch):
+    from orchestration.compose import load_config
+    from orchestration.run_folder import RunFolder
+
+    word = "tracking.uri=http://me:s3cret@host:5000"
+    monkeypatch.setattr(sys, "argv", ["expertail", "train", word, "dataset=digits_lt"])
+    folder = RunFolder(tmp_path)
+    folder.write(load_config([word, "dataset=digits_lt"]))
+    folder.describe(folder.stored_config(), [], {})
+    folder.close()
+    assert folder.stored_config().tracking.uri == "http://host:5000"
+    assert folder.run()["command"] == "expertail train tracking.uri=http://host:5000 dataset=digits_lt"
+    assert not [path for path in tmp_path.iterdir() if "s3cret" in path.read_text()]
 
 
 def test_a_lock_is_held_by_one(tmp_path):

@@ -1,0 +1,144 @@
+"""One fleet that trains one stage after another, through the loss of workers and of nodes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from orchestration.console import Console
+from orchestration.drain import Drained, Preempted
+from orchestration.fleet import Fleet, WorkerLost
+from orchestration.hangs import keep_stacks
+from orchestration.run_folder import LOCK
+from orchestration.stage_run import Outcome, StageRun
+
+if TYPE_CHECKING:
+    from orchestration.run import Run
+
+_WAITS_FOR_NODES = 10  # times cluster.placement_timeout_s: how long a restart waits for a node that was lost
+
+
+class Lane:
+    """One fleet that trains one stage after another; a worker's death costs the steps since its stage's checkpoint."""
+
+    def __init__(self, run: Run, fleet: Fleet, console: Console) -> None:
+        self._run, self._fleet, self._console = run, fleet, console
+
+    def carry_out(self, stage: str, before: int) -> Outcome:
+        """Train a stage from its newest checkpoint, or its beginning, to its end; again after each loss of a worker."""
+        run, fleet = self._run, self._fleet
+        in_a_row, reached = 0, -1
+        pause: Pause | None = None
+        training: StageRun | None = None
+        while True:
+            run.check_wanted(stage)
+            try:
+                if not fleet.workers:
+                    run.cost.change(fleet.shape.workers)
+                    fleet.start()
+                    self._check_shared()
+                elif pause is not None:
+                    fleet.mend()
+                run.started(fleet, stage)
+                if pause is not None:
+                    pause.mark("workers")
+                training = StageRun(run, stage, fleet, self._console, before=before, pause=pause)
+                fleet.keep_spares()
+                return training.carry_out()
+            except Drained as notice:
+                pause = Pause(training)
+                run.preempted(notice, stage)
+                self._move(stage, notice)
+            except WorkerLost as loss:
+                pause = Pause(training)
+                if loss.why == "hang":
+                    self._console.message(keep_stacks(fleet.workers, fleet.hosts, run.folder.path / "hangs"))
+                run.check_wanted(stage)
+                if loss.why == "preemption":
+                    run.preempted(loss, stage)
+                    self._move(stage, loss)
+                    continue
+                newest = run.checkpoints.newest(stage, self._console.message)
+                now = newest.state["step"] if newest else 0
+                in_a_row = 1 if now > reached else in_a_row + 1
+                reached = now
+                if loss.why != "failure" or in_a_row > 1:  # what hangs or is full does not survive
+                    self._end_workers()
+                run.lost(loss, stage, in_a_row)
+                self._wait(stage, fleet.check_room)
+
+    def _end_workers(self) -> None:
+        self._run.cost.change(-len(self._fleet.workers))
+        self._fleet.kill()
+
+    def _move(self, stage: str, notice: Exception) -> None:
+        """Leave nodes that are taken away.
+
+        Raises:
+            Preempted: no other has room, and none has come.
+        """
+        self._end_workers()
+        try:
+            self._wait(stage, self._fleet.move)
+        except ValueError as reason:
+            raise Preempted(
+                f"{notice}; {reason}; the newest checkpoint is kept: the same command continues from it"
+            ) from reason
+
+    def _check_shared(self) -> None:
+        """Refuse workers that do not see the run folder.
+
+        Raises:
+            ValueError: names the first node that sees another one.
+        """
+        folder, fleet = self._run.folder, self._fleet
+        for host, seen in zip(fleet.hosts, fleet.call("sees", str(folder.path / LOCK), folder.token), strict=True):
+            if not seen:
+                raise ValueError(
+                    f"run.dir = {folder.path.parent}: node {host['node']} does not see this run's folder there; "
+                    f"needed a folder on storage that all nodes share, at the same path on each; set run.dir"
+                )
+
+    def _wait(self, stage: str, for_room: Callable[[], None]) -> None:
+        """Wait a while for a node that was lost with its workers.
+
+        Raises:
+            ValueError: it has not come back, nor another.
+        """
+        wait_s = _WAITS_FOR_NODES * self._run.config.cluster.placement_timeout_s
+        end, told = time.monotonic() + wait_s, False
+        while True:
+            try:
+                return for_room()
+            except ValueError as reason:
+                if time.monotonic() >= end:
+                    raise
+                if not told:
+                    self._console.message(f"{reason}; waiting up to {wait_s:g} s for a node")
+                    told = True
+            self._run.check_wanted(stage)
+            time.sleep(min(1.0, wait_s / 10))
+
+
+class Pause:
+    """The time between a loss and the next step.
+
+    Args:
+        training: what was interrupted; None if it had not begun.
+    """
+
+    def __init__(self, training: StageRun | None) -> None:
+        self.step = training.step if training is not None else 0
+        self._last = self._begun = time.monotonic()
+        self._spans: dict[str, float] = {}
+
+    def mark(self, name: str) -> None:
+        """Something was waited for until now."""
+        now = time.monotonic()
+        self._spans[name] = round(now - self._last, 2)
+        self._last = now
+
+    def spans(self) -> dict[str, float]:
+        """Seconds by what was waited for, and in all."""
+        return self._spans | {"total": round(self._last - self._begun, 2)}

@@ -1,0 +1,122 @@
+"""Workers on nodes: where Ray's PACK would put them, what each link between them carries, and a drawing of it. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from orchestration.config import ClusterConfig
+from orchestration.mesh import MeshShape
+
+Resources = Mapping[str, float]
+_BOXES_A_ROW = 4
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which node each worker of a mesh is on.
+
+    Attributes:
+        nodes: names, in the order in which they are filled; only those that hold a worker.
+        node_of: index into `nodes` by rank.
+    """
+
+    nodes: tuple[str, ...]
+    node_of: tuple[int, ...]
+
+    def on(self, node: str) -> list[int]:
+        """Ranks on a node."""
+        return [rank for rank, index in enumerate(self.node_of) if self.nodes[index] == node]
+
+    def between(self, links: Mapping[tuple[int, int], int | None]) -> dict[tuple[str, str], int | None]:
+        """Bytes from node to node, of links between workers on different nodes; None where one is not known."""
+        found: dict[tuple[str, str], int | None] = {}
+        for (sender, receiver), sent in links.items():
+            ends = self.nodes[self.node_of[sender]], self.nodes[self.node_of[receiver]]
+            if ends[0] != ends[1]:
+                before = found.get(ends, 0)
+                found[ends] = None if sent is None or before is None else before + sent
+        return found
+
+
+def bundle_of(cluster: ClusterConfig, cpus: float) -> dict[str, float]:
+    """What Ray is asked for each worker.
+
+    Args:
+        cluster: of the config.
+        cpus: of a worker, resolved.
+    """
+    gpus, memory = cluster.gpus_per_worker, cluster.memory_gib_per_worker
+    return {"CPU": cpus} | ({"GPU": float(gpus)} if gpus else {}) | ({"memory": memory * 2**30} if memory else {})
+
+
+def places(node: Resources, bundle: Resources) -> int:
+    """Workers that a node has room for, each with what is in the bundle."""
+    return min(math.floor(node.get(kind, 0.0) / share + 1e-6) for kind, share in bundle.items())
+
+
+def packed(workers: int, bundle: Resources, nodes: Mapping[str, Resources]) -> Layout | None:
+    """Lay workers out as Ray packs the bundles of a placement group: on as few nodes as it can.
+
+    Ray takes the node that would have the largest share of its resources left, fills it, and goes on with the next.
+    Where nodes are equal it may take another than we do.
+
+    Args:
+        workers: how many.
+        bundle: resources of each, none of them 0.
+        nodes: resources by node.
+
+    Returns:
+        None where the nodes have too few places.
+    """
+
+    def left(name: str) -> float:
+        return sum((nodes[name][kind] - share) / nodes[name][kind] for kind, share in bundle.items())
+
+    fitting = [name for name in nodes if places(nodes[name], bundle) > 0]
+    order, node_of = list[str](), list[int]()
+    for name in sorted(fitting, key=left, reverse=True):
+        if len(node_of) == workers:
+            break
+        node_of += [len(order)] * min(places(nodes[name], bundle), workers - len(node_of))
+        order.append(name)
+    return Layout(tuple(order), tuple(node_of)) if len(node_of) == workers else None
+
+
+def draw(
+    layout: Layout, nodes: Mapping[str, Resources], shape: MeshShape, experts: Mapping[int, tuple[str, ...]], shown: int
+) -> Iterator[str]:
+    """Nodes with a box for each worker: its rank, experts and replica.
+
+    Args:
+        layout: of the workers.
+        nodes: resources by node.
+        shape: of the mesh.
+        experts: names by rank.
+        shown: the most workers that are drawn on a node.
+    """
+    for name in layout.nodes:
+        ranks, have = layout.on(name), nodes[name]
+        gpus = f", {have['GPU']:g} GPUs" if have.get("GPU") else ""
+        yield f"{name}  ({have.get('CPU', 0):g} CPUs{gpus}; {len(ranks)} of {shape.workers} workers)"
+        cells = []
+        for rank in ranks[:shown]:
+            _, replica = shape.position(rank)
+            cells.append([f"worker {rank}", *experts[rank], f"replica {replica}"])
+        for first in range(0, len(cells), _BOXES_A_ROW):
+            yield from _boxes(cells[first : first + _BOXES_A_ROW])
+        if len(ranks) > shown:
+            yield f"  ... and {len(ranks) - shown} more"
+    idle = [name for name in nodes if name not in layout.nodes]
+    if idle:
+        yield f"without a worker: {', '.join(idle[:8])}{f' and {len(idle) - 8} more' if len(idle) > 8 else ''}"
+
+
+def _boxes(cells: list[list[str]]) -> Iterator[str]:
+    widths = [max(map(len, cell)) for cell in cells]
+    edge = "  +" + "+".join("-" * (width + 2) for width in widths) + "+"
+    yield edge
+    for row in zip(*cells, strict=True):
+        yield "  |" + "|".join(f" {text:<{width}} " for text, width in zip(row, widths, strict=True)) + "|"
+    yield edge

@@ -1,0 +1,433 @@
+"""What the doctor asks every node of a cluster at once, and how their answers compare.
+
+A probe lives on each node while the doctor looks (node_report.py). A node that does not answer in time is a finding,
+and the others are compared without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from orchestration.config import RunConfig
+from orchestration.finding import Finding
+from orchestration.layout import Layout
+from orchestration.node_report import Probe, software
+from orchestration.placement import WORKER_GIB
+from orchestration.wording import many
+
+START_S = 120.0  # until a node's probe has started a process and imported torch
+_ANSWER_S = 20.0  # for anything after that
+_STORAGE_S = 10.0  # network file systems show new files after some seconds
+_CLOCK_S = 5.0
+_GIB = 2**30
+_SHOWN = 8  # lines of a finding that has one for each node
+_DRIVER = "the driver"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run asks of the nodes.
+
+    Attributes:
+        config: checked.
+        layout: of the workers; None where they do not fit.
+        run_dir: absolute.
+        weights: bytes of weights, gradients, momentum and teachers of a worker; None where they are not known.
+        batch_bytes: of decoded images on their way to one worker.
+    """
+
+    config: RunConfig
+    layout: Layout | None
+    run_dir: Path
+    weights: int | None
+    batch_bytes: int
+
+
+@dataclass
+class Survey:
+    """Answers by node.
+
+    Attributes:
+        probes: those that answered.
+        reports: of `Probe.look`.
+        resources: as Ray counts them.
+    """
+
+    probes: dict[str, Any] = field(default_factory=dict)
+    reports: dict[str, dict[str, Any]] = field(default_factory=dict)
+    resources: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def ask(self, call: Callable[[str, Any], Any], limit_s: float = _ANSWER_S) -> tuple[dict[str, Any], dict[str, str]]:
+        """Ask all at once. Returns answers, and what went wrong, by node."""
+        return _ask({name: call(name, probe) for name, probe in self.probes.items()}, limit_s)
+
+
+def check_nodes(needs: Needs) -> Iterator[Finding]:
+    """Compare the living nodes of the cluster that we are connected to with each other and with what a run needs."""
+    nodes = {f"{n['NodeManagerAddress']}/{n['NodeID'][:6]}": n for n in ray.nodes() if n["Alive"]}
+    survey = Survey(resources={name: dict(node["Resources"]) for name, node in nodes.items()})
+    started = {
+        name: Probe.options(  # type: ignore[attr-defined]
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote()
+        for name, node in nodes.items()
+    }
+    try:
+        data = needs.config.dataset.model_dump(mode="json")
+        begun = time.monotonic()
+        survey.reports, silent = _ask({name: probe.look.remote(data) for name, probe in started.items()}, START_S)
+        survey.probes = {name: started[name] for name in survey.reports}
+        for name, problem in silent.items():
+            yield Finding("FAIL", "nodes", f"{name}: {problem}")
+        if not survey.probes:
+            return
+        yield Finding(
+            "ok", "nodes", f"{len(survey.probes)} of {len(nodes)} answered in {time.monotonic() - begun:.0f} s"
+        )
+        yield from _software(survey, needs, software())
+        yield from _memory(survey, needs)
+        yield from _shared_memory(survey, needs)
+        yield from _storage(survey, needs.run_dir, {name: node["NodeID"] for name, node in nodes.items()})
+        yield from _data(survey, needs.config)
+        yield from _ports(survey)
+        yield from _clocks(survey)
+        yield from _exposure(survey)
+    finally:
+        for probe in started.values():
+            with contextlib.suppress(RayError, ValueError):
+                ray.kill(probe)
+
+
+def _ask(refs: Mapping[str, Any], limit_s: float) -> tuple[dict[str, Any], dict[str, str]]:
+    done, _ = ray.wait(list(refs.values()), num_returns=len(refs), timeout=limit_s) if refs else ([], [])
+    answers, problems = {}, {}
+    for name, ref in refs.items():
+        if ref not in done:
+            problems[name] = (
+                f"has not answered for {limit_s:g} s; its raylet may hang, or it cannot start processes; look at "
+                f"`ray status` and the node's raylet.out, or take it out of the cluster"
+            )
+            continue
+        try:
+            answers[name] = ray.get(ref)
+        except RayError as error:
+            problems[name] = _words_of(error)
+    return answers, problems
+
+
+def _words_of(error: RayError) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    missing = next((line for line in reversed(lines) if "No module named" in line), None)
+    if missing is not None:
+        return (
+            f"expertail cannot be loaded there ({missing}); install the same version on every node, or launch with "
+            f"`ray job submit --working-dir .`"
+        )
+    return f"the probe failed ({lines[-1] if lines else type(error).__name__})"
+
+
+# Versions
+
+
+def _software(survey: Survey, needs: Needs, here: Mapping[str, Any]) -> Iterator[Finding]:
+    """Whether all run the same code in the same way; the driver counts as one of them."""
+    everyone = {_DRIVER: here, **survey.reports}
+    names = [name for name in everyone[_DRIVER]["versions"] if name != "python"]
+    apart = False
+    for what in names:
+        problem = _apart({who: report["versions"].get(what, "none") for who, report in everyone.items()})
+        if problem:
+            apart = True
+            yield Finding("FAIL", "versions", f"{what}: {problem}; needed one version; install the same everywhere")
+    problem = _apart({who: report["code"] for who, report in everyone.items()})
+    if problem:
+        apart = True
+        text = f"the code of expertail differs: {problem}; needed one checkout, or one wheel, on all of them"
+        yield Finding("FAIL", "versions", text)
+    pythons = {who: report["versions"]["python"] for who, report in everyone.items()}
+    if problem := _apart(pythons):
+        apart = True
+        yield Finding("warn", "versions", f"Python: {problem}; Ray asks for one version on all nodes")
+    if not apart:
+        versions = everyone[_DRIVER]["versions"]
+        same = ", ".join(f"{what} {version}" for what, version in versions.items())
+        yield Finding("ok", "versions", f"the same on all nodes and here: {same}; code {everyone[_DRIVER]['code']}")
+    yield from _arithmetic(survey, needs)
+
+
+def _arithmetic(survey: Survey, needs: Needs) -> Iterator[Finding]:
+    gpus = needs.config.cluster.gpus_per_worker
+    kinds = {}
+    for name, report in survey.reports.items():
+        found = report["torch"]
+        if isinstance(found, str):
+            yield Finding("FAIL", "torch", f"{name}: torch cannot be loaded ({found}); install it again there")
+            continue
+        kinds[name] = f"{report['machine']}, {found['arithmetic']}"
+        if gpus and survey.resources[name].get("GPU") and found["cuda"] is None:
+            text = f"{name}: has GPUs but a CPU build of torch; needed a CUDA build; install one there"
+            yield Finding("FAIL", "torch", text)
+    if problem := _apart(kinds):
+        text = f"processors differ: {problem}; a worker that moves to another kind changes the last bits of a result"
+        yield Finding("warn", "torch", text)
+    elif kinds:
+        yield Finding("ok", "torch", f"{next(iter(kinds.values()))} on every node")
+
+
+def _apart(values: Mapping[str, str]) -> str | None:
+    """Who has which value, if they do not all have one."""
+    groups: dict[str, list[str]] = {}
+    for who, value in values.items():
+        groups.setdefault(value, []).append(who)
+    if len(groups) < 2:
+        return None
+    return "; ".join(f"{value} on {_names(who)}" for value, who in groups.items())
+
+
+def _names(who: list[str]) -> str:
+    return ", ".join(who[:4]) + (f" and {len(who) - 4} more" if len(who) > 4 else "")
+
+
+# Memory
+
+
+def worker_gib(config: RunConfig, weights: int | None) -> tuple[float, float]:
+    """Least and most memory that a worker's process is likely to hold, GiB."""
+    most = (weights or 0) / _GIB
+    data = config.dataset
+    files = data.source in ("image_folder", "image_list") and data.resident != "never"
+    held = 2 * data.resident_mib / 1024 if files else 0.0
+    limit = config.cluster.memory_gib_per_worker
+    return WORKER_GIB[0] + most, limit if limit is not None else WORKER_GIB[1] + most + held
+
+
+def _memory(survey: Survey, needs: Needs) -> Iterator[Finding]:
+    if needs.layout is None:
+        yield Finding("warn", "memory", "not compared: the workers do not fit the nodes")
+        return
+    low, high = worker_gib(needs.config, needs.weights)
+    unknown = "" if needs.weights is not None else "; weights are not known before the data is opened and come on top"
+    good = []
+    for name, report in survey.reports.items():
+        workers = len(needs.layout.on(name))
+        if not workers:
+            continue
+        total, free = report["memory"] / _GIB, report["memory_free"] / _GIB
+        text = (
+            f"{name}: {many(workers, 'worker')} of {low:.1f} to {high:.1f} GiB{unknown}; {free:.1f} of {total:.1f} GiB "
+            f"free"
+        )
+        advice = "use fewer workers a node (cluster.cpus_per_worker), cluster.memory_gib_per_worker, or larger nodes"
+        if total < low * workers:
+            yield Finding("FAIL", "memory", f"{text}; {advice}")
+        elif free < high * workers:
+            yield Finding("warn", "memory", f"{text}; {advice}")
+        else:
+            good.append(text)
+    if good:
+        yield Finding("ok", "memory", _first(good))
+
+
+def _shared_memory(survey: Survey, needs: Needs) -> Iterator[Finding]:
+    fine = []
+    for name, report in survey.reports.items():
+        shm = report["shm"]
+        if shm is None:
+            yield Finding("warn", "/dev/shm", f"{name}: there is none; Ray then keeps objects in files")
+            continue
+        store = survey.resources[name].get("object_store_memory", 0.0)
+        workers = len(needs.layout.on(name)) if needs.layout else 0
+        batches = needs.batch_bytes * workers
+        free = report["shm_free"]
+        text = f"{name}: {shm / _GIB:.2g} GiB, {free / _GIB:.2g} free; object store {store / _GIB:.2g} GiB"
+        if shm < store:
+            yield Finding("warn", "/dev/shm", f"{text}; needed as much as the object store; enlarge it (docker: "
+                                              f"--shm-size), or start Ray with --object-store-memory")  # fmt: skip
+        elif free < batches:
+            yield Finding("warn", "/dev/shm", f"{text}; loader processes hand over up to {batches / _GIB:.2g} GiB "
+                                              f"there; enlarge it, or lower dataset.loader_processes")  # fmt: skip
+        else:
+            fine.append(text)
+    if fine:
+        yield Finding("ok", "/dev/shm", _first(fine))
+
+
+def _first(lines: list[str]) -> str:
+    return "\n".join(lines[:_SHOWN] + ([f"and {len(lines) - _SHOWN} more"] if lines[_SHOWN:] else []))
+
+
+# Storage and data
+
+
+def _storage(survey: Survey, run_dir: Path, ids: Mapping[str, str]) -> Iterator[Finding]:
+    """Write a file beside the runs, let every node read it and write one, look for those; leave nothing behind."""
+    there = run_dir
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    advice = "needed one folder that all nodes share at the same path; mount it everywhere, or set run.dir to one"
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=".expertail-doctor-", dir=there))
+    except OSError as error:
+        yield Finding("FAIL", "storage", f"run.dir = {run_dir}: {there} cannot be written here ({error.strerror})")
+        return
+    try:
+        nonce = secrets.token_hex(16)
+        with open(folder / "asked", "w") as file:
+            file.write(nonce)
+            file.flush()
+            os.fsync(file.fileno())
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        said, problems = survey.ask(lambda name, probe: probe.share.remote(str(folder), nonce, ids[name]))
+        problems |= {name: problem for name, problem in said.items() if problem}
+        left = {name for name, problem in said.items() if problem is None}
+        end = time.monotonic() + _STORAGE_S
+        while left and time.monotonic() < end:
+            left -= {name for name in left if _holds(folder / ids[name], nonce)}
+            time.sleep(0.2 if left else 0)
+        unseen = f"reads what is written here, but what it writes is not seen here in {_STORAGE_S:g} s"
+        problems |= dict.fromkeys(left, unseen)
+        for name, problem in problems.items():
+            yield Finding("FAIL", "storage", f"run.dir = {run_dir}: {name} does not share it ({problem}); {advice}")
+        if not problems:
+            yield Finding("ok", "storage", f"{there}: {many(len(said), 'node')} read and wrote there, seen from here")
+    except OSError as error:
+        text = f"run.dir = {run_dir}: files in {there} cannot be written and locked ({error.strerror or error})"
+        yield Finding("FAIL", "storage", f"{text}; set run.dir to a file system that has locks")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _holds(path: Path, text: str) -> bool:
+    try:
+        return path.read_text() == text
+    except OSError:
+        return False
+
+
+def _data(survey: Survey, config: RunConfig) -> Iterator[Finding]:
+    seen = {}
+    for name, report in survey.reports.items():
+        if isinstance(report["data"], str):
+            yield Finding("FAIL", "data", f"{name}: {report['data']}")
+        else:
+            seen[name] = report["data"]
+    if config.dataset.source == "digits":
+        yield Finding("ok", "data", "digits: comes with scikit-learn on every node")
+        return
+    files = sorted({file for found in seen.values() for file in found})
+    differ = [(file, _apart({name: found.get(file, "not there") for name, found in seen.items()})) for file in files]
+    differ = [(file, problem) for file, problem in differ if problem]
+    if differ:
+        file, problem = differ[0]
+        more = f"; and {len(differ) - 1} more files" if len(differ) > 1 else ""
+        text = f"{file} (bytes, digest): {problem}{more}; needed the same data on every node below dataset.root"
+        yield Finding("FAIL", "data", text)
+    elif files:
+        text = f"{config.dataset.name}: {many(len(files), 'file')} looked at, the same on {many(len(seen), 'node')}"
+        yield Finding("ok", "data", text)
+    elif seen:
+        yield Finding("warn", "data", f"{config.dataset.name}: to be downloaded on every node when the run starts")
+
+
+# Network
+
+
+def _ports(survey: Survey) -> Iterator[Finding]:
+    """A connection from every node to every other, on a port that the system finds free, as gloo and NCCL need."""
+    if len(survey.probes) < 2:
+        return
+    nonce = secrets.token_hex(8)
+    places, problems = survey.ask(lambda name, probe: probe.listen.remote(nonce))
+    for name, problem in problems.items():
+        yield Finding("FAIL", "ports", f"{name} cannot open one at its own address: {problem}")
+
+    def reach(name: str, probe: Any) -> Any:
+        return probe.reach.remote({other: place for other, place in places.items() if other != name}, nonce)
+
+    found, silent = survey.ask(reach)
+    broken = [f"{name} to {other}: {problem}" for name, bad in found.items() for other, problem in bad.items()]
+    broken += [f"{name}: {problem}" for name, problem in silent.items()]
+    if broken:
+        advice = "workers exchange gradients on ports that the system finds free; open those from 1024 between nodes"
+        yield Finding("FAIL", "ports", f"{_first(broken)}\n{advice}")
+    elif not problems:
+        pairs = len(places) * (len(places) - 1)
+        yield Finding("ok", "ports", f"{pairs} connections between {len(places)} nodes, each on a free port")
+
+
+def _clocks(survey: Survey) -> Iterator[Finding]:
+    offsets = {}
+    for name, probe in survey.probes.items():
+        before = time.time()
+        answers, _ = _ask({name: probe.clock.remote()}, _CLOCK_S)
+        after = time.time()
+        if name in answers:
+            offsets[name] = answers[name] - (before + after) / 2
+    yield from _clock_findings(offsets)
+
+
+def _clock_findings(offsets: Mapping[str, float]) -> Iterator[Finding]:
+    """Seconds by which nodes are ahead."""
+    far = {name: offset for name, offset in offsets.items() if abs(offset) > _CLOCK_S}
+    for name, offset in far.items():
+        way = "ahead of" if offset > 0 else "behind"
+        text = f"{name}: {abs(offset):.1f} s {way} this one; needed {_CLOCK_S:g} s or less; run NTP on every node"
+        yield Finding("warn", "clock", text)
+    if offsets and not far:
+        most = max(map(abs, offsets.values()))
+        yield Finding("ok", "clock", f"{many(len(offsets), 'node')} at most {most:.2f} s from this one")
+
+
+def _exposure(survey: Survey) -> Iterator[Finding]:
+    """Who may run code here."""
+    without = [name for name, report in survey.reports.items() if not report["token"]]
+    exposed, dashboards, hidden = set(), set(), []
+    for name, report in survey.reports.items():
+        if isinstance(report["listening"], str) or not report["listening"]:
+            hidden.append(name)
+            continue
+        for process, address, port in report["listening"]:
+            if is_loopback(address):
+                continue
+            exposed.add(process)
+            if process == "dashboard" and ip_address(address).is_unspecified:
+                dashboards.add(f"{name} port {port}")
+    if without and exposed:
+        yield Finding(
+            "warn",
+            "auth",
+            f"Ray on {_names(without)} asks nobody for a token, and {', '.join(sorted(exposed))} can be reached from "
+            f"other machines: whoever does runs code here; start every node with RAY_AUTH_MODE=token and one token",
+        )
+    elif without:
+        reach = "its ports could not be listed" if hidden else "Ray listens on loopback addresses only"
+        state = "warn" if hidden else "ok"
+        yield Finding(state, "auth", f"no token is asked for on {_names(without)}; {reach}")
+    else:
+        yield Finding("ok", "auth", f"token authentication is on, on {many(len(survey.reports), 'node')}")
+    for place in sorted(dashboards):
+        text = f"the dashboard listens on every address of {place}; start the head with --dashboard-host 127.0.0.1"
+        yield Finding("warn", "auth", text)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address, or a name, is this machine's own and nobody else's."""
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,290 @@
+"""What one node of a cluster says of itself when the doctor asks. Runs on that node; imports little before it is asked.
+
+Everything is looked at in its own right: what cannot be found out is None or a sentence, and the rest is still told.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+
+LIBRARIES = ("ray", "torch", "torchvision", "deepspeed", "numpy")
+_START_BYTES = 2**20  # of a data file, to tell whether it is the same on two nodes
+_CONNECT_S = 3.0
+_UNLIMITED = 2**60  # cgroups say so, or a number larger than any machine has
+_RAY_PROCESSES = {
+    "gcs_server": "the cluster's control service",
+    "raylet": "raylet",
+    "dashboard.py": "dashboard",
+    "ray.util.client.server": "Ray Client server",
+    "ray::DashboardAgent": "dashboard agent",
+    "ray::RuntimeEnvAgent": "runtime environment agent",
+}
+
+
+@ray.remote(num_cpus=0, max_restarts=0)
+class Probe:
+    """Lives on one node for as long as the doctor looks."""
+
+    def look(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Libraries, memory and network of this node, and the data a config names, as it is seen from here.
+
+        Args:
+            data: a `DatasetConfig` as plain values.
+        """
+        report = {"node": ray.util.get_node_ip_address(), "host": socket.gethostname(), **software(), **room()}
+        return report | {"data": _said(data_seen, data), "listening": _said(listening), "token": token_needed()}
+
+    def clock(self) -> float:
+        """Unix seconds here."""
+        return time.time()
+
+    def share(self, folder: str, nonce: str, node_id: str) -> str | None:
+        """Read the nonce in a folder and answer with a file of our own. Returns what went wrong, in words."""
+        try:
+            found = Path(folder, "asked").read_text()
+            if found != nonce:
+                return "another folder lies at the same path"
+            Path(folder, node_id).write_text(nonce)
+        except OSError as error:
+            return f"{error.strerror}: {error.filename}"
+        return None
+
+    def listen(self, nonce: str) -> tuple[str, int]:
+        """Answer the nonce to whoever connects to a free port of this node's own address; says which."""
+        place = socket.create_server((ray.util.get_node_ip_address(), 0))
+        threading.Thread(target=_answer, args=(place, nonce.encode()), daemon=True).start()
+        return place.getsockname()
+
+    def reach(self, others: dict[str, tuple[str, int]], nonce: str) -> dict[str, str]:
+        """Connect to other nodes. Returns what went wrong by node."""
+        with ThreadPoolExecutor(max_workers=16) as threads:
+            problems = threads.map(lambda place: _connect(place, nonce.encode()), others.values())
+            return {node: problem for node, problem in zip(others, problems, strict=True) if problem}
+
+
+def _answer(place: socket.socket, nonce: bytes) -> None:
+    while True:
+        caller, _ = place.accept()
+        with caller:
+            caller.sendall(nonce)
+
+
+def _connect(place: tuple[str, int], nonce: bytes) -> str | None:
+    try:
+        with socket.create_connection(place, timeout=_CONNECT_S) as there:
+            answer = there.recv(len(nonce), socket.MSG_WAITALL)
+    except OSError as error:
+        return str(error)
+    return None if answer == nonce else "something else answers there"
+
+
+def _said(look: Any, *args: Any) -> Any:
+    try:
+        return look(*args)
+    except Exception as error:  # whatever it is, the other findings count as well
+        return f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
+
+
+def software() -> dict[str, Any]:
+    """Versions, architecture and what decides the last bits of a result."""
+    from orchestration import __version__
+
+    found = {name: _version(name) for name in LIBRARIES}
+    versions = {"python": platform.python_version(), "expertail": __version__, **found}
+    return {"versions": versions, "code": code_digest(), "machine": platform.machine(), "torch": _said(_torch)}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _torch() -> dict[str, Any]:
+    import torch
+
+    blas = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+    return {
+        "cuda": torch.version.cuda,
+        "arithmetic": f"{torch.backends.cpu.get_cpu_capability()}, BLAS {blas[1] if blas else 'unknown'}",
+    }
+
+
+def code_digest() -> str:
+    """Twelve hexadecimal digits that name our own code and configs; two checkouts may have one version."""
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for package in ("experts", "aggregation", "orchestration", "configs"):
+        for path in sorted((root / package).rglob("*")):
+            if path.suffix in (".py", ".yaml"):
+                digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def room() -> dict[str, Any]:
+    """Memory that processes of this node can have, and shared memory; bytes."""
+    memory = psutil.virtual_memory()
+    limit, used = _container_memory()
+    total = min(memory.total, limit)
+    shared = shutil.disk_usage("/dev/shm") if os.path.isdir("/dev/shm") else None
+    return {
+        "memory": total,
+        "memory_free": min(memory.available, total - used),
+        "shm": shared and shared.total,
+        "shm_free": shared and shared.free,
+    }
+
+
+def _container_memory() -> tuple[int, int]:
+    """The limit that a container's control group sets, and what it uses of it."""
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            value = Path(limit).read_text().strip()
+            if value != "max" and int(value) < _UNLIMITED:
+                return int(value), int(Path(used).read_text())
+        except (OSError, ValueError):
+            continue
+    return _UNLIMITED, 0
+
+
+def token_needed() -> bool:
+    """Whether Ray's processes on this node ask whoever calls them for a token."""
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+    return is_token_auth_enabled()
+
+
+def listening() -> list[tuple[str, str, int]]:
+    """Ports that this node's Ray processes have open: process, address, port."""
+    node_id = ray.get_runtime_context().get_node_id()
+    session = re.search(r"session_[\w-]+", " ".join(psutil.Process(os.getppid()).cmdline()))
+    found = set()
+    for process in psutil.process_iter(["cmdline", "ppid"]):
+        words = " ".join(process.info["cmdline"] or ())
+        kind = next((name for part, name in _RAY_PROCESSES.items() if part in words.split(" --")[0]), None)
+        of_dashboard = kind == "dashboard" and session is not None and session[0] in words
+        if kind is None or not (of_dashboard or node_id in words or process.info["ppid"] == os.getppid()):
+            continue
+        try:
+            open_ = process.net_connections(kind="tcp")
+        except psutil.Error:
+            continue
+        host = re.search(r"--host=(\S+)", words) if of_dashboard else None  # it has a port for its metrics besides
+        found |= {
+            (kind, c.laddr.ip, c.laddr.port)
+            for c in open_
+            if c.status == psutil.CONN_LISTEN and (host is None or c.laddr.ip == host[1])
+        }
+    return sorted(found)
+
+
+def data_seen(data: dict[str, Any]) -> dict[str, str]:
+    """Files of a data set by name, with size and a digest of their beginning (of lists, of the whole).
+
+    Raises:
+        ValueError: the folder or a list is not there, or holds nothing that belongs to the set.
+    """
+    from experts.data.config import DatasetConfig
+    from experts.data.download import needs_root
+
+    config = DatasetConfig.model_validate(data)
+    if config.source == "digits":
+        return {}
+    root = needs_root(config, "the files of the set")
+    found = {name: _start_of(path) for name, path in _files(config, root) if path.is_file()}
+    if config.source == "image_folder":
+        found |= _class_folders(Path(root))
+    if not found and not config.download:
+        raise ValueError(
+            f"dataset.root = {config.root}: no file of {config.name} is there; check that it is not one level too "
+            f"high or too low"
+        )
+    return found
+
+
+def _files(config: Any, root: str) -> Iterator[tuple[str, Path]]:
+    """Where files of a set may be, by a name that does not depend on root."""
+    if config.source == "fashion_mnist":
+        from experts.data.arrays import FASHION_FILES
+
+        names = [f"{folder}{name}{end}" for folder in ("", "FashionMNIST/raw/") for name in FASHION_FILES
+                 for end in ("", ".gz")]  # fmt: skip
+    elif config.source in ("cifar10", "cifar100"):
+        from experts.data.cifar import LAYOUTS
+
+        layout = LAYOUTS[config.source]
+        files = layout.train + layout.test
+        names = [f"{folder}{name}" for folder in (f"{layout.python_folder}/", "") for name in files]
+        names += [f"{folder}{name}.bin" for folder in (f"{layout.binary_folder}/", "") for name in files]
+    elif config.source == "image_list":
+        yield from _lists(config, root)
+        return
+    else:
+        return
+    yield from ((name, Path(root, name)) for name in names)
+
+
+def _lists(config: Any, root: str) -> Iterator[tuple[str, Path]]:
+    """The lists, and the first and last image of each.
+
+    Raises:
+        ValueError: a list or one of those images is not there.
+    """
+    for key in ("train_list", "val_list", "test_list"):
+        value = getattr(config, key)
+        if value is None:
+            continue
+        path = next((p for p in (Path(value).expanduser(), Path(root, value)) if p.is_file()), None)
+        if path is None:
+            raise ValueError(f"dataset.{key} = {value}: no such file, here or in dataset.root = {root}")
+        yield f"dataset.{key}", path
+        lines = [line for line in path.read_text("utf-8", "surrogateescape").splitlines() if line.strip()]
+        for line in lines[:1] + lines[1:][-1:]:
+            image = line.rstrip().rpartition(" ")[0].strip()
+            if not Path(root, image).is_file():
+                raise ValueError(f"dataset.root = {root}: {image} of {path} is not there")
+            yield image, Path(root, image)
+
+
+def _class_folders(root: Path) -> dict[str, str]:
+    """Names of the class folders, and the first image of the first and the last."""
+    found = {}
+    for split in [s for s in ("train", "val", "test") if (root / s).is_dir()] or [""]:
+        classes = sorted(entry.name for entry in os.scandir(root / split) if entry.is_dir())
+        classes = [name for name in classes if not name.startswith(".")]
+        if not classes:
+            raise ValueError(f"dataset.root = {root}: no class folder in {split or 'it'}; needed one for each class")
+        names = hashlib.sha256("\n".join(classes).encode("utf-8", "surrogateescape")).hexdigest()[:12]
+        found[f"class folders of {split or 'root'}"] = f"{len(classes)} {names}"
+        for name in classes[:1] + classes[1:][-1:]:
+            images = sorted(entry.name for entry in os.scandir(root / split / name) if entry.is_file())
+            found[f"{split}/{name}"] = f"{len(images)} files"
+            if images:
+                found[f"{split}/{name}/{images[0]}"] = _start_of(root / split / name / images[0])
+    return found
+
+
+def _start_of(path: Path) -> str:
+    """Size in bytes and a digest; a list's whole, of others the first MiB."""
+    with open(path, "rb") as file:
+        start = file.read() if path.suffix == ".txt" else file.read(_START_BYTES)
+    return f"{path.stat().st_size} {hashlib.sha256(start).hexdigest()[:12]}"

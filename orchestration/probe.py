@@ -1,0 +1,316 @@
+"""A few real steps of a run, to tell beforehand how long all of it will take and what it will cost.
+
+Workers are placed as the config says, open the data, train some steps of every stage, evaluate once and write one
+checkpoint, in a folder beside the runs that is removed again. Nothing is tracked. What they took is extrapolated: the
+same arithmetic as a run's, with every count known and every duration measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orchestration.checkpoint import Checkpoints
+from orchestration.config import RunConfig
+from orchestration.fleet import Fleet, cluster, node_resources, resolve_resources
+from orchestration.layout import bundle_of, places
+from orchestration.mesh import mesh_shape
+from orchestration.placement import epoch_of
+from orchestration.run import check_run_dir, run_path
+from orchestration.run_folder import RunFolder
+from orchestration.sources import check_sources, model_folder, stage_classes, weights_of
+from orchestration.wording import duration, grid
+
+STEPS = 30
+_WARM_UP = 3  # steps that still allocate memory and open files
+_LEAST = 5
+_LIMIT_S = 60.0  # for the steps of a stage, if there are _LEAST
+_INTERVAL_S = 1.0  # how often a run's driver hears from training
+
+
+@dataclass(frozen=True)
+class StageProbe:
+    """What was measured of a stage, and how often it will happen.
+
+    Attributes:
+        name: of the stage.
+        batch_size: images of a full batch.
+        step_s: seconds of each full batch that was timed.
+        call_s: seconds that asking the workers for an interval of steps takes on top.
+        begin_s: until the first step, once the workers' libraries are loaded, and what the first steps take longer.
+        evaluation_s, save_s: of one evaluation of all splits, and of one checkpoint.
+        steps: the stage will take.
+        images: it will see; a partial batch counts as its share of a full one.
+        evaluations, saves: it will make.
+        peak_gib: most memory of a worker so far.
+    """
+
+    name: str
+    batch_size: int
+    step_s: tuple[float, ...]
+    call_s: float
+    begin_s: float
+    evaluation_s: float
+    save_s: float
+    steps: int
+    images: int
+    evaluations: int
+    saves: int
+    peak_gib: float
+
+    def spread(self) -> tuple[float, float, float]:
+        """Mean of the step times, and the bounds that 8 of 10 lie between, and the mean."""
+        mean = statistics.fmean(self.step_s)
+        low, high = np.quantile(self.step_s, [0.1, 0.9])
+        return mean, min(mean, float(low)), max(mean, float(high))
+
+    def seconds(self, step_s: float) -> float:
+        """Of the whole stage, with this time for a full batch."""
+        intervals = self.steps / max(1.0, _INTERVAL_S / step_s)
+        training = self.images / self.batch_size * step_s + intervals * self.call_s
+        return self.begin_s + training + self.evaluations * self.evaluation_s + self.saves * self.save_s
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was measured of a run.
+
+    Attributes:
+        config: with CPUs and threads resolved.
+        startup_s: seconds until workers have loaded their libraries, by what was waited for.
+        stages: in the order of the recipe.
+        lanes: stages that the cluster has places for at once.
+    """
+
+    config: RunConfig
+    startup_s: Mapping[str, float]
+    stages: tuple[StageProbe, ...]
+    lanes: int
+
+    def wall_s(self, which: int) -> float:
+        """From the command to the end of the last stage, with the mean (0), low (1) or high (2) step time."""
+        seconds = {stage.name: stage.seconds(stage.spread()[which]) for stage in self.stages}
+        total = sum(self.startup_s.values())
+        for wave in self.config.method.waves():
+            lanes = [0.0] * min(self.lanes, len(wave))
+            for name in wave:
+                lanes[lanes.index(min(lanes))] += seconds.get(name, 0.0)
+            total += max(lanes)
+        return total
+
+    def worker_s(self) -> float:
+        """Seconds that all workers are held, together."""
+        training = sum(stage.seconds(stage.spread()[0]) for stage in self.stages)
+        return self.config.cluster.workers * (self.startup_s["libraries"] * self.lanes + training)
+
+
+def probe(config: RunConfig, begun: float, wanted: int = STEPS) -> Probe:
+    """Try a run.
+
+    Args:
+        config: checked.
+        begun: unix seconds at which the command began.
+        wanted: steps to time in each stage; fewer where they take longer than a minute, or the stage has fewer.
+
+    Raises:
+        ValueError, FloatingPointError, WorkerLost: as for training.
+    """
+    shape = mesh_shape(config.method.num_experts, config.cluster.workers, config.cluster.experts_per_worker)
+    check_sources(config)
+    check_run_dir(config)
+    with cluster(config.cluster.address):
+        marks = [begun, time.time()]
+        nodes = node_resources()
+        check_run_dir(config, len(nodes))
+        config = _resolved(config, shape.workers)
+        assert config.cluster.cpus_per_worker is not None
+        bundle = bundle_of(config.cluster, config.cluster.cpus_per_worker)
+        room = sum(places(node, bundle) for node in nodes.values()) // shape.workers
+        fleet = Fleet(config, shape)
+        try:
+            fleet.start()
+            marks.append(time.time())
+            with _scratch(config) as folder:
+                trial = _Trial(config, fleet, folder, wanted)
+                stages = tuple(trial.stages())
+        finally:
+            fleet.close()
+    spans = [after - before for before, after in itertools.pairwise(marks)]
+    startup = dict(zip(("Ray", "libraries"), spans, strict=True))
+    return Probe(config, startup, stages, max(1, min(room, config.side_by_side)))
+
+
+def _resolved(config: RunConfig, workers: int) -> RunConfig:
+    cpus, threads = resolve_resources(config.cluster, config.engine, workers * config.side_by_side)
+    return config.model_copy(
+        update={
+            "cluster": config.cluster.model_copy(update={"cpus_per_worker": cpus, "standby": 0}),
+            "engine": config.engine.model_copy(update={"threads": threads}),
+        }
+    )
+
+
+@contextlib.contextmanager
+def _scratch(config: RunConfig) -> Iterator[RunFolder]:
+    """A folder on the storage of the runs, gone afterwards; run.dir too, if it was not there."""
+    parent = run_path(config).parent
+    missing = [path for path in (parent, *parent.parents) if not path.exists()]
+    parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".probe-", dir=parent) as place:
+            folder = RunFolder(Path(place))
+            try:
+                yield folder
+            finally:
+                folder.close()
+    finally:
+        with contextlib.suppress(OSError):  # somebody else has begun a run there
+            for path in missing:
+                path.rmdir()
+
+
+class _Trial:
+    """The stages of a run on one fleet, a few steps each."""
+
+    def __init__(self, config: RunConfig, fleet: Fleet, folder: RunFolder, wanted: int) -> None:
+        self._config, self._fleet, self._folder, self._wanted = config, fleet, folder, wanted
+        self._checkpoints = Checkpoints(folder.path, list(config.method.stages))
+
+    def stages(self) -> Iterator[StageProbe]:
+        """One after the other, as far as run.max_steps lets a run come."""
+        before, limit = 0, self._config.run.max_steps
+        for wave in self._config.method.waves():
+            if limit is not None and before >= limit:
+                return
+            found = [self._stage(name, before) for name in wave]
+            before += sum(total for _, total in found)
+            yield from (stage for stage, _ in found)
+
+    def _stage(self, name: str, before: int) -> tuple[StageProbe, int]:
+        """What a stage took, and the steps it has in all."""
+        settings, run = self._config.method.stages[name], self._config.run
+        begun = time.monotonic()
+        seen = self._begin(name)
+        begin_s = time.monotonic() - begun
+        counts = np.array(seen["counts"])[stage_classes(self._config, name, seen["counts"])]
+        images, per_epoch, _ = epoch_of(name, settings, counts)
+        total = settings.epochs * per_epoch
+        target = total if run.max_steps is None else min(run.max_steps - before, total)
+        step_s, call_s, first_s, done = self._steps(total, settings.batch_size)
+        evaluation_s = sum(
+            self._timed("evaluate", split)[0] for split in (["val", "test"] if seen["has_val"] else ["test"])
+        )
+        save_s = self._save(name, done, total)
+        epochs, rest = divmod(target, per_epoch)
+        evaluations = epochs // run.evaluate_every_epochs
+        evaluations += bool(rest or (epochs % run.evaluate_every_epochs))
+        stage = StageProbe(
+            name=name,
+            batch_size=settings.batch_size,
+            step_s=tuple(step_s),
+            call_s=call_s,
+            begin_s=begin_s + first_s,
+            evaluation_s=evaluation_s,
+            save_s=save_s,
+            steps=target,
+            images=epochs * images + min(rest * settings.batch_size, images),
+            evaluations=evaluations,
+            saves=evaluations + target // run.checkpoint_every_steps,
+            peak_gib=max(self._fleet.call("peak_memory_gib")),
+        )
+        return stage, total
+
+    def _begin(self, name: str) -> dict[str, Any]:
+        """Build a stage's workers and give them their first weights. Returns what one of them says of the data."""
+        method = self._config.method
+        teachers = {
+            teacher: str(model_folder(self._config, self._folder, self._checkpoints, source))
+            for teacher, source in method.stages[name].teachers.items()
+        }
+        seen = self._fleet.build(name, teachers)[0]
+        self._folder.write_data({key: seen[key] for key in ("class_names", "counts", "digest", "image_shape")})
+        source = method.starts_from(name)
+        if source is not None and source.stage is not None:
+            self._fleet.call("start_from", str(weights_of(self._checkpoints, source)))
+        elif source is not None:
+            model = model_folder(self._config, self._folder, self._checkpoints, source)
+            self._fleet.call("start_from_model", str(model))
+        if seen["prepares"]:
+            self._fleet.call("prepare")
+        return seen
+
+    def _steps(self, total: int, batch_size: int) -> tuple[list[float], float, float, int]:
+        """Take steps.
+
+        Returns:
+            Seconds of single steps, those of full batches where there are any; of a call; what the first steps took
+            longer than those; and how many steps were taken.
+        """
+        full, part, calls, done = list[float](), list[float](), list[float](), 0
+        first_s = 0.0
+        begun = time.monotonic()
+        while done < min(total, _WARM_UP + self._wanted):
+            took_s, answers = self._timed("train", done + 1)
+            done += 1
+            if done <= _WARM_UP and total > _WARM_UP:
+                first_s += took_s
+                continue
+            interval = answers[0]
+            share = interval.images / batch_size
+            (full if share == 1 else part).append(interval.seconds / share)
+            calls.append(took_s - interval.seconds)
+            if len(calls) >= _LEAST and time.monotonic() - begun > _LIMIT_S:
+                break
+        step_s, call_s = full or part, statistics.fmean(calls)
+        expected_s = min(done, _WARM_UP) * (statistics.fmean(step_s) + call_s)
+        return step_s, call_s, max(first_s - expected_s, 0.0), done
+
+    def _timed(self, method: str, *args: Any) -> tuple[float, list[Any]]:
+        begun = time.monotonic()
+        answers = self._fleet.call(method, *args)
+        return time.monotonic() - begun, answers
+
+    def _save(self, name: str, done: int, total: int) -> float:
+        """Write a checkpoint, which later stages may begin with or learn from. Returns the seconds it took."""
+        begun = time.monotonic()
+        writing = self._checkpoints.begin()
+        answers = self._fleet.call("save", str(writing))
+        entries = [entry for files, _ in answers for entry in files]
+        state = {"stage": name, "total_steps": total, **answers[0][1], "best": None, "last": None}
+        self._checkpoints.complete(writing, self._checkpoints.name(name, done), entries, state)
+        return time.monotonic() - begun
+
+
+def time_lines(found: Probe) -> Iterator[str]:
+    """What a run will take, in words and a table."""
+    parts = ", ".join(f"{what} {seconds:.1f}" for what, seconds in found.startup_s.items())
+    yield f"start-up: {sum(found.startup_s.values()):.1f} s ({parts}), then data, models and engines of the first stage"
+    rows = [["stage", "steps", "s a step", "8 of 10 in", "timed", "images/s", "begin", "evaluated", "checkpoints", ""]]
+    for stage in found.stages:
+        mean, low, high = stage.spread()
+        rows.append([
+            stage.name, f"{stage.steps:,}", f"{mean:.3g}", f"{low:.3g} to {high:.3g}", str(len(stage.step_s)),
+            f"{stage.batch_size / mean:,.0f}", f"{stage.begin_s:.1f} s",
+            f"{stage.evaluations} x {stage.evaluation_s:.2f} s", f"{stage.saves} x {stage.save_s:.2f} s",
+            duration(stage.seconds(mean)),
+        ])  # fmt: skip
+    yield from grid(rows, left=(0,))
+    mean, low, high = (found.wall_s(which) for which in range(3))
+    yield f"whole run: {duration(mean)} ({duration(low)} to {duration(high)}, by the spread of the steps)"
+    cluster_config = found.config.cluster
+    worker_hours = found.worker_s() / 3600
+    gpus = worker_hours * cluster_config.gpus_per_worker
+    cpus = worker_hours * (cluster_config.cpus_per_worker or 0)
+    beside = f"; {found.lanes} stages at a time" if found.lanes > 1 else ""
+    yield f"{gpus:.3g} GPU-hours, {cpus:.3g} CPU-hours of {cluster_config.workers} workers{beside}"
+    yield f"peak memory of a worker: {max(stage.peak_gib for stage in found.stages):.2f} GiB (measured)"
+    yield "n/a: export, pictures and upload at the end of the run, which a probe does not make; failures; other load"

@@ -1,0 +1,116 @@
+"""Whether the tracking store that a config names can be used, from the machine that will upload to it."""
+
+from __future__ import annotations
+
+import base64
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
+
+from orchestration.finding import Finding
+from orchestration.tracking_contents import check_uri, default_uri, redact, sqlite_path
+
+if TYPE_CHECKING:
+    from orchestration.config import RunConfig
+
+_LATER = "training goes on without it and `expertail sync RUN` uploads later"
+_ASKED = "/api/2.0/mlflow/experiments/search?max_results=1"  # what a server with users answers to users only
+
+
+def check_tracking(config: RunConfig, patience_s: float) -> Iterator[Finding]:
+    """Look at a SQLite file, or ask a server whether it is well, takes our credentials and asks for any.
+
+    Args:
+        config: checked.
+        patience_s: how long to wait for an answer.
+
+    Raises:
+        ValueError: the URI is not one of a tracking store.
+    """
+    from orchestration.compose import expand
+
+    if not config.tracking.enabled:
+        yield Finding("ok", "tracking", "off; `expertail sync RUN` can upload later")
+        return
+    uri = check_uri(config.tracking.uri or default_uri(expand(config.run.dir)))
+    database = sqlite_path(uri)
+    if database is not None:
+        yield _sqlite(database)
+    elif uri.startswith(("http://", "https://")):
+        yield from _server(uri, patience_s)
+    else:
+        yield Finding("warn", "tracking", f"{redact(uri)}: stores of this kind are not checked; {_LATER}")
+
+
+def _sqlite(path: Path) -> Finding:
+    there = path
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if path.is_file():
+        with open(path, "rb") as file:
+            start = file.read(16)
+        if start and start != b"SQLite format 3\x00":
+            text = f"tracking.uri: {path} is not a SQLite file; needed one, or a path where one can be made"
+            return Finding("FAIL", "tracking", text)
+    if (path.exists() and not path.is_file()) or not os.access(there, os.W_OK):
+        text = f"tracking.uri: {path} cannot be written; make it writable, or choose another with tracking.uri"
+        return Finding("FAIL", "tracking", text)
+    return Finding("ok", "tracking", f"SQLite file {path}{'' if path.exists() else ', to be made'}")
+
+
+def _server(uri: str, patience_s: float) -> Iterator[Finding]:
+    from orchestration.node_checks import is_loopback
+
+    parts = urlsplit(uri)
+    credentials = _credentials(parts)
+    problem = _ask(parts, "/health", credentials, patience_s) or _ask(parts, _ASKED, credentials, patience_s)
+    if problem is not None:
+        yield Finding(
+            "FAIL",
+            "tracking",
+            f"tracking.uri = {redact(uri)}: {problem}; needed an MLflow server; start it, correct the URI, or set "
+            f"tracking.enabled=false ({_LATER})",
+        )
+        return
+    yield Finding("ok", "tracking", f"{redact(uri)} answers")
+    if not is_loopback(parts.hostname or "") and _ask(parts, _ASKED, None, patience_s) is None:
+        yield Finding(
+            "warn",
+            "tracking",
+            f"{redact(uri)} shows and takes runs without a user; whoever reaches it can change them; start it with "
+            f"`mlflow server --app-name basic-auth`, or let it listen on a loopback address only",
+        )
+    if credentials and parts.scheme == "http" and not is_loopback(parts.hostname or ""):
+        yield Finding("warn", "tracking", f"{redact(uri)}: credentials cross the network in the clear; use https")
+
+
+def _credentials(parts: SplitResult) -> str | None:
+    """What goes into the Authorization header, as MLflow's client does it."""
+    user = unquote(parts.username or "") or os.environ.get("MLFLOW_TRACKING_USERNAME")
+    password = unquote(parts.password or "") or os.environ.get("MLFLOW_TRACKING_PASSWORD")
+    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
+    if user and password:
+        return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+    return f"Bearer {token}" if token else None
+
+
+def _ask(parts: SplitResult, what: str, credentials: str | None, patience_s: float) -> str | None:
+    """Ask a server something. Returns what is wrong, in words."""
+    path, _, query = what.partition("?")
+    bare = parts._replace(netloc=parts.netloc.rpartition("@")[2], path=parts.path.rstrip("/") + path, query=query)
+    request = urllib.request.Request(urlunsplit(bare))
+    if credentials:
+        request.add_header("Authorization", credentials)
+    try:
+        with urllib.request.urlopen(request, timeout=patience_s):
+            return None
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            return f"it refuses us ({error.code}); set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        return f"it answers {error.code} to {path}"
+    except (OSError, ValueError) as error:
+        return f"no answer ({getattr(error, 'reason', error)})"

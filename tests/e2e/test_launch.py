@@ -1,0 +1,484 @@
+"""The operator's ways to start a run, each for real: a submitted job, the cluster launcher over ssh, Slurm.
+
+Ray asks for a token everywhere. What needs a Debian package or root says so when it is not there.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from tests import runs
+from tests.mlflow_server import PostgreSQL, answers, free_port
+from tests.sandbox import ADDRESS, HOST, Sandbox, missing
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+ESCAPE = "\x1b"
+WORDS = [*runs.SMALL, "dataset=digits_lt"]
+NO_TOKEN = {"RAY_AUTH_MODE": "disabled"}
+
+pytestmark = [pytest.mark.drill, pytest.mark.xdist_group("ray")]
+
+
+def ray_ports(count: int) -> list[int]:
+    """Ports below those that the system hands out, and beside those of Ray's workers."""
+    found: list[int] = []
+    for port in range(21000 + os.getpid() % 5000, 32000):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("0.0.0.0", port))
+            except OSError:
+                continue
+        found.append(port)
+        if len(found) == count:
+            break
+    return found
+
+
+class Site:
+    """A Ray head started as an operator does, with a token; jobs are submitted to it from outside.
+
+    Args:
+        folder: for its temporary files, tokens and the runs' folders.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.run_dir, self.checkout = folder, folder / "runs", folder / "checkout"
+        left_out = shutil.ignore_patterns(".git", ".venv", "runs", "results", "__pycache__", ".*_cache", "*.egg-info")
+        shutil.copytree(ROOT, self.checkout, ignore=left_out)  # nobody edits it while it is being packed
+        gcs, dashboard, agent, client = ray_ports(4)
+        self.url, self.dashboard = f"http://127.0.0.1:{dashboard}", ("127.0.0.1", dashboard)
+        token, other = folder / "token", folder / "other"
+        token.write_text(secrets.token_hex(32))
+        other.write_text(secrets.token_hex(32))
+        clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        self.with_token = clean | {
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_JOB_STOP_WAIT_TIME_S": "120",
+        }
+        self.with_another = self.with_token | {"RAY_AUTH_TOKEN_PATH": str(other)}
+        self.without = {key: value for key, value in self.with_token.items() if "AUTH" not in key} | NO_TOKEN
+        self.log = (folder / "head.log").open("w")
+        options = {
+            "node-ip-address": "127.0.0.1",
+            "port": gcs,
+            "dashboard-host": "127.0.0.1",
+            "dashboard-port": dashboard,
+            "dashboard-agent-listen-port": agent,
+            "ray-client-server-port": client,
+            "temp-dir": folder / "ray",
+            "num-cpus": 2,
+            "object-store-memory": 100_000_000,
+        }
+        self.head = subprocess.Popen(
+            ["ray", "start", "--head", "--block", "--disable-usage-stats", *(f"--{k}={v}" for k, v in options.items())],
+            env=self.with_token, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        self.port = gcs
+
+    def wait_until_up(self) -> None:
+        def answers() -> bool:
+            assert self.head.poll() is None, (self.folder / "head.log").read_text()
+            with socket.socket() as probe:
+                return probe.connect_ex(self.dashboard) == 0 and self.job("list", code=None).returncode == 0
+
+        runs.wait_until(answers, "the job server", 180)
+
+    def close(self) -> None:
+        self.head.send_signal(signal.SIGTERM)
+        try:
+            self.head.wait(60)
+        finally:
+            if self.head.poll() is None:
+                os.killpg(self.head.pid, signal.SIGKILL)
+            self.log.close()
+
+    @property
+    def gcs_address(self) -> str:
+        """Ray takes the machine's own address where it is told 127.0.0.1."""
+        return re.search(r"ray start --address='([^']+)'", (self.folder / "head.log").read_text())[1]  # type: ignore[index]
+
+    def job(
+        self, command: str, *words: str, code: int | None = 0, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """`ray job COMMAND`; it must exit with this code, or with any if that is None."""
+        done = subprocess.run(
+            ["ray", "job", command, "--address", self.url, *words],
+            cwd=self.checkout, env=env or self.with_token, capture_output=True, text=True, timeout=600, check=False,
+        )  # fmt: skip
+        assert code is None or done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def stop(self, job: str, word: str) -> None:
+        """`ray job stop`; the driver, found by a word of its command, stands still until that has started."""
+        (driver,) = [p for p in psutil.process_iter(["cmdline"]) if word in (p.info["cmdline"] or ())]
+        driver.suspend()
+        try:
+            command = ["ray", "job", "stop", "--address", self.url, job]
+            stopping = subprocess.Popen(
+                command, env=self.with_token, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+            assert stopping.stdout is not None
+            shown = iter(stopping.stdout.readline, "")
+            assert any("Waiting for job" in line for line in shown)
+        finally:
+            driver.resume()
+        rest, _ = stopping.communicate(timeout=180)
+        assert stopping.returncode == 0 and "was stopped" in rest, rest
+
+    def submit(self, name: str, *words: str, options: tuple[str, ...] = (), code: int = 0) -> str:
+        """The README's command. Returns what it printed."""
+        done = self.job(
+            "submit", *options, "--working-dir", ".", "--",
+            "python", "-m", "orchestration", "train", *WORDS, f"run.dir={self.run_dir}", f"run.name={name}", *words,
+            code=code,
+        )  # fmt: skip
+        return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    # Sockets' paths may have 107 letters.
+    folder = Path(f"/tmp/et{secrets.token_hex(3)}")
+    folder.mkdir(mode=0o700)
+    site = Site(folder)
+    try:
+        site.wait_until_up()
+        yield site
+    finally:
+        site.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(site):
+    """A run that nothing happened to, with what its submission printed."""
+    return site.run_dir / "calm", site.submit("calm", options=("--submission-id", "calm"))
+
+
+def test_a_submitted_job_trains_and_its_log_is_plain_lines(site, undisturbed):
+    folder, printed = undisturbed
+    assert "Job 'calm' succeeded" in printed
+    assert sorted(runs.losses(folder)) == list(range(1, 28))
+    log = site.job("logs", "calm").stdout
+    for shown in (log, printed):
+        text = re.split(r"\t(?:SUCC|INFO) ", shown.partition("Running entrypoint")[2])[0]  # our words between Ray's
+        lines = text.splitlines()
+        assert ESCAPE not in text and "\r" not in text
+        assert any(re.match(r"epoch 3/3  step 27/27 \(100%\)  eta ", line) for line in lines), text
+        assert any(line.startswith("ensemble ") for line in lines), text
+    made_by = json.loads((folder / "run.json").read_text())
+    assert made_by["status"] == "finished"
+    assert made_by["command"].startswith("expertail train ")
+    assert re.fullmatch(r"gcs://_ray_pkg_[0-9a-f]+\.zip", made_by["commit"])  # a digest of what was uploaded
+
+
+def test_a_refused_command_fails_the_job_and_the_submission(site):
+    printed = site.submit("typo", "metod=ride", options=("--submission-id", "typo"), code=1)
+    assert "metod: unknown key" in printed
+    assert "Job 'typo' failed" in printed
+    assert "exit code 1" in printed
+    assert not (site.run_dir / "typo").exists()
+
+
+def test_a_relative_run_folder_is_refused_in_a_job(site):
+    printed = site.submit("lost", "run.dir=runs", options=("--submission-id", "lost"), code=1)
+    assert "run.dir = runs: relative, and a submitted job starts in a copy of the working directory" in printed
+    assert "set run.dir=/..." in printed
+
+
+def test_a_stopped_job_goes_on_with_the_same_command_to_the_same_end(site, undisturbed):
+    folder = site.run_dir / "stopped"
+    tracked = ("tracking.enabled=true", f"tracking.uri=sqlite:///{site.folder}/mlflow.db")
+    site.submit("stopped", *tracked, options=("--no-wait", "--submission-id", "first"))
+    runs.wait_for_step(folder, 6, limit_s=300)
+    site.stop("first", "run.name=stopped")
+    log = site.job("logs", "first").stdout
+    assert "SIGTERM: stopping once a checkpoint is written" in log
+    assert "the same command continues from there" in log
+    assert "the uploader ended with code" not in log  # the signal reached it too; it went on as long as it was given
+    reached = max(runs.steps(folder))
+    assert 6 <= reached < 27
+    assert (folder / "checkpoints" / f"00-train-{reached:08d}" / "manifest.json").is_file()
+    assert json.loads((folder / "run.json").read_text())["status"] == "stopped"
+
+    site.submit("stopped", *tracked, options=("--submission-id", "second"))
+    calm = undisturbed[0]
+    assert runs.losses(folder) == runs.losses(calm)
+    assert runs.points(folder) == runs.points(calm)
+    assert runs.weights(folder) == runs.weights(calm)
+    assert runs.evaluations(folder) == runs.evaluations(calm)
+
+
+@pytest.mark.parametrize(("who", "status"), [("without", 401), ("with_another", 403)])
+def test_nobody_gets_in_without_the_token(site, who, status):
+    env = getattr(site, who)
+    done = site.job("submit", "--", "true", code=None, env=env)
+    assert done.returncode != 0
+    assert "Unauthorized" in done.stderr or "Forbidden" in done.stderr
+    headers = {} if who == "without" else {"Authorization": f"Bearer {Path(env['RAY_AUTH_TOKEN_PATH']).read_text()}"}
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        urllib.request.urlopen(urllib.request.Request(f"{site.url}/api/jobs/", headers=headers), timeout=20)
+    assert refusal.value.code == status
+
+    words = (*WORDS, f"cluster.address={site.gcs_address}", f"run.dir={site.run_dir}", "run.name=intruder")
+    began = time.monotonic()
+    driver = subprocess.run(
+        [sys.executable, "-m", "orchestration", "train", *words],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert driver.returncode == 1
+    assert "the cluster refuses us: it was started with token authentication" in driver.stderr
+    assert {"without": "no token", "with_another": "another token"}[who] in driver.stderr
+    assert "Traceback" not in driver.stderr
+    assert time.monotonic() - began < 60
+    assert not list(site.run_dir.glob("intruder/checkpoints"))
+
+
+# The cluster launcher
+
+
+@pytest.fixture
+def machine():
+    if why := missing("sshd", "ssh", "ssh-keygen", "rsync"):
+        pytest.skip(f"{why}; needed root and: apt-get install openssh-server rsync iproute2")
+    folder = Path(f"/tmp/et{secrets.token_hex(3)}")
+    with Sandbox(folder, BIN.parent) as sandbox:
+        sandbox.run("""
+            set -e
+            mkdir -m 700 ~/.ssh ~/.ray /run/sshd
+            ssh-keygen -q -t ed25519 -N '' -f ~/.ssh/id_ed25519
+            cp ~/.ssh/id_ed25519.pub ~/.ssh/authorized_keys
+            ssh-keygen -q -t ed25519 -N '' -f ~/host_key
+            """)
+        (sandbox.home / ".ray" / "auth_token").write_text(secrets.token_hex(32))
+        (sandbox.home / "sshd_config").write_text(
+            f"ListenAddress {ADDRESS}\nHostKey {sandbox.home}/host_key\nPidFile none\nUsePAM no\n"
+            f"PasswordAuthentication no\nStrictModes no\n"
+        )
+        sandbox.run("$(command -v sshd || echo /usr/sbin/sshd) -f ~/sshd_config -E ~/sshd.log")
+        yield sandbox
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_the_cluster_launcher_starts_a_head_over_ssh_and_submits_to_it(machine):
+    """The shipped files, with the address of this machine and its user in place of the site's."""
+    config = yaml.safe_load((ROOT / "deploy" / "cluster-onprem.yaml").read_text())
+    config["provider"] |= {"head_ip": ADDRESS, "worker_ips": []}
+    config["auth"]["ssh_user"] = "root"
+    (machine.home / "cluster.yaml").write_text(yaml.safe_dump(config))
+    run_dir = machine.folder / "runs"
+
+    def ray(words: str, code: int | None = 0) -> str:
+        return machine.run(f"PATH=/opt/expertail/bin:$PATH ray {words}", limit_s=400, code=code, TERM="dumb")
+
+    def submit(*words: str, code: int = 0) -> str:
+        launch = ROOT / "deploy" / "launch.py"
+        return ray(f"submit cluster.yaml {launch} -- train {' '.join([*WORDS, *words])}", code)
+
+    ray("up -y cluster.yaml")
+    words = ("method.stages.train.epochs=1", "method.head.scale=20", "method.stages.train.objective.scale=20")
+    printed = submit(f"run.dir={run_dir}", "run.name=sent", *words)
+    ours = printed[printed.index("run folder ") : printed.index("Calibration")]
+    assert "epoch 1/1  step 9/9 (100%)" in ours and ESCAPE not in ours  # TERM=dumb, for ssh makes a terminal of all
+    stored = yaml.safe_load((run_dir / "sent" / "config.yaml").read_text())
+    assert stored["method"]["head"]["scale"] == 20
+    assert sorted(runs.losses(run_dir / "sent")) == list(range(1, 10))
+    assert len(machine.run("ls -d /tmp/ray/session_2*").split()) == 1  # the head's Ray; no other was started
+    printed = submit(f"run.dir={run_dir}", "metod=ride", code=1)
+    assert "metod: unknown key" in printed
+
+    # As on any other cluster, nothing without the token.
+    listing = "PATH=/opt/expertail/bin:$PATH ray job list --address http://127.0.0.1:8265"
+    refused = machine.run(listing, code=None, **NO_TOKEN)
+    assert "Missing authentication token" in refused
+    listening = machine.run("ss -Hltn '( sport = :8265 )'")
+    assert "127.0.0.1:8265" in listening and "0.0.0.0" not in listening.split()[3]
+
+    ray("down -y cluster.yaml")
+    assert "raylet" not in machine.run("ps -eo comm")
+
+
+# Slurm
+
+_SLURM = """
+ClusterName=drill
+SlurmctldHost={host}({address})
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.sock
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+MpiDefault=none
+ReturnToService=2
+KillWait=60
+NodeName={host} NodeAddr={address} CPUs=2 RealMemory=1000 State=UNKNOWN
+PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+@pytest.fixture
+def slurm():
+    if why := missing("munged", "slurmctld", "slurmd", "sbatch"):
+        pytest.skip(f"{why}; needed root and: apt-get install slurm-wlm munge iproute2")
+    folder = Path(f"/tmp/et{secrets.token_hex(3)}")
+    with Sandbox(folder, BIN.parent) as sandbox:
+        (folder / "slurm.conf").write_text(_SLURM.format(host=HOST, address=ADDRESS, folder=folder))
+        (folder / "state").mkdir()
+        (folder / "spool").mkdir()
+        (folder / "munge.key").write_bytes(secrets.token_bytes(1024))
+        (folder / "munge.key").chmod(0o400)
+        munge = " ".join(f"--{what}-file={folder}/munge.{what}" for what in ("key", "pid", "log", "seed"))
+        sandbox.run(
+            f"set -e; munged --force --socket={folder}/munge.sock {munge}; slurmctld; slurmd",
+            SLURM_CONF=str(folder / "slurm.conf"),
+        )
+        yield sandbox
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_slurm_trains_stops_with_notice_and_goes_on_from_the_queue(slurm):
+    """`scancel --signal=TERM --batch` is what Slurm itself sends five minutes before the time limit."""
+    run_dir = slurm.folder / "runs"
+    settings = {"SLURM_CONF": str(slurm.folder / "slurm.conf")}
+
+    def sbatch(name: str, *words: str, code: int | None = 0, options: str = "--wait") -> str:
+        return slurm.run(
+            f"sbatch {options} --cpus-per-task=2 --time=30 --output={name}.log {ROOT}/deploy/slurm.sbatch "
+            f"{' '.join([*WORDS, f'run.dir={run_dir}', f'run.name={name}', *words])}",
+            limit_s=600, code=code, **settings,
+        )  # fmt: skip
+
+    sbatch("calm")
+    log = (slurm.home / "calm.log").read_text()
+    ours = log.split("=======================")[2]  # before and after it, Ray starts and stops
+    assert "ensemble" in ours and ESCAPE not in ours
+    assert sorted(runs.losses(run_dir / "calm")) == list(range(1, 28))
+    sbatch("typo", "metod=ride", code=1)
+    assert "metod: unknown key" in (slurm.home / "typo.log").read_text()
+
+    job = re.search(r"\d+", sbatch("cut", options=""))[0]  # type: ignore[index]
+    runs.wait_for_step(run_dir / "cut", 6, limit_s=400)
+    slurm.run(f"scancel --signal=TERM --batch {job}", **settings)
+    runs.wait_until(lambda: "back in the queue" in (slurm.home / "cut.log").read_text(), "the queue", 300)
+    stopped_at = max(runs.steps(run_dir / "cut"))
+    assert 6 <= stopped_at < 27
+    assert (run_dir / "cut" / "checkpoints" / f"00-train-{stopped_at:08d}").is_dir()
+    # Slurm lets a job that went back wait for two minutes; this one need not.
+    slurm.run(f"sleep 5; scontrol update JobId={job} StartTime=now; scontrol release {job}", code=None, **settings)
+    state = lambda: slurm.run(f"scontrol show job {job}", code=None, **settings)  # noqa: E731
+    runs.wait_until(lambda: "JobState=COMPLETED" in state(), "the end of the job", 600)
+    assert runs.losses(run_dir / "cut") == runs.losses(run_dir / "calm")
+    assert runs.weights(run_dir / "cut") == runs.weights(run_dir / "calm")
+
+
+# The tracking server
+
+
+@pytest.fixture
+def tracking_server(tmp_path):
+    """What compose.yaml runs in its container, on this machine, with a database of its own."""
+    database = PostgreSQL()
+    server = None
+    try:
+        database.create("mlflow")
+        port = free_port()
+        for name in ("db_password", "admin_password", "flask_secret"):
+            (tmp_path / name).write_text(secrets.token_hex(32) + "\n")
+        settings = {
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "HOME": str(tmp_path),
+            "SECRETS": str(tmp_path),
+            "DB_HOST": "127.0.0.1",
+            "DB_PORT": str(database.port),
+            "DB_USER": database.user,
+            "PORT": str(port),
+            "WORKERS": "1",
+            "ARTIFACTS": str(tmp_path / "artifacts"),
+            "ALLOWED_HOSTS": f"127.0.0.1:{port}",
+        }
+        with open(tmp_path / "log", "wb") as log:
+            server = subprocess.Popen(
+                ["sh", str(ROOT / "deploy" / "mlflow-server.sh")],
+                env=settings, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+
+        def up() -> bool:
+            assert server.poll() is None, (tmp_path / "log").read_text()
+            return answers(port)
+
+        runs.wait_until(up, "the MLflow server", 240)
+        yield f"http://127.0.0.1:{port}", tmp_path
+    finally:
+        if server is not None:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+        database.remove()
+
+
+def test_the_mlflow_server_keeps_runs_and_artefacts_behind_a_password(tracking_server):
+    pytest.importorskip("flask_wtf", reason="needs Flask-WTF, which mlflow[auth] brings")
+    uri, folder = tracking_server
+    password = (folder / "admin_password").read_text().strip()
+
+    def ask(
+        method: str, path: str, body: bytes | None = None, *, secret: str | None = password, **headers: str
+    ) -> bytes:
+        request = urllib.request.Request(f"{uri}/api/2.0/{path}", body, headers, method=method)
+        if secret is not None:
+            request.add_header("Authorization", "Basic " + base64.b64encode(f"admin:{secret}".encode()).decode())
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.read()
+
+    def refused(*words: object, **more: str | None) -> int:
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            ask(*words, **more)  # type: ignore[arg-type]
+        return refusal.value.code
+
+    create = json.dumps({"name": "ours"}).encode()
+    json_body = {"Content-Type": "application/json"}
+    for secret in (None, "password1234", "wrong"):
+        assert refused("POST", "mlflow/experiments/create", create, secret=secret, **json_body) == 401
+    assert refused("POST", "mlflow/experiments/create", create, Host="elsewhere.example", **json_body) == 403
+    experiment = json.loads(ask("POST", "mlflow/experiments/create", create, **json_body))["experiment_id"]
+    begin = json.dumps({"experiment_id": experiment}).encode()
+    run = json.loads(ask("POST", "mlflow/runs/create", begin, **json_body))["run"]["info"]
+    assert run["artifact_uri"].startswith("mlflow-artifacts:/")
+    place = f"mlflow-artifacts/artifacts/{experiment}/{run['run_id']}/artifacts/table.txt"
+    ask("PUT", place, b"all 82.9")
+    assert ask("GET", place) == b"all 82.9"
+    assert refused("GET", place, secret=None) == 401
+    written = {path.name for path in folder.iterdir()} - {"db_password", "admin_password", "flask_secret"}
+    assert written == {"log", "artifacts"}  # the container has no other place where it may write
+    (kept,) = (folder / "artifacts").rglob("table.txt")
+    assert kept.read_bytes() == b"all 82.9"
+    secret_words = [(folder / name).read_text().strip() for name in ("db_password", "admin_password", "flask_secret")]
+    commands = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    shown = (folder / "log").read_text() + commands
+    assert not [word for word in secret_words if word in shown]

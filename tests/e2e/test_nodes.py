@@ -1,0 +1,265 @@
+"""Several nodes: experts spread over them, and what becomes of a run when nodes, networks and processes fail.
+
+Each drill ends like a run that nothing happened to: the same curve, weights and evaluations, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import psutil
+import pytest
+
+from tests import runs
+from tests.nodes import Nodes, why_no_namespaces
+
+drill = [pytest.mark.drill, pytest.mark.xdist_group("ray")]
+needs_networks = pytest.mark.skipif(
+    why_no_namespaces() is not None, reason=f"nodes have no networks of their own to cut: {why_no_namespaces()}"
+)
+
+LIMIT_S = 40
+PAIR = [
+    "method.num_experts=2",
+    "cluster.workers=2",
+    "cluster.cpus_per_worker=1",
+    f"cluster.heartbeat_timeout_s={LIMIT_S}",
+]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with Nodes([1, 1, 1]) as nodes:
+        yield nodes
+
+
+@pytest.fixture
+def nodes(cluster):
+    """The cluster, whole."""
+    cluster.restore()
+    return cluster
+
+
+@pytest.fixture(scope="module")
+def calm(cluster, tmp_path_factory):
+    """The run of two experts on two nodes that nothing happened to."""
+    folder = tmp_path_factory.mktemp("calm") / "run"
+    done(cluster.train(folder, *PAIR), folder)
+    return folder
+
+
+def done(driver, folder, limit_s=400):
+    """Wait for a driver to end well; what it said."""
+    code = driver.wait(limit_s)
+    said = folder.with_suffix(".log").read_text()
+    assert code == 0, said
+    return said
+
+
+def told(folder):
+    return json.loads((folder / "run.json").read_text())
+
+
+def alive(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def same(folder, calm):
+    assert runs.points(folder) == runs.points(calm)
+    assert runs.weights(folder) == runs.weights(calm)
+    assert runs.evaluations(folder) == runs.evaluations(calm)
+
+
+def begun(nodes, folder):
+    """A run of two experts on two nodes that has passed its first checkpoint: its driver, its nodes, its workers."""
+    driver = nodes.train(folder, *PAIR)
+    runs.wait_for_step(folder, 6, 200)
+    pids = [worker["pid"] for worker in told(folder)["workers"]]
+    places = [nodes.node_of(pid) for pid in pids]
+    assert len(set(places)) == 2
+    return driver, places, pids
+
+
+def last_failure(folder):
+    """When the run last found one. A busy machine may start workers too slowly, which is one as well."""
+    return told(folder).get("last_failure", {"time": 0.0})["time"]
+
+
+def noticed(record_property, folder, since):
+    """Wait until the run has found a failure, which takes its limit and some seconds to look and to keep stacks."""
+    runs.wait_until(lambda: last_failure(folder) > since, "a failure", LIMIT_S + 20)
+    record_property("seconds to notice", round(time.time() - since, 1))
+    print(f"seconds to notice: {time.time() - since:.1f}")
+
+
+def note(record_property, folder, since, **more):
+    """Record what a drill cost: seconds from the fault to the next step that counted, and steps taken again."""
+    found = told(folder)
+    assert all(recovery["steps_again"] <= 4 for recovery in found["recoveries"]), "more than since the checkpoint"
+    lost_at = last_failure(folder)
+    stepped = min(r["time"] for r in runs.records(folder) if r["time"] > lost_at)
+    figures = {
+        "seconds to the last failure": lost_at - since,
+        "seconds to the next step": stepped - since,
+        "steps again": sum(recovery["steps_again"] for recovery in found["recoveries"]),
+        "failures": found["failures"],
+        **more,
+    }
+    for name, value in figures.items():
+        record_property(name, round(value, 1))
+    print(*(f"{name}: {value:.1f}" for name, value in figures.items()), sep="\n")
+    return figures
+
+
+class TestSpread:
+    pytestmark = drill
+    WORDS = ("engine.precision=float64", "run.max_steps=9", "cluster.heartbeat_timeout_s=120")
+
+    def test_experts_on_three_nodes_train_as_on_one(self, nodes, tmp_path):
+        """On three nodes and on one bit for bit; packed into one worker up to rounding."""
+        losses, places = {}, {}
+        for name, words in {
+            "three nodes": ("cluster.workers=3", "cluster.cpus_per_worker=1"),
+            "one node": ("cluster.workers=3", "cluster.cpus_per_worker=0.33"),
+            "packed": ("cluster.workers=1", "cluster.cpus_per_worker=1"),
+        }.items():
+            folder = tmp_path / name.replace(" ", "-")
+            done(nodes.train(folder, *self.WORDS, *words), folder)
+            losses[name] = runs.losses(folder)
+            places[name] = {worker["node_id"] for worker in told(folder)["workers"]}
+        assert {name: len(found) for name, found in places.items()} == {"three nodes": 3, "one node": 1, "packed": 1}
+        assert len(losses["packed"]) == 9
+        assert losses["three nodes"] == losses["one node"]
+        np.testing.assert_allclose(
+            list(losses["three nodes"].values()), list(losses["packed"].values()), rtol=0, atol=1e-6
+        )
+
+
+class TestDrills:
+    pytestmark = drill
+
+    def test_a_node_whose_raylet_is_killed_is_replaced_by_a_spare(self, nodes, calm, tmp_path, record_property):
+        folder = tmp_path / "run"
+        driver, places, _ = begun(nodes, folder)
+        killed_at = nodes.crash(places[1])
+        noticed(record_property, folder, killed_at)
+        said = done(driver, folder)
+        assert "a worker died" in said
+        gone_at = nodes.first(lambda seen: places[1] not in seen["nodes"], killed_at)
+        figures = note(record_property, folder, killed_at, **{"seconds until Ray knows": gone_at - killed_at})
+        assert figures["seconds to the next step"] < 120
+        same(folder, calm)
+
+    @needs_networks
+    def test_a_network_cut_for_five_seconds_costs_five_seconds(self, nodes, calm, tmp_path):
+        folder = tmp_path / "run"
+        driver, places, _ = begun(nodes, folder)
+        cut_at = time.time()
+        nodes.unplug(places[1])
+        time.sleep(5)
+        nodes.heal()
+        done(driver, folder)
+        assert last_failure(folder) < cut_at
+        same(folder, calm)
+
+    @needs_networks
+    def test_a_node_cut_off_for_good_is_replaced_by_a_spare(self, nodes, calm, tmp_path, record_property):
+        """Its cable is put back once the run has ended: the node must not come back as a second one."""
+        folder = tmp_path / "run"
+        driver, places, pids = begun(nodes, folder)
+        cut_at = time.time()
+        nodes.unplug(places[1])
+        noticed(record_property, folder, cut_at)
+        done(driver, folder, 600)
+        gone_at = nodes.first(lambda seen: places[1] not in seen["nodes"], cut_at)
+        figures = note(record_property, folder, cut_at, **{"seconds until Ray knows": gone_at - cut_at})
+        assert figures["seconds to the next step"] < 240
+        same(folder, calm)
+        nodes.heal()
+        runs.wait_until(lambda: not alive(pids[1]), "the end of the worker that was cut off", 120)
+
+    @needs_networks
+    def test_workers_that_do_not_reach_each_other_are_found_and_go_on_when_healed(
+        self, nodes, calm, tmp_path, record_property
+    ):
+        """Both nodes still answer the head, so Ray sees nothing."""
+        folder = tmp_path / "run"
+        driver, places, _ = begun(nodes, folder)
+        cut_at = time.time()
+        nodes.separate(*places)
+        noticed(record_property, folder, cut_at)
+        nodes.heal()
+        said = done(driver, folder, 600)
+        assert "stacks kept in" in said
+        last = sorted((folder / "hangs").iterdir())[-2:]
+        assert all("torch/distributed" in path.read_text() for path in last), "both wait in an exchange"
+        note(record_property, folder, cut_at)
+        same(folder, calm)
+
+    def test_a_stopped_worker_is_found_and_what_its_partner_did_is_kept(self, nodes, calm, tmp_path, record_property):
+        folder = tmp_path / "run"
+        driver, _, pids = begun(nodes, folder)
+        stopped_at = time.time()
+        os.kill(pids[1], signal.SIGSTOP)
+        noticed(record_property, folder, stopped_at)
+        said = done(driver, folder)
+        note(record_property, folder, stopped_at)
+        assert "no answer from worker 1" in said
+        kept = {path.name[-11:-4]: path.read_text() for path in (folder / "hangs").iterdir()}
+        assert kept.keys() == {"worker0", "worker1"}
+        assert "thread MainThread:" in kept["worker0"]
+        assert "no answer" in kept["worker1"]
+        assert not alive(pids[1])
+        same(folder, calm)
+
+    def test_a_killed_driver_leaves_nothing_and_the_same_command_goes_on(self, nodes, calm, tmp_path, record_property):
+        folder = tmp_path / "run"
+        driver, _, pids = begun(nodes, folder)
+        driver.kill()
+        killed_at = time.time()
+        nodes.wait(lambda seen: not seen["actors"] and not seen["groups"], "no actor, no placement group", 60)
+        runs.wait_until(lambda: not any(map(alive, pids)), "no process of the run", 60)
+        record_property("seconds until nothing is left", round(time.time() - killed_at, 1))
+        print(f"seconds until nothing is left: {time.time() - killed_at:.1f}")
+        assert time.time() - killed_at < 60
+        done(nodes.train(folder, *PAIR), folder)
+        same(folder, calm)
+
+
+def test_gloo_uses_the_network_of_the_nodes_address(monkeypatch):
+    from orchestration.mesh import use_network_of
+
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    use_network_of("192.0.2.1")  # nobody's
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
+    use_network_of("127.0.0.1")
+    loopback = os.environ["GLOO_SOCKET_IFNAME"]
+    assert any(found.address == "127.0.0.1" for found in psutil.net_if_addrs()[loopback])
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "chosen")
+    use_network_of("127.0.0.1")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "chosen"
+
+
+def test_a_world_is_opened_at_one_address_alone():
+    from orchestration.mesh import Rendezvous
+
+    meeting = Rendezvous("127.0.0.1", 1, host_here=True)
+    listening = [c for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    assert {c.laddr.ip for c in listening if c.laddr.port == meeting.port} == {"127.0.0.1"}
+    with pytest.raises(ValueError, match=r"at 192\.0\.2\.1: no port can be opened there .* --node-ip-address"):
+        Rendezvous("192.0.2.1", 1, host_here=True)
+
+
+def test_stacks_name_every_thread_and_the_line_it_is_at():
+    from orchestration.hangs import own_stacks
+
+    found = own_stacks()
+    assert found.count("thread MainThread:") == 1
+    assert "test_stacks_name_every_thread_and_the_line_it_is_at" in found

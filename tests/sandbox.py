@@ -1,0 +1,107 @@
+"""A machine of one's own inside this one: own processes, network, host name, home and /tmp/ray, gone with the test.
+
+What runs in it uses the default ports and may call `ray stop`, which ends every Ray it sees; nothing else is touched.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+
+ADDRESS = "10.77.0.1"
+HOST = "site-head"
+_UNSHARE = ["unshare", "--pid", "--fork", "--mount", "--net", "--uts", "--kill-child", "--mount-proc"]
+
+
+def missing(*commands: str) -> str | None:
+    """Why there can be no sandbox with these commands here; None if there can."""
+    if os.geteuid() != 0:
+        return "needs root, for namespaces"
+    absent = [name for name in ("unshare", "nsenter", "ip", *commands) if shutil.which(name) is None]
+    if absent:
+        return f"{', '.join(absent)} not found"
+    if subprocess.run([*_UNSHARE, "ip", "link", "set", "lo", "up"], capture_output=True, check=False).returncode:
+        return "namespaces are not allowed here"
+    return None
+
+
+class Sandbox:
+    """One such machine, at `ADDRESS`.
+
+    Args:
+        folder: where its home and the files of its servers lie; seen at the same path inside and outside.
+        venv: the virtual environment that it finds as /opt/expertail.
+    """
+
+    def __init__(self, folder: Path, venv: Path) -> None:
+        self.folder, self.home = folder, folder / "home"
+        self.home.mkdir(parents=True)
+        Path("/tmp/ray").mkdir(exist_ok=True)
+        # A shell, because the first process has to take leave of the orphans that end.
+        self._process = subprocess.Popen([*_UNSHARE, "bash", "-c", "sleep infinity & wait"])
+        end = time.monotonic() + 10
+        while not (children := psutil.Process(self._process.pid).children()):
+            if time.monotonic() > end:
+                raise TimeoutError("unshare has started nothing in 10 s")
+            time.sleep(0.01)
+        self._inside = children[0].pid
+        passwd = folder / "passwd"
+        lines = Path("/etc/passwd").read_text().splitlines()
+        lines = [f"root:x:0:0:root:{self.home}:/bin/bash" if line.startswith("root:") else line for line in lines]
+        passwd.write_text("\n".join(lines) + "\n")
+        hosts = folder / "hosts"
+        hosts.write_text(f"127.0.0.1 localhost\n{ADDRESS} {HOST}\n")
+        self.run(
+            f"""
+            set -e
+            hostname {HOST}
+            mount -t tmpfs tmpfs /tmp/ray; mount -t tmpfs tmpfs /run; mount -t tmpfs tmpfs /opt
+            mount --bind {passwd} /etc/passwd; mount --bind {hosts} /etc/hosts
+            ln -s {shlex.quote(str(venv))} /opt/expertail
+            ip link set lo up
+            ip link add site0 type veth peer name site1
+            ip address add {ADDRESS}/24 dev site0
+            ip link set site0 up; ip link set site1 up
+            ip route add default dev site0
+            """
+        )
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()  # and with it everything inside
+        self._process.wait()
+
+    def popen(self, script: str, **environment: str) -> subprocess.Popen[str]:
+        """Start a bash script inside, in its home."""
+        clean = {"HOME": str(self.home), "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+        kept = {
+            key: os.environ[key] for key in ("LANG", "DS_ACCELERATOR", "MLFLOW_DISABLE_TELEMETRY") if key in os.environ
+        }
+        return subprocess.Popen(
+            ["nsenter", "-t", str(self._inside), "-p", "-m", "-n", "-u", "bash", "-c", f"cd ~; {script}"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=clean | kept | environment,
+        )
+
+    def run(self, script: str, *, limit_s: float = 60, code: int | None = 0, **environment: str) -> str:
+        """What a script prints; it must end with this code, or with any if that is None."""
+        process = self.popen(script, **environment)
+        try:
+            output, _ = process.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, _ = process.communicate()
+            raise TimeoutError(f"{script}: not done after {limit_s:g} s\n{output}") from None
+        assert code is None or process.returncode == code, f"{script}: exit code {process.returncode}\n{output}"
+        return output
