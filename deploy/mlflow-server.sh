@@ -4,15 +4,19 @@
 set -eu
 
 secrets=${SECRETS:-/run/secrets}
+refuse() {
+    echo "mlflow-server: $1; make it with: openssl rand -hex 32" >&2
+    exit 1
+}
 secret() {
-    test -s "$secrets/$1" || { echo "mlflow-server: $secrets/$1: missing or empty; make it with: openssl rand -hex 32" >&2; exit 1; }
+    test -s "$secrets/$1" || refuse "$secrets/$1: missing or empty"
     tr -d '\n' < "$secrets/$1"
 }
 db_password=$(secret db_password)
 MLFLOW_AUTH_ADMIN_PASSWORD=$(secret admin_password)
 MLFLOW_FLASK_SERVER_SECRET_KEY=$(secret flask_secret)
 case $db_password in
-    *[!A-Za-z0-9_-]*) echo "mlflow-server: db_password: only letters, digits, _ and - can stand in a URI; make it with: openssl rand -hex 32" >&2; exit 1 ;;
+    *[!A-Za-z0-9_-]*) refuse "db_password: only letters, digits, _ and - can stand in a URI" ;;
 esac
 # In the environment rather than on the command line, which every process of the machine may read.
 MLFLOW_BACKEND_STORE_URI=postgresql+psycopg2://${DB_USER:-mlflow}:$db_password@${DB_HOST:-db}:${DB_PORT:-5432}/${DB_NAME:-mlflow}
