@@ -52,6 +52,8 @@ class WorkerLost(RuntimeError):
 def cluster(address: str | None) -> Iterator[None]:
     """A connection to Ray: the one there is, the one at `address`, or one of our own that ends with the context."""
     if ray.is_initialized():
+        if address:
+            _check_listening(address)
         yield
         return
     start_ray(address)

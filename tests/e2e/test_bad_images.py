@@ -116,6 +116,7 @@ def test_another_set_of_bad_files_is_refused_on_resume_and_more_than_allowed_at_
     assert (folder / "metrics.jsonl").read_bytes() == before["metrics.jsonl"]
 
 
+@pytest.mark.drill
 def test_a_bad_test_image_is_refused_whatever_the_quarantine(tree, warm, tmp_path, capsys):
     damage(tree, "test/cat/1.jpg")
     words = [*FOLDER, f"dataset.root={tree}", "dataset.quarantine=30", "dataset.resident=never"]

@@ -121,8 +121,8 @@ def check(words, stage, teachers=None):
 def cases():
     for method in STAGES:
         for placement in PLACEMENTS:
-            # Streams and learning rates with replicas are met by BBN and ACE; the others add nothing new there.
-            long = placement != "spread" and method not in ("ace", "bbn")
+            # Streams and learning rates with replicas are met by BBN; of the others, the drills ask.
+            long = placement != "spread" and method != "bbn"
             yield pytest.param(method, placement, marks=[pytest.mark.drill] if long else [])
 
 
@@ -146,7 +146,7 @@ FROZEN = "method.stages.train.start_from.run=/not/asked method.stages.train.free
         ("reslt", "engine.sync_batchnorm=false"),
         ("tade", f"{FROZEN}[trunk]"),
         ("tade", f"{FROZEN}[features] method.stages.train.frozen_batchnorm=train"),
-        ("ride_router", "method.stages.router.frozen_batchnorm=train"),
+        pytest.param("ride_router", "method.stages.router.frozen_batchnorm=train", marks=pytest.mark.drill),
     ],
 )
 def test_engines_precisions_and_frozen_parts(method, words, warm):

@@ -23,6 +23,7 @@ def test_an_address_that_cannot_work_is_refused_at_once(address):
     assert time.monotonic() - start < 10
 
 
+@pytest.mark.drill
 def test_a_worker_that_hangs_is_found_within_the_limit(local_ray):
     """SIGSTOP: the process lives, holds its place, and answers nobody."""
     config = load_config(

@@ -98,7 +98,12 @@ def float64_control(reference):
 @pytest.mark.parametrize(
     "placement",
     [
-        pytest.param(p, marks=[pytest.mark.drill] if p in ("3 x 2", "3 x 2, plain", "packed, ZeRO 2") else [])
+        pytest.param(
+            p,
+            marks=[pytest.mark.drill]
+            if p in ("3 x 2", "3 x 2, plain", "packed, ZeRO 2", "two replicas of all")
+            else [],
+        )
         for p in PLACEMENTS
     ],
 )

@@ -32,14 +32,14 @@ SYSTEMS = {
 LONG = pytest.mark.drill
 PLACEMENTS = [
     *(pytest.param(name, "spread", "1", id=f"{name}, spread") for name in ("ace", "bbn", "reslt", "ride_h2t")),
-    *(pytest.param(name, "replicas", "1", id=f"{name}, 2 replicas") for name in ("ace", "dr_h2t")),
+    pytest.param("dr_h2t", "replicas", "1", id="dr_h2t, 2 replicas"),
     *(
         pytest.param(name, "spread", "1", id=f"{name}, spread", marks=LONG)
         for name in ("tade", "reslt_h2t", "ride_router")
     ),
     *(
         pytest.param(name, "replicas", "1", id=f"{name}, 2 replicas", marks=LONG)
-        for name in ("tade", "bbn", "reslt", "ride_h2t", "reslt_h2t", "ride_router")
+        for name in ("tade", "ace", "bbn", "reslt", "ride_h2t", "reslt_h2t", "ride_router")
     ),
     *(pytest.param(name, "packed", "1", id=f"{name}, packed", marks=LONG) for name in SYSTEMS),
     pytest.param("ace", "spread", "2", id="ace, spread, ZeRO 2", marks=LONG),
