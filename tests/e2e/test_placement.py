@@ -98,12 +98,7 @@ def float64_control(reference):
 @pytest.mark.parametrize(
     "placement",
     [
-        pytest.param(
-            p,
-            marks=[pytest.mark.drill]
-            if p in ("3 x 2", "3 x 2, plain", "packed, ZeRO 2", "two replicas of all")
-            else [],
-        )
+        pytest.param(p, marks=[] if p in ("packed", "spread", "3 x 2, ZeRO 2") else [pytest.mark.drill])
         for p in PLACEMENTS
     ],
 )
