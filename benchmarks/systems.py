@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import statistics
 from collections.abc import Iterator
@@ -157,7 +158,7 @@ def summary(runs: Path) -> dict[str, Any]:
                 known = [value for value in values if value is not None]
                 entry["mean"][group] = statistics.mean(known) if known else None
                 entry["spread"][group] = statistics.stdev(known) if len(known) > 1 else None
-            entry.update(size(data, method))
+            entry.update(size(data, method, runs / "fashion-teacher-s0"))
     return {
         "command": "python benchmarks/systems.py run --fashion <folder> --cifar <folder>",
         **makers,
@@ -165,28 +166,36 @@ def summary(runs: Path) -> dict[str, Any]:
     }
 
 
-def size(data: str, method: str) -> dict[str, Any]:
-    """Parameters and multiply-adds of what is kept at the end, and training cost, as `expertail plan` has them."""
+def size(data: str, method: str, teacher: Path) -> dict[str, Any]:
+    """Parameters and multiply-adds an image of what is kept at the end, and multiply-adds of training, as
+    `expertail plan` has them; the teacher's own training is not in its student's."""
     from orchestration.compose import load_config
     from orchestration.placement import plan
 
     if method == "teacher":
-        chosen = ["method=ride", "method.num_experts=6", *FASHION]
+        chosen = ["method=ride", "method.num_experts=6", *FASHION, *schedule("ride")]
     elif data == "fashion":
-        chosen = [f"method={method}", *FASHION]
+        chosen = [f"method={method}", *FASHION, *schedule(method)]
     else:
         chosen = [f"method={method}", f"schedule={method}_fashion_mnist_lt", *CIFAR, "dataset.num_classes=10"]
     if method == "ride_distill":
-        chosen.append("method.stages.train.teachers.teacher.run=runs/teacher")
-    size = plan(load_config(chosen)).final.size
-    return {"parameters": size.parameters, "multiply_adds": size.work}
+        chosen.append(f"method.stages.train.teachers.teacher.run={teacher}")
+    found = plan(load_config(chosen))
+    size = found.final.size
+    work = [(stage.work, stage.images_per_epoch, stage.epochs) for stage in found.stages]
+    known = all(None not in entry for entry in work)
+    return {
+        "parameters": size.parameters,
+        "multiply_adds": size.work,
+        "training_multiply_adds": sum(math.prod(entry) for entry in work) if known else None,  # type: ignore[arg-type]
+    }
 
 
 def markdown(record: dict[str, Any]) -> str:
     """The tables of the README."""
     lines = []
     for data, methods in record["results"].items():
-        columns = ("recipe", "all", "many", "medium", "few", "by index", "parameters", "M multiply-adds", "CPU-minutes")
+        columns = ("recipe", "all", "many", "medium", "few", "by index", "parameters", "M an image", "T to train")
         lines += ["", data, f"| {' | '.join(columns)} |"]
         lines.append("|---" * 9 + "|")
         order = [m for m in ("ce", "ldam", "teacher", *METHODS) if m in methods]
@@ -194,10 +203,10 @@ def markdown(record: dict[str, Any]) -> str:
             entry = methods[method]
             cells = [with_spread(entry, group) for group in GROUPS[:4]]
             index = " / ".join(with_spread(entry, group, spread=False) for group in GROUPS[4:])
-            minutes = statistics.mean(entry["cpu_hours"]) * 60
+            work = entry["training_multiply_adds"]
             lines.append(
                 f"| `{method}` | {' | '.join(cells)} | {index} | {entry['parameters']:,} | "
-                f"{entry['multiply_adds'] / 1e6:.1f} | {minutes:.1f} |"
+                f"{entry['multiply_adds'] / 1e6:.1f} | {'n/a' if work is None else f'{work / 1e12:.2f}'} |"
             )
     return "\n".join(lines)
 

@@ -100,6 +100,15 @@ def test_a_worker_that_the_memory_monitor_ends_is_told_so_and_not_tried_for_ever
     assert "Traceback" not in done.stderr
 
 
+def test_two_runs_on_one_host_do_not_collide(tmp_path):
+    """Each with a Ray of its own, in one run.dir; the same words under two names give the same weights."""
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "orchestration", "train", *runs.SMALL, f"run.dir={tmp_path}"]
+    both = [subprocess.Popen([*command, f"run.name={name}"], env=environment) for name in ("one", "other")]
+    assert [process.wait(300) for process in both] == [0, 0]
+    same(tmp_path / "one", tmp_path / "other")
+
+
 @pytest.fixture
 def two_nodes():
     """A head with room for the driver alone, and two nodes of two cores."""
