@@ -59,7 +59,10 @@ def main() -> None:
         and not any(record["left"].values())
         and all(m["second_half"] <= 1.1 * m["first_half"] for m in record["memory_mib"].values())
     )
-    record["command"] = f"python benchmarks/soak.py --minutes {options.minutes:g} --kill-every {options.kill_every:g}"
+    record["command"] = (
+        f"python benchmarks/soak.py --minutes {options.minutes:g} --kill-every {options.kill_every:g} "
+        f"--standby {options.standby} --seed {options.seed}"
+    )
     Path(options.out).write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record, indent=1))
     sys.exit(not record["passed"])
@@ -79,7 +82,9 @@ def disturbed(runs: Path, options: argparse.Namespace) -> dict[str, Any]:
     driver = psutil.Process(process.pid)
     folder, choose = runs / "disturbed", random.Random(options.seed)
     begun = time.monotonic()
-    due, kills, seen, workers_ever = options.kill_every, 0, [], set()
+    due, kills = options.kill_every, 0
+    seen: list[dict[str, float]] = []
+    workers_ever: set[int] = set()
     while (now := time.monotonic() - begun) < 60 * options.minutes:
         time.sleep(PERIOD_S)
         assert process.poll() is None, (runs / "disturbed.log").read_text()

@@ -132,12 +132,19 @@ class Worker:
     def _finished_something(self) -> None:
         self._beat = time.monotonic()
 
-    def open_world(self, workers: int) -> tuple[str, int]:
+    def open_data(self, dataset: dict[str, Any], left_out: Sequence[str] | None = None) -> None:
+        """Open the data ahead of `build`, with its arguments."""
+        from orchestration.config import DatasetConfig
+
+        self._beat = time.monotonic()
+        self._open(DatasetConfig.model_validate(dataset), left_out)
+
+    def open_world(self, workers: int, timeout_s: float = 600.0) -> tuple[str, int]:
         """Rank 0 only: open the meeting point on a free port and say where it is."""
         from orchestration.mesh import Rendezvous
 
         address = ray.util.get_node_ip_address()
-        self._rendezvous = Rendezvous(address, workers, host_here=True)
+        self._rendezvous = Rendezvous(address, workers, host_here=True, timeout_s=timeout_s)
         return address, self._rendezvous.port
 
     def build(

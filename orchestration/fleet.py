@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from orchestration.actors import Seat, Worker
 from orchestration.config import ClusterConfig, EngineConfig, RunConfig
 from orchestration.drain import draining_nodes
+from orchestration.layout import bundle_of, places
 from orchestration.mesh import MeshShape
 from orchestration.own_ray import start_own_ray
 
@@ -172,15 +173,8 @@ def check_fits(
         ValueError: wanted and available, by node.
     """
 
-    def places(node: dict[str, float]) -> int:
-        fits = [math.floor(node.get("CPU", 0.0) / cpus + 1e-6)]
-        if gpus:
-            fits.append(math.floor(node.get("GPU", 0.0) / gpus))
-        if memory_gib is not None:
-            fits.append(math.floor(node.get("memory", 0.0) / (memory_gib * _GIB)))
-        return min(fits)
-
-    possible = sum(places(node) for node in nodes.values())
+    bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {}) | ({"memory": memory_gib * _GIB} if memory_gib else {})
+    possible = sum(places(node, bundle) for node in nodes.values())
     if possible < workers:
         memory = "" if memory_gib is None else f", {memory_gib:g} GiB"
         have = ", ".join(
@@ -219,9 +213,7 @@ class Fleet:
         self._group = self._reserve()
 
     def _reserve(self) -> PlacementGroup:
-        bundle = {"CPU": self._cpus} | ({"GPU": float(self._gpus)} if self._gpus else {})
-        if self.config.cluster.memory_gib_per_worker is not None:
-            bundle["memory"] = self.config.cluster.memory_gib_per_worker * _GIB
+        bundle = bundle_of(self.config.cluster, self._cpus)
         group = placement_group([bundle] * self.shape.workers, strategy="PACK")
         wait_s = self.config.cluster.placement_timeout_s
         if not group.wait(wait_s):
@@ -302,7 +294,8 @@ class Fleet:
             done, _ = ray.wait([spare[1]], timeout=0)
             if done:
                 self._spares.remove(spare)
-                with contextlib.suppress(RayError):
+                with contextlib.suppress(RayError):  # warm once, and dead since, is a spare no more
+                    ray.get(spare[0].heartbeat.remote(), timeout=1.0)
                     ready.append((ray.get(spare[1])["node_id"], spare[0]))
         chosen = []
         for node in nodes[: len(ready)]:
@@ -330,10 +323,11 @@ class Fleet:
         shape = self.shape
         tree = self.config.model_dump(mode="json")
         if self.config.dataset.quarantine and self.left_out is None:
-            self.left_out = self._one(self.workers[0].find_unreadable.remote(tree["dataset"]), self.workers[:1])
+            self.left_out = self._one(self.workers[0].find_unreadable.remote(tree["dataset"]))
         left_out = self._paths_left_out()
-        address, port = self._one(self.workers[0].open_world.remote(shape.workers))
+        self.call("open_data", tree["dataset"], left_out)  # apart, so that nobody waits in the world for who is reading
         timeout_s = self.config.cluster.heartbeat_timeout_s + _STACKS_FIRST_S
+        address, port = self._one(self.workers[0].open_world.remote(shape.workers, timeout_s))
         seats = [
             Seat(rank, shape.num_experts, shape.experts_per_worker, shape.replicas, address, port, timeout_s)
             for rank in range(shape.workers)
@@ -357,14 +351,15 @@ class Fleet:
         """
         return self._together([getattr(worker, method).remote(*args) for worker in self.workers])
 
-    def _one(self, ref: Any, watched: list[Any] | None = None) -> Any:
-        return self._together([ref], watched)[0]
+    def _one(self, ref: Any) -> Any:
+        """The answer of the first worker."""
+        return self._together([ref])[0]
 
-    def _together(self, refs: list[Any], watched: list[Any] | None = None) -> list[Any]:
-        """All answers; workers that are not asked are not watched where the call may take long."""
+    def _together(self, refs: list[Any]) -> list[Any]:
+        """All answers, of the first workers in order. Who has answered may idle."""
         answers: dict[Any, Any] = {}
         pending = list(refs)
-        watch = _Watch(watched or self.workers, self.config.cluster.heartbeat_timeout_s)
+        watch = _Watch(self.workers[: len(refs)], self.config.cluster.heartbeat_timeout_s)
         while pending:
             done, pending = ray.wait(pending, num_returns=1, timeout=2.0)
             for ref in done:
@@ -373,7 +368,7 @@ class Fleet:
                 except RayError as error:
                     raise self._diagnose(error, pending) from error
             if not done:
-                watch.look()
+                watch.look([rank for rank, ref in enumerate(refs) if ref not in answers])
         return [answers[ref] for ref in refs]
 
     def _diagnose(self, error: RayError, pending: list[Any]) -> Exception:
@@ -440,25 +435,30 @@ class _Watch:
     def __init__(self, workers: list[Any], limit_s: float) -> None:
         self._workers, self._limit_s = workers, limit_s
         self._answered = dict.fromkeys(range(len(workers)), time.monotonic())
+        self._asked: dict[Any, int] = {}  # a busy node may answer at a later look
 
-    def look(self) -> None:
-        """Ask all.
+    def look(self, ranks: Iterable[int]) -> None:
+        """Ask those that are at work.
 
         Raises:
             WorkerLost: one has not finished anything, or not answered, for the limit.
         """
-        refs = {worker.heartbeat.remote(): rank for rank, worker in enumerate(self._workers)}
-        done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=min(1.0, self._limit_s))
+        at_work = set(ranks)
+        for rank in at_work.difference(self._asked.values()):
+            self._asked[self._workers[rank].heartbeat.remote()] = rank
+        refs = list(self._asked)
+        done, _ = ray.wait(refs, num_returns=len(refs), timeout=min(1.0, self._limit_s))
         for ref in done:
+            rank = self._asked.pop(ref)
             with contextlib.suppress(RayError, GetTimeoutError):
                 step, idle_s = ray.get(ref)
-                self._answered[refs[ref]] = time.monotonic()
-                if idle_s > self._limit_s:
+                self._answered[rank] = time.monotonic()
+                if idle_s > self._limit_s and rank in at_work:
                     raise WorkerLost(
-                        f"worker {refs[ref]} has finished nothing for {idle_s:.0f} s, after step {step}", "hang"
+                        f"worker {rank} has finished nothing for {idle_s:.0f} s, after step {step}", "hang"
                     )
         for rank, at in sorted(self._answered.items(), key=lambda item: item[1]):
-            if time.monotonic() - at > self._limit_s:
+            if rank in at_work and time.monotonic() - at > self._limit_s:
                 raise WorkerLost(f"worker {rank} has not answered for {self._limit_s:g} s", "hang")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,8 @@ class Lane:
     def carry_out(self, stage: str, before: int) -> Outcome:
         """Train a stage from its newest checkpoint, or its beginning, to its end; again after each loss of a worker."""
         run, fleet = self._run, self._fleet
-        in_a_row, reached = 0, -1
+        in_a_row: Counter[str] = Counter()
+        reached = -1
         pause: Pause | None = None
         training: StageRun | None = None
         while True:
@@ -40,6 +42,7 @@ class Lane:
                     self._check_shared()
                 elif pause is not None:
                     fleet.mend()
+                    self._check_shared()
                 run.started(fleet, stage)
                 if pause is not None:
                     pause.mark("workers")
@@ -47,11 +50,11 @@ class Lane:
                 fleet.keep_spares()
                 return training.carry_out()
             except Drained as notice:
-                pause = Pause(training)
+                pause = _open_pause(pause, training)
                 run.preempted(notice, stage)
                 self._move(stage, notice)
             except WorkerLost as loss:
-                pause = Pause(training)
+                pause = _open_pause(pause, training)
                 if loss.why == "hang":
                     self._console.message(keep_stacks(fleet.workers, fleet.hosts, run.folder.path / "hangs"))
                 run.check_wanted(stage)
@@ -61,9 +64,11 @@ class Lane:
                     continue
                 newest = run.checkpoints.newest(stage, self._console.message)
                 now = newest.state["step"] if newest else 0
-                in_a_row = 1 if now > reached else in_a_row + 1
+                if now > reached:
+                    in_a_row.clear()
+                in_a_row[loss.why] += 1
                 reached = now
-                if loss.why != "failure" or in_a_row > 1:  # what hangs or is full does not survive
+                if loss.why != "failure" or in_a_row.total() > 1:  # what hangs or is full does not survive
                     self._end_workers()
                 run.lost(loss, stage, in_a_row)
                 self._wait(stage, fleet.check_room)
@@ -121,14 +126,23 @@ class Lane:
             time.sleep(min(1.0, wait_s / 10))
 
 
+def _open_pause(pause: Pause | None, training: StageRun | None) -> Pause:
+    """The pause that a loss begins, or the one that it falls into."""
+    return Pause(training) if pause is None or pause.over else pause
+
+
 class Pause:
     """The time between a loss and the next step.
 
     Args:
         training: what was interrupted; None if it had not begun.
+
+    Attributes:
+        over: whether that step was taken.
     """
 
     def __init__(self, training: StageRun | None) -> None:
+        self.over = False
         self.step = training.step if training is not None else 0
         self._last = self._begun = time.monotonic()
         self._spans: dict[str, float] = {}
@@ -136,7 +150,7 @@ class Pause:
     def mark(self, name: str) -> None:
         """Something was waited for until now."""
         now = time.monotonic()
-        self._spans[name] = round(now - self._last, 2)
+        self._spans[name] = round(self._spans.get(name, 0.0) + now - self._last, 2)
         self._last = now
 
     def spans(self) -> dict[str, float]:

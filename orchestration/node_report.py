@@ -5,6 +5,7 @@ Everything is looked at in its own right: what cannot be found out is None or a 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import os
@@ -66,9 +67,10 @@ class Probe:
 
     def listen(self, nonce: str) -> tuple[str, int]:
         """Answer the nonce to whoever connects to a free port of this node's own address; says which."""
-        place = socket.create_server((ray.util.get_node_ip_address(), 0))
+        address = ray.util.get_node_ip_address()
+        place = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
         threading.Thread(target=_answer, args=(place, nonce.encode()), daemon=True).start()
-        return place.getsockname()
+        return place.getsockname()[:2]
 
     def reach(self, others: dict[str, tuple[str, int]], nonce: str) -> dict[str, str]:
         """Connect to other nodes. Returns what went wrong by node."""
@@ -80,7 +82,7 @@ class Probe:
 def _answer(place: socket.socket, nonce: bytes) -> None:
     while True:
         caller, _ = place.accept()
-        with caller:
+        with caller, contextlib.suppress(OSError):  # who hangs up at once must not end it for the others
             caller.sendall(nonce)
 
 

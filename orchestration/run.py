@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -131,7 +131,8 @@ class Run:
         self.signals, self.marks, self._begin_tracking = signals, marks, begin_tracking
         self.checkpoints = Checkpoints(folder.path, list(config.method.stages))
         self.journal = Journal(folder.path)
-        self.failures = self.preemptions = 0
+        self.preemptions = 0
+        self._told: frozenset[str] = frozenset()
         self.drains = DrainNotices()
         self.cost = Cost(folder, config)
         self._described = False
@@ -280,36 +281,45 @@ class Run:
                 {"slots": shape.slots, "replicas": shape.replicas, "experts_per_worker": shape.experts_per_worker},
             )
 
-    def lost(self, loss: WorkerLost, stage: str, in_a_row: int) -> None:
+    def tell_once(self, text: str) -> None:
+        """A message that each start of a stage would repeat."""
+        with self._changing:
+            told, self._told = text in self._told, self._told | {text}
+        if not told:
+            self.console.message(text)
+
+    def lost(self, loss: WorkerLost, stage: str, in_a_row: Counter[str]) -> None:
         """Count a failure.
 
         Args:
             loss: what happened.
             stage: whose workers are to be started again.
-            in_a_row: its failures without a new checkpoint between, this one included.
+            in_a_row: its failures without a new checkpoint between, this one included, by `WorkerLost.why`.
 
         Raises:
             WorkerLost: there were too many.
         """
-        out_of_memory = loss.why == "memory"
-        limit = min(self.config.cluster.max_failures, _MEMORY_RESTARTS if out_of_memory else math.inf)
-        if in_a_row > limit:
+        limit, full, failures = self.config.cluster.max_failures, in_a_row["memory"], in_a_row.total()
+        why = None
+        if full > min(limit, _MEMORY_RESTARTS):
             why = (
-                f"out of memory {in_a_row} times in a row; use larger nodes, more workers, a smaller "
+                f"out of memory {full} times in a row; use larger nodes, more workers, a smaller "
                 f"dataset.resident_mib or fewer dataset.loader_processes"
-                if out_of_memory
-                else f"{in_a_row} failures, cluster.max_failures = {limit}, and no new checkpoint of stage {stage} "
-                f"between them"
             )
+        elif failures > limit:
+            why = (
+                f"{failures} failures, cluster.max_failures = {limit}, and no new checkpoint of stage {stage} between "
+                f"them"
+            )
+        if why is not None:
             raise WorkerLost(
                 f"{loss}; {why}; the newest checkpoint is kept: the same command continues from it"
             ) from loss
         with self._changing:
-            self.failures += 1
             failure = {"time": time.time(), "stage": stage, "what": str(loss)}
-            self.folder.note(failures=self.failures, last_failure=failure)
+            self.folder.note(failures=self.folder.run().get("failures", 0) + 1, last_failure=failure)
         self.console.message(
-            f"{loss}; starting the workers of stage {stage} again (failure {in_a_row} of at most {limit} without a new "
+            f"{loss}; starting the workers of stage {stage} again (failure {failures} of at most {limit} without a new "
             f"checkpoint between)"
         )
 
@@ -323,7 +333,8 @@ class Run:
         with self._changing:
             self.preemptions += 1
             happened = {"time": time.time(), "stage": stage, "what": str(notice)}
-            self.folder.note(preemptions=self.preemptions, last_preemption=happened)
+            counted = self.folder.run().get("preemptions", 0) + 1
+            self.folder.note(preemptions=counted, last_preemption=happened)
         if self.preemptions > limit:
             raise Preempted(
                 f"{notice}; cluster.max_preemptions = {limit}; the newest checkpoint is kept: the same command "

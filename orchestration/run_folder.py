@@ -66,6 +66,7 @@ class RunFolder:
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {platform.node()}\n{self.token}\n")
         self._lock.flush()
+        os.fsync(self._lock)  # NFS keeps to itself what is written to an open file, and workers look for the token
 
     def close(self) -> None:
         """Let another process hold the folder."""

@@ -170,7 +170,7 @@ class StageRun:
             )
         if left_out := self.fleet.left_out:
             first = left_out[0]
-            self.console.message(
+            self.run.tell_once(
                 f"dataset.quarantine = {self.config.dataset.quarantine}: {len(left_out)} training "
                 f"image{'s' if len(left_out) > 1 else ''} cannot be read and {'are' if len(left_out) > 1 else 'is'} "
                 f"left out, first {first['path']} ({first['reason']}); data.json has all"
@@ -248,7 +248,7 @@ class StageRun:
         if self._pause is not None:
             self._pause.mark("first step")
             self.run.recovered(self.stage, self._pause.spans(), max(0, self._pause.step - first))
-            self._pause = None
+            self._pause.over, self._pause = True, None
         self._pace = (until - first) / (time.monotonic() - before)
         self._note(first, interval)
         every = self.config.run.checkpoint_every_steps

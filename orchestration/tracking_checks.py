@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import os
 import urllib.error
 import urllib.request
@@ -56,7 +57,8 @@ def _sqlite(path: Path) -> Finding:
         if start and start != b"SQLite format 3\x00":
             text = f"tracking.uri: {path} is not a SQLite file; needed one, or a path where one can be made"
             return Finding("FAIL", "tracking", text)
-    if (path.exists() and not path.is_file()) or not os.access(there, os.W_OK):
+    usable = path.is_file() if path.exists() else there.is_dir()
+    if not usable or not os.access(there, os.W_OK):
         text = f"tracking.uri: {path} cannot be written; make it writable, or choose another with tracking.uri"
         return Finding("FAIL", "tracking", text)
     return Finding("ok", "tracking", f"SQLite file {path}{'' if path.exists() else ', to be made'}")
@@ -112,5 +114,5 @@ def _ask(parts: SplitResult, what: str, credentials: str | None, patience_s: flo
         if error.code in (401, 403):
             return f"it refuses us ({error.code}); set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         return f"it answers {error.code} to {path}"
-    except (OSError, ValueError) as error:
-        return f"no answer ({getattr(error, 'reason', error)})"
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return f"no answer ({str(getattr(error, 'reason', error)).strip()})"

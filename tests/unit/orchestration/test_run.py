@@ -190,6 +190,12 @@ def test_out_of_memory_is_tried_once_more_and_not_for_ever(make_run):
     assert run.folder.run()["failures"] == 1
 
 
+def test_out_of_memory_after_a_death_is_the_first_time(make_run):
+    run = make_run({"many": [WorkerLost("died"), WorkerLost("full", "memory"), None]})
+    assert lane(run).finished
+    assert run.folder.run()["failures"] == 2
+
+
 def test_preemptions_have_a_budget_of_their_own(make_run, events):
     """Two preemptions are allowed and no failure counts; the third ends with exit status 75."""
     words = [*LFME, "cluster.max_preemptions=2"]

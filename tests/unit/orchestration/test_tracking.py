@@ -23,6 +23,7 @@ def test_importing_the_driver_side_does_not_import_mlflow():
         ("https://me:s3cret@host:5000/a@b", "https://host:5000/a@b"),
         ("error at http://token@h/ and http://x:y@z", "error at http://h/ and http://z"),
         ("postgresql://h/db?user=u&password=p%40q&sslkey=k", "postgresql://h/db?user=u&password=***&sslkey=***"),
+        ("postgresql+psycopg2://me:a/b?c#d@h:5432/db", "postgresql+psycopg2://h:5432/db"),
         ("sqlite:////a/b.db", "sqlite:////a/b.db"),
     ],
 )
