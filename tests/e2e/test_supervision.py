@@ -175,3 +175,22 @@ def test_a_drained_cluster_without_another_node_ends_with_status_75_and_goes_on_
     output, _ = again.communicate(timeout=240)
     assert again.returncode == 0, output
     same(folder, calm)
+
+
+def test_sigterm_for_the_whole_process_group_leaves_a_checkpoint(tmp_path):
+    """As `timeout`, service managers and batch systems send it; the run's own Ray must outlive it."""
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "orchestration", "train", *LONG, f"run.dir={tmp_path}", "run.name=run"]
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        runs.wait_for_step(tmp_path / "run", 10, 180)
+        os.killpg(process.pid, signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "the same command continues" in output
+    newest = sorted((tmp_path / "run" / "checkpoints").glob("[0-9]*"))[-1]
+    assert json.loads((newest / "state.json").read_text())["step"] == max(runs.losses(tmp_path / "run"))
