@@ -29,7 +29,7 @@ def run_json(folder):
 
 @pytest.fixture(scope="module")
 def calm(warm_pool, tmp_path_factory):
-    """150 steps on two workers that nothing happened to."""
+    """400 steps on two workers that nothing happened to."""
     from _pytest.monkeypatch import MonkeyPatch
 
     from tests.conftest import lend
@@ -37,7 +37,7 @@ def calm(warm_pool, tmp_path_factory):
     folder = tmp_path_factory.mktemp("calm") / "run"
     with MonkeyPatch.context() as patch:
         lend(warm_pool, patch)
-        assert runs.train(folder, *TWO, "run.max_steps=150", common=LONG) == 0
+        assert runs.train(folder, *TWO, "run.max_steps=400", common=LONG) == 0
     return folder
 
 
@@ -52,12 +52,12 @@ def same(folder, calm):
 def test_a_dead_worker_is_replaced_in_time(standby, limit_s, calm, local_ray, tmp_path, record_property):
     """From the kill to the next new step on the clock of the journal; with what it was made of."""
     folder = tmp_path / "run"
-    process = runs.start(folder, *TWO, "run.max_steps=150", f"cluster.standby={standby}", common=LONG)
+    process = runs.start(folder, *TWO, "run.max_steps=400", f"cluster.standby={standby}", common=LONG)
     try:
         runs.wait_for_step(folder, 30)
-        time.sleep(20 * standby)  # until the spare is warm
+        time.sleep(15 * standby)  # until the spare is warm
         reached = max(runs.losses(folder))
-        assert reached < 150, "the run must outlast its spare's start"
+        assert reached < 400, "the run must outlast its spare's start"
         os.kill(run_json(folder)["workers"][1]["pid"], signal.SIGKILL)
         killed_at = time.time()
         output, _ = process.communicate(timeout=240)
@@ -138,7 +138,7 @@ def drain(address, node_id):
 def test_a_node_that_is_drained_is_left_after_a_checkpoint(calm, two_nodes, tmp_path):
     """A notice for the workers' node costs no step: they move to the other; the failures stay at none."""
     folder = tmp_path / "run"
-    process = runs.start(folder, *TWO, "run.max_steps=150", common=LONG, address=two_nodes.address)
+    process = runs.start(folder, *TWO, "run.max_steps=400", common=LONG, address=two_nodes.address)
     try:
         runs.wait_for_step(folder, 20)
         two_nodes.add_node(num_cpus=2)
@@ -159,7 +159,7 @@ def test_a_node_that_is_drained_is_left_after_a_checkpoint(calm, two_nodes, tmp_
 
 def test_a_drained_cluster_without_another_node_ends_with_status_75_and_goes_on_later(calm, two_nodes, tmp_path):
     folder = tmp_path / "run"
-    words = [*TWO, "run.max_steps=150", "cluster.placement_timeout_s=1"]
+    words = [*TWO, "run.max_steps=400", "cluster.placement_timeout_s=1"]
     process = runs.start(folder, *words, common=LONG, address=two_nodes.address)
     try:
         runs.wait_for_step(folder, 20)
