@@ -35,7 +35,7 @@ def main(services: list[str]) -> int:
             continue
         return _report(service, packages)
     print("audit: not checked, no advisory service could be asked from here", *reasons, sep="\n  ", file=sys.stderr)
-    print("  needed https to pypi.org or api.osv.dev; run make audit where one of them is reachable", file=sys.stderr)
+    print("  needed https to PyPI or OSV themselves; run make audit where one of them is reachable", file=sys.stderr)
     return 3
 
 

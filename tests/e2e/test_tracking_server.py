@@ -210,28 +210,17 @@ def test_a_server_that_is_down_at_the_start_gets_everything_once_it_is_there(ser
     alone.check(drill)
 
 
-def test_a_server_that_is_killed_in_the_middle_and_comes_back_has_every_point_once(server, alone, drill):
+@pytest.mark.parametrize("what", ["server", "database"])
+def test_what_dies_in_the_middle_and_comes_back_has_every_point_once(what, postgresql, server, alone, drill):
     server.start()
+    end, begin = {"server": (server.kill, server.begin), "database": (postgresql.stop, postgresql.start)}[what]
 
-    def kill():
+    def die():
         until_it_uploads(server.store, drill)
-        server.kill()
+        end()
 
     words = ["tracking.final_wait_s=240", "tracking.log_model=false"]
-    assert drill.train(server.uri, *words, events={6: kill, 18: server.begin}) == 0
-    check_whole(server, drill, models=False)
-    alone.check(drill)
-
-
-def test_a_database_that_stops_in_the_middle_and_comes_back_has_every_point_once(postgresql, server, alone, drill):
-    server.start()
-
-    def stop():
-        until_it_uploads(server.store, drill)
-        postgresql.stop()
-
-    words = ["tracking.final_wait_s=240", "tracking.log_model=false"]
-    assert drill.train(server.uri, *words, events={6: stop, 18: postgresql.start}) == 0
+    assert drill.train(server.uri, *words, events={6: die, 18: begin}) == 0
     check_whole(server, drill, models=False)
     alone.check(drill)
 
