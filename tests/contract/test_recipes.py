@@ -41,6 +41,7 @@ def composed(schedule):
 every_schedule = pytest.mark.parametrize("schedule", available("schedule"))
 
 
+@pytest.mark.slow
 @every_schedule
 def test_every_schedule_composes(schedule):
     method, dataset = pair_of(schedule)

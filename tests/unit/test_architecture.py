@@ -79,6 +79,7 @@ def test_the_packages_on_disk_are_those_that_are_shipped():
 
 
 @pytest.mark.parametrize("group", ["method", "dataset", "backbone", "cluster"])
+@pytest.mark.slow
 def test_every_choice_composes_and_is_named_after_its_file(group):
     for choice in available(group):  # a method has a schedule for digits; a dataset takes any
         words = ["method=ce", "schedule=ce_digits_lt"] if group == "dataset" else []

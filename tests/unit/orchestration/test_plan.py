@@ -76,6 +76,7 @@ def test_what_is_not_exchanged_is_not_listed():
     assert set(exchanges(plan(load_config(words)))) == {"gradient, trunk", "gradient, experts", "loss and its terms"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ace", "bbn", "lfme", "reslt", "ride_distill", "ride_router", "ride_h2t"])
 def test_only_scores_grow_with_the_batch(method):
     """A feature map, or a feature, would grow too."""

@@ -54,6 +54,7 @@ def run(folder, num_classes=10, epochs=3, stages=("train",), evaluated=("last", 
 
 
 @pytest.mark.parametrize(("num_classes", "stages"), [(10, ("train",)), (2000, ("first", "second"))])
+@pytest.mark.slow
 def test_a_run_gets_every_picture_and_the_table(tmp_path, num_classes, stages):
     written = write_report(run(tmp_path, num_classes, stages=stages))
     assert sorted(path.name for path in written) == EVERYTHING
@@ -67,6 +68,7 @@ def test_a_run_gets_every_picture_and_the_table(tmp_path, num_classes, stages):
     assert "best was chosen on TEST" in (tmp_path / "report" / "table.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_report_is_the_same_when_written_again(tmp_path):
     run(tmp_path)
     before = {path.name: path.read_bytes() for path in write_report(tmp_path)}
@@ -81,6 +83,7 @@ def test_a_report_is_the_same_when_written_again(tmp_path):
         ({"evaluated": ("last",), "epochs": 1}, EVERYTHING),
     ],
 )
+@pytest.mark.slow
 def test_an_interrupted_run_gets_what_it_has(tmp_path, arguments, expected):
     assert sorted(path.name for path in write_report(run(tmp_path, **arguments))) == expected
 
@@ -130,6 +133,7 @@ def with_experts(folder, names, *, routed=False, evaluated=("last", "best")):
     ("num_experts", "arguments"),
     [(3, {"routed": True}), (8, {"evaluated": ("last",)}), (2, {"evaluated": ("best",)})],
 )
+@pytest.mark.slow
 def test_how_different_the_experts_are_is_drawn(tmp_path, num_experts, arguments):
     names = [f"the expert number {k}" for k in range(num_experts)]
     written = write_report(with_experts(run(tmp_path), names, **arguments))
@@ -145,10 +149,12 @@ def test_how_different_the_experts_are_is_drawn(tmp_path, num_experts, arguments
     assert ("expert passes saved, %" in table) == bool(arguments.get("routed"))
 
 
+@pytest.mark.slow
 def test_a_single_expert_has_no_picture_of_differences(tmp_path):
     assert sorted(path.name for path in write_report(with_experts(run(tmp_path), ["alone"]))) == EVERYTHING
 
 
+@pytest.mark.slow
 def test_experts_that_never_disagree_and_groups_without_images_are_drawn(tmp_path):
     """Two classes of many images: medium and few are n/a, and every pair is at 0."""
     counts, labels, z = [500, 400], torch.tensor([0, 1, 1]), torch.eye(2)[[0, 1, 1]]

@@ -21,6 +21,8 @@ from orchestration.report_regions import _before, draw_where_it_fits
 from orchestration.run_folder import RunFolder
 from orchestration.trainer import StageTrainer
 
+pytestmark = pytest.mark.slow  # pictures take seconds
+
 WORDS = ["dataset=digits_lt", "engine.name=torch", "engine.threads=1", "dataset.image_size=8", "tracking.enabled=false"]
 
 

@@ -129,6 +129,7 @@ def test_a_distribution_gets_the_same_weights_alone_and_among_others(run):
     np.testing.assert_allclose(*found, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_file_and_another_seed_other_weights(run):
     _, first = evaluate(run, "test-time", "forward-5", "test_time.epochs=2")
     _, second = evaluate(run, "test-time", "forward-5", "test_time.epochs=2")
@@ -138,6 +139,7 @@ def test_the_same_command_gives_the_same_file_and_another_seed_other_weights(run
     assert learnt[0] != learnt[1]
 
 
+@pytest.mark.slow
 def test_members_weights_and_bounds_of_every_distribution(run, picture):
     text, result = evaluate(run, "test-time", "published", "test_time.epochs=1")
     assert len(result["distributions"]) == 11
@@ -196,6 +198,7 @@ def test_a_known_prior_shifts_the_mean_of_the_logits(trained, run):
     assert result["trained_for"] == [trained] * 3
 
 
+@pytest.mark.slow
 def test_ratios_that_leave_a_class_empty_are_refused_by_name_and_left_out_of_the_published(tmp_path):
     path = save_run(tmp_path / "run", "dataset.test_per_class=10")
     with pytest.raises(ValueError, match=r"forward-25: class 7 and 2 more .*at most 10"):
@@ -218,6 +221,7 @@ def test_one_expert_is_measured_like_any_other_number(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["float64", "autocast"])
+@pytest.mark.slow
 def test_other_precisions(precision, tmp_path):
     path = save_run(tmp_path / "run", f"engine.precision={precision}")
     _, result = evaluate(path, "test-time", "backward-10", "test_time.epochs=1")
@@ -253,6 +257,7 @@ def test_what_makes_no_sense_is_refused(weights, distributions, words, message, 
         evaluate_distributions(str(run), weights, distributions, "best", "test", words)
 
 
+@pytest.mark.slow
 def test_results_that_cannot_be_written_are_still_shown(run, monkeypatch, picture):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
@@ -305,6 +310,7 @@ def test_tades_experts_are_trained_for_forward_uniform_and_inverse():
     assert tade_offsets(torch.tensor(counts), tau=1.0).shape == rows.shape
 
 
+@pytest.mark.slow
 def test_the_command_line(run, capsys):
     line = ["evaluate", str(run), "--weights", "test-time", "--distribution", "backward-5", "test_time.epochs=1"]
     assert main(line) == 0
