@@ -11,6 +11,7 @@ above the first's, and nothing left behind.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +45,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the victims")
     parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "soak.json"))
     options = parser.parse_args()
+    if 60 * options.minutes < 4 * PERIOD_S:
+        least = 4 * PERIOD_S / 60
+        parser.error(f"--minutes {options.minutes:g}: needed {least:.2g} or more, for memory is compared by halves")
     from orchestration.own_ray import start_own_ray
 
     start_own_ray()
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # where a run failed, workers may write
         runs = Path(scratch)
         record = disturbed(runs, options)
-        process = start(runs, "calm", f"run.max_steps={record['steps']}")
-        assert process.wait() == 0, (runs / "calm.log").read_text()
+        with ended(start(runs, "calm", f"run.max_steps={record['steps']}")) as process:
+            assert process.wait() == 0, (runs / "calm.log").read_text()
         record["weights_equal"] = weights(runs / "disturbed") == weights(runs / "calm")
         record["losses_equal"] = losses(runs / "disturbed") == losses(runs / "calm")
     record["passed"] = bool(
@@ -75,10 +80,43 @@ def start(runs: Path, name: str, *words: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
 
+@contextlib.contextmanager
+def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """A run that does not outlive what looks at it."""
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
 def disturbed(runs: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The run that is disturbed, and what was seen of it."""
     before = left_of_ray()
-    process = start(runs, "disturbed", f"cluster.standby={options.standby}")
+    with ended(start(runs, "disturbed", f"cluster.standby={options.standby}")) as process:
+        kills, seen, workers_ever = disturb(process, runs, options)
+    time.sleep(10)
+    found = run_json(runs / "disturbed")
+    return {
+        "minutes": options.minutes,
+        "kills": kills,
+        "standby": options.standby,
+        **recovered(found),
+        "steps": max(losses(runs / "disturbed")),
+        **watched(seen),
+        "left": {
+            "processes": [pid for pid in workers_ever if psutil.pid_exists(pid)],
+            **{kind: sorted(names - before[kind]) for kind, names in left_of_ray().items()},
+            "half_written": [path.name for path in (runs / "disturbed" / "checkpoints").glob(".*")],
+        },
+        "host": {"cpus": os.cpu_count(), "processor": found["host"]["processor"]},
+    }
+
+
+def disturb(
+    process: subprocess.Popen[bytes], runs: Path, options: argparse.Namespace
+) -> tuple[int, list[dict[str, float]], set[int]]:
+    """Kill workers until the time is over, then stop the run. Returns kills, snapshots and the workers there were."""
     driver = psutil.Process(process.pid)
     folder, choose = runs / "disturbed", random.Random(options.seed)
     begun = time.monotonic()
@@ -99,18 +137,24 @@ def disturbed(runs: Path, options: argparse.Namespace) -> dict[str, Any]:
                 kills += 1
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) == 128 + signal.SIGTERM, (runs / "disturbed.log").read_text()
-    time.sleep(10)
-    found = run_json(folder)
-    recoveries = [recovery["seconds"]["total"] for recovery in found["recoveries"]]
+    return kills, seen, workers_ever
+
+
+def recovered(found: dict[str, Any]) -> dict[str, Any]:
+    """What run.json says of losses; it says nothing where there was none."""
+    recoveries = found.get("recoveries", [])
+    seconds = [recovery["seconds"]["total"] for recovery in recoveries]
+    return {
+        "failures": found.get("failures", 0),
+        "steps_again": sum(recovery["steps_again"] for recovery in recoveries),
+        "recovery_s": {"median": statistics.median(seconds), "most": max(seconds)} if seconds else None,
+    }
+
+
+def watched(seen: list[dict[str, float]]) -> dict[str, Any]:
+    """Memory by halves of the time, the first snapshot left out; other counts after a quarter and at the end."""
     half = len(seen) // 2
     return {
-        "minutes": options.minutes,
-        "kills": kills,
-        "failures": found["failures"],
-        "standby": options.standby,
-        "steps": max(losses(folder)),
-        "steps_again": sum(recovery["steps_again"] for recovery in found["recoveries"]),
-        "recovery_s": {"median": statistics.median(recoveries), "most": max(recoveries)},
         "memory_mib": {
             who: {
                 "first_half": round(statistics.median(s[who] for s in seen[1:half])),
@@ -121,12 +165,6 @@ def disturbed(runs: Path, options: argparse.Namespace) -> dict[str, Any]:
         "driver_open_files": [seen[half // 2]["files"], seen[-1]["files"]],
         "driver_threads": [seen[half // 2]["threads"], seen[-1]["threads"]],
         "files_in_folder": [seen[half // 2]["in_folder"], seen[-1]["in_folder"]],
-        "left": {
-            "processes": [pid for pid in workers_ever if psutil.pid_exists(pid)],
-            **{kind: sorted(names - before[kind]) for kind, names in left_of_ray().items()},
-            "half_written": [path.name for path in (folder / "checkpoints").glob(".*")],
-        },
-        "host": {"cpus": os.cpu_count(), "processor": found["host"]["processor"]},
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -14,6 +15,7 @@ from typing import Any
 
 import ray
 
+from orchestration.carry import Carried, at_hand, saved_apart
 from orchestration.hangs import own_stacks
 
 
@@ -152,7 +154,7 @@ class Worker:
         config_tree: dict[str, Any],
         stage: str,
         seat: Seat,
-        teachers: dict[str, str],
+        teachers: dict[str, str | Carried],
         left_out: Sequence[str] | None = None,
     ) -> dict[str, Any]:
         """Open the data, join the world, build model and engine.
@@ -188,9 +190,11 @@ class Worker:
             )
         self._rendezvous.join(seat.rank, shape.workers, gpu=self.gpu, timeout_s=seat.timeout_s)
         mesh = Mesh(shape, seat.rank, "cuda" if self.gpu else "cpu", seat.timeout_s)
-        self.trainer = StageTrainer(config, stage, dataset, mesh, teachers)
+        with contextlib.ExitStack() as held:
+            folders = {name: held.enter_context(at_hand(folder)) for name, folder in teachers.items()}
+            self.trainer = StageTrainer(config, stage, dataset, mesh, folders)
         marks.append(time.perf_counter())
-        held = sum(p.numel() for p in self.trainer.model.parameters())
+        parameters = sum(p.numel() for p in self.trainer.model.parameters())
         return {
             "class_names": list(dataset.class_names),
             "counts": dataset.counts_C.tolist(),
@@ -201,7 +205,7 @@ class Worker:
             "prepares": self.trainer.objective.prepares,
             "observes": self.trainer.objective.observes,
             "steps_per_epoch": self.trainer.steps_per_epoch,
-            "parameters": held,
+            "parameters": parameters,
             "trunk_parameters": sum(p.numel() for p in self.trainer.model.trunk.parameters()),
             "device": torch.cuda.get_device_name() if self.gpu else "cpu",
             "data_s": marks[1] - marks[0],
@@ -233,25 +237,35 @@ class Worker:
                 f"fewer dataset.loader_processes or a smaller dataset.resident_mib"
             )
 
-    def save(self, folder: str) -> tuple[list[Any], dict[str, Any]]:
-        """Files written, and the state that belongs to them."""
+    def save(self, folder: str | None) -> tuple[list[Any], dict[str, Any], dict[str, bytes]]:
+        """Files written, the state that belongs to them, and, where there is no folder to write to, their content."""
         self._beat = time.monotonic()
-        return self.trainer.save(folder), self.trainer.state()
+        if folder is not None:
+            return self.trainer.save(folder), self.trainer.state(), {}
+        entries, files = saved_apart(self.trainer.save)
+        return entries, self.trainer.state(), files
 
-    def load(self, folder: str, state: dict[str, Any]) -> None:
+    def load(self, folder: str | Carried, state: dict[str, Any]) -> None:
         """See `StageTrainer.load`."""
         self._beat = time.monotonic()
-        self.trainer.load(folder, state)
+        with at_hand(folder, self._is_own) as path:
+            self.trainer.load(path, state)
 
-    def start_from(self, folder: str) -> None:
+    def start_from(self, folder: str | Carried) -> None:
         """See `StageTrainer.start_from`."""
         self._beat = time.monotonic()
-        self.trainer.start_from(folder)
+        with at_hand(folder, self._is_own) as path:
+            self.trainer.start_from(path)
 
-    def start_from_model(self, folder: str) -> None:
+    def _is_own(self, file: str) -> bool:
+        """Whether a file of a checkpoint holds something of this worker's."""
+        return file.partition(".")[0] in ("trunk", "shared", "objective", *self.trainer.model.names)
+
+    def start_from_model(self, folder: str | Carried) -> None:
         """See `StageTrainer.start_from_model`."""
         self._beat = time.monotonic()
-        self.trainer.start_from_model(folder)
+        with at_hand(folder) as path:
+            self.trainer.start_from_model(path)
 
     def prepare(self) -> None:
         """See `StageTrainer.prepare`."""

@@ -41,9 +41,17 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 done, 1 refused or failed, 2 misused, 75 nodes taken away, 130 and 143
     stopped by SIGINT and SIGTERM."""
     parser = _parser()
-    options, words = parser.parse_known_args(argv)
-    if words and (not hasattr(options, "overrides") or any(word.startswith("-") for word in words)):
-        parser.error(f"unrecognized arguments: {' '.join(words)}")
+    given = sys.argv[1:] if argv is None else argv
+    if given and "=" in given[0] and not given[0].startswith("-"):
+        parser.error(f"{given[0]}: needed a command first, e.g. expertail train {' '.join(given)}")
+    options, words = parser.parse_known_args(given)
+    words = [word for word in words if word != "--"]
+    takes_keys = hasattr(options, "overrides")
+    if words and (not takes_keys or any(word.startswith("-") for word in words)):
+        hint = f"; needed one of the options of `expertail {options.command} --help`" if options.command else ""
+        if takes_keys:
+            hint += ", or keys as a.b=value without dashes, e.g. dataset.root=/data"
+        parser.error(f"unrecognized arguments: {' '.join(words)}{hint}")
     if words:
         options.overrides += words  # argparse takes those before the options for all there are
     if options.command is None:
@@ -185,8 +193,16 @@ def _list_choices() -> None:
     import configs
 
     root = Path(configs.__file__).parent
-    for group in ("method", "dataset", "backbone", "schedule", "cluster"):
-        print(f"{group}=" + " | ".join(sorted(path.stem for path in (root / group).glob("*.yaml"))))
+
+    def choices(group: str) -> list[str]:
+        return sorted(path.stem for path in (root / group).glob("*.yaml"))
+
+    for group in ("method", "dataset", "backbone", "cluster"):
+        print(f"{group}=" + " | ".join(choices(group)))
+    print("schedule=<method>_<dataset>, the one of method= and dataset= unless another is named:")
+    for method in choices("method"):
+        datasets = [name for name in choices("dataset") if f"{method}_{name}" in choices("schedule")]
+        print(f"  {method + '_':14}" + " | ".join(datasets))
 
 
 def _sweep(options: argparse.Namespace) -> int:

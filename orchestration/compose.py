@@ -164,7 +164,7 @@ def _defaults() -> dict[str, str]:
 def _schedule_of(method: str, dataset: str) -> str:
     name = f"{method}_{dataset}"
     if name not in available("schedule"):
-        known = [s for s in available("schedule") if s.startswith(f"{method}_")]
+        known = [s for d in available("dataset") if (s := f"{method}_{d}") in available("schedule")]
         raise ValueError(
             f"method={method} dataset={dataset}: no schedule is known for this pair; needed one of "
             f"{', '.join(known) or f'none: write configs/schedule/{name}.yaml'}; "
@@ -181,7 +181,8 @@ def _line(problem: Any, tree: dict[str, Any]) -> str:
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(str(keys[-1]), _known(keys[:-1], tree), 1)
         parent = ".".join(map(str, keys[:-1]))
-        hint = f"; did you mean {parent + '.' if parent else ''}{near[0]}?" if near else ""
+        meant = [f"{parent + '.' if parent else ''}{near[0]}"] if near else _deeper(key, tree)[:1]
+        hint = f"; did you mean {meant[0]}?" if meant else ""
         return f"{key}: unknown key{hint}"
     if kind == "missing":
         return f"{key}: not set; needed a value"
@@ -230,6 +231,18 @@ def _known(keys: list[Any], tree: Any) -> list[str]:
                 is_mapping = getattr(model, "__origin__", None) is dict
                 model = model if is_mapping or not inner else inner[0]
     return list(model.model_fields) if hasattr(model, "model_fields") else []
+
+
+def _deeper(key: str, tree: dict[str, Any], above: str = "") -> list[str]:
+    """Full keys of a tree that end with a short one, as `method.stages.train.epochs` for `epochs`."""
+    found = []
+    for name, value in tree.items():
+        full = f"{above}{name}"
+        if above and full.endswith(f".{key}"):
+            found.append(full)
+        if isinstance(value, dict):
+            found += _deeper(key, value, f"{full}.")
+    return found
 
 
 def _title(words: list[str]) -> str:

@@ -291,6 +291,9 @@ class RunSettings(Settings):
     name: str | None = None
     """Folder below run.dir. Unset: method-dataset-seed."""
     dir: str = "runs"
+    """A folder that all nodes share, or a URL that fsspec opens, as s3://bucket/runs."""
+    local_dir: str = "~/.cache/expertail/runs"
+    """Where the driver works while run.dir is a URL."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Stop after this many optimiser steps of the last stage reached, evaluate, exit 0."""
     evaluate_every_epochs: Annotated[int, Field(ge=1)] = 1

@@ -1,9 +1,9 @@
 """What a person sees while a run trains: a live view on a terminal, one plain line per interval anywhere else.
 
-    epoch 3/60  step 57/3000 (2%)  eta 0:12:40  loss 3.21  lr 0.1  912 images/s  ldam/expert0 2.9
+    epoch 3/60  step 57/3000 (2%)  eta 0:12:40  loss 3.21  lr 0.1  912 images/s  ldam 2.9 2.7 2.8
 
-The view is a courtesy: whatever goes wrong in it (a closed pipe, a terminal of no width) is swallowed, and training
-goes on.
+A term that every expert has is written once, then its values in the experts' order. The view is a courtesy: whatever
+goes wrong in it (a closed pipe, a terminal of no width) is swallowed, and training goes on.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from orchestration.tables import GROUPS, members
 
 _FIRST = ("loss", "lr", "images/s")
+_LINE = 160  # characters of a progress line; terms that do not fit are left out
 _PACE_S = 30.0  # how far back the pace of the ETA looks
 
 
@@ -121,8 +122,16 @@ class Console:
         share = f" ({100 * step / total:.0f}%)" if total else ""
         parts = [f"epoch {epoch}/{epochs}", f"step {step}/{total}{share}", f"eta {self._pace.eta(total)}"]
         parts += [_shown(name, self._values[name]) for name in _FIRST if name in self._values]
-        parts += [_shown(name, value) for name, value in self._values.items() if name not in _FIRST]
-        return "  ".join(parts)
+        return _fitting("  ".join(parts), self._short_terms(), _LINE - len(self._label))
+
+    def _short_terms(self) -> list[str]:
+        """Each term with its values, of all experts where it has several."""
+        terms: dict[str, list[str]] = {}
+        for name, value in self._values.items():
+            if name not in _FIRST:
+                term, _, owner = name.rpartition("/")
+                terms.setdefault(term or owner, []).append(f"{value:.4g}")
+        return [" ".join([term, *values]) for term, values in terms.items()]
 
     def _draw(self) -> None:
         from rich.console import Console as RichConsole
@@ -198,6 +207,15 @@ def evaluation_line(result: Mapping[str, Any]) -> str:
         else:
             shown.append(f"{member} {_percent(top1.get('all'))}")
     return "  ".join(shown)
+
+
+def _fitting(line: str, terms: Sequence[str], width: int) -> str:
+    """The line with as many terms as it has room for, and how many it has not."""
+    text, shown = "  ".join([line, *terms]), len(terms)
+    while shown and len(text) > width:
+        shown -= 1
+        text = "  ".join([line, *terms[:shown], f"(+{len(terms) - shown} more)"])
+    return text
 
 
 class _Pace:

@@ -9,18 +9,16 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shutil
-import socket
 import sys
 import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 import psutil
 
-from orchestration.finding import Finding
+from orchestration.finding import Finding, guarded, nearest_existing
 from orchestration.tracking_checks import check_tracking
 from orchestration.tracking_contents import redact
 from orchestration.wording import many
@@ -46,7 +44,7 @@ def examine(overrides: list[str]) -> tuple[str, bool]:
     Returns:
         One line per finding, and whether none of them is a FAIL. Nothing is raised.
     """
-    findings = [*_guard("python", _python), *_guard("libraries", _libraries)]
+    findings = [*guarded("python", _python), *guarded("libraries", _libraries)]
     try:
         from orchestration.compose import load_config
 
@@ -58,7 +56,7 @@ def examine(overrides: list[str]) -> tuple[str, bool]:
         title = f"{config.method.name} on {config.dataset.name}, run {config.run_name}"
         findings.append(Finding("ok", "config", title))
         for name, check in CHECKS.items():
-            findings += _guard(name, lambda check=check: check(config))  # type: ignore[misc]
+            findings += guarded(name, lambda check=check: check(config))  # type: ignore[misc]
     width = max(len(finding.what) for finding in findings)
     indent = "\n" + " " * (width + 8)
     lines = [f"{f.state:<4}  {f.what:<{width}}  {f.text.replace(chr(10), indent)}" for f in findings]
@@ -67,18 +65,6 @@ def examine(overrides: list[str]) -> tuple[str, bool]:
     verdict = "ready" if not failures else "not ready"
     lines.append(f"{verdict}: {many(failures, 'failure')}, {many(warnings, 'warning')}")
     return "\n".join(lines), not failures
-
-
-def _guard(what: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]:
-    found: list[Finding] = []
-    try:
-        found.extend(check())
-    except Exception as error:
-        text = redact(str(error).strip()) or "no message"
-        found.append(
-            Finding("FAIL", what, text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}")
-        )
-    return found
 
 
 def _python() -> Iterator[Finding]:
@@ -176,7 +162,7 @@ def _run_dir(config: RunConfig) -> Iterator[Finding]:
     from orchestration.compose import expand
 
     place = expand(config.run.dir)
-    there = _existing(place.absolute())
+    there = nearest_existing(place.absolute())
     advice = "choose another with run.dir"
     if not there.is_dir():
         yield Finding("FAIL", "run.dir", f"{place}: {there} is a file; needed a folder; {advice}")
@@ -207,7 +193,6 @@ def _cluster(config: RunConfig) -> Iterator[Finding]:
 
     address = _address(config)
     if address:
-        _knock(address)
         with fleet.cluster(address):
             yield from _connected(config, shape, address)
         return
@@ -280,24 +265,6 @@ def _address(config: RunConfig) -> str | None:
     return config.cluster.address or os.environ.get("RAY_ADDRESS") or None
 
 
-def _knock(address: str) -> None:
-    """Ray itself waits a minute for an address that nobody answers.
-
-    Raises:
-        ValueError: nothing listens there.
-    """
-    parts = urlsplit(address if "://" in address else f"//{address}")
-    if parts.hostname is None or parts.port is None:
-        return  # 'auto', 'local'
-    try:
-        socket.create_connection((parts.hostname, parts.port), timeout=_PATIENCE_S).close()
-    except OSError as error:
-        raise ValueError(
-            f"cluster.address = {redact(address)}: nothing answers there ({error}); start Ray with `ray start --head`, "
-            f"correct the address or RAY_ADDRESS, or unset it to run on this machine alone"
-        ) from error
-
-
 def _tracking(config: RunConfig) -> Iterator[Finding]:
     return check_tracking(config, _PATIENCE_S)
 
@@ -363,13 +330,6 @@ def _image_folder(root: str) -> str:
                 f"{os.path.join(base, classes[0])}: class '{classes[0]}' has no image; add some or remove it"
             )
     return f"{base}: {len(classes):,} class folders; images are counted when the run starts"
-
-
-def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return path
 
 
 CHECKS: dict[str, Check] = {

@@ -22,6 +22,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestration.actors import Seat, Worker
+from orchestration.carry import Carried
 from orchestration.config import ClusterConfig, EngineConfig, RunConfig
 from orchestration.drain import draining_nodes
 from orchestration.layout import bundle_of, places
@@ -103,7 +104,8 @@ def _check_listening(address: str) -> None:
     except (OSError, OverflowError) as error:
         raise ValueError(
             f"cluster.address = {address}: nobody listens there ({error}); needed the address of a running Ray head; "
-            f"start one with `ray start --head`, correct the address, or unset it to run on this machine alone"
+            f"start one with `ray start --head`, correct the address or RAY_ADDRESS, or unset it to run on this machine "
+            f"alone"
         ) from error
     _check_token(address)
 
@@ -310,7 +312,7 @@ class Fleet:
         """Of the workers, in the order of ranks."""
         return [host["node_id"] for host in self.hosts]
 
-    def build(self, stage: str, teachers: dict[str, str] | None = None) -> list[dict[str, Any]]:
+    def build(self, stage: str, teachers: dict[str, str | Carried] | None = None) -> list[dict[str, Any]]:
         """Seat every worker in a new world and build its part of a stage.
 
         Args:

@@ -92,17 +92,19 @@ class Lane:
             ) from reason
 
     def _check_shared(self) -> None:
-        """Refuse workers that do not see the run folder.
+        """Refuse workers that do not see the run folder they are to write to.
 
         Raises:
             ValueError: names the first node that sees another one.
         """
         folder, fleet = self._run.folder, self._fleet
+        if not folder.shared:
+            return
         for host, seen in zip(fleet.hosts, fleet.call("sees", str(folder.path / LOCK), folder.token), strict=True):
             if not seen:
                 raise ValueError(
                     f"run.dir = {folder.path.parent}: node {host['node']} does not see this run's folder there; "
-                    f"needed a folder on storage that all nodes share, at the same path on each; set run.dir"
+                    f"needed a folder on storage that all nodes share, at the same path on each, or a URL; set run.dir"
                 )
 
     def _wait(self, stage: str, for_room: Callable[[], None]) -> None:

@@ -24,9 +24,9 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestration.config import RunConfig
-from orchestration.finding import Finding
+from orchestration.finding import Finding, guarded, nearest_existing
 from orchestration.layout import Layout
-from orchestration.node_report import Probe, software
+from orchestration.node_report import NodeProbe, software
 from orchestration.placement import WORKER_GIB
 from orchestration.wording import many
 
@@ -64,7 +64,7 @@ class Survey:
 
     Attributes:
         probes: those that answered.
-        reports: of `Probe.look`.
+        reports: of `NodeProbe.look`.
         resources: as Ray counts them.
     """
 
@@ -82,7 +82,7 @@ def check_nodes(needs: Needs) -> Iterator[Finding]:
     nodes = {f"{n['NodeManagerAddress']}/{n['NodeID'][:6]}": n for n in ray.nodes() if n["Alive"]}
     survey = Survey(resources={name: dict(node["Resources"]) for name, node in nodes.items()})
     started = {
-        name: Probe.options(  # type: ignore[attr-defined]
+        name: NodeProbe.options(  # type: ignore[attr-defined]
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         ).remote()
         for name, node in nodes.items()
@@ -99,14 +99,20 @@ def check_nodes(needs: Needs) -> Iterator[Finding]:
         yield Finding(
             "ok", "nodes", f"{len(survey.probes)} of {len(nodes)} answered in {time.monotonic() - begun:.0f} s"
         )
-        yield from _software(survey, needs, software())
-        yield from _memory(survey, needs)
-        yield from _shared_memory(survey, needs)
-        yield from _storage(survey, needs.run_dir, {name: node["NodeID"] for name, node in nodes.items()})
-        yield from _data(survey, needs.config)
-        yield from _ports(survey)
-        yield from _clocks(survey)
-        yield from _exposure(survey)
+        ids = {name: node["NodeID"] for name, node in nodes.items()}
+        checks: dict[str, Callable[[], Iterator[Finding]]] = {
+            "versions": lambda: _software(survey, needs, software()),
+            "nodes": lambda: _unseen(survey),
+            "memory": lambda: _memory(survey, needs),
+            "/dev/shm": lambda: _shared_memory(survey, needs),
+            "storage": lambda: _storage(survey, needs.run_dir, ids),
+            "data": lambda: _data(survey, needs.config),
+            "ports": lambda: _ports(survey),
+            "clock": lambda: _clocks(survey),
+            "auth": lambda: _exposure(survey),
+        }
+        for what, check in checks.items():
+            yield from guarded(what, check)
     finally:
         for probe in started.values():
             with contextlib.suppress(RayError, ValueError):
@@ -139,6 +145,16 @@ def _words_of(error: RayError) -> str:
             f"`ray job submit --working-dir .`"
         )
     return f"the probe failed ({lines[-1] if lines else type(error).__name__})"
+
+
+def _unseen(survey: Survey) -> Iterator[Finding]:
+    """What a node could not find out of itself, and is left out of where nodes are compared."""
+    for name, report in survey.reports.items():
+        for key, what, words in (("room", "memory", "memory and /dev/shm"), ("token", "auth", "Ray's authentication")):
+            if isinstance(report[key], str):
+                yield Finding(
+                    "warn", what, f"{name}: {words} could not be looked at ({report[key]}); look there by hand"
+                )
 
 
 # Versions
@@ -225,9 +241,10 @@ def _memory(survey: Survey, needs: Needs) -> Iterator[Finding]:
     good = []
     for name, report in survey.reports.items():
         workers = len(needs.layout.on(name))
-        if not workers:
+        room = report["room"]
+        if not workers or isinstance(room, str):
             continue
-        total, free = report["memory"] / _GIB, report["memory_free"] / _GIB
+        total, free = room["memory"] / _GIB, room["memory_free"] / _GIB
         text = (
             f"{name}: {many(workers, 'worker')} of {low:.1f} to {high:.1f} GiB{unknown}; {free:.1f} of {total:.1f} GiB "
             f"free"
@@ -240,20 +257,22 @@ def _memory(survey: Survey, needs: Needs) -> Iterator[Finding]:
         else:
             good.append(text)
     if good:
-        yield Finding("ok", "memory", _first(good))
+        yield Finding("ok", "memory", "\n".join(_first(good)))
 
 
 def _shared_memory(survey: Survey, needs: Needs) -> Iterator[Finding]:
     fine = []
     for name, report in survey.reports.items():
-        shm = report["shm"]
+        room = report["room"]
+        if isinstance(room, str):
+            continue
+        shm, free = room["shm"], room["shm_free"]
         if shm is None:
             yield Finding("warn", "/dev/shm", f"{name}: there is none; Ray then keeps objects in files")
             continue
         store = survey.resources[name].get("object_store_memory", 0.0)
         workers = len(needs.layout.on(name)) if needs.layout else 0
         batches = needs.batch_bytes * workers
-        free = report["shm_free"]
         text = f"{name}: {shm / _GIB:.2g} GiB, {free / _GIB:.2g} free; object store {store / _GIB:.2g} GiB"
         if shm < store:
             yield Finding("warn", "/dev/shm", f"{text}; needed as much as the object store; enlarge it (docker: "
@@ -264,11 +283,11 @@ def _shared_memory(survey: Survey, needs: Needs) -> Iterator[Finding]:
         else:
             fine.append(text)
     if fine:
-        yield Finding("ok", "/dev/shm", _first(fine))
+        yield Finding("ok", "/dev/shm", "\n".join(_first(fine)))
 
 
-def _first(lines: list[str]) -> str:
-    return "\n".join(lines[:_SHOWN] + ([f"and {len(lines) - _SHOWN} more"] if lines[_SHOWN:] else []))
+def _first(lines: list[str]) -> list[str]:
+    return lines[:_SHOWN] + ([f"and {len(lines) - _SHOWN} more"] if lines[_SHOWN:] else [])
 
 
 # Storage and data
@@ -276,9 +295,7 @@ def _first(lines: list[str]) -> str:
 
 def _storage(survey: Survey, run_dir: Path, ids: Mapping[str, str]) -> Iterator[Finding]:
     """Write a file beside the runs, let every node read it and write one, look for those; leave nothing behind."""
-    there = run_dir
-    while not there.exists() and there != there.parent:
-        there = there.parent
+    there = nearest_existing(run_dir)
     advice = "needed one folder that all nodes share at the same path; mount it everywhere, or set run.dir to one"
     try:
         folder = Path(tempfile.mkdtemp(prefix=".expertail-doctor-", dir=there))
@@ -360,11 +377,12 @@ def _ports(survey: Survey) -> Iterator[Finding]:
         return probe.reach.remote({other: place for other, place in places.items() if other != name}, nonce)
 
     found, silent = survey.ask(reach)
-    broken = [f"{name} to {other}: {problem}" for name, bad in found.items() for other, problem in bad.items()]
+    broken = [f"{name} to {other}: {problem}" for name, (bad, _) in found.items() for other, problem in bad.items()]
     broken += [f"{name}: {problem}" for name, problem in silent.items()]
-    if broken:
+    unasked = [f"{name}: no time was left to connect to {_names(left)}" for name, (_, left) in found.items() if left]
+    if broken or unasked:
         advice = "workers exchange gradients on ports that the system finds free; open those from 1024 between nodes"
-        yield Finding("FAIL", "ports", f"{_first(broken)}\n{advice}")
+        yield Finding("FAIL", "ports", "\n".join([*_first(broken), *_first(unasked), advice]))
     elif not problems:
         pairs = len(places) * (len(places) - 1)
         yield Finding("ok", "ports", f"{pairs} connections between {len(places)} nodes, each on a free port")
@@ -395,7 +413,8 @@ def _clock_findings(offsets: Mapping[str, float]) -> Iterator[Finding]:
 
 def _exposure(survey: Survey) -> Iterator[Finding]:
     """Who may run code here."""
-    without = [name for name, report in survey.reports.items() if not report["token"]]
+    without = [name for name, report in survey.reports.items() if report["token"] is False]
+    asking = [name for name, report in survey.reports.items() if report["token"] is True]
     exposed, dashboards, hidden = set(), set(), []
     for name, report in survey.reports.items():
         if isinstance(report["listening"], str) or not report["listening"]:
@@ -418,8 +437,8 @@ def _exposure(survey: Survey) -> Iterator[Finding]:
         reach = "its ports could not be listed" if hidden else "Ray listens on loopback addresses only"
         state = "warn" if hidden else "ok"
         yield Finding(state, "auth", f"no token is asked for on {_names(without)}; {reach}")
-    else:
-        yield Finding("ok", "auth", f"token authentication is on, on {many(len(survey.reports), 'node')}")
+    elif asking:
+        yield Finding("ok", "auth", f"token authentication is on, on {many(len(asking), 'node')}")
     for place in sorted(dashboards):
         text = f"the dashboard listens on every address of {place}; start the head with --dashboard-host 127.0.0.1"
         yield Finding("warn", "auth", text)

@@ -15,7 +15,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ import ray
 
 LIBRARIES = ("ray", "torch", "torchvision", "deepspeed", "numpy")
 _START_BYTES = 2**20  # of a data file, to tell whether it is the same on two nodes
-_CONNECT_S = 3.0
+_CONNECT_S = 3.0  # and as long again for an answer
+_REACH_S = 12.0  # no connection is begun later, for the doctor waits 20 s for all
+_CALLERS = 64  # connections at once
 _UNLIMITED = 2**60  # cgroups say so, or a number larger than any machine has
 _RAY_PROCESSES = {
     "gcs_server": "the cluster's control service",
@@ -38,17 +40,12 @@ _RAY_PROCESSES = {
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
-class Probe:
+class NodeProbe:
     """Lives on one node for as long as the doctor looks."""
 
     def look(self, data: dict[str, Any]) -> dict[str, Any]:
-        """Libraries, memory and network of this node, and the data a config names, as it is seen from here.
-
-        Args:
-            data: a `DatasetConfig` as plain values.
-        """
-        report = {"node": ray.util.get_node_ip_address(), "host": socket.gethostname(), **software(), **room()}
-        return report | {"data": _said(data_seen, data), "listening": _said(listening), "token": token_needed()}
+        """See `look`."""
+        return look(data)
 
     def clock(self) -> float:
         """Unix seconds here."""
@@ -72,11 +69,35 @@ class Probe:
         threading.Thread(target=_answer, args=(place, nonce.encode()), daemon=True).start()
         return place.getsockname()[:2]
 
-    def reach(self, others: dict[str, tuple[str, int]], nonce: str) -> dict[str, str]:
-        """Connect to other nodes. Returns what went wrong by node."""
-        with ThreadPoolExecutor(max_workers=16) as threads:
-            problems = threads.map(lambda place: _connect(place, nonce.encode()), others.values())
-            return {node: problem for node, problem in zip(others, problems, strict=True) if problem}
+    def reach(self, others: dict[str, tuple[str, int]], nonce: str) -> tuple[dict[str, str], list[str]]:
+        """See `connect_all`."""
+        return connect_all(others, nonce.encode())
+
+
+def look(data: dict[str, Any]) -> dict[str, Any]:
+    """Libraries, memory and network of this node, and the data a config names, as it is seen from here.
+
+    Args:
+        data: a `DatasetConfig` as plain values.
+    """
+    seen = {"room": _said(room), "listening": _said(listening), "token": _said(token_needed)}
+    return software() | seen | {"data": _said(data_seen, data)}
+
+
+def connect_all(others: Mapping[str, tuple[str, int]], nonce: bytes) -> tuple[dict[str, str], list[str]]:
+    """Connect to other nodes. Returns what went wrong by node, and the nodes for which there was no time."""
+    end = time.monotonic() + _REACH_S
+    left: list[str] = []
+
+    def connect(node: str) -> str | None:
+        if time.monotonic() < end:
+            return _connect(others[node], nonce)
+        left.append(node)
+        return None
+
+    with ThreadPoolExecutor(max_workers=_CALLERS) as threads:
+        problems = dict(zip(others, threads.map(connect, others), strict=True))
+    return {node: problem for node, problem in problems.items() if problem}, sorted(left)
 
 
 def _answer(place: socket.socket, nonce: bytes) -> None:
@@ -108,7 +129,7 @@ def software() -> dict[str, Any]:
 
     found = {name: _version(name) for name in LIBRARIES}
     versions = {"python": platform.python_version(), "expertail": __version__, **found}
-    return {"versions": versions, "code": code_digest(), "machine": platform.machine(), "torch": _said(_torch)}
+    return {"versions": versions, "code": _said(code_digest), "machine": platform.machine(), "torch": _said(_torch)}
 
 
 def _version(name: str) -> str:

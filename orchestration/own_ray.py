@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import time
@@ -24,7 +25,7 @@ def start_own_ray() -> None:
     begun = time.monotonic()
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            with _groups_of_their_own():
+            with _groups_of_their_own(), _no_fixed_ports():
                 ray.init(
                     address="local",
                     include_dashboard=False,
@@ -66,3 +67,20 @@ def _groups_of_their_own() -> Iterator[None]:
         yield
     finally:
         utils.set_kill_on_parent_death_linux = end_with_parent
+
+
+@contextlib.contextmanager
+def _no_fixed_ports() -> Iterator[None]:
+    """Ray's processes open only ports that the system finds free while this lasts.
+
+    `ray.init` has no setting for two that do not: 52365 of the agent, which tries for 3 s where another Ray of this
+    machine has it and goes on without; and 44217 of the autoscaler, which has nothing to do here.
+    """
+    from ray._private import parameter
+
+    usual = parameter.RayParams
+    parameter.RayParams = functools.partial(usual, dashboard_agent_listen_port=0, no_monitor=True)  # type: ignore
+    try:
+        yield
+    finally:
+        parameter.RayParams = usual  # type: ignore[misc]

@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 
+from experts.data.sources import open_source
 from experts.flow import PARTS
 from experts.progress import Progress
 from experts.registry import build, piece
@@ -59,7 +60,7 @@ def probe_text(overrides: list[str], begun: float) -> str:
 
 def _nodes_of(config: RunConfig) -> Mapping[str, Mapping[str, float]] | str | None:
     """Resources by node of the cluster that a run would be on, or why they are not known; None without a cluster."""
-    if not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
+    if not _names_cluster(config):
         return None
     from orchestration.fleet import cluster, node_resources
 
@@ -68,6 +69,10 @@ def _nodes_of(config: RunConfig) -> Mapping[str, Mapping[str, float]] | str | No
             return node_resources()
     except ValueError as problem:
         return str(problem)
+
+
+def _names_cluster(config: RunConfig) -> bool:
+    return bool(config.cluster.address or os.environ.get("RAY_ADDRESS"))
 
 
 def describe(
@@ -99,6 +104,13 @@ def describe(
         ("time", time_lines if time_lines is not None else _no_time()),
         ("folder", _places(config)),
     ]
+    if missing := _missing_data(config):
+        sections.append(
+            (
+                "missing, so that `expertail train` would refuse this",
+                textwrap.wrap(missing, 100, break_on_hyphens=False, break_long_words=False),
+            )
+        )
     return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections)
 
 
@@ -167,6 +179,20 @@ def _data(config: RunConfig, found: Plan) -> str:
         f"{len(found.counts):,} classes, {sum(found.counts):,} training images, {most:,} to {least:,} a class "
         f"(ratio {most / least:.4g})"
     )
+
+
+def _missing_data(config: RunConfig) -> str | None:
+    """What training would say of a data set's folder that is not named, or not there; workers elsewhere see others."""
+    data = config.dataset
+    if data.source == "digits" or data.download:
+        return None
+    if data.root is not None and (_names_cluster(config) or os.path.isdir(data.root)):
+        return None
+    try:
+        open_source(data)
+    except ValueError as problem:
+        return str(problem)
+    return None
 
 
 def _rates(stage: StageConfig, steps: int | None) -> Iterator[str]:

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from orchestration.carry import collect
 from orchestration.checkpoint import Checkpoints
-from orchestration.config import RunConfig
+from orchestration.config import RunConfig, RunSettings
 from orchestration.fleet import Fleet, cluster, node_resources, resolve_resources
 from orchestration.layout import bundle_of, places
 from orchestration.mesh import mesh_shape
@@ -28,6 +29,7 @@ from orchestration.placement import epoch_of
 from orchestration.run import check_run_dir, run_path
 from orchestration.run_folder import RunFolder
 from orchestration.sources import check_sources, model_folder, stage_classes, weights_of
+from orchestration.storage import LentRunFolder, is_url
 from orchestration.wording import duration, grid
 
 STEPS = 30
@@ -167,7 +169,8 @@ def _scratch(config: RunConfig) -> Iterator[RunFolder]:
     parent.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(prefix=".probe-", dir=parent) as place:
-            folder = RunFolder(Path(place))
+            kind = LentRunFolder if is_url(config.run.dir) else RunFolder
+            folder = kind(Path(place))
             try:
                 yield folder
             finally:
@@ -211,8 +214,7 @@ class _Trial:
         )
         save_s = self._save(name, done, total)
         epochs, rest = divmod(target, per_epoch)
-        evaluations = epochs // run.evaluate_every_epochs
-        evaluations += bool(rest or (epochs % run.evaluate_every_epochs))
+        evaluations, saves = due(target, total, per_epoch, run)
         stage = StageProbe(
             name=name,
             batch_size=settings.batch_size,
@@ -224,7 +226,7 @@ class _Trial:
             steps=target,
             images=epochs * images + min(rest * settings.batch_size, images),
             evaluations=evaluations,
-            saves=evaluations + target // run.checkpoint_every_steps,
+            saves=saves,
             peak_gib=max(self._fleet.call("peak_memory_gib")),
         )
         return stage, total
@@ -233,17 +235,17 @@ class _Trial:
         """Build a stage's workers and give them their first weights. Returns what one of them says of the data."""
         method = self._config.method
         teachers = {
-            teacher: str(model_folder(self._config, self._folder, self._checkpoints, source))
+            teacher: self._folder.lend(model_folder(self._config, self._folder, self._checkpoints, source))
             for teacher, source in method.stages[name].teachers.items()
         }
         seen = self._fleet.build(name, teachers)[0]
         self._folder.write_data({key: seen[key] for key in ("class_names", "counts", "digest", "image_shape")})
         source = method.starts_from(name)
         if source is not None and source.stage is not None:
-            self._fleet.call("start_from", str(weights_of(self._checkpoints, source)))
+            self._fleet.call("start_from", self._folder.lend(weights_of(self._checkpoints, source)))
         elif source is not None:
             model = model_folder(self._config, self._folder, self._checkpoints, source)
-            self._fleet.call("start_from_model", str(model))
+            self._fleet.call("start_from_model", self._folder.lend(model))
         if seen["prepares"]:
             self._fleet.call("prepare")
         return seen
@@ -283,11 +285,32 @@ class _Trial:
         """Write a checkpoint, which later stages may begin with or learn from. Returns the seconds it took."""
         begun = time.monotonic()
         writing = self._checkpoints.begin()
-        answers = self._fleet.call("save", str(writing))
-        entries = [entry for files, _ in answers for entry in files]
+        answers = self._fleet.call("save", str(writing) if self._folder.shared else None)
+        entries = collect(answers, writing)
         state = {"stage": name, "total_steps": total, **answers[0][1], "best": None, "last": None}
         self._checkpoints.complete(writing, self._checkpoints.name(name, done), entries, state)
         return time.monotonic() - begun
+
+
+def due(steps: int, total: int, per_epoch: int, run: RunSettings) -> tuple[int, int]:
+    """Evaluations and checkpoints of a stage on its way to a step, as `StageRun` makes them.
+
+    A step at which both are due has one checkpoint. A stage that ends where no evaluation is due makes one all the
+    same, and a checkpoint of it.
+
+    Args:
+        steps: it takes.
+        total: it would take if run.max_steps did not end it.
+        per_epoch: steps.
+        run: how often is in it.
+    """
+    every = run.evaluate_every_epochs * per_epoch
+    evaluated = set(range(every, steps + 1, every))
+    if steps == total:
+        evaluated.add(steps)
+    saved = evaluated.union(range(run.checkpoint_every_steps, steps + 1, run.checkpoint_every_steps))
+    at_the_end = steps not in evaluated
+    return len(evaluated) + at_the_end, len(saved) + at_the_end
 
 
 def time_lines(found: Probe) -> Iterator[str]:

@@ -12,7 +12,7 @@ from experts.registry import piece
 if TYPE_CHECKING:
     from orchestration.config import MethodConfig, RunConfig, StageConfig
 
-_LONGEST_NAME = 200  # characters of a folder's name; file systems allow 255 bytes
+_LONGEST_NAME = 200  # bytes of a folder's name; file systems allow 255
 
 
 def recipe_problems(method: MethodConfig) -> Iterator[str]:
@@ -33,10 +33,11 @@ def recipe_problems(method: MethodConfig) -> Iterator[str]:
 def name_problems(config: RunConfig) -> Iterator[str]:
     """Names that become names of files and folders, and would lie elsewhere or be no such name."""
     name = config.run_name
-    if name.startswith(".") or len(name) > _LONGEST_NAME or not name.isprintable() or set("/\\") & set(name):
+    fits = name.isprintable() and len(name.encode()) <= _LONGEST_NAME  # what cannot be encoded is not printable
+    if not fits or name.startswith(".") or set("/\\") & set(name):
         whence = "" if config.run.name else " (made of method.name, dataset.name and seed)"
         yield (
-            f"run.name = {name!r}{whence}: needed the name of one folder, of at most {_LONGEST_NAME} characters, "
+            f"run.name = {name!r}{whence}: needed the name of one folder, of at most {_LONGEST_NAME} bytes, "
             f"without / and not beginning with a dot; where that folder lies is run.dir"
         )
     for stage in config.method.stages:

@@ -32,22 +32,47 @@ from orchestration.mesh import MeshShape, mesh_shape
 from orchestration.run_folder import RunFolder
 from orchestration.sources import check_sources, model_folder
 from orchestration.stage_run import GivenUp, Outcome, Stopped, StopSignals, write_evaluations
+from orchestration.storage import StoredRunFolder, check_url, copy_of, is_url
 
 _MEMORY_RESTARTS = 1  # a worker that is out of memory will most likely be so again
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for what `ray job submit` starts
 
 
 def run_path(config: RunConfig) -> Path:
-    """The folder a config's run lives in, absolute: workers may have been started elsewhere."""
+    """The folder a config's run lives in, absolute: workers may have been started elsewhere. Of a run that is kept at a
+    URL, the copy on this node."""
+    if is_url(config.run.dir):
+        return copy_of(config.run.dir, expand(config.run.local_dir)) / config.run_name
     return Path(os.path.abspath(expand(config.run.dir))) / config.run_name
+
+
+def open_run_folder(config: RunConfig) -> RunFolder:
+    """Hold a config's run folder.
+
+    Raises:
+        ValueError: it cannot be read or written, or another process holds it.
+    """
+    if is_url(config.run.dir):
+        return StoredRunFolder(run_path(config), f"{config.run.dir.rstrip('/')}/{config.run_name}")
+    return RunFolder(run_path(config))
 
 
 def check_run_dir(config: RunConfig, nodes: int = 1) -> None:
     """Refuse a run folder that would vanish with a job, or be another one on every node.
 
     Raises:
-        ValueError: run.dir is relative, and this is a submitted job or a cluster of several nodes.
+        ValueError: run.dir is relative, and this is a submitted job or a cluster of several nodes; or it is a URL that
+            nothing here opens, or tracked by a file on this node.
     """
+    if is_url(config.run.dir):
+        check_url(config.run.dir)
+        if config.tracking.enabled and config.tracking.uri is None:
+            raise ValueError(
+                f"tracking.uri is not set and run.dir = {config.run.dir}: the MLflow database would lie on this node, "
+                f"and the run may go on from another; needed a server; set tracking.uri=http://..., or "
+                f"tracking.enabled=false"
+            )
+        return
     if Path(expand(config.run.dir)).is_absolute():
         return
     reason = f"the cluster has {nodes} nodes and each would have a folder of its own" if nodes > 1 else None
@@ -56,7 +81,7 @@ def check_run_dir(config: RunConfig, nodes: int = 1) -> None:
     if reason:
         raise ValueError(
             f"run.dir = {config.run.dir}: relative, and {reason}; needed an absolute path on storage that all nodes "
-            f"share; set run.dir=/..."
+            f"share, or a URL; set run.dir=/... or run.dir=s3://..."
         )
 
 

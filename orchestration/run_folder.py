@@ -14,7 +14,7 @@ import time
 import uuid
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -22,6 +22,9 @@ from orchestration import __version__
 from orchestration.compose import from_yaml, to_yaml
 from orchestration.config import RunConfig, config_hash, difference, identity
 from orchestration.tracking_contents import redact
+
+if TYPE_CHECKING:
+    from orchestration.carry import Carried
 
 CONFIG, RUN, DATA, LOCK = "config.yaml", "run.json", "data.json", ".lock"
 _LIBRARIES = ("torch", "torchvision", "ray", "deepspeed", "mlflow", "numpy", "safetensors", "pydantic")
@@ -32,6 +35,7 @@ class RunFolder:
 
     Attributes:
         path: the folder.
+        shared: whether workers of all nodes read and write it themselves.
         token: in its lock file as long as this process holds it, for whoever wants to know whether he sees the same.
 
     Args:
@@ -40,6 +44,8 @@ class RunFolder:
     Raises:
         ValueError: the folder cannot be read or written, or another process holds it.
     """
+
+    shared = True
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -71,6 +77,16 @@ class RunFolder:
     def close(self) -> None:
         """Let another process hold the folder."""
         self._lock.close()
+
+    def lend(self, path: Path) -> str | Carried:
+        """A folder below this one, for workers."""
+        return str(path)
+
+    def saved(self) -> None:
+        """A checkpoint is complete."""
+
+    def settle(self, wait_s: float | None = None) -> None:
+        """Wait until all that was written is where it is kept."""
 
     @property
     def started(self) -> bool:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from aggregation.diversity import Diversity, metrics
 from aggregation.metrics import Scores, groups_by_count, groups_by_index
+from orchestration.carry import collect
 from orchestration.checkpoint import Checkpoint, DamagedCheckpoint, verify
 from orchestration.config import RunConfig
 from orchestration.console import Console
@@ -111,7 +112,7 @@ class StageRun:
         self.epochs = settings.epochs
         newest = self.checkpoints.newest(stage, console.message)
         self.journal.rewind({stage: newest.state["step"] if newest else 0}, self.checkpoints.stages)
-        teachers = {name: str(run.model(teacher)) for name, teacher in settings.teachers.items()}
+        teachers = {name: self.folder.lend(run.model(teacher)) for name, teacher in settings.teachers.items()}
         self.seen = self.fleet.build(stage, teachers)
         run.marks.setdefault("built", time.time())
         if pause is not None:
@@ -148,11 +149,11 @@ class StageRun:
         source = self.config.method.starts_from(self.stage)
         if source is not None and source.stage is not None:
             weights = weights_of(self.checkpoints, source)
-            self.fleet.call("start_from", str(weights))
+            self.fleet.call("start_from", self.folder.lend(weights))
             self.console.message(f"stage {self.stage} begins with the weights of {weights.name}")
         elif source is not None:
             model = self.run.model(source)
-            self.fleet.call("start_from_model", str(model))
+            self.fleet.call("start_from_model", self.folder.lend(model))
             self.console.message(f"stage {self.stage} begins with the weights of {model}")
         if self.seen[0]["prepares"]:
             self.console.message(f"stage {self.stage}: looking at the data with the teachers, once")
@@ -198,7 +199,8 @@ class StageRun:
 
     def _go_on_from(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
-        self.fleet.call("load", str(checkpoint.folder), {"step": state["step"], "sums": state["sums"]})
+        kept = self.folder.lend(checkpoint.folder)
+        self.fleet.call("load", kept, {"step": state["step"], "sums": state["sums"]})
         self.step, self.best, self.last = state["step"], state["best"], state["last"]
         if self.best and self.best["step"] == self.step:
             self.checkpoints.copy_weights(checkpoint.folder, self.best["checkpoint"])  # may have been cut off
@@ -344,8 +346,8 @@ class StageRun:
         """Write a checkpoint; when the evaluation just made is the best, keep its weights apart as well."""
         self.journal.flush(sync=True)
         writing = self.checkpoints.begin()
-        answers = self.fleet.call("save", str(writing))
-        entries = [entry for files, _ in answers for entry in files]
+        answers = self.fleet.call("save", str(writing) if self.folder.shared else None)
+        entries = collect(answers, writing)
         state = {
             "stage": self.stage,
             "total_steps": self.total_steps,
@@ -358,6 +360,7 @@ class StageRun:
             self.checkpoints.copy_weights(folder, self.best["checkpoint"])
         self.checkpoints.tidy(self.stage, self.config.run.keep_checkpoints)
         self.run.cost.note()
+        self.folder.saved()
 
 
 def write_evaluations(folder: RunFolder, config: RunConfig, stage: str, state: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ from orchestration.fleet import cluster
 from orchestration.journal import FILE_NAME as JOURNAL
 from orchestration.journal import read_journal
 from orchestration.mesh import mesh_shape
+from orchestration.recipe_checks import name_problems
 from orchestration.report_sweep import draw_sweep, sweep_table
 from orchestration.run import run_path
 from orchestration.run_folder import DATA, RunFolder, write_atomic
@@ -36,6 +37,7 @@ from orchestration.sources import check_sources
 from orchestration.tracking import Uploader, start_uploader
 from orchestration.tracking_contents import STUDY_FILE as SWEEP
 from orchestration.tracking_contents import read_json
+from orchestration.tracking_process import one_line
 from orchestration.train import is_complete, tracking_uri, train_and_report
 
 _NAME_CHARACTERS = 60  # of a value, in the name of its run
@@ -118,7 +120,10 @@ def _tracked_when_interrupted(folder: Path, config: RunConfig) -> Iterator[None]
     try:
         yield
     except BaseException:
-        _uploader(folder, config)
+        try:
+            _uploader(folder, config)
+        except Exception as problem:  # must not hide what happened first
+            _say(f"sweep: table and picture were not uploaded ({one_line(problem)}); later: expertail sync {folder}")
         raise
 
 
@@ -144,7 +149,8 @@ def plan_sweep(variation: str, words: list[str]) -> tuple[str, list[Point], Path
         Point(value, _named(config, f"{first.run_name}-{_in_a_name(value)}")) for value, config in configs.items()
     ]
     folder = run_path(_named(first, f"{first.run_name}-sweep"))
-    problems = [*_alike(key, points), *_other_sweep(folder, key, first), *_other_runs(points)]
+    problems = [problem for point in points for problem in name_problems(point.config)]
+    problems = problems or [*_alike(key, points), *_other_sweep(folder, key, first), *_other_runs(points)]
     if problems:
         raise ValueError("\n".join(problems))
     return key, points, folder

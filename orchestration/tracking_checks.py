@@ -5,20 +5,24 @@ from __future__ import annotations
 import base64
 import http.client
 import os
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
-from orchestration.finding import Finding
+from orchestration.finding import Finding, nearest_existing
 from orchestration.tracking_contents import check_uri, default_uri, redact, sqlite_path
 
 if TYPE_CHECKING:
     from orchestration.config import RunConfig
 
 _LATER = "training goes on without it and `expertail sync RUN` uploads later"
+_INSECURE = "MLFLOW_TRACKING_INSECURE_TLS"
+_AUTHORITY = "MLFLOW_TRACKING_SERVER_CERT_PATH"
+_OWN = "MLFLOW_TRACKING_CLIENT_CERT_PATH"
 _ASKED = "/api/2.0/mlflow/experiments/search?max_results=1"  # what a server with users answers to users only
 
 
@@ -30,7 +34,7 @@ def check_tracking(config: RunConfig, patience_s: float) -> Iterator[Finding]:
         patience_s: how long to wait for an answer.
 
     Raises:
-        ValueError: the URI is not one of a tracking store.
+        ValueError: the URI is not one of a tracking store, or variables that name certificates are wrong.
     """
     from orchestration.compose import expand
 
@@ -48,9 +52,7 @@ def check_tracking(config: RunConfig, patience_s: float) -> Iterator[Finding]:
 
 
 def _sqlite(path: Path) -> Finding:
-    there = path
-    while not there.exists() and there != there.parent:
-        there = there.parent
+    there = nearest_existing(path)
     if path.is_file():
         with open(path, "rb") as file:
             start = file.read(16)
@@ -101,18 +103,73 @@ def _credentials(parts: SplitResult) -> str | None:
 
 
 def _ask(parts: SplitResult, what: str, credentials: str | None, patience_s: float) -> str | None:
-    """Ask a server something. Returns what is wrong, in words."""
+    """Ask a server something. Returns what is wrong, in words.
+
+    Raises:
+        ValueError: see `_trusted`.
+    """
     path, _, query = what.partition("?")
     bare = parts._replace(netloc=parts.netloc.rpartition("@")[2], path=parts.path.rstrip("/") + path, query=query)
     request = urllib.request.Request(urlunsplit(bare))
     if credentials:
         request.add_header("Authorization", credentials)
+    opener = urllib.request.build_opener(_Redirects, urllib.request.HTTPSHandler(context=_trusted()))
     try:
-        with urllib.request.urlopen(request, timeout=patience_s):
+        with opener.open(request, timeout=patience_s):
             return None
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             return f"it refuses us ({error.code}); set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         return f"it answers {error.code} to {path}"
     except (OSError, ValueError, http.client.HTTPException) as error:
-        return f"no answer ({str(getattr(error, 'reason', error)).strip()})"
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, ssl.SSLCertVerificationError):
+            return f"its certificate is not trusted ({reason.verify_message}); set {_AUTHORITY} to its authority's"
+        return f"no answer ({str(reason).strip()})"
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Credentials follow to the same place alone, or from http to https there, as with MLflow's client."""
+
+    def redirect_request(self, req: urllib.request.Request, *args: Any) -> urllib.request.Request | None:
+        following = super().redirect_request(req, *args)
+        if following is not None:
+            old, new = _place(req.full_url), _place(following.full_url)
+            upgraded = ("https", old[1], 443) if old[::2] == ("http", 80) else old
+            if new not in (old, upgraded):
+                following.remove_header("Authorization")
+        return following
+
+
+def _place(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+def _trusted() -> ssl.SSLContext:
+    """Which servers are believed to be who they say, by the variables that MLflow's client reads.
+
+    Raises:
+        ValueError: they contradict each other, or do not name certificates.
+    """
+    insecure = os.environ.get(_INSECURE, "").lower() in ("true", "1")
+    authority, own = os.environ.get(_AUTHORITY), os.environ.get(_OWN)
+    if insecure and authority:
+        raise ValueError(f"{_INSECURE} and {_AUTHORITY} are both set; MLflow's client takes one of them; unset one")
+    key = _AUTHORITY
+    try:
+        is_folder = authority is not None and os.path.isdir(authority)
+        context = ssl.create_default_context(
+            cafile=None if is_folder else authority, capath=authority if is_folder else None
+        )
+        key = _OWN
+        if own:
+            context.load_cert_chain(own)
+    except OSError as error:
+        raise ValueError(
+            f"{key} = {os.environ.get(key)}: found no certificate there ({error.strerror or error}); needed a PEM "
+            f"file; correct it, or unset it"
+        ) from error
+    if insecure:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context

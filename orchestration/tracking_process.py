@@ -56,6 +56,17 @@ class State:
         self.values.update({name: kept[name] for name in ("key", "run_id") if name in kept})
         self.save()
 
+    def ending(self, said: str | None) -> str | None:
+        """How the run ended: as is said now, else as was said last where run.json has not been written since.
+
+        A driver that was killed left a run.json that still says running; one that went on wrote a newer one.
+        """
+        written = [stamp(self._path.parent / name) for name in ("run.json", tracking_contents.STUDY_FILE)]
+        now = [None if found is None else list(found) for found in written]  # as JSON gives it back
+        if said is not None:
+            self.values.update(status=said, status_at=now)
+        return self.values["status"] if self.values.get("status_at") == now else None
+
     def save(self) -> None:
         """Write the file, whole."""
         handle, temporary = tempfile.mkstemp(dir=self._path.parent, prefix=f".{STATE_FILE}.")
@@ -175,7 +186,7 @@ def drain(sender: Sender, wait_s: float, status: str | None) -> str | None:
     """Send everything, trying again until `wait_s` is over; None, or what went wrong."""
     if not sender.begun:
         return None
-    status = sender.state.values["status"] = status or sender.state.values.get("status")
+    status = sender.state.ending(status)
     deadline = time.monotonic() + wait_s
     problem: str | None = f"not done after {wait_s:.0f} s"
     for attempt in itertools.count():

@@ -18,13 +18,14 @@ from orchestration.console import Console
 from orchestration.drain import Preempted
 from orchestration.finish import export, table
 from orchestration.mesh import mesh_shape
-from orchestration.run import check_run_dir, read_evaluations, run_path, train
+from orchestration.run import check_run_dir, open_run_folder, read_evaluations, train
 from orchestration.run_folder import CONFIG, DATA, RunFolder, write_atomic
 from orchestration.sources import check_sources
 from orchestration.stage_run import Outcome, Stopped
 from orchestration.tracking_contents import STUDY_FILE, read_json
 
 _SHORT_WAIT_S = 10.0  # for the upload when a run did not end well: the message should not wait for it
+_STOPPED_WAIT_S = 60.0  # for run.dir, then: the newest checkpoint is worth more
 
 
 def train_and_report(config: RunConfig, marks: dict[str, float]) -> int:
@@ -32,11 +33,12 @@ def train_and_report(config: RunConfig, marks: dict[str, float]) -> int:
     mesh_shape(config.method.num_experts, config.cluster.workers, config.cluster.experts_per_worker)  # refuse early
     check_sources(config)
     check_run_dir(config)
-    folder = RunFolder(run_path(config))
+    folder = open_run_folder(config)
     try:
         if folder.started and is_complete(folder, config):
             print(f"expertail: {folder.path} is finished; set another run.name to train anew", file=sys.stderr)
             print(_stored_table(config, folder))
+            folder.settle()
             return 0
         return _train(config, folder, marks)
     finally:
@@ -65,11 +67,16 @@ def _train(config: RunConfig, folder: RunFolder, marks: dict[str, float]) -> int
             if (folder.path / CONFIG).exists():
                 folder.note(status="stopped" if stopped else "failed", problem=str(problem))
         uploader.end("KILLED" if stopped else "FAILED", wait_s=min(_SHORT_WAIT_S, config.tracking.final_wait_s))
+        try:
+            folder.settle(_STOPPED_WAIT_S)
+        except ValueError as left:
+            print(f"expertail: {left}", file=sys.stderr)
         if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _full(folder, problem) from problem
         raise
     print(_stored_table(config, folder), flush=True)
     uploader.end("FINISHED", wait_s=config.tracking.final_wait_s)
+    folder.settle()
     return 0
 
 

@@ -217,19 +217,28 @@ class Nodes:
 
     def train(self, folder: Path, *words: str) -> subprocess.Popen[str]:
         """`expertail train` on the head, in a process of its own; the run is `folder`, its words in `folder.log`."""
-        return self._on_head(
+        return self.on_head(
             folder.with_suffix(".log"),
             *("-m", "orchestration", "train", *runs.SMALL, f"run.dir={folder.parent}", f"run.name={folder.name}"),
             *words,
         )
 
-    def _on_head(self, log: Path, *words: str) -> subprocess.Popen[str]:
+    def on_head(self, log: Path, *words: str, inside: Sequence[str] = (), **environment: str) -> subprocess.Popen[str]:
+        """Python on the head, in a process of its own.
+
+        Args:
+            log: gets what it says.
+            words: its arguments.
+            inside: a command that starts it.
+            environment: more variables for it.
+        """
         with log.open("a") as out:
             self._drivers.append(
                 subprocess.Popen(
-                    self.command("place0", sys.executable, *words),
+                    self.command("place0", *inside, sys.executable, *words),
                     env=self._environment()
-                    | {"RAY_ADDRESS": self.ray_address, "PYTHONPATH": str(Path(__file__).parents[1])},
+                    | {"RAY_ADDRESS": self.ray_address, "PYTHONPATH": str(Path(__file__).parents[1])}
+                    | environment,
                     stdout=out,
                     stderr=subprocess.STDOUT,
                     text=True,

@@ -230,6 +230,9 @@ class TestDrills:
         print(f"seconds until nothing is left: {time.time() - killed_at:.1f}")
         assert time.time() - killed_at < 60
         done(nodes.train(folder, *PAIR), folder)
+        restart_s = told(folder)["startup_s"]["total"]
+        record_property("seconds from the second command to its first step", restart_s)
+        print(f"seconds from the second command to its first step: {restart_s}")
         same(folder, calm)
 
 

@@ -311,7 +311,8 @@ def tree():
     return load_config([]).model_dump(mode="json")
 
 
-@pytest.mark.parametrize("name", ["../../x", "/abs", "a/b", "..", ".", ".hidden", "a\\b", "a\nb", "a\x00b", "x" * 201])
+@pytest.mark.parametrize("name", ["../../x", "/abs", "a/b", "..", ".", ".hidden", "a\\b", "a\nb", "a\x00b", "x" * 201,
+                                  "é" * 101])  # fmt: skip
 def test_a_run_stays_below_its_run_dir(tree, name):
     with pytest.raises(ValueError, match=r"run.name = .*: needed the name of one folder"):
         check({**tree, "run": {"name": name}}, "stored")

@@ -5,6 +5,7 @@ import torch
 from safetensors import safe_open
 
 from orchestration.cli import main
+from orchestration.compose import available
 from orchestration.pretrained import _whole_network
 
 
@@ -40,3 +41,32 @@ def test_import_weights_that_cannot_be_done_is_one_line(source, target, words, t
     assert main(["import-weights", str(tmp_path / source), str(tmp_path / target)]) == 1
     said = capsys.readouterr().err
     assert words in said and said.startswith("expertail: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["train", "--epochs", "5"], "unrecognized arguments: --epochs; needed one of the options of `expertail train"),
+        (["plan", "seed=1", "--lr=1"], "keys as a.b=value without dashes, e.g. dataset.root=/data"),
+        (["sync", "runs/x", "y"], "unrecognized arguments: y; needed one of the options of `expertail sync --help`"),
+        (["method=ride", "seed=1"], "needed a command first, e.g. expertail train method=ride seed=1"),
+    ],
+)
+def test_misuse_is_told_what_is_understood(words, hint, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert hint in capsys.readouterr().err
+
+
+def test_the_list_names_every_choice_in_lines_that_fit_a_screen(capsys):
+    assert main(["train", "--list"]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) < 140
+    for group in ("method", "dataset", "backbone", "cluster"):
+        [line] = [line for line in printed.splitlines() if line.startswith(f"{group}=")]
+        assert line.removeprefix(f"{group}=").split(" | ") == available(group)
+    head, *lines = printed.partition("schedule=")[2].splitlines()
+    assert head.startswith("<method>_<dataset>")
+    listed = [line.strip().split(" ", 1) for line in lines]
+    schedules = [method + dataset for method, datasets in listed for dataset in datasets.strip().split(" | ")]
+    assert sorted(schedules) == available("schedule")

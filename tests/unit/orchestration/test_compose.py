@@ -55,6 +55,7 @@ def test_every_problem_is_in_one_message():
             "did you mean method.stages.train.objective.reweight_epoch?",
         ),
         ("dataset.augment.crop_pading=3", "did you mean dataset.augment.crop_padding?"),
+        ("epochs=5", "epochs: unknown key; did you mean method.stages.train.epochs?"),
     ],
 )
 def test_a_misspelt_key_is_told_its_neighbour(word, hint):

@@ -59,9 +59,22 @@ def test_a_log_file_gets_one_plain_line_per_interval(now):
     assert len(lines) == 3
     assert "\x1b" not in stream.getvalue()
     assert lines[1] == (
-        "epoch 1/2  step 11/60 (18%)  eta 0:00:49  loss 3.21  lr 0.1  1,912 images/s  "
-        "ldam/expert0 2.9  ldam/expert1 2.5  extra 1"
+        "epoch 1/2  step 11/60 (18%)  eta 0:00:49  loss 3.21  lr 0.1  1,912 images/s  ldam 2.9 2.5  extra 1"
     )
+
+
+def test_a_line_of_many_terms_stays_short_and_says_what_it_leaves_out(now):
+    terms = {f"{term}/expert{n}": -0.12345 for term in ("ldam", "diversity", "kl", "router", "last") for n in range(6)}
+    stream = io.StringIO()
+    console = Console(stream=stream)
+    console.step(111, 200, 11111, 17000, VALUES | terms)
+    console.beside("a stage of a long name").step(
+        111, 200, 11111, 17000, VALUES | terms | {"ldam/a": 1.0, "ldam/b": 1.0}
+    )
+    first, second = stream.getvalue().splitlines()
+    assert "  ldam -0.1235 -0.1235 -0.1235 -0.1235 -0.1235 -0.1235  extra 1  (+4 more)" in first
+    assert second.endswith("images/s  (+6 more)") and second.startswith("a stage of a long name: epoch 111/200")
+    assert max(map(len, (first, second))) <= 160
 
 
 def test_the_last_step_is_always_a_line(now):

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import http.server
 import importlib.metadata
+import ipaddress
 import socket
+import ssl
 import threading
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from orchestration import doctor
+from orchestration.compose import load_config
 from orchestration.doctor import examine
+from orchestration.finding import guarded
+from orchestration.tracking_checks import check_tracking
 
 ASKED = "/api/2.0/mlflow/experiments/search?max_results=1"
 ME = "Basic bWU6c2VjcmV0"
@@ -30,10 +42,34 @@ def lines(text, what):
     return [(f[0], f[2]) for f in found if len(f) == 3 and f[1] == what]
 
 
+def tracking(uri):
+    """State and text of what is found of a tracking store."""
+    config = load_config([f"tracking.uri={uri}"])
+    return [(f.state, f.text) for f in guarded("tracking", lambda: check_tracking(config, 3.0))]
+
+
 def free_port():
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         return place.getsockname()[1]
+
+
+class Quiet(http.server.BaseHTTPRequestHandler):
+    """Tells nobody what it is asked."""
+
+    def log_message(self, *args):
+        pass
+
+
+@contextlib.contextmanager
+def serving(handler, context=None):
+    """An HTTP server on this machine; yields host:port."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as place:
+        if context is not None:
+            place.socket = context.wrap_socket(place.socket, server_side=True)
+        threading.Thread(target=place.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"127.0.0.1:{place.server_port}"
+        place.shutdown()
 
 
 @pytest.fixture
@@ -41,20 +77,46 @@ def server():
     """An HTTP server that answers /health to all, and experiments to one user; yields its URI and what it was sent."""
     seen = []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(Quiet):
         def do_GET(self):
             seen.append((self.path, self.headers.get("Authorization")))
             known = self.path == "/health" or (self.path == ASKED and self.headers.get("Authorization") == ME)
             self.send_response(200 if known else 401)
             self.end_headers()
 
-        def log_message(self, *args):
-            pass
+    with serving(Handler) as place:
+        yield place, seen
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as place:
-        threading.Thread(target=place.serve_forever, daemon=True).start()
-        yield f"127.0.0.1:{place.server_port}", seen
-        place.shutdown()
+
+@pytest.fixture
+def own_certificate(tmp_path):
+    """An HTTPS server that answers everybody; yields host:port and its self-signed certificate."""
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "mlflow")])
+    signed = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    certificate, both = tmp_path / "certificate.pem", tmp_path / "both.pem"
+    certificate.write_bytes(signed.public_bytes(Encoding.PEM))
+    both.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()) + certificate.read_bytes())
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(both)
+
+    class Handler(Quiet):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+
+    with serving(Handler, context) as place:
+        yield place, certificate
 
 
 def test_a_machine_that_can_train_on_digits_is_healthy():
@@ -121,7 +183,7 @@ def test_a_cluster_that_nobody_answers_for_is_found_fast():
     address = f"127.0.0.1:{free_port()}"
     text, healthy = examine([f"cluster.address={address}"])
     assert not healthy
-    assert f"cluster.address = {address}: nothing answers" in lines(text, "cluster")[0][1]
+    assert f"cluster.address = {address}: nobody listens there" in lines(text, "cluster")[0][1]
 
 
 def test_a_tracking_server_is_asked_with_its_credentials(server):
@@ -138,6 +200,60 @@ def test_credentials_that_a_server_does_not_take_are_a_finding(server):
     place, _ = server
     state, words = lines(examine([f"tracking.uri=http://me:wrong@{place}"])[0], "tracking")[0]
     assert state == "FAIL" and "it refuses us (401)" in words and "wrong@" not in words
+
+
+def test_credentials_do_not_follow_a_redirect_to_another_server(server):
+    place, seen = server
+
+    class Moved(Quiet):
+        def do_GET(self):
+            self.send_response(302)
+            self.send_header("Location", f"http://{place}{self.path}")
+            self.end_headers()
+
+    with serving(Moved) as moved:
+        ((state, text),) = tracking(f"http://me:secret@{moved}")
+    assert state == "FAIL" and "it refuses us (401)" in text
+    assert seen == [("/health", None), (ASKED, None)]
+
+
+def test_a_redirect_at_the_same_server_keeps_its_credentials():
+    asked = []
+
+    class Below(Quiet):
+        def do_GET(self):
+            asked.append((self.path, self.headers.get("Authorization")))
+            self.send_response(200 if self.path.startswith("/mlflow") else 302)
+            self.send_header("Location", f"/mlflow{self.path}")
+            self.end_headers()
+
+    with serving(Below) as place:
+        assert tracking(f"http://me:secret@{place}") == [("ok", f"http://{place} answers")]
+    assert asked == [(below + path, ME) for path in ("/health", ASKED) for below in ("", "/mlflow")]
+
+
+def test_a_server_with_a_certificate_of_its_own_is_asked_as_mlflow_asks_it(own_certificate, monkeypatch):
+    """Its certificate is for 127.0.0.1 and signed by nobody else."""
+    place, certificate = own_certificate
+    uri = f"https://{place}"
+    ((state, text),) = tracking(uri)
+    assert state == "FAIL" and "its certificate is not trusted (self-signed" in text
+    monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(certificate))
+    assert tracking(uri) == [("ok", f"{uri} answers")]
+    monkeypatch.setenv("MLFLOW_TRACKING_INSECURE_TLS", "true")
+    assert "are both set" in tracking(uri)[0][1]
+    monkeypatch.delenv("MLFLOW_TRACKING_SERVER_CERT_PATH")
+    assert tracking(uri) == [("ok", f"{uri} answers")]
+
+
+@pytest.mark.parametrize("key", ["MLFLOW_TRACKING_SERVER_CERT_PATH", "MLFLOW_TRACKING_CLIENT_CERT_PATH"])
+@pytest.mark.parametrize("content", [None, "no certificate"])
+def test_a_variable_that_names_no_certificate_is_a_finding(tmp_path, monkeypatch, key, content):
+    if content is not None:
+        (tmp_path / "x.pem").write_text(content)
+    monkeypatch.setenv(key, str(tmp_path / "x.pem"))
+    ((state, text),) = tracking("https://127.0.0.1:9")
+    assert state == "FAIL" and text.startswith(f"{key} = {tmp_path}/x.pem: found no certificate there")
 
 
 def test_a_server_without_users_that_others_reach_is_a_warning(monkeypatch):

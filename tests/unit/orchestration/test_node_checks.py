@@ -9,6 +9,7 @@ import pytest
 
 from orchestration import node_checks, node_report
 from orchestration.compose import load_config
+from orchestration.finding import Finding, guarded
 from orchestration.layout import packed
 from orchestration.node_checks import Needs, Survey, worker_gib
 
@@ -18,8 +19,9 @@ GIB = 2**30
 @pytest.fixture(scope="module")
 def report():
     """Of this machine, with shared memory as outside a container."""
-    found = node_report.software() | node_report.room() | {"shm": GIB, "shm_free": GIB}
-    return found | {"data": {}, "listening": [("raylet", "10.0.0.1", 700)], "token": True}
+    room = node_report.room() | {"shm": GIB, "shm_free": GIB}
+    found = {"room": room, "data": {}, "listening": [("raylet", "10.0.0.1", 700)], "token": True}
+    return node_report.software() | found
 
 
 @pytest.fixture
@@ -88,12 +90,12 @@ def test_a_torch_that_does_not_load_is_a_failure(survey):
 def test_memory_is_counted_for_the_workers_that_land_on_a_node(survey):
     """Three workers on two nodes of two places: two on a, one on b; 0.8 to 1.5 GiB each."""
     for report in survey.reports.values():
-        report.update(memory=4 * GIB, memory_free=4 * GIB)
+        report["room"].update(memory=4 * GIB, memory_free=4 * GIB)
     assert not found(node_checks._memory(survey, needs(survey)), "FAIL")
-    survey.reports["a"]["memory_free"] = 2.9 * GIB
+    survey.reports["a"]["room"]["memory_free"] = 2.9 * GIB
     (text,) = found(node_checks._memory(survey, needs(survey)), "warn")
     assert text.startswith("a: 2 workers of 0.8 to 1.5 GiB; 2.9 of 4.0 GiB free")
-    survey.reports["a"]["memory"] = 1.5 * GIB
+    survey.reports["a"]["room"]["memory"] = 1.5 * GIB
     assert found(node_checks._memory(survey, needs(survey)), "FAIL")[0].startswith("a: 2 workers")
     assert "0.8" in found(node_checks._memory(survey, needs(survey, weights=None)), "FAIL")[0]
 
@@ -108,7 +110,7 @@ def test_a_workers_memory_grows_with_its_weights_and_its_files():
 
 def test_a_small_dev_shm_is_warned_of(survey):
     """64 MB is what containers get; loader processes of 2 workers hand over 2 x 40 MB."""
-    survey.reports["a"].update(shm=64 * 2**20, shm_free=64 * 2**20)
+    survey.reports["a"]["room"].update(shm=64 * 2**20, shm_free=64 * 2**20)
     (text,) = found(node_checks._shared_memory(survey, needs(survey)), "warn")
     assert text.startswith("a: ") and "as the object store" in text
     survey.resources["a"]["object_store_memory"] = 1e6
@@ -139,6 +141,40 @@ def test_an_open_ray_without_a_token_is_warned_of(survey):
     assert "loopback" in found(node_checks._exposure(survey), "ok")[0]
     survey.reports["a"]["listening"] = [("dashboard", "0.0.0.0", 8265)]
     assert "dashboard listens on every address of a port 8265" in found(node_checks._exposure(survey), "warn")[1]
+
+
+def test_what_a_node_cannot_find_out_is_told_and_the_rest_is_compared(survey):
+    for what in ("room", "token", "listening", "torch", "data", "code"):
+        survey.reports["a"][what] = f"OSError: no {what}"
+    checks = [node_checks._memory, node_checks._shared_memory]
+    findings = [f for check in checks for f in check(survey, needs(survey, weights=0))]
+    findings += [*node_checks._unseen(survey), *node_checks._exposure(survey), *software(survey, needs(survey))]
+    told = "\n".join(found(findings, "warn") + found(findings, "FAIL"))
+    assert "a: memory and /dev/shm could not be looked at (OSError: no room)" in told
+    assert "a: Ray's authentication could not be looked at (OSError: no token)" in told
+    assert "OSError: no code on a" in told and "OSError: no torch" in told
+    assert [text for text in found(findings, "ok") if text.startswith("b: ")], "memory of the other node"
+    assert "token authentication is on, on 1 node" in found(findings, "ok")
+
+
+def test_a_node_that_fails_to_look_at_one_thing_tells_the_others(monkeypatch):
+    def fails(*args):
+        raise PermissionError(13, "Permission denied", "/dev/shm")
+
+    for name in ("room", "listening", "token_needed", "code_digest"):
+        monkeypatch.setattr(node_report, name, fails)
+    digits = load_config([]).dataset.model_dump(mode="json")
+    report = node_report.look(digits)
+    assert all("Permission denied" in report[name] for name in ("room", "listening", "token", "code"))
+    assert report["data"] == {} and report["versions"]["torch"] != "none"
+
+
+def test_a_comparison_that_breaks_is_a_finding_of_its_own():
+    def broken():
+        yield Finding("ok", "memory", "first")
+        raise KeyError("memory")
+
+    assert [(f.state, f.text) for f in guarded("memory", broken)] == [("ok", "first"), ("FAIL", "KeyError: 'memory'")]
 
 
 def test_clocks_apart_are_warned_of():
@@ -208,3 +244,28 @@ def test_a_port_answers_its_nonce_and_nothing_else():
         assert node_report._connect(place.getsockname(), b"wrong") == "something else answers there"
         free = ("127.0.0.1", 9)
         assert "refused" in node_report._connect(free, b"right")
+
+
+def test_nodes_that_stay_silent_are_not_all_waited_for(monkeypatch):
+    """Two callers and 40 nodes that accept and say nothing: after 0.1 s nobody else is called."""
+    import socket
+    import time
+
+    monkeypatch.setattr(node_report, "_CALLERS", 2)
+    monkeypatch.setattr(node_report, "_CONNECT_S", 0.06)
+    monkeypatch.setattr(node_report, "_REACH_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
+        others = {f"node{i:02d}": silent.getsockname() for i in range(40)}
+        begun = time.monotonic()
+        problems, left = node_report.connect_all(others, b"nonce")
+        assert time.monotonic() - begun < 1.0
+    assert set(problems.values()) == {"timed out"} and 2 <= len(problems) <= 4
+    assert sorted([*problems, *left]) == list(others)
+
+
+def test_nodes_that_were_not_asked_are_named(survey, monkeypatch):
+    survey.probes = dict.fromkeys("ab")
+    answers = iter([({"a": ("h", 1), "b": ("h", 2)}, {}), ({"a": ({"b": "timed out"}, ["c", "d"]), "b": ({}, [])}, {})])
+    monkeypatch.setattr(survey, "ask", lambda call: next(answers))
+    (text,) = found(node_checks._ports(survey), "FAIL")
+    assert text.splitlines()[:2] == ["a to b: timed out", "a: no time was left to connect to c, d"]

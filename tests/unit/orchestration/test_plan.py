@@ -255,6 +255,24 @@ def test_what_only_the_data_can_say_is_left_open():
     ]
 
 
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        (["dataset=image_folder_lt", "schedule=ride_digits_lt"], "dataset.root is not set (dataset image_folder_lt)"),
+        (["dataset=cifar100_lt", "cluster.address=head:6379"], "dataset.root is not set (dataset cifar100_lt); set it"),
+        (["dataset=cifar100_lt", "dataset.root=/not/there"], "dataset.root = /not/there: found nothing at /not/there"),
+        (["dataset=cifar100_lt", "dataset.root=/not/there", "cluster.address=head:6379"], None),
+        (["dataset=cifar100_lt", "dataset.download=true"], None),
+        (["dataset=digits_lt"], None),
+    ],
+)
+def test_a_folder_of_data_that_training_would_ask_for_is_missed(words, missing, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    _, found, last = describe(load_config(words)).partition("\nmissing, so that `expertail train` would refuse this\n")
+    assert bool(found) == (missing is not None)
+    assert (missing or "") in " ".join(last.split())
+
+
 FILES = ["dataset=imagenet_lt", "dataset.root=/not/there", "dataset.image_size=32"]
 COUNTED = "{rule:{rule:count}}"
 

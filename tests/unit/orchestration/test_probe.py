@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from orchestration.compose import load_config
-from orchestration.probe import Probe, StageProbe, time_lines
+from orchestration.config import RunSettings
+from orchestration.probe import Probe, StageProbe, due, time_lines
 
 STAGE = StageProbe(
     name="train", batch_size=100, step_s=(0.1,) * 8 + (0.2,) * 2, call_s=0.01, begin_s=2.0, evaluation_s=3.0,
@@ -58,3 +59,20 @@ def test_stages_side_by_side_share_lanes():
 
 def test_a_stage_that_run_max_steps_leaves_out_takes_nothing():
     assert found(STAGE, words=["method=ride_h2t"]).wall_s(0) == pytest.approx(10 + STAGE.seconds(0.12))
+
+
+@pytest.mark.parametrize(
+    ("steps", "words", "evaluations", "saves"),
+    [
+        (30, {}, 3, 3),  # every epoch of 10 steps, a checkpoint with each
+        (30, {"checkpoint_every_steps": 10}, 3, 3),  # always together
+        (30, {"checkpoint_every_steps": 4}, 3, 9),  # at 4, 8, ... 28; 20 is an epoch's end as well
+        (30, {"evaluate_every_epochs": 2}, 2, 2),  # after two epochs and at the end
+        (20, {"evaluate_every_epochs": 2}, 1, 1),
+        (10, {"evaluate_every_epochs": 2}, 1, 1),  # run.max_steps ends it where nothing is due
+        (15, {}, 2, 2),
+        (15, {"checkpoint_every_steps": 5}, 2, 4),  # 5, 10, 15, and once more with the evaluation at the end
+    ],
+)
+def test_what_is_due_at_one_step_is_saved_once(steps, words, evaluations, saves):
+    assert due(steps, 30, 10, RunSettings(**words)) == (evaluations, saves)

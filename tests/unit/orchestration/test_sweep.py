@@ -10,7 +10,7 @@ from orchestration.compose import load_config
 from orchestration.journal import Journal, read_journal
 from orchestration.report_sweep import draw_sweep, sweep_table
 from orchestration.run_folder import RunFolder
-from orchestration.sweep import _merge_journals, plan_sweep, untouched_stages
+from orchestration.sweep import _merge_journals, _tracked_when_interrupted, plan_sweep, untouched_stages
 
 RATIO = "method.stages.h2t.flow.ratio"
 H2T = ["method=ride_h2t", "dataset=digits_lt"]
@@ -58,6 +58,22 @@ def test_what_is_no_sweep_is_refused_before_anything_is_written(variation, words
     with pytest.raises(ValueError, match=message):
         plan(variation, tmp_path, *words)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_is_too_long_with_its_value_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"x-0\.25'.*of at most 200 bytes") as refused:
+        plan(f"{RATIO}=0.25,1", tmp_path, f"run.name={'x' * 197}")
+    assert "x-1'" not in str(refused.value), "199 bytes"
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_ended_a_sweep_is_told_though_its_uploader_does_not_start(tmp_path, capsys):
+    config = plan(f"{RATIO}=0,1", tmp_path)[1][0].config
+    missing = tmp_path / "x-sweep"
+    with pytest.raises(FloatingPointError, match="first"), _tracked_when_interrupted(missing, config):
+        raise FloatingPointError("what happened first")
+    said = capsys.readouterr().err
+    assert "were not uploaded (FileNotFoundError" in said and f"expertail sync {missing}" in said
 
 
 def test_folders_that_hold_something_else_are_refused_and_all_named(tmp_path):

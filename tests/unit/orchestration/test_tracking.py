@@ -7,6 +7,7 @@ import pytest
 
 from orchestration import tracking, tracking_contents
 from orchestration.journal import Journal
+from orchestration.run_folder import write_atomic
 from orchestration.tracking_process import State, Tail, Target, WithoutSecrets, drain, incomplete, is_final, locked
 
 
@@ -214,3 +215,26 @@ def test_draining_goes_on_past_failures_and_remembers_what_is_wrong(tmp_path):
     assert "OSError: down http://h" in (tmp_path / "tracking.json").read_text()
     assert drain(Flaky(tmp_path, [Refusal(403)]), 100, None).startswith("Refusal")
     assert json.loads((tmp_path / "tracking.json").read_text())["http://h"]["status"] == "FINISHED"
+
+
+def test_how_a_run_ended_is_what_was_said_last_until_its_folder_says_otherwise(tmp_path):
+    """A driver was killed, which only its uploader could tell; the run went on without tracking and is finished."""
+    (tmp_path / "run.json").write_text('{"status": "running"}')
+    assert drain(Flaky(tmp_path, []), 1, "KILLED") is None
+
+    def synced():
+        sender = Flaky(tmp_path, [])
+        assert drain(sender, 1, None) is None
+        return sender.calls[-1]
+
+    assert synced() == synced() == "KILLED"
+    write_atomic(tmp_path / "run.json", '{"status": "finished"}')
+    assert synced() is None, "as the folder says"
+
+
+def test_a_sweep_that_was_interrupted_and_went_on_is_not_called_killed(tmp_path):
+    write_atomic(tmp_path / "sweep.json", "{}")
+    assert drain(Flaky(tmp_path, []), 1, "KILLED") is None
+    write_atomic(tmp_path / "sweep.json", "{}")
+    sender = Flaky(tmp_path, [])
+    assert drain(sender, 1, None) is None and sender.calls[-1] is None

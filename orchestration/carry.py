@@ -1,0 +1,74 @@
+"""Folders on their way to workers that do not see the driver's disk: through Ray's object store, a file an object."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from orchestration.checkpoint import DamagedCheckpoint, FileEntry, write_file
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A folder's files, as objects.
+
+    Attributes:
+        name: of the folder, for messages.
+        files: objects that hold the content, by file name.
+    """
+
+    name: str
+    files: dict[str, ray.ObjectRef[bytes]]
+
+
+def carry(folder: Path) -> Carried:
+    """Hand the files of a folder to Ray; they stay as long as the result does. Folders in it stay behind."""
+    return Carried(folder.name, {p.name: ray.put(p.read_bytes()) for p in sorted(folder.iterdir()) if p.is_file()})
+
+
+@contextlib.contextmanager
+def at_hand(folder: str | Carried, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[str]:
+    """A folder's path on this node; a carried one lies there as long as this lasts.
+
+    Args:
+        folder: a path that this node sees, or what was carried.
+        wanted: which files, by name; others are not fetched.
+    """
+    if isinstance(folder, str):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="expertail-") as scratch:
+        path = Path(scratch, folder.name)
+        path.mkdir()
+        for name, content in folder.files.items():
+            if wanted(name):
+                (path / name).write_bytes(ray.get(content))
+        yield str(path)
+
+
+def collect(answers: list[tuple[list[FileEntry], dict[str, Any], dict[str, bytes]]], folder: Path) -> list[FileEntry]:
+    """All files that workers saved, from the answers of `Worker.save`; those that they handed over are written here.
+
+    Raises:
+        DamagedCheckpoint: a file is not the one that was saved.
+    """
+    entries = [entry for written, _, _ in answers for entry in written]
+    expected = {entry.name: entry for entry in entries}
+    for _, _, files in answers:
+        for name, content in files.items():
+            if write_file(folder, name, content) != expected[name]:
+                raise DamagedCheckpoint(f"{folder / name}: changed on its way from its worker; give the command again")
+    return entries
+
+
+def saved_apart(save: Callable[[str], list[FileEntry]]) -> tuple[list[FileEntry], dict[str, bytes]]:
+    """What `save` returns for a folder of this node, and the content of the files it wrote there."""
+    with tempfile.TemporaryDirectory(prefix="expertail-") as scratch:
+        entries = save(scratch)
+        return entries, {path.name: path.read_bytes() for path in Path(scratch).iterdir()}

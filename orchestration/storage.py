@@ -1,0 +1,507 @@
+"""Run folders at a URL: whatever fsspec opens, s3://, gs://, abfs://, sftp:// and so on, under the name of the run.
+
+The run works in a copy on the node of its driver, and workers of other nodes hand their files to it through Ray: no
+folder need be shared. A thread of its own puts what changed after each checkpoint; training does not wait for it.
+
+    open    lock.json at the URL; then the copy is made new from there, unless it is what was last put there
+    put     metrics.jsonl, each new checkpoint with its manifest last, the other files, run.json, storage.json
+    close   put the rest, unlock
+
+So the newest checkpoint that is whole there has its journal beside it whenever the driver or its node dies, and
+`finished` is written after what was finished. What is there is never renamed or appended to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from orchestration.checkpoint import MANIFEST
+from orchestration.journal import FILE_NAME as JOURNAL
+from orchestration.run_folder import RUN, RunFolder, write_atomic
+
+if TYPE_CHECKING:
+    from orchestration.carry import Carried
+
+INDEX, LOCK = "storage.json", "lock.json"
+_RECORD = ".storage.json"  # in the copy: which states at the URL it comes from
+_NOTHING = "nothing"
+_BEAT_S, _STALE_S, _SETTLE_S = 10.0, 45.0, 1.0
+_CLOSE_S, _RETRY_S = 300.0, 10.0
+_WHOLE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss"}  # a file that is put there is whole or absent
+_PART = ".part-"
+
+
+class StorageProblem(ValueError):
+    """What is at a URL cannot be read or written; says why and what to do."""
+
+
+def is_url(place: str) -> bool:
+    """Whether a run.dir or a run is given by URL."""
+    return "://" in place
+
+
+def check_url(place: str) -> None:
+    """Refuse a URL that no library here opens, or that would be stored with its password.
+
+    Raises:
+        ValueError: says which.
+    """
+    from fsspec import get_filesystem_class
+
+    if urlsplit(place).password is not None:
+        raise ValueError(
+            f"run.dir: {place.partition(':')[0]}:// with a password in it, which config.yaml would keep; needed a URL "
+            f"without one; give the password as that file system's library reads it: a key, its environment, its file"
+        )
+    scheme = place.partition("://")[0]
+    try:
+        get_filesystem_class(scheme)
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"run.dir = {place}: {error}; needed a library for {scheme}:// in the environment of this command, as s3fs "
+            f"for s3://, gcsfs for gs://, adlfs for abfs://, paramiko for sftp://"
+        ) from None
+
+
+def copy_of(url: str, local_dir: Path) -> Path:
+    """Where the working copies of what is below a URL are, absolute."""
+    digest = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:12]
+    return Path(os.path.abspath(local_dir)) / digest
+
+
+class Store:
+    """Files below a URL, by relative names.
+
+    Args:
+        url: of the folder.
+
+    Raises:
+        StorageProblem: here and in every method, when the file system says no.
+    """
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        self.url = url.rstrip("/")
+        with self._explained("opened"):
+            # not shared: connections of some file systems serve one thread at a time
+            self._fs, self._root = fsspec.core.url_to_fs(self.url, skip_instance_cache=True)
+        self._whole = self.url.partition("://")[0] in _WHOLE
+        self._made: set[str] = set()
+
+    @contextlib.contextmanager
+    def _explained(self, what: str, name: str = "") -> Iterator[None]:
+        try:
+            yield
+        except StorageProblem:
+            raise
+        except Exception as error:  # every file system has errors of its own
+            place = f"{self.url}/{name}" if name else self.url
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise StorageProblem(
+                f"{place}: cannot be {what} ({type(error).__name__}: {reason}); needed storage that this node can "
+                f"read and write; check the URL in run.dir, the credentials and the network"
+            ) from error
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def names(self) -> list[str]:
+        """All files, without those that are half put."""
+        with self._explained("listed"):
+            self._fs.invalidate_cache()
+            try:
+                found = self._fs.find(self._root)
+            except FileNotFoundError:
+                return []
+            names = [str(path).removeprefix(self._root).lstrip("/") for path in found]
+        return sorted(name for name in names if _PART not in name)
+
+    def read(self, name: str) -> bytes | None:
+        """A file's content; None if there is no such file."""
+        with self._explained("read", name):
+            try:
+                return bytes(self._fs.cat_file(self._path(name)))
+            except FileNotFoundError:
+                return None
+
+    def write(self, name: str, data: bytes) -> None:
+        """Put a file, whole or not at all, in place of what is there."""
+        with self._explained("written", name):
+            self._make_parent(name)
+            if self._whole:
+                self._fs.pipe_file(self._path(name), data)
+                return
+            part = self._path(f"{name}{_PART}{uuid.uuid4().hex[:8]}")
+            self._fs.pipe_file(part, data)
+            self._fs.mv(part, self._path(name))
+
+    def put(self, source: Path, name: str) -> None:
+        """Put a file that may be large; cut off, it may be there in part."""
+        with self._explained("written", name):
+            self._make_parent(name)
+            self._fs.put_file(str(source), self._path(name))
+
+    def get(self, name: str, target: Path) -> None:
+        """Copy a file from there."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with self._explained("read", name):
+            self._fs.get_file(self._path(name), str(target))
+
+    def remove(self, names: list[str]) -> None:
+        """Remove files, in this order; those that are not there are passed over."""
+        for name in names:
+            with self._explained("removed", name), contextlib.suppress(FileNotFoundError):
+                self._fs.rm_file(self._path(name))
+
+    def _make_parent(self, name: str) -> None:
+        """Folders, where the file system has some."""
+        parent = self._path(name).rpartition("/")[0]
+        if not self._whole and parent not in self._made:
+            self._fs.makedirs(parent, exist_ok=True)
+            self._made.add(parent)
+
+
+class StoreLock:
+    """Who may write what is below a URL: a file there that its holder writes anew every few seconds.
+
+    Args:
+        store: of its own; the lock is kept from a thread of its own.
+        folder: the working copy, locked by this process: a holder with the same one on this machine is gone.
+
+    Attributes:
+        lost: whether another process has taken it.
+    """
+
+    def __init__(self, store: Store, folder: Path) -> None:
+        self._store = store
+        self._content = {
+            "token": uuid.uuid4().hex,
+            "holder": f"process {os.getpid()} on {platform.node()}",
+            "place": f"{_boot()} {folder}",
+        }
+        self.lost = False
+        self._stop = threading.Event()
+        self._take()
+        self._thread = threading.Thread(target=self._keep, name="storage-lock", daemon=True)
+        self._thread.start()
+
+    def _take(self) -> None:
+        """Raises: ValueError: another process holds it."""
+        found = self._read()
+        if found is not None and found.get("place") != self._content["place"]:
+            print(
+                f"expertail: {self._store.url}: locked by {found.get('holder')}; seeing for {_STALE_S:g} s whether it "
+                f"is alive",
+                file=sys.stderr,
+                flush=True,
+            )
+            end = time.monotonic() + _STALE_S
+            while time.monotonic() < end:
+                time.sleep(1.0)
+                now = self._read()
+                if now is None:
+                    break
+                if now != found:
+                    raise ValueError(
+                        f"{self._store.url}: the run is already being carried out by {now.get('holder')}; wait for it, "
+                        f"stop it, or set another run.name"
+                    )
+        self._write(0)
+        time.sleep(_SETTLE_S)  # whoever saw the same stale lock has written his by now
+        self.check()
+
+    def _read(self) -> dict[str, Any] | None:
+        data = self._store.read(LOCK)
+        try:
+            return None if data is None else dict(json.loads(data))
+        except ValueError:
+            return {"holder": "an unreadable lock"}
+
+    def _write(self, beat: int) -> None:
+        self._store.write(LOCK, json.dumps(self._content | {"beat": beat}, indent=1).encode())
+
+    def _keep(self) -> None:
+        beat = 0
+        while not self._stop.wait(_BEAT_S):
+            beat += 1
+            with contextlib.suppress(ValueError):  # unreachable for now, or lost: `check` says so where it matters
+                self.check()
+                self._write(beat)
+
+    def check(self) -> None:
+        """Raises: ValueError: another process has taken the lock."""
+        found = self._read()
+        if self.lost or (found is not None and found.get("token") != self._content["token"]):
+            self.lost = True
+            holder = (found or {}).get("holder", "another process")
+            raise ValueError(
+                f"{self._store.url}: taken over by {holder}, which saw no sign of this process for {_STALE_S:g} s; "
+                f"needed one process a run; this one stops, and its copy is made new from there at the next start"
+            )
+
+    def release(self) -> None:
+        """Let others have it."""
+        self._stop.set()
+        self._thread.join(timeout=_BEAT_S)
+        with contextlib.suppress(ValueError):
+            self.check()
+            self._store.remove([LOCK])
+        self.lost = True
+
+
+class LentRunFolder(RunFolder):
+    """A run folder on the driver's node alone: its files reach workers through Ray, and theirs it."""
+
+    shared = False
+
+    def lend(self, path: Path) -> str | Carried:
+        """A folder below this one, as objects of Ray."""
+        from orchestration.carry import carry
+
+        return carry(path)
+
+
+class StoredRunFolder(LentRunFolder):
+    """The working copy of a run folder that is kept at a URL; held by one process on all nodes.
+
+    Args:
+        path: the copy; made if missing, made new if it is not what was last put there.
+        url: of the run.
+
+    Raises:
+        ValueError: the URL cannot be read or written, or another process holds the run.
+    """
+
+    def __init__(self, path: Path, url: str) -> None:
+        super().__init__(path)
+        try:
+            self._store = Store(url)
+            self._remote_lock = StoreLock(Store(url), path)
+        except BaseException:
+            super().close()
+            raise
+        try:
+            self._index = self._fetch()
+        except BaseException:
+            self._remote_lock.release()
+            super().close()
+            raise
+        self.url = self._store.url
+        self._seen: dict[str, tuple[int, int]] = {}
+        self._wanted, self._put = 0, 0
+        self._problem: str | None = None
+        self._closing = False
+        self._change = threading.Condition()
+        self._sender = threading.Thread(target=self._send, name="storage", daemon=True)
+        self._sender.start()
+
+    def saved(self) -> None:
+        """Have put what is new; returns at once.
+
+        Raises:
+            ValueError: another process has taken the run over.
+        """
+        if self._remote_lock.lost:
+            self._remote_lock.check()
+        with self._change:
+            self._wanted += 1
+            self._change.notify_all()
+
+    def settle(self, wait_s: float | None = None) -> None:
+        """Wait until everything is put, at most this long, or five minutes.
+
+        Raises:
+            ValueError: it could not be in this time; says why and where it lies.
+        """
+        wait_s = _CLOSE_S if wait_s is None else wait_s
+        self.saved()
+        with self._change:
+            self._change.wait_for(lambda: self._put >= self._wanted or self._remote_lock.lost, timeout=wait_s)
+            if self._put >= self._wanted:
+                return
+        raise StorageProblem(
+            f"{self.url}: what the run wrote last is not there yet ({self._problem or f'not done in {wait_s:g} s'}); "
+            f"it is in {self.path} on {platform.node()}; the same command on this node puts it there"
+        )
+
+    def close(self) -> None:
+        """Let another process hold the run. What `settle` did not wait for is put at the next start on this node."""
+        with self._change:
+            self._closing = True
+            self._change.notify_all()
+        self._sender.join(timeout=_BEAT_S)
+        self._remote_lock.release()
+        super().close()
+
+    # From there
+
+    def _fetch(self) -> dict[str, Any]:
+        """Make the copy new, unless it is what was last put there or goes on from it. Returns the index."""
+        index = _json(self._store.read(INDEX))
+        state = index.get("state", _NOTHING)
+        record = self.path / _RECORD
+        known = _json(record.read_bytes() if record.exists() else None).get("states")
+        if known is None or state not in known:
+            self._record([])  # cut off from here on, the copy is worth nothing
+            self._clear()
+            names = [name for name in self._store.names() if name not in (INDEX, LOCK)]
+            whole = {name.rpartition("/")[0] for name in names if name.endswith(f"/{MANIFEST}")}
+            for name in names:
+                if not name.startswith("checkpoints/") or name.rpartition("/")[0] in whole:
+                    self._store.get(name, self._below(name))
+        self._record([state])
+        self._states = [state]
+        return index
+
+    def _below(self, name: str) -> Path:
+        target = self.path / name
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise StorageProblem(f"{self._store.url}/{name}: leads out of the run folder; remove it")
+        return target
+
+    def _record(self, states: list[str]) -> None:
+        write_atomic(self.path / _RECORD, json.dumps({"states": states}) + "\n")
+
+    def _clear(self) -> None:
+        for path in self.path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif not path.name.startswith("."):
+                path.unlink()
+
+    # There
+
+    def _send(self) -> None:
+        told = None
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: self._closing or self._wanted > self._put)
+                if self._closing:
+                    return
+                asked = self._wanted
+            try:
+                self._synchronise()
+            except (ValueError, OSError) as problem:
+                self._problem = str(problem)
+                if told != self._problem:
+                    told = self._problem
+                    print(f"expertail: {problem}; training goes on, and it is tried again", file=sys.stderr, flush=True)
+                with self._change:
+                    self._change.notify_all()
+                    self._change.wait_for(lambda: self._closing, timeout=_RETRY_S)
+                continue
+            self._problem = told = None
+            with self._change:
+                self._put = asked
+                self._change.notify_all()
+
+    def _synchronise(self) -> None:
+        """Put what changed. The order is the promise: see the head of this file."""
+        self._remote_lock.check()
+        files: dict[str, str] = dict(self._index.get("files", {}))
+        checkpoints: dict[str, str] = dict(self._index.get("checkpoints", {}))
+        local = sorted(self._names())
+        last = [name for name in local if name == RUN]
+        if JOURNAL in local:
+            self._put_file(JOURNAL, files)
+        there = self._put_checkpoints(checkpoints)
+        for name in [*(n for n in local if n not in (JOURNAL, RUN)), *last]:
+            self._put_file(name, files)
+        gone = [name for name in files if name not in local]
+        state = uuid.uuid4().hex
+        index = {
+            "state": state,
+            "files": {name: digest for name, digest in files.items() if name in local},
+            "checkpoints": {name: digest for name, digest in checkpoints.items() if name in there},
+        }
+        self._remote_lock.check()
+        self._states.append(state)  # written or not, as far as a failing answer tells
+        self._record(self._states)
+        self._store.write(INDEX, (json.dumps(index, indent=1) + "\n").encode())
+        self._index, self._states = index, [state]
+        self._record([state])
+        old = [n for n in self._store.names() if n.startswith("checkpoints/") and n.split("/")[1] not in there]
+        self._store.remove([*gone, *sorted(old, key=_end_first)])
+
+    def _names(self) -> Iterator[str]:
+        """The files of the copy that are put, but those of checkpoints."""
+        for folder, folders, names in os.walk(self.path):
+            below = Path(folder).relative_to(self.path)
+            folders[:] = [n for n in folders if not n.startswith(".") and (below / n).as_posix() != "checkpoints"]
+            for name in names:
+                if not name.startswith((".", f"{JOURNAL}.")):
+                    yield (below / name).as_posix()
+
+    def _put_file(self, name: str, known: dict[str, str]) -> None:
+        path = self.path / name
+        try:
+            status = path.stat()
+            mark = (status.st_size, status.st_mtime_ns)
+            if self._seen.get(name) == mark and name in known:
+                return
+            data = path.read_bytes()
+        except FileNotFoundError:  # gone since
+            return
+        digest = hashlib.sha256(data).hexdigest()
+        if known.get(name) != digest:
+            self._store.write(name, data)
+            known[name] = digest
+        self._seen[name] = mark
+
+    def _put_checkpoints(self, known: dict[str, str]) -> set[str]:
+        """Put each checkpoint that is new, after the best weights that it names. Returns the names of all there now."""
+        there = set()
+        of_steps = sorted((self.path / "checkpoints").glob(f"[0-9]*/{MANIFEST}"))
+        best = sorted((self.path / "checkpoints").glob(f"best-*/{MANIFEST}"))  # listed last: it has those of all above
+        for manifest in best + of_steps:
+            folder, name = manifest.parent, manifest.parent.name
+            try:
+                data = manifest.read_bytes()
+                digest = hashlib.sha256(data).hexdigest()
+                if known.get(name) != digest:
+                    remote = f"checkpoints/{name}"
+                    self._store.remove([f"{remote}/{MANIFEST}"])
+                    for file in json.loads(data)["files"]:
+                        self._store.put(folder / file, f"{remote}/{file}")
+                    self._store.write(f"{remote}/{MANIFEST}", data)
+                    known[name] = digest
+            except (FileNotFoundError, StorageProblem):
+                if manifest.exists():
+                    raise
+                continue  # tidied away meanwhile
+            there.add(name)
+        return there
+
+
+def _end_first(name: str) -> tuple[bool, bool]:
+    """In which order files of checkpoints are removed: none may look whole, or lack its best weights."""
+    return name.split("/")[1].startswith("best-"), not name.endswith(f"/{MANIFEST}")
+
+
+def _json(data: bytes | None) -> dict[str, Any]:
+    try:
+        return dict(json.loads(data)) if data is not None else {}
+    except ValueError:
+        return {}
+
+
+def _boot() -> str:
+    """This machine, until it is started again."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + f" {platform.node()}"
+    except OSError:
+        return platform.node()

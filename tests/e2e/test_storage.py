@@ -1,0 +1,144 @@
+"""Runs that are kept at a URL: nothing of theirs is read from a folder that nodes share."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from orchestration.cli import main
+from tests import runs
+from tests.nodes import Nodes
+
+SPREAD = ["cluster.workers=3", "cluster.cpus_per_worker=0.3"]
+
+
+def train(url, local, *words):
+    """`expertail train` of the run `url` in this process."""
+    place, _, name = url.rpartition("/")
+    return main(
+        ["train", *runs.SMALL, *SPREAD, f"run.dir={place}", f"run.name={name}", f"run.local_dir={local}", *words]
+    )
+
+
+def same(folder, undisturbed):
+    assert runs.points(folder) == runs.points(undisturbed)
+    assert runs.weights(folder) == runs.weights(undisturbed)
+    assert runs.evaluations(folder) == runs.evaluations(undisturbed)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_goes_on_from_what_is_at_its_url(warm, tmp_path, capsys):
+    """Three starts on three nodes that share nothing but the URL: bitwise the run of a shared folder."""
+    undisturbed, url = tmp_path / "run", f"file://{tmp_path}/bucket/runs/one"
+    assert runs.train(undisturbed, *SPREAD) == 0
+    assert train(url, tmp_path / "a", "run.max_steps=9") == 0
+    shutil.rmtree(tmp_path / "a")
+    assert train(url, tmp_path / "b", "run.max_steps=18") == 0
+    assert train(url, tmp_path / "c") == 0
+    capsys.readouterr()
+    kept = tmp_path / "bucket" / "runs" / "one"
+    same(kept, undisturbed)
+    assert json.loads((kept / "run.json").read_text())["starts"] == 3
+    assert train(url, tmp_path / "b") == 0
+    assert "is finished" in capsys.readouterr().err
+
+
+@pytest.mark.ray
+@pytest.mark.drill
+@pytest.mark.parametrize(
+    ("method", "stages"),
+    [("lfme", ["many", "medium", "few", "student"]), ("ride_h2t", ["train", "h2t"])],
+)
+def test_teachers_and_first_weights_reach_workers_that_see_no_folder(method, stages, warm, tmp_path):
+    """LFME's student learns from stages before it; the heads of H2T begin with a trained ensemble."""
+    common = [word for word in runs.SMALL if "stages" not in word]
+    words = [*common, f"method={method}", *(f"method.stages.{stage}.epochs=1" for stage in stages)]
+    undisturbed = tmp_path / "run"
+    assert runs.train(undisturbed, common=words) == 0
+    kept = [f"run.dir=file://{tmp_path}/bucket", "run.name=run", f"run.local_dir={tmp_path}/here"]
+    assert main(["train", *words, *kept]) == 0
+    ours = tmp_path / "bucket" / "run"
+    assert runs.points_by_stage(ours) == runs.points_by_stage(undisturbed)
+    assert runs.checkpoints(ours, stages) == runs.checkpoints(undisturbed, stages)
+    assert runs.evaluations(ours) == runs.evaluations(undisturbed)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with Nodes([1, 1]) as nodes:
+        yield nodes
+
+
+@pytest.fixture
+def server(cluster, tmp_path):
+    """An sftp server of the head's network: the URL of a folder on it, and a home that may log in there."""
+    pytest.importorskip("paramiko")
+    sshd = shutil.which("sshd") or "/usr/sbin/sshd"
+    if os.geteuid() != 0 or not Path(sshd).exists():
+        pytest.skip("no sshd, or no right to start it; needed root and: apt-get install openssh-server")
+    home = tmp_path / "home"
+    (home / ".ssh").mkdir(parents=True, mode=0o700)
+    key = home / ".ssh" / "id_ed25519"
+    for path in (key, tmp_path / "host_key"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path], check=True)
+    port, address = 2222, cluster.address("place0")
+    (tmp_path / "sshd_config").write_text(
+        f"ListenAddress {address}\nPort {port}\nHostKey {tmp_path}/host_key\nPidFile none\nUsePAM no\n"
+        f"PermitRootLogin yes\nPasswordAuthentication no\nStrictModes no\nSubsystem sftp internal-sftp\n"
+        f"AuthorizedKeysFile {key}.pub\n"
+    )
+    Path("/run/sshd").mkdir(exist_ok=True)
+    command = cluster.command("place0", sshd, "-D", "-e", "-f", str(tmp_path / "sshd_config"))
+    with open(tmp_path / "sshd.log", "w") as log:
+        process = subprocess.Popen(command, stderr=log)
+    try:
+        yield f"sftp://root@{address}:{port}{tmp_path}/bucket/runs", home
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.drill
+@pytest.mark.xdist_group("ray")
+def test_a_driver_that_is_lost_with_its_disk_costs_the_steps_since_what_was_put(cluster, server, tmp_path):
+    """Two experts on two nodes, kept on a server. Nobody but the driver sees its copy, in a file system that ends with
+    it: killed, the run goes on from the server on what is as good as another node, bitwise."""
+    url, home = server
+    pair = ["method.num_experts=2", "cluster.workers=2", "cluster.cpus_per_worker=1", "dataset.image_size=16"]
+    calm = tmp_path / "run"
+    driver = cluster.train(calm, *pair)
+    assert driver.wait(300) == 0, calm.with_suffix(".log").read_text()
+
+    local, log = tmp_path / "local", tmp_path / "driver.log"
+    local.mkdir()
+    kept = tmp_path / "bucket" / "runs" / "run"
+    words = [*runs.SMALL, *pair, f"run.dir={url}", "run.name=run", f"run.local_dir={local}"]
+
+    def start():
+        return cluster.on_head(log, "-m", "orchestration", "train", *words, HOME=str(home), inside=hidden(local))
+
+    driver = start()
+    runs.wait_until(lambda: len(list(kept.glob("checkpoints/[0-9]*/manifest.json"))) > 1, "a checkpoint there", 200)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    assert not any(local.iterdir())
+    since = time.time()
+    driver = start()
+    assert driver.wait(300) == 0, log.read_text()
+    same(kept, calm)
+    said = json.loads((kept / "run.json").read_text())
+    assert (said["status"], said["starts"]) == ("finished", 2)
+    print(f"seconds from the second start to the end: {time.time() - since:.1f}")
+
+
+def hidden(folder):
+    """A command before the command: an empty file system over a folder, for it alone, gone with it."""
+    return ["unshare", "-m", "sh", "-c", f'mount -t tmpfs none {folder} && exec "$@"', "sh"]

@@ -1,0 +1,51 @@
+"""What a stage refuses before its first step."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+
+from orchestration.compose import load_config
+from orchestration.console import Console
+from orchestration.run import Run
+from orchestration.run_folder import RunFolder
+from orchestration.stage_run import StageRun, StopSignals
+
+
+class FakeFleet:
+    """Two workers on two nodes that have looked at the data."""
+
+    hosts = ({"node": "10.0.0.1"}, {"node": "10.0.0.2"})
+    left_out = ()
+
+    def __init__(self, *digests):
+        self.digests = digests
+
+    def build(self, stage, teachers):
+        seen = {"class_names": list("0123456789"), "counts": [9] * 10, "image_shape": [1, 16, 16], "has_val": False}
+        return [seen | {"digest": digest, "steps_per_epoch": 3, "prepares": False} for digest in self.digests]
+
+
+def begin(folder, digests, tracked):
+    with contextlib.closing(RunFolder(folder)) as held:
+        config = load_config(["method=ce", "dataset.root=/data"])
+        run = Run(config, held, Console(stream=None), FakeFleet(*digests), StopSignals(), {}, lambda: tracked.append(1))
+        with run.journal:
+            StageRun(run, "train", run.fleet, run.console)
+
+
+def test_workers_that_see_other_files_are_refused_and_named_with_their_nodes(tmp_path):
+    tracked = []
+    with pytest.raises(ValueError, match="see other files there") as refused:
+        begin(tmp_path / "run", ["a" * 64, "b" * 64], tracked)
+    text = str(refused.value)
+    assert text.startswith("dataset.root = /data: worker 0 on 10.0.0.1 and worker 1 on 10.0.0.2 ")
+    assert f"digests {'a' * 12} and {'b' * 12}" in text
+    assert not tracked and not (tmp_path / "run" / "data.json").exists(), "a refused start leaves no trace"
+
+
+def test_workers_that_see_the_same_files_begin(tmp_path):
+    tracked = []
+    begin(tmp_path / "run", ["a" * 64, "a" * 64], tracked)
+    assert tracked and (tmp_path / "run" / "data.json").exists()

@@ -1,0 +1,319 @@
+"""Run folders at a URL: what is there after every possible end of a put, and who may write it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+
+import pytest
+
+from orchestration import storage
+from orchestration.checkpoint import Checkpoints, verify, write_file
+from orchestration.compose import load_config
+from orchestration.run import check_run_dir, run_path
+from orchestration.storage import StorageProblem, Store, StoredRunFolder
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(storage, "_SETTLE_S", 0.0)
+    monkeypatch.setattr(storage, "_BEAT_S", 0.1)
+    monkeypatch.setattr(storage, "_STALE_S", 1.0)
+    monkeypatch.setattr(storage, "_RETRY_S", 0.05)
+
+
+@pytest.fixture
+def url(tmp_path):
+    return f"file://{tmp_path}/bucket/runs/one"
+
+
+def train(folder, step):
+    """What training to a step leaves: its lines, then its checkpoint, one older kept. Multiples of 8 are the best."""
+    done = steps(folder)[1]
+    with open(folder.path / "metrics.jsonl", "a") as journal:
+        journal.writelines(json.dumps({"step": s}) + "\n" for s in range(done + 1, step + 1))
+    kept = Checkpoints(folder.path, ["train"])
+    writing = kept.begin()
+    entries = [write_file(writing, "trunk.safetensors", b"%08d" % step)]
+    best = {"step": step - step % 8, "checkpoint": f"best-{kept.name('train', step - step % 8)}"} if step >= 8 else None
+    complete = kept.complete(writing, kept.name("train", step), entries, {"step": step, "best": best})
+    if step % 8 == 0:
+        kept.copy_weights(complete, best["checkpoint"])
+    kept.tidy("train", 2)
+
+
+def finish(folder):
+    (folder.path / "export").mkdir(exist_ok=True)
+    (folder.path / "export" / "model").write_text("trained")
+    folder.note(status="finished")
+
+
+def steps(folder):
+    """Steps of the newest checkpoint that is whole, and of the journal."""
+    newest = Checkpoints(folder.path, ["train"]).newest("train", lambda _: None)
+    if newest and newest.state["best"] and newest.state["best"]["step"] != newest.state["step"]:  # else made again
+        verify(folder.path / "checkpoints" / newest.state["best"]["checkpoint"])
+    journal = folder.path / "metrics.jsonl"
+    return (newest.state["step"] if newest else 0), len(journal.read_text().splitlines()) if journal.exists() else 0
+
+
+def elsewhere(url, tmp_path, name="elsewhere"):
+    """The run as another node gets it."""
+    shutil.rmtree(tmp_path / name, ignore_errors=True)
+    return StoredRunFolder(tmp_path / name, url)
+
+
+def contents(path):
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file() and p.name[0] != "."}
+
+
+def test_what_is_put_is_what_another_node_gets(url, tmp_path):
+    folder = StoredRunFolder(tmp_path / "here", url)
+    for step in (4, 8, 12):
+        train(folder, step)
+        folder.saved()
+    finish(folder)
+    folder.settle(10)
+    folder.close()
+    other = elsewhere(url, tmp_path)
+    assert contents(other.path) == contents(folder.path)
+    kept = sorted(p.name for p in (other.path / "checkpoints").iterdir())
+    assert kept == ["00-train-00000008", "00-train-00000012", "best-00-train-00000008"]
+    other.close()
+    assert not (tmp_path / "bucket/runs/one/lock.json").exists()
+
+
+@pytest.mark.parametrize("scheme", ["file", "memory"])
+def test_cut_off_at_any_moment_the_newest_checkpoint_has_its_journal(scheme, tmp_path, monkeypatch):
+    """Every write and removal in turn is the last that reaches the storage; memory:// stands for object stores, which
+    write whole files."""
+    monkeypatch.setattr(storage, "_WHOLE", {"memory"})
+    url = f"{scheme}://{tmp_path}/bucket/runs/one"
+    left, guard = [0], threading.Lock()
+
+    def counted(method):
+        def call(self, name, *rest):
+            if threading.current_thread().name == "storage":  # not the lock's
+                with guard:
+                    left[0] -= 1
+                    if left[0] < 0:
+                        raise StorageProblem("cut off")
+            return method(self, name, *rest)
+
+        return call
+
+    remove = Store.remove
+    for name in ("write", "put"):
+        monkeypatch.setattr(Store, name, counted(getattr(Store, name)))
+    one = counted(lambda self, name: remove(self, [name]))
+    monkeypatch.setattr(Store, "remove", lambda self, names: [one(self, name) for name in names])
+
+    last = 0
+    for moment in range(100):
+        place = f"{url}-{moment}"
+        folder = StoredRunFolder(tmp_path / "here", place)
+        left[0] = 1000
+        train(folder, 4)
+        folder.settle(10)
+        left[0] = moment
+        for step in (8, 12, 16, 20):
+            train(folder, step)
+        finish(folder)
+        try:
+            folder.settle(0.2)
+            ended = True
+        except StorageProblem:
+            ended = False
+        left[0] = 0  # it tries again for as long as it lives
+        folder.close()
+        shutil.rmtree(folder.path)
+        left[0] = 1000
+        other = elsewhere(place, tmp_path)
+        step, journal = steps(other)
+        assert step >= max(4, last), "what was there is gone"
+        assert journal >= step
+        if other.run().get("status") == "finished":
+            assert step == 20 and (other.path / "export" / "model").read_text() == "trained"
+        other.settle(10)
+        other.close()
+        last = step
+        if ended:
+            break
+    assert moment > 12 and last == 20
+
+
+def test_the_copy_that_goes_on_from_what_is_there_is_kept(url, tmp_path):
+    """Killed before its last checkpoint was put: on the same node nothing is lost."""
+    folder = StoredRunFolder(tmp_path / "here", url)
+    train(folder, 4)
+    folder.settle(10)
+    train(folder, 8)
+    folder.close()
+    again = StoredRunFolder(tmp_path / "here", url)
+    assert steps(again) == (8, 8)
+    again.settle(10)
+    again.close()
+    other = elsewhere(url, tmp_path)
+    assert steps(other) == (8, 8)
+    other.close()
+
+
+def test_a_copy_that_is_older_than_what_is_there_is_made_new(url, tmp_path):
+    folder = StoredRunFolder(tmp_path / "here", url)
+    train(folder, 4)
+    folder.settle(10)
+    train(folder, 8)  # never put
+    folder.close()
+    other = elsewhere(url, tmp_path)
+    train(other, 6)
+    other.settle(10)
+    other.close()
+    back = StoredRunFolder(tmp_path / "here", url)
+    assert steps(back) == (6, 6)
+    assert not list((back.path / "checkpoints").glob("*8"))
+    back.close()
+
+
+def test_a_copy_whose_making_was_cut_off_is_made_again(url, tmp_path, monkeypatch):
+    folder = StoredRunFolder(tmp_path / "here", url)
+    train(folder, 4)
+    folder.settle(10)
+    folder.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "get", lambda *_: (_ for _ in ()).throw(StorageProblem("cut off")))
+        with pytest.raises(StorageProblem, match="cut off"):
+            elsewhere(url, tmp_path)
+    other = StoredRunFolder(tmp_path / "elsewhere", url)
+    assert steps(other) == (4, 4)
+    other.close()
+
+
+def test_what_was_removed_there_is_begun_anew(url, tmp_path):
+    folder = StoredRunFolder(tmp_path / "here", url)
+    train(folder, 4)
+    folder.settle(10)
+    folder.close()
+    shutil.rmtree(tmp_path / "bucket")
+    again = StoredRunFolder(tmp_path / "here", url)
+    assert steps(again) == (0, 0)
+    again.close()
+
+
+def test_files_of_others_beside_the_run_are_left_alone(url, tmp_path):
+    folder = StoredRunFolder(tmp_path / "here", url)
+    (tmp_path / "bucket/runs/one/notes.txt").write_text("ours")
+    train(folder, 4)
+    folder.settle(10)
+    folder.close()
+    assert (tmp_path / "bucket/runs/one/notes.txt").read_text() == "ours"
+
+
+def test_a_run_that_is_carried_out_elsewhere_is_refused(url, tmp_path):
+    holder = StoredRunFolder(tmp_path / "here", url)
+    with pytest.raises(ValueError, match=r"already being carried out by process \d+ on .*run\.name"):
+        StoredRunFolder(tmp_path / "elsewhere", url)
+    holder.close()
+    StoredRunFolder(tmp_path / "elsewhere", url).close()
+
+
+@pytest.mark.parametrize("place", ["gone machine", None])
+def test_a_lock_without_a_sign_of_life_is_taken(url, tmp_path, place):
+    """At once if its holder had the same copy on this machine, which is locked; else after a while."""
+    holder = StoredRunFolder(tmp_path / "here", url)
+    path = tmp_path / "bucket/runs/one/lock.json"
+    content = json.loads(path.read_text())
+    holder.close()
+    path.write_text(json.dumps(content | ({"place": place} if place else {})))
+    StoredRunFolder(tmp_path / "here", url).close()
+
+
+def test_who_lost_the_lock_writes_nothing_more(url, tmp_path):
+    holder = StoredRunFolder(tmp_path / "here", url)
+    train(holder, 4)
+    holder.settle(10)
+    lock = tmp_path / "bucket/runs/one/lock.json"
+    lock.write_text(json.dumps({"token": "another", "holder": "process 1 on elsewhere"}))
+    before = contents(tmp_path / "bucket")
+    train(holder, 8)
+    with pytest.raises(ValueError, match=r"taken over by process 1 on elsewhere|not there yet"):
+        holder.settle(1)
+    with pytest.raises(ValueError, match="taken over by process 1 on elsewhere"):
+        holder.saved()
+    holder.close()
+    assert contents(tmp_path / "bucket") == before
+
+
+def test_storage_that_fails_for_a_while_stops_nothing(url, tmp_path, monkeypatch, capsys):
+    folder = StoredRunFolder(tmp_path / "here", url)
+    write, fails = Store.write, [3]
+
+    def failing(self, name, data):
+        if name == "metrics.jsonl" and fails[0]:
+            fails[0] -= 1
+            raise StorageProblem("away")
+        write(self, name, data)
+
+    monkeypatch.setattr(Store, "write", failing)
+    train(folder, 4)
+    folder.saved()
+    folder.settle(10)
+    folder.close()
+    assert capsys.readouterr().err.count("away; training goes on") == 1
+    other = elsewhere(url, tmp_path)
+    assert steps(other) == (4, 4)
+    other.close()
+
+
+def test_what_could_not_be_put_is_told_with_its_place(url, tmp_path, monkeypatch):
+    folder = StoredRunFolder(tmp_path / "here", url)
+    monkeypatch.setattr(storage.Store, "write", lambda *_: (_ for _ in ()).throw(StorageProblem("no credentials")))
+    train(folder, 4)
+    with pytest.raises(ValueError, match=rf"not there yet \(no credentials\); it is in {folder.path}"):
+        folder.settle(0.3)
+    folder.close()
+
+
+def test_a_checkpoint_that_is_damaged_there_is_found(url, tmp_path):
+    folder = StoredRunFolder(tmp_path / "here", url)
+    for step in (4, 8):
+        train(folder, step)
+        folder.settle(10)
+    folder.close()
+    (tmp_path / "bucket/runs/one/checkpoints/00-train-00000008/trunk.safetensors").write_bytes(b"00000009")
+    other = elsewhere(url, tmp_path)
+    assert steps(other)[0] == 4
+    assert verify(other.path / "checkpoints/00-train-00000004")["step"] == 4
+    other.close()
+
+
+WORDS = ["method=ce", "dataset=digits_lt"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run.dir=nosuch://bucket/runs"], r"run.dir = nosuch://bucket/runs: .*needed a library for nosuch://"),
+        (["run.dir=sftp://me:secret@host/runs"], r"with a password in it.*needed a URL without one"),
+        (["run.dir=file:///tmp/runs"], r"tracking.uri is not set.*set tracking.uri"),
+    ],
+)
+def test_urls_that_cannot_serve_are_refused(words, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        check_run_dir(load_config([*WORDS, *words]))
+    assert "secret" not in str(refused.value)
+
+
+def test_runs_of_different_urls_have_different_copies():
+    one, two = (load_config([*WORDS, f"run.dir=s3://bucket/{name}", "run.local_dir=/scratch"]) for name in "ab")
+    assert run_path(one).parent != run_path(two).parent
+    assert run_path(one).parent.parent == run_path(two).parent.parent
+    assert str(run_path(one)).startswith("/scratch/")
+
+
+def test_storage_that_cannot_be_opened_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot be read .*needed storage that this node can read and write"):
+        StoredRunFolder(tmp_path / "here", f"file://{tmp_path}/file/runs/one")
+    with pytest.raises(ValueError, match="cannot be opened"):
+        Store("nosuch://bucket")
