@@ -17,6 +17,7 @@ import ray
 
 from orchestration.carry import Carried, at_hand, saved_apart
 from orchestration.hangs import own_stacks
+from orchestration.links import answering, open_door
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Worker:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch loads, in `load_libraries`
         self.trainer: Any = None
         self._rendezvous: Any = None
+        self._door: Any = None
         self._dataset: tuple[Any, Any] | None = None
         self._beat = time.monotonic()
 
@@ -148,6 +150,16 @@ class Worker:
         address = ray.util.get_node_ip_address()
         self._rendezvous = Rendezvous(address, workers, host_here=True, timeout_s=timeout_s)
         return address, self._rendezvous.port
+
+    def open_door(self) -> tuple[str, int]:
+        """Where workers of other nodes may knock until the next `leave`."""
+        self._door = open_door(ray.util.get_node_ip_address(), gpu=self.gpu)
+        return self._door.getsockname()[:2]
+
+    def silent(self, doors: dict[str, tuple[str, int]]) -> list[str]:
+        """The nodes whose doors do not answer from here."""
+        answers = answering(list(doors.values()))
+        return [node for node, answered in zip(doors, answers, strict=True) if not answered]
 
     def build(
         self,
@@ -283,6 +295,9 @@ class Worker:
         if self.trainer is not None:
             self.trainer.close()
             self.trainer = None
+        if self._door is not None:
+            self._door.close()
+            self._door = None
         leave_world()
 
     def peak_memory_gib(self) -> float:

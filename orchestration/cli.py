@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("overrides", **overrides)  # type: ignore[arg-type]
     sub.add_argument("--probe", action="store_true", help="take a few steps on real workers, and tell hours from them")
     sub = command("evaluate", _evaluate, "Measure a saved run again and print its table.")
-    sub.add_argument("run", metavar="RUN", help="run folder, e.g. runs/ride-digits_lt-s0")
+    sub.add_argument("run", metavar="RUN", help="run folder or its URL, e.g. runs/ride-digits_lt-s0")
     sub.add_argument("--model", choices=("best", "last"), help="which of its models (default: best)")
     sub.add_argument(
         "--weights",
@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     places = {"help": "where the data is now, e.g. dataset.root=..., or test_time.lr=..., views.blur=..."}
     sub.add_argument("overrides", **overrides | places)  # type: ignore[arg-type]
     sub = command("regions", _regions, "Draw decision regions before and after a last stage that trains heads alone.")
-    sub.add_argument("run", metavar="RUN", help="run folder, e.g. runs/ride_h2t-digits_lt-s0")
+    sub.add_argument("run", metavar="RUN", help="run folder or its URL, e.g. runs/ride_h2t-digits_lt-s0")
     sub.add_argument("--classes", metavar="A,B[,...]", help="ids or names (default: the most frequent and the rarest)")
     sub.add_argument("overrides", **overrides | {"help": "where the data is now, e.g. dataset.root=..."})  # type: ignore[arg-type]
     sub = command("import-weights", _import_weights, "Turn a PyTorch file of a ResNet or ResNeXt into safetensors.")
@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("doctor", _doctor, "Compare what a config needs with what this machine and its cluster have.")
     sub.add_argument("overrides", **overrides)  # type: ignore[arg-type]
     sub = command("sync", _sync, "Upload to MLflow whatever of a run is not there yet.")
-    sub.add_argument("run", metavar="RUN", help="run folder, or a sweep's: then of all its runs")
+    sub.add_argument("run", metavar="RUN", help="run folder or its URL, or a sweep's folder: then of all its runs")
     sub.add_argument("--uri", help="tracking server (default: the run's own)")
     return parser
 
@@ -240,20 +240,26 @@ def _evaluate(options: argparse.Namespace) -> int:
     which = which or "best"
     if rule is None and options.distribution is None:
         from orchestration.reevaluate import reevaluate
+        from orchestration.storage import run_at_hand
 
-        print(reevaluate(options.run, which, options.split, options.overrides))
+        with run_at_hand(options.run) as run:
+            print(reevaluate(run, which, options.split, options.overrides))
         return 0
+    from orchestration.storage import run_at_hand
     from orchestration.test_time import evaluate_distributions
 
     wanted = options.distribution or "uniform"
-    print(evaluate_distributions(options.run, rule or "uniform", wanted, which, options.split, options.overrides))
+    with run_at_hand(options.run) as run:
+        print(evaluate_distributions(run, rule or "uniform", wanted, which, options.split, options.overrides))
     return 0
 
 
 def _regions(options: argparse.Namespace) -> int:
     from orchestration.report_regions import draw_regions
+    from orchestration.storage import run_at_hand
 
-    print(draw_regions(options.run, options.classes, options.overrides))
+    with run_at_hand(options.run) as run:
+        print(draw_regions(run, options.classes, options.overrides))
     return 0
 
 

@@ -160,25 +160,31 @@ def _memory(config: RunConfig) -> Iterator[Finding]:
 
 def _run_dir(config: RunConfig) -> Iterator[Finding]:
     from orchestration.compose import expand
+    from orchestration.store import check_url, is_url, try_out
 
-    place = expand(config.run.dir)
+    if is_url(config.run.dir):
+        check_url(config.run.dir)
+        try_out(config.run.dir)
+        yield Finding("ok", "run.dir", f"{config.run.dir}: a file was written, read and removed")
+    key = "run.local_dir" if is_url(config.run.dir) else "run.dir"
+    place = expand(config.run.local_dir if is_url(config.run.dir) else config.run.dir)
     there = nearest_existing(place.absolute())
-    advice = "choose another with run.dir"
+    advice = f"choose another with {key}"
     if not there.is_dir():
-        yield Finding("FAIL", "run.dir", f"{place}: {there} is a file; needed a folder; {advice}")
+        yield Finding("FAIL", key, f"{place}: {there} is a file; needed a folder; {advice}")
         return
     try:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        yield Finding("FAIL", "run.dir", f"{place}: {there} cannot be written ({error.strerror}); {advice}")
+        yield Finding("FAIL", key, f"{place}: {there} cannot be written ({error.strerror}); {advice}")
         return
     free = shutil.disk_usage(there).free / _GIB
     text = f"{place}: writable, {free:.1f} GiB free"
     if free < _FREE_GIB:
-        yield Finding("warn", "run.dir", f"{text}; needed {_FREE_GIB:g} GiB or more; make room, or {advice}")
+        yield Finding("warn", key, f"{text}; needed {_FREE_GIB:g} GiB or more; make room, or {advice}")
     else:
-        yield Finding("ok", "run.dir", text)
+        yield Finding("ok", key, text)
 
 
 def _cluster(config: RunConfig) -> Iterator[Finding]:
@@ -212,6 +218,7 @@ def _connected(config: RunConfig, shape: MeshShape, address: str) -> Iterator[Fi
     from orchestration.layout import bundle_of, packed
     from orchestration.node_checks import Needs, check_nodes
     from orchestration.run import check_run_dir
+    from orchestration.store import is_url
 
     nodes = fleet.node_resources()
     cpus, threads = fleet.resolve_resources(config.cluster, config.engine, shape.workers * config.side_by_side)
@@ -222,7 +229,7 @@ def _connected(config: RunConfig, shape: MeshShape, address: str) -> Iterator[Fi
         yield Finding("FAIL", "run.dir", str(problem))
     bundle = bundle_of(config.cluster, cpus)
     layout = packed(shape.workers * config.side_by_side, bundle, nodes) or packed(shape.workers, bundle, nodes)
-    run_dir = Path(os.path.abspath(expand(config.run.dir)))
+    run_dir = None if is_url(config.run.dir) else Path(os.path.abspath(expand(config.run.dir)))
     yield from check_nodes(Needs(config, layout, run_dir, _weights(config), _batch_bytes(config, shape)))
 
 

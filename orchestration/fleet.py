@@ -12,42 +12,34 @@ import logging
 import math
 import os
 import socket
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestration.actors import Seat, Worker
 from orchestration.carry import Carried
 from orchestration.config import ClusterConfig, EngineConfig, RunConfig
 from orchestration.drain import draining_nodes
+from orchestration.hangs import Watch
 from orchestration.layout import bundle_of, places
+from orchestration.links import answering, cut_off
+from orchestration.loss import broken_exchange, loss_of, refusal
 from orchestration.mesh import MeshShape
 from orchestration.own_ray import start_own_ray
 
 _GIB = 2**30
 _MAX_THREADS = 8  # on one worker by default; small images do not use more
-_EXCHANGE_WORDS = ("gloo", "nccl", "torch/distributed", "torch.distributed")  # in the trace of a broken exchange
-
-
 _STACKS_FIRST_S = 30.0  # an exchange gives up this much after the watch has found the hang and kept its stacks
 _LEAVE_S = 5.0  # how long a survivor may take to give up a step that lost a partner
-
-
-class WorkerLost(RuntimeError):
-    """A worker died or hangs; the run can go on from its newest checkpoint.
-
-    Attributes:
-        why: "failure"; "hang"; "memory", ended for using too much; "preemption", its node was taken away with notice.
-    """
-
-    def __init__(self, text: str, why: str = "failure") -> None:
-        super().__init__(text)
-        self.why = why
 
 
 @contextlib.contextmanager
@@ -156,9 +148,13 @@ def largest_share(workers: int, cpus_of_nodes: list[float]) -> float:
     return shares[-1]  # more than a hundred workers a core: refused by `check_fits`
 
 
-def node_resources() -> dict[str, dict[str, float]]:
-    """All resources of every living node that is not being drained, by its address."""
-    leaving = draining_nodes()
+def node_resources(without: Collection[str] = ()) -> dict[str, dict[str, float]]:
+    """All resources of every living node that is not being drained, by its address.
+
+    Args:
+        without: ids of nodes to leave out.
+    """
+    leaving = {*draining_nodes(), *without}
     return {
         f"{node['NodeManagerAddress']}/{node['NodeID'][:6]}": dict(node["Resources"])
         for node in ray.nodes()
@@ -211,12 +207,14 @@ class Fleet:
         self.hosts: list[dict[str, Any]] = []
         self.left_out: list[dict[str, Any]] | None = None  # training images, once the first worker has looked at all
         self._spares: list[tuple[Any, Any]] = []  # process, and the promise of what it says of itself once it is warm
+        self._avoided: dict[str, str] = {}  # addresses of nodes that others did not reach, by id
         self.check_room()
         self._group = self._reserve()
 
     def _reserve(self) -> PlacementGroup:
-        bundle = bundle_of(self.config.cluster, self._cpus)
-        group = placement_group([bundle] * self.shape.workers, strategy="PACK")
+        bundle, workers = bundle_of(self.config.cluster, self._cpus), self.shape.workers
+        elsewhere = [{"ray.io/node-id": f"!in({','.join(self._avoided)})"}] * workers if self._avoided else None
+        group = placement_group([bundle] * workers, strategy="PACK", bundle_label_selector=elsewhere)
         wait_s = self.config.cluster.placement_timeout_s
         if not group.wait(wait_s):
             free = ray.available_resources()
@@ -361,7 +359,7 @@ class Fleet:
         """All answers, of the first workers in order. Who has answered may idle."""
         answers: dict[Any, Any] = {}
         pending = list(refs)
-        watch = _Watch(self.workers[: len(refs)], self.config.cluster.heartbeat_timeout_s)
+        watch = Watch(self.workers[: len(refs)], self.config.cluster.heartbeat_timeout_s)
         while pending:
             done, pending = ray.wait(pending, num_returns=1, timeout=2.0)
             for ref in done:
@@ -376,8 +374,8 @@ class Fleet:
     def _diagnose(self, error: RayError, pending: list[Any]) -> Exception:
         """What a failed call means. A partner's broken exchange is often seen before the death that caused it."""
         if not isinstance(error, RayTaskError):
-            return _loss(error)
-        found = _refusal(error)
+            return loss_of(error)
+        found = refusal(error)
         if found is not None:
             return found
         later, _ = ray.wait(pending, num_returns=len(pending), timeout=3.0) if pending else ([], [])
@@ -385,14 +383,10 @@ class Fleet:
             try:
                 ray.get(ref)
             except (RayActorError, OutOfMemoryError) as death:
-                return _loss(death)
+                return loss_of(death)
             except RayError:
                 continue
-        if any(word in str(error).lower() for word in _EXCHANGE_WORDS):
-            waited_long = "timed out" in str(error).lower() or "timeout" in str(error).lower()
-            text = f"an exchange between workers failed: {_last_line(str(error))}"
-            return WorkerLost(text, "hang" if waited_long else "failure")
-        return error
+        return broken_exchange(error) or error
 
     def check_room(self) -> None:
         """Whether the mesh can be started again in its places.
@@ -401,7 +395,54 @@ class Fleet:
             ValueError: the cluster has shrunk and the mesh no longer fits; wanted and available.
         """
         memory = self.config.cluster.memory_gib_per_worker
-        check_fits(self.shape.workers, self._cpus, self._gpus, node_resources(), memory)
+        try:
+            check_fits(self.shape.workers, self._cpus, self._gpus, node_resources(self._avoided), memory)
+        except ValueError as reason:
+            if not self._avoided:
+                raise
+            avoided = ", ".join(self._avoided.values())
+            raise ValueError(f"{reason} ({avoided} not counted: another node did not reach it)") from reason
+
+    def silent_nodes(self) -> list[str]:
+        """Addresses of nodes under this fleet that Ray counts as living, but whose raylets do not answer."""
+        ours = set(placement_group_table(self._group)["bundles_to_node_id"].values())
+        nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] in ours]
+        answers = answering([(node["NodeManagerAddress"], node["NodeManagerPort"]) for node in nodes])
+        return [node["NodeManagerAddress"] for node, answered in zip(nodes, answers, strict=True) if not answered]
+
+    def leaving_nodes(self) -> set[str]:
+        """Ids of the workers' nodes that are being drained, or are gone."""
+        staying = {node["NodeID"] for node in ray.nodes() if node["Alive"]}.difference(draining_nodes())
+        return set(self.node_ids) - staying
+
+    def cut(self) -> tuple[str, str] | None:
+        """Ids of two nodes whose workers do not reach each other, the one to do without last; None if all do.
+
+        Raises:
+            WorkerLost: as `call`.
+        """
+        nodes = self.node_ids
+        if len(set(nodes)) == 1:
+            return None
+        doors = dict(zip(nodes, self.call("open_door"), strict=True))
+        return cut_off(nodes, self.call("silent", doors))
+
+    def avoid(self, node_id: str) -> None:
+        """Reserve no place on a node any more, from the next `move`.
+
+        Raises:
+            ValueError: the mesh does not fit the other nodes; this one is not avoided then.
+        """
+        self._avoided[node_id] = self.address_of(node_id)
+        try:
+            self.check_room()
+        except ValueError:
+            del self._avoided[node_id]
+            raise
+
+    def address_of(self, node_id: str) -> str:
+        """Of a node with a worker."""
+        return next(host["node"] for host in self.hosts if host["node_id"] == node_id)
 
     def kill(self) -> None:
         """End the workers' processes at once; spare ones stay."""
@@ -411,7 +452,7 @@ class Fleet:
         self.workers = []
 
     def move(self) -> None:
-        """End all processes and reserve places anew, on nodes that are not being drained.
+        """End all processes and reserve places anew, on nodes that are neither being drained nor avoided.
 
         Raises:
             ValueError: there are none.
@@ -429,65 +470,3 @@ class Fleet:
         self._spares = []
         with contextlib.suppress(RayError, ValueError):
             remove_placement_group(self._group)
-
-
-class _Watch:
-    """Finds workers that hang: asked beside their work, they say when they last finished something."""
-
-    def __init__(self, workers: list[Any], limit_s: float) -> None:
-        self._workers, self._limit_s = workers, limit_s
-        self._answered = dict.fromkeys(range(len(workers)), time.monotonic())
-        self._asked: dict[Any, int] = {}  # a busy node may answer at a later look
-
-    def look(self, ranks: Iterable[int]) -> None:
-        """Ask those that are at work.
-
-        Raises:
-            WorkerLost: one has not finished anything, or not answered, for the limit.
-        """
-        at_work = set(ranks)
-        for rank in at_work.difference(self._asked.values()):
-            self._asked[self._workers[rank].heartbeat.remote()] = rank
-        refs = list(self._asked)
-        done, _ = ray.wait(refs, num_returns=len(refs), timeout=min(1.0, self._limit_s))
-        for ref in done:
-            rank = self._asked.pop(ref)
-            with contextlib.suppress(RayError, GetTimeoutError):
-                step, idle_s = ray.get(ref)
-                self._answered[rank] = time.monotonic()
-                if idle_s > self._limit_s and rank in at_work:
-                    raise WorkerLost(
-                        f"worker {rank} has finished nothing for {idle_s:.0f} s, after step {step}", "hang"
-                    )
-        for rank, at in sorted(self._answered.items(), key=lambda item: item[1]):
-            if rank in at_work and time.monotonic() - at > self._limit_s:
-                raise WorkerLost(f"worker {rank} has not answered for {self._limit_s:g} s", "hang")
-
-
-def _refusal(error: RayTaskError) -> Exception | None:
-    """What a worker said in words that an operator can act on, if it did."""
-    cause = error.cause
-    if isinstance(cause, ValueError | FloatingPointError | OSError):
-        return cause
-    if isinstance(cause, MemoryError) or "can't allocate memory" in str(error):
-        return WorkerLost(f"a worker is out of memory: {_last_line(str(cause))}", "memory")
-    if type(cause).__name__ == "OutOfMemoryError":
-        return ValueError(
-            f"a worker's GPU is out of memory ({_last_line(str(cause))}); use more workers "
-            f"(cluster.workers, cluster.experts_per_worker), or engine.precision=autocast"
-        )
-    return None
-
-
-def _loss(error: RayError) -> WorkerLost:
-    """What the death of a worker means, in Ray's words."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, OutOfMemoryError):
-        text = next((line for line in lines if "memory" in line.lower()), "its node is nearly full")
-        return WorkerLost(f"a worker was ended, out of memory: {text}", "memory")
-    text = f"a worker died: {lines[0] if lines else type(error).__name__}"
-    return WorkerLost(text, "preemption" if getattr(error, "preempted", False) else "failure")
-
-
-def _last_line(text: str) -> str:
-    return text.strip().splitlines()[-1]

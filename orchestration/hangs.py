@@ -1,4 +1,4 @@
-"""What a hanging worker was doing: Python stacks of all workers of its mesh, kept before they are ended."""
+"""Workers that hang: how they are found, and what all of their mesh were doing, kept before they are ended."""
 
 from __future__ import annotations
 
@@ -7,18 +7,53 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
+
+from orchestration.loss import WorkerLost
 
 _ANSWER_S = 3.0  # a worker that can answer does so from a thread of its own
 _SILENT = (
     f"no answer in {_ANSWER_S:g} s: the process is stopped or dead, its node is out of reach, or a library holds "
     f"Python's lock; while the process is there, `py-spy dump --native --pid <pid>` on its node tells\n"
 )
+
+
+class Watch:
+    """Finds workers that hang: asked beside their work, they say when they last finished something."""
+
+    def __init__(self, workers: list[Any], limit_s: float) -> None:
+        self._workers, self._limit_s = workers, limit_s
+        self._answered = dict.fromkeys(range(len(workers)), time.monotonic())
+        self._asked: dict[Any, int] = {}  # a busy node may answer at a later look
+
+    def look(self, ranks: Iterable[int]) -> None:
+        """Ask those that are at work.
+
+        Raises:
+            WorkerLost: one has not finished anything, or not answered, for the limit.
+        """
+        at_work = set(ranks)
+        for rank in at_work.difference(self._asked.values()):
+            self._asked[self._workers[rank].heartbeat.remote()] = rank
+        refs = list(self._asked)
+        done, _ = ray.wait(refs, num_returns=len(refs), timeout=min(1.0, self._limit_s))
+        for ref in done:
+            rank = self._asked.pop(ref)
+            with contextlib.suppress(RayError, GetTimeoutError):
+                step, idle_s = ray.get(ref)
+                self._answered[rank] = time.monotonic()
+                if idle_s > self._limit_s and rank in at_work:
+                    raise WorkerLost(
+                        f"worker {rank} has finished nothing for {idle_s:.0f} s, after step {step}", "hang"
+                    )
+        for rank, at in sorted(self._answered.items(), key=lambda item: item[1]):
+            if rank in at_work and time.monotonic() - at > self._limit_s:
+                raise WorkerLost(f"worker {rank} has not answered for {self._limit_s:g} s", "hang")
 
 
 def own_stacks() -> str:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from orchestration.console import Console
 from orchestration.drain import Drained, Preempted
-from orchestration.fleet import Fleet, WorkerLost
+from orchestration.fleet import Fleet
 from orchestration.hangs import keep_stacks
+from orchestration.loss import WorkerLost
 from orchestration.run_folder import LOCK
 from orchestration.stage_run import Outcome, StageRun
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from orchestration.run import Run
 
 _WAITS_FOR_NODES = 10  # times cluster.placement_timeout_s: how long a restart waits for a node that was lost
+_RAY_NOTICES_S = 120.0  # by default it counts a node that vanished as dead after about 65 s
 
 
 class Lane:
@@ -37,12 +39,12 @@ class Lane:
             run.check_wanted(stage)
             try:
                 if not fleet.workers:
-                    run.cost.change(fleet.shape.workers)
-                    fleet.start()
-                    self._check_shared()
+                    self._start()
                 elif pause is not None:
                     fleet.mend()
                     self._check_shared()
+                if pause is not None:
+                    self._wait(stage, self._link)
                 run.started(fleet, stage)
                 if pause is not None:
                     pause.mark("workers")
@@ -51,7 +53,7 @@ class Lane:
                 return training.carry_out()
             except Drained as notice:
                 pause = _open_pause(pause, training)
-                run.preempted(notice, stage)
+                run.preempted(notice, stage, fleet.leaving_nodes())
                 self._move(stage, notice)
             except WorkerLost as loss:
                 pause = _open_pause(pause, training)
@@ -59,7 +61,7 @@ class Lane:
                     self._console.message(keep_stacks(fleet.workers, fleet.hosts, run.folder.path / "hangs"))
                 run.check_wanted(stage)
                 if loss.why == "preemption":
-                    run.preempted(loss, stage)
+                    run.preempted(loss, stage, fleet.leaving_nodes())
                     self._move(stage, loss)
                     continue
                 newest = run.checkpoints.newest(stage, self._console.message)
@@ -71,7 +73,13 @@ class Lane:
                 if loss.why != "failure" or in_a_row.total() > 1:  # what hangs or is full does not survive
                     self._end_workers()
                 run.lost(loss, stage, in_a_row)
+                self._await_word(stage)
                 self._wait(stage, fleet.check_room)
+
+    def _start(self) -> None:
+        self._run.cost.change(self._fleet.shape.workers)
+        self._fleet.start()
+        self._check_shared()
 
     def _end_workers(self) -> None:
         self._run.cost.change(-len(self._fleet.workers))
@@ -106,6 +114,42 @@ class Lane:
                     f"run.dir = {folder.path.parent}: node {host['node']} does not see this run's folder there; "
                     f"needed a folder on storage that all nodes share, at the same path on each, or a URL; set run.dir"
                 )
+
+    def _link(self) -> None:
+        """See that the workers reach one another, on other nodes if need be.
+
+        Raises:
+            ValueError: two nodes do not reach each other, and there is no room without one of them.
+            WorkerLost: as `Fleet.call`.
+        """
+        fleet = self._fleet
+        while (cut := fleet.cut()) is not None:
+            one, other = map(fleet.address_of, cut)
+            text = f"nodes {one} and {other} do not reach each other, though Ray reaches both"
+            try:
+                fleet.avoid(cut[1])
+            except ValueError as reason:
+                raise ValueError(
+                    f"{text}; needed them to, or room elsewhere: {reason}, or mend the network between the two; the "
+                    f"newest checkpoint is kept: the same command continues from it"
+                ) from reason
+            self._console.message(f"{text}; starting the workers on other nodes than {other}")
+            self._end_workers()
+            fleet.move()
+            self._start()
+
+    def _await_word(self, stage: str) -> None:
+        """Wait until every node under the fleet answers, or Ray counts those that do not as dead.
+
+        A worker started on one before that would be the next to be lost.
+        """
+        end, told = time.monotonic() + _RAY_NOTICES_S, False
+        while (silent := self._fleet.silent_nodes()) and time.monotonic() < end:
+            if not told:
+                self._console.message(f"{', '.join(silent)} does not answer; waiting until it does, or Ray gives it up")
+                told = True
+            self._run.check_wanted(stage)
+            time.sleep(0.5)
 
     def _wait(self, stage: str, for_room: Callable[[], None]) -> None:
         """Wait a while for a node that was lost with its workers.

@@ -46,14 +46,14 @@ class Needs:
     Attributes:
         config: checked.
         layout: of the workers; None where they do not fit.
-        run_dir: absolute.
+        run_dir: absolute; None where run folders are at a URL.
         weights: bytes of weights, gradients, momentum and teachers of a worker; None where they are not known.
         batch_bytes: of decoded images on their way to one worker.
     """
 
     config: RunConfig
     layout: Layout | None
-    run_dir: Path
+    run_dir: Path | None
     weights: int | None
     batch_bytes: int
 
@@ -293,8 +293,11 @@ def _first(lines: list[str]) -> list[str]:
 # Storage and data
 
 
-def _storage(survey: Survey, run_dir: Path, ids: Mapping[str, str]) -> Iterator[Finding]:
+def _storage(survey: Survey, run_dir: Path | None, ids: Mapping[str, str]) -> Iterator[Finding]:
     """Write a file beside the runs, let every node read it and write one, look for those; leave nothing behind."""
+    if run_dir is None:
+        yield Finding("ok", "storage", "run.dir is a URL: nodes share no folder, workers send files through Ray")
+        return
     there = nearest_existing(run_dir)
     advice = "needed one folder that all nodes share at the same path; mount it everywhere, or set run.dir to one"
     try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby
 
 from experts.data.sources import open_source
@@ -18,6 +18,8 @@ from orchestration.compose import expand, load_config
 from orchestration.config import RunConfig, Source, StageConfig, published
 from orchestration.layout import Layout, bundle_of, draw, packed
 from orchestration.placement import WORKER_GIB, Plan, Size, StagePlan, plan
+from orchestration.sources import check_sources
+from orchestration.store import is_url
 from orchestration.tracking_contents import default_uri, redact
 from orchestration.traffic import Exchange, link_bytes, shares_of
 from orchestration.wording import bytes_, grid, many, number
@@ -104,13 +106,8 @@ def describe(
         ("time", time_lines if time_lines is not None else _no_time()),
         ("folder", _places(config)),
     ]
-    if missing := _missing_data(config):
-        sections.append(
-            (
-                "missing, so that `expertail train` would refuse this",
-                textwrap.wrap(missing, 100, break_on_hyphens=False, break_long_words=False),
-            )
-        )
+    if missing := list(_missing(config)):
+        sections.append(("missing, so that `expertail train` would refuse this", missing))
     return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections)
 
 
@@ -181,18 +178,22 @@ def _data(config: RunConfig, found: Plan) -> str:
     )
 
 
-def _missing_data(config: RunConfig) -> str | None:
-    """What training would say of a data set's folder that is not named, or not there; workers elsewhere see others."""
+def _missing(config: RunConfig) -> Iterator[str]:
+    """What training would refuse: a data set's folder, other runs, pretrained weights that are not there or do not fit.
+
+    A folder of data that is named is looked for on this machine alone, so not where the workers are elsewhere.
+    """
     data = config.dataset
-    if data.source == "digits" or data.download:
-        return None
-    if data.root is not None and (_names_cluster(config) or os.path.isdir(data.root)):
-        return None
-    try:
-        open_source(data)
-    except ValueError as problem:
-        return str(problem)
-    return None
+    checks: list[Callable[[], object]] = [lambda: check_sources(config)]
+    needs_folder = data.source != "digits" and not data.download
+    if needs_folder and (data.root is None or not (_names_cluster(config) or os.path.isdir(data.root))):
+        checks.insert(0, lambda: open_source(data))
+    for check in checks:
+        try:
+            check()
+        except ValueError as problems:
+            for problem in str(problems).splitlines():
+                yield from textwrap.wrap(problem, 100, break_on_hyphens=False, break_long_words=False)
 
 
 def _rates(stage: StageConfig, steps: int | None) -> Iterator[str]:
@@ -420,6 +421,13 @@ def _exchange_table(found: Plan) -> Iterator[str]:
 
 
 def _places(config: RunConfig) -> Iterator[str]:
+    if is_url(config.run.dir):
+        from orchestration.run import run_path
+
+        yield f"{config.run.dir.rstrip('/')}/{config.run_name} (the driver works in {run_path(config)})"
+        if config.tracking.enabled:
+            yield f"tracking: {redact(config.tracking.uri or 'tracking.uri is not set: train will refuse')}"
+        return
     folder = expand(config.run.dir) / config.run_name
     there = (folder / "config.yaml").exists()
     yield f"{folder} ({'holds a run: train goes on with it if the config is the same' if there else 'new'})"

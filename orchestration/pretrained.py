@@ -191,10 +191,10 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; needed the weights of a network, as torch.save writes them") from None
     except Exception as error:  # what a damaged or foreign file raises has no common base
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        # Torch's own text tells how to load such a file all the same.
         raise ValueError(
-            f"{path}: not a PyTorch file of tensors alone ({reason}); objects are never unpickled: where you trust the "
-            f"file, save its state_dict() and import that"
+            f"{path}: not a PyTorch file of tensors alone ({type(error).__name__}); objects are never unpickled: where "
+            f"you trust the file, save its state_dict() and import that"
         ) from None
     tensors = _find_tensors(found)
     if tensors is None:

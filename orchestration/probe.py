@@ -29,7 +29,8 @@ from orchestration.placement import epoch_of
 from orchestration.run import check_run_dir, run_path
 from orchestration.run_folder import RunFolder
 from orchestration.sources import check_sources, model_folder, stage_classes, weights_of
-from orchestration.storage import LentRunFolder, is_url
+from orchestration.storage import LentRunFolder
+from orchestration.store import is_url
 from orchestration.wording import duration, grid
 
 STEPS = 30

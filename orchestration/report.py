@@ -308,7 +308,7 @@ def _fill_counts(axes: Any, counts: NDArray[Any]) -> None:
         axes.axhline(border, color="#777777", linewidth=0.6, linestyle=":")
     rule = {"many": "> 100", "medium": "20-100", "few": "< 20"}
     handles = [
-        Patch(color=GROUP_COLOURS[group], label=f"{group} ({rule[group]}): {int((groups == group).sum()):,} classes")
+        Patch(color=GROUP_COLOURS[group], label=f"{group} ({rule[group]}): {_classes(int((groups == group).sum()))}")
         for group in GROUPS
     ]
     _legend_above(axes, handles)
@@ -384,3 +384,7 @@ def _robust_limits(values: NDArray[Any]) -> tuple[float, float]:
 def _last(values: NDArray[Any]) -> float:
     finite = values[np.isfinite(values)]
     return float(finite[-1]) if len(finite) else float("nan")
+
+
+def _classes(count: int) -> str:
+    return f"{count:,} class{'' if count == 1 else 'es'}"

@@ -25,14 +25,16 @@ from orchestration.compose import expand
 from orchestration.config import RunConfig, Source
 from orchestration.console import Console
 from orchestration.drain import DrainNotices, Preempted
-from orchestration.fleet import Fleet, WorkerLost, cluster, node_resources, resolve_resources
+from orchestration.fleet import Fleet, cluster, node_resources, resolve_resources
 from orchestration.journal import Journal
 from orchestration.lane import Lane
+from orchestration.loss import WorkerLost
 from orchestration.mesh import MeshShape, mesh_shape
 from orchestration.run_folder import RunFolder
 from orchestration.sources import check_sources, model_folder
 from orchestration.stage_run import GivenUp, Outcome, Stopped, StopSignals, write_evaluations
-from orchestration.storage import StoredRunFolder, check_url, copy_of, is_url
+from orchestration.storage import StoredRunFolder
+from orchestration.store import check_url, copy_of, is_url
 
 _MEMORY_RESTARTS = 1  # a worker that is out of memory will most likely be so again
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for what `ray job submit` starts
@@ -66,12 +68,8 @@ def check_run_dir(config: RunConfig, nodes: int = 1) -> None:
     """
     if is_url(config.run.dir):
         check_url(config.run.dir)
-        if config.tracking.enabled and config.tracking.uri is None:
-            raise ValueError(
-                f"tracking.uri is not set and run.dir = {config.run.dir}: the MLflow database would lie on this node, "
-                f"and the run may go on from another; needed a server; set tracking.uri=http://..., or "
-                f"tracking.enabled=false"
-            )
+        if config.tracking.enabled:
+            check_tracked(config)
         return
     if Path(expand(config.run.dir)).is_absolute():
         return
@@ -82,6 +80,20 @@ def check_run_dir(config: RunConfig, nodes: int = 1) -> None:
         raise ValueError(
             f"run.dir = {config.run.dir}: relative, and {reason}; needed an absolute path on storage that all nodes "
             f"share, or a URL; set run.dir=/... or run.dir=s3://..."
+        )
+
+
+def check_tracked(config: RunConfig) -> None:
+    """Refuse to track a run on the node that trains when it may go on from another.
+
+    Raises:
+        ValueError: run.dir is a URL and tracking.uri is not set.
+    """
+    if is_url(config.run.dir) and config.tracking.uri is None:
+        raise ValueError(
+            f"tracking.uri is not set and run.dir = {config.run.dir}: the MLflow database would lie on this node, and "
+            f"the run may go on from another; needed a server; set tracking.uri=http://..., or tracking.enabled=false "
+            f"(later: expertail sync RUN --uri http://...)"
         )
 
 
@@ -157,6 +169,7 @@ class Run:
         self.checkpoints = Checkpoints(folder.path, list(config.method.stages))
         self.journal = Journal(folder.path)
         self.preemptions = 0
+        self._taken: set[str] = set()  # ids of nodes whose loss was counted
         self._told: frozenset[str] = frozenset()
         self.drains = DrainNotices()
         self.cost = Cost(folder, config)
@@ -348,18 +361,25 @@ class Run:
             f"checkpoint between)"
         )
 
-    def preempted(self, notice: Exception, stage: str) -> None:
-        """Count nodes that were taken away.
+    def preempted(self, notice: Exception, stage: str, nodes: set[str]) -> None:
+        """Count nodes that were taken away, once for all stages that leave them.
+
+        Args:
+            notice: what happened.
+            stage: whose workers are to be moved.
+            nodes: ids of those taken away; empty where they are not known.
 
         Raises:
             Preempted: that was once too often.
         """
         limit = self.config.cluster.max_preemptions
         with self._changing:
-            self.preemptions += 1
-            happened = {"time": time.time(), "stage": stage, "what": str(notice)}
-            counted = self.folder.run().get("preemptions", 0) + 1
-            self.folder.note(preemptions=counted, last_preemption=happened)
+            if not nodes or not nodes <= self._taken:
+                self.preemptions += 1
+                self._taken |= nodes
+                happened = {"time": time.time(), "stage": stage, "what": str(notice)}
+                counted = self.folder.run().get("preemptions", 0) + 1
+                self.folder.note(preemptions=counted, last_preemption=happened)
         if self.preemptions > limit:
             raise Preempted(
                 f"{notice}; cluster.max_preemptions = {limit}; the newest checkpoint is kept: the same command "

@@ -34,6 +34,7 @@ from orchestration.report_sweep import draw_sweep, sweep_table
 from orchestration.run import run_path
 from orchestration.run_folder import DATA, RunFolder, write_atomic
 from orchestration.sources import check_sources
+from orchestration.store import is_url
 from orchestration.tracking import Uploader, start_uploader
 from orchestration.tracking_contents import STUDY_FILE as SWEEP
 from orchestration.tracking_contents import read_json
@@ -148,6 +149,11 @@ def plan_sweep(variation: str, words: list[str]) -> tuple[str, list[Point], Path
     points = [
         Point(value, _named(config, f"{first.run_name}-{_in_a_name(value)}")) for value, config in configs.items()
     ]
+    if is_url(first.run.dir):
+        raise ValueError(
+            f"run.dir = {first.run.dir}: a sweep compares run folders on disk; needed a folder; set run.dir=/..., or "
+            f"train its runs one by one"
+        )
     folder = run_path(_named(first, f"{first.run_name}-sweep"))
     problems = [problem for point in points for problem in name_problems(point.config)]
     problems = problems or [*_alike(key, points), *_other_sweep(folder, key, first), *_other_runs(points)]

@@ -179,6 +179,7 @@ def _draw_accuracy(axes: Any, found: Mapping[str, Any], group: str) -> None:
     elif group == "all":
         axes.legend()
     _name_distributions(axes, found)
+    axes.set_ylim(top=min(axes.get_ylim()[1], 101))
 
 
 def _draw_weights(axes: Any, found: Mapping[str, Any], experts: Sequence[str], rules: Sequence[str]) -> None:

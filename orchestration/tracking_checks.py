@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
 from orchestration.finding import Finding, nearest_existing
+from orchestration.store import is_url
 from orchestration.tracking_contents import check_uri, default_uri, redact, sqlite_path
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ def check_tracking(config: RunConfig, patience_s: float) -> Iterator[Finding]:
 
     if not config.tracking.enabled:
         yield Finding("ok", "tracking", "off; `expertail sync RUN` can upload later")
+        return
+    if config.tracking.uri is None and is_url(config.run.dir):
+        yield Finding("FAIL", "tracking", f"tracking.uri is not set; needed with run.dir = {config.run.dir}")
         return
     uri = check_uri(config.tracking.uri or default_uri(expand(config.run.dir)))
     database = sqlite_path(uri)

@@ -18,10 +18,12 @@ from orchestration.console import Console
 from orchestration.drain import Preempted
 from orchestration.finish import export, table
 from orchestration.mesh import mesh_shape
-from orchestration.run import check_run_dir, open_run_folder, read_evaluations, train
+from orchestration.run import check_run_dir, check_tracked, open_run_folder, read_evaluations, train
 from orchestration.run_folder import CONFIG, DATA, RunFolder, write_atomic
 from orchestration.sources import check_sources
 from orchestration.stage_run import Outcome, Stopped
+from orchestration.storage import run_at_hand
+from orchestration.store import is_url
 from orchestration.tracking_contents import STUDY_FILE, read_json
 
 _SHORT_WAIT_S = 10.0  # for the upload when a run did not end well: the message should not wait for it
@@ -66,11 +68,11 @@ def _train(config: RunConfig, folder: RunFolder, marks: dict[str, float]) -> int
         with contextlib.suppress(OSError):  # a full disk must not hide what happened first
             if (folder.path / CONFIG).exists():
                 folder.note(status="stopped" if stopped else "failed", problem=str(problem))
-        uploader.end("KILLED" if stopped else "FAILED", wait_s=min(_SHORT_WAIT_S, config.tracking.final_wait_s))
         try:
             folder.settle(_STOPPED_WAIT_S)
         except ValueError as left:
             print(f"expertail: {left}", file=sys.stderr)
+        uploader.end("KILLED" if stopped else "FAILED", wait_s=min(_SHORT_WAIT_S, config.tracking.final_wait_s))
         if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _full(folder, problem) from problem
         raise
@@ -133,7 +135,13 @@ def _stored_table(config: RunConfig, folder: RunFolder) -> str:
 
 
 def tracking_uri(config: RunConfig) -> str:
-    """Where a run is tracked: the operator's URI, else a SQLite file beside the run folders."""
+    """Where a run is tracked: the operator's URI, else a SQLite file beside the run folders.
+
+    Raises:
+        ValueError: those are at a URL, and no URI is given.
+    """
+    if config.tracking.uri is None:
+        check_tracked(config)
     return config.tracking.uri or tracking.default_uri(expand(config.run.dir))
 
 
@@ -146,17 +154,21 @@ def sync_run(run: str, uri: str | None) -> str | None:
     Raises:
         ValueError: there is no such run, or its folder is damaged.
     """
+    if is_url(run):
+        with run_at_hand(run) as copy:
+            return _sync(Path(copy), uri)
     path = Path(run)
     if (path / STUDY_FILE).is_file():
         return _sync_study(path, uri)
-    if not (path / "config.yaml").is_file():
-        raise ValueError(f"{path}: not a run folder (no config.yaml); needed one that `expertail train` made")
-    folder = RunFolder(path)
-    try:
-        config = folder.stored_config()
-        return tracking.sync(path, uri or tracking_uri(config), config.tracking.experiment, path.name)
-    finally:
-        folder.close()
+    if not (path / CONFIG).is_file():
+        raise ValueError(f"{path}: not a run folder (no {CONFIG}); needed one that `expertail train` made")
+    with contextlib.closing(RunFolder(path)):
+        return _sync(path, uri)
+
+
+def _sync(path: Path, uri: str | None) -> str | None:
+    config = from_yaml(path / CONFIG)
+    return tracking.sync(path, uri or tracking_uri(config), config.tracking.experiment, path.name)
 
 
 def _sync_study(path: Path, uri: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""A machine of one's own inside this one: own processes, network, host name, home and /tmp/ray, gone with the test.
+"""Machines of one's own inside this one: own processes, network, host name, home and /tmp/ray, gone with the test.
 
 What runs in it uses the default ports and may call `ray stop`, which ends every Ray it sees; nothing else is touched.
 """
@@ -32,14 +32,19 @@ def missing(*commands: str) -> str | None:
 
 
 class Sandbox:
-    """One such machine, at `ADDRESS`.
+    """One such machine.
 
     Args:
         folder: where its home and the files of its servers lie; seen at the same path inside and outside.
         venv: the virtual environment that it finds as /opt/expertail.
+        address: its own.
+        host: its name.
+        beside: another one that a cable leads to; without, it is alone.
     """
 
-    def __init__(self, folder: Path, venv: Path) -> None:
+    def __init__(
+        self, folder: Path, venv: Path, address: str = ADDRESS, host: str = HOST, beside: Sandbox | None = None
+    ) -> None:
         self.folder, self.home = folder, folder / "home"
         self.home.mkdir(parents=True)
         Path("/tmp/ray").mkdir(exist_ok=True)
@@ -56,21 +61,31 @@ class Sandbox:
         lines = [f"root:x:0:0:root:{self.home}:/bin/bash" if line.startswith("root:") else line for line in lines]
         passwd.write_text("\n".join(lines) + "\n")
         hosts = folder / "hosts"
-        hosts.write_text(f"127.0.0.1 localhost\n{ADDRESS} {HOST}\n")
+        hosts.write_text(f"127.0.0.1 localhost\n{address} {host}\n")
         self.run(
             f"""
             set -e
-            hostname {HOST}
+            hostname {host}
             mount -t tmpfs tmpfs /tmp/ray; mount -t tmpfs tmpfs /run; mount -t tmpfs tmpfs /opt
             mount --bind {passwd} /etc/passwd; mount --bind {hosts} /etc/hosts
             ln -s {shlex.quote(str(venv))} /opt/expertail
             ip link set lo up
-            ip link add site0 type veth peer name site1
-            ip address add {ADDRESS}/24 dev site0
-            ip link set site0 up; ip link set site1 up
+            ip link add site0 type bridge
+            ip address add {address}/24 dev site0
+            ip link set site0 up
             ip route add default dev site0
             """
         )
+        if beside is not None:
+            self._join(beside)
+
+    def _join(self, other: Sandbox) -> None:
+        """Lay a cable between two machines, whose ends are ports of their bridges."""
+        ends = [f"port{self._inside}", f"port{other._inside}"]
+        cable = ["ip", "link", "add", ends[1], "netns", str(self._inside), "type", "veth"]
+        subprocess.run([*cable, "peer", "name", ends[0], "netns", str(other._inside)], check=True)
+        for machine, end in zip((other, self), ends, strict=True):
+            machine.run(f"ip link set {end} master site0 up")
 
     def __enter__(self) -> Sandbox:
         return self

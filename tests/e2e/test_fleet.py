@@ -9,7 +9,8 @@ import time
 import pytest
 
 from orchestration.compose import load_config
-from orchestration.fleet import Fleet, WorkerLost, check_fits, largest_share, resolve_resources, start_ray
+from orchestration.fleet import Fleet, check_fits, largest_share, resolve_resources, start_ray
+from orchestration.loss import WorkerLost
 from orchestration.mesh import mesh_shape
 
 pytestmark = pytest.mark.ray

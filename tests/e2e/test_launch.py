@@ -257,36 +257,42 @@ def test_nobody_gets_in_without_the_token(site, who, status):
 # The cluster launcher
 
 
+WORKER = "10.77.0.2"
+
+
 @pytest.fixture
-def machine():
+def machines():
+    """A head, which is also the operator's machine and holds key and token, and a worker that it can log in to."""
     if why := missing("sshd", "ssh", "ssh-keygen", "rsync"):
         pytest.skip(f"{why}; needed root and: apt-get install openssh-server rsync iproute2")
     folder = Path(f"/tmp/et{secrets.token_hex(3)}")
-    with Sandbox(folder, BIN.parent) as sandbox:
-        sandbox.run("""
-            set -e
-            mkdir -m 700 ~/.ssh ~/.ray /run/sshd
-            ssh-keygen -q -t ed25519 -N '' -f ~/.ssh/id_ed25519
-            cp ~/.ssh/id_ed25519.pub ~/.ssh/authorized_keys
-            ssh-keygen -q -t ed25519 -N '' -f ~/host_key
-            """)
-        (sandbox.home / ".ray" / "auth_token").write_text(secrets.token_hex(32))
-        (sandbox.home / "sshd_config").write_text(
-            f"ListenAddress {ADDRESS}\nHostKey {sandbox.home}/host_key\nPidFile none\nUsePAM no\n"
-            f"PasswordAuthentication no\nStrictModes no\n"
-        )
-        sandbox.run("$(command -v sshd || echo /usr/sbin/sshd) -f ~/sshd_config -E ~/sshd.log")
-        yield sandbox
+    with (
+        Sandbox(folder / "head", BIN.parent) as head,
+        Sandbox(folder / "worker", BIN.parent, WORKER, "site-worker", head) as worker,
+    ):
+        head.run("mkdir -m 700 ~/.ssh ~/.ray; ssh-keygen -q -t ed25519 -N '' -f ~/.ssh/id_ed25519")
+        (head.home / ".ray" / "auth_token").write_text(secrets.token_hex(32))
+        key = (head.home / ".ssh" / "id_ed25519.pub").read_text()
+        for machine, address in ((head, ADDRESS), (worker, WORKER)):
+            machine.run("mkdir -m 700 -p ~/.ssh /run/sshd; ssh-keygen -q -t ed25519 -N '' -f ~/host_key")
+            (machine.home / ".ssh" / "authorized_keys").write_text(key)
+            (machine.home / "sshd_config").write_text(
+                f"ListenAddress {address}\nHostKey {machine.home}/host_key\nPidFile none\nUsePAM no\n"
+                f"PasswordAuthentication no\nStrictModes no\n"
+            )
+            machine.run("$(command -v sshd || echo /usr/sbin/sshd) -f ~/sshd_config -E ~/sshd.log")
+        yield head, worker
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_the_cluster_launcher_starts_a_head_over_ssh_and_submits_to_it(machine):
-    """The shipped files, with the address of this machine and its user in place of the site's."""
+def test_the_cluster_launcher_starts_nodes_over_ssh_and_submits_to_them(machines, record_property):
+    """The shipped files, with the addresses of these machines and their user in place of the site's."""
+    machine, worker = machines
     config = yaml.safe_load((ROOT / "deploy" / "cluster-onprem.yaml").read_text())
-    config["provider"] |= {"head_ip": ADDRESS, "worker_ips": []}
+    config["provider"] |= {"head_ip": ADDRESS, "worker_ips": [WORKER]}
     config["auth"]["ssh_user"] = "root"
     (machine.home / "cluster.yaml").write_text(yaml.safe_dump(config))
-    run_dir = machine.folder / "runs"
+    run_dir = machine.folder.parent / "runs"
 
     def ray(words: str, code: int | None = 0) -> str:
         return machine.run(f"PATH=/opt/expertail/bin:$PATH ray {words}", limit_s=400, code=code, TERM="dumb")
@@ -295,7 +301,14 @@ def test_the_cluster_launcher_starts_a_head_over_ssh_and_submits_to_it(machine):
         launch = ROOT / "deploy" / "launch.py"
         return ray(f"submit cluster.yaml {launch} -- train {' '.join([*WORDS, *words])}", code)
 
+    begun = time.monotonic()
     ray("up -y cluster.yaml")
+    wait_for_nodes(2, ray)
+    record_property("seconds until the worker has joined", round(time.monotonic() - begun, 1))
+    print(f"seconds until the worker has joined: {time.monotonic() - begun:.1f}")
+    token = worker.home / ".ray" / "auth_token"
+    assert token.read_text() == (machine.home / ".ray" / "auth_token").read_text()
+    assert token.stat().st_mode & 0o777 == 0o600
     words = ("method.stages.train.epochs=1", "method.head.scale=20", "method.stages.train.objective.scale=20")
     printed = submit(f"run.dir={run_dir}", "run.name=sent", *words)
     ours = printed[printed.index("run folder ") : printed.index("Calibration")]
@@ -304,6 +317,13 @@ def test_the_cluster_launcher_starts_a_head_over_ssh_and_submits_to_it(machine):
     assert stored["method"]["head"]["scale"] == 20
     assert sorted(runs.losses(run_dir / "sent")) == list(range(1, 10))
     assert len(machine.run("ls -d /tmp/ray/session_2*").split()) == 1  # the head's Ray; no other was started
+
+    submit(f"run.dir={run_dir}", "run.name=spread", "cluster.workers=3", *words)
+    made_by = json.loads((run_dir / "spread" / "run.json").read_text())
+    assert {found["node"] for found in made_by["workers"]} == {ADDRESS, WORKER}
+    assert "failures" not in made_by
+    spread, packed = (runs.losses(run_dir / name) for name in ("spread", "sent"))
+    assert spread == pytest.approx(packed, rel=1e-3)  # float32 rounds otherwise elsewhere
     printed = submit(f"run.dir={run_dir}", "metod=ride", code=1)
     assert "metod: unknown key" in printed
 
@@ -315,7 +335,17 @@ def test_the_cluster_launcher_starts_a_head_over_ssh_and_submits_to_it(machine):
     assert "127.0.0.1:8265" in listening and "0.0.0.0" not in listening.split()[3]
 
     ray("down -y cluster.yaml")
-    assert "raylet" not in machine.run("ps -eo comm")
+    for each in machines:
+        assert "raylet" not in each.run("ps -eo comm")
+
+
+def wait_for_nodes(count, ray):
+    """Until so many raylets have joined, which the head starts one after another."""
+
+    def joined():
+        return len(re.findall(r"^ 1 ", ray("status", None).partition("Pending")[0], re.MULTILINE)) >= count
+
+    runs.wait_until(joined, f"{count} nodes", 300)
 
 
 # Slurm

@@ -77,9 +77,9 @@ def same(folder, calm):
     assert runs.evaluations(folder) == runs.evaluations(calm)
 
 
-def begun(nodes, folder):
+def begun(nodes, folder, *words):
     """A run of two experts on two nodes that has passed its first checkpoint: its driver, its nodes, its workers."""
-    driver = nodes.train(folder, *PAIR)
+    driver = nodes.train(folder, *PAIR, *words)
     runs.wait_for_step(folder, 6, 200)
     pids = [worker["pid"] for worker in told(folder)["workers"]]
     places = [nodes.node_of(pid) for pid in pids]
@@ -154,6 +154,8 @@ class TestDrills:
         assert "a worker died" in said
         gone_at = nodes.first(lambda seen: places[1] not in seen["nodes"], killed_at)
         figures = note(record_property, folder, killed_at, **{"seconds until Ray knows": gone_at - killed_at})
+        assert f"{nodes.address(places[1])} does not answer" in said
+        assert figures["failures"] == 1, "nothing was started on the dead node"
         assert figures["seconds to the next step"] < 120
         same(folder, calm)
 
@@ -180,6 +182,7 @@ class TestDrills:
         done(driver, folder, 600)
         gone_at = nodes.first(lambda seen: places[1] not in seen["nodes"], cut_at)
         figures = note(record_property, folder, cut_at, **{"seconds until Ray knows": gone_at - cut_at})
+        assert figures["failures"] == 1
         assert figures["seconds to the next step"] < 240
         same(folder, calm)
         nodes.heal()
@@ -201,6 +204,45 @@ class TestDrills:
         last = sorted((folder / "hangs").iterdir())[-2:]
         assert all("torch/distributed" in path.read_text() for path in last), "both wait in an exchange"
         note(record_property, folder, cut_at)
+        same(folder, calm)
+
+    @needs_networks
+    def test_workers_that_never_reach_each_other_again_move_to_nodes_that_do(
+        self, nodes, calm, tmp_path, record_property
+    ):
+        folder = tmp_path / "run"
+        driver, places, _ = begun(nodes, folder)
+        cut_at = time.time()
+        nodes.separate(*places)
+        noticed(record_property, folder, cut_at)
+        said = done(driver, folder, 600)
+        one, other = map(nodes.address, places)
+        assert f"nodes {one} and {other} do not reach each other, though Ray reaches both; starting" in said
+        used = {worker["node"] for worker in told(folder)["workers"]}
+        assert one in used and other not in used
+        assert note(record_property, folder, cut_at)["failures"] == 1
+        same(folder, calm)
+
+    @needs_networks
+    def test_a_lasting_cut_without_a_further_node_ends_the_run_which_goes_on_when_healed(
+        self, nodes, calm, tmp_path, record_property
+    ):
+        folder = tmp_path / "run"
+        nodes.crash("place3")
+        nodes.wait(lambda seen: "place3" not in seen["nodes"], "a dead node")
+        driver, places, _ = begun(nodes, folder, "cluster.placement_timeout_s=2")
+        cut_at = time.time()
+        nodes.separate(*places)
+        assert driver.wait(300) == 1
+        record_property("seconds to the end", round(time.time() - cut_at, 1))
+        print(f"seconds to the end: {time.time() - cut_at:.1f}")
+        said = folder.with_suffix(".log").read_text()
+        one, other = map(nodes.address, places)
+        assert f"nodes {one} and {other} do not reach each other" in said
+        assert "the same command continues" in said and "Traceback" not in said
+        assert told(folder)["failures"] == 1
+        nodes.heal()
+        done(nodes.train(folder, *PAIR), folder)
         same(folder, calm)
 
     def test_a_stopped_worker_is_found_and_what_its_partner_did_is_kept(self, nodes, calm, tmp_path, record_property):

@@ -157,6 +157,35 @@ def test_a_node_that_is_drained_is_left_after_a_checkpoint(calm, two_nodes, tmp_
     same(folder, calm)
 
 
+def test_a_node_that_several_stages_leave_is_one_preemption(two_nodes, tmp_path):
+    """LFME's three experts train side by side on the node that is drained; all move to the other."""
+    folder = tmp_path / "run"
+    experts = [f"method.stages.{stage}.epochs=2000" for stage in ("many", "medium", "few")]
+    words = [w for w in runs.SMALL if "stages.train" not in w] + ["method=lfme", *experts]
+    process = runs.start(folder, "cluster.cpus_per_worker=0.5", common=words, address=two_nodes.address)
+
+    def seats():
+        return {worker["stage"]: worker["node_id"] for worker in run_json(folder)["workers"]}
+
+    try:
+        for stage in ("many", "medium", "few"):
+            runs.wait_for_step(folder, 5, stage=stage)
+        (before,) = set(seats().values())
+        two_nodes.add_node(num_cpus=2)
+        drain(two_nodes.address, before)
+        runs.wait_until(lambda: len(run_json(folder).get("recoveries", [])) == 3, "three recoveries")
+        assert len(seats()) == 3 and before not in seats().values()
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert output.count("(preemption 1 of at most 100)") == 3
+    found = run_json(folder)
+    assert found["preemptions"] == 1
+    assert "failures" not in found
+
+
 def test_a_drained_cluster_without_another_node_ends_with_status_75_and_goes_on_later(calm, two_nodes, tmp_path):
     folder = tmp_path / "run"
     words = [*TWO, "run.max_steps=400", "cluster.placement_timeout_s=1"]

@@ -264,9 +264,11 @@ def test_what_only_the_data_can_say_is_left_open():
         (["dataset=cifar100_lt", "dataset.root=/not/there", "cluster.address=head:6379"], None),
         (["dataset=cifar100_lt", "dataset.download=true"], None),
         (["dataset=digits_lt"], None),
+        (["dataset=digits_lt", "method=ride_distill"], "teachers.teacher.run = "),
+        (["dataset=digits_lt", "method.backbone_weights=/not/there"], "method.backbone_weights: /not/there: no such"),
     ],
 )
-def test_a_folder_of_data_that_training_would_ask_for_is_missed(words, missing, monkeypatch):
+def test_what_training_would_miss_is_told_last(words, missing, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     _, found, last = describe(load_config(words)).partition("\nmissing, so that `expertail train` would refuse this\n")
     assert bool(found) == (missing is not None)

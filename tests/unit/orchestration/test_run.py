@@ -14,7 +14,7 @@ from orchestration.checkpoint import write_file
 from orchestration.compose import load_config
 from orchestration.console import Console
 from orchestration.drain import Drained, Preempted
-from orchestration.fleet import WorkerLost
+from orchestration.loss import WorkerLost
 from orchestration.mesh import MeshShape
 from orchestration.run import Run
 from orchestration.run_folder import RunFolder
@@ -29,6 +29,7 @@ class FakeFleet:
     def __init__(self, events, name="main", rooms=()):
         self.events, self.name, self.rooms = events, name, list(rooms)
         self.shape, self.workers, self.hosts = MeshShape(1, 1), [], [{"pid": name}]
+        self.silent, self.cuts, self.leaving = [], [], set()
 
     def start(self):
         self.events.append(f"start {self.name}")
@@ -52,6 +53,25 @@ class FakeFleet:
 
     def close(self):
         self.events.append(f"close {self.name}")
+
+    def silent_nodes(self):
+        if not self.silent:
+            return []
+        self.events.append("silent")
+        return self.silent.pop(0)
+
+    def leaving_nodes(self):
+        return self.leaving
+
+    def cut(self):
+        return self.cuts.pop(0) if self.cuts else None
+
+    def avoid(self, node):
+        self.events.append(f"avoid {node}")
+        self.check_room()
+
+    def address_of(self, node):
+        return node
 
     def check_room(self):
         self.events.append("room?")
@@ -153,6 +173,44 @@ def test_a_node_that_does_not_come_back_ends_the_run(make_run, events):
     assert events.count("room?") > 2
 
 
+def test_a_restart_waits_until_ray_knows_of_a_dead_node(make_run, events):
+    """One failure: nobody is started on a node that does not answer."""
+    run = make_run({"many": [*deaths(1), None]})
+    run.fleet.silent = [["node b"], ["node b"]]
+    assert lane(run).finished
+    assert events == ["start main", "train many", "silent", "silent", "room?", "mend main", "train many"]
+    assert run.folder.run()["failures"] == 1
+
+
+def test_workers_that_do_not_reach_each_other_move_to_other_nodes(make_run, events):
+    run = make_run({"many": [*deaths(1), None]})
+    run.fleet.cuts = [("node a", "node b")]
+    assert lane(run).finished
+    moved = ["mend main", "avoid node b", "room?", "move main", "room?", "start main", "train many"]
+    assert events == ["start main", "train many", "room?", *moved]
+    assert run.folder.run()["failures"] == 1
+    assert run.cost._workers == 1
+
+
+def test_a_lasting_cut_without_room_elsewhere_ends_the_run_and_names_both_nodes(make_run, events):
+    missing = ValueError("places for 0")
+    run = make_run({"many": deaths(1)}, rooms=[None, *[missing] * 1000])
+    run.fleet.cuts = [("node a", "node b")] * 1000
+    with pytest.raises(
+        ValueError, match=r"node a and node b do not reach each other, .*places for 0, .*the same command continues"
+    ):
+        lane(run)
+    assert events.count("avoid node b") > 2, "a cut may be mended meanwhile"
+    assert "move main" not in events
+
+
+def test_a_cut_that_is_mended_meanwhile_moves_nobody(make_run, events):
+    run = make_run({"many": [*deaths(1), None]}, rooms=[None, ValueError("places for 0")])
+    run.fleet.cuts = [("node a", "node b"), None]
+    assert lane(run).finished
+    assert "move main" not in events
+
+
 def test_a_signal_ends_the_wait_for_a_lost_node(make_run):
     missing = ValueError("cluster.workers = 1: places for 0")
     run = make_run({"many": deaths(1)}, rooms=[missing] * 1000)
@@ -208,6 +266,16 @@ def test_preemptions_have_a_budget_of_their_own(make_run, events):
     with pytest.raises(Preempted, match=r"cluster.max_preemptions = 2") as ended:
         lane(run)
     assert ended.value.exit_code == 75
+
+
+def test_one_node_that_is_taken_from_several_stages_counts_once(make_run):
+    run = make_run({})
+    run.preempted(Drained("node a"), "many", {"a"})
+    run.preempted(Drained("nodes a and b"), "medium", {"a", "b"})
+    run.preempted(Drained("node b"), "few", {"b"})
+    assert run.folder.run()["preemptions"] == 2
+    run.preempted(WorkerLost("a worker died", "preemption"), "few", set())
+    assert run.preemptions == 3
 
 
 def test_nodes_taken_away_without_room_elsewhere_end_the_run_with_the_status_for_it(make_run):

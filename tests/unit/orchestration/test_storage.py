@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import threading
 
 import pytest
 
-from orchestration import storage
+from orchestration import storage, store
 from orchestration.checkpoint import Checkpoints, verify, write_file
 from orchestration.compose import load_config
 from orchestration.run import check_run_dir, run_path
-from orchestration.storage import StorageProblem, Store, StoredRunFolder
+from orchestration.storage import StoredRunFolder, run_at_hand
+from orchestration.store import StorageProblem, Store, try_out
+from orchestration.sweep import plan_sweep
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(storage, "_SETTLE_S", 0.0)
-    monkeypatch.setattr(storage, "_BEAT_S", 0.1)
-    monkeypatch.setattr(storage, "_STALE_S", 1.0)
+    monkeypatch.setattr(store, "_SETTLE_S", 0.0)
+    monkeypatch.setattr(store, "BEAT_S", 0.1)
+    monkeypatch.setattr(store, "STALE_S", 1.0)
     monkeypatch.setattr(storage, "_RETRY_S", 0.05)
 
 
@@ -88,9 +91,9 @@ def test_what_is_put_is_what_another_node_gets(url, tmp_path):
 def test_cut_off_at_any_moment_the_newest_checkpoint_has_its_journal(scheme, tmp_path, monkeypatch):
     """Every write and removal in turn is the last that reaches the storage; memory:// stands for object stores, which
     write whole files."""
-    monkeypatch.setattr(storage, "_WHOLE", {"memory"})
+    monkeypatch.setattr(store, "_WHOLE", {"memory"})
     url = f"{scheme}://{tmp_path}/bucket/runs/one"
-    left, guard = [0], threading.Lock()
+    left, guard, cut = [0], threading.Lock(), threading.Event()
 
     def counted(method):
         def call(self, name, *rest):
@@ -98,6 +101,7 @@ def test_cut_off_at_any_moment_the_newest_checkpoint_has_its_journal(scheme, tmp
                 with guard:
                     left[0] -= 1
                     if left[0] < 0:
+                        cut.set()
                         raise StorageProblem("cut off")
             return method(self, name, *rest)
 
@@ -117,14 +121,15 @@ def test_cut_off_at_any_moment_the_newest_checkpoint_has_its_journal(scheme, tmp
         train(folder, 4)
         folder.settle(10)
         left[0] = moment
+        cut.clear()
         for step in (8, 12, 16, 20):
             train(folder, step)
         finish(folder)
-        try:
-            folder.settle(0.2)
-            ended = True
-        except StorageProblem:
-            ended = False
+        ended = False
+        while not (ended or cut.is_set()):
+            with contextlib.suppress(StorageProblem):
+                folder.settle(0.02)
+                ended = True
         left[0] = 0  # it tries again for as long as it lives
         folder.close()
         shutil.rmtree(folder.path)
@@ -267,7 +272,7 @@ def test_storage_that_fails_for_a_while_stops_nothing(url, tmp_path, monkeypatch
 
 def test_what_could_not_be_put_is_told_with_its_place(url, tmp_path, monkeypatch):
     folder = StoredRunFolder(tmp_path / "here", url)
-    monkeypatch.setattr(storage.Store, "write", lambda *_: (_ for _ in ()).throw(StorageProblem("no credentials")))
+    monkeypatch.setattr(Store, "write", lambda *_: (_ for _ in ()).throw(StorageProblem("no credentials")))
     train(folder, 4)
     with pytest.raises(ValueError, match=rf"not there yet \(no credentials\); it is in {folder.path}"):
         folder.settle(0.3)
@@ -317,3 +322,34 @@ def test_storage_that_cannot_be_opened_is_refused(tmp_path):
         StoredRunFolder(tmp_path / "here", f"file://{tmp_path}/file/runs/one")
     with pytest.raises(ValueError, match="cannot be opened"):
         Store("nosuch://bucket")
+
+
+def test_commands_take_the_url_of_a_run_and_put_back_what_they_write(url, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = StoredRunFolder(tmp_path / "here", url)
+    (folder.path / "config.yaml").write_text("a run's")
+    folder.settle(10)
+    folder.close()
+    with run_at_hand(url) as copy:
+        assert copy.startswith(str(tmp_path / ".cache"))
+        with open(f"{copy}/found.json", "w") as file:
+            file.write("{}")
+    assert (tmp_path / "bucket/runs/one/found.json").read_text() == "{}"
+    with (
+        pytest.raises(ValueError, match=r"no run there \(no config.yaml\); needed the URL of one"),
+        run_at_hand(f"{url}x"),
+    ):
+        pass
+    assert not (tmp_path / "bucket/runs/onex").exists()
+    with run_at_hand("runs/of/a/path") as same:
+        assert same == "runs/of/a/path"
+
+
+def test_the_doctor_leaves_nothing_behind(tmp_path):
+    try_out(f"file://{tmp_path}/bucket")
+    assert list((tmp_path / "bucket").iterdir()) == []
+
+
+def test_a_sweep_at_a_url_is_refused():
+    with pytest.raises(ValueError, match=r"run.dir = s3://bucket/runs: a sweep compares run folders on disk"):
+        plan_sweep("seed=1,2", [*WORDS, "run.dir=s3://bucket/runs"])

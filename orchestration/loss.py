@@ -1,0 +1,59 @@
+"""What the errors of workers mean for the run: a loss that it survives, or words that an operator can act on."""
+
+from __future__ import annotations
+
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
+
+_EXCHANGE_WORDS = ("gloo", "nccl", "torch/distributed", "torch.distributed")  # in the trace of a broken exchange
+
+
+class WorkerLost(RuntimeError):
+    """A worker died or hangs; the run can go on from its newest checkpoint.
+
+    Attributes:
+        why: "failure"; "hang"; "memory", ended for using too much; "preemption", its node was taken away with notice.
+    """
+
+    def __init__(self, text: str, why: str = "failure") -> None:
+        super().__init__(text)
+        self.why = why
+
+
+def refusal(error: RayTaskError) -> Exception | None:
+    """What a worker said in words that an operator can act on, if it did."""
+    cause = error.cause
+    if isinstance(cause, ValueError | FloatingPointError | OSError):
+        return cause
+    if isinstance(cause, MemoryError) or "can't allocate memory" in str(error):
+        return WorkerLost(f"a worker is out of memory: {_last_line(str(cause))}", "memory")
+    if type(cause).__name__ == "OutOfMemoryError":
+        return ValueError(
+            f"a worker's GPU is out of memory ({_last_line(str(cause))}); use more workers "
+            f"(cluster.workers, cluster.experts_per_worker), or engine.precision=autocast"
+        )
+    return None
+
+
+def loss_of(error: RayError) -> WorkerLost:
+    """What the death of a worker means, in Ray's words."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, OutOfMemoryError):
+        text = next((line for line in lines if "memory" in line.lower()), "its node is nearly full")
+        return WorkerLost(f"a worker was ended, out of memory: {text}", "memory")
+    text = f"a worker died: {lines[0] if lines else type(error).__name__}"
+    return WorkerLost(text, "preemption" if getattr(error, "preempted", False) else "failure")
+
+
+def broken_exchange(error: RayTaskError) -> WorkerLost | None:
+    """What the failure of an exchange means, if the error is one."""
+    text = str(error).lower()
+    if not any(word in text for word in _EXCHANGE_WORDS):
+        return None
+    waited_long = "timed out" in text or "timeout" in text
+    return WorkerLost(
+        f"an exchange between workers failed: {_last_line(str(error))}", "hang" if waited_long else "failure"
+    )
+
+
+def _last_line(text: str) -> str:
+    return text.strip().splitlines()[-1]

@@ -1,0 +1,268 @@
+"""What fsspec opens at a URL, s3://, gs://, abfs://, sftp:// and so on: files by name, and who may write them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+LOCK = "lock.json"
+BEAT_S, STALE_S = 10.0, 45.0  # of a lock
+_SETTLE_S = 1.0
+_WHOLE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss"}  # a file that is put there is whole or absent
+_PART = ".part-"
+
+
+class StorageProblem(ValueError):
+    """What is at a URL cannot be read or written; says why and what to do."""
+
+
+def is_url(place: str) -> bool:
+    """Whether a run.dir or a run is given by URL."""
+    return "://" in place
+
+
+def check_url(place: str, key: str = "run.dir") -> None:
+    """Refuse a URL that no library here opens, or that would be stored with its password.
+
+    Args:
+        place: the URL.
+        key: what it was given for, for messages.
+
+    Raises:
+        ValueError: says which.
+    """
+    from fsspec import get_filesystem_class
+
+    if urlsplit(place).password is not None:
+        raise ValueError(
+            f"{key}: {place.partition(':')[0]}:// with a password in it, which config.yaml would keep; needed a URL "
+            f"without one; give the password as that file system's library reads it: a key, its environment, its file"
+        )
+    scheme = place.partition("://")[0]
+    try:
+        get_filesystem_class(scheme)
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"{key} = {place}: {error}; needed a library for {scheme}:// in the environment of this command, as s3fs "
+            f"for s3://, gcsfs for gs://, adlfs for abfs://, paramiko for sftp://"
+        ) from None
+
+
+def copy_of(url: str, local_dir: Path) -> Path:
+    """Where the working copies of what is below a URL are, absolute."""
+    digest = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:12]
+    return Path(os.path.abspath(local_dir)) / digest
+
+
+class Store:
+    """Files below a URL, by relative names.
+
+    Args:
+        url: of the folder.
+
+    Raises:
+        StorageProblem: here and in every method, when the file system says no.
+    """
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        self.url = url.rstrip("/")
+        with self._explained("opened"):
+            # not shared: connections of some file systems serve one thread at a time
+            self._fs, self._root = fsspec.core.url_to_fs(self.url, skip_instance_cache=True)
+        self._whole = self.url.partition("://")[0] in _WHOLE
+        self._made: set[str] = set()
+
+    @contextlib.contextmanager
+    def _explained(self, what: str, name: str = "") -> Iterator[None]:
+        try:
+            yield
+        except StorageProblem:
+            raise
+        except Exception as error:  # every file system has errors of its own
+            place = f"{self.url}/{name}" if name else self.url
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise StorageProblem(
+                f"{place}: cannot be {what} ({type(error).__name__}: {reason}); needed storage that this node can "
+                f"read and write; check the URL in run.dir, the credentials and the network"
+            ) from error
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def names(self) -> list[str]:
+        """All files, without those that are half put."""
+        with self._explained("listed"):
+            self._fs.invalidate_cache()
+            try:
+                found = self._fs.find(self._root)
+            except FileNotFoundError:
+                return []
+            names = [str(path).removeprefix(self._root).lstrip("/") for path in found]
+        return sorted(name for name in names if _PART not in name)
+
+    def read(self, name: str) -> bytes | None:
+        """A file's content; None if there is no such file."""
+        with self._explained("read", name):
+            try:
+                return bytes(self._fs.cat_file(self._path(name)))
+            except FileNotFoundError:
+                return None
+
+    def write(self, name: str, data: bytes) -> None:
+        """Put a file, whole or not at all, in place of what is there."""
+        with self._explained("written", name):
+            self._make_parent(name)
+            if self._whole:
+                self._fs.pipe_file(self._path(name), data)
+                return
+            part = self._path(f"{name}{_PART}{uuid.uuid4().hex[:8]}")
+            self._fs.pipe_file(part, data)
+            self._fs.mv(part, self._path(name))
+
+    def put(self, source: Path, name: str) -> None:
+        """Put a file that may be large; cut off, it may be there in part."""
+        with self._explained("written", name):
+            self._make_parent(name)
+            self._fs.put_file(str(source), self._path(name))
+
+    def get(self, name: str, target: Path) -> None:
+        """Copy a file from there."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with self._explained("read", name):
+            self._fs.get_file(self._path(name), str(target))
+
+    def remove(self, names: list[str]) -> None:
+        """Remove files, in this order; those that are not there are passed over."""
+        for name in names:
+            with self._explained("removed", name), contextlib.suppress(FileNotFoundError):
+                self._fs.rm_file(self._path(name))
+
+    def _make_parent(self, name: str) -> None:
+        """Folders, where the file system has some."""
+        parent = self._path(name).rpartition("/")[0]
+        if not self._whole and parent not in self._made:
+            self._fs.makedirs(parent, exist_ok=True)
+            self._made.add(parent)
+
+
+class StoreLock:
+    """Who may write what is below a URL: a file there that its holder writes anew every few seconds.
+
+    Args:
+        store: of its own; the lock is kept from a thread of its own.
+        folder: the working copy, locked by this process: a holder with the same one on this machine is gone.
+
+    Attributes:
+        lost: whether another process has taken it.
+    """
+
+    def __init__(self, store: Store, folder: Path) -> None:
+        self._store = store
+        self._content = {
+            "token": uuid.uuid4().hex,
+            "holder": f"process {os.getpid()} on {platform.node()}",
+            "place": f"{_boot()} {folder}",
+        }
+        self.lost = False
+        self._stop = threading.Event()
+        self._take()
+        self._thread = threading.Thread(target=self._keep, name="storage-lock", daemon=True)
+        self._thread.start()
+
+    def _take(self) -> None:
+        """Raises: ValueError: another process holds it."""
+        found = self._read()
+        if found is not None and found.get("place") != self._content["place"]:
+            print(
+                f"expertail: {self._store.url}: locked by {found.get('holder')}; seeing for {STALE_S:g} s whether it "
+                f"is alive",
+                file=sys.stderr,
+                flush=True,
+            )
+            end = time.monotonic() + STALE_S
+            while time.monotonic() < end:
+                time.sleep(1.0)
+                now = self._read()
+                if now is None:
+                    break
+                if now != found:
+                    raise ValueError(
+                        f"{self._store.url}: the run is already being carried out by {now.get('holder')}; wait for it, "
+                        f"stop it, or set another run.name"
+                    )
+        self._write(0)
+        time.sleep(_SETTLE_S)  # whoever saw the same stale lock has written his by now
+        self.check()
+
+    def _read(self) -> dict[str, Any] | None:
+        data = self._store.read(LOCK)
+        try:
+            return None if data is None else dict(json.loads(data))
+        except ValueError:
+            return {"holder": "an unreadable lock"}
+
+    def _write(self, beat: int) -> None:
+        self._store.write(LOCK, json.dumps(self._content | {"beat": beat}, indent=1).encode())
+
+    def _keep(self) -> None:
+        beat = 0
+        while not self._stop.wait(BEAT_S):
+            beat += 1
+            with contextlib.suppress(ValueError):  # unreachable for now, or lost: `check` says so where it matters
+                self.check()
+                self._write(beat)
+
+    def check(self) -> None:
+        """Raises: ValueError: another process has taken the lock."""
+        found = self._read()
+        if self.lost or (found is not None and found.get("token") != self._content["token"]):
+            self.lost = True
+            holder = (found or {}).get("holder", "another process")
+            raise ValueError(
+                f"{self._store.url}: taken over by {holder}, which saw no sign of this process for {STALE_S:g} s; "
+                f"needed one process a run; this one stops, and its copy is made new from there at the next start"
+            )
+
+    def release(self) -> None:
+        """Let others have it."""
+        self._stop.set()
+        self._thread.join(timeout=BEAT_S)
+        with contextlib.suppress(ValueError):
+            self.check()
+            self._store.remove([LOCK])
+        self.lost = True
+
+
+def try_out(url: str) -> None:
+    """Write a file below a URL, read it and remove it.
+
+    Raises:
+        StorageProblem: one of these is not possible.
+    """
+    store, name, nonce = Store(url), f".expertail-doctor-{uuid.uuid4().hex[:8]}", uuid.uuid4().bytes
+    store.write(name, nonce)
+    found = store.read(name)
+    store.remove([name])
+    if found != nonce:
+        raise StorageProblem(f"{url}/{name}: what was read is not what was written; needed storage that keeps files")
+
+
+def _boot() -> str:
+    """This machine, until it is started again."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + f" {platform.node()}"
+    except OSError:
+        return platform.node()
