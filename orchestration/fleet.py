@@ -96,7 +96,7 @@ def _check_listening(address: str) -> None:
     except (OSError, OverflowError) as error:
         raise ValueError(
             f"cluster.address = {address}: nobody listens there ({error}); needed the address of a running Ray head; "
-            f"start one with `ray start --head`, correct the address or RAY_ADDRESS, or unset it to run on this machine "
+            f"start one with `ray start --head`, correct the address or RAY_ADDRESS, or unset it to run on this host "
             f"alone"
         ) from error
     _check_token(address)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import ray
 
-_OBJECT_STORE_BYTES = 256 * 2**20  # only numbers and scores travel through it
+_OBJECT_STORE_BYTES = 256 * 2**20  # for numbers and scores; files of checkpoints at a URL may spill to disk
 _ATTEMPTS = 3
 
 
