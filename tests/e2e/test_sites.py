@@ -1,4 +1,4 @@
-"""Sites that start Ray for a run: the cluster launcher over ssh, Slurm; and the MLflow server beside them. Each for real.
+"""Sites that start Ray for a run: the cluster launcher over ssh, Slurm; and the MLflow server beside them. All real.
 
 Ray asks for a token everywhere. What needs a Debian package or root says so when it is not there.
 """

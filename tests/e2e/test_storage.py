@@ -22,9 +22,7 @@ SPREAD = ["cluster.workers=3", "cluster.cpus_per_worker=0.3"]
 def train(url, local, *words):
     """`expertail train` of the run `url` in this process."""
     place, _, name = url.rpartition("/")
-    return main(
-        ["train", *runs.SMALL, *SPREAD, f"run.dir={place}", f"run.name={name}", f"run.local_dir={local}", *words]
-    )
+    return main(["train", *runs.SMALL, f"run.dir={place}", f"run.name={name}", f"run.local_dir={local}", *words])
 
 
 def same(folder, undisturbed):
@@ -35,19 +33,25 @@ def same(folder, undisturbed):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_run_goes_on_from_what_is_at_its_url(warm, tmp_path, capsys):
-    """Three starts on three nodes that share nothing but the URL: bitwise the run of a shared folder."""
+@pytest.mark.parametrize(
+    ("placement", "limits"),
+    [([], [14]), pytest.param(SPREAD, [9, 18], marks=pytest.mark.drill)],
+    ids=["packed", "spread"],
+)
+def test_a_run_goes_on_from_what_is_at_its_url(placement, limits, warm, tmp_path, capsys):
+    """Every start on a node that shares nothing with the last but the URL: bitwise the run of a shared folder."""
     undisturbed, url = tmp_path / "run", f"file://{tmp_path}/bucket/runs/one"
-    assert runs.train(undisturbed, *SPREAD) == 0
-    assert train(url, tmp_path / "a", "run.max_steps=9") == 0
-    shutil.rmtree(tmp_path / "a")
-    assert train(url, tmp_path / "b", "run.max_steps=18") == 0
-    assert train(url, tmp_path / "c") == 0
+    for limit in limits:  # the same evaluations are made
+        assert runs.train(undisturbed, *placement, f"run.max_steps={limit}") == 0
+    assert runs.train(undisturbed, *placement) == 0
+    for limit in limits:
+        assert train(url, tmp_path / f"until {limit}", *placement, f"run.max_steps={limit}") == 0
+    assert train(url, tmp_path / "to the end", *placement) == 0
     capsys.readouterr()
     kept = tmp_path / "bucket" / "runs" / "one"
     same(kept, undisturbed)
-    assert json.loads((kept / "run.json").read_text())["starts"] == 3
-    assert train(url, tmp_path / "b") == 0
+    assert json.loads((kept / "run.json").read_text())["starts"] == len(limits) + 1
+    assert train(url, tmp_path / "until 14", *placement) == 0
     assert "is finished" in capsys.readouterr().err
 
 
