@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestration import store
 from orchestration.cli import main
 from tests import runs
 from tests.nodes import Nodes
@@ -38,8 +39,9 @@ def same(folder, undisturbed):
     [([], [14]), pytest.param(SPREAD, [9, 18], marks=pytest.mark.drill)],
     ids=["packed", "spread"],
 )
-def test_a_run_goes_on_from_what_is_at_its_url(placement, limits, warm, tmp_path, capsys):
+def test_a_run_goes_on_from_what_is_at_its_url(placement, limits, warm, tmp_path, monkeypatch, capsys):
     """Every start on a node that shares nothing with the last but the URL: bitwise the run of a shared folder."""
+    monkeypatch.setattr(store, "_SETTLE_S", 0.1)
     undisturbed, url = tmp_path / "run", f"file://{tmp_path}/bucket/runs/one"
     for limit in limits:  # the same evaluations are made
         assert runs.train(undisturbed, *placement, f"run.max_steps={limit}") == 0
