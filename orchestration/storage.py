@@ -8,7 +8,8 @@ folder need be shared. A thread of its own puts what changed after each checkpoi
     close   put the rest, unlock
 
 So the newest checkpoint that is whole there has its journal beside it whenever the driver or its node dies, and
-`finished` is written after what was finished. What is there is never renamed or appended to.
+`finished` is written after what was finished. Training goes on meanwhile: run.json is read before anything else is
+looked at, checkpoints are held by links before the journal is read. What is there is never appended to.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from orchestration.checkpoint import MANIFEST
 from orchestration.compose import expand
 from orchestration.config import RunSettings
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 
 INDEX = "storage.json"
 _RECORD = ".storage.json"  # in the copy: which states at the URL it comes from
+_HELD = ".putting"
 _NOTHING = "nothing"
 _CLOSE_S, _RETRY_S, _END_S = 300.0, 10.0, 10.0
 
@@ -80,6 +84,8 @@ class StoredRunFolder(LentRunFolder):
             super().close()
             raise
         self.url = self._store.url
+        self._files: dict[str, str] = dict(self._index.get("files", {}))  # sha256 of what is there, by name
+        self._kept: dict[str, str] = dict(self._index.get("checkpoints", {}))  # of the manifest, likewise
         self._seen: dict[str, tuple[int, int]] = {}
         self._wanted, self._put = 0, 0
         self._problem: str | None = None
@@ -134,11 +140,17 @@ class StoredRunFolder(LentRunFolder):
         state = index.get("state", _NOTHING)
         record = self.path / _RECORD
         known = _json(record.read_bytes() if record.exists() else None).get("states")
+        self._store.clean()
         if known is None or state not in known:
-            self._record([])  # cut off from here on, the copy is worth nothing
-            self._clear()
             names = [name for name in self._store.names() if name not in (INDEX, LOCK)]
             whole = {name.rpartition("/")[0] for name in names if name.endswith(f"/{MANIFEST}")}
+            if index.get("checkpoints") and not whole:
+                raise StorageProblem(
+                    f"{self._store.url}/{INDEX}: lists {len(index['checkpoints'])} checkpoints, and none is whole "
+                    f"there; needed one; restore them, or remove the run there to start it anew"
+                )
+            self._record([])  # cut off from here on, the copy is worth nothing
+            self._set_aside()
             for name in names:
                 if not name.startswith("checkpoints/") or name.rpartition("/")[0] in whole:
                     self._store.get(name, self._below(name))
@@ -155,11 +167,25 @@ class StoredRunFolder(LentRunFolder):
     def _record(self, states: list[str]) -> None:
         write_atomic(self.path / _RECORD, json.dumps({"states": states}) + "\n")
 
-    def _clear(self) -> None:
-        for path in self.path.iterdir():
-            if path.is_dir():
+    def _set_aside(self) -> None:
+        """Make room for what is there. A copy that may hold more than was put is kept, the last of its kind."""
+        aside = self.path.with_name(f".{self.path.name}.replaced")
+        found = [path for path in self.path.iterdir() if path.name not in (".lock", _RECORD)]
+        if any(self.path.glob(f"checkpoints/[0-9]*/{MANIFEST}")):
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            print(
+                f"expertail: {self.path}: another start has gone on with the run at {self._store.url} since; this copy "
+                f"is made new from there, the old one is in {aside}",
+                file=sys.stderr,
+                flush=True,
+            )
+        for path in found:
+            if aside.exists():
+                os.rename(path, aside / path.name)
+            elif path.is_dir():
                 shutil.rmtree(path)
-            elif not path.name.startswith("."):
+            else:
                 path.unlink()
 
     # There
@@ -174,13 +200,16 @@ class StoredRunFolder(LentRunFolder):
                 asked = self._wanted
             try:
                 self._synchronise()
-            except (ValueError, OSError) as problem:
-                self._problem = str(problem)
-                if told != self._problem:
-                    told = self._problem
-                    print(f"expertail: {problem}; training goes on, and it is tried again", file=sys.stderr, flush=True)
+            except Exception as problem:  # whatever it is, what is there is whole, and the next time may do better
+                self._problem = str(problem) or type(problem).__name__
                 with self._change:
                     self._change.notify_all()
+                    if self._remote_lock.lost:
+                        return
+                if told != self._problem:
+                    told = self._problem
+                    print(f"expertail: {told}; training goes on, and it is tried again", file=sys.stderr, flush=True)
+                with self._change:
                     self._change.wait_for(lambda: self._closing, timeout=_RETRY_S)
                 continue
             self._problem = told = None
@@ -191,30 +220,51 @@ class StoredRunFolder(LentRunFolder):
     def _synchronise(self) -> None:
         """Put what changed. The order is the promise: see the head of this file."""
         self._remote_lock.check()
-        files: dict[str, str] = dict(self._index.get("files", {}))
-        checkpoints: dict[str, str] = dict(self._index.get("checkpoints", {}))
+        run = self.path / RUN
+        said = run.read_bytes() if run.exists() else None
+        try:
+            held = self._hold()
+            self._put_file(JOURNAL)
+            for folder in held:
+                self._put_checkpoint(folder)
+        finally:
+            shutil.rmtree(self.path / _HELD, ignore_errors=True)
+        names = {folder.name for folder in held}
         local = sorted(self._names())
-        last = [name for name in local if name == RUN]
-        if JOURNAL in local:
-            self._put_file(JOURNAL, files)
-        there = self._put_checkpoints(checkpoints)
-        for name in [*(n for n in local if n not in (JOURNAL, RUN)), *last]:
-            self._put_file(name, files)
-        gone = [name for name in files if name not in local]
-        state = uuid.uuid4().hex
-        index = {
-            "state": state,
-            "files": {name: digest for name, digest in files.items() if name in local},
-            "checkpoints": {name: digest for name, digest in checkpoints.items() if name in there},
-        }
+        for name in local:
+            if name not in (JOURNAL, RUN):
+                self._put_file(name)
+        if said is not None:
+            self._put_bytes(RUN, said)
+        gone = [name for name in self._files if name not in local]
+        files = {name: digest for name, digest in self._files.items() if name in local}
+        kept = {name: digest for name, digest in self._kept.items() if name in names}
+        if (files, kept) != (self._index.get("files", {}), self._index.get("checkpoints", {})):
+            self._put_index({"state": uuid.uuid4().hex, "files": files, "checkpoints": kept})
+        self._files, self._kept = files, kept
+        old = [n for n in self._store.names() if n.startswith("checkpoints/") and n.split("/")[1] not in names]
+        self._store.remove([*gone, *sorted(old if names else [], key=_end_first)])
+
+    def _put_index(self, index: dict[str, Any]) -> None:
+        """Say there what there is, under a name that the copy knows."""
         self._remote_lock.check()
-        self._states.append(state)  # written or not, as far as a failing answer tells
+        self._states.append(index["state"])  # written or not, as far as a failing answer tells
         self._record(self._states)
         self._store.write(INDEX, (json.dumps(index, indent=1) + "\n").encode())
-        self._index, self._states = index, [state]
-        self._record([state])
-        old = [n for n in self._store.names() if n.startswith("checkpoints/") and n.split("/")[1] not in there]
-        self._store.remove([*gone, *sorted(old, key=_end_first)])
+        self._index, self._states = index, [index["state"]]
+        self._record(self._states)
+
+    def _hold(self) -> list[Path]:
+        """Links to all complete checkpoints, which training may tidy away; best weights before those that name them."""
+        held = self.path / _HELD
+        while True:
+            shutil.rmtree(held, ignore_errors=True)
+            try:
+                of_steps = sorted((self.path / "checkpoints").glob(f"[0-9]*/{MANIFEST}"))
+                best = sorted((self.path / "checkpoints").glob(f"best-*/{MANIFEST}"))  # second: has all of theirs
+                return [_linked(manifest.parent, held) for manifest in best + of_steps]
+            except FileNotFoundError:  # tidied away, or written anew: look again
+                continue
 
     def _names(self) -> Iterator[str]:
         """The files of the copy that are put, but those of checkpoints."""
@@ -225,45 +275,60 @@ class StoredRunFolder(LentRunFolder):
                 if not name.startswith((".", f"{JOURNAL}.")):
                     yield (below / name).as_posix()
 
-    def _put_file(self, name: str, known: dict[str, str]) -> None:
+    def _put_file(self, name: str) -> None:
+        """Put a file of the copy if it changed."""
         path = self.path / name
         try:
             status = path.stat()
             mark = (status.st_size, status.st_mtime_ns)
-            if self._seen.get(name) == mark and name in known:
+            if self._seen.get(name) == mark and name in self._files:
                 return
             data = path.read_bytes()
         except FileNotFoundError:  # gone since
             return
-        digest = hashlib.sha256(data).hexdigest()
-        if known.get(name) != digest:
-            self._store.write(name, data)
-            known[name] = digest
+        self._put_bytes(name, data)
         self._seen[name] = mark
 
-    def _put_checkpoints(self, known: dict[str, str]) -> set[str]:
-        """Put each checkpoint that is new, after the best weights that it names. Returns the names of all there now."""
-        there = set()
-        of_steps = sorted((self.path / "checkpoints").glob(f"[0-9]*/{MANIFEST}"))
-        best = sorted((self.path / "checkpoints").glob(f"best-*/{MANIFEST}"))  # listed last: it has those of all above
-        for manifest in best + of_steps:
-            folder, name = manifest.parent, manifest.parent.name
-            try:
-                data = manifest.read_bytes()
-                digest = hashlib.sha256(data).hexdigest()
-                if known.get(name) != digest:
-                    remote = f"checkpoints/{name}"
-                    self._store.remove([f"{remote}/{MANIFEST}"])
-                    for file in json.loads(data)["files"]:
-                        self._store.put(folder / file, f"{remote}/{file}")
-                    self._store.write(f"{remote}/{MANIFEST}", data)
-                    known[name] = digest
-            except (FileNotFoundError, StorageProblem):
-                if manifest.exists():
-                    raise
-                continue  # tidied away meanwhile
-            there.add(name)
-        return there
+    def _put_bytes(self, name: str, data: bytes) -> None:
+        digest = hashlib.sha256(data).hexdigest()
+        if self._files.get(name) != digest:
+            self._store.write(name, data)
+            self._files[name] = digest
+
+    def _put_checkpoint(self, folder: Path) -> None:
+        """Put a held checkpoint, unless it is there."""
+        manifest = (folder / MANIFEST).read_bytes()
+        digest = hashlib.sha256(manifest).hexdigest()
+        if self._kept.get(folder.name) == digest:
+            return
+        remote = f"checkpoints/{folder.name}"
+        self._kept.pop(folder.name, None)
+        self._store.remove([f"{remote}/{MANIFEST}"])
+        for file in json.loads(manifest)["files"]:
+            self._store.put(folder / file, f"{remote}/{file}")
+        self._store.write(f"{remote}/{MANIFEST}", manifest)
+        self._kept[folder.name] = digest
+
+
+def _linked(folder: Path, below: Path) -> Path:
+    """A checkpoint's files once more, as they are.
+
+    Raises:
+        FileNotFoundError: it was taken away or exchanged meanwhile.
+    """
+    target = below / folder.name
+    target.mkdir(parents=True)
+    before = folder.stat().st_ino
+    for path in folder.iterdir():
+        try:
+            os.link(path, target / path.name)
+        except FileNotFoundError:
+            raise
+        except OSError:  # a file system without links
+            shutil.copyfile(path, target / path.name)
+    if folder.stat().st_ino != before:
+        raise FileNotFoundError(folder)
+    return target
 
 
 @contextlib.contextmanager
@@ -278,9 +343,10 @@ def run_at_hand(run: str) -> Iterator[str]:
         return
     check_url(run, "RUN")
     place, _, name = run.rstrip("/").rpartition("/")
-    if Store(run).read(CONFIG) is None:
+    config = Store(run).read(CONFIG)
+    if config is None:
         raise ValueError(f"{run}: no run there (no {CONFIG}); needed the URL of one, as {place}/<run.name>")
-    folder = StoredRunFolder(copy_of(place, expand(RunSettings().local_dir)) / name, run)
+    folder = StoredRunFolder(copy_of(place, expand(_local_dir(config))) / name, run)
     try:
         yield str(folder.path)
         folder.settle()
@@ -291,6 +357,14 @@ def run_at_hand(run: str) -> Iterator[str]:
 def _end_first(name: str) -> tuple[bool, bool]:
     """In which order files of checkpoints are removed: none may look whole, or lack its best weights."""
     return name.split("/")[1].startswith("best-"), not name.endswith(f"/{MANIFEST}")
+
+
+def _local_dir(config: bytes) -> str:
+    """Where a stored config has its copies."""
+    try:
+        return str(yaml.safe_load(config)["run"]["local_dir"])
+    except (yaml.YAMLError, KeyError, TypeError):
+        return RunSettings().local_dir
 
 
 def _json(data: bytes | None) -> dict[str, Any]:

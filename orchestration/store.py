@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 LOCK = "lock.json"
 BEAT_S, STALE_S = 10.0, 45.0  # of a lock
 _SETTLE_S = 1.0
+_SILENT_S, _KEEP_ALIVE_S = 60.0, 15
 _WHOLE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss"}  # a file that is put there is whole or absent
 _PART = ".part-"
 
@@ -66,7 +67,7 @@ def copy_of(url: str, local_dir: Path) -> Path:
 
 
 class Store:
-    """Files below a URL, by relative names.
+    """Files below a URL, by relative names; from any thread, one at a time. A connection that failed is made anew.
 
     Args:
         url: of the folder.
@@ -76,22 +77,38 @@ class Store:
     """
 
     def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self._whole = self.url.partition("://")[0] in _WHOLE
+        self._using = threading.RLock()
+        self._opened: Any = None
+        self._made: set[str] = set()
+        with self._explained("opened"):
+            self._connect()
+
+    def _connect(self) -> None:
         import fsspec
 
-        self.url = url.rstrip("/")
-        with self._explained("opened"):
-            # not shared: connections of some file systems serve one thread at a time
-            self._fs, self._root = fsspec.core.url_to_fs(self.url, skip_instance_cache=True)
-        self._whole = self.url.partition("://")[0] in _WHOLE
-        self._made: set[str] = set()
+        self._opened, self._root = fsspec.core.url_to_fs(self.url, skip_instance_cache=True)
+        if hasattr(self._opened, "ftp"):  # paramiko waits for ever where nobody says that the connection is gone
+            self._opened.ftp.get_channel().settimeout(_SILENT_S)
+            self._opened.client.get_transport().set_keepalive(_KEEP_ALIVE_S)
+
+    @property
+    def _fs(self) -> Any:
+        if self._opened is None:
+            self._connect()
+        return self._opened
 
     @contextlib.contextmanager
     def _explained(self, what: str, name: str = "") -> Iterator[None]:
         try:
-            yield
+            with self._using:
+                yield
         except StorageProblem:
             raise
         except Exception as error:  # every file system has errors of its own
+            self._opened = None
+            self._made.clear()
             place = f"{self.url}/{name}" if name else self.url
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise StorageProblem(
@@ -104,14 +121,30 @@ class Store:
 
     def names(self) -> list[str]:
         """All files, without those that are half put."""
+        return [name for name in self._all() if _PART not in name]
+
+    def clean(self) -> None:
+        """Remove what was half put. Nobody may be writing."""
+        self.remove([name for name in self._all() if _PART in name])
+
+    def _all(self) -> list[str]:
+        from fsspec.asyn import AsyncFileSystem
+
         with self._explained("listed"):
             self._fs.invalidate_cache()
             try:
-                found = self._fs.find(self._root)
+                # others' `find` leaves out folders that cannot be listed
+                found = self._fs.find(self._root) if isinstance(self._fs, AsyncFileSystem) else self._below(self._root)
+                return sorted(str(path).removeprefix(self._root).lstrip("/") for path in found)
             except FileNotFoundError:
                 return []
-            names = [str(path).removeprefix(self._root).lstrip("/") for path in found]
-        return sorted(name for name in names if _PART not in name)
+
+    def _below(self, folder: str) -> Iterator[str]:
+        for entry in self._fs.ls(folder, detail=True):
+            if entry["type"] == "directory":
+                yield from self._below(entry["name"])
+            else:
+                yield entry["name"]
 
     def read(self, name: str) -> bytes | None:
         """A file's content; None if there is no such file."""
@@ -129,8 +162,13 @@ class Store:
                 self._fs.pipe_file(self._path(name), data)
                 return
             part = self._path(f"{name}{_PART}{uuid.uuid4().hex[:8]}")
-            self._fs.pipe_file(part, data)
-            self._fs.mv(part, self._path(name))
+            try:
+                self._fs.pipe_file(part, data)
+                self._fs.mv(part, self._path(name))
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    self._fs.rm_file(part)
+                raise
 
     def put(self, source: Path, name: str) -> None:
         """Put a file that may be large; cut off, it may be there in part."""
@@ -174,7 +212,7 @@ class StoreLock:
         self._content = {
             "token": uuid.uuid4().hex,
             "holder": f"process {os.getpid()} on {platform.node()}",
-            "place": f"{_boot()} {folder}",
+            "place": _place(folder),
         }
         self.lost = False
         self._stop = threading.Event()
@@ -195,17 +233,26 @@ class StoreLock:
             end = time.monotonic() + STALE_S
             while time.monotonic() < end:
                 time.sleep(1.0)
-                now = self._read()
-                if now is None:
+                if self._went_on(found):
                     break
-                if now != found:
-                    raise ValueError(
-                        f"{self._store.url}: the run is already being carried out by {now.get('holder')}; wait for it, "
-                        f"stop it, or set another run.name"
-                    )
+        self._went_on(found)
         self._write(0)
         time.sleep(_SETTLE_S)  # whoever saw the same stale lock has written his by now
         self.check()
+
+    def _went_on(self, found: dict[str, Any] | None) -> bool:
+        """Whether nobody holds it any more.
+
+        Raises:
+            ValueError: somebody has written it anew.
+        """
+        now = self._read()
+        if now is not None and now != found:
+            raise ValueError(
+                f"{self._store.url}: the run is already being carried out by {now.get('holder')}; wait for it, stop "
+                f"it, or set another run.name"
+            )
+        return now is None
 
     def _read(self) -> dict[str, Any] | None:
         data = self._store.read(LOCK)
@@ -253,6 +300,7 @@ def try_out(url: str) -> None:
         StorageProblem: one of these is not possible.
     """
     store, name, nonce = Store(url), f".expertail-doctor-{uuid.uuid4().hex[:8]}", uuid.uuid4().bytes
+    store.write(name, b"to be replaced")
     store.write(name, nonce)
     found = store.read(name)
     store.remove([name])
@@ -260,9 +308,8 @@ def try_out(url: str) -> None:
         raise StorageProblem(f"{url}/{name}: what was read is not what was written; needed storage that keeps files")
 
 
-def _boot() -> str:
-    """This machine, until it is started again."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + f" {platform.node()}"
-    except OSError:
-        return platform.node()
+def _place(folder: Path) -> str:
+    """A working copy on this machine, until it is started again: who has locked its file is alone with it."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    status = (folder / ".lock").stat()
+    return f"{boot.read_text().strip() if boot.exists() else ''} {platform.node()} {status.st_dev}:{status.st_ino}"

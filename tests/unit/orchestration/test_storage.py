@@ -8,6 +8,7 @@ import shutil
 import threading
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from orchestration import storage, store
 from orchestration.checkpoint import Checkpoints, verify, write_file
@@ -31,7 +32,7 @@ def url(tmp_path):
     return f"file://{tmp_path}/bucket/runs/one"
 
 
-def train(folder, step):
+def train(folder, step, keep=2):
     """What training to a step leaves: its lines, then its checkpoint, one older kept. Multiples of 8 are the best."""
     done = steps(folder)[1]
     with open(folder.path / "metrics.jsonl", "a") as journal:
@@ -43,7 +44,7 @@ def train(folder, step):
     complete = kept.complete(writing, kept.name("train", step), entries, {"step": step, "best": best})
     if step % 8 == 0:
         kept.copy_weights(complete, best["checkpoint"])
-    kept.tidy("train", 2)
+    kept.tidy("train", keep)
 
 
 def finish(folder):
@@ -87,65 +88,113 @@ def test_what_is_put_is_what_another_node_gets(url, tmp_path):
     assert not (tmp_path / "bucket/runs/one/lock.json").exists()
 
 
+class Budget:
+    """Counts what the sender asks of the storage, does something at one request and cuts it off at another."""
+
+    def __init__(self, monkeypatch):
+        self.asked, self.at, self.do, self.limit = 0, None, None, 10**6
+        self.cut = threading.Event()
+        remove = Store.remove
+        for name in ("write", "put"):
+            monkeypatch.setattr(Store, name, self._counted(getattr(Store, name)))
+        one = self._counted(lambda store, name: remove(store, [name]))
+        monkeypatch.setattr(Store, "remove", lambda store, names: [one(store, name) for name in names])
+
+    def _counted(self, method):
+        def call(store, name, *rest):
+            if threading.current_thread().name == "storage":  # not the lock's
+                self.asked += 1
+                if self.asked == self.at:
+                    self.do()
+                if self.asked > self.limit:
+                    self.cut.set()
+                    raise StorageProblem("cut off")
+            return method(store, name, *rest)
+
+        return call
+
+    def begin(self, limit, at=None, do=None):
+        self.asked, self.limit, self.at, self.do = 0, limit, at, do
+        self.cut.clear()
+
+    def settled(self, folder):
+        """Whether all was put before it was cut off."""
+        while not self.cut.is_set():
+            with contextlib.suppress(StorageProblem):
+                folder.settle(0.02)
+                return True
+        return False
+
+
+def lost_and_found(folder, url, tmp_path, budget):
+    """The node is lost with its copy. What another one has: steps of the newest checkpoint, and whether it is told
+    finished. Its journal reaches there, its best weights are whole, and so is what finished means."""
+    budget.begin(0)  # it tries again for as long as it lives
+    folder.close()
+    shutil.rmtree(folder.path)
+    budget.begin(10**6)
+    other = elsewhere(url, tmp_path)
+    step, journal = steps(other)
+    assert journal >= step
+    finished = other.run().get("status") == "finished"
+    if finished:
+        assert (other.path / "export" / "model").read_text() == "trained"
+    other.settle(10)
+    other.close()
+    return step, finished
+
+
 @pytest.mark.parametrize("scheme", ["file", "memory"])
 def test_cut_off_at_any_moment_the_newest_checkpoint_has_its_journal(scheme, tmp_path, monkeypatch):
     """Every write and removal in turn is the last that reaches the storage; memory:// stands for object stores, which
     write whole files."""
     monkeypatch.setattr(store, "_WHOLE", {"memory"})
-    url = f"{scheme}://{tmp_path}/bucket/runs/one"
-    left, guard, cut = [0], threading.Lock(), threading.Event()
-
-    def counted(method):
-        def call(self, name, *rest):
-            if threading.current_thread().name == "storage":  # not the lock's
-                with guard:
-                    left[0] -= 1
-                    if left[0] < 0:
-                        cut.set()
-                        raise StorageProblem("cut off")
-            return method(self, name, *rest)
-
-        return call
-
-    remove = Store.remove
-    for name in ("write", "put"):
-        monkeypatch.setattr(Store, name, counted(getattr(Store, name)))
-    one = counted(lambda self, name: remove(self, [name]))
-    monkeypatch.setattr(Store, "remove", lambda self, names: [one(self, name) for name in names])
-
-    last = 0
+    budget, last = Budget(monkeypatch), 0
     for moment in range(100):
-        place = f"{url}-{moment}"
-        folder = StoredRunFolder(tmp_path / "here", place)
-        left[0] = 1000
+        url = f"{scheme}://{tmp_path}/bucket/runs/{moment}"
+        folder = StoredRunFolder(tmp_path / "here", url)
         train(folder, 4)
         folder.settle(10)
-        left[0] = moment
-        cut.clear()
+        budget.begin(moment)
         for step in (8, 12, 16, 20):
             train(folder, step)
         finish(folder)
-        ended = False
-        while not (ended or cut.is_set()):
-            with contextlib.suppress(StorageProblem):
-                folder.settle(0.02)
-                ended = True
-        left[0] = 0  # it tries again for as long as it lives
-        folder.close()
-        shutil.rmtree(folder.path)
-        left[0] = 1000
-        other = elsewhere(place, tmp_path)
-        step, journal = steps(other)
+        ended = budget.settled(folder)
+        step, finished = lost_and_found(folder, url, tmp_path, budget)
         assert step >= max(4, last), "what was there is gone"
-        assert journal >= step
-        if other.run().get("status") == "finished":
-            assert step == 20 and (other.path / "export" / "model").read_text() == "trained"
-        other.settle(10)
-        other.close()
+        assert step == 20 or not finished
         last = step
         if ended:
             break
     assert moment > 12 and last == 20
+
+
+@pytest.mark.parametrize("further", [0, 1, 2, 4, 7, 9, 11, 13])
+def test_what_training_does_meanwhile_breaks_no_promise(further, tmp_path, monkeypatch):
+    """While anything is put, training writes checkpoints, tidies away the one on its way, and ends; then, at once or so
+    many writes later, the storage is cut off."""
+    monkeypatch.setattr(store, "_WHOLE", {"memory"})
+    budget = Budget(monkeypatch)
+    for moment in range(1, 12):
+        url = f"memory://{tmp_path}/bucket/runs/{moment}"
+        folder = StoredRunFolder(tmp_path / "here", url)
+        folder.note(status="running")
+        (folder.path / "a").write_text("first")
+        train(folder, 4, keep=1)
+        folder.settle(10)
+        (folder.path / "a").write_text("second")
+
+        def meanwhile(folder=folder):
+            for step in (12, 16, 20):
+                train(folder, step, keep=1)
+            finish(folder)
+
+        budget.begin(moment + further, at=moment, do=meanwhile)
+        train(folder, 8, keep=1)
+        budget.settled(folder)
+        step, finished = lost_and_found(folder, url, tmp_path, budget)
+        assert step >= 4, "what was there is gone"
+        assert step == 20 or not finished
 
 
 def test_the_copy_that_goes_on_from_what_is_there_is_kept(url, tmp_path):
@@ -164,7 +213,7 @@ def test_the_copy_that_goes_on_from_what_is_there_is_kept(url, tmp_path):
     other.close()
 
 
-def test_a_copy_that_is_older_than_what_is_there_is_made_new(url, tmp_path):
+def test_a_copy_that_is_older_than_what_is_there_is_made_new(url, tmp_path, capsys):
     folder = StoredRunFolder(tmp_path / "here", url)
     train(folder, 4)
     folder.settle(10)
@@ -178,6 +227,72 @@ def test_a_copy_that_is_older_than_what_is_there_is_made_new(url, tmp_path):
     assert steps(back) == (6, 6)
     assert not list((back.path / "checkpoints").glob("*8"))
     back.close()
+    assert (tmp_path / ".here.replaced" / "checkpoints" / "00-train-00000008").is_dir()
+    assert "another start has gone on with the run" in capsys.readouterr().err
+
+
+def test_looking_at_a_run_makes_no_copy_old(url, tmp_path):
+    """Killed before its last checkpoint was put; somebody reads the run elsewhere meanwhile."""
+    folder = StoredRunFolder(tmp_path / "here", url)
+    train(folder, 4)
+    folder.settle(10)
+    train(folder, 8)
+    folder.close()
+    other = elsewhere(url, tmp_path)
+    other.settle(10)
+    other.close()
+    again = StoredRunFolder(tmp_path / "here", url)
+    assert steps(again) == (8, 8)
+    again.close()
+
+
+def test_storage_that_has_lost_its_checkpoints_is_refused(url, tmp_path):
+    folder = StoredRunFolder(tmp_path / "here", url)
+    train(folder, 4)
+    folder.settle(10)
+    folder.close()
+    shutil.rmtree(tmp_path / "bucket/runs/one/checkpoints")
+    with pytest.raises(ValueError, match=r"storage.json: lists 1 checkpoints, and none is whole there"):
+        elsewhere(url, tmp_path)
+
+
+def test_what_was_half_put_is_removed(url, tmp_path):
+    StoredRunFolder(tmp_path / "here", url).close()
+    part = tmp_path / "bucket/runs/one/run.json.part-12345678"
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.write_text("{")
+    StoredRunFolder(tmp_path / "here", url).close()
+    assert not part.exists()
+
+
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(url, tmp_path, monkeypatch):
+    folder = StoredRunFolder(tmp_path / "here", url)
+    train(folder, 4)
+    folder.settle(10)
+    folder.close()
+    listed = LocalFileSystem.ls
+
+    def ls(self, path, *rest, **more):
+        if str(path).endswith("checkpoints"):
+            raise PermissionError("not yours")
+        return listed(self, path, *rest, **more)
+
+    monkeypatch.setattr(LocalFileSystem, "ls", ls)
+    with pytest.raises(ValueError, match=r"cannot be listed \(PermissionError: not yours"):
+        elsewhere(url, tmp_path)
+
+
+def test_a_connection_that_failed_is_made_anew(url, tmp_path, monkeypatch):
+    """As of sftp, whose connection does not come back by itself."""
+    kept, opened = Store(url), []
+    connect = Store._connect
+    monkeypatch.setattr(Store, "_connect", lambda self: (opened.append(1), connect(self))[1])
+    kept.write("a", b"1")
+    monkeypatch.setattr(LocalFileSystem, "cat_file", lambda *_, **__: (_ for _ in ()).throw(EOFError("closed")))
+    with pytest.raises(StorageProblem, match="EOFError: closed"):
+        kept.read("a")
+    monkeypatch.undo()
+    assert kept.read("a") == b"1"
 
 
 def test_a_copy_whose_making_was_cut_off_is_made_again(url, tmp_path, monkeypatch):
