@@ -151,15 +151,17 @@ class Worker:
         self._rendezvous = Rendezvous(address, workers, host_here=True, timeout_s=timeout_s)
         return address, self._rendezvous.port
 
-    def open_door(self) -> tuple[str, int]:
-        """Where workers of other nodes may knock until the next `leave`."""
+    def open_door(self) -> tuple[str, int] | None:
+        """Where workers of other nodes may knock until the next `leave`; None where this node lacks its address."""
         self._door = open_door(ray.util.get_node_ip_address(), gpu=self.gpu)
-        return self._door.getsockname()[:2]
+        return None if self._door is None else self._door.getsockname()[:2]
 
     def silent(self, doors: dict[str, tuple[str, int]]) -> list[str]:
-        """The nodes whose doors do not answer from here."""
-        answers = answering(list(doors.values()))
-        return [node for node, answered in zip(doors, answers, strict=True) if not answered]
+        """The other nodes whose doors do not answer from here."""
+        own = ray.get_runtime_context().get_node_id()
+        others = {node: door for node, door in doors.items() if node != own}
+        answers = answering(list(others.values()))
+        return [node for node, answered in zip(others, answers, strict=True) if not answered]
 
     def build(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import platform
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -43,12 +44,13 @@ def at_hand(folder: str | Carried, wanted: Callable[[str], bool] = lambda name: 
     if isinstance(folder, str):
         yield folder
         return
-    with tempfile.TemporaryDirectory(prefix="expertail-") as scratch:
-        path = Path(scratch, folder.name)
-        path.mkdir()
-        for name, content in folder.files.items():
-            if wanted(name):
-                (path / name).write_bytes(ray.get(content))
+    with contextlib.ExitStack() as held:
+        with _explained():
+            path = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="expertail-")), folder.name)
+            path.mkdir()
+            for name, content in folder.files.items():
+                if wanted(name):
+                    (path / name).write_bytes(ray.get(content))
         yield str(path)
 
 
@@ -69,6 +71,18 @@ def collect(answers: list[tuple[list[FileEntry], dict[str, Any], dict[str, bytes
 
 def saved_apart(save: Callable[[str], list[FileEntry]]) -> tuple[list[FileEntry], dict[str, bytes]]:
     """What `save` returns for a folder of this node, and the content of the files it wrote there."""
-    with tempfile.TemporaryDirectory(prefix="expertail-") as scratch:
+    with _explained(), tempfile.TemporaryDirectory(prefix="expertail-") as scratch:
         entries = save(scratch)
         return entries, {path.name: path.read_bytes() for path in Path(scratch).iterdir()}
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Name this node's disk where it fails: the driver's is another."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{tempfile.gettempdir()} on node {platform.node()}: {error.strerror or error}; needed room for what one "
+            f"worker has of a checkpoint, on its way to or from run.dir; make room, or set TMPDIR where Ray is started"
+        ) from error

@@ -424,7 +424,8 @@ class Fleet:
         nodes = self.node_ids
         if len(set(nodes)) == 1:
             return None
-        doors = dict(zip(nodes, self.call("open_door"), strict=True))
+        opened = dict(zip(nodes, self.call("open_door"), strict=True))
+        doors = {node: door for node, door in opened.items() if door is not None}
         return cut_off(nodes, self.call("silent", doors))
 
     def avoid(self, node_id: str) -> None:

@@ -123,7 +123,12 @@ class Lane:
             WorkerLost: as `Fleet.call`.
         """
         fleet = self._fleet
-        while (cut := fleet.cut()) is not None:
+        while True:
+            if not fleet.workers:  # no places were found at the last look
+                fleet.move()
+                self._start()
+            if (cut := fleet.cut()) is None:
+                return
             one, other = map(fleet.address_of, cut)
             text = f"nodes {one} and {other} do not reach each other, though Ray reaches both"
             try:
@@ -135,8 +140,6 @@ class Lane:
                 ) from reason
             self._console.message(f"{text}; starting the workers on other nodes than {other}")
             self._end_workers()
-            fleet.move()
-            self._start()
 
     def _await_word(self, stage: str) -> None:
         """Wait until every node under the fleet answers, or Ray counts those that do not as dead.

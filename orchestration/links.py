@@ -12,6 +12,7 @@ import psutil
 
 _KNOCK_S = 3.0  # a busy machine answers too: its kernel does
 _AT_ONCE = 64
+_KNOCKS = 4096  # workers of a mesh that may knock at one door
 
 Place = tuple[str, int]
 """Address and port."""
@@ -33,12 +34,17 @@ def _answers(place: Place) -> bool:
     return True
 
 
-def open_door(node_address: str, *, gpu: bool) -> socket.socket:
-    """Listen on a free port of the address that this process exchanges tensors through."""
+def open_door(node_address: str, *, gpu: bool) -> socket.socket | None:
+    """Listen on a free port of the address that this process exchanges tensors through; None where it has another, as
+    behind a translation of addresses."""
     chosen = os.environ.get("NCCL_SOCKET_IFNAME" if gpu else "GLOO_SOCKET_IFNAME", "")
     addresses = [a.address for a in psutil.net_if_addrs().get(chosen, []) if a.family == socket.AF_INET]
     address = addresses[0] if addresses else node_address
-    return socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        return socket.create_server((address, 0), family=family, backlog=_KNOCKS)  # nobody opens; the kernel answers
+    except OSError:
+        return None
 
 
 def cut_off(nodes: Sequence[str], silent: Sequence[Sequence[str]]) -> tuple[str, str] | None:

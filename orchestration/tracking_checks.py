@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
+import certifi
+
 from orchestration.finding import Finding, nearest_existing
 from orchestration.store import is_url
 from orchestration.tracking_contents import check_uri, default_uri, redact, sqlite_path
@@ -24,6 +26,7 @@ _LATER = "training goes on without it and `expertail sync RUN` uploads later"
 _INSECURE = "MLFLOW_TRACKING_INSECURE_TLS"
 _AUTHORITY = "MLFLOW_TRACKING_SERVER_CERT_PATH"
 _OWN = "MLFLOW_TRACKING_CLIENT_CERT_PATH"
+_BUNDLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 _ASKED = "/api/2.0/mlflow/experiments/search?max_results=1"  # what a server with users answers to users only
 
 
@@ -151,7 +154,7 @@ def _place(url: str) -> tuple[str, str | None, int | None]:
 
 
 def _trusted() -> ssl.SSLContext:
-    """Which servers are believed to be who they say, by the variables that MLflow's client reads.
+    """Which servers are believed to be who they say: as MLflow's client does, and requests below it.
 
     Raises:
         ValueError: they contradict each other, or do not name certificates.
@@ -160,11 +163,12 @@ def _trusted() -> ssl.SSLContext:
     authority, own = os.environ.get(_AUTHORITY), os.environ.get(_OWN)
     if insecure and authority:
         raise ValueError(f"{_INSECURE} and {_AUTHORITY} are both set; MLflow's client takes one of them; unset one")
-    key = _AUTHORITY
+    key = next((name for name in (_AUTHORITY, *_BUNDLES) if os.environ.get(name)), "certifi")
     try:
-        is_folder = authority is not None and os.path.isdir(authority)
+        believed = os.environ.get(key) or certifi.where()
+        is_folder = os.path.isdir(believed)
         context = ssl.create_default_context(
-            cafile=None if is_folder else authority, capath=authority if is_folder else None
+            cafile=None if is_folder else believed, capath=believed if is_folder else None
         )
         key = _OWN
         if own:
