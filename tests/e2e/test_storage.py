@@ -10,6 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from orchestration import store
@@ -83,66 +84,112 @@ def cluster():
         yield nodes
 
 
+PAIR = ["method.num_experts=2", "cluster.workers=2", "cluster.cpus_per_worker=1"]
+
+
+@pytest.fixture(scope="module")
+def calm(cluster, tmp_path_factory):
+    """The run of two experts on two nodes, in a folder."""
+    folder = tmp_path_factory.mktemp("calm") / "run"
+    assert cluster.train(folder, *PAIR).wait(300) == 0, folder.with_suffix(".log").read_text()
+    return folder
+
+
+class Server:
+    """An sftp server in the network of a cluster's head, and a home that may log in there.
+
+    Args:
+        cluster: of nodes.
+        folder: for keys and logs; what is kept there is below `runs`.
+        program: sshd.
+    """
+
+    def __init__(self, cluster, folder, program):
+        self.home, self.runs, port, address = folder / "home", folder / "runs", 2222, cluster.address("place0")
+        (self.home / ".ssh").mkdir(parents=True, mode=0o700)
+        key = self.home / ".ssh" / "id_ed25519"
+        for path in (key, folder / "host_key"):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path], check=True)
+        (folder / "sshd_config").write_text(
+            f"ListenAddress {address}\nPort {port}\nHostKey {folder}/host_key\nPidFile none\nUsePAM no\n"
+            f"PermitRootLogin yes\nPasswordAuthentication no\nStrictModes no\nSubsystem sftp internal-sftp\n"
+            f"AuthorizedKeysFile {key}.pub\n"
+        )
+        Path("/run/sshd").mkdir(exist_ok=True)
+        self.url = f"sftp://root@{address}:{port}{self.runs}"
+        self._command = cluster.command("place0", program, "-D", "-e", "-f", str(folder / "sshd_config"))
+        self._log = folder / "sshd.log"
+
+    def start(self):
+        with self._log.open("a") as log:
+            self._process = subprocess.Popen(self._command, stderr=log)
+
+    def stop(self):
+        """End it and all its connections."""
+        for process in [*psutil.Process(self._process.pid).children(recursive=True), self._process]:
+            process.kill()
+        self._process.wait()
+
+
 @pytest.fixture
 def server(cluster, tmp_path):
-    """An sftp server of the head's network: the URL of a folder on it, and a home that may log in there."""
     pytest.importorskip("paramiko")
-    sshd = shutil.which("sshd") or "/usr/sbin/sshd"
-    if os.geteuid() != 0 or not Path(sshd).exists():
+    program = shutil.which("sshd") or "/usr/sbin/sshd"
+    if os.geteuid() != 0 or not Path(program).exists():
         pytest.skip("no sshd, or no right to start it; needed root and: apt-get install openssh-server")
-    home = tmp_path / "home"
-    (home / ".ssh").mkdir(parents=True, mode=0o700)
-    key = home / ".ssh" / "id_ed25519"
-    for path in (key, tmp_path / "host_key"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path], check=True)
-    port, address = 2222, cluster.address("place0")
-    (tmp_path / "sshd_config").write_text(
-        f"ListenAddress {address}\nPort {port}\nHostKey {tmp_path}/host_key\nPidFile none\nUsePAM no\n"
-        f"PermitRootLogin yes\nPasswordAuthentication no\nStrictModes no\nSubsystem sftp internal-sftp\n"
-        f"AuthorizedKeysFile {key}.pub\n"
-    )
-    Path("/run/sshd").mkdir(exist_ok=True)
-    command = cluster.command("place0", sshd, "-D", "-e", "-f", str(tmp_path / "sshd_config"))
-    with open(tmp_path / "sshd.log", "w") as log:
-        process = subprocess.Popen(command, stderr=log)
-    try:
-        yield f"sftp://root@{address}:{port}{tmp_path}/bucket/runs", home
-    finally:
-        process.kill()
-        process.wait()
+    server = Server(cluster, tmp_path, program)
+    server.start()
+    yield server
+    server.stop()
+
+
+def on_server(cluster, server, log, local, **more):
+    """`expertail train` of the same run, kept on the server."""
+    words = [*runs.SMALL, *PAIR, f"run.dir={server.url}", "run.name=run", f"run.local_dir={local}"]
+    return cluster.on_head(log, "-m", "orchestration", "train", *words, HOME=str(server.home), **more)
+
+
+def checkpoints_on(server):
+    return len(list(server.runs.glob("run/checkpoints/[0-9]*/manifest.json")))
 
 
 @pytest.mark.drill
 @pytest.mark.xdist_group("ray")
-def test_a_driver_that_is_lost_with_its_disk_costs_the_steps_since_what_was_put(cluster, server, tmp_path):
+def test_a_driver_that_is_lost_with_its_disk_costs_the_steps_since_what_was_put(cluster, calm, server, tmp_path):
     """Two experts on two nodes, kept on a server. Nobody but the driver sees its copy, in a file system that ends with
     it: killed, the run goes on from the server on what is as good as another node, bitwise."""
-    url, home = server
-    pair = ["method.num_experts=2", "cluster.workers=2", "cluster.cpus_per_worker=1", "dataset.image_size=16"]
-    calm = tmp_path / "run"
-    driver = cluster.train(calm, *pair)
-    assert driver.wait(300) == 0, calm.with_suffix(".log").read_text()
-
     local, log = tmp_path / "local", tmp_path / "driver.log"
     local.mkdir()
-    kept = tmp_path / "bucket" / "runs" / "run"
-    words = [*runs.SMALL, *pair, f"run.dir={url}", "run.name=run", f"run.local_dir={local}"]
-
-    def start():
-        return cluster.on_head(log, "-m", "orchestration", "train", *words, HOME=str(home), inside=hidden(local))
-
-    driver = start()
-    runs.wait_until(lambda: len(list(kept.glob("checkpoints/[0-9]*/manifest.json"))) > 1, "a checkpoint there", 200)
+    driver = on_server(cluster, server, log, local, inside=hidden(local))
+    runs.wait_until(lambda: checkpoints_on(server) > 1, "a checkpoint there", 200)
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
     assert not any(local.iterdir())
     since = time.time()
-    driver = start()
+    driver = on_server(cluster, server, log, local, inside=hidden(local))
     assert driver.wait(300) == 0, log.read_text()
-    same(kept, calm)
-    said = json.loads((kept / "run.json").read_text())
+    same(server.runs / "run", calm)
+    said = json.loads((server.runs / "run" / "run.json").read_text())
     assert (said["status"], said["starts"]) == ("finished", 2)
     print(f"seconds from the second start to the end: {time.time() - since:.1f}")
+
+
+@pytest.mark.drill
+@pytest.mark.xdist_group("ray")
+def test_a_server_that_is_away_for_a_while_has_everything_in_the_end(cluster, calm, server, tmp_path):
+    """Its connections are cut; training takes its steps meanwhile."""
+    log = tmp_path / "driver.log"
+    driver = on_server(cluster, server, log, tmp_path / "local")
+    runs.wait_until(lambda: checkpoints_on(server) > 0, "a checkpoint there", 200)
+    server.stop()
+    journal = next((tmp_path / "local").glob("*/run/metrics.jsonl")).parent
+    before = checkpoints_on(server)
+    runs.wait_for_step(journal, 27)
+    assert checkpoints_on(server) == before
+    server.start()
+    assert driver.wait(300) == 0, log.read_text()
+    same(server.runs / "run", calm)
+    assert "training goes on, and it is tried again" in log.read_text()
 
 
 def hidden(folder):

@@ -64,6 +64,7 @@ class FakeFleet:
         return self.leaving
 
     def cut(self):
+        assert self.workers, "asked workers that were ended"
         return self.cuts.pop(0) if self.cuts else None
 
     def avoid(self, node):
@@ -189,6 +190,21 @@ def test_workers_that_do_not_reach_each_other_move_to_other_nodes(make_run, even
     moved = ["mend main", "avoid node b", "room?", "move main", "room?", "start main", "train many"]
     assert events == ["start main", "train many", "room?", *moved]
     assert run.folder.run()["failures"] == 1
+    assert run.cost._workers == 1
+
+
+def test_a_move_that_finds_no_places_is_tried_again(make_run, events):
+    """Another fleet had taken them for a while."""
+    run = make_run({"many": [*deaths(1), None]}, rooms=[None, None, ValueError("no places in 30 s"), None])
+    run.fleet.cuts = [("node a", "node b")]
+    assert lane(run).finished
+    assert [e for e in events if e.endswith("main")] == [
+        "start main",
+        "mend main",
+        "move main",
+        "move main",
+        "start main",
+    ]
     assert run.cost._workers == 1
 
 
