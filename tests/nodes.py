@@ -215,11 +215,11 @@ class Nodes:
         elif raylet := self.raylet(name):
             raylet.kill()
 
-    def train(self, folder: Path, *words: str) -> subprocess.Popen[str]:
+    def train(self, folder: Path, *words: str, common: Sequence[str] = runs.SMALL) -> subprocess.Popen[str]:
         """`expertail train` on the head, in a process of its own; the run is `folder`, its words in `folder.log`."""
         return self.on_head(
             folder.with_suffix(".log"),
-            *("-m", "orchestration", "train", *runs.SMALL, f"run.dir={folder.parent}", f"run.name={folder.name}"),
+            *("-m", "orchestration", "train", *common, f"run.dir={folder.parent}", f"run.name={folder.name}"),
             *words,
         )
 

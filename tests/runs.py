@@ -24,6 +24,12 @@ SMALL = [
     "tracking.enabled=false",
     "run.pictures=false",
 ]
+# 180 steps, some ten seconds: not over before a fault is noticed.
+LONG = [
+    *(word for word in SMALL if "epochs" not in word),
+    "method.stages.train.epochs=20",
+    "run.evaluate_every_epochs=10",
+]
 
 
 def train(folder: Path, *words: str, common: Sequence[str] = SMALL) -> int:

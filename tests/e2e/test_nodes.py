@@ -48,7 +48,7 @@ def nodes(cluster):
 def calm(cluster, tmp_path_factory):
     """The run of two experts on two nodes that nothing happened to."""
     folder = tmp_path_factory.mktemp("calm") / "run"
-    done(cluster.train(folder, *PAIR), folder)
+    done(cluster.train(folder, *PAIR, common=runs.LONG), folder)
     return folder
 
 
@@ -79,7 +79,7 @@ def same(folder, calm):
 
 def begun(nodes, folder, *words):
     """A run of two experts on two nodes that has passed its first checkpoint: its driver, its nodes, its workers."""
-    driver = nodes.train(folder, *PAIR, *words)
+    driver = nodes.train(folder, *PAIR, *words, common=runs.LONG)
     runs.wait_for_step(folder, 6, 200)
     pids = [worker["pid"] for worker in told(folder)["workers"]]
     places = [nodes.node_of(pid) for pid in pids]
@@ -242,7 +242,7 @@ class TestDrills:
         assert "the same command continues" in said and "Traceback" not in said
         assert told(folder)["failures"] == 1
         nodes.heal()
-        done(nodes.train(folder, *PAIR), folder)
+        done(nodes.train(folder, *PAIR, common=runs.LONG), folder)
         same(folder, calm)
 
     def test_a_stopped_worker_is_found_and_what_its_partner_did_is_kept(self, nodes, calm, tmp_path, record_property):
@@ -271,7 +271,7 @@ class TestDrills:
         record_property("seconds until nothing is left", round(time.time() - killed_at, 1))
         print(f"seconds until nothing is left: {time.time() - killed_at:.1f}")
         assert time.time() - killed_at < 60
-        done(nodes.train(folder, *PAIR), folder)
+        done(nodes.train(folder, *PAIR, common=runs.LONG), folder)
         restart_s = told(folder)["startup_s"]["total"]
         record_property("seconds from the second command to its first step", restart_s)
         print(f"seconds from the second command to its first step: {restart_s}")

@@ -91,7 +91,7 @@ PAIR = ["method.num_experts=2", "cluster.workers=2", "cluster.cpus_per_worker=1"
 def calm(cluster, tmp_path_factory):
     """The run of two experts on two nodes, in a folder."""
     folder = tmp_path_factory.mktemp("calm") / "run"
-    assert cluster.train(folder, *PAIR).wait(300) == 0, folder.with_suffix(".log").read_text()
+    assert cluster.train(folder, *PAIR, common=runs.LONG).wait(300) == 0, folder.with_suffix(".log").read_text()
     return folder
 
 
@@ -145,7 +145,7 @@ def server(cluster, tmp_path):
 
 def on_server(cluster, server, log, local, **more):
     """`expertail train` of the same run, kept on the server."""
-    words = [*runs.SMALL, *PAIR, f"run.dir={server.url}", "run.name=run", f"run.local_dir={local}"]
+    words = [*runs.LONG, *PAIR, f"run.dir={server.url}", "run.name=run", f"run.local_dir={local}"]
     return cluster.on_head(log, "-m", "orchestration", "train", *words, HOME=str(server.home), **more)
 
 
@@ -184,7 +184,7 @@ def test_a_server_that_is_away_for_a_while_has_everything_in_the_end(cluster, ca
     server.stop()
     journal = next((tmp_path / "local").glob("*/run/metrics.jsonl")).parent
     before = checkpoints_on(server)
-    runs.wait_for_step(journal, 27)
+    runs.wait_for_step(journal, 60)
     assert checkpoints_on(server) == before
     server.start()
     assert driver.wait(300) == 0, log.read_text()
