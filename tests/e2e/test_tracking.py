@@ -103,9 +103,16 @@ def expected(steps, start=1e9):
     return [(step, 1 / step, round((start + step) * 1000)) for step in steps]
 
 
-def test_mlflow_holds_what_the_run_folder_holds_and_nothing_twice(runs):
-    uri, folder = default_uri(runs), make_run(runs / "whole")
+@pytest.fixture(scope="module")
+def whole(runs):
+    """A finished run with models."""
+    folder = make_run(runs / "whole")
     add_models(folder)
+    return folder
+
+
+def test_mlflow_holds_what_the_run_folder_holds_and_nothing_twice(runs, whole):
+    uri, folder = default_uri(runs), whole
     for _ in range(2):
         assert sync(folder, uri) is None
         run = the_run(uri, "whole")
@@ -129,10 +136,11 @@ def test_mlflow_holds_what_the_run_folder_holds_and_nothing_twice(runs):
 
 
 @pytest.mark.drill
-def test_the_registered_model_predicts_where_the_project_is_not_installed(runs, tmp_path):
+def test_the_registered_model_predicts_where_the_project_is_not_installed(runs, whole, tmp_path):
     from aggregation.serving import load_model
 
-    uri, folder = default_uri(runs), runs / "whole"
+    uri, folder = default_uri(runs), whole
+    assert sync(folder, uri) is None
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8), dtype=np.uint8)
     np.save(tmp_path / "images.npy", images)
     script = f"""
