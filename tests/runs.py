@@ -122,7 +122,6 @@ def evaluations(folder: Path) -> dict[str, str]:
 def weights(folder: Path) -> dict[str, bytes]:
     """Bytes of every tensor file of the newest checkpoint and of its stage's best weights."""
     newest = sorted((folder / "checkpoints").glob("[0-9]*"))[-1]
-    best = list((folder / "checkpoints").glob(f"best-{newest.name[:2]}-*"))
-    assert len(best) == 1
+    best = folder / "checkpoints" / json.loads((newest / "state.json").read_text())["best"]["checkpoint"]
     assert not list((folder / "checkpoints").glob(".writing*"))
-    return {f"{f.name}/{p.name}": p.read_bytes() for f in (newest, *best) for p in sorted(f.glob("*.safetensors"))}
+    return {f"{f.name}/{p.name}": p.read_bytes() for f in (newest, best) for p in sorted(f.glob("*.safetensors"))}
