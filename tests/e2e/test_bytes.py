@@ -139,9 +139,9 @@ FROZEN = "method.stages.train.start_from.run=/not/asked method.stages.train.free
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        ("ace", "engine.name=torch"),
+        pytest.param("ace", "engine.name=torch", marks=pytest.mark.drill),
         ("ace", "engine.zero_stage=2"),  # a graph through the trunk in every slot
-        ("reslt", "engine.precision=float64"),
+        pytest.param("reslt", "engine.precision=float64", marks=pytest.mark.drill),
         ("reslt", "engine.precision=autocast"),
         ("reslt", "engine.sync_batchnorm=false"),
         ("tade", f"{FROZEN}[trunk]"),
