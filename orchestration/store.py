@@ -183,10 +183,15 @@ class Store:
             self._fs.get_file(self._path(name), str(target))
 
     def remove(self, names: list[str]) -> None:
-        """Remove files, in this order; those that are not there are passed over."""
+        """Remove files, in this order, and folders below the URL that they leave empty. What is not there is passed over."""
         for name in names:
             with self._explained("removed", name), contextlib.suppress(FileNotFoundError):
                 self._fs.rm_file(self._path(name))
+        if not self._whole:
+            for parent in {self._path(name).rpartition("/")[0] for name in names if "/" in name}:
+                with self._using, contextlib.suppress(Exception):  # there are files in it
+                    self._fs.rmdir(parent)
+                    self._made.discard(parent)
 
     def _make_parent(self, name: str) -> None:
         """Folders, where the file system has some."""

@@ -68,6 +68,14 @@ def elsewhere(url, tmp_path, name="elsewhere"):
     return StoredRunFolder(tmp_path / name, url)
 
 
+def put(url, tmp_path):
+    """A run that was trained to step 4 here, and put."""
+    folder = StoredRunFolder(tmp_path / "here", url)
+    train(folder, 4)
+    folder.settle(10)
+    folder.close()
+
+
 def contents(path):
     return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file() and p.name[0] != "."}
 
@@ -86,6 +94,8 @@ def test_what_is_put_is_what_another_node_gets(url, tmp_path):
     assert kept == ["00-train-00000008", "00-train-00000012", "best-00-train-00000008"]
     other.close()
     assert not (tmp_path / "bucket/runs/one/lock.json").exists()
+    there = tmp_path / "bucket/runs/one/checkpoints"
+    assert sorted(p.name for p in there.iterdir()) == kept, "folders of what was tidied away"
 
 
 class Budget:
@@ -247,10 +257,7 @@ def test_looking_at_a_run_makes_no_copy_old(url, tmp_path):
 
 
 def test_storage_that_has_lost_its_checkpoints_is_refused(url, tmp_path):
-    folder = StoredRunFolder(tmp_path / "here", url)
-    train(folder, 4)
-    folder.settle(10)
-    folder.close()
+    put(url, tmp_path)
     shutil.rmtree(tmp_path / "bucket/runs/one/checkpoints")
     with pytest.raises(ValueError, match=r"storage.json: lists 1 checkpoints, and none is whole there"):
         elsewhere(url, tmp_path)
@@ -266,10 +273,7 @@ def test_what_was_half_put_is_removed(url, tmp_path):
 
 
 def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(url, tmp_path, monkeypatch):
-    folder = StoredRunFolder(tmp_path / "here", url)
-    train(folder, 4)
-    folder.settle(10)
-    folder.close()
+    put(url, tmp_path)
     listed = LocalFileSystem.ls
 
     def ls(self, path, *rest, **more):
@@ -296,10 +300,7 @@ def test_a_connection_that_failed_is_made_anew(url, tmp_path, monkeypatch):
 
 
 def test_a_copy_whose_making_was_cut_off_is_made_again(url, tmp_path, monkeypatch):
-    folder = StoredRunFolder(tmp_path / "here", url)
-    train(folder, 4)
-    folder.settle(10)
-    folder.close()
+    put(url, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(Store, "get", lambda *_: (_ for _ in ()).throw(StorageProblem("cut off")))
         with pytest.raises(StorageProblem, match="cut off"):
@@ -310,10 +311,7 @@ def test_a_copy_whose_making_was_cut_off_is_made_again(url, tmp_path, monkeypatc
 
 
 def test_what_was_removed_there_is_begun_anew(url, tmp_path):
-    folder = StoredRunFolder(tmp_path / "here", url)
-    train(folder, 4)
-    folder.settle(10)
-    folder.close()
+    put(url, tmp_path)
     shutil.rmtree(tmp_path / "bucket")
     again = StoredRunFolder(tmp_path / "here", url)
     assert steps(again) == (0, 0)
