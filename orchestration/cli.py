@@ -111,7 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--probe", action="store_true", help="take a few steps on real workers, and tell hours from them")
     sub = command("evaluate", _evaluate, "Measure a saved run again and print its table.")
     sub.add_argument("run", metavar="RUN", help="run folder or its URL, e.g. runs/ride-digits_lt-s0")
-    sub.add_argument("--model", choices=("best", "last"), help="which of its models (default: best)")
+    sub.add_argument(
+        "--model", choices=("best", "last"), help="which of its models (default: both; best with --distribution)"
+    )
     sub.add_argument(
         "--weights",
         metavar="RULE",
@@ -237,7 +239,6 @@ def _evaluate(options: argparse.Namespace) -> int:
         if which not in (None, rule):
             raise ValueError(f"--weights {rule} --model {which}: two models; --weights {rule} is --model {rule}")
         rule, which = None, rule
-    which = which or "best"
     if rule is None and options.distribution is None:
         from orchestration.reevaluate import reevaluate
         from orchestration.storage import run_at_hand
@@ -250,7 +251,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     wanted = options.distribution or "uniform"
     with run_at_hand(options.run) as run:
-        print(evaluate_distributions(run, rule or "uniform", wanted, which, options.split, options.overrides))
+        print(evaluate_distributions(run, rule or "uniform", wanted, which or "best", options.split, options.overrides))
     return 0
 
 

@@ -117,27 +117,30 @@ def threads_of(config: RunConfig) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def reevaluate(run: str, which: str, split: str, overrides: list[str]) -> str:
+def reevaluate(run: str, which: str | None, split: str, overrides: list[str]) -> str:
     """Score the ensemble and its experts on a split, and keep the result as evaluation/again-<which>-<split>.json.
 
     Args:
         run: the run folder.
-        which: "best" or "last", of its models.
+        which: "best" or "last", of its models; None for both.
         split: "test" or "val".
         overrides: `a.b=value` for keys of MAY_DIFFER.
 
     Returns:
-        The table that training prints, for this evaluation alone, and where it was kept.
+        The table that training prints, for these evaluations alone, and where they were kept.
 
     Raises:
         ValueError: there is no such run, it has no model yet, a file is damaged, an override would change what is
             measured, or the data is not the run's.
     """
-    saved = open_run(run, which, split, overrides)
-    with threads_of(saved.config):
-        evaluation = saved.moment() | _score(saved)
-    text = table(saved.config, saved.data, {which: _shown(evaluation)})
-    return f"{text}\n\n{keep(saved.folder, f'again-{which}-{split}', evaluation)}"
+    shown, kept = {}, []
+    for name in ("last", "best") if which is None else (which,):
+        saved = open_run(run, name, split, overrides)
+        with threads_of(saved.config):
+            evaluation = saved.moment() | _score(saved)
+        shown[name] = _shown(evaluation)
+        kept.append(keep(saved.folder, f"again-{name}-{split}", evaluation))
+    return "\n".join([table(saved.config, saved.data, shown), "", *kept])
 
 
 def _stored_config(folder: Path) -> RunConfig:

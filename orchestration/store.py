@@ -183,7 +183,7 @@ class Store:
             self._fs.get_file(self._path(name), str(target))
 
     def remove(self, names: list[str]) -> None:
-        """Remove files, in this order, and folders below the URL that they leave empty. What is not there is passed over."""
+        """Remove files, in this order, and folders below the URL that they leave empty; others are passed over."""
         for name in names:
             with self._explained("removed", name), contextlib.suppress(FileNotFoundError):
                 self._fs.rm_file(self._path(name))

@@ -77,6 +77,12 @@ def _train(config: RunConfig, folder: RunFolder, marks: dict[str, float]) -> int
             raise _full(folder, problem) from problem
         raise
     print(_stored_table(config, folder), flush=True)
+    if not outcome.finished:
+        print(
+            f"expertail: run.max_steps = {config.run.max_steps} ended this start before the end of training (stage "
+            f"{outcome.stage}: {outcome.total_steps} steps in all); the same command with more, or without it, goes on",
+            file=sys.stderr,
+        )
     uploader.end("FINISHED", wait_s=config.tracking.final_wait_s)
     folder.settle()
     return 0
