@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from orchestration.config.paths import expand
+
 import difflib
 import os
 from collections.abc import Mapping
@@ -257,6 +259,3 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def expand(path: str) -> Path:
-    """An operator's path: ~ and environment variables resolved."""
-    return Path(os.path.expandvars(os.path.expanduser(path)))

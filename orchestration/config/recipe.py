@@ -1,0 +1,409 @@
+"""What of a recipe does not fit together: stages, flows, objectives, teachers, names. Every problem with its key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+import numpy as np
+from aggregation.serving import DESCRIPTION, export_model, read_description
+from experts.class_groups import split_classes
+from orchestration.checkpoint import Checkpoints, read_tensors, verify
+from orchestration.compose import expand
+from orchestration.config import RunConfig, Source
+from orchestration.pretrained import check_pretrained
+from orchestration.run_folder import RUN, RunFolder
+from orchestration.teachers import preprocessing_problem
+from orchestration.sources import check_sources, _named, _problem, model_folder, weights_of, export_stage, ensemble_state
+
+from orchestration.config.run_config import name_problems, data_problems, _LONGEST_NAME
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+from pydantic import Field, GetCoreSchemaHandler, model_validator
+from pydantic_core import CoreSchema
+import aggregation
+import experts
+from experts.class_groups import GroupRule
+from experts.data.config import DatasetConfig
+from experts.flow import Plain
+from experts.registry import Settings, choice, import_pieces
+from orchestration.recipe_checks import data_problems, name_problems, recipe_problems
+from orchestration.config import EngineConfig, ClusterConfig, RunSettings, TrackingConfig, RunConfig, MAY_CHANGE, identity, config_hash, difference, published, flatten, _covered
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from experts.ensemble import check_names
+from experts.registry import piece
+
+if TYPE_CHECKING:
+    from orchestration.config import MethodConfig, RunConfig, StageConfig
+
+
+
+def recipe_problems(method: MethodConfig) -> Iterator[str]:
+    """What does not fit, in words that begin with the key, which is one of `method`."""
+    yield from _names_problems("experts", method.experts, method.num_experts)
+    earlier: list[str] = []
+    for name, stage in method.stages.items():
+        found = [*_stage_problems(name, stage, method, earlier), *_learning_problems(name, stage, method)]
+        yield from (f"stages.{name}.{problem}" for problem in found)
+        yield from _rule_problems(name, method, earlier)
+        earlier.append(name)
+    if method.router is not None and not any(_trains_router(stage) for stage in method.stages.values()):
+        yield "router: no stage trains it; add one with flow 'router', as method=ride_router has it, or set it to null"
+    if method.backbone_weights is not None and all(method.starts_from(name) for name in method.stages):
+        yield "backbone_weights: every stage has start_from, no network begins anew; set it to null"
+
+
+
+
+
+
+def _names_problems(key: str, names: tuple[str, ...] | None, num_experts: int) -> Iterator[str]:
+    if names is None:
+        return
+    if len(names) != num_experts:
+        yield f"{key} = {list(names)}: {len(names)} names; needed {num_experts}, as num_experts says; change either"
+    try:
+        check_names(names)
+    except ValueError as problem:
+        yield f"{key}: {problem}"
+
+
+def _rule_problems(name: str, method: MethodConfig, earlier: list[str]) -> Iterator[str]:
+    """What of the rule that combines a stage's experts does not fit the experts."""
+    rule = method.aggregator_in(name)
+    for check, against in (("check_head", method.head), ("check_experts", method.names_in(name))):
+        if hasattr(rule, check):
+            try:
+                getattr(rule, check)(against)
+            except ValueError as problem:
+                yield str(problem)
+    if rule.name == "router" and not any(_trains_router(method.stages[stage]) for stage in (*earlier, name)):
+        yield (
+            f"stages.{name}.aggregator = router: no router is trained by then; needed a stage with flow 'router', as "
+            f"method=ride_router has it; set aggregator.name=mean_logits"
+        )
+
+
+def _trains_router(stage: StageConfig) -> bool:
+    return "gates" in piece("flow", stage.flow.name).learns
+
+
+def _stage_problems(name: str, stage: StageConfig, method: MethodConfig, earlier: list[str]) -> Iterator[str]:
+    try:
+        stage.objective.check_head(method.head)
+    except ValueError as problem:
+        yield str(problem)
+    yield from _names_problems("experts", stage.experts, method.num_experts)
+    yield from _flow_problems(stage, method)
+    yield from _teacher_problems(stage, method)
+    started = (stage.start_from.stage,) if stage.start_from and stage.start_from.stage else ()
+    taught = tuple(teacher.stage for teacher in stage.teachers.values() if teacher.stage)
+    for key, names in (("after", stage.after or ()), ("start_from.stage", started), ("teachers", taught)):
+        for other in names:
+            if other not in earlier:
+                yield f"{key} = {other}: needed an earlier stage of the recipe: {', '.join(earlier) or 'there is none'}"
+
+
+def _flow_problems(stage: StageConfig, method: MethodConfig) -> Iterator[str]:
+    flow, objective = piece("flow", stage.flow.name), piece("objective", stage.objective.name)
+    flow_is, objective_is = f"flow '{stage.flow.name}'", f"objective '{stage.objective.name}'"
+    if flow.needs_partner and stage.partner_sampler is None:
+        yield f"partner_sampler: not set; {flow_is} pairs every batch with a second one; set a sampler"
+    if not flow.needs_partner and stage.partner_sampler is not None:
+        yield f"partner_sampler = {stage.partner_sampler.name}: {flow_is} takes one batch only; set it to null"
+    if objective.label_sets == 2 and not flow.own_streams:
+        yield f"{objective_is} wants the labels of two batches, {flow_is} shows experts one; set flow.name=bilateral"
+    if (objective.extra_outputs > 0) != ("gates" in flow.learns):
+        yield f"{objective_is} and {flow_is} do not fit; a router is trained by objective 'router' and flow 'router'"
+    if "gates" in flow.learns and (method.router is None or method.num_experts < 2):
+        yield (
+            f"{flow_is}: the ensemble has no router to train; needed method.router and 2 experts or more, found "
+            f"method.router {'unset' if method.router is None else 'set'} and method.num_experts = "
+            f"{method.num_experts}; set method.router.name=ride"
+        )
+    partner = {"ace": "ace", "bbn": "bilateral"}  # the objective's loss is meant for what this flow shows its experts
+    if partner.get(stage.objective.name, stage.flow.name) != stage.flow.name or (
+        stage.flow.name in partner.values() and stage.objective.name not in partner
+    ):
+        yield f"{objective_is} and {flow_is} do not fit; ace goes with flow 'ace', bbn with flow 'bilateral'"
+    if method.head.name == "bilateral" and stage.flow.name != "bilateral":
+        yield f"{flow_is}: method.head.name = bilateral is for flow 'bilateral'; set method.head.name=linear"
+    if stage.flow.name in partner.values() and method.shared_head:
+        yield f"{flow_is}: method.shared_head = true; needed a head in each expert; set method.shared_head=false"
+    rule = stage.aggregator or method.aggregator
+    ours, theirs = getattr(rule, "groups", None), getattr(stage.objective, "groups", None)
+    if ours is not None and theirs is not None and ours != theirs:
+        yield f"objective.groups = {_rule(theirs)}, aggregator.groups = {_rule(ours)}; needed the same; set both"
+    if stage.mixup is not None and flow.needs_partner:
+        yield f"mixup: {flow_is} pairs batches already; set mixup=null"
+    allowed = objective.num_experts_allowed
+    if allowed is not None and method.num_experts not in allowed:
+        yield (
+            f"{objective_is}: method.num_experts = {method.num_experts}; it takes {' or '.join(map(str, allowed))}; "
+            f"set method.num_experts={allowed[0]}"
+        )
+
+
+def _learning_problems(name: str, stage: StageConfig, method: MethodConfig) -> Iterator[str]:
+    learns, flow_is = piece("flow", stage.flow.name).learns, f"flow '{stage.flow.name}'"
+    learning = learns - set(stage.freeze)
+    if not learning:
+        yield f"freeze = {list(stage.freeze)}: nothing is left to learn; {flow_is} trains {sorted(learns)}"
+    for part, factor in stage.lr_factors.model_dump().items():
+        if factor != 1 and part not in learning:
+            yield f"lr_factors.{part} = {factor:g}: it does not learn in this stage; set it to 1"
+    kept = [part for part in ("trunk", "features") if part not in learning]
+    if kept and method.starts_from(name) is None and method.backbone_weights is None:
+        yield (
+            f"start_from: not set, and no stage comes before; {' and '.join(kept)} would stay at random weights, since "
+            f"{flow_is} with freeze = {list(stage.freeze)} does not train them; set start_from.run=<folder of a "
+            f"finished run>, or put a stage before that trains them"
+        )
+
+
+def _rule(groups: Any) -> str:
+    return " ".join(f"{key}={value}" for key, value in groups.model_dump().items() if value is not None)
+
+
+def _teacher_problems(stage: StageConfig, method: MethodConfig) -> Iterator[str]:
+    wanted = stage.objective.teacher_names
+    if wanted is not None:
+        for name, teacher in stage.teachers.items():
+            source = method.stages.get(teacher.stage) if teacher.stage else None
+            subset = source.classes if source else None
+            if subset is not None and subset.rule != stage.objective.groups:
+                yield (
+                    f"objective.groups = {_rule(stage.objective.groups)}, but its teacher's stage has "
+                    f"stages.{teacher.stage}.classes.rule = {_rule(subset.rule)}; needed the same; set both"
+                )
+            if teacher.mode == "train":
+                yield f"teachers.{name}.mode = train: its scores would depend on the batch; set it to eval"
+        if set(wanted) != set(stage.teachers):
+            yield (
+                f"teachers = {sorted(stage.teachers)}: objective '{stage.objective.name}' needs {sorted(wanted)}; set "
+                f"teachers.<name>.run or .stage for each"
+            )
+    elif stage.teachers and stage.distillation is None:
+        yield "teachers: nothing learns from them; set distillation.name=mean_logits, or remove them"
+    elif stage.distillation is not None and not stage.teachers:
+        yield "distillation: there is no teacher; set teachers.teacher.run=<folder of a finished run>"
+
+
+class PieceOf:
+    """Marks a field that holds the config of any registered piece of one kind, told apart by its `name`."""
+
+    def __init__(self, kind: str, *, optional: bool = False) -> None:
+        self.kind = kind
+        self.optional = optional
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        chosen = choice(self.kind)
+        return handler.generate_schema(chosen | None if self.optional else chosen)
+
+
+class OptimizerConfig(Settings):
+    """SGD, as every method of the field uses it."""
+
+    lr: Annotated[float, Field(gt=0)]
+    """Base learning rate; the stage's lr_schedule multiplies it."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """L2 penalty on every trainable parameter, BatchNorm's included, as published."""
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> OptimizerConfig:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov = true needs momentum > 0; set momentum, or nesterov = false")
+        return self
+
+
+class Source(Settings):
+    """A trained ensemble: of a stage of this run, or of another run."""
+
+    stage: str | None = None
+    """A stage of this run that comes earlier."""
+    run: str | None = None
+    """Folder of a finished run."""
+    weights: Literal["last", "best"] = "last"
+    """Which of its models."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Source:
+        if (self.stage is None) == (self.run is None):
+            raise ValueError(
+                f"stage = {self.stage}, run = {self.run}: needed exactly one of them: stage (an earlier one of this "
+                f"run) or run (the folder of another)"
+            )
+        return self
+
+
+class Teacher(Source):
+    """A frozen ensemble whose scores a stage learns from."""
+
+    mode: Literal["eval", "train"] = "eval"
+    """"train" normalises with the statistics of each batch, as RIDE's published code does by oversight."""
+
+
+class ClassSubset(Settings):
+    """Some of the classes, and nothing of the others: a stage's data and label space."""
+
+    group: Literal["many", "medium", "few"]
+    rule: GroupRule = GroupRule()
+    """What makes the three groups."""
+
+
+class Mixup(Settings):
+    """Blends every training image with another of its batch; the loss is blended likewise.
+
+    Source: Zhang et al. 2018, arXiv:1710.09412.
+    """
+
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Of the Beta(alpha, alpha) that the share of the first image is drawn from, once a batch."""
+Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class LrFactors(Settings):
+    """What the learning rate of each part of the ensemble is multiplied with, no unit. Objectives may have factors for
+    each expert besides; the two are multiplied."""
+
+    trunk: Factor = 1.0
+    features: Factor = 1.0
+    heads: Factor = 1.0
+
+
+class StageConfig(Settings):
+    """One training job."""
+
+    epochs: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)]
+    """Images per optimiser step over all workers; never changes with placement."""
+    optimizer: OptimizerConfig
+    lr_schedule: Annotated[Any, PieceOf("lr_schedule")]
+    sampler: Annotated[Any, PieceOf("sampler")]
+    objective: Annotated[Any, PieceOf("objective")]
+    drop_last: bool = False
+    """Leave out the partial last batch of an epoch. Published CIFAR code keeps it."""
+    flow: Annotated[Any, PieceOf("flow")] = Plain.Config()
+    """How images become outputs."""
+    partner_sampler: Annotated[Any, PieceOf("sampler", optional=True)] = None
+    """Of a second batch, paired with the first by row, for flows that need one (bilateral, h2t)."""
+    mixup: Mixup | None = None
+    freeze: tuple[Literal["trunk", "features", "heads"], ...] = ()
+    """What does not learn in this stage."""
+    lr_factors: LrFactors = LrFactors()
+    """Published for Places-LT from pretrained weights: trunk and features at a tenth of the heads' rate."""
+    frozen_batchnorm: Literal["eval", "train"] = "eval"
+    """BatchNorm of what is frozen: "eval" uses its running statistics; "train" those of the batch, and moves them."""
+    teachers: dict[str, Teacher] = Field(default_factory=dict)
+    """By name; objectives and distillations that learn from them say which names they know."""
+    distillation: Annotated[Any, PieceOf("distillation", optional=True)] = None
+    after: tuple[str, ...] | None = None
+    """Stages that must have ended before. Unset: the one before in the recipe. Stages that wait for none of each other
+    run side by side where the cluster has places, each on workers of its own."""
+    start_from: Source | None = None
+    """Weights to begin with. Unset: those of the stage before in the recipe, if `after` is unset, else new ones."""
+    classes: ClassSubset | None = None
+    """Unset: all."""
+    aggregator: Annotated[Any, PieceOf("aggregator", optional=True)] = None
+    """How the experts are combined once this stage has begun. Unset: the method's rule."""
+    experts: tuple[str, ...] | None = None
+    """Names of this stage's experts where they are not the method's: another ensemble, of the same make."""
+
+
+class Expected(Settings):
+    """A published result, and what it holds for. Shown beside a run only where the run meets every condition."""
+
+    top1: dict[str, float]
+    """Percent, by group."""
+    remark: str
+    """What made the number: source, epoch chosen on which split, what the recipe here lacks."""
+    conditions: dict[str, Any] = Field(default_factory=dict)
+    """Dotted keys of the config and the values they must have."""
+
+
+class MethodConfig(Settings):
+    """A recipe: experts, their stages in order, how they are combined at test time."""
+
+    name: str
+    num_experts: Annotated[int, Field(ge=1, le=8)]
+    reduce_dimension: bool = False
+    """RIDE's thinner late stages (24 and 48 channels in place of 32 and 64)."""
+    head: Annotated[Any, PieceOf("head")]
+    aggregator: Annotated[Any, PieceOf("aggregator")]
+    experts: tuple[str, ...] | None = None
+    """Names of the experts, in the order of the logits. Unset: expert0, expert1, ..."""
+    shared_head: bool = False
+    """One head for all experts, as ResLT has it."""
+    router: Annotated[Any, PieceOf("router", optional=True)] = None
+    """Decides per image how many experts to ask, once a stage has trained it."""
+    backbone_weights: str | None = None
+    """Pretrained weights, written by `expertail import-weights`, that new networks begin with. Unset: random ones."""
+    stages: Annotated[dict[str, StageConfig], Field(min_length=1)]
+    expected: Expected | None = None
+    """What was published for this recipe on this data; for the report only."""
+
+    @model_validator(mode="after")
+    def _pieces_fit(self) -> MethodConfig:
+        problems = list(dict.fromkeys(recipe_problems(self)))
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        return self.experts or tuple(f"expert{i}" for i in range(self.num_experts))
+
+    def names_in(self, stage: str) -> tuple[str, ...]:
+        """Names of the experts that a stage trains."""
+        return self.stages[stage].experts or self.expert_names
+
+    def aggregator_in(self, stage: str) -> Any:
+        """The rule that combines a stage's experts."""
+        return self.stages[stage].aggregator or self.aggregator
+
+    @property
+    def final(self) -> str:
+        """The stage that makes what the run is for."""
+        return list(self.stages)[-1]
+
+    def waits_for(self, stage: str) -> tuple[str, ...]:
+        """Stages that must have ended before a stage begins."""
+        names = list(self.stages)
+        place = names.index(stage)
+        after = self.stages[stage].after
+        return tuple(names[place - 1 : place]) if after is None else after
+
+    def starts_from(self, stage: str) -> Source | None:
+        """The weights that a stage begins with; None for new ones."""
+        config = self.stages[stage]
+        before = self.waits_for(stage)
+        if config.start_from is None and config.after is None and before:
+            return Source(stage=before[0])
+        return config.start_from
+
+    def waves(self) -> list[list[str]]:
+        """Stages that may run side by side, wave after wave."""
+        waves: list[list[str]] = []
+        done: set[str] = set()
+        while len(done) < len(self.stages):
+            waves.append([s for s in self.stages if s not in done and done.issuperset(self.waits_for(s))])
+            done.update(waves[-1])
+        return waves
+
+
+def stage_classes(config: RunConfig, stage: str, counts: list[int]) -> list[int]:
+    """Class ids that a stage knows, in the order of its logits."""
+    subset = config.method.stages[stage].classes
+    if subset is None:
+        return list(range(len(counts)))
+    groups = dict(zip(("many", "medium", "few"), split_classes(np.asarray(counts), 3, subset.rule), strict=True))
+    return groups[subset.group].tolist()

@@ -1,0 +1,239 @@
+"""The schema of a run: everything a command can say, checked once, every problem in one message.
+
+`RunConfig` is what a run means. Keys under `cluster`, `tracking` and most of `run` say where and how it is carried
+out; they may change between a start and a resume. All others are the run's identity (`identity`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+from pydantic import Field, GetCoreSchemaHandler, model_validator
+from pydantic_core import CoreSchema
+import aggregation
+import experts
+from experts.class_groups import GroupRule
+from experts.data.config import DatasetConfig
+from experts.flow import Plain
+from experts.registry import Settings, choice, import_pieces
+from orchestration.recipe_checks import data_problems, name_problems, recipe_problems
+from orchestration.config import EngineConfig, ClusterConfig, RunSettings, TrackingConfig, RunConfig, MAY_CHANGE, identity, config_hash, difference, published, flatten, _covered
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+from experts.ensemble import check_names
+from experts.registry import piece
+if TYPE_CHECKING:
+    from orchestration.config import MethodConfig, RunConfig, StageConfig
+from orchestration.recipe_checks import recipe_problems, _names_problems, _rule_problems, _trains_router, _stage_problems, _flow_problems, _learning_problems, _rule, _teacher_problems, PieceOf, OptimizerConfig, Source, Teacher, ClassSubset, Mixup, Factor, LrFactors, StageConfig, Expected, MethodConfig
+
+from orchestration.config.identity import MAY_CHANGE, identity, config_hash, difference, published, flatten, _covered
+
+from orchestration.config.recipe import PieceOf, OptimizerConfig, Source, Teacher, ClassSubset, Mixup, Factor, LrFactors, StageConfig, Expected, MethodConfig
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, GetCoreSchemaHandler, model_validator
+from pydantic_core import CoreSchema
+
+import aggregation
+import experts
+from experts.class_groups import GroupRule
+from experts.data.config import DatasetConfig
+from experts.flow import Plain
+from experts.registry import Settings, choice, import_pieces
+from orchestration.recipe_checks import data_problems, name_problems, recipe_problems
+
+import_pieces(experts, aggregation)
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+class EngineConfig(Settings):
+    """What carries out a step."""
+
+    name: Literal["deepspeed", "torch"] = "deepspeed"
+    """'torch' is the control run that tests compare DeepSpeed with."""
+    zero_stage: Literal[1, 2] = 1
+    precision: Literal["float32", "float64", "autocast"] = "float32"
+    """'autocast' computes the network in bfloat16 and keeps weights in float32."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads per worker. Changes results in the last bits, so the number found at the first start is kept in the
+    run's config.yaml. Unset: the whole CPUs of a worker, at least 1."""
+    sync_batchnorm: bool = True
+    """BatchNorm over the global batch when one expert's batch is split over several workers."""
+
+
+class ClusterConfig(Settings):
+    """Where a run lives. Never changes what it computes beyond rounding."""
+
+    address: str | None = None
+    """Ray's address; 'auto' for the cluster this machine belongs to. Unset: RAY_ADDRESS, else a Ray of its own."""
+    workers: Annotated[int, Field(ge=1)] = 1
+    experts_per_worker: Annotated[int, Field(ge=1)] | None = None
+    """Unset: 1 worker holds all experts (packed); a multiple of the number of experts holds one each (spread)."""
+    cpus_per_worker: Annotated[float, Field(gt=0)] | None = None
+    """Share of CPUs, may be a fraction. Unset: the cluster's CPUs divided by the workers."""
+    gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0
+    """0 computes on CPU with gloo, 1 on one GPU with NCCL."""
+    placement_timeout_s: Annotated[float, Field(gt=0)] = 8.0
+    """How long to wait for resources that exist but are taken."""
+    heartbeat_timeout_s: Annotated[float, Field(gt=0)] = 300.0
+    """A worker that finishes no step, image batch or file for this long is taken to hang."""
+    side_by_side: Annotated[int, Field(ge=1)] | None = None
+    """Stages that may train at once, each on workers of its own. Unset: as many as the recipe has and the cluster has
+    places for."""
+    max_failures: Annotated[int, Field(ge=0)] = 5
+    """Restarts in a row after a worker died, without a new checkpoint of the stage between, before the run gives up."""
+    max_preemptions: Annotated[int, Field(ge=0)] = 100
+    """Times that nodes may be taken away from one start of the command before it ends with exit status 75."""
+    standby: Annotated[int, Field(ge=0, le=8)] = 0
+    """Spare worker processes kept warm, libraries loaded and data opened, so that a dead worker is replaced in seconds.
+    Each holds about as much memory as a worker before training. CPU only."""
+    memory_gib_per_worker: Annotated[float, Field(gt=0)] | None = None
+    """Memory of a worker's process, GiB: asked of Ray when workers are placed, and a limit above which the run ends
+    with a message. Unset: whatever there is."""
+
+    @model_validator(mode="after")
+    def _spares_on_cpu(self) -> ClusterConfig:
+        if self.standby and self.gpus_per_worker:
+            raise ValueError(
+                f"standby = {self.standby} with gpus_per_worker = {self.gpus_per_worker}: spare processes are kept for "
+                f"CPU workers only; set standby=0"
+            )
+        return self
+
+
+class RunSettings(Settings):
+    """The run folder and what is written to it when."""
+
+    name: str | None = None
+    """Folder below run.dir. Unset: method-dataset-seed."""
+    dir: str = "runs"
+    """A folder that all nodes share, or a URL that fsspec opens, as s3://bucket/runs."""
+    local_dir: str = "~/.cache/expertail/runs"
+    """Where the driver works while run.dir is a URL."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Stop after this many optimiser steps of the last stage reached, evaluate, exit 0."""
+    evaluate_every_epochs: Annotated[int, Field(ge=1)] = 1
+    """Every evaluation is a chance to be 'best'. The last epoch is always evaluated."""
+    evaluation_batch_size: Annotated[int, Field(ge=1)] = 256
+    select_on: Literal["auto", "val", "test"] = "auto"
+    """The split that chooses 'best'. auto: val where there is one, else test, named as such in every table."""
+    checkpoint_every_steps: Annotated[int, Field(ge=1)] = 500
+    """Besides one at the end of every evaluated epoch."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    pictures: bool = True
+    """Draw report/*.png at the end; some seconds a run. report/table.txt is written in any case."""
+    log_interval_s: Annotated[float, Field(gt=0)] = 10.0
+    """Seconds between plain progress lines."""
+
+
+class TrackingConfig(Settings):
+    """MLflow. The run folder is the truth; this is its mirror."""
+
+    enabled: bool = True
+    uri: str | None = None
+    """Tracking server or store. Unset: a SQLite file in run.dir."""
+    experiment: str = "expertail"
+    final_wait_s: Annotated[float, Field(ge=0)] = 60.0
+    """How long the end of a run may wait for the upload to finish."""
+    log_model: bool = True
+    """Upload the trained ensembles, last and best, as MLflow models."""
+
+
+class RunConfig(Settings):
+    """Everything one run is made of."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    method: MethodConfig
+    dataset: DatasetConfig
+    backbone: Annotated[Any, PieceOf("model")]
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+    run: RunSettings = Field(default_factory=RunSettings)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+
+    @model_validator(mode="after")
+    def _data_fits(self) -> RunConfig:
+        problems = [*name_problems(self), *data_problems(self)]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def side_by_side(self) -> int:
+        """The most stages that train at once, where the cluster has places."""
+        widest = max(map(len, self.method.waves()))
+        return min(widest, self.cluster.side_by_side or widest)
+
+    @property
+    def run_name(self) -> str:
+        return self.run.name or f"{self.method.name}-{self.dataset.name}-s{self.seed}"
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+_LONGEST_NAME = 200  # bytes of a folder's name; file systems allow 255
+
+
+def name_problems(config: RunConfig) -> Iterator[str]:
+    """Names that become names of files and folders, and would lie elsewhere or be no such name."""
+    name = config.run_name
+    fits = name.isprintable() and len(name.encode()) <= _LONGEST_NAME  # what cannot be encoded is not printable
+    if not fits or name.startswith(".") or set("/\\") & set(name):
+        whence = "" if config.run.name else " (made of method.name, dataset.name and seed)"
+        yield (
+            f"run.name = {name!r}{whence}: needed the name of one folder, of at most {_LONGEST_NAME} bytes, "
+            f"without / and not beginning with a dot; where that folder lies is run.dir"
+        )
+    for stage in config.method.stages:
+        if not re.fullmatch(r"[\w-]+", stage):
+            yield f"method.stages: {stage!r} is no name of a stage; needed letters, digits, _ and - alone"
+
+
+def data_problems(config: RunConfig) -> Iterator[str]:
+    """What of the data does not fit the recipe, as far as the config says."""
+    data = config.dataset
+    if data.val_per_class or data.val_list or data.source == "image_folder":  # a folder may have val/ beside test/
+        return
+    for name, stage in config.method.stages.items():
+        if piece("objective", stage.objective.name).observes:
+            yield (
+                f"dataset.val_per_class = 0: objective '{stage.objective.name}' of stage {name} needs a validation "
+                f"split, and never takes the test set; set dataset.val_per_class (cut from the training pool) or, for "
+                f"source=image_list, dataset.val_list"
+            )
