@@ -27,7 +27,7 @@ from typing import Any
 import ray
 
 from orchestration import tracking
-from orchestration.compose import load_config, to_yaml
+from orchestration.config.compose import load_config, to_yaml
 from orchestration.console import Console
 from orchestration.fleet import Fleet
 from orchestration.mesh import mesh_shape
@@ -142,7 +142,7 @@ class BareLoop:
         from experts.ensemble import build_ensemble
         from experts.progress import Progress
         from experts.registry import build
-        from orchestration.compose import check
+        from orchestration.config.compose import check
 
         config = check(OmegaConf.to_container(OmegaConf.create(yaml)), "benchmark")  # type: ignore[arg-type]
         self.threads = threads

@@ -95,7 +95,7 @@ def words(method: str, runs: Path, seed: int) -> list[str]:
 def schedule(method: str) -> list[str]:
     """One schedule for all: that of the Fashion-MNIST presets at a quarter of its length, 10 epochs (H2T's stage and
     the router's: 3)."""
-    from orchestration.compose import load_config
+    from orchestration.config.compose import load_config
 
     teacher = ["method.stages.train.teachers.teacher.run=runs/teacher"] if method == "ride_distill" else []
     chosen = []
@@ -169,7 +169,7 @@ def summary(runs: Path) -> dict[str, Any]:
 def size(data: str, method: str, teacher: Path) -> dict[str, Any]:
     """Parameters and multiply-adds an image of what is kept at the end, and multiply-adds of training, as
     `expertail plan` has them; the teacher's own training is not in its student's."""
-    from orchestration.compose import load_config
+    from orchestration.config.compose import load_config
     from orchestration.placement import plan
 
     if method == "teacher":

@@ -97,7 +97,7 @@ class Worker:
     def warm_up(self, engine: str, dataset: dict[str, Any], left_out: Sequence[str] | None = None) -> dict[str, Any]:
         """Do ahead of time what takes long when a place is to be filled. Returns what `load_libraries` does."""
         found = self.load_libraries(engine)
-        from orchestration.config import DatasetConfig
+        from orchestration.config.run_config import DatasetConfig
 
         self._open(DatasetConfig.model_validate(dataset), left_out)
         return found
@@ -109,7 +109,7 @@ class Worker:
             ValueError: there are more than that, or others than training images; or as `build`.
         """
         from experts.data.dataset import open_dataset
-        from orchestration.config import DatasetConfig
+        from orchestration.config.run_config import DatasetConfig
 
         self._beat = time.monotonic()
         config = DatasetConfig.model_validate(dataset)
@@ -138,7 +138,7 @@ class Worker:
 
     def open_data(self, dataset: dict[str, Any], left_out: Sequence[str] | None = None) -> None:
         """Open the data ahead of `build`, with its arguments."""
-        from orchestration.config import DatasetConfig
+        from orchestration.config.run_config import DatasetConfig
 
         self._beat = time.monotonic()
         self._open(DatasetConfig.model_validate(dataset), left_out)
@@ -184,7 +184,7 @@ class Worker:
         """
         import torch
 
-        from orchestration.config import RunConfig
+        from orchestration.config.run_config import RunConfig
         from orchestration.mesh import Mesh, MeshShape, Rendezvous, use_network_of
         from orchestration.trainer import StageTrainer
 

@@ -150,7 +150,7 @@ def _train(options: argparse.Namespace) -> int:
     marks = {"start": _process_start(), "command": time.time()}
     ours = _start_ray_early(options.overrides)
     try:
-        from orchestration.compose import load_config
+        from orchestration.config.compose import load_config
         from orchestration.train import train_and_report
 
         config = load_config(options.overrides)

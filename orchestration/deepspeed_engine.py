@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from experts.ensemble import Ensemble
 from experts.flow import Result
-from orchestration.config import EngineConfig, OptimizerConfig
+from orchestration.config.recipe import OptimizerConfig
+from orchestration.config.run_config import EngineConfig
 from orchestration.engine import NonFiniteGradient, casting, lr_groups, set_lr, sgd
 from orchestration.mesh import Mesh
 

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from orchestration.config.secrets import redact
 from orchestration.finding import Finding, guarded, nearest_existing
 from orchestration.tracking_checks import check_tracking
-from orchestration.tracking_contents import redact
 from orchestration.wording import many
 
 if TYPE_CHECKING:  # what loads torch is imported where it is used: a torch that does not load is a finding
-    from orchestration.config import RunConfig
+    from orchestration.config.run_config import RunConfig
     from orchestration.mesh import MeshShape
 
 _PYTHON = (3, 11)
@@ -46,7 +46,7 @@ def examine(overrides: list[str]) -> tuple[str, bool]:
     """
     findings = [*guarded("python", _python), *guarded("libraries", _libraries)]
     try:
-        from orchestration.compose import load_config
+        from orchestration.config.compose import load_config
 
         config = load_config(overrides)
     except Exception as error:  # whatever it is, it belongs in the list
@@ -159,7 +159,7 @@ def _memory(config: RunConfig) -> Iterator[Finding]:
 
 
 def _run_dir(config: RunConfig) -> Iterator[Finding]:
-    from orchestration.compose import expand
+    from orchestration.config.paths import expand
     from orchestration.store import check_url, is_url, try_out
 
     if is_url(config.run.dir):
@@ -214,7 +214,7 @@ def _cluster(config: RunConfig) -> Iterator[Finding]:
 def _connected(config: RunConfig, shape: MeshShape, address: str) -> Iterator[Finding]:
     """What the cluster has, and what its nodes say."""
     from orchestration import fleet
-    from orchestration.compose import expand
+    from orchestration.config.paths import expand
     from orchestration.layout import bundle_of, packed
     from orchestration.node_checks import Needs, check_nodes
     from orchestration.run import check_run_dir

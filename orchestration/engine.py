@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from experts.ensemble import Ensemble, part_of
 from experts.flow import Network, Result
-from orchestration.config import EngineConfig, OptimizerConfig
+from orchestration.config.recipe import OptimizerConfig
+from orchestration.config.run_config import EngineConfig
 from orchestration.mesh import Mesh
 
 

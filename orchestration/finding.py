@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestration.tracking_contents import redact
+from orchestration.config.secrets import redact
 
 
 @dataclass(frozen=True)

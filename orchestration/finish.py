@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.checkpoint import verify
-from orchestration.config import RunConfig, published
+from orchestration.config.identity import published
+from orchestration.config.run_config import RunConfig
 from orchestration.run_folder import RunFolder
 from orchestration.sources import export_stage
 from orchestration.tables import final_table

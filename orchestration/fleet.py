@@ -27,7 +27,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestration.actors import Seat, Worker
 from orchestration.carry import Carried
-from orchestration.config import ClusterConfig, EngineConfig, RunConfig
+from orchestration.config.run_config import ClusterConfig, EngineConfig, RunConfig
 from orchestration.drain import draining_nodes
 from orchestration.hangs import Watch
 from orchestration.layout import bundle_of, places

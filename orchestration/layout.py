@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from orchestration.config import ClusterConfig
+from orchestration.config.run_config import ClusterConfig
 from orchestration.mesh import MeshShape
 
 Resources = Mapping[str, float]

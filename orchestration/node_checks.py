@@ -23,7 +23,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestration.config import RunConfig
+from orchestration.config.run_config import RunConfig
 from orchestration.finding import Finding, guarded, nearest_existing
 from orchestration.layout import Layout
 from orchestration.node_report import NodeProbe, software

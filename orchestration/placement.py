@@ -18,10 +18,10 @@ from experts.class_groups import GroupRule
 from experts.data.imbalance import hold_out, long_tailed_counts, select
 from experts.flow import PARTS
 from experts.registry import build, piece
-from orchestration.config import RunConfig, StageConfig
+from orchestration.config.recipe import StageConfig, stage_classes
+from orchestration.config.run_config import RunConfig
 from orchestration.mesh import MeshShape, mesh_shape
 from orchestration.rehearsal import Costs, Load, TeacherLoad, costs_of, rehearse, teacher_load
-from orchestration.sources import stage_classes
 from orchestration.traffic import Exchange, Teachers, dealt, exchanges, number_bytes, shares_of
 
 WORKER_GIB = (0.8, 1.5)
@@ -257,13 +257,13 @@ def _stage_with(
     config: RunConfig, name: str, shape: MeshShape, counts: np.ndarray, costs: dict[int, Costs], *, known: bool
 ) -> StagePlan:
     stage = config.method.stages[name]
-    counts_C = counts[stage_classes(config, name, counts.tolist())]
+    counts_C = counts[stage_classes(config.method, name, counts.tolist())]
     num_classes = len(counts_C)
     if num_classes not in costs:
         costs[num_classes] = costs_of(config, num_classes)
     loads = [rehearse(config, name, counts_C, shape, slot, costs[num_classes]) for slot in range(shape.slots)]
     teachers = {
-        teacher: teacher_load(config, source, lambda other: len(stage_classes(config, other, counts.tolist())))
+        teacher: teacher_load(config, source, lambda other: len(stage_classes(config.method, other, counts.tolist())))
         for teacher, source in stage.teachers.items()
     }
     images, steps, last = epoch_of(name, stage, counts_C) if known else (None, None, None)

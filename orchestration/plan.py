@@ -14,13 +14,17 @@ from experts.data.sources import open_source
 from experts.flow import PARTS
 from experts.progress import Progress
 from experts.registry import build, piece
-from orchestration.compose import expand, load_config
-from orchestration.config import RunConfig, Source, StageConfig, published
+from orchestration.config.compose import load_config
+from orchestration.config.identity import published
+from orchestration.config.paths import expand
+from orchestration.config.recipe import Source, StageConfig
+from orchestration.config.run_config import RunConfig
+from orchestration.config.secrets import redact
 from orchestration.layout import Layout, bundle_of, draw, packed
 from orchestration.placement import WORKER_GIB, Plan, Size, StagePlan, plan
 from orchestration.sources import check_sources
 from orchestration.store import is_url
-from orchestration.tracking_contents import default_uri, redact
+from orchestration.tracking_contents import default_uri
 from orchestration.traffic import Exchange, link_bytes, shares_of
 from orchestration.wording import bytes_, grid, many, number
 

@@ -21,14 +21,15 @@ import numpy as np
 
 from orchestration.carry import collect
 from orchestration.checkpoint import Checkpoints
-from orchestration.config import RunConfig, RunSettings
+from orchestration.config.recipe import stage_classes
+from orchestration.config.run_config import RunConfig, RunSettings
 from orchestration.fleet import Fleet, cluster, node_resources, resolve_resources
 from orchestration.layout import bundle_of, places
 from orchestration.mesh import mesh_shape
 from orchestration.placement import epoch_of
 from orchestration.run import check_run_dir, run_path
 from orchestration.run_folder import RunFolder
-from orchestration.sources import check_sources, model_folder, stage_classes, weights_of
+from orchestration.sources import check_sources, model_folder, weights_of
 from orchestration.storage import LentRunFolder
 from orchestration.store import is_url
 from orchestration.wording import duration, grid
@@ -205,7 +206,7 @@ class _Trial:
         begun = time.monotonic()
         seen = self._begin(name)
         begin_s = time.monotonic() - begun
-        counts = np.array(seen["counts"])[stage_classes(self._config, name, seen["counts"])]
+        counts = np.array(seen["counts"])[stage_classes(self._config.method, name, seen["counts"])]
         images, per_epoch, _ = epoch_of(name, settings, counts)
         total = settings.epochs * per_epoch
         target = total if run.max_steps is None else min(run.max_steps - before, total)

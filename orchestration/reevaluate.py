@@ -20,8 +20,9 @@ from aggregation.serving import ServedModel, load_model
 from experts.data.batches import EvalBatches
 from experts.data.dataset import Dataset, open_dataset
 from experts.data.stores import Store
-from orchestration.compose import check, expand, from_yaml, parse
-from orchestration.config import RunConfig
+from orchestration.config.compose import check, from_yaml, parse
+from orchestration.config.paths import expand
+from orchestration.config.run_config import RunConfig
 from orchestration.engine import casting
 from orchestration.finish import table
 from orchestration.run_folder import CONFIG, DATA, RUN, write_atomic

@@ -27,8 +27,9 @@ from experts.flow import Flow, Result
 from experts.losses.objective import Given, Objective
 from experts.progress import Progress
 from experts.registry import build, piece
-from orchestration.compose import expand
-from orchestration.config import RunConfig, Teacher
+from orchestration.config.paths import expand
+from orchestration.config.recipe import Teacher
+from orchestration.config.run_config import RunConfig
 from orchestration.engine import casting, lr_groups
 from orchestration.mesh import MeshShape
 

@@ -17,8 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experts.registry import piece
-from orchestration.compose import expand, from_yaml
-from orchestration.config import RunConfig, Source
+from orchestration.config.compose import from_yaml
+from orchestration.config.paths import expand
+from orchestration.config.recipe import Source
+from orchestration.config.run_config import RunConfig
 from orchestration.drawing import colour_of, head_line, new_figure, our_style, short
 from orchestration.tables import grid
 

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.checkpoint import Checkpoints
-from orchestration.compose import expand
-from orchestration.config import RunConfig, Source
+from orchestration.config.paths import expand
+from orchestration.config.recipe import Source
+from orchestration.config.run_config import RunConfig
 from orchestration.console import Console
 from orchestration.drain import DrainNotices, Preempted
 from orchestration.fleet import Fleet, cluster, node_resources, resolve_resources

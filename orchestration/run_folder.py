@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from orchestration import __version__
-from orchestration.compose import from_yaml, to_yaml
-from orchestration.config import RunConfig, config_hash, difference, identity
-from orchestration.tracking_contents import redact
+from orchestration.config.compose import from_yaml, to_yaml
+from orchestration.config.identity import config_hash, difference, identity
+from orchestration.config.run_config import RunConfig
+from orchestration.config.secrets import redact
 
 if TYPE_CHECKING:
     from orchestration.carry import Carried

@@ -11,13 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from aggregation.serving import DESCRIPTION, export_model, read_description
-from experts.class_groups import split_classes
 from orchestration.checkpoint import Checkpoints, read_tensors, verify
-from orchestration.compose import expand
-from orchestration.config import RunConfig, Source
+from orchestration.config.paths import expand
+from orchestration.config.recipe import Source, stage_classes
+from orchestration.config.run_config import RunConfig
 from orchestration.pretrained import check_pretrained
 from orchestration.run_folder import RUN, RunFolder
 from orchestration.teachers import preprocessing_problem
@@ -104,7 +102,7 @@ def weights_of(checkpoints: Checkpoints, source: Source) -> Path:
 def export_stage(config: RunConfig, folder: RunFolder, stage: str, checkpoint: Path, target: Path) -> None:
     """Write the ensemble of a stage's checkpoint as a served folder."""
     data = folder.data()
-    ids = stage_classes(config, stage, data["counts"])
+    ids = stage_classes(config.method, stage, data["counts"])
     method = config.method
     export_model(
         target,
@@ -129,12 +127,3 @@ def ensemble_state(config: RunConfig, stage: str, checkpoint: Path) -> dict[str,
     for name in ("trunk", "shared", *config.method.names_in(stage)):
         state |= read_tensors(checkpoint, name)
     return state
-
-
-def stage_classes(config: RunConfig, stage: str, counts: list[int]) -> list[int]:
-    """Class ids that a stage knows, in the order of its logits."""
-    subset = config.method.stages[stage].classes
-    if subset is None:
-        return list(range(len(counts)))
-    groups = dict(zip(("many", "medium", "few"), split_classes(np.asarray(counts), 3, subset.rule), strict=True))
-    return groups[subset.group].tolist()

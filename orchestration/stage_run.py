@@ -21,12 +21,13 @@ from aggregation.diversity import Diversity, metrics
 from aggregation.metrics import Scores, groups_by_count, groups_by_index
 from orchestration.carry import collect
 from orchestration.checkpoint import Checkpoint, DamagedCheckpoint, verify
-from orchestration.config import RunConfig
+from orchestration.config.recipe import stage_classes
+from orchestration.config.run_config import RunConfig
 from orchestration.console import Console
 from orchestration.drain import Drained, Preempted
 from orchestration.fleet import Fleet
 from orchestration.run_folder import RunFolder
-from orchestration.sources import stage_classes, weights_of
+from orchestration.sources import weights_of
 from orchestration.trainer import Interval
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ class StageRun:
             pause.mark("built")
         data = self._note_data()
         self.data_classes = len(data["counts"])
-        self.counts = [data["counts"][c] for c in stage_classes(self.config, stage, data["counts"])]
+        self.counts = [data["counts"][c] for c in stage_classes(self.config.method, stage, data["counts"])]
         run.begin_tracking()
         self.before = before
         self.steps_per_epoch: int = self.seen[0]["steps_per_epoch"]

@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from orchestration.checkpoint import MANIFEST
-from orchestration.compose import expand
-from orchestration.config import RunSettings
+from orchestration.config.paths import expand
+from orchestration.config.run_config import RunSettings
 from orchestration.journal import FILE_NAME as JOURNAL
 from orchestration.run_folder import CONFIG, RUN, RunFolder, write_atomic
 from orchestration.store import LOCK, StorageProblem, Store, StoreLock, check_url, copy_of, is_url

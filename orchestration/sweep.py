@@ -23,13 +23,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from orchestration.checkpoint import Checkpoints
-from orchestration.compose import GROUPS, from_yaml, load_config
-from orchestration.config import RunConfig, difference, identity
+from orchestration.config.compose import GROUPS, from_yaml, load_config
+from orchestration.config.identity import difference, identity
+from orchestration.config.run_config import RunConfig, name_problems
 from orchestration.fleet import cluster
 from orchestration.journal import FILE_NAME as JOURNAL
 from orchestration.journal import read_journal
 from orchestration.mesh import mesh_shape
-from orchestration.recipe_checks import name_problems
 from orchestration.report_sweep import draw_sweep, sweep_table
 from orchestration.run import run_path
 from orchestration.run_folder import DATA, RunFolder, write_atomic

@@ -19,7 +19,7 @@ from aggregation.serving import Preprocessing, ServedModel, load_model
 from experts.data.config import DatasetConfig
 from experts.data.dataset import Dataset
 from experts.ensemble import Ensemble
-from orchestration.config import Teacher
+from orchestration.config.recipe import Teacher
 from orchestration.mesh import Mesh
 
 

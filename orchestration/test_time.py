@@ -45,8 +45,8 @@ from experts.data.views import ViewMaker, Views, default_views
 from experts.losses.precision import at_least_float32
 from experts.registry import Settings
 from experts.tade import tade_offsets
-from orchestration.compose import parse
-from orchestration.config import RunConfig
+from orchestration.config.compose import parse
+from orchestration.config.run_config import RunConfig
 from orchestration.reevaluate import SavedRun, keep, open_run, threads_of
 from orchestration.test_time_report import COMPARED, distributions_table, draw_distributions
 

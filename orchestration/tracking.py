@@ -42,7 +42,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestration import journal, tracking_contents
-from orchestration.tracking_contents import STUDY_FILE, check_uri, default_uri, redact
+from orchestration.config.secrets import redact
+from orchestration.tracking_contents import STUDY_FILE, check_uri, default_uri
 from orchestration.tracking_process import (
     STATE_FILE,
     TIMEOUT,

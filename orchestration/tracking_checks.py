@@ -15,12 +15,13 @@ from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
 import certifi
 
+from orchestration.config.secrets import redact
 from orchestration.finding import Finding, nearest_existing
 from orchestration.store import is_url
-from orchestration.tracking_contents import check_uri, default_uri, redact, sqlite_path
+from orchestration.tracking_contents import check_uri, default_uri, sqlite_path
 
 if TYPE_CHECKING:
-    from orchestration.config import RunConfig
+    from orchestration.config.run_config import RunConfig
 
 _LATER = "training goes on without it and `expertail sync RUN` uploads later"
 _INSECURE = "MLFLOW_TRACKING_INSECURE_TLS"
@@ -40,7 +41,7 @@ def check_tracking(config: RunConfig, patience_s: float) -> Iterator[Finding]:
     Raises:
         ValueError: the URI is not one of a tracking store, or variables that name certificates are wrong.
     """
-    from orchestration.compose import expand
+    from orchestration.config.paths import expand
 
     if not config.tracking.enabled:
         yield Finding("ok", "tracking", "off; `expertail sync RUN` can upload later")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from orchestration.config.secrets import redact
 from orchestration.tables import per_class_table
 
 SCHEMES = ("sqlite", "http", "https", "databricks", "postgresql", "mysql", "mssql")
@@ -28,14 +29,6 @@ _STATUS = {
     "failed": "FAILED", "error": "FAILED",
     "killed": "KILLED", "stopped": "KILLED", "interrupted": "KILLED", "cancelled": "KILLED",
 }  # fmt: skip
-
-
-def redact(text: str) -> str:
-    """The text without what is secret in its URIs: `user:password@`, and values of keys that name a secret."""
-    # Of a database's URI drivers take a password with / ? # in it; a web address ends its host there.
-    text = re.sub(r"(?i)((?:postgresql|mysql|mssql)[\w+]*://)[^\s/:@'\"]*:[^\s@'\"]*@", r"\1", text)
-    text = re.sub(r"(?<=://)[^/?#\s]*@", "", text)
-    return re.sub(r"(?i)([?&](?:[\w-]*(?:password|passwd|pwd|token|secret|key))=)[^&\s'\"]+", r"\1***", text)
 
 
 def check_uri(uri: str) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TextIO
 
 from orchestration import journal, tracking_contents
-from orchestration.tracking_contents import redact
+from orchestration.config.secrets import redact
 
 STATE_FILE = "tracking.json"
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from experts.data.batches import share
-from orchestration.config import RunConfig, StageConfig
+from orchestration.config.recipe import StageConfig
+from orchestration.config.run_config import RunConfig
 from orchestration.mesh import MeshShape
 from orchestration.rehearsal import Load, Norms, TeacherLoad
 

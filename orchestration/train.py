@@ -12,8 +12,9 @@ from pathlib import Path
 
 from orchestration import tracking
 from orchestration.checkpoint import Checkpoints
-from orchestration.compose import expand, from_yaml
-from orchestration.config import RunConfig
+from orchestration.config.compose import from_yaml
+from orchestration.config.paths import expand
+from orchestration.config.run_config import RunConfig
 from orchestration.console import Console
 from orchestration.drain import Preempted
 from orchestration.finish import export, table

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from orchestration.config.paths import expand
-
 import difflib
 import os
 from collections.abc import Mapping
@@ -21,7 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from experts.registry import names, piece
-from orchestration.config import PieceOf, RunConfig
+from orchestration.config.paths import expand
+from orchestration.config.recipe import PieceOf
+from orchestration.config.run_config import RunConfig
 
 GROUPS = ("method", "dataset", "backbone", "schedule", "cluster")
 
@@ -257,5 +257,3 @@ def _message(title: str, lines: list[str]) -> str:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-

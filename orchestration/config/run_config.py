@@ -6,70 +6,15 @@ out; they may change between a start and a resume. All others are the run's iden
 
 from __future__ import annotations
 
-import hashlib
-import json
-from typing import Annotated, Any, Literal
-from pydantic import Field, GetCoreSchemaHandler, model_validator
-from pydantic_core import CoreSchema
-import aggregation
-import experts
-from experts.class_groups import GroupRule
-from experts.data.config import DatasetConfig
-from experts.flow import Plain
-from experts.registry import Settings, choice, import_pieces
-from orchestration.recipe_checks import data_problems, name_problems, recipe_problems
-from orchestration.config import EngineConfig, ClusterConfig, RunSettings, TrackingConfig, RunConfig, MAY_CHANGE, identity, config_hash, difference, published, flatten, _covered
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
-from experts.ensemble import check_names
-from experts.registry import piece
-if TYPE_CHECKING:
-    from orchestration.config import MethodConfig, RunConfig, StageConfig
-from orchestration.recipe_checks import recipe_problems, _names_problems, _rule_problems, _trains_router, _stage_problems, _flow_problems, _learning_problems, _rule, _teacher_problems, PieceOf, OptimizerConfig, Source, Teacher, ClassSubset, Mixup, Factor, LrFactors, StageConfig, Expected, MethodConfig
-
-from orchestration.config.identity import MAY_CHANGE, identity, config_hash, difference, published, flatten, _covered
-
-from orchestration.config.recipe import PieceOf, OptimizerConfig, Source, Teacher, ClassSubset, Mixup, Factor, LrFactors, StageConfig, Expected, MethodConfig
-
-import hashlib
-import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, GetCoreSchemaHandler, model_validator
-from pydantic_core import CoreSchema
+from pydantic import Field, model_validator
 
-import aggregation
-import experts
-from experts.class_groups import GroupRule
 from experts.data.config import DatasetConfig
-from experts.flow import Plain
-from experts.registry import Settings, choice, import_pieces
-from orchestration.recipe_checks import data_problems, name_problems, recipe_problems
-
-import_pieces(experts, aggregation)
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
+from experts.registry import Settings, piece
+from orchestration.config.recipe import MethodConfig, PieceOf
 
 
 class EngineConfig(Settings):
@@ -193,18 +138,6 @@ class RunConfig(Settings):
     @property
     def run_name(self) -> str:
         return self.run.name or f"{self.method.name}-{self.dataset.name}-s{self.seed}"
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 _LONGEST_NAME = 200  # bytes of a folder's name; file systems allow 255

@@ -20,8 +20,8 @@ from experts.data.dataset import open_dataset
 from experts.ensemble import build_ensemble, part_of
 from experts.progress import Progress
 from experts.registry import build
-from orchestration.compose import available, load_config
-from orchestration.config import published
+from orchestration.config.compose import available, load_config
+from orchestration.config.identity import published
 from orchestration.mesh import Mesh, mesh_shape
 from orchestration.trainer import StageTrainer
 

@@ -43,7 +43,7 @@ def finished_run(folder, **changes):
     Args:
         changes: to model.json.
     """
-    from orchestration.compose import load_config, to_yaml
+    from orchestration.config.compose import load_config, to_yaml
 
     config = load_config(["method=ride", "method.num_experts=2", *SMALL])
     folder.mkdir()

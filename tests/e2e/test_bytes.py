@@ -13,10 +13,10 @@ import ray
 
 from aggregation.serving import export_model
 from experts.ensemble import build_ensemble
-from orchestration.compose import load_config
+from orchestration.config.compose import load_config
+from orchestration.config.recipe import stage_classes
 from orchestration.fleet import Fleet
 from orchestration.placement import plan
-from orchestration.sources import stage_classes
 
 pytestmark = pytest.mark.ray
 
@@ -165,7 +165,7 @@ def exported(config, stage, folder, names=None):
     method = config.method
     names = names or method.names_in(stage)
     counts = plan(config).counts
-    ids = stage_classes(config, stage, list(counts))
+    ids = stage_classes(config.method, stage, list(counts))
     arguments = {"expert_names": names, "reduce_dimension": method.reduce_dimension, "shared_head": method.shared_head}
     model = build_ensemble(config.backbone, method.head, num_classes=len(ids), seed=1, **arguments)
     export_model(

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from experts.ensemble import build_ensemble
-from orchestration.compose import load_config
+from orchestration.config.compose import load_config
 from orchestration.engine import NonFiniteGradient, TorchEngine
 from orchestration.mesh import Mesh, MeshShape, Rendezvous, leave_world
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from orchestration.compose import load_config
+from orchestration.config.compose import load_config
 from orchestration.fleet import Fleet, check_fits, largest_share, resolve_resources, start_ray
 from orchestration.loss import WorkerLost
 from orchestration.mesh import mesh_shape

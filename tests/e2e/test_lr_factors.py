@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experts.data.dataset import open_dataset
-from orchestration.compose import load_config
+from orchestration.config.compose import load_config
 from orchestration.fleet import Fleet
 from orchestration.mesh import Mesh, mesh_shape
 from orchestration.trainer import StageTrainer

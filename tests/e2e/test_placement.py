@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from orchestration.compose import load_config
+from orchestration.config.compose import load_config
 from orchestration.fleet import Fleet
 from orchestration.mesh import mesh_shape
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experts.data.dataset import open_dataset
-from orchestration.compose import load_config
+from orchestration.config.compose import load_config
 from orchestration.mesh import Mesh, mesh_shape
 from orchestration.trainer import StageTrainer
 from tests.e2e.test_placement import saved_tensors, train_on

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from orchestration.cli import main
-from orchestration.compose import load_config
+from orchestration.config.compose import load_config
 from orchestration.probe import probe
 from tests import runs
 

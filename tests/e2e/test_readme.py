@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from orchestration.cli import _parser
-from orchestration.compose import load_config
+from orchestration.config.compose import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.compose import available, load_config
+from orchestration.config.compose import available, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("experts", "aggregation", "orchestration", "configs", "deploy")

@@ -20,7 +20,7 @@ import torch
 from aggregation.serving import load_model
 from orchestration.checkpoint import FORMAT, Checkpoints, DamagedCheckpoint, read_tensors, verify
 from orchestration.cli import main
-from orchestration.compose import check, from_yaml, load_config, to_yaml
+from orchestration.config.compose import check, from_yaml, load_config, to_yaml
 from orchestration.run import run_path
 from tests import runs
 

@@ -17,7 +17,7 @@ from aggregation.regions import (
 )
 from experts.ensemble import Ensemble, Expert, build_ensemble
 from experts.registry import build
-from orchestration.compose import load_config
+from orchestration.config.compose import load_config
 
 
 def linear(weight, bias=None):

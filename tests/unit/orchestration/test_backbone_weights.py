@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from experts.backbones import resnet_imagenet
 from experts.backbones.resnet_imagenet import ResNetImageNet
 from experts.data.dataset import open_dataset
-from orchestration.compose import load_config
+from orchestration.config.compose import load_config
 from orchestration.mesh import Mesh, mesh_shape
 from orchestration.pretrained import import_weights
 from orchestration.sources import check_sources
@@ -128,7 +128,7 @@ def test_a_file_that_is_missing_damaged_or_not_imported_is_refused(weights, tmp_
 
 
 def test_weights_are_part_of_what_a_run_is():
-    from orchestration.config import difference, identity
+    from orchestration.config.identity import difference, identity
 
     without, with_them = (load_config([*WORDS, *more]) for more in ([], ["method.backbone_weights=/a.safetensors"]))
     assert difference(identity(without), identity(with_them)) == ["method.backbone_weights: None -> /a.safetensors"]

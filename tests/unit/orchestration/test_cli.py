@@ -5,7 +5,7 @@ import torch
 from safetensors import safe_open
 
 from orchestration.cli import main
-from orchestration.compose import available
+from orchestration.config.compose import available
 from orchestration.pretrained import _whole_network
 
 

@@ -6,8 +6,9 @@ import os
 
 import pytest
 
-from orchestration.compose import available, check, expand, from_yaml, load_config, to_yaml
-from orchestration.config import config_hash, difference, flatten, identity
+from orchestration.config.compose import available, check, from_yaml, load_config, to_yaml
+from orchestration.config.identity import config_hash, difference, flatten, identity
+from orchestration.config.paths import expand
 
 
 def problems(*words):

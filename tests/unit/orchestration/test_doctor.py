@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from orchestration import doctor
-from orchestration.compose import load_config
+from orchestration.config.compose import load_config
 from orchestration.doctor import examine
 from orchestration.finding import guarded
 from orchestration.tracking_checks import check_tracking

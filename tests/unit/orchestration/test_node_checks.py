@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from orchestration import node_checks, node_report
-from orchestration.compose import load_config
+from orchestration.config.compose import load_config
 from orchestration.finding import Finding, guarded
 from orchestration.layout import packed
 from orchestration.node_checks import Needs, Survey, worker_gib

@@ -7,7 +7,7 @@ import torch
 
 from experts.data.dataset import open_dataset
 from experts.ensemble import build_ensemble
-from orchestration.compose import load_config
+from orchestration.config.compose import load_config
 from orchestration.layout import packed
 from orchestration.mesh import MeshShape
 from orchestration.placement import expected_counts, plan

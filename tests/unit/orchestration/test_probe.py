@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from orchestration.compose import load_config
-from orchestration.config import RunSettings
+from orchestration.config.compose import load_config
+from orchestration.config.run_config import RunSettings
 from orchestration.probe import Probe, StageProbe, due, time_lines
 
 STAGE = StageProbe(

@@ -10,7 +10,7 @@ import pytest
 from aggregation.metrics import Scores, groups_by_count, groups_by_index
 from experts.data.dataset import open_dataset
 from orchestration.checkpoint import Checkpoints
-from orchestration.compose import load_config
+from orchestration.config.compose import load_config
 from orchestration.finish import export
 from orchestration.mesh import Mesh, mesh_shape
 from orchestration.reevaluate import reevaluate

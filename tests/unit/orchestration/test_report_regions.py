@@ -12,7 +12,7 @@ from PIL import Image
 from experts.data.dataset import open_dataset
 from orchestration.checkpoint import Checkpoints, read_tensors
 from orchestration.cli import main
-from orchestration.compose import load_config
+from orchestration.config.compose import load_config
 from orchestration.finish import export
 from orchestration.mesh import Mesh, mesh_shape
 from orchestration.reevaluate import open_run

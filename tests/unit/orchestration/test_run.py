@@ -11,7 +11,7 @@ import pytest
 from orchestration import lane as lane_module
 from orchestration import run as module
 from orchestration.checkpoint import write_file
-from orchestration.compose import load_config
+from orchestration.config.compose import load_config
 from orchestration.console import Console
 from orchestration.drain import Drained, Preempted
 from orchestration.loss import WorkerLost

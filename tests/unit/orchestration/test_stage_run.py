@@ -6,7 +6,7 @@ import contextlib
 
 import pytest
 
-from orchestration.compose import load_config
+from orchestration.config.compose import load_config
 from orchestration.console import Console
 from orchestration.run import Run
 from orchestration.run_folder import RunFolder

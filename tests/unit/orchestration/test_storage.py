@@ -12,7 +12,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from orchestration import storage, store
 from orchestration.checkpoint import Checkpoints, verify, write_file
-from orchestration.compose import load_config
+from orchestration.config.compose import load_config
 from orchestration.run import check_run_dir, run_path
 from orchestration.storage import StoredRunFolder, run_at_hand
 from orchestration.store import StorageProblem, Store, try_out

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from orchestration.compose import load_config
+from orchestration.config.compose import load_config
 from orchestration.journal import Journal, read_journal
 from orchestration.report_sweep import draw_sweep, sweep_table
 from orchestration.run_folder import RunFolder

@@ -19,7 +19,7 @@ from experts.data.views import ViewMaker, Views, default_views
 from experts.ensemble import build_ensemble
 from experts.tade import tade_offsets
 from orchestration.cli import main
-from orchestration.compose import load_config
+from orchestration.config.compose import load_config
 from orchestration.reevaluate import reevaluate
 from orchestration.run_folder import RunFolder
 from orchestration.test_time import KnownPrior, evaluate_distributions, trained_priors

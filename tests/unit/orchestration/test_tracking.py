@@ -136,7 +136,7 @@ def test_who_needs_a_password_is_told_where_to_put_it(tmp_path, uri, problem, hi
 
 
 def test_the_run_folder_keeps_no_password(tmp_path, monkeypatch):
-    from orchestration.compose import load_config
+    from orchestration.config.compose import load_config
     from orchestration.run_folder import RunFolder
 
     word = "tracking.uri=http://me:s3cret@host:5000"
