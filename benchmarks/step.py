@@ -33,8 +33,8 @@ from orchestration.fleet import Fleet
 from orchestration.mesh import mesh_shape
 from orchestration.own_ray import start_own_ray
 from orchestration.run import Run
-from orchestration.run_folder import RunFolder, versions
 from orchestration.stage_run import StageRun, StopSignals
+from orchestration.storage.run_folder import RunFolder, versions
 
 COMMON = [
     "method=ride",

@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from orchestration.checkpoint import DamagedCheckpoint, FileEntry, write_file
+from orchestration.storage.checkpoint import DamagedCheckpoint, FileEntry, write_file
 
 
 @dataclass(frozen=True)

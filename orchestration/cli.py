@@ -241,12 +241,12 @@ def _evaluate(options: argparse.Namespace) -> int:
         rule, which = None, rule
     if rule is None and options.distribution is None:
         from orchestration.reevaluate import reevaluate
-        from orchestration.storage import run_at_hand
+        from orchestration.storage.location import run_at_hand
 
         with run_at_hand(options.run) as run:
             print(reevaluate(run, which, options.split, options.overrides))
         return 0
-    from orchestration.storage import run_at_hand
+    from orchestration.storage.location import run_at_hand
     from orchestration.test_time import evaluate_distributions
 
     wanted = options.distribution or "uniform"
@@ -257,7 +257,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _regions(options: argparse.Namespace) -> int:
     from orchestration.report_regions import draw_regions
-    from orchestration.storage import run_at_hand
+    from orchestration.storage.location import run_at_hand
 
     with run_at_hand(options.run) as run:
         print(draw_regions(run, options.classes, options.overrides))
@@ -265,7 +265,7 @@ def _regions(options: argparse.Namespace) -> int:
 
 
 def _import_weights(options: argparse.Namespace) -> int:
-    from orchestration.pretrained import import_weights
+    from orchestration.storage.pretrained import import_weights
 
     print(f"{import_weights(options.source, options.target)}\nwritten to {options.target}")
     return 0

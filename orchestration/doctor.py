@@ -160,7 +160,7 @@ def _memory(config: RunConfig) -> Iterator[Finding]:
 
 def _run_dir(config: RunConfig) -> Iterator[Finding]:
     from orchestration.config.paths import expand
-    from orchestration.store import check_url, is_url, try_out
+    from orchestration.storage.url_store import check_url, is_url, try_out
 
     if is_url(config.run.dir):
         check_url(config.run.dir)
@@ -217,8 +217,8 @@ def _connected(config: RunConfig, shape: MeshShape, address: str) -> Iterator[Fi
     from orchestration.config.paths import expand
     from orchestration.layout import bundle_of, packed
     from orchestration.node_checks import Needs, check_nodes
-    from orchestration.run import check_run_dir
-    from orchestration.store import is_url
+    from orchestration.storage.location import check_run_dir
+    from orchestration.storage.url_store import is_url
 
     nodes = fleet.node_resources()
     cpus, threads = fleet.resolve_resources(config.cluster, config.engine, shape.workers * config.side_by_side)

@@ -12,8 +12,8 @@ from orchestration.drain import Drained, Preempted
 from orchestration.fleet import Fleet
 from orchestration.hangs import keep_stacks
 from orchestration.loss import WorkerLost
-from orchestration.run_folder import LOCK
 from orchestration.stage_run import Outcome, StageRun
+from orchestration.storage.files import LOCK
 
 if TYPE_CHECKING:
     from orchestration.run import Run

@@ -22,8 +22,8 @@ from orchestration.config.run_config import RunConfig
 from orchestration.config.secrets import redact
 from orchestration.layout import Layout, bundle_of, draw, packed
 from orchestration.placement import WORKER_GIB, Plan, Size, StagePlan, plan
-from orchestration.sources import check_sources
-from orchestration.store import is_url
+from orchestration.storage.exports import check_sources
+from orchestration.storage.url_store import is_url
 from orchestration.tracking_contents import default_uri
 from orchestration.traffic import Exchange, link_bytes, shares_of
 from orchestration.wording import bytes_, grid, many, number
@@ -426,7 +426,7 @@ def _exchange_table(found: Plan) -> Iterator[str]:
 
 def _places(config: RunConfig) -> Iterator[str]:
     if is_url(config.run.dir):
-        from orchestration.run import run_path
+        from orchestration.storage.location import run_path
 
         yield f"{config.run.dir.rstrip('/')}/{config.run_name} (the driver works in {run_path(config)})"
         if config.tracking.enabled:

@@ -25,8 +25,7 @@ from orchestration.config.paths import expand
 from orchestration.config.run_config import RunConfig
 from orchestration.engine import casting
 from orchestration.finish import table
-from orchestration.run_folder import CONFIG, DATA, RUN, write_atomic
-from orchestration.tracking_contents import read_json
+from orchestration.storage.files import CONFIG, DATA, RUN, read_json, write_atomic
 
 MAY_DIFFER = (
     "dataset.root",

@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestration.drawing import BEST, GROUP_COLOURS, LAST, colour_of, head_line, new_figure, our_style, short
-from orchestration.journal import Series, series
 from orchestration.report_experts import draw_experts
 from orchestration.report_regions import draw_where_it_fits
+from orchestration.storage.files import evaluations, read_config, read_json
+from orchestration.storage.journal import Series, series
 from orchestration.tables import GROUPS, final_table, members, selection_note, several_experts
-from orchestration.tracking_contents import evaluations, read_config, read_json
 
 _NAMED_CLASSES = 40  # more names than this cannot be read
 

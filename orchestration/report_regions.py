@@ -98,7 +98,7 @@ def draw_regions(run: str, classes: str | None, overrides: list[str]) -> str:
 
 def _misfit(folder: Path, config: RunConfig) -> str | None:
     """Why a run has no regions before and after, or None."""
-    from orchestration.tracking_contents import read_json
+    from orchestration.storage.files import read_json
 
     method = config.method
     stage = method.stages[method.final]
@@ -165,8 +165,8 @@ def _start(config: RunConfig) -> Source:
 def _before(saved: SavedRun) -> ServedModel:
     """The model that the last stage began with, served as the run's own."""
     from aggregation.serving import ServedModel, load_model
-    from orchestration.checkpoint import Checkpoints
-    from orchestration.sources import ensemble_state, weights_of
+    from orchestration.storage.checkpoint import Checkpoints
+    from orchestration.storage.exports import ensemble_state, weights_of
 
     method, source = saved.config.method, _start(saved.config)
     if source.run is not None:

@@ -9,8 +9,6 @@ finish    evaluation/*.json, export/*, report/*, table on stdout     `finish.py`
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import queue
 import threading
 import time
@@ -20,82 +18,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from orchestration.checkpoint import Checkpoints
-from orchestration.config.paths import expand
 from orchestration.config.recipe import Source
 from orchestration.config.run_config import RunConfig
 from orchestration.console import Console
 from orchestration.drain import DrainNotices, Preempted
 from orchestration.fleet import Fleet, cluster, node_resources, resolve_resources
-from orchestration.journal import Journal
 from orchestration.lane import Lane
 from orchestration.loss import WorkerLost
 from orchestration.mesh import MeshShape, mesh_shape
-from orchestration.run_folder import RunFolder
-from orchestration.sources import check_sources, model_folder
 from orchestration.stage_run import GivenUp, Outcome, Stopped, StopSignals, write_evaluations
-from orchestration.storage import StoredRunFolder
-from orchestration.store import check_url, copy_of, is_url
+from orchestration.storage.checkpoint import Checkpoints
+from orchestration.storage.exports import check_sources, model_folder
+from orchestration.storage.journal import Journal
+from orchestration.storage.location import check_run_dir
+from orchestration.storage.run_folder import RunFolder
 
 _MEMORY_RESTARTS = 1  # a worker that is out of memory will most likely be so again
-_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for what `ray job submit` starts
-
-
-def run_path(config: RunConfig) -> Path:
-    """The folder a config's run lives in, absolute: workers may have been started elsewhere. Of a run that is kept at a
-    URL, the copy on this node."""
-    if is_url(config.run.dir):
-        return copy_of(config.run.dir, expand(config.run.local_dir)) / config.run_name
-    return Path(os.path.abspath(expand(config.run.dir))) / config.run_name
-
-
-def open_run_folder(config: RunConfig) -> RunFolder:
-    """Hold a config's run folder.
-
-    Raises:
-        ValueError: it cannot be read or written, or another process holds it.
-    """
-    if is_url(config.run.dir):
-        return StoredRunFolder(run_path(config), f"{config.run.dir.rstrip('/')}/{config.run_name}")
-    return RunFolder(run_path(config))
-
-
-def check_run_dir(config: RunConfig, nodes: int = 1) -> None:
-    """Refuse a run folder that would vanish with a job, or be another one on every node.
-
-    Raises:
-        ValueError: run.dir is relative, and this is a submitted job or a cluster of several nodes; or it is a URL that
-            nothing here opens, or tracked by a file on this node.
-    """
-    if is_url(config.run.dir):
-        check_url(config.run.dir)
-        if config.tracking.enabled:
-            check_tracked(config)
-        return
-    if Path(expand(config.run.dir)).is_absolute():
-        return
-    reason = f"the cluster has {nodes} nodes and each would have a folder of its own" if nodes > 1 else None
-    if os.environ.get(_JOB):
-        reason = "a submitted job starts in a copy of the working directory that vanishes with it"
-    if reason:
-        raise ValueError(
-            f"run.dir = {config.run.dir}: relative, and {reason}; needed an absolute path on storage that all nodes "
-            f"share, or a URL; set run.dir=/... or run.dir=s3://..."
-        )
-
-
-def check_tracked(config: RunConfig) -> None:
-    """Refuse to track a run on the node that trains when it may go on from another.
-
-    Raises:
-        ValueError: run.dir is a URL and tracking.uri is not set.
-    """
-    if is_url(config.run.dir) and config.tracking.uri is None:
-        raise ValueError(
-            f"tracking.uri is not set and run.dir = {config.run.dir}: the MLflow database would lie on this node, and "
-            f"the run may go on from another; needed a server; set tracking.uri=http://..., or tracking.enabled=false "
-            f"(later: expertail sync RUN --uri http://...)"
-        )
 
 
 def train(
@@ -436,8 +374,3 @@ class Cost:
                 for what, share in self._per_worker.items()
             }
         self._folder.note(cost=cost, **more)
-
-
-def read_evaluations(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """The evaluations a run folder holds, by name."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted((run_dir / "evaluation").glob("*.json"))}

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 from aggregation.diversity import Diversity, metrics
 from aggregation.metrics import Scores, groups_by_count, groups_by_index
 from orchestration.carry import collect
-from orchestration.checkpoint import Checkpoint, DamagedCheckpoint, verify
 from orchestration.config.recipe import stage_classes
 from orchestration.config.run_config import RunConfig
 from orchestration.console import Console
 from orchestration.drain import Drained, Preempted
 from orchestration.fleet import Fleet
-from orchestration.run_folder import RunFolder
-from orchestration.sources import weights_of
+from orchestration.storage.checkpoint import Checkpoint, DamagedCheckpoint, verify
+from orchestration.storage.exports import weights_of
+from orchestration.storage.run_folder import RunFolder
 from orchestration.trainer import Interval
 
 if TYPE_CHECKING:

@@ -22,22 +22,22 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from orchestration.checkpoint import Checkpoints
 from orchestration.config.compose import GROUPS, from_yaml, load_config
 from orchestration.config.identity import difference, identity
 from orchestration.config.run_config import RunConfig, name_problems
 from orchestration.fleet import cluster
-from orchestration.journal import FILE_NAME as JOURNAL
-from orchestration.journal import read_journal
 from orchestration.mesh import mesh_shape
 from orchestration.report_sweep import draw_sweep, sweep_table
-from orchestration.run import run_path
-from orchestration.run_folder import DATA, RunFolder, write_atomic
-from orchestration.sources import check_sources
-from orchestration.store import is_url
+from orchestration.storage.checkpoint import Checkpoints
+from orchestration.storage.exports import check_sources
+from orchestration.storage.files import DATA, read_json, write_atomic
+from orchestration.storage.journal import FILE_NAME as JOURNAL
+from orchestration.storage.journal import read_journal
+from orchestration.storage.location import run_path
+from orchestration.storage.run_folder import RunFolder
+from orchestration.storage.url_store import is_url
 from orchestration.tracking import Uploader, start_uploader
 from orchestration.tracking_contents import STUDY_FILE as SWEEP
-from orchestration.tracking_contents import read_json
 from orchestration.tracking_process import one_line
 from orchestration.train import is_complete, tracking_uri, train_and_report
 

@@ -41,8 +41,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from orchestration import journal, tracking_contents
+from orchestration import tracking_contents
 from orchestration.config.secrets import redact
+from orchestration.storage import journal
 from orchestration.tracking_contents import STUDY_FILE, check_uri, default_uri
 from orchestration.tracking_process import (
     STATE_FILE,

@@ -17,7 +17,7 @@ import certifi
 
 from orchestration.config.secrets import redact
 from orchestration.finding import Finding, nearest_existing
-from orchestration.store import is_url
+from orchestration.storage.url_store import is_url
 from orchestration.tracking_contents import check_uri, default_uri, sqlite_path
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from orchestration.config.secrets import redact
+from orchestration.storage.files import evaluations, read_config, read_json
 from orchestration.tables import per_class_table
 
 SCHEMES = ("sqlite", "http", "https", "databricks", "postgresql", "mysql", "mssql")
@@ -67,36 +68,11 @@ def default_uri(runs_dir: str | os.PathLike[str]) -> str:
     return f"sqlite:///{Path(os.path.abspath(runs_dir)) / 'mlflow.db'}"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file; empty when the file is missing.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); restore the file") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: found {type(value).__name__}, needed a JSON object; restore the file")
-    return value
-
-
 def study_folder(run_dir: Path) -> Path | None:
     """The folder of the study that a run belongs to; None for a run on its own."""
     name = read_json(run_dir / "run.json").get("study")
     folder = run_dir.parent / str(name)
     return folder if name and (folder / STUDY_FILE).exists() else None
-
-
-def read_config(run_dir: Path) -> dict[str, Any]:
-    """The resolved config of a run; empty when there is none yet."""
-    import yaml
-
-    path = run_dir / "config.yaml"
-    return (yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
 
 
 def description(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -107,12 +83,6 @@ def description(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str,
     values = ",".join(run["value"] for run in study["runs"])
     run = {"seed": study["seed"], "status": study.get("status")}
     return run, {"dataset": study["dataset"]}, {**study["config"], "sweep": {"key": study["key"], "values": values}}
-
-
-def evaluations(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """The evaluations that exist, of "last" and "best"."""
-    found = {which: read_json(run_dir / "evaluation" / f"{which}.json") for which in ("last", "best")}
-    return {which: evaluation for which, evaluation in found.items() if evaluation}
 
 
 def metric_key(name: str, stage: str, stages: list[str]) -> str:

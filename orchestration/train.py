@@ -11,21 +11,22 @@ import time
 from pathlib import Path
 
 from orchestration import tracking
-from orchestration.checkpoint import Checkpoints
 from orchestration.config.compose import from_yaml
 from orchestration.config.paths import expand
 from orchestration.config.run_config import RunConfig
 from orchestration.console import Console
 from orchestration.drain import Preempted
-from orchestration.finish import export, table
+from orchestration.finish import table
 from orchestration.mesh import mesh_shape
-from orchestration.run import check_run_dir, check_tracked, open_run_folder, read_evaluations, train
-from orchestration.run_folder import CONFIG, DATA, RunFolder, write_atomic
-from orchestration.sources import check_sources
+from orchestration.run import train
 from orchestration.stage_run import Outcome, Stopped
-from orchestration.storage import run_at_hand
-from orchestration.store import is_url
-from orchestration.tracking_contents import STUDY_FILE, read_json
+from orchestration.storage.checkpoint import Checkpoints
+from orchestration.storage.exports import check_sources, export
+from orchestration.storage.files import CONFIG, DATA, read_json, write_atomic
+from orchestration.storage.location import check_run_dir, check_tracked, open_run_folder, run_at_hand
+from orchestration.storage.run_folder import RunFolder, read_evaluations
+from orchestration.storage.url_store import is_url
+from orchestration.tracking_contents import STUDY_FILE
 
 _SHORT_WAIT_S = 10.0  # for the upload when a run did not end well: the message should not wait for it
 _STOPPED_WAIT_S = 60.0  # for run.dir, then: the newest checkpoint is worth more

@@ -32,12 +32,12 @@ from experts.flow import Flow
 from experts.losses.objective import Given, Objective
 from experts.progress import Progress
 from experts.registry import build
-from orchestration.checkpoint import FileEntry, read_tensors, write_tensors
 from orchestration.config.recipe import StageConfig
 from orchestration.config.run_config import RunConfig
 from orchestration.engine import Engine, NonFiniteGradient, TorchEngine, casting
 from orchestration.mesh import Mesh
-from orchestration.pretrained import load_pretrained
+from orchestration.storage.checkpoint import FileEntry, read_tensors, write_tensors
+from orchestration.storage.pretrained import load_pretrained
 from orchestration.teachers import Teachers, check_teacher
 
 

@@ -121,7 +121,7 @@ def test_an_unreadable_run_folder_is_named(copy, warm, capsys, tmp_path):
 
 
 def test_a_run_that_is_being_carried_out_is_refused_to_a_second(copy, warm, capsys):
-    from orchestration.run_folder import RunFolder
+    from orchestration.storage.run_folder import RunFolder
 
     held = RunFolder(copy)
     try:

@@ -206,7 +206,7 @@ def test_a_kill_while_checkpoints_are_written_always_leaves_a_whole_one(rounds, 
 
     Only one is kept, and every third is written twice at its step, which replaces it.
     """
-    from orchestration.checkpoint import Checkpoints
+    from orchestration.storage.checkpoint import Checkpoints
 
     for kill in range(rounds):
         folder = tmp_path / str(kill)

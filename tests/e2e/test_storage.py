@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestration import store
 from orchestration.cli import main
+from orchestration.storage import url_store as store
 from tests import runs
 from tests.nodes import Nodes
 

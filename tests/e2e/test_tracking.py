@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestration.journal import Journal
+from orchestration.storage.journal import Journal
 from orchestration.tracking import _Sender, default_uri, start_uploader, sync
 from orchestration.tracking_process import Target, drain
 

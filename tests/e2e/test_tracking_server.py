@@ -21,8 +21,8 @@ import pytest
 
 from orchestration import tracking_contents
 from orchestration.cli import main
-from orchestration.journal import read_journal
 from orchestration.stage_run import StageRun
+from orchestration.storage.journal import read_journal
 from tests import runs
 from tests.conftest import lend
 from tests.mlflow_server import Fault, PostgreSQL, Proxy, Server, hurry

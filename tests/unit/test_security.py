@@ -18,10 +18,10 @@ import pytest
 import torch
 
 from aggregation.serving import load_model
-from orchestration.checkpoint import FORMAT, Checkpoints, DamagedCheckpoint, read_tensors, verify
 from orchestration.cli import main
 from orchestration.config.compose import check, from_yaml, load_config, to_yaml
-from orchestration.run import run_path
+from orchestration.storage.checkpoint import FORMAT, Checkpoints, DamagedCheckpoint, read_tensors, verify
+from orchestration.storage.location import run_path
 from tests import runs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +36,7 @@ FORBIDDEN_CALLS = {
     "hydra.utils.get_class", "hydra.utils.get_method", "read_pickle", "pd.read_pickle", "pandas.read_pickle",
     "subprocess.getoutput", "subprocess.getstatusoutput",
 }  # fmt: skip
-READS_WEIGHTS = "orchestration/pretrained.py"  # what `expertail import-weights` runs
+READS_WEIGHTS = "orchestration/storage/pretrained.py"  # what `expertail import-weights` runs
 IMPORTS_BY_NAME = {"experts/registry.py", "orchestration/cli.py"}  # modules of our own packages
 
 

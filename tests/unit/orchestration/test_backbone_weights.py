@@ -11,8 +11,8 @@ from experts.backbones.resnet_imagenet import ResNetImageNet
 from experts.data.dataset import open_dataset
 from orchestration.config.compose import load_config
 from orchestration.mesh import Mesh, mesh_shape
-from orchestration.pretrained import import_weights
-from orchestration.sources import check_sources
+from orchestration.storage.exports import check_sources
+from orchestration.storage.pretrained import import_weights
 from orchestration.trainer import StageTrainer
 
 WORDS = ["dataset=digits_lt", "dataset.image_size=16", "backbone=resnet10", "engine.name=torch"]

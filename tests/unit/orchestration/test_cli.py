@@ -6,7 +6,7 @@ from safetensors import safe_open
 
 from orchestration.cli import main
 from orchestration.config.compose import available
-from orchestration.pretrained import _whole_network
+from orchestration.storage.pretrained import _whole_network
 
 
 def test_every_command_explains_itself(capsys):

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from orchestration.journal import FILE_NAME, Journal, Record, latest, parse_line, read_journal, series
+from orchestration.storage.journal import FILE_NAME, Journal, Record, latest, parse_line, read_journal, series
 
 
 def fill(run_dir, moments):

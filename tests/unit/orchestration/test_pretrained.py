@@ -15,7 +15,7 @@ from experts.backbones.resnet_cifar import ResNetCifar
 from experts.backbones.resnet_imagenet import ResNetImageNet
 from experts.ensemble import build_ensemble
 from experts.heads import LinearHead
-from orchestration.pretrained import import_weights, load_pretrained
+from orchestration.storage.pretrained import import_weights, load_pretrained
 
 
 @pytest.fixture(autouse=True)

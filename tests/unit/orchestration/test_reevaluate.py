@@ -9,12 +9,12 @@ import pytest
 
 from aggregation.metrics import Scores, groups_by_count, groups_by_index
 from experts.data.dataset import open_dataset
-from orchestration.checkpoint import Checkpoints
 from orchestration.config.compose import load_config
-from orchestration.finish import export
 from orchestration.mesh import Mesh, mesh_shape
 from orchestration.reevaluate import reevaluate
-from orchestration.run_folder import RunFolder
+from orchestration.storage.checkpoint import Checkpoints
+from orchestration.storage.exports import export
+from orchestration.storage.run_folder import RunFolder
 from orchestration.trainer import StageTrainer
 
 WORDS = [

@@ -9,8 +9,8 @@ import pytest
 from orchestration.config.compose import load_config
 from orchestration.console import Console
 from orchestration.run import Run
-from orchestration.run_folder import RunFolder
 from orchestration.stage_run import StageRun, StopSignals
+from orchestration.storage.run_folder import RunFolder
 
 
 class FakeFleet:

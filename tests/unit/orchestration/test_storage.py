@@ -10,12 +10,13 @@ import threading
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from orchestration import storage, store
-from orchestration.checkpoint import Checkpoints, verify, write_file
 from orchestration.config.compose import load_config
-from orchestration.run import check_run_dir, run_path
-from orchestration.storage import StoredRunFolder, run_at_hand
-from orchestration.store import StorageProblem, Store, try_out
+from orchestration.storage import remote_run_folder as storage
+from orchestration.storage import url_store as store
+from orchestration.storage.checkpoint import Checkpoints, verify, write_file
+from orchestration.storage.location import check_run_dir, run_at_hand, run_path
+from orchestration.storage.remote_run_folder import StoredRunFolder
+from orchestration.storage.url_store import StorageProblem, Store, try_out
 from orchestration.sweep import plan_sweep
 
 

@@ -21,7 +21,7 @@ from experts.tade import tade_offsets
 from orchestration.cli import main
 from orchestration.config.compose import load_config
 from orchestration.reevaluate import reevaluate
-from orchestration.run_folder import RunFolder
+from orchestration.storage.run_folder import RunFolder
 from orchestration.test_time import KnownPrior, evaluate_distributions, trained_priors
 from orchestration.test_time_report import distributions_table, draw_distributions
 

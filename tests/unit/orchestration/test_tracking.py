@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from orchestration import tracking, tracking_contents
-from orchestration.journal import Journal
-from orchestration.run_folder import write_atomic
+from orchestration.storage.files import write_atomic
+from orchestration.storage.journal import Journal
 from orchestration.tracking_process import State, Tail, Target, WithoutSecrets, drain, incomplete, is_final, locked
 
 
@@ -137,7 +137,7 @@ def test_who_needs_a_password_is_told_where_to_put_it(tmp_path, uri, problem, hi
 
 def test_the_run_folder_keeps_no_password(tmp_path, monkeypatch):
     from orchestration.config.compose import load_config
-    from orchestration.run_folder import RunFolder
+    from orchestration.storage.run_folder import RunFolder
 
     word = "tracking.uri=http://me:s3cret@host:5000"
     monkeypatch.setattr(sys, "argv", ["expertail", "train", word, "dataset=digits_lt"])

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from aggregation.serving import DESCRIPTION, export_model, read_description
-from orchestration.checkpoint import Checkpoints, read_tensors, verify
 from orchestration.config.paths import expand
 from orchestration.config.recipe import Source, stage_classes
 from orchestration.config.run_config import RunConfig
-from orchestration.pretrained import check_pretrained
-from orchestration.run_folder import RUN, RunFolder
+from orchestration.storage.checkpoint import Checkpoints, read_tensors, verify
+from orchestration.storage.files import RUN
+from orchestration.storage.pretrained import check_pretrained
+from orchestration.storage.run_folder import RunFolder
 from orchestration.teachers import preprocessing_problem
 
 
@@ -127,3 +128,12 @@ def ensemble_state(config: RunConfig, stage: str, checkpoint: Path) -> dict[str,
     for name in ("trunk", "shared", *config.method.names_in(stage)):
         state |= read_tensors(checkpoint, name)
     return state
+
+
+def export(config: RunConfig, folder: RunFolder, stage: str, checkpoint: Path) -> None:
+    """Write export/last and export/best: the ensemble of a stage, ready to serve."""
+    best = verify(checkpoint).get("best")
+    sources = {"last": checkpoint, "best": checkpoint.parent / best["checkpoint"] if best else checkpoint}
+    for name, source in sources.items():
+        verify(source)
+        export_stage(config, folder, stage, source, folder.path / "export" / name)

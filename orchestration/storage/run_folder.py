@@ -23,11 +23,11 @@ from orchestration.config.compose import from_yaml, to_yaml
 from orchestration.config.identity import config_hash, difference, identity
 from orchestration.config.run_config import RunConfig
 from orchestration.config.secrets import redact
+from orchestration.storage.files import CONFIG, DATA, LOCK, RUN, write_atomic
 
 if TYPE_CHECKING:
     from orchestration.carry import Carried
 
-CONFIG, RUN, DATA, LOCK = "config.yaml", "run.json", "data.json", ".lock"
 _LIBRARIES = ("torch", "torchvision", "ray", "deepspeed", "mlflow", "numpy", "safetensors", "pydantic")
 
 
@@ -206,19 +206,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a whole file or nothing: to a neighbour, flushed to disk, renamed."""
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with open(scratch, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
 def _commit() -> str | None:
     """The commit of the checkout this code runs from, with '+' when it has changes; None for an installed wheel.
 
@@ -246,3 +233,8 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor()
+
+
+def read_evaluations(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """The evaluations a run folder holds, by name."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted((run_dir / "evaluation").glob("*.json"))}

@@ -14,7 +14,6 @@ looked at, checkpoints are held by links before the journal is read. What is the
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -27,14 +26,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from orchestration.checkpoint import MANIFEST
-from orchestration.config.paths import expand
-from orchestration.config.run_config import RunSettings
-from orchestration.journal import FILE_NAME as JOURNAL
-from orchestration.run_folder import CONFIG, RUN, RunFolder, write_atomic
-from orchestration.store import LOCK, StorageProblem, Store, StoreLock, check_url, copy_of, is_url
+from orchestration.storage.checkpoint import MANIFEST
+from orchestration.storage.files import RUN, write_atomic
+from orchestration.storage.journal import FILE_NAME as JOURNAL
+from orchestration.storage.run_folder import RunFolder
+from orchestration.storage.url_lock import LOCK, StoreLock
+from orchestration.storage.url_store import StorageProblem, Store
 
 if TYPE_CHECKING:
     from orchestration.carry import Carried
@@ -331,40 +328,9 @@ def _linked(folder: Path, below: Path) -> Path:
     return target
 
 
-@contextlib.contextmanager
-def run_at_hand(run: str) -> Iterator[str]:
-    """The folder of a run that is given by its path or by its URL; of a URL the copy, and what is new there is put.
-
-    Raises:
-        ValueError: there is no run at the URL, or it cannot be read or written, or another process holds it.
-    """
-    if not is_url(run):
-        yield run
-        return
-    check_url(run, "RUN")
-    place, _, name = run.rstrip("/").rpartition("/")
-    config = Store(run).read(CONFIG)
-    if config is None:
-        raise ValueError(f"{run}: no run there (no {CONFIG}); needed the URL of one, as {place}/<run.name>")
-    folder = StoredRunFolder(copy_of(place, expand(_local_dir(config))) / name, run)
-    try:
-        yield str(folder.path)
-        folder.settle()
-    finally:
-        folder.close()
-
-
 def _end_first(name: str) -> tuple[bool, bool]:
     """In which order files of checkpoints are removed: none may look whole, or lack its best weights."""
     return name.split("/")[1].startswith("best-"), not name.endswith(f"/{MANIFEST}")
-
-
-def _local_dir(config: bytes) -> str:
-    """Where a stored config has its copies."""
-    try:
-        return str(yaml.safe_load(config)["run"]["local_dir"])
-    except (yaml.YAMLError, KeyError, TypeError):
-        return RunSettings().local_dir
 
 
 def _json(data: bytes | None) -> dict[str, Any]:

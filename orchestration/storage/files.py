@@ -1,0 +1,57 @@
+"""The files of a run folder: their names, how they are written and read."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    pass
+CONFIG, RUN, DATA, LOCK = "config.yaml", "run.json", "data.json", ".lock"
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a whole file or nothing: to a neighbour, flushed to disk, renamed."""
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with open(scratch, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file; empty when the file is missing.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); restore the file") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: found {type(value).__name__}, needed a JSON object; restore the file")
+    return value
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The resolved config of a run; empty when there is none yet."""
+    import yaml
+
+    path = run_dir / "config.yaml"
+    return (yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
+
+
+def evaluations(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """The evaluations that exist, of "last" and "best"."""
+    found = {which: read_json(run_dir / "evaluation" / f"{which}.json") for which in ("last", "best")}
+    return {which: evaluation for which, evaluation in found.items() if evaluation}

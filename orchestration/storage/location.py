@@ -1,0 +1,113 @@
+"""Where a run is kept: a folder, or a URL with a local copy."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from orchestration.config.paths import expand
+from orchestration.config.run_config import RunSettings
+from orchestration.storage.files import CONFIG
+from orchestration.storage.run_folder import RunFolder
+from orchestration.storage.url_store import Store, check_url, copy_of, is_url
+
+if TYPE_CHECKING:
+    pass
+
+from orchestration.config.run_config import RunConfig
+from orchestration.storage.remote_run_folder import StoredRunFolder
+
+_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for what `ray job submit` starts
+
+
+def run_path(config: RunConfig) -> Path:
+    """The folder a config's run lives in, absolute: workers may have been started elsewhere. Of a run that is kept at a
+    URL, the copy on this node."""
+    if is_url(config.run.dir):
+        return copy_of(config.run.dir, expand(config.run.local_dir)) / config.run_name
+    return Path(os.path.abspath(expand(config.run.dir))) / config.run_name
+
+
+def open_run_folder(config: RunConfig) -> RunFolder:
+    """Hold a config's run folder.
+
+    Raises:
+        ValueError: it cannot be read or written, or another process holds it.
+    """
+    if is_url(config.run.dir):
+        return StoredRunFolder(run_path(config), f"{config.run.dir.rstrip('/')}/{config.run_name}")
+    return RunFolder(run_path(config))
+
+
+def check_run_dir(config: RunConfig, nodes: int = 1) -> None:
+    """Refuse a run folder that would vanish with a job, or be another one on every node.
+
+    Raises:
+        ValueError: run.dir is relative, and this is a submitted job or a cluster of several nodes; or it is a URL that
+            nothing here opens, or tracked by a file on this node.
+    """
+    if is_url(config.run.dir):
+        check_url(config.run.dir)
+        if config.tracking.enabled:
+            check_tracked(config)
+        return
+    if Path(expand(config.run.dir)).is_absolute():
+        return
+    reason = f"the cluster has {nodes} nodes and each would have a folder of its own" if nodes > 1 else None
+    if os.environ.get(_JOB):
+        reason = "a submitted job starts in a copy of the working directory that vanishes with it"
+    if reason:
+        raise ValueError(
+            f"run.dir = {config.run.dir}: relative, and {reason}; needed an absolute path on storage that all nodes "
+            f"share, or a URL; set run.dir=/... or run.dir=s3://..."
+        )
+
+
+def check_tracked(config: RunConfig) -> None:
+    """Refuse to track a run on the node that trains when it may go on from another.
+
+    Raises:
+        ValueError: run.dir is a URL and tracking.uri is not set.
+    """
+    if is_url(config.run.dir) and config.tracking.uri is None:
+        raise ValueError(
+            f"tracking.uri is not set and run.dir = {config.run.dir}: the MLflow database would lie on this node, and "
+            f"the run may go on from another; needed a server; set tracking.uri=http://..., or tracking.enabled=false "
+            f"(later: expertail sync RUN --uri http://...)"
+        )
+
+
+@contextlib.contextmanager
+def run_at_hand(run: str) -> Iterator[str]:
+    """The folder of a run that is given by its path or by its URL; of a URL the copy, and what is new there is put.
+
+    Raises:
+        ValueError: there is no run at the URL, or it cannot be read or written, or another process holds it.
+    """
+    if not is_url(run):
+        yield run
+        return
+    check_url(run, "RUN")
+    place, _, name = run.rstrip("/").rpartition("/")
+    config = Store(run).read(CONFIG)
+    if config is None:
+        raise ValueError(f"{run}: no run there (no {CONFIG}); needed the URL of one, as {place}/<run.name>")
+    folder = StoredRunFolder(copy_of(place, expand(_local_dir(config))) / name, run)
+    try:
+        yield str(folder.path)
+        folder.settle()
+    finally:
+        folder.close()
+
+
+def _local_dir(config: bytes) -> str:
+    """Where a stored config has its copies."""
+    try:
+        return str(yaml.safe_load(config)["run"]["local_dir"])
+    except (yaml.YAMLError, KeyError, TypeError):
+        return RunSettings().local_dir
