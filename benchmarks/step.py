@@ -30,11 +30,11 @@ from orchestration import tracking
 from orchestration.config.compose import load_config, to_yaml
 from orchestration.console import Console
 from orchestration.fleet import Fleet
-from orchestration.mesh import mesh_shape
 from orchestration.own_ray import start_own_ray
 from orchestration.run import Run
 from orchestration.stage_run import StageRun, StopSignals
 from orchestration.storage.run_folder import RunFolder, versions
+from orchestration.training.mesh import mesh_shape
 
 COMMON = [
     "method=ride",

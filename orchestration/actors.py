@@ -75,11 +75,11 @@ class Worker:
 
         self._beat = time.monotonic()
         if engine == "deepspeed":
-            from orchestration.deepspeed_engine import import_deepspeed
+            from orchestration.training.deepspeed_engine import import_deepspeed
 
             import_deepspeed(gpu=self.gpu)
             self._beat = time.monotonic()
-        import orchestration.trainer  # noqa: F401  (imported for its time)
+        import orchestration.training.trainer  # noqa: F401  (imported for its time)
 
         if self.gpu and not torch.cuda.is_available():
             raise ValueError(
@@ -145,7 +145,7 @@ class Worker:
 
     def open_world(self, workers: int, timeout_s: float = 600.0) -> tuple[str, int]:
         """Rank 0 only: open the meeting point on a free port and say where it is."""
-        from orchestration.mesh import Rendezvous
+        from orchestration.training.world import Rendezvous
 
         address = ray.util.get_node_ip_address()
         self._rendezvous = Rendezvous(address, workers, host_here=True, timeout_s=timeout_s)
@@ -185,8 +185,9 @@ class Worker:
         import torch
 
         from orchestration.config.run_config import RunConfig
-        from orchestration.mesh import Mesh, MeshShape, Rendezvous, use_network_of
-        from orchestration.trainer import StageTrainer
+        from orchestration.training.mesh import Mesh, MeshShape
+        from orchestration.training.trainer import StageTrainer
+        from orchestration.training.world import Rendezvous, use_network_of
 
         self._beat = time.monotonic()
         self.leave()
@@ -292,7 +293,7 @@ class Worker:
 
     def leave(self) -> None:
         """Give up the mesh, if in one; the process and its libraries stay for the next."""
-        from orchestration.mesh import leave_world
+        from orchestration.training.world import leave_world
 
         if self.trainer is not None:
             self.trainer.close()

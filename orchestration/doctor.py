@@ -25,7 +25,7 @@ from orchestration.wording import many
 
 if TYPE_CHECKING:  # what loads torch is imported where it is used: a torch that does not load is a finding
     from orchestration.config.run_config import RunConfig
-    from orchestration.mesh import MeshShape
+    from orchestration.training.mesh import MeshShape
 
 _PYTHON = (3, 11)
 _PATIENCE_S = 3.0  # for anything on a network
@@ -190,7 +190,7 @@ def _run_dir(config: RunConfig) -> Iterator[Finding]:
 def _cluster(config: RunConfig) -> Iterator[Finding]:
     """The placement against what there is. An address that is named must answer; else this machine is looked at."""
     from experts.data.stores import usable_cpus
-    from orchestration.mesh import mesh_shape
+    from orchestration.training.mesh import mesh_shape
 
     wanted = config.cluster
     shape = mesh_shape(config.method.num_experts, wanted.workers, wanted.experts_per_worker)

@@ -33,8 +33,8 @@ from orchestration.hangs import Watch
 from orchestration.layout import bundle_of, places
 from orchestration.links import answering, cut_off
 from orchestration.loss import broken_exchange, loss_of, refusal
-from orchestration.mesh import MeshShape
 from orchestration.own_ray import start_own_ray
+from orchestration.training.mesh import MeshShape
 
 _GIB = 2**30
 _MAX_THREADS = 8  # on one worker by default; small images do not use more

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from orchestration.config.run_config import ClusterConfig
-from orchestration.mesh import MeshShape
+from orchestration.training.mesh import MeshShape
 
 Resources = Mapping[str, float]
 _BOXES_A_ROW = 4

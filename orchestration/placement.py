@@ -20,9 +20,9 @@ from experts.flow import PARTS
 from experts.registry import build, piece
 from orchestration.config.recipe import StageConfig, stage_classes
 from orchestration.config.run_config import RunConfig
-from orchestration.mesh import MeshShape, mesh_shape
 from orchestration.rehearsal import Costs, Load, TeacherLoad, costs_of, rehearse, teacher_load
 from orchestration.traffic import Exchange, Teachers, dealt, exchanges, number_bytes, shares_of
+from orchestration.training.mesh import MeshShape, mesh_shape
 
 WORKER_GIB = (0.8, 1.5)
 """Memory of a worker's process without weights, measured: digits on ResNet-8, CIFAR from JPEG files on ResNet-32."""

@@ -24,7 +24,6 @@ from orchestration.config.recipe import stage_classes
 from orchestration.config.run_config import RunConfig, RunSettings
 from orchestration.fleet import Fleet, cluster, node_resources, resolve_resources
 from orchestration.layout import bundle_of, places
-from orchestration.mesh import mesh_shape
 from orchestration.placement import epoch_of
 from orchestration.storage.checkpoint import Checkpoints
 from orchestration.storage.exports import check_sources, model_folder, weights_of
@@ -32,6 +31,7 @@ from orchestration.storage.location import check_run_dir, run_path
 from orchestration.storage.remote_run_folder import LentRunFolder
 from orchestration.storage.run_folder import RunFolder
 from orchestration.storage.url_store import is_url
+from orchestration.training.mesh import mesh_shape
 from orchestration.wording import duration, grid
 
 STEPS = 30

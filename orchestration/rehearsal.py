@@ -30,8 +30,8 @@ from experts.registry import build, piece
 from orchestration.config.paths import expand
 from orchestration.config.recipe import Teacher
 from orchestration.config.run_config import RunConfig
-from orchestration.engine import casting, lr_groups
-from orchestration.mesh import MeshShape
+from orchestration.training.engine import casting, lr_groups
+from orchestration.training.mesh import MeshShape
 
 _IMAGES = 2  # BatchNorm cannot train on one value
 _LARGEST = 32  # pixels; what is handed over does not depend on the size of the images

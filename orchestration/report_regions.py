@@ -188,7 +188,7 @@ def _measure(saved: SavedRun, classes: list[int]) -> tuple[list[Shown], NDArray[
 
     from aggregation.regions import ENSEMBLE, decision_regions, features_of, fit_plane, laid_end_to_end, window_of
     from experts.data.batches import EvalBatches
-    from orchestration.engine import casting
+    from orchestration.training.engine import casting
 
     part = saved.dataset.only(np.array(classes))
     size = saved.config.run.evaluation_batch_size

@@ -25,13 +25,13 @@ from orchestration.drain import DrainNotices, Preempted
 from orchestration.fleet import Fleet, cluster, node_resources, resolve_resources
 from orchestration.lane import Lane
 from orchestration.loss import WorkerLost
-from orchestration.mesh import MeshShape, mesh_shape
 from orchestration.stage_run import GivenUp, Outcome, Stopped, StopSignals, write_evaluations
 from orchestration.storage.checkpoint import Checkpoints
 from orchestration.storage.exports import check_sources, model_folder
 from orchestration.storage.journal import Journal
 from orchestration.storage.location import check_run_dir
 from orchestration.storage.run_folder import RunFolder
+from orchestration.training.mesh import MeshShape, mesh_shape
 
 _MEMORY_RESTARTS = 1  # a worker that is out of memory will most likely be so again
 

@@ -28,7 +28,7 @@ from orchestration.fleet import Fleet
 from orchestration.storage.checkpoint import Checkpoint, DamagedCheckpoint, verify
 from orchestration.storage.exports import weights_of
 from orchestration.storage.run_folder import RunFolder
-from orchestration.trainer import Interval
+from orchestration.training.trainer import Interval
 
 if TYPE_CHECKING:
     from orchestration.lane import Pause

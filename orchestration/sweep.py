@@ -26,7 +26,6 @@ from orchestration.config.compose import GROUPS, from_yaml, load_config
 from orchestration.config.identity import difference, identity
 from orchestration.config.run_config import RunConfig, name_problems
 from orchestration.fleet import cluster
-from orchestration.mesh import mesh_shape
 from orchestration.report_sweep import draw_sweep, sweep_table
 from orchestration.storage.checkpoint import Checkpoints
 from orchestration.storage.exports import check_sources
@@ -40,6 +39,7 @@ from orchestration.tracking import Uploader, start_uploader
 from orchestration.tracking_contents import STUDY_FILE as SWEEP
 from orchestration.tracking_process import one_line
 from orchestration.train import is_complete, tracking_uri, train_and_report
+from orchestration.training.mesh import mesh_shape
 
 _NAME_CHARACTERS = 60  # of a value, in the name of its run
 

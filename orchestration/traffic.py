@@ -1,7 +1,7 @@
 """What workers hand each other in one step of a stage, in bytes: what they were found to ask for, laid on the mesh.
 
-Every exchange of orchestration/mesh.py, engine.py, deepspeed_engine.py and teachers.py is here; a test counts the bytes
-of real steps and compares.
+Every exchange of mesh.py, engine.py, deepspeed_engine.py and teachers.py in orchestration/training/ is here; a test
+counts the bytes of real steps and compares.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Literal
 from experts.data.batches import share
 from orchestration.config.recipe import StageConfig
 from orchestration.config.run_config import RunConfig
-from orchestration.mesh import MeshShape
 from orchestration.rehearsal import Load, Norms, TeacherLoad
+from orchestration.training.mesh import MeshShape
 
 Kind = Literal["all-gather", "all-reduce"]
 Axis = Literal["slots", "replicas", "all"]

@@ -17,7 +17,6 @@ from orchestration.config.run_config import RunConfig
 from orchestration.console import Console
 from orchestration.drain import Preempted
 from orchestration.finish import table
-from orchestration.mesh import mesh_shape
 from orchestration.run import train
 from orchestration.stage_run import Outcome, Stopped
 from orchestration.storage.checkpoint import Checkpoints
@@ -27,6 +26,7 @@ from orchestration.storage.location import check_run_dir, check_tracked, open_ru
 from orchestration.storage.run_folder import RunFolder, read_evaluations
 from orchestration.storage.url_store import is_url
 from orchestration.tracking_contents import STUDY_FILE
+from orchestration.training.mesh import mesh_shape
 
 _SHORT_WAIT_S = 10.0  # for the upload when a run did not end well: the message should not wait for it
 _STOPPED_WAIT_S = 60.0  # for run.dir, then: the newest checkpoint is worth more

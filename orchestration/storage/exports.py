@@ -19,7 +19,7 @@ from orchestration.storage.checkpoint import Checkpoints, read_tensors, verify
 from orchestration.storage.files import RUN
 from orchestration.storage.pretrained import check_pretrained
 from orchestration.storage.run_folder import RunFolder
-from orchestration.teachers import preprocessing_problem
+from orchestration.training.teachers import preprocessing_problem
 
 
 def check_sources(config: RunConfig) -> None:

@@ -22,8 +22,8 @@ from experts.progress import Progress
 from experts.registry import build
 from orchestration.config.compose import available, load_config
 from orchestration.config.identity import published
-from orchestration.mesh import Mesh, mesh_shape
-from orchestration.trainer import StageTrainer
+from orchestration.training.mesh import Mesh, mesh_shape
+from orchestration.training.trainer import StageTrainer
 
 
 def pair_of(schedule):

@@ -8,8 +8,9 @@ import torch.distributed as dist
 
 from experts.ensemble import build_ensemble
 from orchestration.config.compose import load_config
-from orchestration.engine import NonFiniteGradient, TorchEngine
-from orchestration.mesh import Mesh, MeshShape, Rendezvous, leave_world
+from orchestration.training.engine import NonFiniteGradient, TorchEngine
+from orchestration.training.mesh import Mesh, MeshShape
+from orchestration.training.world import Rendezvous, leave_world
 
 ENGINES = {"plain": ["engine.name=torch"], "ZeRO 1": ["engine.zero_stage=1"], "ZeRO 2": ["engine.zero_stage=2"]}
 
@@ -52,7 +53,7 @@ def make(words, **factors):
     arguments = (model, Mesh(MeshShape(2, 2)), config.method.stages["train"].optimizer, config.engine)
     if config.engine.name == "torch":
         return TorchEngine(*arguments, **factors), model
-    from orchestration.deepspeed_engine import DeepSpeedEngine
+    from orchestration.training.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(*arguments, **factors), model
 
@@ -93,7 +94,7 @@ def test_autocast_computes_convolutions_in_bfloat16(words, world):
     if config.engine.name == "torch":
         engine = TorchEngine(*arguments)
     else:
-        from orchestration.deepspeed_engine import DeepSpeedEngine
+        from orchestration.training.deepspeed_engine import DeepSpeedEngine
 
         engine = DeepSpeedEngine(*arguments)
     seen = []

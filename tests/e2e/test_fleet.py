@@ -11,7 +11,7 @@ import pytest
 from orchestration.config.compose import load_config
 from orchestration.fleet import Fleet, check_fits, largest_share, resolve_resources, start_ray
 from orchestration.loss import WorkerLost
-from orchestration.mesh import mesh_shape
+from orchestration.training.mesh import mesh_shape
 
 pytestmark = pytest.mark.ray
 

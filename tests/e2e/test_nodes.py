@@ -279,7 +279,7 @@ class TestDrills:
 
 
 def test_gloo_uses_the_network_of_the_nodes_address(monkeypatch):
-    from orchestration.mesh import use_network_of
+    from orchestration.training.world import use_network_of
 
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     use_network_of("192.0.2.1")  # nobody's
@@ -293,7 +293,7 @@ def test_gloo_uses_the_network_of_the_nodes_address(monkeypatch):
 
 
 def test_a_world_is_opened_at_one_address_alone():
-    from orchestration.mesh import Rendezvous
+    from orchestration.training.world import Rendezvous
 
     meeting = Rendezvous("127.0.0.1", 1, host_here=True)
     listening = [c for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from orchestration.config.compose import load_config
 from orchestration.fleet import Fleet
-from orchestration.mesh import mesh_shape
+from orchestration.training.mesh import mesh_shape
 
 pytestmark = pytest.mark.ray
 
@@ -76,8 +76,8 @@ def saved_tensors(folder):
 def reference(warm_pool, tmp_path_factory):
     """The control run: everything in one process, plain PyTorch, no exchange."""
     from experts.data.dataset import open_dataset
-    from orchestration.mesh import Mesh
-    from orchestration.trainer import StageTrainer
+    from orchestration.training.mesh import Mesh
+    from orchestration.training.trainer import StageTrainer
 
     def control(words, steps=STEPS):
         config = load_config([*COMMON, *PLAIN, *words])

@@ -11,8 +11,8 @@ import pytest
 
 from experts.data.dataset import open_dataset
 from orchestration.config.compose import load_config
-from orchestration.mesh import Mesh, mesh_shape
-from orchestration.trainer import StageTrainer
+from orchestration.training.mesh import Mesh, mesh_shape
+from orchestration.training.trainer import StageTrainer
 from tests.e2e.test_placement import saved_tensors, train_on
 
 pytestmark = pytest.mark.ray

@@ -10,10 +10,10 @@ from experts.backbones import resnet_imagenet
 from experts.backbones.resnet_imagenet import ResNetImageNet
 from experts.data.dataset import open_dataset
 from orchestration.config.compose import load_config
-from orchestration.mesh import Mesh, mesh_shape
 from orchestration.storage.exports import check_sources
 from orchestration.storage.pretrained import import_weights
-from orchestration.trainer import StageTrainer
+from orchestration.training.mesh import Mesh, mesh_shape
+from orchestration.training.trainer import StageTrainer
 
 WORDS = ["dataset=digits_lt", "dataset.image_size=16", "backbone=resnet10", "engine.name=torch"]
 FULL_WIDTH = "method.reduce_dimension=false"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestration.mesh import MeshShape, mesh_shape
+from orchestration.training.mesh import MeshShape, mesh_shape
 
 EVERY = range(1, 9)
 

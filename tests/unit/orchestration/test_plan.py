@@ -9,10 +9,10 @@ from experts.data.dataset import open_dataset
 from experts.ensemble import build_ensemble
 from orchestration.config.compose import load_config
 from orchestration.layout import packed
-from orchestration.mesh import MeshShape
 from orchestration.placement import expected_counts, plan
 from orchestration.plan import describe, plan_text
 from orchestration.traffic import link_bytes, rings
+from orchestration.training.mesh import MeshShape
 
 CIFAR = ["dataset=cifar100_lt"]
 

@@ -10,12 +10,12 @@ import pytest
 from aggregation.metrics import Scores, groups_by_count, groups_by_index
 from experts.data.dataset import open_dataset
 from orchestration.config.compose import load_config
-from orchestration.mesh import Mesh, mesh_shape
 from orchestration.reevaluate import reevaluate
 from orchestration.storage.checkpoint import Checkpoints
 from orchestration.storage.exports import export
 from orchestration.storage.run_folder import RunFolder
-from orchestration.trainer import StageTrainer
+from orchestration.training.mesh import Mesh, mesh_shape
+from orchestration.training.trainer import StageTrainer
 
 WORDS = [
     "engine.name=torch", "engine.threads=1", "dataset.image_size=8", "dataset.val_per_class=3", "run.select_on=val",

@@ -12,14 +12,14 @@ from PIL import Image
 from experts.data.dataset import open_dataset
 from orchestration.cli import main
 from orchestration.config.compose import load_config
-from orchestration.mesh import Mesh, mesh_shape
 from orchestration.reevaluate import open_run
 from orchestration.report import write_report
 from orchestration.report_regions import _before, draw_where_it_fits
 from orchestration.storage.checkpoint import Checkpoints, read_tensors
 from orchestration.storage.exports import export
 from orchestration.storage.run_folder import RunFolder
-from orchestration.trainer import StageTrainer
+from orchestration.training.mesh import Mesh, mesh_shape
+from orchestration.training.trainer import StageTrainer
 
 pytestmark = pytest.mark.slow  # pictures take seconds
 

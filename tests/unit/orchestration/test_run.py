@@ -14,11 +14,11 @@ from orchestration.config.compose import load_config
 from orchestration.console import Console
 from orchestration.drain import Drained, Preempted
 from orchestration.loss import WorkerLost
-from orchestration.mesh import MeshShape
 from orchestration.run import Run
 from orchestration.stage_run import GivenUp, Outcome, Stopped, StopSignals
 from orchestration.storage.checkpoint import write_file
 from orchestration.storage.run_folder import RunFolder
+from orchestration.training.mesh import MeshShape
 
 LFME = ["method=lfme", "cluster.cpus_per_worker=0.5", "cluster.placement_timeout_s=0.01", "cluster.max_failures=2"]
 

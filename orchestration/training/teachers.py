@@ -20,7 +20,7 @@ from experts.data.config import DatasetConfig
 from experts.data.dataset import Dataset
 from experts.ensemble import Ensemble
 from orchestration.config.recipe import Teacher
-from orchestration.mesh import Mesh
+from orchestration.training.mesh import Mesh
 
 
 class Teachers:

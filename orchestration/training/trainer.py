@@ -34,11 +34,11 @@ from experts.progress import Progress
 from experts.registry import build
 from orchestration.config.recipe import StageConfig
 from orchestration.config.run_config import RunConfig
-from orchestration.engine import Engine, NonFiniteGradient, TorchEngine, casting
-from orchestration.mesh import Mesh
 from orchestration.storage.checkpoint import FileEntry, read_tensors, write_tensors
 from orchestration.storage.pretrained import load_pretrained
-from orchestration.teachers import Teachers, check_teacher
+from orchestration.training.engine import Engine, NonFiniteGradient, TorchEngine, casting
+from orchestration.training.mesh import Mesh
+from orchestration.training.teachers import Teachers, check_teacher
 
 
 class TrainingDiverged(FloatingPointError):
@@ -150,7 +150,7 @@ class StageTrainer:
         args = (self.model, self.mesh, self.stage.optimizer, self.config.engine, factors, parts)
         if self.config.engine.name == "torch":
             return TorchEngine(*args)
-        from orchestration.deepspeed_engine import DeepSpeedEngine
+        from orchestration.training.deepspeed_engine import DeepSpeedEngine
 
         return DeepSpeedEngine(*args)
 

@@ -25,8 +25,8 @@ from experts.ensemble import Ensemble
 from experts.flow import Result
 from orchestration.config.recipe import OptimizerConfig
 from orchestration.config.run_config import EngineConfig
-from orchestration.engine import NonFiniteGradient, casting, lr_groups, set_lr, sgd
-from orchestration.mesh import Mesh
+from orchestration.training.engine import NonFiniteGradient, casting, lr_groups, set_lr, sgd
+from orchestration.training.mesh import Mesh
 
 
 def import_deepspeed(*, gpu: bool) -> ModuleType:

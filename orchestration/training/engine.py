@@ -22,7 +22,7 @@ from experts.ensemble import Ensemble, part_of
 from experts.flow import Network, Result
 from orchestration.config.recipe import OptimizerConfig
 from orchestration.config.run_config import EngineConfig
-from orchestration.mesh import Mesh
+from orchestration.training.mesh import Mesh
 
 
 class NonFiniteGradient(FloatingPointError):

@@ -1,0 +1,92 @@
+"""TODO"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def _momenta(norm: nn.BatchNorm2d) -> tuple[float, float, float]:
+    """Of mean, variance and batch counter, in the order of the buffers; a counter forgets nothing."""
+    momentum = 0.1 if norm.momentum is None else norm.momentum
+    return momentum, momentum, 0.0
+
+
+class SynchronisedBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm over the batches of a process group, on any device, for unequal and empty shares.
+
+    Replaces `torch.nn.SyncBatchNorm`, which refuses CPU tensors. Forward exchanges one vector of 2 D + 1 numbers per
+    worker, backward 2 D. Shares are combined in rank order, so every worker computes the same bits.
+    """
+
+    group: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        y, mean_D, var_D, count = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.eps, self.group)
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)  # type: ignore[operator, union-attr]
+                unbiased = count / (count - 1).clamp(min=1)
+                factor = self.momentum if self.momentum is not None else 0.1
+                self.running_mean.lerp_(mean_D.to(self.running_mean.dtype), factor)
+                self.running_var.lerp_((var_D * unbiased).to(self.running_var.dtype), factor)
+        return y
+
+
+class _GlobalBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, group: Any) -> tuple[Tensor, ...]:
+        values = x if x.dtype == torch.float64 else x.float()
+        num_channels = x.shape[1]
+        local_count = x.numel() // num_channels
+        if local_count:
+            mean_D = values.mean((0, 2, 3))
+            square_D = (values - mean_D[:, None, None]).square_().sum((0, 2, 3))
+        else:
+            mean_D = square_D = values.new_zeros(num_channels)
+        own = torch.cat([mean_D, square_D, values.new_tensor([local_count])])
+        shares = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(shares, own, group=group)
+        mean_D, square_D, count = _combine(torch.stack(shares), num_channels)
+        var_D = square_D / count
+        inverse_D = (var_D + eps).rsqrt()
+        scale_D = weight_D * inverse_D
+        y = values * scale_D[:, None, None] + (bias_D - mean_D * scale_D)[:, None, None]
+        ctx.save_for_backward(values, weight_D, mean_D, inverse_D, count)
+        ctx.group = group
+        ctx.mark_non_differentiable(mean_D, var_D, count)
+        return y.to(x.dtype), mean_D, var_D, count
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        values, weight_D, mean_D, inverse_D, count = ctx.saved_tensors
+        grad = grads[0].to(values.dtype)
+        normal = (values - mean_D[:, None, None]) * inverse_D[:, None, None]
+        grad_bias_D = grad.sum((0, 2, 3))
+        grad_weight_D = (grad * normal).sum((0, 2, 3))
+        both = torch.cat([grad_bias_D, grad_weight_D])
+        dist.all_reduce(both, group=ctx.group)
+        sum_D, dot_D = both.split(len(mean_D))
+        centred = grad - (sum_D / count)[:, None, None] - normal * (dot_D / count)[:, None, None]
+        return (
+            (centred * (weight_D * inverse_D)[:, None, None]).to(grads[0].dtype),
+            grad_weight_D.to(weight_D.dtype),
+            grad_bias_D.to(weight_D.dtype),
+            None,
+            None,
+        )
+
+
+def _combine(shares: Tensor, num_channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, sum of squared deviations and count of the union of shares (Chan, Golub, LeVeque 1983)."""
+    counts = shares[:, -1:]
+    count = counts.sum()
+    means, squares = shares[:, :num_channels], shares[:, num_channels:-1]
+    mean_D = (means * counts).sum(0) / count
+    square_D = (squares + counts * (means - mean_D).square()).sum(0)
+    return mean_D, square_D, count
