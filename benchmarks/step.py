@@ -27,10 +27,10 @@ from typing import Any
 import ray
 
 from orchestration import tracking
+from orchestration.cluster.fleet import Fleet
+from orchestration.cluster.local_ray import start_own_ray
 from orchestration.config.compose import load_config, to_yaml
 from orchestration.console import Console
-from orchestration.fleet import Fleet
-from orchestration.own_ray import start_own_ray
 from orchestration.run import Run
 from orchestration.stage_run import StageRun, StopSignals
 from orchestration.storage.run_folder import RunFolder, versions

@@ -114,7 +114,7 @@ def schedule(method: str) -> list[str]:
 def train(runs: Path, chosen: list[tuple[str, list[str]]]) -> None:
     """Runs one after another, in a Ray of this process's own."""
     from orchestration.cli import main as expertail
-    from orchestration.own_ray import start_own_ray
+    from orchestration.cluster.local_ray import start_own_ray
 
     start_own_ray()
     for name, words_ in chosen:

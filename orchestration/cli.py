@@ -176,7 +176,7 @@ def _start_ray_early(words: list[str]) -> bool:
         return False
     loading = threading.Thread(target=importlib.import_module, args=("orchestration.train",), daemon=True)
     loading.start()
-    from orchestration.own_ray import start_own_ray
+    from orchestration.cluster.local_ray import start_own_ray
 
     start_own_ray()
     loading.join()

@@ -195,7 +195,7 @@ def _cluster(config: RunConfig) -> Iterator[Finding]:
     wanted = config.cluster
     shape = mesh_shape(config.method.num_experts, wanted.workers, wanted.experts_per_worker)
     yield Finding("ok", "mesh", f"{shape.workers} workers = {shape.slots} expert slots x {shape.replicas} replicas")
-    from orchestration import fleet
+    from orchestration.cluster import fleet
 
     address = _address(config)
     if address:
@@ -213,9 +213,9 @@ def _cluster(config: RunConfig) -> Iterator[Finding]:
 
 def _connected(config: RunConfig, shape: MeshShape, address: str) -> Iterator[Finding]:
     """What the cluster has, and what its nodes say."""
-    from orchestration import fleet
+    from orchestration.cluster import fleet
+    from orchestration.cluster.placement import bundle_of, packed
     from orchestration.config.paths import expand
-    from orchestration.layout import bundle_of, packed
     from orchestration.node_checks import Needs, check_nodes
     from orchestration.storage.location import check_run_dir
     from orchestration.storage.url_store import is_url
@@ -236,7 +236,7 @@ def _connected(config: RunConfig, shape: MeshShape, address: str) -> Iterator[Fi
 def _fits(
     config: RunConfig, shape: MeshShape, cpus: float, threads: int, nodes: dict[str, dict[str, float]], where: str
 ) -> Iterator[Finding]:
-    from orchestration.fleet import check_fits
+    from orchestration.cluster.placement import check_fits
 
     cluster = config.cluster
     total = {kind: sum(node.get(kind, 0) for node in nodes.values()) for kind in ("CPU", "GPU")}

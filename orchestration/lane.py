@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from orchestration.cluster.failures import WorkerLost
+from orchestration.cluster.fleet import Fleet
+from orchestration.cluster.hangs import keep_stacks
+from orchestration.cluster.preemption import Drained, Preempted
 from orchestration.console import Console
-from orchestration.drain import Drained, Preempted
-from orchestration.fleet import Fleet
-from orchestration.hangs import keep_stacks
-from orchestration.loss import WorkerLost
 from orchestration.stage_run import Outcome, StageRun
 from orchestration.storage.files import LOCK
 

@@ -23,9 +23,9 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestration.cluster.placement import Layout
 from orchestration.config.run_config import RunConfig
 from orchestration.finding import Finding, guarded, nearest_existing
-from orchestration.layout import Layout
 from orchestration.node_report import NodeProbe, software
 from orchestration.placement import WORKER_GIB
 from orchestration.wording import many

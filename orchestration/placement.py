@@ -145,7 +145,7 @@ def plan(config: RunConfig, nodes: Mapping[str, Mapping[str, float]] | None = No
     """
     shape = mesh_shape(config.method.num_experts, config.cluster.workers, config.cluster.experts_per_worker)
     if nodes is not None and config.cluster.cpus_per_worker is not None:
-        from orchestration.fleet import check_fits
+        from orchestration.cluster.placement import check_fits
 
         check_fits(
             shape.workers,

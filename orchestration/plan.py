@@ -14,13 +14,13 @@ from experts.data.sources import open_source
 from experts.flow import PARTS
 from experts.progress import Progress
 from experts.registry import build, piece
+from orchestration.cluster.placement import Layout, bundle_of, draw, packed
 from orchestration.config.compose import load_config
 from orchestration.config.identity import published
 from orchestration.config.paths import expand
 from orchestration.config.recipe import Source, StageConfig
 from orchestration.config.run_config import RunConfig
 from orchestration.config.secrets import redact
-from orchestration.layout import Layout, bundle_of, draw, packed
 from orchestration.placement import WORKER_GIB, Plan, Size, StagePlan, plan
 from orchestration.storage.exports import check_sources
 from orchestration.storage.url_store import is_url
@@ -55,7 +55,7 @@ def probe_text(overrides: list[str], begun: float) -> str:
     Raises:
         ValueError, FloatingPointError, WorkerLost: as for training.
     """
-    from orchestration.fleet import cluster, node_resources
+    from orchestration.cluster.connection import cluster, node_resources
     from orchestration.probe import probe, time_lines
 
     config = load_config(overrides)
@@ -68,7 +68,7 @@ def _nodes_of(config: RunConfig) -> Mapping[str, Mapping[str, float]] | str | No
     """Resources by node of the cluster that a run would be on, or why they are not known; None without a cluster."""
     if not _names_cluster(config):
         return None
-    from orchestration.fleet import cluster, node_resources
+    from orchestration.cluster.connection import cluster, node_resources
 
     try:
         with cluster(config.cluster.address):
@@ -268,7 +268,7 @@ def _mesh(config: RunConfig, found: Plan) -> Iterator[str]:
 
 def _layout(config: RunConfig, found: Plan, nodes: Mapping[str, Mapping[str, float]] | None) -> Layout | None:
     """Workers on the nodes, as far as they are known and large enough."""
-    from orchestration.fleet import largest_share
+    from orchestration.cluster.placement import largest_share
 
     if nodes is None:
         return None

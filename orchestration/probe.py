@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from orchestration.carry import collect
+from orchestration.cluster.connection import cluster, node_resources, resolve_resources
+from orchestration.cluster.fleet import Fleet
+from orchestration.cluster.placement import bundle_of, places
+from orchestration.cluster.transfer import collect
 from orchestration.config.recipe import stage_classes
 from orchestration.config.run_config import RunConfig, RunSettings
-from orchestration.fleet import Fleet, cluster, node_resources, resolve_resources
-from orchestration.layout import bundle_of, places
 from orchestration.placement import epoch_of
 from orchestration.storage.checkpoint import Checkpoints
 from orchestration.storage.exports import check_sources, model_folder, weights_of

@@ -18,13 +18,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from orchestration.cluster.connection import cluster, node_resources, resolve_resources
+from orchestration.cluster.failures import WorkerLost
+from orchestration.cluster.fleet import Fleet
+from orchestration.cluster.preemption import DrainNotices, Preempted
 from orchestration.config.recipe import Source
 from orchestration.config.run_config import RunConfig
 from orchestration.console import Console
-from orchestration.drain import DrainNotices, Preempted
-from orchestration.fleet import Fleet, cluster, node_resources, resolve_resources
 from orchestration.lane import Lane
-from orchestration.loss import WorkerLost
 from orchestration.stage_run import GivenUp, Outcome, Stopped, StopSignals, write_evaluations
 from orchestration.storage.checkpoint import Checkpoints
 from orchestration.storage.exports import check_sources, model_folder

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from aggregation.diversity import Diversity, metrics
 from aggregation.metrics import Scores, groups_by_count, groups_by_index
-from orchestration.carry import collect
+from orchestration.cluster.fleet import Fleet
+from orchestration.cluster.preemption import Drained, Preempted
+from orchestration.cluster.transfer import collect
 from orchestration.config.recipe import stage_classes
 from orchestration.config.run_config import RunConfig
 from orchestration.console import Console
-from orchestration.drain import Drained, Preempted
-from orchestration.fleet import Fleet
 from orchestration.storage.checkpoint import Checkpoint, DamagedCheckpoint, verify
 from orchestration.storage.exports import weights_of
 from orchestration.storage.run_folder import RunFolder

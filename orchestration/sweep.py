@@ -22,10 +22,10 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from orchestration.cluster.connection import cluster
 from orchestration.config.compose import GROUPS, from_yaml, load_config
 from orchestration.config.identity import difference, identity
 from orchestration.config.run_config import RunConfig, name_problems
-from orchestration.fleet import cluster
 from orchestration.report_sweep import draw_sweep, sweep_table
 from orchestration.storage.checkpoint import Checkpoints
 from orchestration.storage.exports import check_sources

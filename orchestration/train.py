@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 from orchestration import tracking
+from orchestration.cluster.preemption import Preempted
 from orchestration.config.compose import from_yaml
 from orchestration.config.paths import expand
 from orchestration.config.run_config import RunConfig
 from orchestration.console import Console
-from orchestration.drain import Preempted
 from orchestration.finish import table
 from orchestration.run import train
 from orchestration.stage_run import Outcome, Stopped

@@ -30,7 +30,7 @@ def local_ray():
     """A Ray for the whole session."""
     import ray
 
-    from orchestration.own_ray import start_own_ray
+    from orchestration.cluster.local_ray import start_own_ray
 
     if not ray.is_initialized():
         start_own_ray()
@@ -50,7 +50,7 @@ class WarmPool:
         """The first `count` workers that nobody has, on one thread each, made where there are fewer."""
         import ray
 
-        from orchestration.actors import Worker
+        from orchestration.cluster.worker import Worker
 
         with self._changing:
             free = [actor for actor in self.actors if actor not in self._lent]
@@ -83,7 +83,7 @@ def warm_pool(local_ray):
 
 def lend(pool, monkeypatch):
     """Let fleets use workers of the pool in place of fresh ones in a placement group of their own."""
-    from orchestration.fleet import Fleet
+    from orchestration.cluster.fleet import Fleet
 
     def create(fleet, ranks, *, spare=False):
         return pool.take(len(ranks), fleet.config.engine.name)

@@ -34,7 +34,7 @@ from orchestration.storage.url_lock import LOCK, StoreLock
 from orchestration.storage.url_store import StorageProblem, Store
 
 if TYPE_CHECKING:
-    from orchestration.carry import Carried
+    from orchestration.cluster.transfer import Carried
 
 INDEX = "storage.json"
 _RECORD = ".storage.json"  # in the copy: which states at the URL it comes from
@@ -50,7 +50,7 @@ class LentRunFolder(RunFolder):
 
     def lend(self, path: Path) -> str | Carried:
         """A folder below this one, as objects of Ray."""
-        from orchestration.carry import carry
+        from orchestration.cluster.transfer import carry
 
         return carry(path)
 

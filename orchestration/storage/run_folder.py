@@ -26,7 +26,7 @@ from orchestration.config.secrets import redact
 from orchestration.storage.files import CONFIG, DATA, LOCK, RUN, write_atomic
 
 if TYPE_CHECKING:
-    from orchestration.carry import Carried
+    from orchestration.cluster.transfer import Carried
 
 _LIBRARIES = ("torch", "torchvision", "ray", "deepspeed", "mlflow", "numpy", "safetensors", "pydantic")
 

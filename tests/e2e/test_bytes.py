@@ -13,9 +13,9 @@ import ray
 
 from aggregation.serving import export_model
 from experts.ensemble import build_ensemble
+from orchestration.cluster.fleet import Fleet
 from orchestration.config.compose import load_config
 from orchestration.config.recipe import stage_classes
-from orchestration.fleet import Fleet
 from orchestration.placement import plan
 
 pytestmark = pytest.mark.ray

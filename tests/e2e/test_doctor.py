@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.layout import packed
+from orchestration.cluster.placement import packed
 from tests.nodes import Nodes, why_no_namespaces
 
 pytestmark = [pytest.mark.drill, pytest.mark.xdist_group("ray")]

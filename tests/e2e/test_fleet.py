@@ -8,9 +8,11 @@ import time
 
 import pytest
 
+from orchestration.cluster.connection import resolve_resources, start_ray
+from orchestration.cluster.failures import WorkerLost
+from orchestration.cluster.fleet import Fleet
+from orchestration.cluster.placement import check_fits, largest_share
 from orchestration.config.compose import load_config
-from orchestration.fleet import Fleet, check_fits, largest_share, resolve_resources, start_ray
-from orchestration.loss import WorkerLost
 from orchestration.training.mesh import mesh_shape
 
 pytestmark = pytest.mark.ray

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from experts.data.dataset import open_dataset
+from orchestration.cluster.fleet import Fleet
 from orchestration.config.compose import load_config
-from orchestration.fleet import Fleet
 from orchestration.training.mesh import Mesh, mesh_shape
 from orchestration.training.trainer import StageTrainer
 from tests.e2e.test_placement import saved_tensors

@@ -303,7 +303,7 @@ def test_a_world_is_opened_at_one_address_alone():
 
 
 def test_stacks_name_every_thread_and_the_line_it_is_at():
-    from orchestration.hangs import own_stacks
+    from orchestration.cluster.hangs import own_stacks
 
     found = own_stacks()
     assert found.count("thread MainThread:") == 1

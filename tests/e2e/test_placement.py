@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from orchestration.cluster.fleet import Fleet
 from orchestration.config.compose import load_config
-from orchestration.fleet import Fleet
 from orchestration.training.mesh import mesh_shape
 
 pytestmark = pytest.mark.ray

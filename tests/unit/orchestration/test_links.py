@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from orchestration import links
-from orchestration.links import answering, cut_off, open_door
+from orchestration.cluster import reachability as links
+from orchestration.cluster.reachability import answering, cut_off, open_door
 
 
 def test_doors_answer_until_they_are_closed(monkeypatch):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from orchestration import node_checks, node_report
+from orchestration.cluster.placement import packed
 from orchestration.config.compose import load_config
 from orchestration.finding import Finding, guarded
-from orchestration.layout import packed
 from orchestration.node_checks import Needs, Survey, worker_gib
 
 GIB = 2**30

@@ -7,8 +7,8 @@ import torch
 
 from experts.data.dataset import open_dataset
 from experts.ensemble import build_ensemble
+from orchestration.cluster.placement import packed
 from orchestration.config.compose import load_config
-from orchestration.layout import packed
 from orchestration.placement import expected_counts, plan
 from orchestration.plan import describe, plan_text
 from orchestration.traffic import link_bytes, rings
@@ -426,7 +426,7 @@ def test_planning_starts_nothing_and_leaves_the_generator_alone(monkeypatch):
         raise AssertionError("plan started something")
 
     monkeypatch.setattr(ray, "init", refuse)
-    monkeypatch.setattr("orchestration.own_ray.start_own_ray", refuse)
+    monkeypatch.setattr("orchestration.cluster.local_ray.start_own_ray", refuse)
     before = torch.get_rng_state()
     describe(load_config([]))
     assert torch.equal(before, torch.get_rng_state())

@@ -10,10 +10,10 @@ import pytest
 
 from orchestration import lane as lane_module
 from orchestration import run as module
+from orchestration.cluster.failures import WorkerLost
+from orchestration.cluster.preemption import Drained, Preempted
 from orchestration.config.compose import load_config
 from orchestration.console import Console
-from orchestration.drain import Drained, Preempted
-from orchestration.loss import WorkerLost
 from orchestration.run import Run
 from orchestration.stage_run import GivenUp, Outcome, Stopped, StopSignals
 from orchestration.storage.checkpoint import write_file

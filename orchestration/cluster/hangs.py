@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from orchestration.loss import WorkerLost
+from orchestration.cluster.failures import WorkerLost
 
 _ANSWER_S = 3.0  # a worker that can answer does so from a thread of its own
 _SILENT = (

@@ -120,3 +120,41 @@ def _boxes(cells: list[list[str]]) -> Iterator[str]:
     for row in zip(*cells, strict=True):
         yield "  |" + "|".join(f" {text:<{width}} " for text, width in zip(row, widths, strict=True)) + "|"
     yield edge
+
+
+_GIB = 2**30
+_MAX_THREADS = 8  # on one worker by default; small images do not use more
+
+
+def largest_share(workers: int, cpus_of_nodes: list[float]) -> float:
+    """The most CPUs that each of some workers can have: whole ones, else hundredths of one; at most 8."""
+    shares = [float(whole) for whole in range(_MAX_THREADS, 0, -1)] + [part / 100 for part in range(99, 0, -1)]
+    for share in shares:
+        if sum(math.floor(cpus / share + 1e-6) for cpus in cpus_of_nodes) >= workers:
+            return share
+    return shares[-1]  # more than a hundred workers a core: refused by `check_fits`
+
+
+def check_fits(
+    workers: int, cpus: float, gpus: float, nodes: dict[str, dict[str, float]], memory_gib: float | None = None
+) -> None:
+    """Refuse a placement that can never be met.
+
+    Raises:
+        ValueError: wanted and available, by node.
+    """
+
+    bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {}) | ({"memory": memory_gib * _GIB} if memory_gib else {})
+    possible = sum(places(node, bundle) for node in nodes.values())
+    if possible < workers:
+        memory = "" if memory_gib is None else f", {memory_gib:g} GiB"
+        have = ", ".join(
+            f"{name}: {n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs"
+            + (f", {n.get('memory', 0) / _GIB:.1f} GiB" if memory else "")
+            for name, n in nodes.items()
+        )
+        raise ValueError(
+            f"cluster.workers = {workers}: wanted {workers} x ({cpus:g} CPUs, {gpus:g} GPUs{memory}), the cluster has "
+            f"places for {possible} ({have or 'no node'}); lower cluster.workers or cluster.cpus_per_worker (fractions "
+            f"are allowed), set cluster.gpus_per_worker=0, or add nodes"
+        )

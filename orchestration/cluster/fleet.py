@@ -8,11 +8,7 @@ all of them anew.
 from __future__ import annotations
 
 import contextlib
-import logging
-import math
-import os
-import socket
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import ray
@@ -25,166 +21,21 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from orchestration.actors import Seat, Worker
-from orchestration.carry import Carried
-from orchestration.config.run_config import ClusterConfig, EngineConfig, RunConfig
-from orchestration.drain import draining_nodes
-from orchestration.hangs import Watch
-from orchestration.layout import bundle_of, places
-from orchestration.links import answering, cut_off
-from orchestration.loss import broken_exchange, loss_of, refusal
-from orchestration.own_ray import start_own_ray
+from orchestration.cluster.connection import (
+    node_resources,
+)
+from orchestration.cluster.failures import broken_exchange, loss_of, refusal
+from orchestration.cluster.hangs import Watch
+from orchestration.cluster.placement import _GIB, bundle_of, check_fits
+from orchestration.cluster.preemption import draining_nodes
+from orchestration.cluster.reachability import answering, cut_off
+from orchestration.cluster.transfer import Carried
+from orchestration.cluster.worker import Seat, Worker
+from orchestration.config.run_config import RunConfig
 from orchestration.training.mesh import MeshShape
 
-_GIB = 2**30
-_MAX_THREADS = 8  # on one worker by default; small images do not use more
 _STACKS_FIRST_S = 30.0  # an exchange gives up this much after the watch has found the hang and kept its stacks
 _LEAVE_S = 5.0  # how long a survivor may take to give up a step that lost a partner
-
-
-@contextlib.contextmanager
-def cluster(address: str | None) -> Iterator[None]:
-    """A connection to Ray: the one there is, the one at `address`, or one of our own that ends with the context."""
-    if ray.is_initialized():
-        if address:
-            _check_listening(address)
-        yield
-        return
-    start_ray(address)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def start_ray(address: str | None) -> None:
-    """Connect to a Ray cluster, or start one here when neither `address` nor RAY_ADDRESS names one.
-
-    Raises:
-        ValueError: there is no cluster at the address.
-    """
-    named = address or os.environ.get("RAY_ADDRESS")
-    if not named:
-        start_own_ray()
-        return
-    _check_listening(named)
-    try:
-        ray.init(address=named, logging_level=logging.ERROR, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"cluster.address = {named}: no Ray cluster answers ({str(error).splitlines()[0]}); "
-            f"start one with `ray start --head`, correct the address, or unset it to run on this machine alone"
-        ) from error
-
-
-def _check_listening(address: str) -> None:
-    """Refuse an address where nobody listens; Ray itself would try for minutes and then end the process.
-
-    Raises:
-        ValueError: nobody listens, or it is the address of a Ray Client.
-    """
-    if address.startswith("ray://"):
-        raise ValueError(
-            f"cluster.address = {address}: a run must be driven from inside the cluster; needed auto or host:port; "
-            f"use `ray job submit --working-dir . -- python -m orchestration train ...`"
-        )
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        return  # 'auto' and 'local'
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-    except (OSError, OverflowError) as error:
-        raise ValueError(
-            f"cluster.address = {address}: nobody listens there ({error}); needed the address of a running Ray head; "
-            f"start one with `ray start --head`, correct the address or RAY_ADDRESS, or unset it to run on this host "
-            f"alone"
-        ) from error
-    _check_token(address)
-
-
-def _check_token(address: str) -> None:
-    """Refuse a token that the cluster refuses; Ray itself would say only that it could not connect.
-
-    Raises:
-        ValueError: the cluster asks for a token, and ours is missing or another one.
-    """
-    import grpc
-    from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
-
-    headers = get_auth_headers_if_auth_enabled({})
-    with grpc.insecure_channel(address) as channel:
-        try:
-            channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(
-                b"", timeout=10, metadata=[(name.lower(), value) for name, value in headers.items()]
-            )
-        except grpc.RpcError as error:
-            if error.code() != grpc.StatusCode.UNAUTHENTICATED:
-                return  # not a matter of tokens; connecting will tell
-            found = "another token than the cluster's" if headers else "no token"
-            raise ValueError(
-                f"cluster.address = {address}: the cluster refuses us: it was started with token authentication and "
-                f"found {found}; needed the cluster's own; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=<its file>"
-            ) from error
-
-
-def resolve_resources(config: ClusterConfig, engine: EngineConfig, workers: int) -> tuple[float, int]:
-    """CPUs and threads of a worker, where the config leaves them open.
-
-    Returns:
-        cpus_per_worker and threads; a share of the cluster's CPUs, whole ones where there is more than one.
-    """
-    cpus = config.cpus_per_worker
-    if cpus is None:
-        cpus = largest_share(workers, [node.get("CPU", 0.0) for node in node_resources().values()])
-    return cpus, engine.threads or max(1, int(cpus))
-
-
-def largest_share(workers: int, cpus_of_nodes: list[float]) -> float:
-    """The most CPUs that each of some workers can have: whole ones, else hundredths of one; at most 8."""
-    shares = [float(whole) for whole in range(_MAX_THREADS, 0, -1)] + [part / 100 for part in range(99, 0, -1)]
-    for share in shares:
-        if sum(math.floor(cpus / share + 1e-6) for cpus in cpus_of_nodes) >= workers:
-            return share
-    return shares[-1]  # more than a hundred workers a core: refused by `check_fits`
-
-
-def node_resources(without: Collection[str] = ()) -> dict[str, dict[str, float]]:
-    """All resources of every living node that is not being drained, by its address.
-
-    Args:
-        without: ids of nodes to leave out.
-    """
-    leaving = {*draining_nodes(), *without}
-    return {
-        f"{node['NodeManagerAddress']}/{node['NodeID'][:6]}": dict(node["Resources"])
-        for node in ray.nodes()
-        if node["Alive"] and node["NodeID"] not in leaving
-    }
-
-
-def check_fits(
-    workers: int, cpus: float, gpus: float, nodes: dict[str, dict[str, float]], memory_gib: float | None = None
-) -> None:
-    """Refuse a placement that can never be met.
-
-    Raises:
-        ValueError: wanted and available, by node.
-    """
-
-    bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {}) | ({"memory": memory_gib * _GIB} if memory_gib else {})
-    possible = sum(places(node, bundle) for node in nodes.values())
-    if possible < workers:
-        memory = "" if memory_gib is None else f", {memory_gib:g} GiB"
-        have = ", ".join(
-            f"{name}: {n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs"
-            + (f", {n.get('memory', 0) / _GIB:.1f} GiB" if memory else "")
-            for name, n in nodes.items()
-        )
-        raise ValueError(
-            f"cluster.workers = {workers}: wanted {workers} x ({cpus:g} CPUs, {gpus:g} GPUs{memory}), the cluster has "
-            f"places for {possible} ({have or 'no node'}); lower cluster.workers or cluster.cpus_per_worker (fractions "
-            f"are allowed), set cluster.gpus_per_worker=0, or add nodes"
-        )
 
 
 class Fleet:

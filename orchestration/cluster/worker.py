@@ -15,9 +15,9 @@ from typing import Any
 
 import ray
 
-from orchestration.carry import Carried, at_hand, saved_apart
-from orchestration.hangs import own_stacks
-from orchestration.links import answering, open_door
+from orchestration.cluster.hangs import own_stacks
+from orchestration.cluster.reachability import answering, open_door
+from orchestration.cluster.transfer import Carried, at_hand, saved_apart
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,127 @@
+"""Connect to a Ray cluster, or start one on this machine, and read what it has."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Collection, Iterator
+
+import ray
+
+from orchestration.cluster.local_ray import start_own_ray
+from orchestration.cluster.placement import largest_share
+from orchestration.cluster.preemption import draining_nodes
+from orchestration.config.run_config import ClusterConfig, EngineConfig
+
+
+@contextlib.contextmanager
+def cluster(address: str | None) -> Iterator[None]:
+    """A connection to Ray: the one there is, the one at `address`, or one of our own that ends with the context."""
+    if ray.is_initialized():
+        if address:
+            _check_listening(address)
+        yield
+        return
+    start_ray(address)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def start_ray(address: str | None) -> None:
+    """Connect to a Ray cluster, or start one here when neither `address` nor RAY_ADDRESS names one.
+
+    Raises:
+        ValueError: there is no cluster at the address.
+    """
+    named = address or os.environ.get("RAY_ADDRESS")
+    if not named:
+        start_own_ray()
+        return
+    _check_listening(named)
+    try:
+        ray.init(address=named, logging_level=logging.ERROR, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"cluster.address = {named}: no Ray cluster answers ({str(error).splitlines()[0]}); "
+            f"start one with `ray start --head`, correct the address, or unset it to run on this machine alone"
+        ) from error
+
+
+def _check_listening(address: str) -> None:
+    """Refuse an address where nobody listens; Ray itself would try for minutes and then end the process.
+
+    Raises:
+        ValueError: nobody listens, or it is the address of a Ray Client.
+    """
+    if address.startswith("ray://"):
+        raise ValueError(
+            f"cluster.address = {address}: a run must be driven from inside the cluster; needed auto or host:port; "
+            f"use `ray job submit --working-dir . -- python -m orchestration train ...`"
+        )
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return  # 'auto' and 'local'
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"cluster.address = {address}: nobody listens there ({error}); needed the address of a running Ray head; "
+            f"start one with `ray start --head`, correct the address or RAY_ADDRESS, or unset it to run on this host "
+            f"alone"
+        ) from error
+    _check_token(address)
+
+
+def _check_token(address: str) -> None:
+    """Refuse a token that the cluster refuses; Ray itself would say only that it could not connect.
+
+    Raises:
+        ValueError: the cluster asks for a token, and ours is missing or another one.
+    """
+    import grpc
+    from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
+
+    headers = get_auth_headers_if_auth_enabled({})
+    with grpc.insecure_channel(address) as channel:
+        try:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(
+                b"", timeout=10, metadata=[(name.lower(), value) for name, value in headers.items()]
+            )
+        except grpc.RpcError as error:
+            if error.code() != grpc.StatusCode.UNAUTHENTICATED:
+                return  # not a matter of tokens; connecting will tell
+            found = "another token than the cluster's" if headers else "no token"
+            raise ValueError(
+                f"cluster.address = {address}: the cluster refuses us: it was started with token authentication and "
+                f"found {found}; needed the cluster's own; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=<its file>"
+            ) from error
+
+
+def resolve_resources(config: ClusterConfig, engine: EngineConfig, workers: int) -> tuple[float, int]:
+    """CPUs and threads of a worker, where the config leaves them open.
+
+    Returns:
+        cpus_per_worker and threads; a share of the cluster's CPUs, whole ones where there is more than one.
+    """
+    cpus = config.cpus_per_worker
+    if cpus is None:
+        cpus = largest_share(workers, [node.get("CPU", 0.0) for node in node_resources().values()])
+    return cpus, engine.threads or max(1, int(cpus))
+
+
+def node_resources(without: Collection[str] = ()) -> dict[str, dict[str, float]]:
+    """All resources of every living node that is not being drained, by its address.
+
+    Args:
+        without: ids of nodes to leave out.
+    """
+    leaving = {*draining_nodes(), *without}
+    return {
+        f"{node['NodeManagerAddress']}/{node['NodeID'][:6]}": dict(node["Resources"])
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] not in leaving
+    }
