@@ -240,14 +240,14 @@ def _evaluate(options: argparse.Namespace) -> int:
             raise ValueError(f"--weights {rule} --model {which}: two models; --weights {rule} is --model {rule}")
         rule, which = None, rule
     if rule is None and options.distribution is None:
-        from orchestration.reevaluate import reevaluate
+        from orchestration.results.saved_run import reevaluate
         from orchestration.storage.location import run_at_hand
 
         with run_at_hand(options.run) as run:
             print(reevaluate(run, which, options.split, options.overrides))
         return 0
+    from orchestration.results.label_shift import evaluate_distributions
     from orchestration.storage.location import run_at_hand
-    from orchestration.test_time import evaluate_distributions
 
     wanted = options.distribution or "uniform"
     with run_at_hand(options.run) as run:
@@ -256,7 +256,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _regions(options: argparse.Namespace) -> int:
-    from orchestration.report_regions import draw_regions
+    from orchestration.results.regions import draw_regions
     from orchestration.storage.location import run_at_hand
 
     with run_at_hand(options.run) as run:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
-from orchestration.tables import GROUPS, members
+from orchestration.results.tables import GROUPS, members
 
 _FIRST = ("loss", "lr", "images/s")
 _LINE = 160  # characters of a progress line; terms that do not fit are left out

@@ -26,7 +26,7 @@ from orchestration.cluster.connection import cluster
 from orchestration.config.compose import GROUPS, from_yaml, load_config
 from orchestration.config.identity import difference, identity
 from orchestration.config.run_config import RunConfig, name_problems
-from orchestration.report_sweep import draw_sweep, sweep_table
+from orchestration.results.sweep_table import draw_sweep, sweep_table
 from orchestration.storage.checkpoint import Checkpoints
 from orchestration.storage.exports import check_sources
 from orchestration.storage.files import DATA, read_json, write_atomic

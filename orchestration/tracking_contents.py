@@ -16,8 +16,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from orchestration.config.secrets import redact
+from orchestration.results.tables import per_class_table
 from orchestration.storage.files import evaluations, read_config, read_json
-from orchestration.tables import per_class_table
 
 SCHEMES = ("sqlite", "http", "https", "databricks", "postgresql", "mysql", "mssql")
 PER_CLASS_FILE = "per_class.json"

@@ -16,7 +16,7 @@ from orchestration.config.compose import from_yaml
 from orchestration.config.paths import expand
 from orchestration.config.run_config import RunConfig
 from orchestration.console import Console
-from orchestration.finish import table
+from orchestration.results.run_table import table
 from orchestration.run import train
 from orchestration.stage_run import Outcome, Stopped
 from orchestration.storage.checkpoint import Checkpoints
@@ -123,7 +123,7 @@ class _Tracking:
 
 
 def _report(config: RunConfig, folder: RunFolder, outcome: Outcome) -> None:
-    from orchestration.report import write_report
+    from orchestration.results.pictures import write_report
 
     stored = folder.stored_config()
     if stored.method.stages[outcome.stage].classes is not None:

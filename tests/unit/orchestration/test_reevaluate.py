@@ -10,7 +10,7 @@ import pytest
 from aggregation.metrics import Scores, groups_by_count, groups_by_index
 from experts.data.dataset import open_dataset
 from orchestration.config.compose import load_config
-from orchestration.reevaluate import reevaluate
+from orchestration.results.saved_run import reevaluate
 from orchestration.storage.checkpoint import Checkpoints
 from orchestration.storage.exports import export
 from orchestration.storage.run_folder import RunFolder
@@ -189,7 +189,7 @@ def test_a_result_that_cannot_be_written_is_still_shown(copy, monkeypatch):
     def refuse(path, text):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("orchestration.reevaluate.write_atomic", refuse)
+    monkeypatch.setattr("orchestration.results.saved_run.write_atomic", refuse)
     text = reevaluate(str(copy), "best", "test", [])
     assert "ensemble" in text
     assert text.endswith("again-best-test.json cannot be written (Permission denied)")

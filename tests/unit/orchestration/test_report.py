@@ -8,7 +8,7 @@ from PIL import Image
 
 from aggregation.diversity import Diversity
 from aggregation.metrics import Scores, groups_by_count
-from orchestration.report import _running_mean, _steps_per_epoch, write_report
+from orchestration.results.pictures import _running_mean, _steps_per_epoch, write_report
 from orchestration.storage.journal import Journal, Series
 
 EVERYTHING = ["class_counts.png", "curves.png", "per_class.png", "table.txt"]

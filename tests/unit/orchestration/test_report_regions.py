@@ -12,9 +12,9 @@ from PIL import Image
 from experts.data.dataset import open_dataset
 from orchestration.cli import main
 from orchestration.config.compose import load_config
-from orchestration.reevaluate import open_run
-from orchestration.report import write_report
-from orchestration.report_regions import _before, draw_where_it_fits
+from orchestration.results.pictures import write_report
+from orchestration.results.regions import _before, draw_where_it_fits
+from orchestration.results.saved_run import open_run
 from orchestration.storage.checkpoint import Checkpoints, read_tensors
 from orchestration.storage.exports import export
 from orchestration.storage.run_folder import RunFolder

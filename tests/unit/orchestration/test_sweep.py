@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from orchestration.config.compose import load_config
-from orchestration.report_sweep import draw_sweep, sweep_table
+from orchestration.results.sweep_table import draw_sweep, sweep_table
 from orchestration.storage.journal import Journal, read_journal
 from orchestration.storage.run_folder import RunFolder
 from orchestration.sweep import _merge_journals, _tracked_when_interrupted, plan_sweep, untouched_stages

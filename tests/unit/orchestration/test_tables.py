@@ -1,7 +1,14 @@
 import pytest
 
 from aggregation.metrics import FEW_BELOW, MANY_ABOVE, groups_by_count, groups_by_index
-from orchestration.tables import _COUNT_RULE, final_table, members, passes_saved, per_class_table, selection_note
+from orchestration.results.tables import (
+    _COUNT_RULE,
+    final_table,
+    members,
+    passes_saved,
+    per_class_table,
+    selection_note,
+)
 
 COUNTS = [500, 101, 100, 20, 19]
 

@@ -20,10 +20,10 @@ from experts.ensemble import build_ensemble
 from experts.tade import tade_offsets
 from orchestration.cli import main
 from orchestration.config.compose import load_config
-from orchestration.reevaluate import reevaluate
+from orchestration.results.label_shift import KnownPrior, evaluate_distributions, trained_priors
+from orchestration.results.label_shift_table import distributions_table, draw_distributions
+from orchestration.results.saved_run import reevaluate
 from orchestration.storage.run_folder import RunFolder
-from orchestration.test_time import KnownPrior, evaluate_distributions, trained_priors
-from orchestration.test_time_report import distributions_table, draw_distributions
 
 WORDS = ["engine.threads=1", "dataset.image_size=8", "run.evaluation_batch_size=100", "dataset.test_per_class=50"]
 NAMES = ("expert0", "expert1", "expert2")
@@ -71,7 +71,7 @@ def run(tmp_path_factory):
 def no_picture(request, monkeypatch):
     """A picture takes a second; a test that wants it asks for `picture`."""
     if "picture" not in request.fixturenames:
-        monkeypatch.setattr("orchestration.test_time.draw_distributions", lambda *_: "not drawn")
+        monkeypatch.setattr("orchestration.results.label_shift.draw_distributions", lambda *_: "not drawn")
 
 
 @pytest.fixture
@@ -262,8 +262,8 @@ def test_results_that_cannot_be_written_are_still_shown(run, monkeypatch, pictur
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("orchestration.reevaluate.write_atomic", refuse)
-    monkeypatch.setattr("orchestration.test_time_report.os.replace", refuse)
+    monkeypatch.setattr("orchestration.results.saved_run.write_atomic", refuse)
+    monkeypatch.setattr("orchestration.results.label_shift_table.os.replace", refuse)
     text = evaluate_distributions(str(run), "known-prior", "uniform", "best", "test", [])
     assert "known prior" in text
     assert "known-prior.json cannot be written (Permission denied)" in text

@@ -6,7 +6,7 @@ from typing import Any
 
 from orchestration.config.identity import published
 from orchestration.config.run_config import RunConfig
-from orchestration.tables import final_table
+from orchestration.results.tables import final_table
 
 
 def table(config: RunConfig, data: dict[str, Any], evaluations: dict[str, dict[str, Any]]) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from orchestration.drawing import LAST, colour_of, head_line, new_figure, short
-from orchestration.tables import GROUPS, selection_note, several_experts
+from orchestration.results.style import LAST, colour_of, head_line, new_figure, short
+from orchestration.results.tables import GROUPS, selection_note, several_experts
 
 
 def draw_experts(found: Mapping[str, Mapping[str, Any]], title: str) -> Any:

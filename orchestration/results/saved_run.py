@@ -23,7 +23,7 @@ from experts.data.stores import Store
 from orchestration.config.compose import check, from_yaml, parse
 from orchestration.config.paths import expand
 from orchestration.config.run_config import RunConfig
-from orchestration.finish import table
+from orchestration.results.run_table import table
 from orchestration.storage.files import CONFIG, DATA, RUN, read_json, write_atomic
 from orchestration.training.engine import casting
 

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestration.drawing import BEST, GROUP_COLOURS, LAST, colour_of, head_line, new_figure, our_style, short
-from orchestration.report_experts import draw_experts
-from orchestration.report_regions import draw_where_it_fits
+from orchestration.results.experts_picture import draw_experts
+from orchestration.results.regions import draw_where_it_fits
+from orchestration.results.style import BEST, GROUP_COLOURS, LAST, colour_of, head_line, new_figure, our_style, short
+from orchestration.results.tables import GROUPS, final_table, members, selection_note, several_experts
 from orchestration.storage.files import evaluations, read_config, read_json
 from orchestration.storage.journal import Series, series
-from orchestration.tables import GROUPS, final_table, members, selection_note, several_experts
 
 _NAMED_CLASSES = 40  # more names than this cannot be read
 

@@ -21,13 +21,13 @@ from orchestration.config.compose import from_yaml
 from orchestration.config.paths import expand
 from orchestration.config.recipe import Source
 from orchestration.config.run_config import RunConfig
-from orchestration.drawing import colour_of, head_line, new_figure, our_style, short
-from orchestration.tables import grid
+from orchestration.results.style import colour_of, head_line, new_figure, our_style, short
+from orchestration.results.tables import grid
 
 if TYPE_CHECKING:
     from aggregation.regions import Regions
     from aggregation.serving import ServedModel
-    from orchestration.reevaluate import SavedRun
+    from orchestration.results.saved_run import SavedRun
 
 _SIDE = 180  # points of the grid, a side
 _LIGHT = 0.28  # how strongly a region has the colour of its class
@@ -71,7 +71,7 @@ def draw_regions(run: str, classes: str | None, overrides: list[str]) -> str:
     Args:
         run: the run folder.
         classes: ids or names, separated by commas; None for the most frequent class and the rarest.
-        overrides: as `orchestration.reevaluate.open_run` takes them.
+        overrides: as `orchestration.results.saved_run.open_run` takes them.
 
     Returns:
         What the picture shows in numbers, and where it is.
@@ -116,7 +116,7 @@ def _misfit(folder: Path, config: RunConfig) -> str | None:
 
 def _draw(folder: Path, asked: str | None, overrides: list[str]) -> tuple[Path, dict[str, Any], str]:
     """The picture, its numbers, and where those are kept."""
-    from orchestration.reevaluate import keep, open_run, threads_of
+    from orchestration.results.saved_run import keep, open_run, threads_of
 
     saved = open_run(str(folder), "last", "test", overrides)
     classes = _classes(asked, saved.data, saved.store.labels)

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from orchestration.drawing import GROUP_COLOURS, head_line, new_figure, our_style, short
-from orchestration.tables import GROUPS, grid, number
+from orchestration.results.style import GROUP_COLOURS, head_line, new_figure, our_style, short
+from orchestration.results.tables import GROUPS, grid, number
 
 _RULES = {"by number of training images": "", "by index of the class": "_by_index"}
 _WIDE = 30  # values that reach over more than this factor are drawn on a log axis

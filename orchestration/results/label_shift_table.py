@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestration.tables import selection_note
+from orchestration.results.tables import selection_note
 
 GROUPS = ("all", "many", "medium", "few")
 COMPARED = ("as trained", "uniform", "test-time", "given", "known prior", "oracle")
@@ -31,7 +31,7 @@ def distributions_table(result: Mapping[str, Any]) -> str:
     """Weights and top-1 by group for every distribution and weighting, and what was noticed.
 
     Args:
-        result: as `orchestration.test_time` keeps it.
+        result: as `orchestration.results.label_shift` keeps it.
 
     Returns:
         Lines of text, the last without a newline.

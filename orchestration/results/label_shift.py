@@ -47,8 +47,8 @@ from experts.registry import Settings
 from experts.tade import tade_offsets
 from orchestration.config.compose import parse
 from orchestration.config.run_config import RunConfig
-from orchestration.reevaluate import SavedRun, keep, open_run, threads_of
-from orchestration.test_time_report import COMPARED, distributions_table, draw_distributions
+from orchestration.results.label_shift_table import COMPARED, distributions_table, draw_distributions
+from orchestration.results.saved_run import SavedRun, keep, open_run, threads_of
 
 AS_TRAINED, UNIFORM, LEARNT, GIVEN, KNOWN, ORACLE = COMPARED
 RULES = ("uniform", "test-time", "known-prior")

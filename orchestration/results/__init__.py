@@ -1,0 +1,1 @@
+"""What a run found: evaluations of saved runs, tables, pictures."""
