@@ -26,7 +26,6 @@ from typing import Any
 
 import ray
 
-from orchestration import tracking
 from orchestration.cluster.fleet import Fleet
 from orchestration.cluster.local_ray import start_own_ray
 from orchestration.config.compose import load_config, to_yaml
@@ -34,6 +33,7 @@ from orchestration.console import Console
 from orchestration.run import Run
 from orchestration.stage_run import StageRun, StopSignals
 from orchestration.storage.run_folder import RunFolder, versions
+from orchestration.tracking import sender as tracking
 from orchestration.training.mesh import mesh_shape
 
 COMMON = [

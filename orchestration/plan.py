@@ -24,7 +24,7 @@ from orchestration.config.secrets import redact
 from orchestration.placement import WORKER_GIB, Plan, Size, StagePlan, plan
 from orchestration.storage.exports import check_sources
 from orchestration.storage.url_store import is_url
-from orchestration.tracking_contents import default_uri
+from orchestration.tracking.uri import default_uri
 from orchestration.traffic import Exchange, link_bytes, shares_of
 from orchestration.wording import bytes_, grid, many, number
 

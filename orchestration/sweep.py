@@ -35,9 +35,9 @@ from orchestration.storage.journal import read_journal
 from orchestration.storage.location import run_path
 from orchestration.storage.run_folder import RunFolder
 from orchestration.storage.url_store import is_url
-from orchestration.tracking import Uploader, start_uploader
-from orchestration.tracking_contents import STUDY_FILE as SWEEP
-from orchestration.tracking_process import one_line
+from orchestration.tracking.contents import STUDY_FILE as SWEEP
+from orchestration.tracking.process import one_line
+from orchestration.tracking.uploader import Uploader, start_uploader
 from orchestration.train import is_complete, tracking_uri, train_and_report
 from orchestration.training.mesh import mesh_shape
 

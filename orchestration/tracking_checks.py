@@ -18,7 +18,7 @@ import certifi
 from orchestration.config.secrets import redact
 from orchestration.finding import Finding, nearest_existing
 from orchestration.storage.url_store import is_url
-from orchestration.tracking_contents import check_uri, default_uri, sqlite_path
+from orchestration.tracking.uri import check_uri, default_uri, sqlite_path
 
 if TYPE_CHECKING:
     from orchestration.config.run_config import RunConfig

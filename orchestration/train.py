@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-from orchestration import tracking
 from orchestration.cluster.preemption import Preempted
 from orchestration.config.compose import from_yaml
 from orchestration.config.paths import expand
@@ -25,7 +24,8 @@ from orchestration.storage.files import CONFIG, DATA, read_json, write_atomic
 from orchestration.storage.location import check_run_dir, check_tracked, open_run_folder, run_at_hand
 from orchestration.storage.run_folder import RunFolder, read_evaluations
 from orchestration.storage.url_store import is_url
-from orchestration.tracking_contents import STUDY_FILE
+from orchestration.tracking import sender as tracking
+from orchestration.tracking.contents import STUDY_FILE
 from orchestration.training.mesh import mesh_shape
 
 _SHORT_WAIT_S = 10.0  # for the upload when a run did not end well: the message should not wait for it

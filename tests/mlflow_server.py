@@ -40,7 +40,7 @@ def hurry(folder: Path) -> None:
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             words = (process / "cmdline").read_bytes().decode().split("\0")
-            if "orchestration.tracking" in words and str(folder) in words:
+            if "orchestration.tracking.sender" in words and str(folder) in words:
                 for thread in (process / "task").iterdir():
                     os.setpriority(os.PRIO_PROCESS, int(thread.name), 0)
                 (process / "autogroup").write_text("0")

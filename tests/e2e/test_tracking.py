@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from orchestration.storage.journal import Journal
-from orchestration.tracking import _Sender, default_uri, start_uploader, sync
-from orchestration.tracking_process import Target, drain
+from orchestration.tracking.process import Target, drain
+from orchestration.tracking.sender import _Sender, default_uri, sync
+from orchestration.tracking.uploader import start_uploader
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestration import tracking_contents
 from orchestration.cli import main
 from orchestration.stage_run import StageRun
 from orchestration.storage.journal import read_journal
+from orchestration.tracking import contents as tracking_contents
 from tests import runs
 from tests.conftest import lend
 from tests.mlflow_server import Fault, PostgreSQL, Proxy, Server, hurry

@@ -5,10 +5,11 @@ import sys
 
 import pytest
 
-from orchestration import tracking, tracking_contents
 from orchestration.storage.files import write_atomic
 from orchestration.storage.journal import Journal
-from orchestration.tracking_process import State, Tail, Target, WithoutSecrets, drain, incomplete, is_final, locked
+from orchestration.tracking import contents as tracking_contents
+from orchestration.tracking import sender as tracking
+from orchestration.tracking.process import State, Tail, Target, WithoutSecrets, drain, incomplete, is_final, locked
 
 
 def test_importing_the_driver_side_does_not_import_mlflow():

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TextIO
 
-from orchestration import tracking_contents
 from orchestration.config.secrets import redact
 from orchestration.storage import journal
+from orchestration.tracking import contents as tracking_contents
 
 STATE_FILE = "tracking.json"
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"

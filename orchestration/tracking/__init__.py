@@ -1,0 +1,1 @@
+"""MLflow: what is uploaded, and the process that does it."""
