@@ -29,9 +29,10 @@ import ray
 from orchestration.cluster.fleet import Fleet
 from orchestration.cluster.local_ray import start_own_ray
 from orchestration.config.compose import load_config, to_yaml
-from orchestration.console import Console
-from orchestration.run import Run
-from orchestration.stage_run import StageRun, StopSignals
+from orchestration.runs.console import Console
+from orchestration.runs.run import Run
+from orchestration.runs.stage_run import StageRun
+from orchestration.runs.stopping import StopSignals
 from orchestration.storage.run_folder import RunFolder, versions
 from orchestration.tracking import sender as tracking
 from orchestration.training.mesh import mesh_shape

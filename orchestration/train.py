@@ -14,10 +14,10 @@ from orchestration.cluster.preemption import Preempted
 from orchestration.config.compose import from_yaml
 from orchestration.config.paths import expand
 from orchestration.config.run_config import RunConfig
-from orchestration.console import Console
 from orchestration.results.run_table import table
-from orchestration.run import train
-from orchestration.stage_run import Outcome, Stopped
+from orchestration.runs.console import Console
+from orchestration.runs.driver import train
+from orchestration.runs.stopping import Outcome, Stopped
 from orchestration.storage.checkpoint import Checkpoints
 from orchestration.storage.exports import check_sources, export
 from orchestration.storage.files import CONFIG, DATA, read_json, write_atomic

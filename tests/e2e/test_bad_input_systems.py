@@ -12,8 +12,8 @@ import shutil
 import pytest
 
 from aggregation.serving import DESCRIPTION
-from orchestration import run as run_module
 from orchestration.cli import main
+from orchestration.runs import run as run_module
 from tests import runs
 from tests.contract.test_recipes import digits, export, whole
 

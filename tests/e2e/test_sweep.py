@@ -10,7 +10,7 @@ import pytest
 
 from orchestration import sweep
 from orchestration.cli import main
-from orchestration.stage_run import StageRun
+from orchestration.runs.stage_run import StageRun
 from tests import runs
 
 pytestmark = pytest.mark.ray

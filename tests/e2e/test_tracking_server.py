@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from orchestration.cli import main
-from orchestration.stage_run import StageRun
+from orchestration.runs.stage_run import StageRun
 from orchestration.storage.journal import read_journal
 from orchestration.tracking import contents as tracking_contents
 from tests import runs

@@ -2,8 +2,8 @@ import io
 
 import pytest
 
-from orchestration import console as module
-from orchestration.console import Console, evaluation_line
+from orchestration.runs import console as module
+from orchestration.runs.console import Console, evaluation_line
 
 RESULT = {
     "split": "test", "epoch": 2,

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from orchestration import lane as lane_module
-from orchestration import run as module
 from orchestration.cluster.failures import WorkerLost
 from orchestration.cluster.preemption import Drained, Preempted
 from orchestration.config.compose import load_config
-from orchestration.console import Console
-from orchestration.run import Run
-from orchestration.stage_run import GivenUp, Outcome, Stopped, StopSignals
+from orchestration.runs import run as module
+from orchestration.runs import supervisor as lane_module
+from orchestration.runs.console import Console
+from orchestration.runs.run import Run
+from orchestration.runs.stopping import GivenUp, Outcome, Stopped, StopSignals
 from orchestration.storage.checkpoint import write_file
 from orchestration.storage.run_folder import RunFolder
 from orchestration.training.mesh import MeshShape

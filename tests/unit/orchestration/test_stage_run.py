@@ -7,9 +7,10 @@ import contextlib
 import pytest
 
 from orchestration.config.compose import load_config
-from orchestration.console import Console
-from orchestration.run import Run
-from orchestration.stage_run import StageRun, StopSignals
+from orchestration.runs.console import Console
+from orchestration.runs.run import Run
+from orchestration.runs.stage_run import StageRun
+from orchestration.runs.stopping import StopSignals
 from orchestration.storage.run_folder import RunFolder
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from orchestration.runs.pause import Pause
+
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -11,12 +13,13 @@ from orchestration.cluster.failures import WorkerLost
 from orchestration.cluster.fleet import Fleet
 from orchestration.cluster.hangs import keep_stacks
 from orchestration.cluster.preemption import Drained, Preempted
-from orchestration.console import Console
-from orchestration.stage_run import Outcome, StageRun
+from orchestration.runs.console import Console
+from orchestration.runs.stopping import Outcome
+from orchestration.runs.stage_run import StageRun
 from orchestration.storage.files import LOCK
 
 if TYPE_CHECKING:
-    from orchestration.run import Run
+    from orchestration.runs.run import Run
 
 _WAITS_FOR_NODES = 10  # times cluster.placement_timeout_s: how long a restart waits for a node that was lost
 _RAY_NOTICES_S = 120.0  # by default it counts a node that vanished as dead after about 65 s
@@ -180,28 +183,3 @@ def _open_pause(pause: Pause | None, training: StageRun | None) -> Pause:
     return Pause(training) if pause is None or pause.over else pause
 
 
-class Pause:
-    """The time between a loss and the next step.
-
-    Args:
-        training: what was interrupted; None if it had not begun.
-
-    Attributes:
-        over: whether that step was taken.
-    """
-
-    def __init__(self, training: StageRun | None) -> None:
-        self.over = False
-        self.step = training.step if training is not None else 0
-        self._last = self._begun = time.monotonic()
-        self._spans: dict[str, float] = {}
-
-    def mark(self, name: str) -> None:
-        """Something was waited for until now."""
-        now = time.monotonic()
-        self._spans[name] = round(self._spans.get(name, 0.0) + now - self._last, 2)
-        self._last = now
-
-    def spans(self) -> dict[str, float]:
-        """Seconds by what was waited for, and in all."""
-        return self._spans | {"total": round(self._last - self._begun, 2)}

@@ -6,6 +6,8 @@ stage drops journal lines after its checkpoint and takes the same steps.
 
 from __future__ import annotations
 
+from orchestration.runs.stopping import Stopped, GivenUp, StopSignals, Outcome
+
 import itertools
 import signal
 import sys
@@ -24,72 +26,25 @@ from orchestration.cluster.preemption import Drained, Preempted
 from orchestration.cluster.transfer import collect
 from orchestration.config.recipe import stage_classes
 from orchestration.config.run_config import RunConfig
-from orchestration.console import Console
+from orchestration.runs.console import Console
 from orchestration.storage.checkpoint import Checkpoint, DamagedCheckpoint, verify
 from orchestration.storage.exports import weights_of
 from orchestration.storage.run_folder import RunFolder
 from orchestration.training.trainer import Interval
 
 if TYPE_CHECKING:
-    from orchestration.lane import Pause
-    from orchestration.run import Run
+    from orchestration.runs.pause import Pause
+    from orchestration.runs.run import Run
 
 _INTERVAL_S = 1.0  # how often the driver hears from training
 
 
-class Stopped(Exception):
-    """The run was asked to stop (Ctrl-C, SIGTERM) and has written a checkpoint."""
-
-    def __init__(self, signal_number: int, text: str) -> None:
-        super().__init__(text)
-        self.exit_code = 128 + signal_number
 
 
-class GivenUp(Exception):
-    """A stage that trains beside this one has failed for good; this one has written a checkpoint and ends too."""
 
 
-class StopSignals:
-    """Notes SIGINT and SIGTERM for the next moment at which a checkpoint can be written. A second one acts at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self.given_up = threading.Event()
-
-    @contextmanager
-    def watched(self) -> Iterator[StopSignals]:
-        old = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with suppress(ValueError):  # not in the main thread: a test, or a notebook
-                old[number] = signal.signal(number, self._note)
-        try:
-            yield self
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = number
-        print(f"expertail: {signal.Signals(number).name}: stopping once a checkpoint is written", file=sys.stderr)
 
 
-@dataclass
-class Outcome:
-    """How a stage ended.
-
-    Attributes:
-        stage: its name.
-        finished: whether it is trained to its end; False when run.max_steps ended it.
-        total_steps: of the stage.
-        checkpoint: its newest.
-    """
-
-    stage: str
-    finished: bool
-    total_steps: int
-    checkpoint: Path
 
 
 class StageRun:

@@ -8,6 +8,8 @@ finish    evaluation/*.json, export/*, report/*, table on stdout     `finish.py`
 
 from __future__ import annotations
 
+from orchestration.runs.driver import train, _resolved, _gave_up
+
 import contextlib
 import queue
 import threading
@@ -24,9 +26,10 @@ from orchestration.cluster.fleet import Fleet
 from orchestration.cluster.preemption import DrainNotices, Preempted
 from orchestration.config.recipe import Source
 from orchestration.config.run_config import RunConfig
-from orchestration.console import Console
-from orchestration.lane import Lane
-from orchestration.stage_run import GivenUp, Outcome, Stopped, StopSignals, write_evaluations
+from orchestration.runs.console import Console
+from orchestration.runs.supervisor import Lane
+from orchestration.runs.stopping import GivenUp, Outcome, Stopped, StopSignals
+from orchestration.runs.stage_run import write_evaluations
 from orchestration.storage.checkpoint import Checkpoints
 from orchestration.storage.exports import check_sources, model_folder
 from orchestration.storage.journal import Journal
@@ -37,58 +40,8 @@ from orchestration.training.mesh import MeshShape, mesh_shape
 _MEMORY_RESTARTS = 1  # a worker that is out of memory will most likely be so again
 
 
-def train(
-    config: RunConfig,
-    folder: RunFolder,
-    console: Console,
-    marks: dict[str, float],
-    begin_tracking: Callable[[], None] = lambda: None,
-) -> Outcome:
-    """Carry out a run, or the rest of it.
-
-    Args:
-        config: checked.
-        folder: the run's, held.
-        console: told what happens.
-        marks: unix seconds of the start so far, by what happened then; written to run.json after the first step.
-        begin_tracking: called once, when workers, data and model are in place: a start refused before leaves no trace.
-
-    Raises:
-        ValueError, FloatingPointError: something an operator can change.
-        WorkerLost: a stage's workers died more often than cluster.max_failures without a new checkpoint between.
-        Stopped: on SIGINT or SIGTERM, after a checkpoint.
-        Preempted: nodes were taken away, after a checkpoint, and there is no room left.
-    """
-    shape = mesh_shape(config.method.num_experts, config.cluster.workers, config.cluster.experts_per_worker)
-    check_sources(config)
-    # Signals after the connection: Ray sets a SIGTERM handler of its own when it connects.
-    with cluster(config.cluster.address), StopSignals().watched() as signals:
-        marks["ray"] = time.time()
-        check_run_dir(config, len(node_resources()))
-        config = _resolved(config, folder, shape)
-        fleet = Fleet(config, shape)
-        try:
-            return Run(config, folder, console, fleet, signals, marks, begin_tracking).carry_out()
-        finally:
-            fleet.close()
 
 
-def _resolved(config: RunConfig, folder: RunFolder, shape: MeshShape) -> RunConfig:
-    """The config with CPUs and threads filled in, the same threads as at the first start, stored in the run folder."""
-    engine = config.engine
-    if folder.started and engine.threads is None:
-        engine = engine.model_copy(update={"threads": folder.stored_config().engine.threads})
-    cpus, threads = resolve_resources(config.cluster, engine, shape.workers * config.side_by_side)
-    resolved = config.model_copy(
-        update={
-            "cluster": config.cluster.model_copy(update={"cpus_per_worker": cpus}),
-            "engine": engine.model_copy(update={"threads": threads}),
-        }
-    )
-    if folder.started:
-        folder.check_same(resolved)
-    folder.write(resolved)
-    return resolved
 
 
 class Run:
@@ -340,8 +293,6 @@ class Run:
         )
 
 
-def _gave_up(error: BaseException) -> bool:
-    return isinstance(error, GivenUp)
 
 
 class Cost:
