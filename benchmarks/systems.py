@@ -170,7 +170,7 @@ def size(data: str, method: str, teacher: Path) -> dict[str, Any]:
     """Parameters and multiply-adds an image of what is kept at the end, and multiply-adds of training, as
     `expertail plan` has them; the teacher's own training is not in its student's."""
     from orchestration.config.compose import load_config
-    from orchestration.placement import plan
+    from orchestration.preflight.plan import plan
 
     if method == "teacher":
         chosen = ["method=ride", "method.num_experts=6", *FASHION, *schedule("ride")]

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 import psutil
 
 from orchestration.config.secrets import redact
-from orchestration.finding import Finding, guarded, nearest_existing
-from orchestration.tracking_checks import check_tracking
+from orchestration.preflight.finding import Finding, guarded, nearest_existing
+from orchestration.preflight.tracking_checks import check_tracking
 from orchestration.wording import many
 
 if TYPE_CHECKING:  # what loads torch is imported where it is used: a torch that does not load is a finding
@@ -146,7 +146,7 @@ def _gpus(config: RunConfig) -> Iterator[Finding]:
 def _memory(config: RunConfig) -> Iterator[Finding]:
     if _address(config):
         return  # workers live on the cluster, whose nodes are asked
-    from orchestration.placement import WORKER_GIB
+    from orchestration.preflight.plan import WORKER_GIB
 
     memory = psutil.virtual_memory()
     text = f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free on this machine"
@@ -216,7 +216,7 @@ def _connected(config: RunConfig, shape: MeshShape, address: str) -> Iterator[Fi
     from orchestration.cluster import fleet
     from orchestration.cluster.placement import bundle_of, packed
     from orchestration.config.paths import expand
-    from orchestration.node_checks import Needs, check_nodes
+    from orchestration.preflight.node_checks import Needs, check_nodes
     from orchestration.storage.location import check_run_dir
     from orchestration.storage.url_store import is_url
 
@@ -254,7 +254,7 @@ def _fits(
 
 
 def _weights(config: RunConfig) -> int | None:
-    from orchestration.placement import plan
+    from orchestration.preflight.plan import plan
 
     try:
         return plan(config).memory

@@ -16,7 +16,7 @@ from experts.ensemble import build_ensemble
 from orchestration.cluster.fleet import Fleet
 from orchestration.config.compose import load_config
 from orchestration.config.recipe import stage_classes
-from orchestration.placement import plan
+from orchestration.preflight.plan import plan
 
 pytestmark = pytest.mark.ray
 

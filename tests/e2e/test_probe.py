@@ -9,7 +9,7 @@ import pytest
 
 from orchestration.cli import main
 from orchestration.config.compose import load_config
-from orchestration.probe import probe
+from orchestration.preflight.probe import probe
 from tests import runs
 
 pytestmark = [pytest.mark.drill, pytest.mark.ray]

@@ -21,8 +21,8 @@ from cryptography.x509.oid import NameOID
 from orchestration import doctor
 from orchestration.config.compose import load_config
 from orchestration.doctor import examine
-from orchestration.finding import guarded
-from orchestration.tracking_checks import check_tracking
+from orchestration.preflight.finding import guarded
+from orchestration.preflight.tracking_checks import check_tracking
 
 ASKED = "/api/2.0/mlflow/experiments/search?max_results=1"
 ME = "Basic bWU6c2VjcmV0"
@@ -257,7 +257,7 @@ def test_a_variable_that_names_no_certificate_is_a_finding(tmp_path, monkeypatch
 
 
 def test_a_server_without_users_that_others_reach_is_a_warning(monkeypatch):
-    from orchestration import tracking_checks
+    from orchestration.preflight import tracking_checks
 
     asked = []
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from orchestration import node_checks, node_report
 from orchestration.cluster.placement import packed
 from orchestration.config.compose import load_config
-from orchestration.finding import Finding, guarded
-from orchestration.node_checks import Needs, Survey, worker_gib
+from orchestration.preflight import node_checks, node_report
+from orchestration.preflight.finding import Finding, guarded
+from orchestration.preflight.node_checks import Needs, Survey, worker_gib
 
 GIB = 2**30
 

@@ -9,9 +9,10 @@ from experts.data.dataset import open_dataset
 from experts.ensemble import build_ensemble
 from orchestration.cluster.placement import packed
 from orchestration.config.compose import load_config
-from orchestration.placement import expected_counts, plan
-from orchestration.plan import describe, plan_text
-from orchestration.traffic import link_bytes, rings
+from orchestration.plan import plan_text
+from orchestration.preflight.plan import expected_counts, plan
+from orchestration.preflight.plan_text import describe
+from orchestration.preflight.traffic import link_bytes, rings
 from orchestration.training.mesh import MeshShape
 
 CIFAR = ["dataset=cifar100_lt"]

@@ -8,7 +8,7 @@ import pytest
 
 from orchestration.config.compose import load_config
 from orchestration.config.run_config import RunSettings
-from orchestration.probe import Probe, StageProbe, due, time_lines
+from orchestration.preflight.probe import Probe, StageProbe, due, time_lines
 
 STAGE = StageProbe(
     name="train", batch_size=100, step_s=(0.1,) * 8 + (0.2,) * 2, call_s=0.01, begin_s=2.0, evaluation_s=3.0,

@@ -25,7 +25,7 @@ from orchestration.cluster.placement import bundle_of, places
 from orchestration.cluster.transfer import collect
 from orchestration.config.recipe import stage_classes
 from orchestration.config.run_config import RunConfig, RunSettings
-from orchestration.placement import epoch_of
+from orchestration.preflight.plan import epoch_of
 from orchestration.storage.checkpoint import Checkpoints
 from orchestration.storage.exports import check_sources, model_folder, weights_of
 from orchestration.storage.location import check_run_dir, run_path

@@ -16,7 +16,7 @@ from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 import certifi
 
 from orchestration.config.secrets import redact
-from orchestration.finding import Finding, nearest_existing
+from orchestration.preflight.finding import Finding, nearest_existing
 from orchestration.storage.url_store import is_url
 from orchestration.tracking.uri import check_uri, default_uri, sqlite_path
 
@@ -75,7 +75,7 @@ def _sqlite(path: Path) -> Finding:
 
 
 def _server(uri: str, patience_s: float) -> Iterator[Finding]:
-    from orchestration.node_checks import is_loopback
+    from orchestration.preflight.node_checks import is_loopback
 
     parts = urlsplit(uri)
     credentials = _credentials(parts)

@@ -13,7 +13,7 @@ from typing import Literal
 from experts.data.batches import share
 from orchestration.config.recipe import StageConfig
 from orchestration.config.run_config import RunConfig
-from orchestration.rehearsal import Load, Norms, TeacherLoad
+from orchestration.preflight.rehearsal import Load, Norms, TeacherLoad
 from orchestration.training.mesh import MeshShape
 
 Kind = Literal["all-gather", "all-reduce"]

@@ -20,8 +20,8 @@ from experts.flow import PARTS
 from experts.registry import build, piece
 from orchestration.config.recipe import StageConfig, stage_classes
 from orchestration.config.run_config import RunConfig
-from orchestration.rehearsal import Costs, Load, TeacherLoad, costs_of, rehearse, teacher_load
-from orchestration.traffic import Exchange, Teachers, dealt, exchanges, number_bytes, shares_of
+from orchestration.preflight.rehearsal import Costs, Load, TeacherLoad, costs_of, rehearse, teacher_load
+from orchestration.preflight.traffic import Exchange, Teachers, dealt, exchanges, number_bytes, shares_of
 from orchestration.training.mesh import MeshShape, mesh_shape
 
 WORKER_GIB = (0.8, 1.5)

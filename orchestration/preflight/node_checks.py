@@ -25,9 +25,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestration.cluster.placement import Layout
 from orchestration.config.run_config import RunConfig
-from orchestration.finding import Finding, guarded, nearest_existing
-from orchestration.node_report import NodeProbe, software
-from orchestration.placement import WORKER_GIB
+from orchestration.preflight.finding import Finding, guarded, nearest_existing
+from orchestration.preflight.node_report import NodeProbe, software
+from orchestration.preflight.plan import WORKER_GIB
 from orchestration.wording import many
 
 START_S = 120.0  # until a node's probe has started a process and imported torch

@@ -1,0 +1,401 @@
+"""A plan as text, as `expertail plan` prints it."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import groupby
+
+from experts.data.sources import open_source
+from experts.flow import PARTS
+from experts.progress import Progress
+from experts.registry import build, piece
+from orchestration.cluster.placement import Layout, bundle_of, draw, packed
+from orchestration.config.identity import published
+from orchestration.config.paths import expand
+from orchestration.config.recipe import Source, StageConfig
+from orchestration.config.run_config import RunConfig
+from orchestration.config.secrets import redact
+from orchestration.preflight.plan import WORKER_GIB, Plan, Size, StagePlan, plan
+from orchestration.preflight.traffic import Exchange, link_bytes, shares_of
+from orchestration.storage.exports import check_sources
+from orchestration.storage.url_store import is_url
+from orchestration.tracking.uri import default_uri
+from orchestration.wording import bytes_, grid, many, number
+
+_SHOWN_WORKERS = 16
+_SHOWN_LINKS = 24
+
+
+def _names_cluster(config: RunConfig) -> bool:
+    return bool(config.cluster.address or os.environ.get("RAY_ADDRESS"))
+
+
+def describe(
+    config: RunConfig,
+    nodes: Mapping[str, Mapping[str, float]] | str | None = None,
+    time_lines: Iterable[str] | None = None,
+) -> str:
+    """A run in words and tables.
+
+    Args:
+        config: checked.
+        nodes: resources by node, as for `placement.plan`; why they are not known; or None where nobody has looked.
+        time_lines: what a probe found; None where there was none.
+
+    Raises:
+        ValueError: as `placement.plan`.
+    """
+    there = None if isinstance(nodes, str) else nodes
+    found = plan(config, there)
+    layout = _layout(config, found, there)
+    sections = [
+        ("run", _what(config, found)),
+        ("mesh", _mesh(config, found)),
+        ("nodes", _nodes(found, there, layout, nodes if isinstance(nodes, str) else None)),
+        ("size", _size_table(found)),
+        ("step", _step(config, found)),
+        ("exchanged per step and worker", _exchange_table(found)),
+        ("on each link, bytes a step", _link_table(found, layout)),
+        ("time", time_lines if time_lines is not None else _no_time()),
+        ("folder", _places(config)),
+    ]
+    if missing := list(_missing(config)):
+        sections.append(("missing, so that `expertail train` would refuse this", missing))
+    return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections)
+
+
+def _what(config: RunConfig, found: Plan) -> Iterator[str]:
+    method, data = config.method, config.dataset
+    experts = f"{method.num_experts} expert{'s' if method.num_experts > 1 else ''}"
+    thin = ", thinner late stages" if method.reduce_dimension else ""
+    yield f"{method.name}: {experts} on one trunk, {config.backbone.name} {config.backbone.depth}{thin},"
+    yield f"{method.head.name} heads, combined by {method.aggregator_in(method.final).name}; seed {config.seed}"
+    yield f"data {data.name}: {_data(config, found)}, {data.image_size} x {data.image_size} pixels"
+    if found.num_classes is None:
+        yield "the number of classes is known when the data is opened; give dataset.num_classes=... to see what is n/a"
+    for stage in found.stages:
+        settings = method.stages[stage.name]
+        pieces = f"objective {settings.objective.name}, sampler {settings.sampler.name}"
+        yield f"stage {stage.name}: {stage.epochs} epochs, batch {stage.batch_size}, {pieces}"
+        yield from (f"  {line}" for line in _special(config, stage))
+        yield f"  learning rate {', '.join(_rates(settings, stage.steps_per_epoch))}"
+        late = _never_reached(settings)
+        if late:
+            yield f"  NOTE: the stage ends before {', '.join(late)}"
+    yield from textwrap.wrap(published(config) or "published: no number for exactly this config", 100)
+
+
+def _special(config: RunConfig, stage: StagePlan) -> Iterator[str]:
+    """What makes a stage more than a plain one."""
+    method, settings = config.method, config.method.stages[stage.name]
+    flow = piece("flow", settings.flow.name)
+    if settings.classes is not None:
+        yield f"knows the {settings.classes.group} classes only: {number(stage.num_classes)}"
+    if stage.experts != method.expert_names:
+        yield f"trains an ensemble of its own: {' '.join(stage.experts)}"
+    present = [part for part in PARTS if part != "gates" or method.router is not None]
+    frozen = [part for part in present if part not in stage.learns]
+    if frozen:
+        mode = "by the batch" if settings.frozen_batchnorm == "train" else "by their running statistics"
+        waiting = "" if frozen == ["gates"] else f"; frozen BatchNorms normalise {mode}"
+        yield f"learns: {', '.join(stage.learns)}; does not: {', '.join(frozen)}{waiting}"
+    if settings.partner_sampler is not None:
+        seen = "each goes to an expert of its own" if flow.own_streams else "both pass"
+        yield f"every image comes with a partner, sampler {settings.partner_sampler.name}; {seen}"
+    source = method.starts_from(stage.name)
+    if source is not None:
+        yield f"begins with the weights of {_source(source)}"
+    for name, teacher in settings.teachers.items():
+        size = stage.teachers[name]
+        what = "which is not there"
+        if size is not None:
+            what = f"{many(size.num_experts, 'expert')}, {number(size.num_classes)} classes"
+        yield f"teacher {name}: {_source(teacher)}, {what}; {teacher.mode} mode"
+    if piece("objective", settings.objective.name).prepares:
+        yield "before the first step every worker shows the teachers all training and validation images once"
+
+
+def _source(source: Source) -> str:
+    where = f"stage {source.stage}" if source.stage is not None else str(source.run)
+    return f"{where}, {source.weights}"
+
+
+def _data(config: RunConfig, found: Plan) -> str:
+    if found.counts is None:
+        classes = "n/a" if found.num_classes is None else f"{found.num_classes:,}"
+        return f"classes {classes}, training images known when the data is opened"
+    most, least = max(found.counts), min(found.counts)
+    return (
+        f"{len(found.counts):,} classes, {sum(found.counts):,} training images, {most:,} to {least:,} a class "
+        f"(ratio {most / least:.4g})"
+    )
+
+
+def _missing(config: RunConfig) -> Iterator[str]:
+    """What training would refuse: a data set's folder, other runs, pretrained weights that are not there or do not fit.
+
+    A folder of data that is named is looked for on this machine alone, so not where the workers are elsewhere.
+    """
+    data = config.dataset
+    checks: list[Callable[[], object]] = [lambda: check_sources(config)]
+    needs_folder = data.source != "digits" and not data.download
+    if needs_folder and (data.root is None or not (_names_cluster(config) or os.path.isdir(data.root))):
+        checks.insert(0, lambda: open_source(data))
+    for check in checks:
+        try:
+            check()
+        except ValueError as problems:
+            for problem in str(problems).splitlines():
+                yield from textwrap.wrap(problem, 100, break_on_hyphens=False, break_long_words=False)
+
+
+def _rates(stage: StageConfig, steps: int | None) -> Iterator[str]:
+    """The learning rate at the start of every epoch, runs of equal and of changing ones each in a few words."""
+    schedule = build("lr_schedule", stage.lr_schedule)
+    epochs = range(1, stage.epochs + 1)
+    rates = [stage.optimizer.lr * schedule.factor(Progress(n, stage.epochs, 0, steps or 1)) for n in epochs]
+    runs: list[list[float]] = [list(run) for _, run in groupby(rates)]
+    first = 1
+    while runs:
+        if len(runs[0]) == 1 and len(runs) > 1:
+            moving = 1 + next((i for i, run in enumerate(runs[1:]) if len(run) > 1), len(runs) - 1)
+            values = [run[0] for run in runs[:moving]]
+            if len(values) > 1:
+                yield f"{values[0]:g} to {values[-1]:g} over epochs {first}-{first + moving - 1}"
+            else:
+                yield f"{values[0]:g} in epoch {first}"
+            first, runs = first + moving, runs[moving:]
+        else:
+            last = first + len(runs[0]) - 1
+            yield f"{runs[0][0]:g} in epoch{f's {first}-{last}' if last > first else f' {first}'}"
+            first, runs = last + 1, runs[1:]
+
+
+def _never_reached(stage: StageConfig) -> list[str]:
+    """What a schedule or objective is to do after the stage's last epoch; a shortened run easily forgets it."""
+    after = [m.after_epoch for m in getattr(stage.lr_schedule, "milestones", ())]
+    late = [f"the learning rate's drop after epoch {n}" for n in after if n >= stage.epochs]
+    switch = getattr(stage.objective, "reweight_epoch", None)
+    if isinstance(switch, int) and switch >= stage.epochs:
+        late.append(f"objective.reweight_epoch = {switch}")
+    return late
+
+
+def _mesh(config: RunConfig, found: Plan) -> Iterator[str]:
+    shape, cluster = found.shape, config.cluster
+    kind = "packed" if shape.slots == 1 else "spread" if shape.experts_per_worker == 1 else "grouped"
+    yield (
+        f"{many(shape.workers, 'worker')} = {many(shape.slots, 'expert slot')} x {many(shape.replicas, 'replica')} "
+        f"({kind}, {many(shape.experts_per_worker, 'expert')} a worker)"
+    )
+    cpus = "an equal share of the CPUs" if cluster.cpus_per_worker is None else f"{cluster.cpus_per_worker:g} CPUs"
+    device = "1 GPU, NCCL" if cluster.gpus_per_worker else "no GPU, gloo"
+    threads = "as many threads as whole CPUs" if config.engine.threads is None else f"{config.engine.threads} threads"
+    zero = f", ZeRO {config.engine.zero_stage}" if config.engine.name == "deepspeed" else ""
+    yield f"each: {cpus}, {device}, {threads}; engine {config.engine.name}{zero}, {config.engine.precision}"
+    where = cluster.address or "RAY_ADDRESS if set, else a Ray of its own on this machine"
+    yield f"cluster: {where}"
+    yield from _waves(found)
+    taught = " and teachers" if any(stage.teachers for stage in found.stages) else ""
+    most = "" if found.memory is None else " at most"
+    yield (
+        f"weights, gradients, momentum{taught} of a worker: {bytes_(found.memory)}{most}; its libraries, images and "
+        f"activations come on top,"
+    )
+    low, high = WORKER_GIB
+    yield f"{low} to {high} GiB on sets of small images (measured); `--probe` measures this run's"
+    batches = {stage.name: stage.shares for stage in found.stages}
+    rows = [["worker", "slot", "replica", "experts", *(f"images a step, {name}" for name in batches)]]
+    for rank in range(min(shape.workers, _SHOWN_WORKERS)):
+        slot, replica = shape.position(rank)
+        images = [str(shares[replica]) for shares in batches.values()]
+        rows.append([str(rank), str(slot), str(replica), " ".join(found.experts_on(rank)), *images])
+    yield from grid(rows, left=(3,))
+    if shape.workers > _SHOWN_WORKERS:
+        yield f"... and {shape.workers - _SHOWN_WORKERS} more, in the same order"
+
+
+def _layout(config: RunConfig, found: Plan, nodes: Mapping[str, Mapping[str, float]] | None) -> Layout | None:
+    """Workers on the nodes, as far as they are known and large enough."""
+    from orchestration.cluster.placement import largest_share
+
+    if nodes is None:
+        return None
+    cpus = config.cluster.cpus_per_worker or largest_share(
+        found.shape.workers * found.side_by_side, [node.get("CPU", 0.0) for node in nodes.values()]
+    )
+    return packed(found.shape.workers, bundle_of(config.cluster, cpus), nodes)
+
+
+def _nodes(
+    found: Plan, nodes: Mapping[str, Mapping[str, float]] | None, layout: Layout | None, unknown: str | None
+) -> Iterator[str]:
+    if nodes is None:
+        yield f"n/a: {unknown or 'no cluster is named; give cluster.address to see its nodes'}"
+        return
+    if layout is None:
+        yield f"n/a: {many(len(nodes), 'node')}, which have too few places"
+        return
+    experts = {rank: found.experts_on(rank) for rank in range(found.shape.workers)}
+    yield "as Ray packs them when nothing else runs; of equal nodes it may fill another first"
+    yield from draw(layout, nodes, found.shape, experts, _SHOWN_WORKERS)
+
+
+def _link_table(found: Plan, layout: Layout | None) -> Iterator[str]:
+    if found.shape.workers == 1:
+        yield "nothing: one worker"
+        return
+    yield "at most, if every exchange runs as a ring in the order of the workers"
+    shown: dict[tuple[Exchange, ...], list[str]] = {}
+    for stage in found.stages:
+        shown.setdefault(stage.exchanges, []).append(stage.name)
+    for exchanges, stages in shown.items():
+        if len(found.stages) > 1:
+            yield f"stage {', '.join(stages)}"
+        links = link_bytes(exchanges, found.shape)
+        rows = [["from worker", "to", "bytes", *(["over"] if layout else [])]]
+        for (sender, receiver), sent in sorted(links.items())[:_SHOWN_LINKS]:
+            rows.append([str(sender), str(receiver), bytes_(sent)])
+            if layout is not None:
+                a, b = (layout.nodes[layout.node_of[rank]] for rank in (sender, receiver))
+                rows[-1].append(f"inside {a}" if a == b else f"{a} -> {b}")
+        yield from grid(rows, left=(3,))
+        if len(links) > _SHOWN_LINKS:
+            yield f"... and {len(links) - _SHOWN_LINKS} more"
+        for (a, b), sent in layout.between(links).items() if layout is not None else ():
+            yield f"in all from {a} to {b}: {bytes_(sent)}"
+
+
+def _no_time() -> Iterator[str]:
+    yield "n/a: nothing was run; `expertail plan --probe ...` takes a few steps and tells hours from them"
+
+
+def _waves(found: Plan) -> Iterator[str]:
+    """Stages that need not wait for each other."""
+    for wave in found.waves:
+        if len(wave) > 1:
+            at_once = min(len(wave), found.side_by_side)
+            places = at_once * found.shape.workers
+            yield (
+                f"stages {', '.join(wave)}: {at_once} at a time, each on workers of its own, "
+                f"{many(places, 'worker')} in all; where there are fewer places they take turns"
+            )
+
+
+def _size_table(found: Plan) -> Iterator[str]:
+    rows = [["", "parameters", "multiply-adds an image", "FLOPs an image"]]
+    several = len({stage.size for stage in found.stages}) > 1
+    shown: dict[Size, list[str]] = {}
+    for stage in found.stages:
+        shown.setdefault(stage.size, []).append(stage.name)
+    for size, stages in shown.items():
+        if several:
+            rows.append([f"stage {', '.join(stages)}", "", "", ""])
+        rows.append(["trunk", number(size.trunk), *_work_and_flops(size.trunk_work)])
+        rows.append(["one expert", _range(size.experts), *_work_and_flops(size.expert_work)])
+        if size.shared:
+            rows.append(["shared last layer", number(size.shared), "", ""])
+        rows.append(["ensemble", number(size.parameters), *_work_and_flops(size.work)])
+    yield from grid(rows, left=(0,))
+    yield "forward, as in inference, the convolutions and linear layers; two FLOPs a multiply-add"
+
+
+def _work_and_flops(work: int | None) -> tuple[str, str]:
+    return number(work), number(None if work is None else 2 * work)
+
+
+def _range(values: tuple[int | None, ...]) -> str:
+    known = {value for value in values if value is not None}
+    if len(known) < len(set(values)):
+        return "n/a"
+    return number(min(known)) if len(known) == 1 else f"{number(min(known))} to {number(max(known))}"
+
+
+def _step(config: RunConfig, found: Plan) -> Iterator[str]:
+    replicas = found.shape.replicas
+    for stage in found.stages:
+        each = _spread(stage.shares)
+        yield f"stage {stage.name}: {stage.batch_size} images a step, {each} on each of {many(replicas, 'replica')}"
+        if 0 in stage.shares:
+            yield f"  NOTE: {stage.shares.count(0)} replicas have no image; use fewer workers or a larger batch"
+        yield from (f"  {line}" for line in _work(config.method.stages[stage.name], stage, found))
+        if stage.steps_per_epoch is None or stage.images_per_epoch is None or stage.last_batch is None:
+            yield "  steps per epoch are known when the data is opened"
+            continue
+        steps = stage.epochs * stage.steps_per_epoch
+        limit = config.run.max_steps
+        yield (
+            f"  {stage.steps_per_epoch:,} steps an epoch of {stage.images_per_epoch:,} images, {steps:,} steps in all"
+            + ("" if limit is None else f"; run.max_steps = {limit:,}")
+        )
+        if stage.last_batch < stage.batch_size:
+            last = _spread(shares_of(stage.last_batch, replicas))
+            yield f"  the last step of an epoch has {many(stage.last_batch, 'image')}, {last} on each replica"
+        if stage.work is not None:
+            work = stage.work * stage.images_per_epoch
+            yield f"  {work / 1e12:,.3g} T multiply-adds an epoch, {work * stage.epochs / 1e12:,.3g} T in all"
+
+
+def _work(settings: StageConfig, stage: StagePlan, found: Plan) -> Iterator[str]:
+    """What a step computes for an image."""
+    pair = " and its partner" if settings.partner_sampler is not None else ""
+    most = "at most " if getattr(settings.flow, "select", None) == "before" else ""  # experts skip others' images
+    number = "n/a" if stage.work is None else f"{most}{stage.work:,.0f}"
+    flops = "" if stage.work is None else f" ({most}{2 * stage.work:,.0f} FLOPs)"
+    yield f"{number} multiply-adds for each image{pair}, forward and back{flops}"
+    if found.shape.slots == 1:
+        return
+    if piece("flow", settings.flow.name).own_streams:
+        yield "every slot computes the trunk for its own images: no more multiply-adds than packed"
+    else:
+        share_ = "n/a" if stage.repeated is None else f"{100 * stage.repeated:.1f} %"
+        yield f"every slot computes the trunk for itself: forward multiply-adds grow by {share_} over packed"
+
+
+def _exchange_table(found: Plan) -> Iterator[str]:
+    if found.shape.workers == 1:
+        yield "nothing: one worker"
+        return
+    shown: dict[tuple[Exchange, ...], list[StagePlan]] = {}
+    for stage in found.stages:
+        shown.setdefault(stage.exchanges, []).append(stage)
+    for exchanges, stages in shown.items():
+        if len(found.stages) > 1:
+            yield f"stage {', '.join(stage.name for stage in stages)}"
+        rows = [["", "", "among", "own part", "sent (ring)"]]
+        for x in exchanges:
+            sent = [x.sent(slot) for slot in range(found.shape.slots)]
+            most = None if None in sent else max(sent)  # type: ignore[type-var]
+            rows.append([x.what, x.kind, str(x.among), bytes_(x.payload), bytes_(most)])
+        rows.append(["in all", "", "", "", bytes_(stages[0].sent())])
+        yield from grid(rows, left=(0, 1))
+    if found.shape.slots > 1:
+        yield "of the slot that has most, each; no feature map is among them"
+
+
+def _places(config: RunConfig) -> Iterator[str]:
+    if is_url(config.run.dir):
+        from orchestration.storage.location import run_path
+
+        yield f"{config.run.dir.rstrip('/')}/{config.run_name} (the driver works in {run_path(config)})"
+        if config.tracking.enabled:
+            yield f"tracking: {redact(config.tracking.uri or 'tracking.uri is not set: train will refuse')}"
+        return
+    folder = expand(config.run.dir) / config.run_name
+    there = (folder / "config.yaml").exists()
+    yield f"{folder} ({'holds a run: train goes on with it if the config is the same' if there else 'new'})"
+    if not config.tracking.enabled:
+        yield "tracking: off"
+    else:
+        yield f"tracking: {redact(config.tracking.uri or default_uri(expand(config.run.dir)))}"
+    split = {"auto": "the validation split where there is one, else the test split"}.get(
+        config.run.select_on, f"the {config.run.select_on} split"
+    )
+    yield f"the best epoch is chosen on {split}"
+
+
+def _spread(shares: tuple[int, ...]) -> str:
+    low, high = min(shares), max(shares)
+    return f"{low}" if low == high else f"{low} to {high}"
