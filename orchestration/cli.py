@@ -150,8 +150,8 @@ def _train(options: argparse.Namespace) -> int:
     marks = {"start": _process_start(), "command": time.time()}
     ours = _start_ray_early(options.overrides)
     try:
+        from orchestration.commands.train import train_and_report
         from orchestration.config.compose import load_config
-        from orchestration.train import train_and_report
 
         config = load_config(options.overrides)
         marks["config"] = time.time()
@@ -174,7 +174,7 @@ def _start_ray_early(words: list[str]) -> bool:
     named = os.environ.get("RAY_ADDRESS") or any(w.startswith(("cluster.address=", "cluster=")) for w in words)
     if named or ray.is_initialized():
         return False
-    loading = threading.Thread(target=importlib.import_module, args=("orchestration.train",), daemon=True)
+    loading = threading.Thread(target=importlib.import_module, args=("orchestration.commands.train",), daemon=True)
     loading.start()
     from orchestration.cluster.local_ray import start_own_ray
 
@@ -208,21 +208,21 @@ def _list_choices() -> None:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from orchestration.sweep import sweep
+    from orchestration.commands.sweep import sweep
 
     return sweep(options.variation, options.overrides)
 
 
 def _plan(options: argparse.Namespace) -> int:
     if not options.probe:
-        from orchestration.plan import plan_text
+        from orchestration.commands.plan import plan_text
 
         print(plan_text(options.overrides))
         return 0
     begun = _process_start()
     ours = _start_ray_early(options.overrides)  # as `train` does: the time until the first step is measured
     try:
-        from orchestration.plan import probe_text
+        from orchestration.commands.plan import probe_text
 
         print(probe_text(options.overrides, begun))
     finally:
@@ -240,7 +240,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             raise ValueError(f"--weights {rule} --model {which}: two models; --weights {rule} is --model {rule}")
         rule, which = None, rule
     if rule is None and options.distribution is None:
-        from orchestration.results.saved_run import reevaluate
+        from orchestration.commands.evaluate import reevaluate
         from orchestration.storage.location import run_at_hand
 
         with run_at_hand(options.run) as run:
@@ -272,7 +272,7 @@ def _import_weights(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from orchestration.doctor import examine
+    from orchestration.commands.doctor import examine
 
     text, healthy = examine(options.overrides)
     print(text)
@@ -280,7 +280,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _sync(options: argparse.Namespace) -> int:
-    from orchestration.train import sync_run
+    from orchestration.commands.sync import sync_run
 
     problem: Any = sync_run(options.run, options.uri)
     print(problem or "tracking: everything of this run is there")

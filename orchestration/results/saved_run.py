@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aggregation.diversity import Diversity
 from aggregation.ensemble import Outputs
-from aggregation.metrics import Scores
 from aggregation.serving import ServedModel, load_model
 from experts.data.batches import EvalBatches
 from experts.data.dataset import Dataset, open_dataset
@@ -23,7 +21,6 @@ from experts.data.stores import Store
 from orchestration.config.compose import check, from_yaml, parse
 from orchestration.config.paths import expand
 from orchestration.config.run_config import RunConfig
-from orchestration.results.run_table import table
 from orchestration.storage.files import CONFIG, DATA, RUN, read_json, write_atomic
 from orchestration.training.engine import casting
 
@@ -117,32 +114,6 @@ def threads_of(config: RunConfig) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def reevaluate(run: str, which: str | None, split: str, overrides: list[str]) -> str:
-    """Score the ensemble and its experts on a split, and keep the result as evaluation/again-<which>-<split>.json.
-
-    Args:
-        run: the run folder.
-        which: "best" or "last", of its models; None for both.
-        split: "test" or "val".
-        overrides: `a.b=value` for keys of MAY_DIFFER.
-
-    Returns:
-        The table that training prints, for these evaluations alone, and where they were kept.
-
-    Raises:
-        ValueError: there is no such run, it has no model yet, a file is damaged, an override would change what is
-            measured, or the data is not the run's.
-    """
-    shown, kept = {}, []
-    for name in ("last", "best") if which is None else (which,):
-        saved = open_run(run, name, split, overrides)
-        with threads_of(saved.config):
-            evaluation = saved.moment() | _score(saved)
-        shown[name] = _shown(evaluation)
-        kept.append(keep(saved.folder, f"again-{name}-{split}", evaluation))
-    return "\n".join([table(saved.config, saved.data, shown), "", *kept])
-
-
 def _stored_config(folder: Path) -> RunConfig:
     if not folder.exists():
         near = difflib.get_close_matches(folder.name, _neighbours(folder.parent), 1)
@@ -209,28 +180,6 @@ def _split(folder: Path, config: RunConfig, data: dict[str, Any], split: str) ->
             f"--split {split}: the run's dataset {config.dataset.name} has no validation set; use --split test"
         )
     return store, dataset
-
-
-@torch.no_grad()
-def _score(saved: SavedRun) -> dict[str, Any]:
-    """As `StageTrainer.evaluate` on one worker."""
-    model, names = saved.model, saved.model.description.expert_names
-    scores, diversity = Scores(), Diversity()
-    for images_B3HW, labels_B in saved.batches():
-        outputs = saved.outputs(images_B3HW)
-        experts = dict(zip(names, outputs.logits_EBC.unbind(), strict=True))
-        used_B = model.aggregator.experts_used(outputs)
-        extra = {} if used_B is None else {"experts_used": used_B}
-        scores.update({**model.aggregator.members(outputs), **experts}, labels_B, extra)
-        diversity.update(experts, labels_B)
-    counts = saved.data["counts"]
-    return {**scores.result(counts, saved.cuts), "diversity": diversity.result(counts, saved.cuts)}
-
-
-def _shown(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """Without the word on selection where it would claim that the split was not looked at."""
-    same = evaluation["selected_on"] == evaluation["split"] == "val"
-    return {key: value for key, value in evaluation.items() if not (same and key == "selected_on")}
 
 
 def keep(folder: Path, name: str, evaluation: dict[str, Any]) -> str:

@@ -8,8 +8,8 @@ import signal
 
 import pytest
 
-from orchestration import sweep
 from orchestration.cli import main
+from orchestration.commands import sweep
 from orchestration.runs.stage_run import StageRun
 from tests import runs
 

@@ -18,9 +18,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from orchestration import doctor
+from orchestration.commands import doctor
+from orchestration.commands.doctor import examine
 from orchestration.config.compose import load_config
-from orchestration.doctor import examine
 from orchestration.preflight.finding import guarded
 from orchestration.preflight.tracking_checks import check_tracking
 

@@ -8,8 +8,8 @@ import torch
 from experts.data.dataset import open_dataset
 from experts.ensemble import build_ensemble
 from orchestration.cluster.placement import packed
+from orchestration.commands.plan import plan_text
 from orchestration.config.compose import load_config
-from orchestration.plan import plan_text
 from orchestration.preflight.plan import expected_counts, plan
 from orchestration.preflight.plan_text import describe
 from orchestration.preflight.traffic import link_bytes, rings

@@ -9,8 +9,8 @@ import pytest
 
 from aggregation.metrics import Scores, groups_by_count, groups_by_index
 from experts.data.dataset import open_dataset
+from orchestration.commands.evaluate import reevaluate
 from orchestration.config.compose import load_config
-from orchestration.results.saved_run import reevaluate
 from orchestration.storage.checkpoint import Checkpoints
 from orchestration.storage.exports import export
 from orchestration.storage.run_folder import RunFolder

@@ -10,6 +10,7 @@ import threading
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
+from orchestration.commands.sweep import plan_sweep
 from orchestration.config.compose import load_config
 from orchestration.storage import remote_run_folder as storage
 from orchestration.storage import url_store as store
@@ -17,7 +18,6 @@ from orchestration.storage.checkpoint import Checkpoints, verify, write_file
 from orchestration.storage.location import check_run_dir, run_at_hand, run_path
 from orchestration.storage.remote_run_folder import StoredRunFolder
 from orchestration.storage.url_store import StorageProblem, Store, try_out
-from orchestration.sweep import plan_sweep
 
 
 @pytest.fixture(autouse=True)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from orchestration.commands.sweep import _merge_journals, _tracked_when_interrupted, plan_sweep, untouched_stages
 from orchestration.config.compose import load_config
 from orchestration.results.sweep_table import draw_sweep, sweep_table
 from orchestration.storage.journal import Journal, read_journal
 from orchestration.storage.run_folder import RunFolder
-from orchestration.sweep import _merge_journals, _tracked_when_interrupted, plan_sweep, untouched_stages
 
 RATIO = "method.stages.h2t.flow.ratio"
 H2T = ["method=ride_h2t", "dataset=digits_lt"]

@@ -19,10 +19,10 @@ from experts.data.views import ViewMaker, Views, default_views
 from experts.ensemble import build_ensemble
 from experts.tade import tade_offsets
 from orchestration.cli import main
+from orchestration.commands.evaluate import reevaluate
 from orchestration.config.compose import load_config
 from orchestration.results.label_shift import KnownPrior, evaluate_distributions, trained_priors
 from orchestration.results.label_shift_table import distributions_table, draw_distributions
-from orchestration.results.saved_run import reevaluate
 from orchestration.storage.run_folder import RunFolder
 
 WORDS = ["engine.threads=1", "dataset.image_size=8", "run.evaluation_batch_size=100", "dataset.test_per_class=50"]

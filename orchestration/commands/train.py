@@ -8,10 +8,8 @@ import json
 import shutil
 import sys
 import time
-from pathlib import Path
 
 from orchestration.cluster.preemption import Preempted
-from orchestration.config.compose import from_yaml
 from orchestration.config.paths import expand
 from orchestration.config.run_config import RunConfig
 from orchestration.results.run_table import table
@@ -20,12 +18,10 @@ from orchestration.runs.driver import train
 from orchestration.runs.stopping import Outcome, Stopped
 from orchestration.storage.checkpoint import Checkpoints
 from orchestration.storage.exports import check_sources, export
-from orchestration.storage.files import CONFIG, DATA, read_json, write_atomic
-from orchestration.storage.location import check_run_dir, check_tracked, open_run_folder, run_at_hand
+from orchestration.storage.files import CONFIG, DATA, write_atomic
+from orchestration.storage.location import check_run_dir, check_tracked, open_run_folder
 from orchestration.storage.run_folder import RunFolder, read_evaluations
-from orchestration.storage.url_store import is_url
 from orchestration.tracking import sender as tracking
-from orchestration.tracking.contents import STUDY_FILE
 from orchestration.training.mesh import mesh_shape
 
 _SHORT_WAIT_S = 10.0  # for the upload when a run did not end well: the message should not wait for it
@@ -151,40 +147,3 @@ def tracking_uri(config: RunConfig) -> str:
     if config.tracking.uri is None:
         check_tracked(config)
     return config.tracking.uri or tracking.default_uri(expand(config.run.dir))
-
-
-def sync_run(run: str, uri: str | None) -> str | None:
-    """Upload what the server of a run, or of a study and all its runs, does not have yet.
-
-    Returns:
-        None, or what is still missing and why.
-
-    Raises:
-        ValueError: there is no such run, or its folder is damaged.
-    """
-    if is_url(run):
-        with run_at_hand(run) as copy:
-            return _sync(Path(copy), uri)
-    path = Path(run)
-    if (path / STUDY_FILE).is_file():
-        return _sync_study(path, uri)
-    if not (path / CONFIG).is_file():
-        raise ValueError(f"{path}: not a run folder (no {CONFIG}); needed one that `expertail train` made")
-    with contextlib.closing(RunFolder(path)):
-        return _sync(path, uri)
-
-
-def _sync(path: Path, uri: str | None) -> str | None:
-    config = from_yaml(path / CONFIG)
-    return tracking.sync(path, uri or tracking_uri(config), config.tracking.experiment, path.name)
-
-
-def _sync_study(path: Path, uri: str | None) -> str | None:
-    runs = [path.parent / run["run"] for run in read_json(path / STUDY_FILE)["runs"]]
-    begun = [run for run in runs if (run / CONFIG).is_file()]
-    if not begun:
-        raise ValueError(f"{path}: none of its runs was begun; needed one at least, start the sweep again")
-    problems = [sync_run(str(run), uri) for run in begun]
-    config = from_yaml(begun[0] / CONFIG)
-    problems.append(tracking.sync(path, uri or tracking_uri(config), config.tracking.experiment, path.name))
-    return "\n".join(filter(None, problems)) or None
