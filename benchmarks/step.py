@@ -34,7 +34,8 @@ from orchestration.runs.run import Run
 from orchestration.runs.stage_run import StageRun
 from orchestration.runs.stopping import StopSignals
 from orchestration.storage.run_folder import RunFolder, versions
-from orchestration.tracking import sender as tracking
+from orchestration.tracking.uploader import start_uploader
+from orchestration.tracking.uri import default_uri
 from orchestration.training.mesh import mesh_shape
 
 COMMON = [
@@ -83,7 +84,7 @@ def overhead(folder: RunFolder, options: argparse.Namespace) -> dict[str, Any]:
     config = load_config(words)
     folder.write(config)
     folder.describe(config, [], {})
-    uploader = tracking.start_uploader(folder.path, tracking.default_uri(folder.path.parent), "benchmark", "step")
+    uploader = start_uploader(folder.path, default_uri(folder.path.parent), "benchmark", "step")
     fleet = Fleet(config, mesh_shape(config.method.num_experts, 1))
     fleet.start()
     run = Run(config, folder, Console(stream=io.StringIO()), fleet, StopSignals(), {})

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from orchestration.config.paths import code_root
 from orchestration.config.secrets import redact
 from orchestration.preflight.finding import Finding, guarded, nearest_existing
 from orchestration.preflight.tracking_checks import check_tracking
-from orchestration.wording import many
+from orchestration.results.text import many
 
 if TYPE_CHECKING:  # what loads torch is imported where it is used: a torch that does not load is a finding
     from orchestration.config.run_config import RunConfig
@@ -104,7 +105,7 @@ def _requirements() -> list[str]:
     try:
         return importlib.metadata.requires("expertail") or []
     except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
-        with open(Path(__file__).resolve().parent.parent / "pyproject.toml", "rb") as file:
+        with open(code_root() / "pyproject.toml", "rb") as file:
             return tomllib.load(file)["project"]["dependencies"]
 
 
@@ -195,33 +196,34 @@ def _cluster(config: RunConfig) -> Iterator[Finding]:
     wanted = config.cluster
     shape = mesh_shape(config.method.num_experts, wanted.workers, wanted.experts_per_worker)
     yield Finding("ok", "mesh", f"{shape.workers} workers = {shape.slots} expert slots x {shape.replicas} replicas")
-    from orchestration.cluster import fleet
+    from orchestration.cluster.connection import cluster
+    from orchestration.cluster.placement import largest_share
 
     address = _address(config)
     if address:
-        with fleet.cluster(address):
+        with cluster(address):
             yield from _connected(config, shape, address)
         return
     import torch
 
     have = {"CPU": float(usable_cpus()), "GPU": float(torch.cuda.device_count())}
     have["memory"] = float(psutil.virtual_memory().available)
-    cpus = wanted.cpus_per_worker or fleet.largest_share(shape.workers * config.side_by_side, [have["CPU"]])
+    cpus = wanted.cpus_per_worker or largest_share(shape.workers * config.side_by_side, [have["CPU"]])
     threads = config.engine.threads or max(1, int(cpus))
     yield from _fits(config, shape, cpus, threads, {"this machine": have}, "a Ray of its own on this machine")
 
 
 def _connected(config: RunConfig, shape: MeshShape, address: str) -> Iterator[Finding]:
     """What the cluster has, and what its nodes say."""
-    from orchestration.cluster import fleet
+    from orchestration.cluster.connection import node_resources, resolve_resources
     from orchestration.cluster.placement import bundle_of, packed
     from orchestration.config.paths import expand
     from orchestration.preflight.node_checks import Needs, check_nodes
     from orchestration.storage.location import check_run_dir
     from orchestration.storage.url_store import is_url
 
-    nodes = fleet.node_resources()
-    cpus, threads = fleet.resolve_resources(config.cluster, config.engine, shape.workers * config.side_by_side)
+    nodes = node_resources()
+    cpus, threads = resolve_resources(config.cluster, config.engine, shape.workers * config.side_by_side)
     yield from _fits(config, shape, cpus, threads, nodes, f"Ray at {redact(address)}")
     try:
         check_run_dir(config, len(nodes))

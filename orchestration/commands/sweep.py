@@ -23,7 +23,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from orchestration.cluster.connection import cluster
-from orchestration.commands.train import is_complete, tracking_uri, train_and_report
+from orchestration.commands.train import is_complete, train_and_report
 from orchestration.config.compose import GROUPS, from_yaml, load_config
 from orchestration.config.identity import difference, identity
 from orchestration.config.run_config import RunConfig, name_problems
@@ -38,6 +38,7 @@ from orchestration.storage.run_folder import RunFolder
 from orchestration.storage.url_store import is_url
 from orchestration.tracking.contents import STUDY_FILE as SWEEP
 from orchestration.tracking.process import one_line
+from orchestration.tracking.target import tracking_uri
 from orchestration.tracking.uploader import Uploader, start_uploader
 from orchestration.training.mesh import mesh_shape
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from orchestration.commands.train import (
-    tracking_uri,
-)
 from orchestration.config.compose import from_yaml
 from orchestration.storage.files import CONFIG, read_json
 from orchestration.storage.location import run_at_hand
 from orchestration.storage.run_folder import RunFolder
 from orchestration.storage.url_store import is_url
-from orchestration.tracking import sender as tracking
 from orchestration.tracking.contents import STUDY_FILE
+from orchestration.tracking.sender import sync
+from orchestration.tracking.target import tracking_uri
 
 
 def sync_run(run: str, uri: str | None) -> str | None:
@@ -40,7 +38,7 @@ def sync_run(run: str, uri: str | None) -> str | None:
 
 def _sync(path: Path, uri: str | None) -> str | None:
     config = from_yaml(path / CONFIG)
-    return tracking.sync(path, uri or tracking_uri(config), config.tracking.experiment, path.name)
+    return sync(path, uri or tracking_uri(config), config.tracking.experiment, path.name)
 
 
 def _sync_study(path: Path, uri: str | None) -> str | None:
@@ -50,5 +48,5 @@ def _sync_study(path: Path, uri: str | None) -> str | None:
         raise ValueError(f"{path}: none of its runs was begun; needed one at least, start the sweep again")
     problems = [sync_run(str(run), uri) for run in begun]
     config = from_yaml(begun[0] / CONFIG)
-    problems.append(tracking.sync(path, uri or tracking_uri(config), config.tracking.experiment, path.name))
+    problems.append(sync(path, uri or tracking_uri(config), config.tracking.experiment, path.name))
     return "\n".join(filter(None, problems)) or None

@@ -10,7 +10,6 @@ import sys
 import time
 
 from orchestration.cluster.preemption import Preempted
-from orchestration.config.paths import expand
 from orchestration.config.run_config import RunConfig
 from orchestration.results.run_table import table
 from orchestration.runs.console import Console
@@ -19,9 +18,10 @@ from orchestration.runs.stopping import Outcome, Stopped
 from orchestration.storage.checkpoint import Checkpoints
 from orchestration.storage.exports import check_sources, export
 from orchestration.storage.files import CONFIG, DATA, write_atomic
-from orchestration.storage.location import check_run_dir, check_tracked, open_run_folder
+from orchestration.storage.location import check_run_dir, open_run_folder
 from orchestration.storage.run_folder import RunFolder, read_evaluations
-from orchestration.tracking import sender as tracking
+from orchestration.tracking.target import tracking_uri
+from orchestration.tracking.uploader import Uploader, start_uploader
 from orchestration.training.mesh import mesh_shape
 
 _SHORT_WAIT_S = 10.0  # for the upload when a run did not end well: the message should not wait for it
@@ -102,13 +102,13 @@ class _Tracking:
 
     def __init__(self, config: RunConfig, folder: RunFolder) -> None:
         self._config, self._folder = config, folder
-        self._uploader: tracking.Uploader | None = None
+        self._uploader: Uploader | None = None
 
     def begin(self) -> None:
         """Start it; once."""
         wanted = self._config.tracking
         if wanted.enabled and self._uploader is None:
-            self._uploader = tracking.start_uploader(
+            self._uploader = start_uploader(
                 self._folder.path, tracking_uri(self._config), wanted.experiment, self._config.run_name
             )
 
@@ -136,14 +136,3 @@ def _report(config: RunConfig, folder: RunFolder, outcome: Outcome) -> None:
 def _stored_table(config: RunConfig, folder: RunFolder) -> str:
     data = json.loads((folder.path / DATA).read_text())
     return table(config, data, read_evaluations(folder.path))
-
-
-def tracking_uri(config: RunConfig) -> str:
-    """Where a run is tracked: the operator's URI, else a SQLite file beside the run folders.
-
-    Raises:
-        ValueError: those are at a URL, and no URI is given.
-    """
-    if config.tracking.uri is None:
-        check_tracked(config)
-    return config.tracking.uri or tracking.default_uri(expand(config.run.dir))

@@ -28,7 +28,7 @@ from orchestration.config.run_config import RunConfig
 from orchestration.preflight.finding import Finding, guarded, nearest_existing
 from orchestration.preflight.node_report import NodeProbe, software
 from orchestration.preflight.plan import WORKER_GIB
-from orchestration.wording import many
+from orchestration.results.text import many
 
 START_S = 120.0  # until a node's probe has started a process and imported torch
 _ANSWER_S = 20.0  # for anything after that

@@ -23,6 +23,8 @@ from typing import Any
 import psutil
 import ray
 
+from orchestration.config.paths import code_root
+
 LIBRARIES = ("ray", "torch", "torchvision", "deepspeed", "numpy")
 _START_BYTES = 2**20  # of a data file, to tell whether it is the same on two nodes
 _CONNECT_S = 3.0  # and as long again for an answer
@@ -151,7 +153,7 @@ def _torch() -> dict[str, Any]:
 
 def code_digest() -> str:
     """Twelve hexadecimal digits that name our own code and configs; two checkouts may have one version."""
-    root = Path(__file__).resolve().parent.parent
+    root = code_root()
     digest = hashlib.sha256()
     for package in ("experts", "aggregation", "orchestration", "configs"):
         for path in sorted((root / package).rglob("*")):

@@ -19,10 +19,10 @@ from orchestration.config.run_config import RunConfig
 from orchestration.config.secrets import redact
 from orchestration.preflight.plan import WORKER_GIB, Plan, Size, StagePlan, plan
 from orchestration.preflight.traffic import Exchange, link_bytes, shares_of
+from orchestration.results.text import bytes_, grid, many, number
 from orchestration.storage.exports import check_sources
 from orchestration.storage.url_store import is_url
 from orchestration.tracking.uri import default_uri
-from orchestration.wording import bytes_, grid, many, number
 
 _SHOWN_WORKERS = 16
 _SHOWN_LINKS = 24

@@ -26,6 +26,7 @@ from orchestration.cluster.transfer import collect
 from orchestration.config.recipe import stage_classes
 from orchestration.config.run_config import RunConfig, RunSettings
 from orchestration.preflight.plan import epoch_of
+from orchestration.results.text import duration, grid
 from orchestration.storage.checkpoint import Checkpoints
 from orchestration.storage.exports import check_sources, model_folder, weights_of
 from orchestration.storage.location import check_run_dir, run_path
@@ -33,7 +34,6 @@ from orchestration.storage.remote_run_folder import LentRunFolder
 from orchestration.storage.run_folder import RunFolder
 from orchestration.storage.url_store import is_url
 from orchestration.training.mesh import mesh_shape
-from orchestration.wording import duration, grid
 
 STEPS = 30
 _WARM_UP = 3  # steps that still allocate memory and open files

@@ -1,63 +1,42 @@
-"""A run from its first word to its report: place workers, train wave after wave of stages, survive deaths, tell.
-
-prepare   config -> run folder (lock, same config as before?)        `train`
-place     workers in placement groups, libraries loaded              `Fleet`
-train     each stage on a fleet, some side by side                   `Lane` (lane.py), `StageRun`
-finish    evaluation/*.json, export/*, report/*, table on stdout     `finish.py`
-"""
+"""What all stages of a run share: folder, journal, checkpoints, and the counts of failures, preemptions and cost."""
 
 from __future__ import annotations
 
-from orchestration.runs.driver import train, _resolved, _gave_up
-
-import contextlib
-import queue
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from orchestration.cluster.connection import cluster, node_resources, resolve_resources
 from orchestration.cluster.failures import WorkerLost
 from orchestration.cluster.fleet import Fleet
 from orchestration.cluster.preemption import DrainNotices, Preempted
 from orchestration.config.recipe import Source
 from orchestration.config.run_config import RunConfig
 from orchestration.runs.console import Console
-from orchestration.runs.supervisor import Lane
-from orchestration.runs.stopping import GivenUp, Outcome, Stopped, StopSignals
-from orchestration.runs.stage_run import write_evaluations
+from orchestration.runs.stopping import GivenUp, Stopped, StopSignals
 from orchestration.storage.checkpoint import Checkpoints
-from orchestration.storage.exports import check_sources, model_folder
+from orchestration.storage.exports import model_folder
 from orchestration.storage.journal import Journal
-from orchestration.storage.location import check_run_dir
 from orchestration.storage.run_folder import RunFolder
-from orchestration.training.mesh import MeshShape, mesh_shape
 
 _MEMORY_RESTARTS = 1  # a worker that is out of memory will most likely be so again
 
 
-
-
-
-
 class Run:
-    """All stages of a run, through deaths of workers."""
+    """What the stages of a run share while they train, some side by side in threads of their own."""
 
     def __init__(
         self,
         config: RunConfig,
         folder: RunFolder,
         console: Console,
-        fleet: Fleet,
         signals: StopSignals,
         marks: dict[str, float],
         begin_tracking: Callable[[], None] = lambda: None,
     ) -> None:
-        self.config, self.folder, self.console, self.fleet = config, folder, console, fleet
+        self.config, self.folder, self.console = config, folder, console
         self.signals, self.marks, self._begin_tracking = signals, marks, begin_tracking
         self.checkpoints = Checkpoints(folder.path, list(config.method.stages))
         self.journal = Journal(folder.path)
@@ -70,102 +49,6 @@ class Run:
         self._seated: dict[int, list[dict[str, Any]]] = {}
         self._models: dict[tuple[str | None, str | None, str], Path] = {}
         self._changing = threading.Lock()
-
-    def carry_out(self) -> Outcome:
-        """Train every stage from its newest checkpoint, or its beginning, to its end."""
-        self.checkpoints.clean()
-        limit, before = self.config.run.max_steps, 0
-        with self.journal:
-            for wave in self.config.method.waves():
-                outcomes = self._wave(wave, before)
-                before += sum(outcome.total_steps for outcome in outcomes)
-                if not all(o.finished for o in outcomes) or (limit is not None and before >= limit):
-                    break
-        self.checkpoints.clean()  # a worker that died while it wrote left a folder half-written
-        last = outcomes[-1]
-        last.finished = last.finished and last.stage == self.checkpoints.stages[-1]
-        return last
-
-    def _wave(self, stages: list[str], before: int) -> list[Outcome]:
-        """Stages that wait for none of each other, side by side as far as the cluster has places."""
-        done = {stage: self._finished(stage) for stage in stages}
-        # The last of a run is begun again even if it is trained: its evaluations may not have been written.
-        left = [stage for stage in stages if done[stage] is None or stage == self.checkpoints.stages[-1]]
-        fleets = self._more_fleets(len(left))
-        try:
-            if len(left) == 1:
-                done[left[0]] = Lane(self, self.fleet, self.console).carry_out(left[0], before)
-            elif left:
-                done |= self._beside(left, fleets, before)
-        finally:
-            for fleet in fleets[1:]:
-                self.cost.change(-len(fleet.workers))
-                self._seated.pop(id(fleet), None)
-                fleet.close()
-        return [outcome for outcome in done.values() if outcome is not None]
-
-    def _finished(self, stage: str) -> Outcome | None:
-        """How a stage ended at an earlier start, if it did; what that start was killed before writing is written."""
-        newest = self.checkpoints.newest(stage, self.console.message)
-        if newest is None or newest.state["step"] < newest.state["total_steps"]:
-            return None
-        best = newest.state["best"]
-        if (
-            best
-            and best["step"] == newest.state["step"]
-            and not (self.checkpoints.folder / best["checkpoint"]).exists()
-        ):
-            self.checkpoints.copy_weights(newest.folder, best["checkpoint"])
-        if self.config.method.stages[stage].classes is not None:  # others' are the last stage's to write
-            write_evaluations(self.folder, self.config, stage, newest.state)
-        return Outcome(stage, True, newest.state["total_steps"], newest.folder)
-
-    def _more_fleets(self, wanted: int) -> list[Fleet]:
-        """The run's fleet, and further ones as far as there are places now."""
-        fleets = [self.fleet]
-        if self.config.cluster.side_by_side is not None:
-            wanted = min(wanted, self.config.cluster.side_by_side)
-        while len(fleets) < wanted:
-            try:
-                fleets.append(Fleet(self.config, self.fleet.shape))
-            except ValueError as reason:
-                self.console.message(f"{len(fleets)} of {wanted} stages train side by side: {reason}")
-                break
-        return fleets
-
-    def _beside(self, stages: list[str], fleets: list[Fleet], before: int) -> dict[str, Outcome]:
-        """Train stages on several fleets, each fleet the next stage when it is free. The first failure ends all."""
-        waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
-        for stage in stages:
-            waiting.put(stage)
-        outcomes: dict[str, Outcome] = {}
-
-        def work(fleet: Fleet) -> None:
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    stage = waiting.get_nowait()
-                    lane = Lane(self, fleet, self.console.beside(stage))
-                    try:
-                        outcomes[stage] = lane.carry_out(stage, before)
-                    except BaseException:
-                        self.signals.given_up.set()
-                        raise
-
-        with ThreadPoolExecutor(len(fleets), thread_name_prefix="stage") as threads:
-            working = [threads.submit(work, fleet) for fleet in fleets]
-            try:
-                errors = [future.exception() for future in working]
-            except BaseException:  # a second Ctrl-C: nobody waits for checkpoints any more
-                self.signals.given_up.set()
-                for fleet in fleets:
-                    fleet.kill()
-                raise
-        found = sorted((e for e in errors if e is not None), key=lambda e: isinstance(e, Stopped) + 2 * _gave_up(e))
-        for error in found[1:]:
-            self.console.message(str(error))
-        for error in found[:1]:
-            raise error
-        return outcomes
 
     def check_wanted(self, stage: str) -> None:
         """Refuse to begin with a stage, or to go on with it, when the run is to end.
@@ -211,6 +94,11 @@ class Run:
                 workers,
                 {"slots": shape.slots, "replicas": shape.replicas, "experts_per_worker": shape.experts_per_worker},
             )
+
+    def forget(self, fleet: Fleet) -> None:
+        """A fleet is about to be closed: its workers are no more among the run's."""
+        with self._changing:
+            self._seated.pop(id(fleet), None)
 
     def tell_once(self, text: str) -> None:
         """A message that each start of a stage would repeat."""
@@ -291,8 +179,6 @@ class Run:
         self.console.message(
             f"stage {stage} trains again after {seconds['total']:.1f} s ({spans}); {again} steps taken again"
         )
-
-
 
 
 class Cost:

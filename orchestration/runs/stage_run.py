@@ -6,18 +6,9 @@ stage drops journal lines after its checkpoint and takes the same steps.
 
 from __future__ import annotations
 
-from orchestration.runs.stopping import Stopped, GivenUp, StopSignals, Outcome
-
 import itertools
-import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aggregation.diversity import Diversity, metrics
 from aggregation.metrics import Scores, groups_by_count, groups_by_index
@@ -27,24 +18,15 @@ from orchestration.cluster.transfer import collect
 from orchestration.config.recipe import stage_classes
 from orchestration.config.run_config import RunConfig
 from orchestration.runs.console import Console
+from orchestration.runs.pause import Pause
+from orchestration.runs.run import Run
+from orchestration.runs.stopping import GivenUp, Outcome, Stopped
 from orchestration.storage.checkpoint import Checkpoint, DamagedCheckpoint, verify
 from orchestration.storage.exports import weights_of
 from orchestration.storage.run_folder import RunFolder
 from orchestration.training.trainer import Interval
 
-if TYPE_CHECKING:
-    from orchestration.runs.pause import Pause
-    from orchestration.runs.run import Run
-
 _INTERVAL_S = 1.0  # how often the driver hears from training
-
-
-
-
-
-
-
-
 
 
 class StageRun:

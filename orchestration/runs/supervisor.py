@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from orchestration.runs.pause import Pause
-
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from orchestration.cluster.failures import WorkerLost
 from orchestration.cluster.fleet import Fleet
 from orchestration.cluster.hangs import keep_stacks
 from orchestration.cluster.preemption import Drained, Preempted
 from orchestration.runs.console import Console
-from orchestration.runs.stopping import Outcome
+from orchestration.runs.pause import Pause
+from orchestration.runs.run import Run
 from orchestration.runs.stage_run import StageRun
+from orchestration.runs.stopping import Outcome
 from orchestration.storage.files import LOCK
-
-if TYPE_CHECKING:
-    from orchestration.runs.run import Run
 
 _WAITS_FOR_NODES = 10  # times cluster.placement_timeout_s: how long a restart waits for a node that was lost
 _RAY_NOTICES_S = 120.0  # by default it counts a node that vanished as dead after about 65 s
@@ -180,6 +176,4 @@ class Lane:
 
 def _open_pause(pause: Pause | None, training: StageRun | None) -> Pause:
     """The pause that a loss begins, or the one that it falls into."""
-    return Pause(training) if pause is None or pause.over else pause
-
-
+    return Pause(training.step if training is not None else 0) if pause is None or pause.over else pause

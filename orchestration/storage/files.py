@@ -6,10 +6,8 @@ import json
 import os
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
 CONFIG, RUN, DATA, LOCK = "config.yaml", "run.json", "data.json", ".lock"
 
 

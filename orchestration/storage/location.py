@@ -6,21 +6,15 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
 
 from orchestration.config.paths import expand
-from orchestration.config.run_config import RunSettings
+from orchestration.config.run_config import RunConfig, RunSettings
 from orchestration.storage.files import CONFIG
+from orchestration.storage.remote_run_folder import StoredRunFolder
 from orchestration.storage.run_folder import RunFolder
 from orchestration.storage.url_store import Store, check_url, copy_of, is_url
-
-if TYPE_CHECKING:
-    pass
-
-from orchestration.config.run_config import RunConfig
-from orchestration.storage.remote_run_folder import StoredRunFolder
 
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for what `ray job submit` starts
 

@@ -21,6 +21,7 @@ import psutil
 from orchestration import __version__
 from orchestration.config.compose import from_yaml, to_yaml
 from orchestration.config.identity import config_hash, difference, identity
+from orchestration.config.paths import code_root
 from orchestration.config.run_config import RunConfig
 from orchestration.config.secrets import redact
 from orchestration.storage.files import CONFIG, DATA, LOCK, RUN, write_atomic
@@ -212,7 +213,7 @@ def _commit() -> str | None:
     What `ray job submit` uploads has no .git: there it is EXPERTAIL_COMMIT, or else the name of the package, which is a
     digest of its files.
     """
-    folder = Path(__file__).resolve().parent.parent
+    folder = code_root()
     if not (folder / ".git").exists():
         job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
         return os.environ.get("EXPERTAIL_COMMIT") or (job.get("runtime_env") or {}).get("working_dir")

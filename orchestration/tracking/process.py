@@ -23,7 +23,9 @@ from typing import Any, BinaryIO, Protocol, TextIO
 
 from orchestration.config.secrets import redact
 from orchestration.storage import journal
-from orchestration.tracking import contents as tracking_contents
+from orchestration.storage.files import read_json
+from orchestration.tracking import contents
+from orchestration.tracking.uri import sqlite_path
 
 STATE_FILE = "tracking.json"
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
@@ -44,7 +46,7 @@ class State:
 
     def __init__(self, run_dir: Path, target: Target) -> None:
         self._path, self._uri = run_dir / STATE_FILE, target.uri
-        self._stores = tracking_contents.read_json(self._path)
+        self._stores = read_json(self._path)
         self.values: dict[str, Any] = self._stores.setdefault(redact(target.uri), {})
         # One key for all: the same store may be reached by several names.
         keys = [store["key"] for store in self._stores.values() if "key" in store]
@@ -53,7 +55,7 @@ class State:
 
     def keep_key(self) -> None:
         """Have the key on disk before a run carries it; where another process was faster, take its key."""
-        kept = tracking_contents.read_json(self._path).get(redact(self._uri), {})
+        kept = read_json(self._path).get(redact(self._uri), {})
         self.values.update({name: kept[name] for name in ("key", "run_id") if name in kept})
         self.save()
 
@@ -62,7 +64,7 @@ class State:
 
         A driver that was killed left a run.json that still says running; one that went on wrote a newer one.
         """
-        written = [stamp(self._path.parent / name) for name in ("run.json", tracking_contents.STUDY_FILE)]
+        written = [stamp(self._path.parent / name) for name in ("run.json", contents.STUDY_FILE)]
         now = [None if found is None else list(found) for found in written]  # as JSON gives it back
         if said is not None:
             self.values.update(status=said, status_at=now)
@@ -132,7 +134,7 @@ def building_tables(uri: str, folder: Path) -> Iterator[None]:
         uri: of the store.
         folder: of runs; the lock of a database that is not a file lies there.
     """
-    database = tracking_contents.sqlite_path(uri)
+    database = sqlite_path(uri)
     if database is not None:
         database.parent.mkdir(parents=True, exist_ok=True)
     if uri.startswith(("http", "databricks")):

@@ -38,9 +38,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from orchestration.config.secrets import redact
 from orchestration.storage import journal
-from orchestration.tracking import contents as tracking_contents
+from orchestration.storage.files import read_config, read_json
+from orchestration.tracking import contents
 from orchestration.tracking.contents import STUDY_FILE
 from orchestration.tracking.process import (
     STATE_FILE,
@@ -60,10 +60,7 @@ from orchestration.tracking.process import (
     stamp,
     user,
 )
-from orchestration.tracking.uploader import Uploader, start_uploader
-from orchestration.tracking.uri import check_uri, default_uri
-
-__all__ = ["Uploader", "check_uri", "default_uri", "redact", "start_uploader", "sync"]
+from orchestration.tracking.uri import artifact_folder, check_uri
 
 _BATCH = 1000  # points; MLflow takes no more at once
 _REQUIREMENTS = ("mlflow", "numpy", "Pillow", "pydantic", "safetensors", "scikit-learn", "torch", "torchvision")
@@ -142,7 +139,7 @@ class _Sender:
             mlflow.set_registry_uri(self._target.uri)
             client = mlflow.MlflowClient(self._target.uri, self._target.uri)
             experiment_id = self._find_experiment(client)
-        study = tracking_contents.study_folder(self._run_dir)
+        study = contents.study_folder(self._run_dir)
         parent = None
         if study is not None:
             theirs = State(study, self._target)
@@ -164,15 +161,15 @@ class _Sender:
         state = [stamp(self._run_dir / name) for name in ("config.yaml", "run.json", "data.json", STUDY_FILE)]
         if state == self._described:
             return
-        run, data, config = tracking_contents.description(self._run_dir)
+        run, data, config = contents.description(self._run_dir)
         self._stages = list((config.get("method") or {}).get("stages") or [])
         # Parameters never change on the server; those of the first start stay.
-        params = {k: v for k, v in tracking_contents.parameters(config).items() if k not in self._params}
+        params = {k: v for k, v in contents.parameters(config).items() if k not in self._params}
         for chunk in chunks([Param(*item) for item in params.items()], 100):
             self._client.log_batch(self._run_id, params=chunk, synchronous=True)
         self._params |= set(params)
-        tags = [RunTag(*item) for item in tracking_contents.tags(run, data, config).items()]
-        if table := tracking_contents.summary(self._run_dir):
+        tags = [RunTag(*item) for item in contents.tags(run, data, config).items()]
+        if table := contents.summary(self._run_dir):
             tags.append(RunTag("mlflow.note.content", table))
         for chunk in chunks(tags, 100):
             self._client.log_batch(self._run_id, tags=chunk, synchronous=True)
@@ -194,7 +191,7 @@ class _Sender:
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             try:
-                folder = tracking_contents.artifact_folder(self._target.uri, self._run_dir.parent)
+                folder = artifact_folder(self._target.uri, self._run_dir.parent)
                 kind = {"mlflow.experimentKind": "custom_model_development"}  # else the pages are those of chat models
                 return str(client.create_experiment(name, folder, kind))
             except MlflowException:  # another run was faster
@@ -218,7 +215,7 @@ class _Sender:
                     client.delete_run(stray)
             else:
                 made = {"expertail.key": values["key"], "mlflow.user": user(), **tags}
-                begun = tracking_contents.moment(tracking_contents.description(folder)[0], "created")
+                begun = contents.moment(contents.description(folder)[0], "created")
                 run_id = client.create_run(experiment_id, begun, made, name).info.run_id
                 values["files"] = {}
             values.update(experiment=self._target.experiment, experiment_id=experiment_id, run_id=run_id)
@@ -226,7 +223,7 @@ class _Sender:
         return client.get_run(run_id)
 
     def _read(self, name: str) -> dict[str, Any]:
-        return tracking_contents.read_json(self._run_dir / name)
+        return read_json(self._run_dir / name)
 
     def send_points(self, deadline: float) -> bool:
         """Send the journal's new lines; a batch that fails is kept and sent first the next time.
@@ -242,7 +239,7 @@ class _Sender:
         records = self._tail.records()
         while time.monotonic() < deadline:
             for record in records:
-                key = tracking_contents.metric_key(record.name, record.stage, self._stages)
+                key = contents.metric_key(record.name, record.stage, self._stages)
                 if record.value == record.value and record.step > self._steps.get(key, -1):
                     self._unsent.append(Metric(key, record.value, round(record.time * 1000), record.step))
                     self._steps[key] = record.step
@@ -273,8 +270,8 @@ class _Sender:
     def send_files(self) -> None:
         """Send the files that changed since they were last sent."""
         sent = self.state.values["files"]
-        for name, content in tracking_contents.files(self._run_dir).items():
-            digest = tracking_contents.digest(content)
+        for name, content in contents.files(self._run_dir).items():
+            digest = contents.digest(content)
             if sent.get(name) == digest:
                 continue
             if isinstance(content, str):
@@ -282,7 +279,7 @@ class _Sender:
             else:
                 folder = str(Path(name).parent)
                 self._client.log_artifact(self._run_id, str(content), None if folder == "." else folder)
-            if name == tracking_contents.PER_CLASS_FILE:
+            if name == contents.PER_CLASS_FILE:
                 table = [{"path": name, "type": "table"}]
                 self._client.set_tag(self._run_id, "mlflow.loggedArtifacts", json.dumps(table))
             sent[name] = digest
@@ -292,10 +289,10 @@ class _Sender:
         """Register the exported ensembles and point the aliases "last" and "best" at them."""
         from mlflow.exceptions import MlflowException
 
-        found = tracking_contents.exports(self._run_dir)
+        found = contents.exports(self._run_dir)
         if not found:
             return
-        name = tracking_contents.model_name(tracking_contents.read_config(self._run_dir), self._target.experiment)
+        name = contents.model_name(read_config(self._run_dir), self._target.experiment)
         with contextlib.suppress(MlflowException):  # exists; anything else shows at the next call
             self._client.create_registered_model(name)
         versions = {}
@@ -341,13 +338,13 @@ class _Sender:
 
     def close(self, status: str | None) -> None:
         """Set the run's final status; the run stays as it is when its folder calls it running."""
-        run = tracking_contents.description(self._run_dir)[0]
-        status = status or tracking_contents.status_of(run)
+        run = contents.description(self._run_dir)[0]
+        status = status or contents.status_of(run)
         self._client.set_tag(self._run_id, "status", str(run.get("status", status.lower())))
         experiment_id = self.state.values["experiment_id"]
         self._find_run(self._client, experiment_id, self._run_dir, self.state, self._target.run_name, {})  # no strays
         if status != "RUNNING":
-            ended = tracking_contents.moment(run, "ended") if status == "FINISHED" else None
+            ended = contents.moment(run, "ended") if status == "FINISHED" else None
             self._client.set_terminated(self._run_id, status, ended)
 
 
@@ -365,8 +362,8 @@ def _save_pyfunc(scratch: Path, export: Path, model: Any) -> None:
         assert spec.submodule_search_locations is not None
         ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
         code.append(shutil.copytree(next(iter(spec.submodule_search_locations)), scratch / package, ignore=ignored))
-    num_classes = int(tracking_contents.read_json(export / "model.json")["num_classes"])
-    images = TensorSpec(np.dtype(np.uint8), tracking_contents.signature_shape(export))
+    num_classes = int(read_json(export / "model.json")["num_classes"])
+    images = TensorSpec(np.dtype(np.uint8), contents.signature_shape(export))
     versions = {package: importlib.metadata.version(package).split("+")[0] for package in _REQUIREMENTS}
     warnings.filterwarnings("ignore", message=".*input example was not provided.*")  # the signature is exact
     mlflow.pyfunc.save_model(

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from orchestration.config.paths import code_root
 from orchestration.tracking.process import (
     State,
     Target,
@@ -41,7 +42,7 @@ def start_uploader(
     """
     run_dir = Path(run_dir)
     target = Target(check_uri(uri), experiment, run_name or run_dir.name)
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(code_root())
     roots = [] if root == sysconfig.get_path("purelib") else [root]  # a checkout that is not installed
     path = os.pathsep.join(roots + list(filter(None, [os.environ.get("PYTHONPATH")])))
     with open(run_dir / LOG_FILE, "ab") as log:

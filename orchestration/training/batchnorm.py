@@ -1,4 +1,4 @@
-"""TODO"""
+"""BatchNorm over the global batch: differentiable, with unequal and empty shares, on CPU too."""
 
 from __future__ import annotations
 

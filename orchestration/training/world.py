@@ -1,4 +1,4 @@
-"""TODO"""
+"""The torch world of a mesh: where its workers meet, over which network, and how one leaves it."""
 
 from __future__ import annotations
 

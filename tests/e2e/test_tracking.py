@@ -15,8 +15,9 @@ import pytest
 
 from orchestration.storage.journal import Journal
 from orchestration.tracking.process import Target, drain
-from orchestration.tracking.sender import _Sender, default_uri, sync
+from orchestration.tracking.sender import _Sender, sync
 from orchestration.tracking.uploader import start_uploader
+from orchestration.tracking.uri import default_uri
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -225,7 +226,7 @@ def test_uploaders_share_a_new_file_and_end_with_their_drivers(tmp_path):
     """Two at once on a store that does not exist yet: one driver finishes, one is killed with a hard signal."""
     uri = default_uri(tmp_path)
     code = (
-        "import sys, time\nfrom orchestration.tracking import start_uploader\n"
+        "import sys, time\nfrom orchestration.tracking.uploader import start_uploader\n"
         "uploader = start_uploader(sys.argv[1], sys.argv[2])\nprint(uploader._process.pid, flush=True)\n"
         "time.sleep(600)\n"
     )

@@ -318,7 +318,7 @@ def test_two_runs_at_once_fill_a_fresh_database_through_a_server_and_without_one
     shutil.copytree(folders[0], folders[1])
     expected = noted(folders[0])
     fresh = postgresql.create("fresh")
-    code = "import sys; from orchestration.tracking import sync; sys.exit(sync(*sys.argv[1:4], wait_s=240))"
+    code = "import sys; from orchestration.tracking.sender import sync; sys.exit(sync(*sys.argv[1:4], wait_s=240))"
     for uri, store in ((server.uri, server.store), (fresh, fresh)):
         commands = [[sys.executable, "-c", code, str(folder), uri, drill.experiment] for folder in folders]
         both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]

@@ -15,7 +15,8 @@ from orchestration.tracking.process import State, Tail, Target, WithoutSecrets, 
 def test_importing_the_driver_side_does_not_import_mlflow():
     import subprocess
 
-    code = "import orchestration.tracking, sys; sys.exit('mlflow' in sys.modules or 'torch' in sys.modules)"
+    ours = "orchestration.tracking.uploader, orchestration.tracking.sender"
+    code = f"import {ours}, sys; sys.exit('mlflow' in sys.modules or 'torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tracking.__file__.rsplit("/", 2)[0])
 
 

@@ -1,0 +1,194 @@
+"""A run from its checked config to its last stage: place workers, train wave after wave of stages.
+
+prepare   config -> run folder (lock, same config as before?)        `train`
+place     workers in placement groups, libraries loaded              `Fleet`
+train     each stage on a fleet, some side by side                   `Supervisor`, `StageRun`
+finish    evaluation/*.json, export/*, report/*, table on stdout     `commands/train.py`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from orchestration.cluster.connection import cluster, node_resources, resolve_resources
+from orchestration.cluster.fleet import Fleet
+from orchestration.config.run_config import RunConfig
+from orchestration.runs.console import Console
+from orchestration.runs.run import Run
+from orchestration.runs.stage_run import write_evaluations
+from orchestration.runs.stopping import GivenUp, Outcome, Stopped, StopSignals
+from orchestration.runs.supervisor import Lane
+from orchestration.storage.exports import check_sources
+from orchestration.storage.location import check_run_dir
+from orchestration.storage.run_folder import RunFolder
+from orchestration.training.mesh import MeshShape, mesh_shape
+
+
+def train(
+    config: RunConfig,
+    folder: RunFolder,
+    console: Console,
+    marks: dict[str, float],
+    begin_tracking: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Carry out a run, or the rest of it.
+
+    Args:
+        config: checked.
+        folder: the run's, held.
+        console: told what happens.
+        marks: unix seconds of the start so far, by what happened then; written to run.json after the first step.
+        begin_tracking: called once, when workers, data and model are in place: a start refused before leaves no trace.
+
+    Raises:
+        ValueError, FloatingPointError: something an operator can change.
+        WorkerLost: a stage's workers died more often than cluster.max_failures without a new checkpoint between.
+        Stopped: on SIGINT or SIGTERM, after a checkpoint.
+        Preempted: nodes were taken away, after a checkpoint, and there is no room left.
+    """
+    shape = mesh_shape(config.method.num_experts, config.cluster.workers, config.cluster.experts_per_worker)
+    check_sources(config)
+    # Signals after the connection: Ray sets a SIGTERM handler of its own when it connects.
+    with cluster(config.cluster.address), StopSignals().watched() as signals:
+        marks["ray"] = time.time()
+        check_run_dir(config, len(node_resources()))
+        config = _resolved(config, folder, shape)
+        fleet = Fleet(config, shape)
+        try:
+            return Driver(Run(config, folder, console, signals, marks, begin_tracking), fleet).carry_out()
+        finally:
+            fleet.close()
+
+
+def _resolved(config: RunConfig, folder: RunFolder, shape: MeshShape) -> RunConfig:
+    """The config with CPUs and threads filled in, the same threads as at the first start, stored in the run folder."""
+    engine = config.engine
+    if folder.started and engine.threads is None:
+        engine = engine.model_copy(update={"threads": folder.stored_config().engine.threads})
+    cpus, threads = resolve_resources(config.cluster, engine, shape.workers * config.side_by_side)
+    resolved = config.model_copy(
+        update={
+            "cluster": config.cluster.model_copy(update={"cpus_per_worker": cpus}),
+            "engine": engine.model_copy(update={"threads": threads}),
+        }
+    )
+    if folder.started:
+        folder.check_same(resolved)
+    folder.write(resolved)
+    return resolved
+
+
+class Driver:
+    """Trains the stages of a run, those that wait for none of each other side by side.
+
+    Args:
+        run: what its stages share.
+        fleet: the run's first; it serves every stage that trains alone.
+    """
+
+    def __init__(self, run: Run, fleet: Fleet) -> None:
+        self.run, self.fleet = run, fleet
+
+    def carry_out(self) -> Outcome:
+        """Train every stage from its newest checkpoint, or its beginning, to its end."""
+        self.run.checkpoints.clean()
+        limit, before = self.run.config.run.max_steps, 0
+        with self.run.journal:
+            for wave in self.run.config.method.waves():
+                outcomes = self._wave(wave, before)
+                before += sum(outcome.total_steps for outcome in outcomes)
+                if not all(o.finished for o in outcomes) or (limit is not None and before >= limit):
+                    break
+        self.run.checkpoints.clean()  # a worker that died while it wrote left a folder half-written
+        last = outcomes[-1]
+        last.finished = last.finished and last.stage == self.run.checkpoints.stages[-1]
+        return last
+
+    def _wave(self, stages: list[str], before: int) -> list[Outcome]:
+        """Stages that wait for none of each other, side by side as far as the cluster has places."""
+        done = {stage: self._finished(stage) for stage in stages}
+        # The last of a run is begun again even if it is trained: its evaluations may not have been written.
+        left = [stage for stage in stages if done[stage] is None or stage == self.run.checkpoints.stages[-1]]
+        fleets = self._more_fleets(len(left))
+        try:
+            if len(left) == 1:
+                done[left[0]] = Lane(self.run, self.fleet, self.run.console).carry_out(left[0], before)
+            elif left:
+                done |= self._beside(left, fleets, before)
+        finally:
+            for fleet in fleets[1:]:
+                self.run.cost.change(-len(fleet.workers))
+                self.run.forget(fleet)
+                fleet.close()
+        return [outcome for outcome in done.values() if outcome is not None]
+
+    def _finished(self, stage: str) -> Outcome | None:
+        """How a stage ended at an earlier start, if it did; what that start was killed before writing is written."""
+        newest = self.run.checkpoints.newest(stage, self.run.console.message)
+        if newest is None or newest.state["step"] < newest.state["total_steps"]:
+            return None
+        best = newest.state["best"]
+        if (
+            best
+            and best["step"] == newest.state["step"]
+            and not (self.run.checkpoints.folder / best["checkpoint"]).exists()
+        ):
+            self.run.checkpoints.copy_weights(newest.folder, best["checkpoint"])
+        if self.run.config.method.stages[stage].classes is not None:  # others' are the last stage's to write
+            write_evaluations(self.run.folder, self.run.config, stage, newest.state)
+        return Outcome(stage, True, newest.state["total_steps"], newest.folder)
+
+    def _more_fleets(self, wanted: int) -> list[Fleet]:
+        """The run's fleet, and further ones as far as there are places now."""
+        fleets = [self.fleet]
+        if self.run.config.cluster.side_by_side is not None:
+            wanted = min(wanted, self.run.config.cluster.side_by_side)
+        while len(fleets) < wanted:
+            try:
+                fleets.append(Fleet(self.run.config, self.fleet.shape))
+            except ValueError as reason:
+                self.run.console.message(f"{len(fleets)} of {wanted} stages train side by side: {reason}")
+                break
+        return fleets
+
+    def _beside(self, stages: list[str], fleets: list[Fleet], before: int) -> dict[str, Outcome]:
+        """Train stages on several fleets, each fleet the next stage when it is free. The first failure ends all."""
+        waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
+        for stage in stages:
+            waiting.put(stage)
+        outcomes: dict[str, Outcome] = {}
+
+        def work(fleet: Fleet) -> None:
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    stage = waiting.get_nowait()
+                    lane = Lane(self.run, fleet, self.run.console.beside(stage))
+                    try:
+                        outcomes[stage] = lane.carry_out(stage, before)
+                    except BaseException:
+                        self.run.signals.given_up.set()
+                        raise
+
+        with ThreadPoolExecutor(len(fleets), thread_name_prefix="stage") as threads:
+            working = [threads.submit(work, fleet) for fleet in fleets]
+            try:
+                errors = [future.exception() for future in working]
+            except BaseException:  # a second Ctrl-C: nobody waits for checkpoints any more
+                self.run.signals.given_up.set()
+                for fleet in fleets:
+                    fleet.kill()
+                raise
+        found = sorted((e for e in errors if e is not None), key=lambda e: isinstance(e, Stopped) + 2 * _gave_up(e))
+        for error in found[1:]:
+            self.run.console.message(str(error))
+        for error in found[:1]:
+            raise error
+        return outcomes
+
+
+def _gave_up(error: BaseException) -> bool:
+    return isinstance(error, GivenUp)

@@ -1,0 +1,67 @@
+"""How a run ends before its last step: signals, and what the driver raises then."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class Stopped(Exception):
+    """The run was asked to stop (Ctrl-C, SIGTERM) and has written a checkpoint."""
+
+    def __init__(self, signal_number: int, text: str) -> None:
+        super().__init__(text)
+        self.exit_code = 128 + signal_number
+
+
+class GivenUp(Exception):
+    """A stage that trains beside this one has failed for good; this one has written a checkpoint and ends too."""
+
+
+class StopSignals:
+    """Notes SIGINT and SIGTERM for the next moment at which a checkpoint can be written. A second one acts at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.given_up = threading.Event()
+
+    @contextmanager
+    def watched(self) -> Iterator[StopSignals]:
+        old = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with suppress(ValueError):  # not in the main thread: a test, or a notebook
+                old[number] = signal.signal(number, self._note)
+        try:
+            yield self
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+        print(f"expertail: {signal.Signals(number).name}: stopping once a checkpoint is written", file=sys.stderr)
+
+
+@dataclass
+class Outcome:
+    """How a stage ended.
+
+    Attributes:
+        stage: its name.
+        finished: whether it is trained to its end; False when run.max_steps ended it.
+        total_steps: of the stage.
+        checkpoint: its newest.
+    """
+
+    stage: str
+    finished: bool
+    total_steps: int
+    checkpoint: Path

@@ -1,0 +1,19 @@
+"""The tracking store that a run's config names. Apart from uri.py, which the uploading process loads without torch."""
+
+from __future__ import annotations
+
+from orchestration.config.paths import expand
+from orchestration.config.run_config import RunConfig
+from orchestration.storage.location import check_tracked
+from orchestration.tracking.uri import default_uri
+
+
+def tracking_uri(config: RunConfig) -> str:
+    """Where a run is tracked: the operator's URI, else a SQLite file beside the run folders.
+
+    Raises:
+        ValueError: those are at a URL, and no URI is given.
+    """
+    if config.tracking.uri is None:
+        check_tracked(config)
+    return config.tracking.uri or default_uri(expand(config.run.dir))
