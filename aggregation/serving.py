@@ -325,3 +325,15 @@ def _check_tensors(path: Path, found: Mapping[str, Tensor], needed: Mapping[str,
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def preprocessing_problem(theirs: Preprocessing, ours: DatasetConfig) -> str | None:
+    """What makes the images of a run unfit for a model of another run, if anything does."""
+    for key in ("image_size", "mean", "std"):
+        found, needed = getattr(theirs, key), getattr(ours, key)
+        if found != needed:
+            return (
+                f"sees images with {key} = {found}, this run has dataset.{key} = {needed}; needed the same, since "
+                f"both see the same batch; set dataset.{key} likewise or name another run"
+            )
+    return None

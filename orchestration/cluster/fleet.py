@@ -26,10 +26,10 @@ from orchestration.cluster.connection import (
 )
 from orchestration.cluster.failures import broken_exchange, loss_of, refusal
 from orchestration.cluster.hangs import Watch
-from orchestration.cluster.placement import _GIB, bundle_of, check_fits
+from orchestration.cluster.placement import GIB, bundle_of, check_fits
 from orchestration.cluster.preemption import draining_nodes
 from orchestration.cluster.reachability import answering, cut_off
-from orchestration.cluster.transfer import Carried
+from orchestration.cluster.transfer import Sent
 from orchestration.cluster.worker import Seat, Worker
 from orchestration.config.run_config import RunConfig
 from orchestration.training.mesh import MeshShape
@@ -90,7 +90,7 @@ class Fleet:
             Worker.options(  # type: ignore[attr-defined]
                 num_cpus=0 if spare else self._cpus,
                 num_gpus=0 if spare else self._gpus,
-                memory=0 if spare else (self.config.cluster.memory_gib_per_worker or 0) * _GIB,
+                memory=0 if spare else (self.config.cluster.memory_gib_per_worker or 0) * GIB,
                 max_restarts=0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank),
             ).remote(gpu=self._gpus > 0, threads=self.config.engine.threads)
@@ -161,7 +161,7 @@ class Fleet:
         """Of the workers, in the order of ranks."""
         return [host["node_id"] for host in self.hosts]
 
-    def build(self, stage: str, teachers: dict[str, str | Carried] | None = None) -> list[dict[str, Any]]:
+    def build(self, stage: str, teachers: dict[str, str | Sent] | None = None) -> list[dict[str, Any]]:
         """Seat every worker in a new world and build its part of a stage.
 
         Args:

@@ -122,7 +122,7 @@ def _boxes(cells: list[list[str]]) -> Iterator[str]:
     yield edge
 
 
-_GIB = 2**30
+GIB = 2**30
 _MAX_THREADS = 8  # on one worker by default; small images do not use more
 
 
@@ -144,13 +144,13 @@ def check_fits(
         ValueError: wanted and available, by node.
     """
 
-    bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {}) | ({"memory": memory_gib * _GIB} if memory_gib else {})
+    bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {}) | ({"memory": memory_gib * GIB} if memory_gib else {})
     possible = sum(places(node, bundle) for node in nodes.values())
     if possible < workers:
         memory = "" if memory_gib is None else f", {memory_gib:g} GiB"
         have = ", ".join(
             f"{name}: {n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs"
-            + (f", {n.get('memory', 0) / _GIB:.1f} GiB" if memory else "")
+            + (f", {n.get('memory', 0) / GIB:.1f} GiB" if memory else "")
             for name, n in nodes.items()
         )
         raise ValueError(

@@ -16,7 +16,7 @@ from orchestration.storage.checkpoint import DamagedCheckpoint, FileEntry, write
 
 
 @dataclass(frozen=True)
-class Carried:
+class Sent:
     """A folder's files, as objects.
 
     Attributes:
@@ -28,17 +28,22 @@ class Carried:
     files: dict[str, ray.ObjectRef[bytes]]
 
 
-def carry(folder: Path) -> Carried:
-    """Hand the files of a folder to Ray; they stay as long as the result does. Folders in it stay behind."""
-    return Carried(folder.name, {p.name: ray.put(p.read_bytes()) for p in sorted(folder.iterdir()) if p.is_file()})
+def send(folder: Path, *, shared: bool) -> str | Sent:
+    """A folder for workers: its path where they share the disk, else its files, handed to Ray.
+
+    Files stay in Ray as long as the result does. Folders in the folder are left out.
+    """
+    if shared:
+        return str(folder)
+    return Sent(folder.name, {p.name: ray.put(p.read_bytes()) for p in sorted(folder.iterdir()) if p.is_file()})
 
 
 @contextlib.contextmanager
-def at_hand(folder: str | Carried, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[str]:
-    """A folder's path on this node; a carried one lies there as long as this lasts.
+def received(folder: str | Sent, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[str]:
+    """Yield a folder's path on this node; the files of a sent one lie there until the context ends.
 
     Args:
-        folder: a path that this node sees, or what was carried.
+        folder: a path that this node sees, or what was sent.
         wanted: which files, by name; others are not fetched.
     """
     if isinstance(folder, str):
@@ -54,7 +59,9 @@ def at_hand(folder: str | Carried, wanted: Callable[[str], bool] = lambda name: 
         yield str(path)
 
 
-def collect(answers: list[tuple[list[FileEntry], dict[str, Any], dict[str, bytes]]], folder: Path) -> list[FileEntry]:
+def receive_saved(
+    answers: list[tuple[list[FileEntry], dict[str, Any], dict[str, bytes]]], folder: Path
+) -> list[FileEntry]:
     """All files that workers saved, from the answers of `Worker.save`; those that they handed over are written here.
 
     Raises:
@@ -69,7 +76,7 @@ def collect(answers: list[tuple[list[FileEntry], dict[str, Any], dict[str, bytes
     return entries
 
 
-def saved_apart(save: Callable[[str], list[FileEntry]]) -> tuple[list[FileEntry], dict[str, bytes]]:
+def save_to_send(save: Callable[[str], list[FileEntry]]) -> tuple[list[FileEntry], dict[str, bytes]]:
     """What `save` returns for a folder of this node, and the content of the files it wrote there."""
     with _explained(), tempfile.TemporaryDirectory(prefix="expertail-") as scratch:
         entries = save(scratch)

@@ -17,7 +17,7 @@ import ray
 
 from orchestration.cluster.hangs import own_stacks
 from orchestration.cluster.reachability import answering, open_door
-from orchestration.cluster.transfer import Carried, at_hand, saved_apart
+from orchestration.cluster.transfer import Sent, received, save_to_send
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Worker:
         config_tree: dict[str, Any],
         stage: str,
         seat: Seat,
-        teachers: dict[str, str | Carried],
+        teachers: dict[str, str | Sent],
         left_out: Sequence[str] | None = None,
     ) -> dict[str, Any]:
         """Open the data, join the world, build model and engine.
@@ -206,7 +206,7 @@ class Worker:
         self._rendezvous.join(seat.rank, shape.workers, gpu=self.gpu, timeout_s=seat.timeout_s)
         mesh = Mesh(shape, seat.rank, "cuda" if self.gpu else "cpu", seat.timeout_s)
         with contextlib.ExitStack() as held:
-            folders = {name: held.enter_context(at_hand(folder)) for name, folder in teachers.items()}
+            folders = {name: held.enter_context(received(folder)) for name, folder in teachers.items()}
             self.trainer = StageTrainer(config, stage, dataset, mesh, folders)
         marks.append(time.perf_counter())
         parameters = sum(p.numel() for p in self.trainer.model.parameters())
@@ -257,29 +257,29 @@ class Worker:
         self._beat = time.monotonic()
         if folder is not None:
             return self.trainer.save(folder), self.trainer.state(), {}
-        entries, files = saved_apart(self.trainer.save)
+        entries, files = save_to_send(self.trainer.save)
         return entries, self.trainer.state(), files
 
-    def load(self, folder: str | Carried, state: dict[str, Any]) -> None:
+    def load(self, folder: str | Sent, state: dict[str, Any]) -> None:
         """See `StageTrainer.load`."""
         self._beat = time.monotonic()
-        with at_hand(folder, self._is_own) as path:
+        with received(folder, self._is_own) as path:
             self.trainer.load(path, state)
 
-    def start_from(self, folder: str | Carried) -> None:
+    def start_from(self, folder: str | Sent) -> None:
         """See `StageTrainer.start_from`."""
         self._beat = time.monotonic()
-        with at_hand(folder, self._is_own) as path:
+        with received(folder, self._is_own) as path:
             self.trainer.start_from(path)
 
     def _is_own(self, file: str) -> bool:
         """Whether a file of a checkpoint holds something of this worker's."""
         return file.partition(".")[0] in ("trunk", "shared", "objective", *self.trainer.model.names)
 
-    def start_from_model(self, folder: str | Carried) -> None:
+    def start_from_model(self, folder: str | Sent) -> None:
         """See `StageTrainer.start_from_model`."""
         self._beat = time.monotonic()
-        with at_hand(folder) as path:
+        with received(folder) as path:
             self.trainer.start_from_model(path)
 
     def prepare(self) -> None:

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from orchestration.config.compose import load_config
 from orchestration.config.run_config import RunConfig
 from orchestration.preflight.plan_text import (
-    _names_cluster,
     describe,
+    names_cluster,
 )
 
 
@@ -49,7 +49,7 @@ def probe_text(overrides: list[str], begun: float) -> str:
 
 def _nodes_of(config: RunConfig) -> Mapping[str, Mapping[str, float]] | str | None:
     """Resources by node of the cluster that a run would be on, or why they are not known; None without a cluster."""
-    if not _names_cluster(config):
+    if not names_cluster(config):
         return None
     from orchestration.cluster.connection import cluster, node_resources
 

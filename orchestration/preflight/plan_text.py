@@ -28,7 +28,7 @@ _SHOWN_WORKERS = 16
 _SHOWN_LINKS = 24
 
 
-def _names_cluster(config: RunConfig) -> bool:
+def names_cluster(config: RunConfig) -> bool:
     return bool(config.cluster.address or os.environ.get("RAY_ADDRESS"))
 
 
@@ -141,7 +141,7 @@ def _missing(config: RunConfig) -> Iterator[str]:
     data = config.dataset
     checks: list[Callable[[], object]] = [lambda: check_sources(config)]
     needs_folder = data.source != "digits" and not data.download
-    if needs_folder and (data.root is None or not (_names_cluster(config) or os.path.isdir(data.root))):
+    if needs_folder and (data.root is None or not (names_cluster(config) or os.path.isdir(data.root))):
         checks.insert(0, lambda: open_source(data))
     for check in checks:
         try:

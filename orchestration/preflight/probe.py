@@ -22,7 +22,7 @@ import numpy as np
 from orchestration.cluster.connection import cluster, node_resources, resolve_resources
 from orchestration.cluster.fleet import Fleet
 from orchestration.cluster.placement import bundle_of, places
-from orchestration.cluster.transfer import collect
+from orchestration.cluster.transfer import receive_saved, send
 from orchestration.config.recipe import stage_classes
 from orchestration.config.run_config import RunConfig, RunSettings
 from orchestration.preflight.plan import epoch_of
@@ -30,7 +30,7 @@ from orchestration.results.text import duration, grid
 from orchestration.storage.checkpoint import Checkpoints
 from orchestration.storage.exports import check_sources, model_folder, weights_of
 from orchestration.storage.location import check_run_dir, run_path
-from orchestration.storage.remote_run_folder import LentRunFolder
+from orchestration.storage.remote_run_folder import UnsharedRunFolder
 from orchestration.storage.run_folder import RunFolder
 from orchestration.storage.url_store import is_url
 from orchestration.training.mesh import mesh_shape
@@ -172,7 +172,7 @@ def _scratch(config: RunConfig) -> Iterator[RunFolder]:
     parent.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(prefix=".probe-", dir=parent) as place:
-            kind = LentRunFolder if is_url(config.run.dir) else RunFolder
+            kind = UnsharedRunFolder if is_url(config.run.dir) else RunFolder
             folder = kind(Path(place))
             try:
                 yield folder
@@ -238,17 +238,19 @@ class _Trial:
         """Build a stage's workers and give them their first weights. Returns what one of them says of the data."""
         method = self._config.method
         teachers = {
-            teacher: self._folder.lend(model_folder(self._config, self._folder, self._checkpoints, source))
+            teacher: send(
+                model_folder(self._config, self._folder, self._checkpoints, source), shared=self._folder.shared
+            )
             for teacher, source in method.stages[name].teachers.items()
         }
         seen = self._fleet.build(name, teachers)[0]
         self._folder.write_data({key: seen[key] for key in ("class_names", "counts", "digest", "image_shape")})
         source = method.starts_from(name)
         if source is not None and source.stage is not None:
-            self._fleet.call("start_from", self._folder.lend(weights_of(self._checkpoints, source)))
+            self._fleet.call("start_from", send(weights_of(self._checkpoints, source), shared=self._folder.shared))
         elif source is not None:
             model = model_folder(self._config, self._folder, self._checkpoints, source)
-            self._fleet.call("start_from_model", self._folder.lend(model))
+            self._fleet.call("start_from_model", send(model, shared=self._folder.shared))
         if seen["prepares"]:
             self._fleet.call("prepare")
         return seen
@@ -289,7 +291,7 @@ class _Trial:
         begun = time.monotonic()
         writing = self._checkpoints.begin()
         answers = self._fleet.call("save", str(writing) if self._folder.shared else None)
-        entries = collect(answers, writing)
+        entries = receive_saved(answers, writing)
         state = {"stage": name, "total_steps": total, **answers[0][1], "best": None, "last": None}
         self._checkpoints.complete(writing, self._checkpoints.name(name, done), entries, state)
         return time.monotonic() - begun

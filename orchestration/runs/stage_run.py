@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 import time
+from pathlib import Path
 from typing import Any
 
 from aggregation.diversity import Diversity, metrics
 from aggregation.metrics import Scores, groups_by_count, groups_by_index
 from orchestration.cluster.fleet import Fleet
 from orchestration.cluster.preemption import Drained, Preempted
-from orchestration.cluster.transfer import collect
+from orchestration.cluster.transfer import Sent, receive_saved, send
 from orchestration.config.recipe import stage_classes
 from orchestration.config.run_config import RunConfig
 from orchestration.runs.console import Console
@@ -50,7 +51,7 @@ class StageRun:
         self.epochs = settings.epochs
         newest = self.checkpoints.newest(stage, console.message)
         self.journal.rewind({stage: newest.state["step"] if newest else 0}, self.checkpoints.stages)
-        teachers = {name: self.folder.lend(run.model(teacher)) for name, teacher in settings.teachers.items()}
+        teachers = {name: self._send(run.model(teacher)) for name, teacher in settings.teachers.items()}
         self.seen = self.fleet.build(stage, teachers)
         run.marks.setdefault("built", time.time())
         if pause is not None:
@@ -82,16 +83,19 @@ class StageRun:
         if pause is not None:
             pause.mark("loaded")
 
+    def _send(self, folder: Path) -> str | Sent:
+        return send(folder, shared=self.folder.shared)
+
     def _begin(self) -> None:
         """The first weights of the stage, and what its objective must see before the first step."""
         source = self.config.method.starts_from(self.stage)
         if source is not None and source.stage is not None:
             weights = weights_of(self.checkpoints, source)
-            self.fleet.call("start_from", self.folder.lend(weights))
+            self.fleet.call("start_from", self._send(weights))
             self.console.message(f"stage {self.stage} begins with the weights of {weights.name}")
         elif source is not None:
             model = self.run.model(source)
-            self.fleet.call("start_from_model", self.folder.lend(model))
+            self.fleet.call("start_from_model", self._send(model))
             self.console.message(f"stage {self.stage} begins with the weights of {model}")
         if self.seen[0]["prepares"]:
             self.console.message(f"stage {self.stage}: looking at the data with the teachers, once")
@@ -137,7 +141,7 @@ class StageRun:
 
     def _go_on_from(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
-        kept = self.folder.lend(checkpoint.folder)
+        kept = self._send(checkpoint.folder)
         self.fleet.call("load", kept, {"step": state["step"], "sums": state["sums"]})
         self.step, self.best, self.last = state["step"], state["best"], state["last"]
         if self.best and self.best["step"] == self.step:
@@ -285,7 +289,7 @@ class StageRun:
         self.journal.flush(sync=True)
         writing = self.checkpoints.begin()
         answers = self.fleet.call("save", str(writing) if self.folder.shared else None)
-        entries = collect(answers, writing)
+        entries = receive_saved(answers, writing)
         state = {
             "stage": self.stage,
             "total_steps": self.total_steps,

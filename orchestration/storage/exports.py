@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aggregation.serving import DESCRIPTION, export_model, read_description
+from aggregation.serving import DESCRIPTION, export_model, preprocessing_problem, read_description
 from orchestration.config.paths import expand
 from orchestration.config.recipe import Source, stage_classes
 from orchestration.config.run_config import RunConfig
@@ -19,7 +19,6 @@ from orchestration.storage.checkpoint import Checkpoints, read_tensors, verify
 from orchestration.storage.files import RUN
 from orchestration.storage.pretrained import check_pretrained
 from orchestration.storage.run_folder import RunFolder
-from orchestration.training.teachers import preprocessing_problem
 
 
 def check_sources(config: RunConfig) -> None:

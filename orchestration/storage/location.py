@@ -12,7 +12,7 @@ import yaml
 from orchestration.config.paths import expand
 from orchestration.config.run_config import RunConfig, RunSettings
 from orchestration.storage.files import CONFIG
-from orchestration.storage.remote_run_folder import StoredRunFolder
+from orchestration.storage.remote_run_folder import RemoteRunFolder
 from orchestration.storage.run_folder import RunFolder
 from orchestration.storage.url_store import Store, check_url, copy_of, is_url
 
@@ -34,7 +34,7 @@ def open_run_folder(config: RunConfig) -> RunFolder:
         ValueError: it cannot be read or written, or another process holds it.
     """
     if is_url(config.run.dir):
-        return StoredRunFolder(run_path(config), f"{config.run.dir.rstrip('/')}/{config.run_name}")
+        return RemoteRunFolder(run_path(config), f"{config.run.dir.rstrip('/')}/{config.run_name}")
     return RunFolder(run_path(config))
 
 
@@ -91,7 +91,7 @@ def run_at_hand(run: str) -> Iterator[str]:
     config = Store(run).read(CONFIG)
     if config is None:
         raise ValueError(f"{run}: no run there (no {CONFIG}); needed the URL of one, as {place}/<run.name>")
-    folder = StoredRunFolder(copy_of(place, expand(_local_dir(config))) / name, run)
+    folder = RemoteRunFolder(copy_of(place, expand(_local_dir(config))) / name, run)
     try:
         yield str(folder.path)
         folder.settle()

@@ -24,7 +24,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orchestration.storage.checkpoint import MANIFEST
 from orchestration.storage.files import RUN, write_atomic
@@ -33,9 +33,6 @@ from orchestration.storage.run_folder import RunFolder
 from orchestration.storage.url_lock import LOCK, StoreLock
 from orchestration.storage.url_store import StorageProblem, Store
 
-if TYPE_CHECKING:
-    from orchestration.cluster.transfer import Carried
-
 INDEX = "storage.json"
 _RECORD = ".storage.json"  # in the copy: which states at the URL it comes from
 _HELD = ".putting"
@@ -43,19 +40,13 @@ _NOTHING = "nothing"
 _CLOSE_S, _RETRY_S, _END_S = 300.0, 10.0, 10.0
 
 
-class LentRunFolder(RunFolder):
-    """A run folder on the driver's node alone: its files reach workers through Ray, and theirs it."""
+class UnsharedRunFolder(RunFolder):
+    """A run folder on the driver's node alone. Files travel between it and the workers through Ray."""
 
     shared = False
 
-    def lend(self, path: Path) -> str | Carried:
-        """A folder below this one, as objects of Ray."""
-        from orchestration.cluster.transfer import carry
 
-        return carry(path)
-
-
-class StoredRunFolder(LentRunFolder):
+class RemoteRunFolder(UnsharedRunFolder):
     """The working copy of a run folder that is kept at a URL; held by one process on all nodes.
 
     Args:

@@ -14,7 +14,7 @@ import time
 import uuid
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 
@@ -25,9 +25,6 @@ from orchestration.config.paths import code_root
 from orchestration.config.run_config import RunConfig
 from orchestration.config.secrets import redact
 from orchestration.storage.files import CONFIG, DATA, LOCK, RUN, write_atomic
-
-if TYPE_CHECKING:
-    from orchestration.cluster.transfer import Carried
 
 _LIBRARIES = ("torch", "torchvision", "ray", "deepspeed", "mlflow", "numpy", "safetensors", "pydantic")
 
@@ -79,10 +76,6 @@ class RunFolder:
     def close(self) -> None:
         """Let another process hold the folder."""
         self._lock.close()
-
-    def lend(self, path: Path) -> str | Carried:
-        """A folder below this one, for workers."""
-        return str(path)
 
     def saved(self) -> None:
         """A checkpoint is complete."""

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from aggregation.ensemble import Aggregator, MeanLogits, Outputs
-from aggregation.serving import Preprocessing, ServedModel, load_model
-from experts.data.config import DatasetConfig
+from aggregation.serving import ServedModel, load_model, preprocessing_problem
 from experts.data.dataset import Dataset
 from experts.ensemble import Ensemble
 from orchestration.config.recipe import Teacher
@@ -118,15 +117,3 @@ def check_teacher(key: str, model: ServedModel, dataset: Dataset, folder: str | 
         )
     if problem := preprocessing_problem(found.preprocessing, dataset.config):
         raise ValueError(f"{key}: {folder} {problem}")
-
-
-def preprocessing_problem(theirs: Preprocessing, ours: DatasetConfig) -> str | None:
-    """What makes the images of a run unfit for a model of another run, if anything does."""
-    for key in ("image_size", "mean", "std"):
-        found, needed = getattr(theirs, key), getattr(ours, key)
-        if found != needed:
-            return (
-                f"sees images with {key} = {found}, this run has dataset.{key} = {needed}; needed the same, since "
-                f"both see the same batch; set dataset.{key} likewise or name another run"
-            )
-    return None

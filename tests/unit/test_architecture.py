@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -16,6 +17,16 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("experts", "aggregation", "orchestration", "configs", "deploy")
 LIBRARIES = {"torch", "torchvision", "numpy", "sklearn", "PIL", "pydantic", "safetensors"}
 MAX_LINES = 500
+ORDER = [
+    {"config"},
+    {"storage"},
+    {"training"},
+    {"cluster", "results"},
+    {"tracking", "runs"},
+    {"preflight"},
+    {"commands"},
+]
+"""Packages of orchestration/, lowest level first (docs/architecture.md)."""
 
 
 def files(*packages):
@@ -26,16 +37,26 @@ def named(path):
     return str(path.relative_to(ROOT))
 
 
-def imported(path):
-    """Top-level packages that a file imports anywhere, in functions too."""
+def modules(path):
+    """Whatever modules a file imports anywhere, in functions too; of `from a import b` both a and a.b."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{named(path)}:{node.lineno}: a relative import"
-            found.add(str(node.module).split(".")[0])
+            found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
     return found
+
+
+def imported(path):
+    """Top-level packages that a file imports anywhere."""
+    return {module.split(".")[0] for module in modules(path)}
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 every_file = pytest.mark.parametrize("path", files(*PACKAGES), ids=named)
@@ -48,20 +69,69 @@ def test_what_experts_and_aggregation_import(package, ours):
         assert not extra, f"{named(path)} imports {', '.join(sorted(extra))}"
 
 
-@pytest.mark.parametrize("library", ["deepspeed", "mlflow"])
-def test_a_heavy_library_is_imported_in_one_file(library):
-    assert len([path for path in files(*PACKAGES) if library in imported(path)]) == 1
+@pytest.mark.parametrize(
+    ("library", "where"),
+    [
+        ("deepspeed", {"orchestration/training/deepspeed_engine.py"}),
+        ("mlflow", {"orchestration/tracking/"}),
+        ("ray", {"orchestration/cluster/", "orchestration/preflight/node_", "orchestration/cli.py"}),
+    ],
+)
+def test_a_heavy_library_is_imported_in_its_own_room(library, where):
+    users = [named(path) for path in files(*PACKAGES) if library in imported(path)]
+    assert users
+    assert not [user for user in users if not user.startswith(tuple(where))]
 
 
-def test_ray_is_imported_in_orchestration_alone():
-    users = {path.parent.name for path in files(*PACKAGES) if "ray" in imported(path)}
-    assert users == {"orchestration"}
+def imports_between_packages():
+    """(file, package it lies in, package it imports) for every import inside orchestration/, type-only ones too."""
+    for path in files("orchestration"):
+        parts = path.relative_to(ROOT / "orchestration").parts
+        for module in modules(path):
+            words = module.split(".")
+            if len(parts) > 1 and words[0] == "orchestration" and len(words) > 1 and words[1] != "__version__":
+                yield named(path), parts[0], words[1]
+
+
+def test_packages_of_orchestration_import_downwards_alone():
+    """A package imports itself and packages of lower levels; those on one level do not know of each other."""
+    level = {package: number for number, packages in enumerate(ORDER) for package in packages}
+    upwards = [
+        f"{path} imports orchestration/{taken}"
+        for path, package, taken in imports_between_packages()
+        if taken != package and (taken not in level or level[taken] >= level[package])
+    ]
+    assert not upwards
+    on_disk = {path.name for path in (ROOT / "orchestration").glob("*.py")}
+    assert on_disk == {"__init__.py", "__main__.py", "cli.py"}
+    assert set(level) == {path.parent.name for path in (ROOT / "orchestration").glob("*/__init__.py")}
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Imports in functions and for types alone count too."""
+    known = {module_name(path): path for path in files(*PACKAGES)}
+    graph = {name: {m for m in modules(path) if m in known and m != name} for name, path in known.items()}
+    while leaves := [name for name, taken in graph.items() if not taken]:
+        for leaf in leaves:
+            del graph[leaf]
+        for taken in graph.values():
+            taken.difference_update(leaves)
+    assert not graph, f"in or above a circle: {sorted(graph)}"
+
+
+def test_nobody_imports_a_private_name():
+    taken = [
+        f"{named(path)}: {module}"
+        for path in files(*PACKAGES)
+        for module in modules(path)
+        if module.split(".")[0] in PACKAGES and re.match(r"_[a-zA-Z]", module.split(".")[-1])
+    ]
+    assert not taken
 
 
 @every_file
 def test_every_module_imports(path):
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    importlib.import_module(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    importlib.import_module(module_name(path))
 
 
 @pytest.mark.parametrize("path", [*files(*PACKAGES, "tests"), *files("benchmarks")], ids=named)

@@ -11,12 +11,14 @@ import pytest
 from orchestration.cluster.failures import WorkerLost
 from orchestration.cluster.preemption import Drained, Preempted
 from orchestration.config.compose import load_config
-from orchestration.runs import run as module
+from orchestration.runs import driver as driver_module
 from orchestration.runs import supervisor as lane_module
 from orchestration.runs.console import Console
+from orchestration.runs.driver import Driver
 from orchestration.runs.run import Run
 from orchestration.runs.stopping import GivenUp, Outcome, Stopped, StopSignals
 from orchestration.storage.checkpoint import write_file
+from orchestration.storage.location import check_run_dir
 from orchestration.storage.run_folder import RunFolder
 from orchestration.training.mesh import MeshShape
 
@@ -106,17 +108,17 @@ def make_run(tmp_path, events, monkeypatch):
                 return Outcome(self.stage, True, 1, tmp_path)
 
         monkeypatch.setattr(lane_module, "StageRun", FakeStage)
-        monkeypatch.setattr(module, "Fleet", lambda config, shape: FakeFleet(events, "further"))
+        monkeypatch.setattr(driver_module, "Fleet", lambda config, shape: FakeFleet(events, "further"))
         folders.append(RunFolder(tmp_path / str(len(folders))))
         main = FakeFleet(events, rooms=rooms)
-        return Run(load_config(words), folders[-1], Console(stream=None), main, StopSignals(), {})
+        return Driver(Run(load_config(words), folders[-1], Console(stream=None), StopSignals(), {}), main)
 
     yield make
     for folder in folders:
         folder.close()
 
 
-def at(monkeypatch, run, steps):
+def at(monkeypatch, driver, steps):
     """The newest checkpoint of every stage, one for every time it is looked for."""
     found = iter(steps)
 
@@ -124,11 +126,11 @@ def at(monkeypatch, run, steps):
         step = next(found)
         return None if step is None else SimpleNamespace(state={"step": step, "total_steps": 100}, folder=None)
 
-    monkeypatch.setattr(run.checkpoints, "newest", newest)
+    monkeypatch.setattr(driver.run.checkpoints, "newest", newest)
 
 
-def lane(run, stage="many"):
-    return lane_module.Lane(run, run.fleet, run.console).carry_out(stage, 0)
+def lane(driver, stage="many"):
+    return lane_module.Lane(driver.run, driver.fleet, driver.run.console).carry_out(stage, 0)
 
 
 def deaths(count):
@@ -136,68 +138,68 @@ def deaths(count):
 
 
 def test_failures_without_a_new_checkpoint_end_the_run_at_the_limit(make_run, monkeypatch, events):
-    run = make_run({"many": [*deaths(3), None]})
-    at(monkeypatch, run, [None, None, None])
+    driver = make_run({"many": [*deaths(3), None]})
+    at(monkeypatch, driver, [None, None, None])
     with pytest.raises(WorkerLost, match=r"3 failures, .* no new checkpoint of stage many"):
-        lane(run)
+        lane(driver)
     begun = [e for e in events if e.endswith("main")]
     assert begun == ["start main", "mend main", "start main"], "survivors are kept after the first loss only"
-    assert run.folder.run()["failures"] == 2
+    assert driver.run.folder.run()["failures"] == 2
 
 
 def test_a_new_checkpoint_refills_the_failures_that_are_allowed(make_run, monkeypatch, events):
     """Limit 2. Seven deaths, at steps 0 0 4 4 8 8 8: the third at step 8 is the first that is one too many."""
-    run = make_run({"many": [*deaths(7), None]})
-    at(monkeypatch, run, [None, None, 4, 4, 8, 8, 8])
+    driver = make_run({"many": [*deaths(7), None]})
+    at(monkeypatch, driver, [None, None, 4, 4, 8, 8, 8])
     with pytest.raises(WorkerLost, match="3 failures"):
-        lane(run)
+        lane(driver)
     assert events.count("train many") == 7
 
-    run = make_run({"many": [*deaths(6), None]})
-    at(monkeypatch, run, [None, None, 4, 4, 8, 8])
-    assert lane(run).finished
-    assert run.folder.run()["failures"] == 6
+    driver = make_run({"many": [*deaths(6), None]})
+    at(monkeypatch, driver, [None, None, 4, 4, 8, 8])
+    assert lane(driver).finished
+    assert driver.run.folder.run()["failures"] == 6
 
 
 def test_a_restart_waits_for_a_lost_node(make_run, events):
     missing = ValueError("cluster.workers = 1: places for 0")
-    run = make_run({"many": [*deaths(1), None]}, rooms=[missing, missing, None])
-    assert lane(run).finished
+    driver = make_run({"many": [*deaths(1), None]}, rooms=[missing, missing, None])
+    assert lane(driver).finished
     assert events == ["start main", "train many", "room?", "room?", "room?", "mend main", "train many"]
 
 
 def test_a_node_that_does_not_come_back_ends_the_run(make_run, events):
     missing = ValueError("cluster.workers = 1: places for 0")
-    run = make_run({"many": deaths(1)}, rooms=[missing] * 1000)
+    driver = make_run({"many": deaths(1)}, rooms=[missing] * 1000)
     with pytest.raises(ValueError, match="places for 0"):
-        lane(run)
+        lane(driver)
     assert events.count("room?") > 2
 
 
 def test_a_restart_waits_until_ray_knows_of_a_dead_node(make_run, events):
     """One failure: nobody is started on a node that does not answer."""
-    run = make_run({"many": [*deaths(1), None]})
-    run.fleet.silent = [["node b"], ["node b"]]
-    assert lane(run).finished
+    driver = make_run({"many": [*deaths(1), None]})
+    driver.fleet.silent = [["node b"], ["node b"]]
+    assert lane(driver).finished
     assert events == ["start main", "train many", "silent", "silent", "room?", "mend main", "train many"]
-    assert run.folder.run()["failures"] == 1
+    assert driver.run.folder.run()["failures"] == 1
 
 
 def test_workers_that_do_not_reach_each_other_move_to_other_nodes(make_run, events):
-    run = make_run({"many": [*deaths(1), None]})
-    run.fleet.cuts = [("node a", "node b")]
-    assert lane(run).finished
+    driver = make_run({"many": [*deaths(1), None]})
+    driver.fleet.cuts = [("node a", "node b")]
+    assert lane(driver).finished
     moved = ["mend main", "avoid node b", "room?", "move main", "room?", "start main", "train many"]
     assert events == ["start main", "train many", "room?", *moved]
-    assert run.folder.run()["failures"] == 1
-    assert run.cost._workers == 1
+    assert driver.run.folder.run()["failures"] == 1
+    assert driver.run.cost._workers == 1
 
 
 def test_a_move_that_finds_no_places_is_tried_again(make_run, events):
     """Another fleet had taken them for a while."""
-    run = make_run({"many": [*deaths(1), None]}, rooms=[None, None, ValueError("no places in 30 s"), None])
-    run.fleet.cuts = [("node a", "node b")]
-    assert lane(run).finished
+    driver = make_run({"many": [*deaths(1), None]}, rooms=[None, None, ValueError("no places in 30 s"), None])
+    driver.fleet.cuts = [("node a", "node b")]
+    assert lane(driver).finished
     assert [e for e in events if e.endswith("main")] == [
         "start main",
         "mend main",
@@ -205,46 +207,46 @@ def test_a_move_that_finds_no_places_is_tried_again(make_run, events):
         "move main",
         "start main",
     ]
-    assert run.cost._workers == 1
+    assert driver.run.cost._workers == 1
 
 
 def test_a_lasting_cut_without_room_elsewhere_ends_the_run_and_names_both_nodes(make_run, events):
     missing = ValueError("places for 0")
-    run = make_run({"many": deaths(1)}, rooms=[None, *[missing] * 1000])
-    run.fleet.cuts = [("node a", "node b")] * 1000
+    driver = make_run({"many": deaths(1)}, rooms=[None, *[missing] * 1000])
+    driver.fleet.cuts = [("node a", "node b")] * 1000
     with pytest.raises(
         ValueError, match=r"node a and node b do not reach each other, .*places for 0, .*the same command continues"
     ):
-        lane(run)
+        lane(driver)
     assert events.count("avoid node b") > 2, "a cut may be mended meanwhile"
     assert "move main" not in events
 
 
 def test_a_cut_that_is_mended_meanwhile_moves_nobody(make_run, events):
-    run = make_run({"many": [*deaths(1), None]}, rooms=[None, ValueError("places for 0")])
-    run.fleet.cuts = [("node a", "node b"), None]
-    assert lane(run).finished
+    driver = make_run({"many": [*deaths(1), None]}, rooms=[None, ValueError("places for 0")])
+    driver.fleet.cuts = [("node a", "node b"), None]
+    assert lane(driver).finished
     assert "move main" not in events
 
 
 def test_a_signal_ends_the_wait_for_a_lost_node(make_run):
     missing = ValueError("cluster.workers = 1: places for 0")
-    run = make_run({"many": deaths(1)}, rooms=[missing] * 1000)
-    run.fleet.check_room = lambda: run.signals._note(signal.SIGTERM, None) or (_ for _ in ()).throw(missing)
+    driver = make_run({"many": deaths(1)}, rooms=[missing] * 1000)
+    driver.fleet.check_room = lambda: driver.run.signals._note(signal.SIGTERM, None) or (_ for _ in ()).throw(missing)
     with pytest.raises(Stopped, match="the same command continues"):
-        lane(run)
+        lane(driver)
 
 
 def test_workers_that_die_after_a_signal_are_not_started_again(make_run, events):
-    run = make_run({"many": []})
+    driver = make_run({"many": []})
 
     def die():
-        run.signals.received = signal.SIGTERM
+        driver.run.signals.received = signal.SIGTERM
         raise WorkerLost("a worker died")
 
     lane_module.StageRun.carry_out = lambda stage: die()
     with pytest.raises(Stopped) as stopped:
-        lane(run)
+        lane(driver)
     assert stopped.value.exit_code == 143
     assert events == ["start main"]
 
@@ -252,132 +254,134 @@ def test_workers_that_die_after_a_signal_are_not_started_again(make_run, events)
 @pytest.mark.parametrize(("why", "begun"), [("hang", "start main"), ("failure", "mend main")])
 def test_workers_of_a_mesh_that_hung_are_all_started_again(make_run, events, why, begun, monkeypatch):
     monkeypatch.setattr(lane_module, "keep_stacks", lambda workers, hosts, folder: f"stacks kept in {folder}")
-    run = make_run({"many": [WorkerLost("lost", why), None]})
-    assert lane(run).finished
+    driver = make_run({"many": [WorkerLost("lost", why), None]})
+    assert lane(driver).finished
     assert [e for e in events if e.endswith("main")] == ["start main", begun]
 
 
 def test_out_of_memory_is_tried_once_more_and_not_for_ever(make_run):
-    run = make_run({"many": [WorkerLost("full", "memory") for _ in range(3)]})
+    driver = make_run({"many": [WorkerLost("full", "memory") for _ in range(3)]})
     with pytest.raises(WorkerLost, match="out of memory 2 times in a row; use larger nodes"):
-        lane(run)
-    assert run.folder.run()["failures"] == 1
+        lane(driver)
+    assert driver.run.folder.run()["failures"] == 1
 
 
 def test_out_of_memory_after_a_death_is_the_first_time(make_run):
-    run = make_run({"many": [WorkerLost("died"), WorkerLost("full", "memory"), None]})
-    assert lane(run).finished
-    assert run.folder.run()["failures"] == 2
+    driver = make_run({"many": [WorkerLost("died"), WorkerLost("full", "memory"), None]})
+    assert lane(driver).finished
+    assert driver.run.folder.run()["failures"] == 2
 
 
 def test_preemptions_have_a_budget_of_their_own(make_run, events):
     """Two preemptions are allowed and no failure counts; the third ends with exit status 75."""
     words = [*LFME, "cluster.max_preemptions=2"]
-    run = make_run({"many": [Drained("node a"), WorkerLost("node b", "preemption"), None]}, words=words)
-    assert lane(run).finished
-    assert run.folder.run()["preemptions"] == 2
-    assert "failures" not in run.folder.run()
+    driver = make_run({"many": [Drained("node a"), WorkerLost("node b", "preemption"), None]}, words=words)
+    assert lane(driver).finished
+    assert driver.run.folder.run()["preemptions"] == 2
+    assert "failures" not in driver.run.folder.run()
 
-    run = make_run({"many": [Drained("node a") for _ in range(3)]}, words=words)
+    driver = make_run({"many": [Drained("node a") for _ in range(3)]}, words=words)
     with pytest.raises(Preempted, match=r"cluster.max_preemptions = 2") as ended:
-        lane(run)
+        lane(driver)
     assert ended.value.exit_code == 75
 
 
 def test_one_node_that_is_taken_from_several_stages_counts_once(make_run):
-    run = make_run({})
-    run.preempted(Drained("node a"), "many", {"a"})
-    run.preempted(Drained("nodes a and b"), "medium", {"a", "b"})
-    run.preempted(Drained("node b"), "few", {"b"})
-    assert run.folder.run()["preemptions"] == 2
-    run.preempted(WorkerLost("a worker died", "preemption"), "few", set())
-    assert run.preemptions == 3
+    driver = make_run({})
+    driver.run.preempted(Drained("node a"), "many", {"a"})
+    driver.run.preempted(Drained("nodes a and b"), "medium", {"a", "b"})
+    driver.run.preempted(Drained("node b"), "few", {"b"})
+    assert driver.run.folder.run()["preemptions"] == 2
+    driver.run.preempted(WorkerLost("a worker died", "preemption"), "few", set())
+    assert driver.run.preemptions == 3
 
 
 def test_nodes_taken_away_without_room_elsewhere_end_the_run_with_the_status_for_it(make_run):
-    run = make_run({"many": [Drained("node a will be taken away")]}, rooms=[ValueError("places for 0")] * 1000)
+    driver = make_run({"many": [Drained("node a will be taken away")]}, rooms=[ValueError("places for 0")] * 1000)
     with pytest.raises(Preempted, match=r"node a .*places for 0.*the same command continues"):
-        lane(run)
+        lane(driver)
 
 
 def test_a_run_folder_that_would_vanish_is_refused(monkeypatch):
     config = load_config([*LFME, "run.dir=runs"])
-    module.check_run_dir(config)
+    check_run_dir(config)
     with pytest.raises(ValueError, match=r"run.dir = runs: relative, and the cluster has 2 nodes.*set run.dir=/"):
-        module.check_run_dir(config, 2)
+        check_run_dir(config, 2)
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     with pytest.raises(ValueError, match=r"run.dir = runs: relative, and a submitted job .* vanishes"):
-        module.check_run_dir(config)
-    module.check_run_dir(load_config([*LFME, "run.dir=/shared/runs"]), 2)
+        check_run_dir(config)
+    check_run_dir(load_config([*LFME, "run.dir=/shared/runs"]), 2)
 
 
 def test_hours_are_counted_for_a_fleet_that_dies_while_it_starts(make_run):
-    run = make_run({"many": [None]})
-    fleet, starts = run.fleet, []
+    driver = make_run({"many": [None]})
+    fleet, starts = driver.fleet, []
 
     def start():
-        starts.append(run.cost._workers)
+        starts.append(driver.run.cost._workers)
         fleet.workers = ["worker"]
         if len(starts) == 1:
             raise WorkerLost("a worker died")
 
     fleet.start = fleet.mend = start
-    lane(run)
+    lane(driver)
     assert starts == [1, 1]
-    assert run.cost._workers == 1
+    assert driver.run.cost._workers == 1
 
 
 def test_a_stage_that_failed_for_good_ends_the_run_with_its_words_and_no_further_stage_begins(make_run, events):
     """One fleet after another: `few` waits when `many` fails, and is not begun."""
-    run = make_run(
+    driver = make_run(
         {"many": [FloatingPointError("stage many: not finite")], "medium": [None], "few": [None]},
         words=[*LFME, "cluster.side_by_side=1"],
     )
     with pytest.raises(FloatingPointError, match="stage many"):
-        run.carry_out()
+        driver.carry_out()
     assert events == ["start main", "train many"]
 
 
 def test_the_failure_is_told_and_not_that_others_were_given_up(make_run, events):
-    run = make_run(
+    driver = make_run(
         {"many": [GivenUp("m")], "medium": [FloatingPointError("medium: not finite")], "few": [Stopped(15, "f")]}
     )
     with pytest.raises(FloatingPointError):
-        run.carry_out()
+        driver.carry_out()
     assert events.count("close further") == 2
 
 
 def test_all_stages_of_a_wave_are_trained_before_the_next_begins(make_run, events):
-    run = make_run({"many": [None], "medium": [None], "few": [None], "student": [None]})
-    assert run.carry_out() == Outcome("student", True, 1, run.folder.path.parent)
+    driver = make_run({"many": [None], "medium": [None], "few": [None], "student": [None]})
+    assert driver.carry_out() == Outcome("student", True, 1, driver.run.folder.path.parent)
     trained = [event for event in events if event.startswith("train")]
     assert sorted(trained[:3]) == ["train few", "train many", "train medium"]
     assert trained[3] == "train student"
 
 
 def test_run_json_lists_the_workers_of_every_living_fleet_with_their_stage(make_run):
-    run = make_run({})
-    one, two = run.fleet, FakeFleet([], "further")
-    run.started(one, "many")
-    run.started(two, "medium")
-    run.started(one, "few")
-    stored = run.folder.run()
+    driver = make_run({})
+    one, two = driver.fleet, FakeFleet([], "further")
+    driver.run.started(one, "many")
+    driver.run.started(two, "medium")
+    driver.run.started(one, "few")
+    stored = driver.run.folder.run()
     assert stored["workers"] == [{"pid": "main", "stage": "few"}, {"pid": "further", "stage": "medium"}]
     assert stored["starts"] == 1
 
 
 def test_what_a_kill_after_a_stages_last_checkpoint_left_out_is_written_at_the_next_start(make_run):
     """The weights of its best evaluation, and the evaluations of a stage that knows only some classes."""
-    run = make_run({})
-    checkpoints = run.checkpoints
+    driver = make_run({})
+    checkpoints = driver.run.checkpoints
     evaluation = {"step": 9, "evaluation": {"split": "test"}}
     best = evaluation | {"checkpoint": "best-00-many-00000009"}
     writing = checkpoints.begin()
     entries = [write_file(writing, "trunk.safetensors", b"weights")]
     state = {"step": 9, "total_steps": 9, "best": best, "last": evaluation}
     checkpoints.complete(writing, checkpoints.name("many", 9), entries, state)
-    assert run._finished("many").finished
+    assert driver._finished("many").finished
     assert (checkpoints.folder / "best-00-many-00000009" / "trunk.safetensors").read_bytes() == b"weights"
     for name in ("last", "best"):
-        assert json.loads((run.folder.path / "evaluation" / "many" / f"{name}.json").read_text()) == {"split": "test"}
-    assert run._finished("medium") is None
+        assert json.loads((driver.run.folder.path / "evaluation" / "many" / f"{name}.json").read_text()) == {
+            "split": "test"
+        }
+    assert driver._finished("medium") is None

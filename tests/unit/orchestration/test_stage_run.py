@@ -31,9 +31,9 @@ class FakeFleet:
 def begin(folder, digests, tracked):
     with contextlib.closing(RunFolder(folder)) as held:
         config = load_config(["method=ce", "dataset.root=/data"])
-        run = Run(config, held, Console(stream=None), FakeFleet(*digests), StopSignals(), {}, lambda: tracked.append(1))
+        run = Run(config, held, Console(stream=None), StopSignals(), {}, lambda: tracked.append(1))
         with run.journal:
-            StageRun(run, "train", run.fleet, run.console)
+            StageRun(run, "train", FakeFleet(*digests), run.console)
 
 
 def test_workers_that_see_other_files_are_refused_and_named_with_their_nodes(tmp_path):

@@ -13,18 +13,19 @@ from fsspec.implementations.local import LocalFileSystem
 from orchestration.commands.sweep import plan_sweep
 from orchestration.config.compose import load_config
 from orchestration.storage import remote_run_folder as storage
+from orchestration.storage import url_lock
 from orchestration.storage import url_store as store
 from orchestration.storage.checkpoint import Checkpoints, verify, write_file
 from orchestration.storage.location import check_run_dir, run_at_hand, run_path
-from orchestration.storage.remote_run_folder import StoredRunFolder
+from orchestration.storage.remote_run_folder import RemoteRunFolder
 from orchestration.storage.url_store import StorageProblem, Store, try_out
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(store, "_SETTLE_S", 0.0)
-    monkeypatch.setattr(store, "BEAT_S", 0.1)
-    monkeypatch.setattr(store, "STALE_S", 1.0)
+    monkeypatch.setattr(url_lock, "_SETTLE_S", 0.0)
+    monkeypatch.setattr(url_lock, "BEAT_S", 0.1)
+    monkeypatch.setattr(url_lock, "STALE_S", 1.0)
     monkeypatch.setattr(storage, "_RETRY_S", 0.05)
 
 
@@ -66,12 +67,12 @@ def steps(folder):
 def elsewhere(url, tmp_path, name="elsewhere"):
     """The run as another node gets it."""
     shutil.rmtree(tmp_path / name, ignore_errors=True)
-    return StoredRunFolder(tmp_path / name, url)
+    return RemoteRunFolder(tmp_path / name, url)
 
 
 def put(url, tmp_path):
     """A run that was trained to step 4 here, and put."""
-    folder = StoredRunFolder(tmp_path / "here", url)
+    folder = RemoteRunFolder(tmp_path / "here", url)
     train(folder, 4)
     folder.settle(10)
     folder.close()
@@ -82,7 +83,7 @@ def contents(path):
 
 
 def test_what_is_put_is_what_another_node_gets(url, tmp_path):
-    folder = StoredRunFolder(tmp_path / "here", url)
+    folder = RemoteRunFolder(tmp_path / "here", url)
     for step in (4, 8, 12):
         train(folder, step)
         folder.saved()
@@ -163,7 +164,7 @@ def test_cut_off_at_any_moment_the_newest_checkpoint_has_its_journal(scheme, tmp
     budget, last = Budget(monkeypatch), 0
     for moment in range(100):
         url = f"{scheme}://{tmp_path}/bucket/runs/{moment}"
-        folder = StoredRunFolder(tmp_path / "here", url)
+        folder = RemoteRunFolder(tmp_path / "here", url)
         train(folder, 4)
         folder.settle(10)
         budget.begin(moment)
@@ -188,7 +189,7 @@ def test_what_training_does_meanwhile_breaks_no_promise(further, tmp_path, monke
     budget = Budget(monkeypatch)
     for moment in range(1, 12):
         url = f"memory://{tmp_path}/bucket/runs/{moment}"
-        folder = StoredRunFolder(tmp_path / "here", url)
+        folder = RemoteRunFolder(tmp_path / "here", url)
         folder.note(status="running")
         (folder.path / "a").write_text("first")
         train(folder, 4, keep=1)
@@ -210,12 +211,12 @@ def test_what_training_does_meanwhile_breaks_no_promise(further, tmp_path, monke
 
 def test_the_copy_that_goes_on_from_what_is_there_is_kept(url, tmp_path):
     """Killed before its last checkpoint was put: on the same node nothing is lost."""
-    folder = StoredRunFolder(tmp_path / "here", url)
+    folder = RemoteRunFolder(tmp_path / "here", url)
     train(folder, 4)
     folder.settle(10)
     train(folder, 8)
     folder.close()
-    again = StoredRunFolder(tmp_path / "here", url)
+    again = RemoteRunFolder(tmp_path / "here", url)
     assert steps(again) == (8, 8)
     again.settle(10)
     again.close()
@@ -225,7 +226,7 @@ def test_the_copy_that_goes_on_from_what_is_there_is_kept(url, tmp_path):
 
 
 def test_a_copy_that_is_older_than_what_is_there_is_made_new(url, tmp_path, capsys):
-    folder = StoredRunFolder(tmp_path / "here", url)
+    folder = RemoteRunFolder(tmp_path / "here", url)
     train(folder, 4)
     folder.settle(10)
     train(folder, 8)  # never put
@@ -234,7 +235,7 @@ def test_a_copy_that_is_older_than_what_is_there_is_made_new(url, tmp_path, caps
     train(other, 6)
     other.settle(10)
     other.close()
-    back = StoredRunFolder(tmp_path / "here", url)
+    back = RemoteRunFolder(tmp_path / "here", url)
     assert steps(back) == (6, 6)
     assert not list((back.path / "checkpoints").glob("*8"))
     back.close()
@@ -244,7 +245,7 @@ def test_a_copy_that_is_older_than_what_is_there_is_made_new(url, tmp_path, caps
 
 def test_looking_at_a_run_makes_no_copy_old(url, tmp_path):
     """Killed before its last checkpoint was put; somebody reads the run elsewhere meanwhile."""
-    folder = StoredRunFolder(tmp_path / "here", url)
+    folder = RemoteRunFolder(tmp_path / "here", url)
     train(folder, 4)
     folder.settle(10)
     train(folder, 8)
@@ -252,7 +253,7 @@ def test_looking_at_a_run_makes_no_copy_old(url, tmp_path):
     other = elsewhere(url, tmp_path)
     other.settle(10)
     other.close()
-    again = StoredRunFolder(tmp_path / "here", url)
+    again = RemoteRunFolder(tmp_path / "here", url)
     assert steps(again) == (8, 8)
     again.close()
 
@@ -265,11 +266,11 @@ def test_storage_that_has_lost_its_checkpoints_is_refused(url, tmp_path):
 
 
 def test_what_was_half_put_is_removed(url, tmp_path):
-    StoredRunFolder(tmp_path / "here", url).close()
+    RemoteRunFolder(tmp_path / "here", url).close()
     part = tmp_path / "bucket/runs/one/run.json.part-12345678"
     part.parent.mkdir(parents=True, exist_ok=True)
     part.write_text("{")
-    StoredRunFolder(tmp_path / "here", url).close()
+    RemoteRunFolder(tmp_path / "here", url).close()
     assert not part.exists()
 
 
@@ -306,7 +307,7 @@ def test_a_copy_whose_making_was_cut_off_is_made_again(url, tmp_path, monkeypatc
         patch.setattr(Store, "get", lambda *_: (_ for _ in ()).throw(StorageProblem("cut off")))
         with pytest.raises(StorageProblem, match="cut off"):
             elsewhere(url, tmp_path)
-    other = StoredRunFolder(tmp_path / "elsewhere", url)
+    other = RemoteRunFolder(tmp_path / "elsewhere", url)
     assert steps(other) == (4, 4)
     other.close()
 
@@ -314,13 +315,13 @@ def test_a_copy_whose_making_was_cut_off_is_made_again(url, tmp_path, monkeypatc
 def test_what_was_removed_there_is_begun_anew(url, tmp_path):
     put(url, tmp_path)
     shutil.rmtree(tmp_path / "bucket")
-    again = StoredRunFolder(tmp_path / "here", url)
+    again = RemoteRunFolder(tmp_path / "here", url)
     assert steps(again) == (0, 0)
     again.close()
 
 
 def test_files_of_others_beside_the_run_are_left_alone(url, tmp_path):
-    folder = StoredRunFolder(tmp_path / "here", url)
+    folder = RemoteRunFolder(tmp_path / "here", url)
     (tmp_path / "bucket/runs/one/notes.txt").write_text("ours")
     train(folder, 4)
     folder.settle(10)
@@ -329,26 +330,26 @@ def test_files_of_others_beside_the_run_are_left_alone(url, tmp_path):
 
 
 def test_a_run_that_is_carried_out_elsewhere_is_refused(url, tmp_path):
-    holder = StoredRunFolder(tmp_path / "here", url)
+    holder = RemoteRunFolder(tmp_path / "here", url)
     with pytest.raises(ValueError, match=r"already being carried out by process \d+ on .*run\.name"):
-        StoredRunFolder(tmp_path / "elsewhere", url)
+        RemoteRunFolder(tmp_path / "elsewhere", url)
     holder.close()
-    StoredRunFolder(tmp_path / "elsewhere", url).close()
+    RemoteRunFolder(tmp_path / "elsewhere", url).close()
 
 
 @pytest.mark.parametrize("place", ["gone machine", None])
 def test_a_lock_without_a_sign_of_life_is_taken(url, tmp_path, place):
     """At once if its holder had the same copy on this machine, which is locked; else after a while."""
-    holder = StoredRunFolder(tmp_path / "here", url)
+    holder = RemoteRunFolder(tmp_path / "here", url)
     path = tmp_path / "bucket/runs/one/lock.json"
     content = json.loads(path.read_text())
     holder.close()
     path.write_text(json.dumps(content | ({"place": place} if place else {})))
-    StoredRunFolder(tmp_path / "here", url).close()
+    RemoteRunFolder(tmp_path / "here", url).close()
 
 
 def test_who_lost_the_lock_writes_nothing_more(url, tmp_path):
-    holder = StoredRunFolder(tmp_path / "here", url)
+    holder = RemoteRunFolder(tmp_path / "here", url)
     train(holder, 4)
     holder.settle(10)
     lock = tmp_path / "bucket/runs/one/lock.json"
@@ -364,7 +365,7 @@ def test_who_lost_the_lock_writes_nothing_more(url, tmp_path):
 
 
 def test_storage_that_fails_for_a_while_stops_nothing(url, tmp_path, monkeypatch, capsys):
-    folder = StoredRunFolder(tmp_path / "here", url)
+    folder = RemoteRunFolder(tmp_path / "here", url)
     write, fails = Store.write, [3]
 
     def failing(self, name, data):
@@ -385,7 +386,7 @@ def test_storage_that_fails_for_a_while_stops_nothing(url, tmp_path, monkeypatch
 
 
 def test_what_could_not_be_put_is_told_with_its_place(url, tmp_path, monkeypatch):
-    folder = StoredRunFolder(tmp_path / "here", url)
+    folder = RemoteRunFolder(tmp_path / "here", url)
     monkeypatch.setattr(Store, "write", lambda *_: (_ for _ in ()).throw(StorageProblem("no credentials")))
     train(folder, 4)
     with pytest.raises(ValueError, match=rf"not there yet \(no credentials\); it is in {folder.path}"):
@@ -394,7 +395,7 @@ def test_what_could_not_be_put_is_told_with_its_place(url, tmp_path, monkeypatch
 
 
 def test_a_checkpoint_that_is_damaged_there_is_found(url, tmp_path):
-    folder = StoredRunFolder(tmp_path / "here", url)
+    folder = RemoteRunFolder(tmp_path / "here", url)
     for step in (4, 8):
         train(folder, step)
         folder.settle(10)
@@ -433,14 +434,14 @@ def test_runs_of_different_urls_have_different_copies():
 def test_storage_that_cannot_be_opened_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"cannot be read .*needed storage that this node can read and write"):
-        StoredRunFolder(tmp_path / "here", f"file://{tmp_path}/file/runs/one")
+        RemoteRunFolder(tmp_path / "here", f"file://{tmp_path}/file/runs/one")
     with pytest.raises(ValueError, match="cannot be opened"):
         Store("nosuch://bucket")
 
 
 def test_commands_take_the_url_of_a_run_and_put_back_what_they_write(url, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    folder = StoredRunFolder(tmp_path / "here", url)
+    folder = RemoteRunFolder(tmp_path / "here", url)
     (folder.path / "config.yaml").write_text("a run's")
     folder.settle(10)
     folder.close()

@@ -5,11 +5,13 @@ import sys
 
 import pytest
 
+from orchestration.config.paths import code_root
+from orchestration.config.secrets import redact
 from orchestration.storage.files import write_atomic
 from orchestration.storage.journal import Journal
 from orchestration.tracking import contents as tracking_contents
-from orchestration.tracking import sender as tracking
 from orchestration.tracking.process import State, Tail, Target, WithoutSecrets, drain, incomplete, is_final, locked
+from orchestration.tracking.uri import check_uri, default_uri
 
 
 def test_importing_the_driver_side_does_not_import_mlflow():
@@ -17,7 +19,7 @@ def test_importing_the_driver_side_does_not_import_mlflow():
 
     ours = "orchestration.tracking.uploader, orchestration.tracking.sender"
     code = f"import {ours}, sys; sys.exit('mlflow' in sys.modules or 'torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tracking.__file__.rsplit("/", 2)[0])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=code_root())
 
 
 @pytest.mark.parametrize(
@@ -31,16 +33,16 @@ def test_importing_the_driver_side_does_not_import_mlflow():
     ],
 )
 def test_secrets_are_taken_out_of_uris(text, expected):
-    assert tracking.redact(text) == expected
+    assert redact(text) == expected
 
 
 def test_a_uri_that_is_no_store_is_refused_without_its_secret(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"tracking\.uri = ftp://host/x: needed the URI of a tracking store"):
-        tracking.check_uri("ftp://me:s3cret@host/x")
+        check_uri("ftp://me:s3cret@host/x")
     monkeypatch.chdir(tmp_path)
-    assert tracking.check_uri("sqlite:///a/b.db") == f"sqlite:///{tmp_path}/a/b.db"
-    assert tracking.default_uri("runs") == f"sqlite:///{tmp_path}/runs/mlflow.db"
-    assert tracking.check_uri("http://h:5000") == "http://h:5000"
+    assert check_uri("sqlite:///a/b.db") == f"sqlite:///{tmp_path}/a/b.db"
+    assert default_uri("runs") == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert check_uri("http://h:5000") == "http://h:5000"
 
 
 def test_parameters_are_flat_short_and_without_secrets():
