@@ -17,11 +17,11 @@ from pydantic import Field
 from torch import Tensor
 
 from experts.data.batches import Batch
-from experts.data.random import permutation
+from experts.data.keyed_random import permutation
 from experts.flow import Flow, Network, through_shared_head
 from experts.losses.cross_entropy import cross_entropy
-from experts.losses.objective import NOTHING, Given, Objective, ObjectiveSettings, num_images
-from experts.losses.precision import at_least_float32
+from experts.objective import NOTHING, Given, Objective, ObjectiveSettings, num_images
+from experts.precision import at_least_float32
 from experts.progress import Progress
 from experts.registry import Settings, register
 

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aggregation.ensemble import Outputs
+from aggregation.aggregator import Outputs
 from aggregation.serving import ServedModel
 
 ENSEMBLE = "ensemble"

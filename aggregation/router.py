@@ -18,10 +18,15 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from aggregation.aggregator import (
+    ALL_EXPERTS,
+    Aggregator,
+    Outputs,
+)
 from experts.data.batches import Batch
 from experts.flow import Flow, Network, through_shared_head
-from experts.losses.objective import MAX_EXPERTS, NOTHING, Given, Objective, ObjectiveSettings, num_images
-from experts.losses.precision import at_least_float32
+from experts.objective import MAX_EXPERTS, NOTHING, Given, Objective, ObjectiveSettings, num_images
+from experts.precision import at_least_float32
 from experts.progress import Progress
 from experts.registry import Settings, register
 
@@ -215,3 +220,46 @@ class RouterObjective(Objective):
         asked_G = (score_GB.detach() > 0).to(outputs.dtype).sum(dim=1) / images
         terms = {"gate": gate_G.detach(), "wanted": target_GB.sum(dim=1) / images, "asked": asked_G}
         return gate_G.sum() / (self.num_experts - 1), {name: F.pad(term_G, (0, 1)) for name, term_G in terms.items()}
+
+
+@register("aggregator", "router")
+class Router(Aggregator):
+    """Every image goes through the first expert, and on to the next as long as the gates ask; mean of the used ones.
+
+    An image stops at the first gate whose score is 0 or less (a probability of 1/2 or less).
+
+    Source: Wang et al. 2021, arXiv:2010.01809 (expert assignment), and the published code's evaluation.
+
+    Raises:
+        ValueError: the ensemble has no gates, or their scores are not finite.
+    """
+
+    class Config(Settings):
+        name: Literal["router"] = "router"
+
+    def experts_used(self, outputs: Outputs) -> Tensor:
+        """1 to E for each image, int64 [B]."""
+        gates_EB = outputs.gates_EB
+        if gates_EB is None:
+            raise ValueError(
+                "method.aggregator.name = router: the ensemble has no gates; set method.router and train its stage, or "
+                "use method.aggregator.name = mean_logits"
+            )
+        asks_EB = gates_EB[:-1]
+        if not bool(torch.isfinite(asks_EB).all()):
+            raise ValueError(
+                "method.aggregator.name = router: scores of the gates are not finite (NaN or infinite); the router has "
+                "diverged or its weights are damaged: evaluate an earlier checkpoint"
+            )
+        return 1 + (asks_EB > 0).long().cumprod(dim=0).sum(dim=0)
+
+    def __call__(self, outputs: Outputs) -> Tensor:
+        """See `Aggregator.__call__`."""
+        logits_EBC = at_least_float32(outputs.logits_EBC)
+        used_B = self.experts_used(outputs)
+        shown_EB = torch.arange(len(logits_EBC), device=used_B.device)[:, None] < used_B
+        return logits_EBC.where(shown_EB[..., None], 0).sum(dim=0) / used_B[:, None]
+
+    def members(self, outputs: Outputs) -> dict[str, Tensor]:
+        """The routed scores, and what the mean of all experts would have said."""
+        return {"ensemble": self(outputs), ALL_EXPERTS: at_least_float32(outputs.logits_EBC).mean(dim=0)}

@@ -29,8 +29,8 @@ from torch import Tensor
 
 import aggregation
 import experts
-from aggregation.ensemble import Aggregator, Outputs
-from experts.data.augment import prepare_eval
+from aggregation.aggregator import Aggregator, Outputs
+from experts.augmentation.augment import prepare_eval
 from experts.data.config import DatasetConfig, Evaluation
 from experts.data.decode import frame
 from experts.ensemble import Ensemble, build_ensemble

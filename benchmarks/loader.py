@@ -28,8 +28,10 @@ import torchvision
 from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 
-from experts.data import DatasetConfig, TrainBatches, open_dataset
-from experts.data.samplers import InstanceBalanced
+from experts.data.batches import TrainBatches
+from experts.data.config import DatasetConfig
+from experts.data.dataset import open_dataset
+from experts.samplers.instance_balanced import InstanceBalanced
 
 BATCH_SIZE = 128
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)

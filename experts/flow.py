@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from experts.data.batches import Batch
-from experts.losses.objective import Objective
+from experts.objective import Objective
 from experts.progress import Progress
-from experts.registry import Settings, register
 
 Result = Any
 PARTS = ("trunk", "features", "heads", "gates")
@@ -57,7 +56,7 @@ class Flow(ABC):
         config: the `Config` of the class.
         objective: of the stage; a flow may ask which images an expert learns from.
         expert_names: of all experts, in the order of the logits.
-        draws: makes the key of a random choice from words and numbers that say which (`experts.data.random.key` with
+        draws: makes the key of a random choice from words and numbers that say which (`keyed_random.key` with
             seed and stage filled in), so that choices are the same on every worker and after a restart.
     """
 
@@ -105,19 +104,3 @@ class Flow(ABC):
 def through_shared_head(network: Network, scores: Tensor) -> Tensor:
     """What experts' own heads gave, [e, B, X], through the head they share, if they do."""
     return network.shared(lambda shared: shared["head"](scores) if "head" in shared else scores)
-
-
-@register("flow", "plain")
-class Plain(Flow):
-    """Every expert scores every image of the batch."""
-
-    class Config(Settings):
-        name: Literal["plain"] = "plain"
-
-    def __call__(
-        self, network: Network, batch: Batch, progress: Progress, gather: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """See `Flow.__call__`."""
-        h = network.trunk(lambda trunk: trunk(batch.images_B3HW))
-        scores = network.experts(lambda experts: torch.stack([expert(h) for expert in experts.values()]))
-        return gather(through_shared_head(network, scores))

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experts.data.augment import NUM_UNIFORMS, augment, prepare_eval, random_resized_crops
+from experts.augmentation.augment import NUM_UNIFORMS, augment, prepare_eval, random_resized_crops
 from experts.data.config import DatasetConfig
 from experts.data.decode import CROP_UNIFORMS
-from experts.data.random import KeyedRandom, key, permutation, uniforms
-from experts.data.stores import FileImages, ResidentImages, Store
-from experts.data.streams import Request, Stream, read
+from experts.data.images import FileImages, ResidentImages, Store
+from experts.data.keyed_random import KeyedRandom, key, permutation, uniforms
+from experts.data.prefetch import Request, Stream, read
 from experts.progress import Progress
 
 

@@ -12,10 +12,10 @@ import torch
 
 from experts.data.config import DatasetConfig
 from experts.data.decode import UnreadableImage, decode_file
+from experts.data.images import FileImages, ResidentImages, Store, decode_all, resident_from_array
 from experts.data.imbalance import hold_out, select
 from experts.data.pools import ArrayPool, FilePool, Pool, Source
 from experts.data.sources import open_source
-from experts.data.stores import FileImages, ResidentImages, Store, decode_all, resident_from_array
 
 MIB = 2**20
 NUM_FILES_LOOKED_AT = 16  # to tell whether the images of a set share one shape

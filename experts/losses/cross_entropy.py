@@ -5,9 +5,14 @@ Shapes: E experts, B images, C classes.
 
 from __future__ import annotations
 
+from typing import ClassVar, Literal
+
 from torch import Tensor
 
-from experts.losses.precision import at_least_float32
+from experts.objective import NOTHING, Given, Objective, ObjectiveSettings, num_images
+from experts.precision import at_least_float32
+from experts.progress import Progress
+from experts.registry import register
 
 
 def cross_entropy(
@@ -36,3 +41,30 @@ def cross_entropy(
     if weight_C is not None:
         nll_EB = nll_EB * weight_C.to(nll_EB.dtype)[labels_B]
     return nll_EB.sum(dim=-1) / denominator.to(nll_EB.dtype)
+
+
+@register("objective", "cross_entropy")
+class CrossEntropy(Objective):
+    """Plain cross-entropy ("softmax"), no prior anywhere: the baseline."""
+
+    class Config(ObjectiveSettings):
+        name: Literal["cross_entropy"] = "cross_entropy"
+
+    couples: ClassVar[bool] = False
+
+    def denominators(self, labels_B: Tensor, progress: Progress) -> dict[str, Tensor]:
+        """`images`."""
+        return {"images": num_images(labels_B)}
+
+    def forward(
+        self,
+        logits_EBC: Tensor,
+        labels_B: Tensor,
+        denominators: dict[str, Tensor],
+        progress: Progress,
+        given: Given = NOTHING,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum over experts of the mean per image; term `cross_entropy` [E]. See `Objective.forward`."""
+        self.check_shapes(logits_EBC, labels_B)
+        loss_E = cross_entropy(logits_EBC, labels_B, denominator=denominators["images"])
+        return loss_E.sum(), {"cross_entropy": loss_E.detach()}

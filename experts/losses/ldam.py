@@ -10,7 +10,7 @@ from torch import Tensor
 
 from experts.losses.counts import positive_counts
 from experts.losses.cross_entropy import cross_entropy
-from experts.losses.precision import at_least_float32
+from experts.precision import at_least_float32
 
 
 def ldam_margins(counts_C: Tensor, *, max_margin: float) -> Tensor:

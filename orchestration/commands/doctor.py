@@ -190,7 +190,7 @@ def _run_dir(config: RunConfig) -> Iterator[Finding]:
 
 def _cluster(config: RunConfig) -> Iterator[Finding]:
     """The placement against what there is. An address that is named must answer; else this machine is looked at."""
-    from experts.data.stores import usable_cpus
+    from experts.data.images import usable_cpus
     from orchestration.training.mesh import mesh_shape
 
     wanted = config.cluster

@@ -13,7 +13,7 @@ import aggregation
 import experts
 from experts.class_groups import GroupRule, split_classes
 from experts.ensemble import check_names
-from experts.flow import Plain
+from experts.flows.plain import Plain
 from experts.registry import Settings, choice, import_pieces, piece
 
 import_pieces(experts, aggregation)  # the fields below take the config of any registered piece

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from aggregation.serving import DESCRIPTION, read_description
 from experts.backbones.cost import multiply_adds
 from experts.data.batches import Batch
-from experts.data.random import key
+from experts.data.keyed_random import key
 from experts.ensemble import Ensemble, build_ensemble, freeze
 from experts.flow import Flow, Result
-from experts.losses.objective import Given, Objective
+from experts.objective import Given, Objective
 from experts.progress import Progress
 from experts.registry import build, piece
 from orchestration.config.paths import expand

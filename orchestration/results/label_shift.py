@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from aggregation.metrics import Scores
-from aggregation.test_time import (
+from aggregation.weight_learning import (
     PUBLISHED,
     Learner,
     Settled,
@@ -33,18 +33,13 @@ from aggregation.test_time import (
     oracle_weights,
     settle,
 )
+from experts.augmentation.views import ViewMaker, Views, default_views
 from experts.data.batches import share
-from experts.data.random import key, permutation
-from experts.data.test_distributions import (
-    Distribution,
-    distribution_positions,
-    parse_distribution,
-    published_distributions,
-)
-from experts.data.views import ViewMaker, Views, default_views
-from experts.losses.precision import at_least_float32
+from experts.data.keyed_random import key, permutation
+from experts.data.label_shift import Distribution, distribution_positions, parse_distribution, published_distributions
+from experts.methods.tade import tade_offsets
+from experts.precision import at_least_float32
 from experts.registry import Settings
-from experts.tade import tade_offsets
 from orchestration.config.compose import parse
 from orchestration.config.run_config import RunConfig
 from orchestration.results.label_shift_table import COMPARED, distributions_table, draw_distributions

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aggregation.ensemble import Outputs
+from aggregation.aggregator import Outputs
 from aggregation.serving import ServedModel, load_model
 from experts.data.batches import EvalBatches
 from experts.data.dataset import Dataset, open_dataset
-from experts.data.stores import Store
+from experts.data.images import Store
 from orchestration.config.compose import check, from_yaml, parse
 from orchestration.config.paths import expand
 from orchestration.config.run_config import RunConfig

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from aggregation.ensemble import Aggregator, MeanLogits, Outputs
+from aggregation.aggregator import Aggregator, MeanLogits, Outputs
 from aggregation.serving import ServedModel, load_model, preprocessing_problem
 from experts.data.dataset import Dataset
 from experts.ensemble import Ensemble

@@ -19,17 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aggregation.aggregator import Aggregator, Outputs
 from aggregation.diversity import Diversity
-from aggregation.ensemble import Aggregator, Outputs
 from aggregation.metrics import Scores
 from aggregation.serving import load_model
 from experts.class_groups import split_classes
 from experts.data.batches import Batch, EvalBatches, TrainBatches
 from experts.data.dataset import Dataset
-from experts.data.random import key
+from experts.data.keyed_random import key
 from experts.ensemble import Ensemble, build_ensemble, freeze, part_of
 from experts.flow import Flow
-from experts.losses.objective import Given, Objective
+from experts.objective import Given, Objective
 from experts.progress import Progress
 from experts.registry import build
 from orchestration.config.recipe import StageConfig

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import aggregation
-from aggregation.ensemble import Outputs
+from aggregation.aggregator import Outputs
 from experts import registry
 from experts.ensemble import Expert
-from experts.heads import LinearHead
+from experts.heads.linear import LinearHead
 
 registry.import_pieces(aggregation)
 every_aggregator = pytest.mark.parametrize("name", registry.names("aggregator"))

@@ -17,13 +17,13 @@ from torch import Tensor
 import aggregation
 import experts
 from experts import registry
-from experts.ace import ACE
 from experts.backbones.resnet_cifar import ResNetCifar
-from experts.bbn import BBN
 from experts.data.batches import Batch, Mixed
-from experts.data.random import key
+from experts.data.keyed_random import key
 from experts.ensemble import build_ensemble, part_of
 from experts.flow import PARTS
+from experts.methods.ace import ACE
+from experts.methods.bbn import BBN
 from experts.progress import Progress
 
 registry.import_pieces(experts, aggregation)

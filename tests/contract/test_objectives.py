@@ -18,8 +18,9 @@ import experts
 from experts import registry
 from experts.backbones.resnet_cifar import ResNetCifar
 from experts.ensemble import build_ensemble
-from experts.heads import CosineHead, LinearHead
-from experts.losses.objective import MAX_EXPERTS, Given
+from experts.heads.cosine import CosineHead
+from experts.heads.linear import LinearHead
+from experts.objective import MAX_EXPERTS, Given
 from experts.progress import Progress
 
 registry.import_pieces(experts, aggregation)

@@ -59,12 +59,12 @@ def add_models(folder):
     """Two ensembles that differ, exported as training exports them."""
     import torch
 
-    from aggregation.ensemble import MeanLogits
+    from aggregation.aggregator import MeanLogits
     from aggregation.serving import export_model
     from experts.backbones.resnet_cifar import ResNetCifar
     from experts.data.config import DatasetConfig
     from experts.ensemble import build_ensemble
-    from experts.heads import CosineHead
+    from experts.heads.cosine import CosineHead
 
     torch.set_num_threads(1)
     backbone, head, names = ResNetCifar.Config(depth=8), CosineHead.Config(), ("expert0", "expert1")

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from experts.losses.class_balanced import effective_number_weights
+from experts.losses.cross_entropy import CrossEntropy
 from experts.losses.ldam import ldam_margins
+from experts.methods.ldam import LDAM
+from experts.methods.ride import RIDE, class_temperatures
 from experts.progress import Progress
-from experts.ride import RIDE, class_temperatures
-from experts.single import LDAM, CrossEntropy
 
 every_seed = pytest.mark.parametrize("seed", range(5))
 OBJECTIVES = {

@@ -10,13 +10,13 @@ from itertools import pairwise
 import pytest
 import torch
 
-from experts.ace import ACE
-from experts.bbn import BBN
 from experts.class_groups import GroupRule, nested_targets, split_classes
 from experts.losses.cross_entropy import cross_entropy
+from experts.methods.ace import ACE
+from experts.methods.bbn import BBN
+from experts.methods.reslt import ResLT
+from experts.methods.tade import TADE, inverse_counts, tade_offsets
 from experts.progress import Progress
-from experts.reslt import ResLT
-from experts.tade import TADE, inverse_counts, tade_offsets
 
 every_seed = pytest.mark.parametrize("seed", range(5))
 THIRDS = {"rule": "equal"}

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from aggregation.ensemble import MeanLogits, Outputs, SumLogits
+from aggregation.aggregator import MeanLogits, Outputs, SumLogits
 from aggregation.regions import (
     ENSEMBLE,
     decision_regions,

@@ -5,15 +5,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from aggregation.ensemble import Ace, MeanLogits, MeanProbabilities, Outputs, Weighted
+from aggregation.ace import Ace
+from aggregation.aggregator import MeanLogits, MeanProbabilities, Outputs, Weighted
 from aggregation.serving import DESCRIPTION, TENSORS, _load_pyfunc, _sha256, export_model, load_model
+from experts.augmentation.augment import prepare_eval
 from experts.backbones.resnet_cifar import ResNetCifar
 from experts.class_groups import GroupRule
-from experts.data.augment import prepare_eval
 from experts.data.config import DatasetConfig
 from experts.data.decode import frame
 from experts.ensemble import build_ensemble
-from experts.heads import CosineHead, LinearHead
+from experts.heads.cosine import CosineHead
+from experts.heads.linear import LinearHead
 
 NAMES = ("expert0", "expert1")
 COUNTS = (500, 50, 20, 5)

@@ -7,7 +7,7 @@ import torch
 
 from experts.backbones.resnet_cifar import BasicBlock, ResNetCifar
 from experts.ensemble import build_ensemble, keyed_draws
-from experts.heads import LinearHead
+from experts.heads.linear import LinearHead
 
 
 def build(**changes):

@@ -1,0 +1,99 @@
+"""How ACE combines its experts: each scores the classes of its group.
+
+Shapes: E experts, B images, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from aggregation.aggregator import (
+    Aggregator,
+    Outputs,
+)
+from experts.class_groups import GroupRule, nested_targets
+from experts.heads.cosine import CosineHead
+from experts.heads.linear import LinearHead
+from experts.precision import at_least_float32
+from experts.registry import Settings, register
+
+
+@register("aggregator", "ace")
+class Ace(Aggregator):
+    """Per class the mean over the experts responsible for it, each expert's logits brought to the first one's scale.
+
+    Expert i is responsible for the groups i, i + 1, ... of classes, head to tail. Its logits are multiplied by
+    a_1 / a_i, a_i the mean over its classes of the head's row norms to the power `norm_power`. Logits of classes that
+    an expert is not responsible for are left out, and the divisor is the number of responsible experts.
+
+    Source: Cai et al. 2021, arXiv:2108.02385. No code was published; the power of the norm is uncertain and an option.
+
+    Raises:
+        ValueError: the rule gives an empty group, the head has no rows to measure, or an expert's rows are all zero.
+    """
+
+    class Config(Settings):
+        name: Literal["ace"] = "ace"
+        groups: GroupRule = GroupRule()
+        """Which classes each expert answers for; must be the rule of the stage's objective.groups."""
+        norm_power: float = Field(1.0, gt=0, allow_inf_nan=False)
+        """p, the row norms are taken to this power before their mean; sources have 1 and 2."""
+
+        def check_head(self, head: Any) -> None:
+            """Refuse a head whose row norms are not known.
+
+            Raises:
+                ValueError: names the key and what to set.
+            """
+            if head.name not in ("linear", "cosine"):
+                raise ValueError(_unknown_head(f"method.head.name = {head.name}"))
+
+    def __init__(self, config: Config, counts_C: Tensor, expert_names: tuple[str, ...]) -> None:
+        super().__init__(config, counts_C, expert_names)
+        self._targets_EC = nested_targets(counts_C.cpu(), len(expert_names), config.groups)
+
+    def describe(self, expert: nn.Module) -> Tensor:
+        """Norms of the head's rows, one for each class, [C]; all equal to the scale where a head normalises them."""
+        head: Any = getattr(expert, "head", None)
+        if isinstance(head, CosineHead):
+            return head.weight.detach().new_full((head.weight.shape[1],), head.scale)
+        if type(head) not in (nn.Linear, LinearHead):
+            raise ValueError(_unknown_head(f"an expert's head is a {type(head).__name__}"))
+        return at_least_float32(head.weight.detach()).norm(dim=1)
+
+    def scales(self, norms_EC: Tensor) -> Tensor:
+        """a_1 / a_i for every expert i, [E].
+
+        Raises:
+            ValueError: an expert's rows are zero or not finite.
+        """
+        targets_EC = self._targets_EC.to(norms_EC.device)
+        powers_EC = at_least_float32(norms_EC) ** self.config.norm_power
+        mean_E = powers_EC.where(targets_EC, 0).sum(dim=1) / targets_EC.sum(dim=1)
+        bad = [name for name, mean in zip(self.expert_names, mean_E.tolist(), strict=True) if not 0 < mean < math.inf]
+        if bad:
+            raise ValueError(
+                f"method.aggregator 'ace': the head of {', '.join(bad)} has rows of norm 0 or not finite for all the "
+                f"classes it answers for; needed trained weights: evaluate another checkpoint"
+            )
+        return mean_E[0] / mean_E
+
+    def __call__(self, outputs: Outputs) -> Tensor:
+        """See `Aggregator.__call__`."""
+        if outputs.numbers_EK is None:
+            raise ValueError("method.aggregator 'ace': found no row norms of the experts' heads, needed one a class")
+        logits_EBC = at_least_float32(outputs.logits_EBC)
+        scale_E11 = self.scales(outputs.numbers_EK).to(logits_EBC)[:, None, None]
+        targets_EC = self._targets_EC.to(logits_EBC.device)
+        return (scale_E11 * logits_EBC).where(targets_EC[:, None], 0).sum(dim=0) / targets_EC.sum(dim=0)
+
+
+def _unknown_head(found: str) -> str:
+    return (
+        f"{found}: method.aggregator 'ace' needs a row of weights for each class; set method.head.name to linear or "
+        f"cosine, and method.shared_head to false"
+    )

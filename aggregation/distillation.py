@@ -1,0 +1,187 @@
+"""What an ensemble learns from a frozen teacher, beside its own objective: pieces of kind "distillation".
+
+The teacher is any trained ensemble; it comes as its aggregated scores of the same augmented images.
+Shapes: E experts, B images of this piece of the batch, C classes, S student scores (1 or E).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from experts.precision import at_least_float32
+from experts.progress import Progress
+from experts.registry import Settings, register
+
+Repeat = Literal["num_experts"] | Annotated[int, Field(ge=1)]
+
+
+def distillation_loss(student_SBC: Tensor, teacher_BC: Tensor, *, temperature: float, images: Tensor) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)) of every student score, summed over images / `images`.
+
+    Args:
+        student_SBC: scores; half types are computed in float32.
+        teacher_BC: scores or log-probabilities; no gradient goes to them.
+        temperature: T, no unit.
+        images: scalar, images of the global batch.
+
+    Returns:
+        Nats per student score, [S].
+
+    Source: Hinton et al. 2015, arXiv:1503.02531, section 2.
+    """
+    student_SBC = at_least_float32(student_SBC)
+    log_p_SBC = (student_SBC / temperature).log_softmax(dim=-1)
+    log_q_BC = (teacher_BC.detach().to(student_SBC.dtype) / temperature).log_softmax(dim=-1)
+    kl_S = (log_q_BC.exp() * (log_q_BC - log_p_SBC)).sum(dim=(-2, -1)) / images.to(student_SBC.dtype)
+    return temperature**2 * kl_S
+
+
+class DistillationSettings(Settings):
+    """Base of the configs of distillations."""
+
+    temperature: float = Field(1.5, gt=0, allow_inf_nan=False)
+    """T, divides student's and teacher's scores, no unit; published 1.5 (RIDE)."""
+    weight: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """What the distillation term is multiplied with, no unit; published 1."""
+    repeat: Repeat = "num_experts"
+    """How often objective and distillation are counted. Published code goes round its experts and adds both each time,
+    so "num_experts" times: it acts as a larger learning rate. 1 counts them once."""
+    teacher: str | None = None
+    """Name of the teacher where the stage has several."""
+
+
+class Distillation(ABC):
+    """Adds a teacher's term to a stage's loss. Built with its config.
+
+    Like an objective it is given a piece of the batch: numerators over denominators of the global batch, so that the
+    pieces' losses and terms add up to the whole.
+    """
+
+    couples: ClassVar[bool]
+    """Whether an expert's gradient depends on the other experts' logits."""
+
+    def __init__(self, config: DistillationSettings) -> None:
+        self.config = config
+
+    @abstractmethod
+    def student_scores(self, logits_EBC: Tensor) -> Tensor:
+        """What is compared with the teacher, [S, B, C]."""
+
+    def denominators(self, labels_B: Tensor) -> dict[str, Tensor]:
+        """`images`: of this piece, a float64 scalar to be summed over pieces. Labels are [B], or [2, B] of pairs."""
+        images = float(labels_B.shape[-1])
+        return {"images": torch.full((), images, dtype=torch.float64, device=labels_B.device)}
+
+    def __call__(
+        self,
+        loss: Tensor,
+        logits_EBC: Tensor,
+        teachers: Mapping[str, Tensor],
+        denominators: Mapping[str, Tensor],
+        progress: Progress,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The stage's whole loss.
+
+        Args:
+            loss: this piece's share of the objective.
+            logits_EBC: scores of all experts.
+            teachers: scores [B, C] by name.
+            denominators: sums over the global batch.
+            progress: where training stands.
+
+        Returns:
+            repeat * (loss + weight * sum of `distillation_loss`), and the term `distillation`, detached: the mean per
+            image before weight and repeat, a scalar where one score is compared, else [E].
+
+        Raises:
+            ValueError: no teacher, several and none chosen, one of that name missing, or scores that do not fit.
+        """
+        teacher_BC = self._chosen(teachers)
+        if logits_EBC.ndim != 3 or teacher_BC.shape != logits_EBC.shape[1:]:
+            raise ValueError(
+                f"distillation '{self.name}': the teacher scores {tuple(teacher_BC.shape)} (images, classes), the "
+                f"student {tuple(logits_EBC.shape)} (experts, images, classes); needed the same images and classes: "
+                f"choose a teacher of the same data set"
+            )
+        config = self.config
+        kd_S = distillation_loss(
+            self.student_scores(at_least_float32(logits_EBC)),
+            teacher_BC,
+            temperature=config.temperature,
+            images=denominators["images"],
+        )
+        repeat = len(logits_EBC) if config.repeat == "num_experts" else config.repeat
+        term = kd_S.detach() if len(kd_S) == len(logits_EBC) else kd_S.detach().sum()
+        return repeat * (loss + config.weight * kd_S.sum()), {"distillation": term}
+
+    @property
+    def name(self) -> str:
+        """As registered."""
+        return str(getattr(self.config, "name", type(self).__name__))
+
+    def _chosen(self, teachers: Mapping[str, Tensor]) -> Tensor:
+        wanted = self.config.teacher
+        if wanted is None and len(teachers) == 1:
+            return next(iter(teachers.values()))
+        if wanted is None or wanted not in teachers:
+            raise ValueError(
+                f"distillation '{self.name}': distillation.teacher = {wanted}, the stage has teachers "
+                f"{', '.join(teachers) or 'none'}; set teachers.<name>.run, and distillation.teacher to a name"
+            )
+        return teachers[wanted]
+
+
+@register("distillation", "mean_logits")
+class MeanLogits(Distillation):
+    """The mean of the experts' logits follows the teacher. RIDE's way, and the plain one for a single expert.
+
+    Source: published code of Wang et al. 2021, arXiv:2010.01809 (RIDELossWithDistill).
+    That code's loop over experts adds the same term of the mean E times, see `repeat`.
+    """
+
+    class Config(DistillationSettings):
+        name: Literal["mean_logits"] = "mean_logits"
+
+    couples: ClassVar[bool] = True
+
+    def student_scores(self, logits_EBC: Tensor) -> Tensor:
+        """The mean over experts, [1, B, C]."""
+        return logits_EBC.mean(dim=0, keepdim=True)
+
+
+@register("distillation", "sum_logits")
+class SumLogits(Distillation):
+    """The sum of the experts' logits follows the teacher, where each gives a part of one score: BBN, ResLT."""
+
+    class Config(DistillationSettings):
+        name: Literal["sum_logits"] = "sum_logits"
+        repeat: Repeat = 1
+        """See `DistillationSettings`; once, as nothing was published."""
+
+    couples: ClassVar[bool] = True
+
+    def student_scores(self, logits_EBC: Tensor) -> Tensor:
+        """The sum over experts, [1, B, C]."""
+        return logits_EBC.sum(dim=0, keepdim=True)
+
+
+@register("distillation", "each_expert")
+class EachExpert(Distillation):
+    """Every expert follows the teacher by itself; the terms add up."""
+
+    class Config(DistillationSettings):
+        name: Literal["each_expert"] = "each_expert"
+        repeat: Repeat = 1
+        """See `DistillationSettings`; once, as nothing was published."""
+
+    couples: ClassVar[bool] = False
+
+    def student_scores(self, logits_EBC: Tensor) -> Tensor:
+        """As they are, [E, B, C]."""
+        return logits_EBC

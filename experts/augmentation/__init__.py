@@ -1,0 +1,1 @@
+"""What is done to pixels before an expert sees them, in training and for test-time views."""

@@ -1,0 +1,33 @@
+"""The flow of most methods: every expert scores every image.
+
+Shapes: E experts, e of them held here, B images of one replica, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from experts.data.batches import Batch
+from experts.flow import Flow, Network, through_shared_head
+from experts.progress import Progress
+from experts.registry import Settings, register
+
+
+@register("flow", "plain")
+class Plain(Flow):
+    """Every expert scores every image of the batch."""
+
+    class Config(Settings):
+        name: Literal["plain"] = "plain"
+
+    def __call__(
+        self, network: Network, batch: Batch, progress: Progress, gather: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """See `Flow.__call__`."""
+        h = network.trunk(lambda trunk: trunk(batch.images_B3HW))
+        scores = network.experts(lambda experts: torch.stack([expert(h) for expert in experts.values()]))
+        return gather(through_shared_head(network, scores))

@@ -1,0 +1,24 @@
+"""The linear head.
+
+Shapes: B images, D features, C classes.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from experts.registry import Settings, register
+
+
+@register("head", "linear")
+class LinearHead(nn.Linear):
+    """Scores x W^T + b; weight [C, D]."""
+
+    class Config(Settings):
+        name: Literal["linear"] = "linear"
+        scale: ClassVar[float] = 1.0
+
+    def __init__(self, config: Config, num_features: int, num_classes: int, position: int = 0) -> None:
+        super().__init__(num_features, num_classes)

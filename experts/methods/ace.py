@@ -1,0 +1,259 @@
+"""ACE: experts for ever rarer classes, each silent on the classes that are not its own.
+
+The first expert learns all classes and the trunk; the others learn from images of their own classes alone, leave the
+trunk as it is, and learn the slower the fewer images they see.
+Paper: Cai et al. 2021, "ACE: Ally Complementary Experts for Solving Long-Tailed Recognition in One-Shot",
+arXiv:2108.02385. No code was published: what the paper leaves open is an option.
+
+Shapes: E experts, e of them held here, B images, b of them seen by an expert, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from experts.class_groups import GroupRule, nested_targets
+from experts.data.batches import Batch
+from experts.flow import Flow, Network
+from experts.objective import NOTHING, Given, Objective, ObjectiveSettings, num_images
+from experts.precision import at_least_float32
+from experts.progress import Progress
+from experts.registry import Settings, register
+
+
+def ace_loss(
+    logits_EBC: Tensor,
+    labels_B: Tensor,
+    *,
+    targets_EC: Tensor,
+    softmax_over: Literal["all", "target"],
+    com_batch: Literal["target", "all"],
+    com_reduction: Literal["sum", "mean"],
+    rows_E: Tensor,
+    images: Tensor,
+    min_rows: int = 1,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum over experts of the cross-entropy of images of their classes and of their squared scores for other classes.
+
+    Args:
+        logits_EBC: scores; half types are computed in float32. Rows of an expert that do not enter may hold anything.
+        labels_B: class ids, int64, in [0, C).
+        targets_EC: an expert's own classes, bool.
+        softmax_over: "all" classes, or an expert's own ("target").
+        com_batch: whether the squared scores are of images of the expert's classes ("target") or of "all" images.
+        com_reduction: of the squares over the classes that are not the expert's.
+        rows_E: images of each expert's classes in the global batch: its denominator.
+        images: scalar, images of the global batch: denominator of the squares of "all" images.
+        min_rows: experts that see fewer images of the global batch, or none, add nothing.
+
+    Returns:
+        The loss (scalar, nats plus squared scores) and its terms [E], detached: `classification` and `complement`.
+
+    Source: arXiv:2108.02385, section 3, as quoted by others; both terms have weight 1.
+    """
+    logits_EBC = at_least_float32(logits_EBC)
+    dtype = logits_EBC.dtype
+    rows_EB = targets_EC[:, labels_B]
+    # Where there is no image the numerators are 0; dividing them by 1 keeps them so.
+    seen_E = rows_E if com_batch == "target" else images
+    share_E = (seen_E >= min_rows).to(dtype) / rows_E.clamp(min=1).to(dtype)
+
+    scores_EBC = logits_EBC if softmax_over == "all" else logits_EBC.masked_fill(~targets_EC[:, None], -torch.inf)
+    index_EB1 = labels_B.expand(len(logits_EBC), -1).unsqueeze(-1)
+    nll_EB = -scores_EBC.log_softmax(dim=-1).gather(-1, index_EB1).squeeze(-1)
+    # A choice, not a product: a label that is none of the expert's has an infinite loss over its classes.
+    classification_E = torch.where(rows_EB, nll_EB, 0).sum(dim=-1) * share_E
+
+    others_EC = ~targets_EC
+    square_EB = (logits_EBC.square() * others_EC[:, None]).sum(dim=-1)
+    if com_reduction == "mean":
+        square_EB = square_EB / others_EC.sum(dim=-1, keepdim=True).clamp(min=1)
+    if com_batch == "target":
+        complement_E = torch.where(rows_EB, square_EB, 0).sum(dim=-1) * share_E
+    else:
+        complement_E = square_EB.sum(dim=-1) * (images >= min_rows).to(dtype) / images.to(dtype)
+    terms = {"classification": classification_E.detach(), "complement": complement_E.detach()}
+    return (classification_E + complement_E).sum(), terms
+
+
+@register("objective", "ace")
+class ACE(Objective):
+    """ACE's objective and its rule for learning rates. The first expert is the one of all classes."""
+
+    class Config(ObjectiveSettings):
+        name: Literal["ace"] = "ace"
+        softmax_over: Literal["all", "target"] = "all"
+        """Classes in the softmax: "all", or the expert's own ("target"); the sources differ."""
+        com_batch: Literal["target", "all"] = "target"
+        """Images whose scores for classes that are not the expert's are pulled to 0: those of its own classes
+        ("target"), or "all"; the sources differ."""
+        com_reduction: Literal["sum", "mean"] = "sum"
+        """Over those scores' squares; the sources differ."""
+        groups: GroupRule = GroupRule()
+        """Which classes an expert leaves out; 4 experts need rule "equal" or "index", and so do sets without a class
+        of few images, as CIFAR-10-LT."""
+        scale_lr: bool = True
+        """Whether an expert's learning rate is multiplied with the share of training images in its classes."""
+        min_rows: int = Field(1, ge=1)
+        """Images of the global batch that an expert must see, otherwise it skips the step; 2 where its maps shrink to
+        1 x 1, since BatchNorm cannot train on one value."""
+
+    couples: ClassVar[bool] = False
+    num_experts_allowed: ClassVar[tuple[int, ...]] = (2, 3, 4)
+    targets_EC: Tensor
+
+    def __init__(self, config: Config, counts_C: Tensor, num_experts: int) -> None:
+        super().__init__(config, counts_C, num_experts)
+        if num_experts not in self.num_experts_allowed:
+            raise ValueError(
+                f"objective 'ace': method.num_experts = {num_experts}; it takes 2 to 4 experts, published 3 and 4: set "
+                f"one of these, or objective.name = 'cross_entropy' for one expert"
+            )
+        targets_EC = nested_targets(counts_C, num_experts, config.groups)
+        images_E = (targets_EC * counts_C).sum(dim=-1, dtype=torch.float64)
+        self._shares = tuple((images_E / images_E[0]).tolist())
+        # Not persistent: it follows from config and counts, and an old checkpoint must not bring another.
+        self.register_buffer("targets_EC", targets_EC, persistent=False)
+
+    @property
+    def lr_factors(self) -> tuple[float, ...]:
+        """Share of the training images, not of the classes, that each expert learns from."""
+        return self._shares if self.config.scale_lr else super().lr_factors
+
+    def rows_EB(self, labels_B: Tensor) -> Tensor:
+        """Which images are of an expert's own classes, bool [E, B]."""
+        return self.targets_EC[:, labels_B]
+
+    def denominators(self, labels_B: Tensor, progress: Progress) -> dict[str, Tensor]:
+        """`images`, and `rows_<k>`: images of the own classes of the k-th expert (from 0), perhaps none."""
+        rows_E = self.rows_EB(labels_B).sum(dim=-1, dtype=torch.float64)
+        return {"images": num_images(labels_B), **{f"rows_{k}": rows for k, rows in enumerate(rows_E)}}
+
+    def forward(
+        self,
+        logits_EBC: Tensor,
+        labels_B: Tensor,
+        denominators: dict[str, Tensor],
+        progress: Progress,
+        given: Given = NOTHING,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `ace_loss` and `Objective.forward`."""
+        self.check_shapes(logits_EBC, labels_B)
+        config = self.config
+        return ace_loss(
+            logits_EBC,
+            labels_B,
+            targets_EC=self.targets_EC,
+            softmax_over=config.softmax_over,
+            com_batch=config.com_batch,
+            com_reduction=config.com_reduction,
+            rows_E=torch.stack([denominators[f"rows_{k}"] for k in range(self.num_experts)]),
+            images=denominators["images"],
+            min_rows=config.min_rows,
+        )
+
+
+class _Silent(torch.autograd.Function):
+    """Its input; zeros come back, through the same graph and in the same order as a gradient would."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return torch.zeros_like(grads[0])
+
+
+@register("flow", "ace")
+class OwnClasses(Flow):
+    """Every expert scores the images of its own classes, and only the first sends gradient to the trunk.
+
+    Rows that an expert does not score are 0. An expert whose classes are not in the global batch is not run at all:
+    BatchNorm must not see the step; momentum and weight decay go on. One whose classes are in other replicas' parts is
+    run on no image, since its BatchNorm may be exchanging statistics with theirs. With mixup an expert sees the images
+    that have a part of its classes.
+    """
+
+    class Config(Settings):
+        name: Literal["ace"] = "ace"
+        select: Literal["before", "after"] = "before"
+        """Whether images of other classes are left out "before" the expert, so that its BatchNorm never sees them, or
+        "after" it; the paper does not say."""
+
+    objective: ACE
+
+    def __init__(
+        self, config: Config, objective: Objective, expert_names: Sequence[str], draws: Callable[..., int]
+    ) -> None:
+        if not isinstance(objective, ACE):
+            raise ValueError(
+                f"flow 'ace' shows experts their own classes, which objective 'ace' knows, the stage has objective "
+                f"'{objective.config.name}'; set the stage's objective.name = 'ace', or its flow.name = 'plain'"
+            )
+        super().__init__(config, objective, expert_names, draws)
+
+    def __call__(
+        self, network: Network, batch: Batch, progress: Progress, gather: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """See `Flow.__call__`."""
+        held = [self.expert_names.index(name) for name in network.names]
+        enough, rows_EB, num_rows = self._who_sees_what(batch)
+
+        def early(trunk: nn.Module) -> Tensor:
+            # The trunk learns from the first expert alone: without it, no graph is kept where none is waited for.
+            with torch.set_grad_enabled(torch.is_grad_enabled() and (0 in held or network.same_order)):
+                return trunk(batch.images_B3HW)
+
+        h = network.trunk(early)
+        silent_h = h.detach() if 0 in held or not network.same_order else _Silent.apply(h)
+
+        def late(experts: Any) -> Tensor:
+            scores = []
+            for k, (name, expert) in zip(held, experts.items(), strict=True):
+                h_k = h if k == 0 else silent_h
+                if not enough[k]:
+                    # A gradient of zero, since every worker must have a graph to go back through, the trunk's included.
+                    zero = sum((0 * p.sum() for p in expert.parameters()), 0 * at_least_float32(h_k).sum())
+                    scores.append(zero.expand(len(h), self.objective.num_classes))
+                elif num_rows[k] == len(h):
+                    scores.append(at_least_float32(self._run(name, expert, h_k)))
+                elif self.config.select == "after":
+                    scores.append(at_least_float32(self._run(name, expert, h_k)) * rows_EB[k, :, None])
+                else:
+                    some_bC = at_least_float32(self._run(name, expert, h_k[rows_EB[k]]))
+                    none_BC = some_bC.new_zeros(len(h), some_bC.shape[1])
+                    scores.append(none_BC.index_put((rows_EB[k],), some_bC))
+            return torch.stack(scores)
+
+        return gather(network.experts(late))
+
+    def _who_sees_what(self, batch: Batch) -> tuple[list[bool], Tensor, list[int]]:
+        """Of each expert: whether the global batch has enough images for it, which rows are its own, how many."""
+        rows_EB = self.objective.rows_EB(batch.labels_B)
+        global_rows_EB = self.objective.rows_EB(batch.global_labels)
+        if batch.mixed is not None:
+            rows_EB = rows_EB | self.objective.rows_EB(batch.mixed.labels_B)
+            global_rows_EB = global_rows_EB | self.objective.rows_EB(batch.mixed.global_labels)
+        if self.objective.config.com_batch == "all":
+            rows_EB, global_rows_EB = torch.ones_like(rows_EB), torch.ones_like(global_rows_EB)
+        # One transfer to the host for both.
+        global_rows, num_rows = torch.stack([global_rows_EB.sum(dim=-1), rows_EB.sum(dim=-1)]).tolist()
+        return [count >= self.objective.config.min_rows for count in global_rows], rows_EB, num_rows
+
+    @staticmethod
+    def _run(name: str, expert: Any, h: Tensor) -> Tensor:
+        try:
+            return expert(h)
+        except ValueError as problem:
+            if "more than 1 value per channel" not in str(problem):
+                raise
+            raise ValueError(
+                f"expert '{name}': the batch has 1 image of its classes and its maps are 1 x 1: BatchNorm needs more "
+                f"than one value; set objective.min_rows = 2 to let the expert skip such steps, or use a larger batch"
+            ) from problem

@@ -1,0 +1,203 @@
+"""BBN: one branch sees images as they come, the other mostly rare classes, and attention moves from the first to the
+second.
+
+Both branches' features, weighted by alpha and 1 - alpha, go through one linear layer; each sees its own batch, and the
+sum of their scores is compared with both batches' labels. Half of the linear layer belongs to each branch.
+Paper: Zhou et al. 2020, "BBN: Bilateral-Branch Network with Cumulative Learning for Long-Tailed Visual Recognition",
+arXiv:1912.02413.
+
+Shapes: E = 2 experts (conventional, re-balancing), e of them held here, B images, or pairs of them, C classes,
+D features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from experts.data.batches import Batch
+from experts.flow import Flow, Network
+from experts.losses.cross_entropy import cross_entropy
+from experts.objective import NOTHING, Given, Objective, ObjectiveSettings, num_images
+from experts.precision import at_least_float32
+from experts.progress import Progress
+from experts.registry import Settings, register
+
+
+def cumulative_alpha(epoch: int, span: int) -> float:
+    """Weight of the conventional branch: alpha = 1 - ((epoch - 1) / span)^2.
+
+    Args:
+        epoch: counted from 1, at most span + 1, beyond which alpha would be negative.
+        span: epochs after which alpha would be 0.
+
+    Source: published code of arXiv:1912.02413 (Combiner). The paper's T / Tmax counts from 0.
+    """
+    assert 1 <= epoch <= span + 1, (epoch, span)
+    return 1 - ((epoch - 1) / span) ** 2
+
+
+def bbn_loss(
+    logits_EBC: Tensor, labels_2B: Tensor, *, alpha: float, images: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """alpha CE(z, labels of the conventional batch) + (1 - alpha) CE(z, labels of the other), z the sum of the halves.
+
+    Args:
+        logits_EBC: half scores of the two branches, of images paired by row; half types are computed in float32.
+        labels_2B: class ids of both batches, int64, in [0, C).
+        alpha: in [0, 1].
+        images: scalar, pairs of the global batch.
+
+    Returns:
+        The loss (scalar, nats) and its terms before their weights, detached: `conventional` and `rebalancing`.
+
+    Source: published code of arXiv:1912.02413 (bbn_mix).
+    Differs: the paper adds the scores of two classifiers, the code concatenates features before one; the same but for
+        the single bias.
+    """
+    sum_1BC = at_least_float32(logits_EBC).sum(dim=0, keepdim=True)
+    conventional, rebalancing = (
+        cross_entropy(sum_1BC, labels_B, denominator=images).squeeze(0) for labels_B in labels_2B
+    )
+    loss = alpha * conventional + (1 - alpha) * rebalancing
+    return loss, {"conventional": conventional.detach(), "rebalancing": rebalancing.detach()}
+
+
+@register("objective", "bbn")
+class BBN(Objective):
+    """BBN's objective, of the half scores that the flow "bilateral" gives."""
+
+    class Config(ObjectiveSettings):
+        name: Literal["bbn"] = "bbn"
+        alpha_epochs: Literal["published", "stage"] | Annotated[int, Field(ge=1)] = "published"
+        """Epochs after which alpha would be 0: "stage": those of the stage (paper); "published": the same, but 200 for
+        a stage of 180 epochs and 100 for one of 90 (code); or a number, at least the stage's epochs less 1."""
+
+    couples: ClassVar[bool] = True
+    num_experts_allowed: ClassVar[tuple[int, ...]] = (2,)
+    label_sets: ClassVar[int] = 2
+
+    def __init__(self, config: Config, counts_C: Tensor, num_experts: int) -> None:
+        super().__init__(config, counts_C, num_experts)
+        if num_experts not in self.num_experts_allowed:
+            raise ValueError(
+                f"objective 'bbn': method.num_experts = {num_experts}; it needs exactly 2, the conventional and the "
+                f"re-balancing branch: set 2"
+            )
+
+    def alpha(self, progress: Progress) -> float:
+        """Weight of the conventional branch, constant within an epoch; see `cumulative_alpha`.
+
+        Raises:
+            ValueError: alpha would become negative in this stage.
+        """
+        span, epochs = self.config.alpha_epochs, progress.epochs
+        if span == "published":
+            span = {180: 200, 90: 100}.get(epochs, epochs)
+        elif span == "stage":
+            span = epochs
+        if epochs - 1 > span:
+            raise ValueError(
+                f"objective.alpha_epochs = {span}: alpha is 0 after as many epochs and then negative, the stage has "
+                f"{epochs}; set {epochs - 1} or more, or 'stage'"
+            )
+        return cumulative_alpha(progress.epoch, span)
+
+    def denominators(self, labels_B: Tensor, progress: Progress) -> dict[str, Tensor]:
+        """`images`: the pairs. Labels are [2, B]."""
+        return {"images": num_images(labels_B[0])}
+
+    def forward(
+        self,
+        logits_EBC: Tensor,
+        labels_B: Tensor,
+        denominators: dict[str, Tensor],
+        progress: Progress,
+        given: Given = NOTHING,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `bbn_loss` and `Objective.forward`. Labels are [2, B]."""
+        self.check_shapes(logits_EBC, labels_B)
+        return bbn_loss(logits_EBC, labels_B, alpha=self.alpha(progress), images=denominators["images"])
+
+
+@register("head", "bilateral")
+class BilateralHead(nn.Module):
+    """One branch's half of a linear layer over both branches' features: x W^T, weight [C, D]; the first adds the bias.
+
+    Drawn as the whole layer of 2 D inputs would be: uniform within 1 / sqrt(2 D).
+    """
+
+    class Config(Settings):
+        name: Literal["bilateral"] = "bilateral"
+        scale: ClassVar[float] = 1.0
+
+    bias: nn.Parameter | None
+
+    def __init__(self, config: Config, num_features: int, num_classes: int, position: int = 0) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(2 * num_features)
+        self.weight = nn.Parameter(torch.empty(num_classes, num_features).uniform_(-bound, bound))
+        # One bias for the sum of the halves, so that its gradient is counted once.
+        bias = nn.Parameter(torch.empty(num_classes).uniform_(-bound, bound)) if position == 0 else None
+        self.register_parameter("bias", bias)
+
+    def forward(self, features_BD: Tensor) -> Tensor:
+        return F.linear(features_BD, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"features={self.weight.shape[1]}, classes={self.weight.shape[0]}, bias={self.bias is not None}"
+
+
+@register("flow", "bilateral")
+class Bilateral(Flow):
+    """The first expert sees the batch, the second its partner; features are weighted before the heads.
+
+    In training they are multiplied with scale * alpha and scale * (1 - alpha); a trained model leaves both out, which
+    with scale 2 is alpha = 1/2.
+    """
+
+    class Config(Settings):
+        name: Literal["bilateral"] = "bilateral"
+        scale: float = Field(2.0, gt=0, allow_inf_nan=False)
+        """What weighted features are multiplied with, no unit; published 2 (code), 1 (paper)."""
+
+    needs_partner: ClassVar[bool] = True
+    own_streams: ClassVar[bool] = True
+    objective: BBN
+
+    def __init__(
+        self, config: Config, objective: Objective, expert_names: Sequence[str], draws: Callable[..., int]
+    ) -> None:
+        if not isinstance(objective, BBN):
+            raise ValueError(
+                f"flow 'bilateral' weights features by the alpha of objective 'bbn', the stage has objective "
+                f"'{objective.config.name}'; set the stage's objective.name = 'bbn', or its flow.name = 'plain'"
+            )
+        super().__init__(config, objective, expert_names, draws)
+
+    def __call__(
+        self, network: Network, batch: Batch, progress: Progress, gather: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """See `Flow.__call__`."""
+        assert batch.partner is not None
+        streams = batch.images_B3HW, batch.partner.images_B3HW
+        alpha = self.objective.alpha(progress)
+        factors = self.config.scale * alpha, self.config.scale * (1 - alpha)
+        held = [self.expert_names.index(name) for name in network.names]
+        # One after the other, never as one batch: BatchNorm's statistics are those of a stream, and are updated in
+        # this order.
+        maps = network.trunk(lambda trunk: [trunk(streams[k]) for k in held])
+
+        def late(experts: Any) -> Tensor:
+            scores = []
+            for k, h, expert in zip(held, maps, experts.values(), strict=True):
+                scores.append(expert.head(factors[k] * expert.features(h)))
+            return torch.stack(scores)
+
+        return gather(network.experts(late))

@@ -1,0 +1,87 @@
+"""LDAM: margins that grow for rare classes; LDAM-DRW switches to class weights late in training.
+
+Paper: Cao et al. 2019, "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", arXiv:1906.07413.
+One expert is the published method; several are independent copies that share a trunk.
+
+Shapes: E experts, B images, C classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from experts.losses.class_balanced import effective_number_weights
+from experts.losses.ldam import ldam_loss, ldam_margins
+from experts.objective import NOTHING, Given, Objective, ObjectiveSettings, check_same_scale
+from experts.progress import Progress
+from experts.registry import register
+
+
+@register("objective", "ldam")
+class LDAM(Objective):
+    """LDAM: cross-entropy with margins that grow for rare classes; LDAM-DRW re-weights it late in training.
+
+    Source: Cao et al. 2019, arXiv:1906.07413, section 3.
+    Differs: their epoch // 160 fails beyond 320 epochs; the switch here is a single epoch. Logits come already scaled.
+    """
+
+    class Config(ObjectiveSettings):
+        name: Literal["ldam"] = "ldam"
+        max_margin: float = Field(0.5, ge=0, allow_inf_nan=False)
+        """Margin of the rarest class, in units of a cosine; published 0.5 (CIFAR), 0.3 (ImageNet-LT)."""
+        scale: float = Field(30.0, gt=0, allow_inf_nan=False)
+        """What the head multiplies its cosines with; must equal head.scale (1 for a linear head)."""
+        reweight_epoch: int | None = Field(None, ge=0)
+        """Class weights are on in epochs after this one (1-based); published 160 of 200; null: never (plain LDAM)."""
+        reweight_beta: float = Field(0.9999, ge=0, lt=1)
+        """Beta of the effective number of images, no unit."""
+
+        def check_head(self, head: Any) -> None:
+            """See `check_same_scale`."""
+            check_same_scale(self, head)
+
+    couples: ClassVar[bool] = False
+    margin_C: Tensor
+    weight_C: Tensor
+    no_weight_C: Tensor
+
+    def __init__(self, config: Config, counts_C: Tensor, num_experts: int) -> None:
+        super().__init__(config, counts_C, num_experts)
+        weight_C = effective_number_weights(counts_C, beta=config.reweight_beta)
+        # Not persistent: they follow from config and counts, and an old checkpoint must not bring others.
+        self.register_buffer("margin_C", ldam_margins(counts_C, max_margin=config.max_margin), persistent=False)
+        self.register_buffer("weight_C", weight_C, persistent=False)
+        self.register_buffer("no_weight_C", torch.ones_like(weight_C), persistent=False)
+
+    def weights_at(self, progress: Progress) -> Tensor:
+        """Class weights of this epoch, [C]."""
+        switch = self.config.reweight_epoch
+        return self.weight_C if switch is not None and progress.epoch > switch else self.no_weight_C
+
+    def denominators(self, labels_B: Tensor, progress: Progress) -> dict[str, Tensor]:
+        """`class_weight`: sum of the labels' weights, which is the number of images before the switch."""
+        return {"class_weight": self.weights_at(progress)[labels_B].sum(dtype=torch.float64)}
+
+    def forward(
+        self,
+        logits_EBC: Tensor,
+        labels_B: Tensor,
+        denominators: dict[str, Tensor],
+        progress: Progress,
+        given: Given = NOTHING,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum over experts of the weighted mean; term `ldam` [E]. See `Objective.forward`."""
+        self.check_shapes(logits_EBC, labels_B)
+        loss_E = ldam_loss(
+            logits_EBC,
+            labels_B,
+            margin_C=self.margin_C,
+            scale=self.config.scale,
+            denominator=denominators["class_weight"],
+            weight_C=self.weights_at(progress),
+        )
+        return loss_E.sum(), {"ldam": loss_E.detach()}

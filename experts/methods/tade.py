@@ -1,0 +1,141 @@
+"""TADE: three experts on one trunk, each made to expect another class distribution.
+
+The first learns the training distribution, the second a uniform one, the third the training distribution reversed.
+At test their mean is a balanced ensemble; for an unknown test distribution their weights can be learned without labels.
+Paper: Zhang et al. 2022, "Self-Supervised Aggregation of Diverse Experts for Test-Agnostic Long-Tailed Recognition"
+(SADE, in its first version TADE), arXiv:2107.09249.
+
+Shapes: E experts, B images, C classes.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from experts.losses.counts import positive_counts
+from experts.losses.cross_entropy import cross_entropy
+from experts.objective import NOTHING, Given, Objective, ObjectiveSettings, num_images
+from experts.precision import at_least_float32
+from experts.progress import Progress
+from experts.registry import register
+
+
+def inverse_counts(counts_C: Tensor, *, ties: Literal["flip", "stable"] = "flip") -> Tensor:
+    """Counts given out in reverse: the rarest class gets the largest count, and so on.
+
+    Args:
+        counts_C: training images per class.
+        ties: among classes of equal count, "flip" takes the larger class id as the rarer one, so that counts which
+            fall with the class id are simply reversed; "stable" takes the smaller one.
+
+    Returns:
+        A permutation of the counts, [C], of the same type.
+
+    Source: published code of arXiv:2107.09249.
+    Differs: its two unstable sorts leave ties to the library. On a CPU they give "flip" except among classes 87 and 88
+        of CIFAR-100-LT at ratio 100, and 87 to 90 at ratio 200.
+    """
+    order_C = torch.argsort(counts_C, descending=ties == "flip", stable=True)
+    inverse_C = torch.empty_like(counts_C)
+    inverse_C[order_C] = counts_C[order_C].flip(0)
+    return inverse_C
+
+
+def tade_offsets(
+    counts_C: Tensor, *, tau: float = 2.0, ties: Literal["flip", "stable"] = "flip", log_guard: float = 1e-9
+) -> Tensor:
+    """What is added to each expert's scores in training: 0, log p, and log p - tau log q.
+
+    p are the class frequencies, q the same numbers in reverse order of rank.
+
+    Args:
+        counts_C: training images per class, each at least 1.
+        tau: strength of the reversal, no unit.
+        ties: see `inverse_counts`.
+        log_guard: added to p and q inside the logs.
+
+    Returns:
+        float64 [3, C], nats.
+
+    Raises:
+        ValueError: a class has no image.
+
+    Source: published code of arXiv:2107.09249.
+    """
+    counts_C = positive_counts(counts_C)
+    log_p_C = (counts_C / counts_C.sum() + log_guard).log()
+    log_q_C = (inverse_counts(counts_C, ties=ties) / counts_C.sum() + log_guard).log()
+    return torch.stack([torch.zeros_like(log_p_C), log_p_C, log_p_C - tau * log_q_C])
+
+
+def tade_loss(
+    logits_EBC: Tensor, labels_B: Tensor, *, offset_EC: Tensor, images: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum over the three experts of the cross-entropy of their shifted scores.
+
+    Args:
+        logits_EBC: scores z, already multiplied with the head's scale; half types are computed in float32.
+        labels_B: class ids, int64, in [0, C).
+        offset_EC: see `tade_offsets`; not multiplied with the head's scale.
+        images: scalar, images of the global batch.
+
+    Returns:
+        The loss (scalar, nats) and its terms, detached: `forward`, `balanced` and `inverse`.
+
+    Source: arXiv:2107.09249, in the form of the published code (DiverseExpertLoss).
+    """
+    logits_EBC = at_least_float32(logits_EBC)
+    shifted_EBC = logits_EBC + offset_EC.to(logits_EBC.dtype)[:, None]
+    loss_E = cross_entropy(shifted_EBC, labels_B, denominator=images)
+    return loss_E.sum(), dict(zip(("forward", "balanced", "inverse"), loss_E.detach(), strict=True))
+
+
+@register("objective", "tade")
+class TADE(Objective):
+    """TADE's objective. Its experts must see the same images only because they share a trunk."""
+
+    class Config(ObjectiveSettings):
+        name: Literal["tade"] = "tade"
+        tau: float = Field(2.0, ge=0, allow_inf_nan=False)
+        """Strength of the third expert's reversal, no unit; published 2 (CIFAR-LT, ImageNet-LT), 1 (Places-LT, iNat);
+        0 makes it a second balanced expert."""
+        inverse: Literal["flip", "stable"] = "flip"
+        """Which of two classes of equal count is the rarer: "flip" the larger class id, nearest to the published
+        code; "stable" the smaller."""
+        log_guard: float = Field(1e-9, ge=0, allow_inf_nan=False)
+        """Added to frequencies inside logs, no unit; published 1e-9."""
+
+    couples: ClassVar[bool] = False
+    num_experts_allowed: ClassVar[tuple[int, ...]] = (3,)
+    offset_EC: Tensor
+
+    def __init__(self, config: Config, counts_C: Tensor, num_experts: int) -> None:
+        super().__init__(config, counts_C, num_experts)
+        if num_experts not in self.num_experts_allowed:
+            raise ValueError(
+                f"objective 'tade': method.num_experts = {num_experts}; it needs exactly 3 (forward, balanced, "
+                f"inverse): set 3, or objective.name = 'ride', which takes any number"
+            )
+        offset_EC = tade_offsets(counts_C, tau=config.tau, ties=config.inverse, log_guard=config.log_guard)
+        # Not persistent: it follows from config and counts, and an old checkpoint must not bring another.
+        self.register_buffer("offset_EC", offset_EC, persistent=False)
+
+    def denominators(self, labels_B: Tensor, progress: Progress) -> dict[str, Tensor]:
+        """`images`."""
+        return {"images": num_images(labels_B)}
+
+    def forward(
+        self,
+        logits_EBC: Tensor,
+        labels_B: Tensor,
+        denominators: dict[str, Tensor],
+        progress: Progress,
+        given: Given = NOTHING,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `tade_loss` and `Objective.forward`."""
+        self.check_shapes(logits_EBC, labels_B)
+        return tade_loss(logits_EBC, labels_B, offset_EC=self.offset_EC, images=denominators["images"])

@@ -1,0 +1,25 @@
+"""Rare classes as often as frequent ones occur."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from experts.registry import Settings, register
+from experts.samplers.sampler import WeightedSampler
+
+
+@register("sampler", "reversed")
+class Reversed(WeightedSampler):
+    """Tail classes as often as head classes occur; p_c = (1 / n_c) / sum (1 / n), images with replacement.
+
+    Source: Zhou et al. 2020 (BBN), arXiv:1912.02413.
+    """
+
+    class Config(Settings):
+        name: Literal["reversed"] = "reversed"
+
+    def __init__(self, config: Config, labels: np.ndarray, num_classes: int) -> None:
+        super().__init__(labels, num_classes)
+        self.weights_C = self.counts_C**-2.0

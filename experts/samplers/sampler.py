@@ -1,0 +1,51 @@
+"""What samplers have in common.
+
+A sampler's epoch is a pure function of (progress, source_key). The published cyclic samplers keep their cycles from
+epoch to epoch; ours begin each epoch with fresh ones, which differs by one partial cycle per class and epoch and needs
+no state to resume. Shapes: C classes, N images; positions are rows of the training set.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from experts.data.keyed_random import uniforms
+from experts.progress import Progress
+from experts.samplers.draws import (
+    weighted_draws,
+)
+
+
+class Sampler:
+    """What all samplers share: the training labels."""
+
+    def __init__(self, labels: np.ndarray, num_classes: int) -> None:
+        self.labels = labels
+        self.counts_C = np.bincount(labels, minlength=num_classes)
+        if not len(labels) or not self.counts_C.all():
+            raise ValueError(
+                f"a sampler needs at least 1 image of every class, found "
+                f"{self.counts_C.tolist() if num_classes <= 20 else self.counts_C.min()}"
+            )
+
+    @property
+    def draws_per_epoch(self) -> int:
+        """Images in an epoch; N unless the sampler says otherwise."""
+        return len(self.labels)
+
+
+class WeightedSampler(Sampler):
+    """Draws images with replacement, an image's weight depending on its class alone."""
+
+    weights_C: np.ndarray
+
+    def class_probabilities(self, progress: Progress) -> np.ndarray:
+        """Probability that a draw is of a class, float64 [C]."""
+        del progress
+        mass_C = self.counts_C * self.weights_C
+        return mass_C / mass_C.sum()
+
+    def draw(self, progress: Progress, source_key: int) -> np.ndarray:
+        """Positions of the epoch's images in order, int64 [draws_per_epoch]."""
+        del progress
+        return weighted_draws(self.weights_C[self.labels], uniforms(source_key, 0, self.draws_per_epoch, 1)[:, 0])

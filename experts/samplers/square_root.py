@@ -1,0 +1,22 @@
+"""Classes in proportion to the square root of their size."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from experts.registry import Settings, register
+from experts.samplers.sampler import WeightedSampler
+
+
+@register("sampler", "square_root")
+class SquareRoot(WeightedSampler):
+    """Images with replacement, weight n^-1/2; p_c = sqrt(n_c) / sum sqrt(n)."""
+
+    class Config(Settings):
+        name: Literal["square_root"] = "square_root"
+
+    def __init__(self, config: Config, labels: np.ndarray, num_classes: int) -> None:
+        super().__init__(labels, num_classes)
+        self.weights_C = self.counts_C**-0.5

@@ -1,0 +1,63 @@
+"""Costs one can do by hand."""
+
+from __future__ import annotations
+
+import torch
+
+from experts.backbones.cost import multiply_adds
+from experts.backbones.resnet_cifar import ResNetCifar
+from experts.backbones.resnet_imagenet import ResNetImageNet
+from experts.ensemble import build_ensemble
+from experts.heads.cosine import CosineHead
+
+
+def test_multiply_adds_of_resnet32():
+    """Output positions x kernel x channels in x out:
+
+    conv1 1024 * 9 * 3 * 16 = 442,368; stage 1: 10 * 1024 * 9 * 16 * 16 = 23,592,960; stage 2: 256 * 9 * (16 * 32 +
+    9 * 32 * 32) = 22,413,312; stage 3: 64 * 9 * (32 * 64 + 9 * 64 * 64) = 22,413,312; head 64 * 100 = 6,400.
+    """
+    net = build_ensemble(
+        ResNetCifar.Config(),
+        CosineHead.Config(),
+        num_classes=100,
+        expert_names=["a", "b"],
+        reduce_dimension=False,
+        seed=0,
+    )
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    image = torch.zeros(1, 3, 32, 32)
+    trunk, expert = 442_368 + 23_592_960, 2 * 22_413_312 + 6_400
+    assert multiply_adds(net.trunk, image) == trunk
+    assert multiply_adds(net.experts["a"], net.trunk(image)) == expert
+    net.load_state_dict(before)
+    assert multiply_adds(net, image) == trunk + 2 * expert
+    assert net.training
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def test_multiply_adds_of_resnet10_at_64_pixels():
+    """Output positions x kernel x channels in x out, at 64 pixels:
+
+    conv1 32 * 32 * 49 * 3 * 64 = 9,633,792; stage 1: 2 * 256 * 9 * 64 * 64 = 18,874,368; stage 2: 64 * (9 * 64 * 128
+    + 9 * 128 * 128 + 64 * 128) = 14,680,064. The expert: stage 3: 16 * (9 * 128 * 256 + 9 * 256 * 256 + 128 * 256) =
+    14,680,064; stage 4: 4 * (9 * 256 * 512 + 9 * 512 * 512 + 256 * 512) = 14,680,064.
+    """
+    parts = ResNetImageNet(ResNetImageNet.Config(depth=10))
+    trunk, image = parts.trunk(), torch.zeros(1, 3, 64, 64)
+    assert multiply_adds(trunk, image) == 9_633_792 + 18_874_368 + 14_680_064
+    assert multiply_adds(parts.late_stages(reduce_dimension=False), trunk.eval()(image)) == 2 * 14_680_064
+
+
+def test_pooling_before_a_branch_costs_one_position_instead_of_all():
+    """512 * 512 per position of a 2 x 2 map; costs are counted in evaluation mode."""
+    h = torch.zeros(1, 512, 2, 2)
+    for order, positions in [("conv_first", 4), ("pool_first", 1)]:
+        config = ResNetImageNet.Config(depth=10, split="branches", branch_order_eval=order)
+        branch = ResNetImageNet(config).late_stages(reduce_dimension=False)
+        assert multiply_adds(branch, h) == positions * 512 * 512
+
+
+def test_a_trunk_that_hands_the_images_on_costs_nothing():
+    trunk = ResNetCifar(ResNetCifar.Config(depth=8, split="whole")).trunk()
+    assert multiply_adds(trunk, torch.zeros(1, 3, 32, 32)) == 0
