@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 from experts.augmentation.augment import GRAY_WEIGHTS, NUM_UNIFORMS, augment, random_resized_crops
 from experts.data.config import Augment, DatasetConfig
 from experts.data.decode import CROP_UNIFORMS
-from experts.data.images import FileImages, Store, usable_cpus
+from experts.data.images import FileImages, ImageStore, usable_cpus
 from experts.data.keyed_random import key, uniforms
 from experts.registry import Settings
 
@@ -97,7 +97,7 @@ class ViewMaker:
 
     def __init__(
         self,
-        store: Store,
+        store: ImageStore,
         config: DatasetConfig,
         views: Views,
         *,

@@ -12,7 +12,7 @@ import numpy as np
 
 from experts.data.config import DatasetConfig
 from experts.data.download import locked_root, needs_root
-from experts.data.pools import ArrayPool, Source
+from experts.data.pools import ArrayPool, RawDataset
 
 FASHION_CLASSES = (
     "t-shirt/top",
@@ -30,14 +30,14 @@ FASHION_FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for k
 IDX_UNSIGNED_BYTE = 0x08
 
 
-def open_digits(config: DatasetConfig) -> Source:
+def open_digits(config: DatasetConfig) -> RawDataset:
     """The 1,797 handwritten digits that ship inside scikit-learn: 8x8, one channel, values 0..16 spread over 0..255.
 
     No test set: dataset.test_per_class images of each class are held out (`imbalance.hold_out`).
     """
     table = _digits_table()
     images = np.rint(table[:, :-1].reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
-    return Source(tuple(str(d) for d in range(10)), ArrayPool(images, table[:, -1].astype(np.int64)))
+    return RawDataset(tuple(str(d) for d in range(10)), ArrayPool(images, table[:, -1].astype(np.int64)))
 
 
 def _digits_table() -> np.ndarray:
@@ -53,7 +53,7 @@ def _digits_table() -> np.ndarray:
     return np.column_stack([digits.data, digits.target])
 
 
-def open_fashion_mnist(config: DatasetConfig) -> Source:
+def open_fashion_mnist(config: DatasetConfig) -> RawDataset:
     """Fashion-MNIST from its four IDX files, packed (.gz) or unpacked, in root or root/FashionMNIST/raw.
 
     Source: Xiao et al. 2017, arXiv:1708.07747.
@@ -74,7 +74,7 @@ def open_fashion_mnist(config: DatasetConfig) -> Source:
                 f"dataset.root = {root}: {part} has {len(pool.images)} images but {len(pool.labels)} "
                 f"labels; copy all four files from one source"
             )
-    return Source(FASHION_CLASSES, train, test=test)
+    return RawDataset(FASHION_CLASSES, train, test=test)
 
 
 def _images(root: str, name: str) -> np.ndarray:

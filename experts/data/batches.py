@@ -19,7 +19,7 @@ from torch import Tensor
 from experts.augmentation.augment import NUM_UNIFORMS, augment, prepare_eval, random_resized_crops
 from experts.data.config import DatasetConfig
 from experts.data.decode import CROP_UNIFORMS
-from experts.data.images import FileImages, ResidentImages, Store
+from experts.data.images import FileImages, ImageStore, ResidentImages
 from experts.data.keyed_random import KeyedRandom, key, permutation, uniforms
 from experts.data.prefetch import Request, Stream, read
 from experts.progress import Progress
@@ -72,7 +72,7 @@ class TrainBatches:
 
     def __init__(
         self,
-        store: Store,
+        store: ImageStore,
         sampler: Any,
         dataset_config: DatasetConfig,
         *,
@@ -227,7 +227,7 @@ class EvalBatches:
 
     def __init__(
         self,
-        store: Store,
+        store: ImageStore,
         config: DatasetConfig,
         batch_size: int,
         device: torch.device | str = "cpu",

@@ -15,7 +15,7 @@ import numpy as np
 from experts.data.config import DatasetConfig
 from experts.data.download import locked_root, needs_root
 from experts.data.pickles import read_pickled_data
-from experts.data.pools import ArrayPool, Source
+from experts.data.pools import ArrayPool, RawDataset
 
 SHAPE = (3, 32, 32)
 PIXELS = 3 * 32 * 32
@@ -58,7 +58,7 @@ LAYOUTS = {
 }
 
 
-def open_cifar(config: DatasetConfig) -> Source:
+def open_cifar(config: DatasetConfig) -> RawDataset:
     """CIFAR-10 or -100 from root, which is or holds the unpacked folder of either layout.
 
     With download=true missing files are fetched and all are checked against the md5 sums that torchvision lists.
@@ -70,11 +70,11 @@ def open_cifar(config: DatasetConfig) -> Source:
     for folder in (os.path.join(root, layout.python_folder), root):
         if os.path.isfile(os.path.join(folder, layout.train[0])):
             train, test = (_python_split(folder, files, layout) for files in (layout.train, layout.test))
-            return Source(_python_names(folder, layout), train, test=test)
+            return RawDataset(_python_names(folder, layout), train, test=test)
     for folder in (os.path.join(root, layout.binary_folder), root):
         if os.path.isfile(os.path.join(folder, f"{layout.train[0]}.bin")):
             train, test = (_binary_split(folder, files, layout) for files in (layout.train, layout.test))
-            return Source(_binary_names(folder, layout), train, test=test)
+            return RawDataset(_binary_names(folder, layout), train, test=test)
     packed = [f for f in sorted(os.listdir(root)) if f.startswith("cifar-") and f.endswith(".tar.gz")]
     found = f"only {packed[0]}, still packed" if packed else "neither"
     raise ValueError(

@@ -12,10 +12,10 @@ import torch
 
 from experts.data.config import DatasetConfig
 from experts.data.decode import UnreadableImage, decode_file
-from experts.data.images import FileImages, ResidentImages, Store, decode_all, resident_from_array
+from experts.data.images import FileImages, ImageStore, ResidentImages, decode_all, resident_from_array
 from experts.data.imbalance import hold_out, select
-from experts.data.pools import ArrayPool, FilePool, Pool, Source
-from experts.data.sources import open_source
+from experts.data.pools import ArrayPool, FilePool, Pool, RawDataset
+from experts.data.readers import open_raw
 
 MIB = 2**20
 NUM_FILES_LOOKED_AT = 16  # to tell whether the images of a set share one shape
@@ -55,9 +55,9 @@ class Dataset:
     config: DatasetConfig
     class_names: tuple[str, ...]
     counts_C: np.ndarray
-    train: Store
-    val: Store | None
-    test: Store
+    train: ImageStore
+    val: ImageStore | None
+    test: ImageStore
     digest: str
     raw_image_shape: tuple[int, int, int] | None
     left_out: tuple[LeftOut, ...] = ()
@@ -83,14 +83,14 @@ class Dataset:
             test=_part(self.test, new_ids),
         )
 
-    def train_as_evaluated(self) -> Store:
+    def train_as_evaluated(self) -> ImageStore:
         """The training images without anything random, as validation images are read."""
         if isinstance(self.train, FileImages):
             return replace(self.train, resize=self.config.eval.resize, crop_scale=None)
         return self.train
 
 
-def _part(store: Store, new_ids: np.ndarray) -> Store:
+def _part(store: ImageStore, new_ids: np.ndarray) -> ImageStore:
     kept = np.flatnonzero(new_ids[store.labels] >= 0)
     if not len(kept):
         raise ValueError(
@@ -121,7 +121,7 @@ def open_dataset(
         ValueError: anything an operator can cause: missing or damaged files, too few images of a class, keys that do
             not fit together. Names the file or key, what was found, what was needed and what to do.
     """
-    source = open_source(config)
+    source = open_raw(config)
     train, val, test = _splits(config, source)
     num_classes = len(source.class_names)
     for name, pool in (("training", train), ("test", test), ("validation", val)):
@@ -171,7 +171,7 @@ def _counts_left(class_names: tuple[str, ...], train: Pool, missing: dict[int, L
     return counts_C
 
 
-def _splits(config: DatasetConfig, source: Source) -> tuple[Pool, Pool | None, Pool]:
+def _splits(config: DatasetConfig, source: RawDataset) -> tuple[Pool, Pool | None, Pool]:
     num_classes = len(source.class_names)
     pool, val, test = source.train, source.val, source.test
     if test is None:
@@ -214,7 +214,7 @@ def _test_place(config: DatasetConfig) -> str:
 
 def _train_store(
     config: DatasetConfig, pool: Pool, search: bool, beat: Callable[[], None]
-) -> tuple[Store, dict[int, LeftOut]]:
+) -> tuple[ImageStore, dict[int, LeftOut]]:
     """The training images, and those of the pool, by position, that had to be left out.
 
     Raises:
@@ -250,7 +250,7 @@ def _refuse_so_many(config: DatasetConfig, pool: FilePool, problems: dict[int, U
     )
 
 
-def _eval_store(config: DatasetConfig, pool: Pool, split: str, search: bool, beat: Callable[[], None]) -> Store:
+def _eval_store(config: DatasetConfig, pool: Pool, split: str, search: bool, beat: Callable[[], None]) -> ImageStore:
     """Validation or test images: all of them, or an error.
 
     Raises:

@@ -8,12 +8,12 @@ import numpy as np
 
 from experts.data.config import DatasetConfig
 from experts.data.download import needs_root
-from experts.data.pools import FilePool, Source
+from experts.data.pools import FilePool, RawDataset
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 
 
-def open_image_folder(config: DatasetConfig) -> Source:
+def open_image_folder(config: DatasetConfig) -> RawDataset:
     """A tree with a folder per class. Classes and files are taken in sorted order of their names.
 
     root/train and root/test or root/val: those splits; val is the test set where there is no test, and the
@@ -29,12 +29,12 @@ def open_image_folder(config: DatasetConfig) -> Source:
                 f"beside them, or class folders only"
             )
         names, pool = _scan(root, "", None)
-        return Source(names, pool)
+        return RawDataset(names, pool)
     names, train = _scan(root, "train", None)
     others = {s: _scan(root, s, names)[1] for s in splits[1:]}
     if "test" not in others and "val" in others:
         others["test"] = others.pop("val")
-    return Source(names, train, others.get("val"), others.get("test"))
+    return RawDataset(names, train, others.get("val"), others.get("test"))
 
 
 def _scan(root: str, split: str, expected: tuple[str, ...] | None) -> tuple[tuple[str, ...], FilePool]:
@@ -80,7 +80,7 @@ def _images_below(folder: str) -> list[str]:
     return sorted(found)
 
 
-def open_image_list(config: DatasetConfig) -> Source:
+def open_image_list(config: DatasetConfig) -> RawDataset:
     """A root and text files of `relative/path label` lines, as ImageNet-LT, Places-LT and iNaturalist ship.
 
     A class is called after the folder of its images where that folder is its own, else by its number.
@@ -99,7 +99,7 @@ def open_image_list(config: DatasetConfig) -> Source:
                 f"dataset.{key} = {getattr(config, key)}: label {pool.labels.max()} is not in "
                 f"dataset.train_list, whose labels end at {num_classes - 1}; use lists of one set"
             )
-    return Source(_class_names(train, num_classes), train, pools["val_list"], pools["test_list"])
+    return RawDataset(_class_names(train, num_classes), train, pools["val_list"], pools["test_list"])
 
 
 def _read_list(root: str, key: str, value: str, num_classes: int | None) -> FilePool:

@@ -102,7 +102,7 @@ class FileImages:
         return out
 
 
-Store = ResidentImages | FileImages
+ImageStore = ResidentImages | FileImages
 
 
 def resident_from_array(pool: ArrayPool, image_size: int, short_side: int | None = None) -> ResidentImages:

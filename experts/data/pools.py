@@ -52,7 +52,7 @@ Pool = ArrayPool | FilePool
 
 
 @dataclass(frozen=True)
-class Source:
+class RawDataset:
     """A full set as it ships: its classes and its splits."""
 
     class_names: tuple[str, ...]

@@ -34,7 +34,7 @@ def refusal(error: RayTaskError) -> Exception | None:
     return None
 
 
-def loss_of(error: RayError) -> WorkerLost:
+def failure_of(error: RayError) -> WorkerLost:
     """What the death of a worker means, in Ray's words."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, OutOfMemoryError):

@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from orchestration.cluster.connection import (
     node_resources,
 )
-from orchestration.cluster.failures import broken_exchange, loss_of, refusal
+from orchestration.cluster.failures import broken_exchange, failure_of, refusal
 from orchestration.cluster.hangs import Watch
 from orchestration.cluster.placement import GIB, bundle_of, check_fits
 from orchestration.cluster.preemption import draining_nodes
@@ -225,7 +225,7 @@ class Fleet:
     def _diagnose(self, error: RayError, pending: list[Any]) -> Exception:
         """What a failed call means. A partner's broken exchange is often seen before the death that caused it."""
         if not isinstance(error, RayTaskError):
-            return loss_of(error)
+            return failure_of(error)
         found = refusal(error)
         if found is not None:
             return found
@@ -234,7 +234,7 @@ class Fleet:
             try:
                 ray.get(ref)
             except (RayActorError, OutOfMemoryError) as death:
-                return loss_of(death)
+                return failure_of(death)
             except RayError:
                 continue
         return broken_exchange(error) or error

@@ -22,7 +22,7 @@ from orchestration.config.paths import code_root
 from orchestration.config.secrets import redact
 from orchestration.preflight.finding import Finding, guarded, nearest_existing
 from orchestration.preflight.tracking_checks import check_tracking
-from orchestration.results.text import many
+from orchestration.results.text import plural
 
 if TYPE_CHECKING:  # what loads torch is imported where it is used: a torch that does not load is a finding
     from orchestration.config.run_config import RunConfig
@@ -64,7 +64,7 @@ def examine(overrides: list[str]) -> tuple[str, bool]:
     failures = sum(finding.state == "FAIL" for finding in findings)
     warnings = sum(finding.state == "warn" for finding in findings)
     verdict = "ready" if not failures else "not ready"
-    lines.append(f"{verdict}: {many(failures, 'failure')}, {many(warnings, 'warning')}")
+    lines.append(f"{verdict}: {plural(failures, 'failure')}, {plural(warnings, 'warning')}")
     return "\n".join(lines), not failures
 
 
@@ -129,7 +129,7 @@ def _gpus(config: RunConfig) -> Iterator[Finding]:
 
     found = torch.cuda.device_count()
     wanted = config.cluster.gpus_per_worker * config.cluster.workers
-    text = f"{many(found, 'GPU')} on this machine, {wanted} wanted"
+    text = f"{plural(found, 'GPU')} on this machine, {wanted} wanted"
     if not wanted:
         yield Finding("ok", "gpus", text)
     elif _address(config):
@@ -250,8 +250,8 @@ def _fits(
     yield Finding(
         "ok",
         "cluster",
-        f"{where}: {many(len(nodes), 'node')}, {total['CPU']:g} CPUs, {total['GPU']:g} GPUs; wanted {shape.workers} x "
-        f"({cpus:.3g} CPUs, {cluster.gpus_per_worker} GPUs), {many(threads, 'thread')} each",
+        f"{where}: {plural(len(nodes), 'node')}, {total['CPU']:g} CPUs, {total['GPU']:g} GPUs; "
+        f"wanted {shape.workers} x ({cpus:.3g} CPUs, {cluster.gpus_per_worker} GPUs), {plural(threads, 'thread')} each",
     )
 
 
@@ -293,7 +293,7 @@ def _data_here(config: RunConfig) -> Iterator[Finding]:
     """Array sets are opened whole, which takes seconds at most; of files only the first are looked for."""
     from experts.data.dataset import open_dataset
     from experts.data.download import needs_root
-    from experts.data.sources import open_source
+    from experts.data.readers import open_raw
 
     data = config.dataset
     what = data.name
@@ -301,14 +301,14 @@ def _data_here(config: RunConfig) -> Iterator[Finding]:
         root = needs_root(data, "")
         data = data.model_copy(update={"download": False, "root": root})
         try:
-            open_source(data)
+            open_raw(data)
         except ValueError as problem:
             yield Finding("warn", "data", f"{what}: to be downloaded into {root} when the run starts ({problem})")
             return
     if data.source == "image_folder":
         yield Finding("ok", "data", _image_folder(needs_root(data, "a folder with train/<class>/<image>")))
     elif data.source == "image_list":
-        source = open_source(data)
+        source = open_raw(data)
         text = (
             f"{what}: lists read, {len(source.train.labels):,} training images of {len(source.class_names):,} classes"
         )

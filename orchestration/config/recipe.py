@@ -48,7 +48,7 @@ class OptimizerConfig(Settings):
         return self
 
 
-class Source(Settings):
+class ModelSource(Settings):
     """A trained ensemble: of a stage of this run, or of another run."""
 
     stage: str | None = None
@@ -59,7 +59,7 @@ class Source(Settings):
     """Which of its models."""
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> Source:
+    def _one_of_both(self) -> ModelSource:
         if (self.stage is None) == (self.run is None):
             raise ValueError(
                 f"stage = {self.stage}, run = {self.run}: needed exactly one of them: stage (an earlier one of this "
@@ -68,7 +68,7 @@ class Source(Settings):
         return self
 
 
-class Teacher(Source):
+class Teacher(ModelSource):
     """A frozen ensemble whose scores a stage learns from."""
 
     mode: Literal["eval", "train"] = "eval"
@@ -134,7 +134,7 @@ class StageConfig(Settings):
     after: tuple[str, ...] | None = None
     """Stages that must have ended before. Unset: the one before in the recipe. Stages that wait for none of each other
     run side by side where the cluster has places, each on workers of its own."""
-    start_from: Source | None = None
+    start_from: ModelSource | None = None
     """Weights to begin with. Unset: those of the stage before in the recipe, if `after` is unset, else new ones."""
     classes: ClassSubset | None = None
     """Unset: all."""
@@ -207,12 +207,12 @@ class MethodConfig(Settings):
         after = self.stages[stage].after
         return tuple(names[place - 1 : place]) if after is None else after
 
-    def starts_from(self, stage: str) -> Source | None:
+    def starts_from(self, stage: str) -> ModelSource | None:
         """The weights that a stage begins with; None for new ones."""
         config = self.stages[stage]
         before = self.waits_for(stage)
         if config.start_from is None and config.after is None and before:
-            return Source(stage=before[0])
+            return ModelSource(stage=before[0])
         return config.start_from
 
     def waves(self) -> list[list[str]]:

@@ -28,7 +28,7 @@ from orchestration.config.run_config import RunConfig
 from orchestration.preflight.finding import Finding, guarded, nearest_existing
 from orchestration.preflight.node_report import NodeProbe, software
 from orchestration.preflight.plan import WORKER_GIB
-from orchestration.results.text import many
+from orchestration.results.text import plural
 
 START_S = 120.0  # until a node's probe has started a process and imported torch
 _ANSWER_S = 20.0  # for anything after that
@@ -246,8 +246,8 @@ def _memory(survey: Survey, needs: Needs) -> Iterator[Finding]:
             continue
         total, free = room["memory"] / _GIB, room["memory_free"] / _GIB
         text = (
-            f"{name}: {many(workers, 'worker')} of {low:.1f} to {high:.1f} GiB{unknown}; {free:.1f} of {total:.1f} GiB "
-            f"free"
+            f"{name}: {plural(workers, 'worker')} of {low:.1f} to {high:.1f} GiB{unknown}; {free:.1f} of "
+            f"{total:.1f} GiB free"
         )
         advice = "use fewer workers a node (cluster.cpus_per_worker), cluster.memory_gib_per_worker, or larger nodes"
         if total < low * workers:
@@ -324,7 +324,7 @@ def _storage(survey: Survey, run_dir: Path | None, ids: Mapping[str, str]) -> It
         for name, problem in problems.items():
             yield Finding("FAIL", "storage", f"run.dir = {run_dir}: {name} does not share it ({problem}); {advice}")
         if not problems:
-            yield Finding("ok", "storage", f"{there}: {many(len(said), 'node')} read and wrote there, seen from here")
+            yield Finding("ok", "storage", f"{there}: {plural(len(said), 'node')} read and wrote there, seen from here")
     except OSError as error:
         text = f"run.dir = {run_dir}: files in {there} cannot be written and locked ({error.strerror or error})"
         yield Finding("FAIL", "storage", f"{text}; set run.dir to a file system that has locks")
@@ -358,7 +358,7 @@ def _data(survey: Survey, config: RunConfig) -> Iterator[Finding]:
         text = f"{file} (bytes, digest): {problem}{more}; needed the same data on every node below dataset.root"
         yield Finding("FAIL", "data", text)
     elif files:
-        text = f"{config.dataset.name}: {many(len(files), 'file')} looked at, the same on {many(len(seen), 'node')}"
+        text = f"{config.dataset.name}: {plural(len(files), 'file')} looked at, the same on {plural(len(seen), 'node')}"
         yield Finding("ok", "data", text)
     elif seen:
         yield Finding("warn", "data", f"{config.dataset.name}: to be downloaded on every node when the run starts")
@@ -411,7 +411,7 @@ def _clock_findings(offsets: Mapping[str, float]) -> Iterator[Finding]:
         yield Finding("warn", "clock", text)
     if offsets and not far:
         most = max(map(abs, offsets.values()))
-        yield Finding("ok", "clock", f"{many(len(offsets), 'node')} at most {most:.2f} s from this one")
+        yield Finding("ok", "clock", f"{plural(len(offsets), 'node')} at most {most:.2f} s from this one")
 
 
 def _exposure(survey: Survey) -> Iterator[Finding]:
@@ -441,7 +441,7 @@ def _exposure(survey: Survey) -> Iterator[Finding]:
         state = "warn" if hidden else "ok"
         yield Finding(state, "auth", f"no token is asked for on {_names(without)}; {reach}")
     elif asking:
-        yield Finding("ok", "auth", f"token authentication is on, on {many(len(asking), 'node')}")
+        yield Finding("ok", "auth", f"token authentication is on, on {plural(len(asking), 'node')}")
     for place in sorted(dashboards):
         text = f"the dashboard listens on every address of {place}; start the head with --dashboard-host 127.0.0.1"
         yield Finding("warn", "auth", text)

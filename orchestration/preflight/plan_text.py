@@ -7,19 +7,19 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby
 
-from experts.data.sources import open_source
+from experts.data.readers import open_raw
 from experts.flow import PARTS
 from experts.progress import Progress
 from experts.registry import build, piece
 from orchestration.cluster.placement import Layout, bundle_of, draw, packed
 from orchestration.config.identity import published
 from orchestration.config.paths import expand
-from orchestration.config.recipe import Source, StageConfig
+from orchestration.config.recipe import ModelSource, StageConfig
 from orchestration.config.run_config import RunConfig
 from orchestration.config.secrets import redact
 from orchestration.preflight.plan import WORKER_GIB, Plan, Size, StagePlan, plan
 from orchestration.preflight.traffic import Exchange, link_bytes, shares_of
-from orchestration.results.text import bytes_, grid, many, number
+from orchestration.results.text import bytes_, grid, number, plural
 from orchestration.storage.exports import check_sources
 from orchestration.storage.url_store import is_url
 from orchestration.tracking.uri import default_uri
@@ -111,13 +111,13 @@ def _special(config: RunConfig, stage: StagePlan) -> Iterator[str]:
         size = stage.teachers[name]
         what = "which is not there"
         if size is not None:
-            what = f"{many(size.num_experts, 'expert')}, {number(size.num_classes)} classes"
+            what = f"{plural(size.num_experts, 'expert')}, {number(size.num_classes)} classes"
         yield f"teacher {name}: {_source(teacher)}, {what}; {teacher.mode} mode"
     if piece("objective", settings.objective.name).prepares:
         yield "before the first step every worker shows the teachers all training and validation images once"
 
 
-def _source(source: Source) -> str:
+def _source(source: ModelSource) -> str:
     where = f"stage {source.stage}" if source.stage is not None else str(source.run)
     return f"{where}, {source.weights}"
 
@@ -142,7 +142,7 @@ def _missing(config: RunConfig) -> Iterator[str]:
     checks: list[Callable[[], object]] = [lambda: check_sources(config)]
     needs_folder = data.source != "digits" and not data.download
     if needs_folder and (data.root is None or not (names_cluster(config) or os.path.isdir(data.root))):
-        checks.insert(0, lambda: open_source(data))
+        checks.insert(0, lambda: open_raw(data))
     for check in checks:
         try:
             check()
@@ -187,8 +187,8 @@ def _mesh(config: RunConfig, found: Plan) -> Iterator[str]:
     shape, cluster = found.shape, config.cluster
     kind = "packed" if shape.slots == 1 else "spread" if shape.experts_per_worker == 1 else "grouped"
     yield (
-        f"{many(shape.workers, 'worker')} = {many(shape.slots, 'expert slot')} x {many(shape.replicas, 'replica')} "
-        f"({kind}, {many(shape.experts_per_worker, 'expert')} a worker)"
+        f"{plural(shape.workers, 'worker')} = {plural(shape.slots, 'expert slot')} x "
+        f"{plural(shape.replicas, 'replica')} ({kind}, {plural(shape.experts_per_worker, 'expert')} a worker)"
     )
     cpus = "an equal share of the CPUs" if cluster.cpus_per_worker is None else f"{cluster.cpus_per_worker:g} CPUs"
     device = "1 GPU, NCCL" if cluster.gpus_per_worker else "no GPU, gloo"
@@ -236,7 +236,7 @@ def _nodes(
         yield f"n/a: {unknown or 'no cluster is named; give cluster.address to see its nodes'}"
         return
     if layout is None:
-        yield f"n/a: {many(len(nodes), 'node')}, which have too few places"
+        yield f"n/a: {plural(len(nodes), 'node')}, which have too few places"
         return
     experts = {rank: found.experts_on(rank) for rank in range(found.shape.workers)}
     yield "as Ray packs them when nothing else runs; of equal nodes it may fill another first"
@@ -280,7 +280,7 @@ def _waves(found: Plan) -> Iterator[str]:
             places = at_once * found.shape.workers
             yield (
                 f"stages {', '.join(wave)}: {at_once} at a time, each on workers of its own, "
-                f"{many(places, 'worker')} in all; where there are fewer places they take turns"
+                f"{plural(places, 'worker')} in all; where there are fewer places they take turns"
             )
 
 
@@ -317,7 +317,7 @@ def _step(config: RunConfig, found: Plan) -> Iterator[str]:
     replicas = found.shape.replicas
     for stage in found.stages:
         each = _spread(stage.shares)
-        yield f"stage {stage.name}: {stage.batch_size} images a step, {each} on each of {many(replicas, 'replica')}"
+        yield f"stage {stage.name}: {stage.batch_size} images a step, {each} on each of {plural(replicas, 'replica')}"
         if 0 in stage.shares:
             yield f"  NOTE: {stage.shares.count(0)} replicas have no image; use fewer workers or a larger batch"
         yield from (f"  {line}" for line in _work(config.method.stages[stage.name], stage, found))
@@ -332,7 +332,7 @@ def _step(config: RunConfig, found: Plan) -> Iterator[str]:
         )
         if stage.last_batch < stage.batch_size:
             last = _spread(shares_of(stage.last_batch, replicas))
-            yield f"  the last step of an epoch has {many(stage.last_batch, 'image')}, {last} on each replica"
+            yield f"  the last step of an epoch has {plural(stage.last_batch, 'image')}, {last} on each replica"
         if stage.work is not None:
             work = stage.work * stage.images_per_epoch
             yield f"  {work / 1e12:,.3g} T multiply-adds an epoch, {work * stage.epochs / 1e12:,.3g} T in all"

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from orchestration.results.experts_picture import draw_experts
 from orchestration.results.regions import draw_where_it_fits
-from orchestration.results.style import BEST, GROUP_COLOURS, LAST, colour_of, head_line, new_figure, our_style, short
+from orchestration.results.style import BEST, GROUP_COLOURS, LAST, colour_of, head_line, new_figure, short, style
 from orchestration.results.tables import GROUPS, final_table, members, selection_note, several_experts
 from orchestration.storage.files import evaluations, read_config, read_json
 from orchestration.storage.journal import Series, series
@@ -41,7 +41,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> list[Path]:
     data, found, config = read_json(run_dir / "data.json"), evaluations(run_dir), read_config(run_dir)
     lines, title = series(run_dir), _title(run_dir, config, data)
     written = []
-    with our_style():
+    with style():
         pictures = {
             "curves.png": _curves(lines, found.get("best"), title) if lines else None,
             "class_counts.png": _class_counts(data, title) if data.get("counts") else None,

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from experts.registry import piece
 from orchestration.config.compose import from_yaml
 from orchestration.config.paths import expand
-from orchestration.config.recipe import Source
+from orchestration.config.recipe import ModelSource
 from orchestration.config.run_config import RunConfig
-from orchestration.results.style import colour_of, head_line, new_figure, our_style, short
+from orchestration.results.style import colour_of, head_line, new_figure, short, style
 from orchestration.results.tables import grid
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def _draw(folder: Path, asked: str | None, overrides: list[str]) -> tuple[Path, 
     path = folder / "report" / f"{name}.png"
     path.parent.mkdir(exist_ok=True)
     scratch = path.with_name(f".{path.name}")
-    with our_style():
+    with style():
         _figure(saved, result, shown, labels_N).savefig(scratch, format="png", metadata={"Software": None})
     os.replace(scratch, path)
     return path, result, keep(folder, name, result)
@@ -156,7 +156,7 @@ def _classes(asked: str | None, data: Mapping[str, Any], test_labels: NDArray[np
     return classes
 
 
-def _start(config: RunConfig) -> Source:
+def _start(config: RunConfig) -> ModelSource:
     source = config.method.starts_from(config.method.final)
     assert source is not None, "see _misfit"
     return source

@@ -17,7 +17,7 @@ from aggregation.aggregator import Outputs
 from aggregation.serving import ServedModel, load_model
 from experts.data.batches import EvalBatches
 from experts.data.dataset import Dataset, open_dataset
-from experts.data.images import Store
+from experts.data.images import ImageStore
 from orchestration.config.compose import check, from_yaml, parse
 from orchestration.config.paths import expand
 from orchestration.config.run_config import RunConfig
@@ -59,7 +59,7 @@ class SavedRun:
     which: str
     model: ServedModel
     split: str
-    store: Store
+    store: ImageStore
     dataset: Dataset
     device: torch.device
     dtype: torch.dtype
@@ -161,7 +161,7 @@ def _model(folder: Path, which: str) -> ServedModel:
     return load_model(export)
 
 
-def _split(folder: Path, config: RunConfig, data: dict[str, Any], split: str) -> tuple[Store, Dataset]:
+def _split(folder: Path, config: RunConfig, data: dict[str, Any], split: str) -> tuple[ImageStore, Dataset]:
     if not data.get("digest"):
         raise ValueError(
             f"{folder / DATA}: missing or without a digest; needed to know the run's data; restore the file"

@@ -15,7 +15,7 @@ _STYLE: Any = {
 }  # fmt: skip
 
 
-class our_style:
+class style:
     """Our style while drawing; no window system is touched, and the caller's settings come back."""
 
     def __enter__(self) -> None:

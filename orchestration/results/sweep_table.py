@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestration.results.style import GROUP_COLOURS, head_line, new_figure, our_style, short
+from orchestration.results.style import GROUP_COLOURS, head_line, new_figure, short, style
 from orchestration.results.tables import GROUPS, grid, number
 
 _RULES = {"by number of training images": "", "by index of the class": "_by_index"}
@@ -85,7 +85,7 @@ def draw_sweep(folder: Path, result: Mapping[str, Any]) -> str:
         return "no picture, since no run is finished"
     path = folder / "sweep.png"
     scratch = folder / ".sweep.png"
-    with our_style():
+    with style():
         _figure(result, shown).savefig(scratch, format="png", metadata={"Software": None})
     os.replace(scratch, path)
     return path.name

@@ -13,7 +13,7 @@ def grid(rows: list[list[str]], left: tuple[int, ...]) -> Iterator[str]:
         yield "  ".join(cells).rstrip()
 
 
-def many(count: int, thing: str) -> str:
+def plural(count: int, thing: str) -> str:
     """So many things."""
     return f"{count:,} {thing}{'' if count == 1 else 's'}"
 

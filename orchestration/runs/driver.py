@@ -21,7 +21,7 @@ from orchestration.runs.console import Console
 from orchestration.runs.run import Run
 from orchestration.runs.stage_run import write_evaluations
 from orchestration.runs.stopping import GivenUp, Outcome, Stopped, StopSignals
-from orchestration.runs.supervisor import Lane
+from orchestration.runs.supervisor import Supervisor
 from orchestration.storage.exports import check_sources
 from orchestration.storage.location import check_run_dir
 from orchestration.storage.run_folder import RunFolder
@@ -116,7 +116,7 @@ class Driver:
         fleets = self._more_fleets(len(left))
         try:
             if len(left) == 1:
-                done[left[0]] = Lane(self.run, self.fleet, self.run.console).carry_out(left[0], before)
+                done[left[0]] = Supervisor(self.run, self.fleet, self.run.console).carry_out(left[0], before)
             elif left:
                 done |= self._beside(left, fleets, before)
         finally:
@@ -166,7 +166,7 @@ class Driver:
             with contextlib.suppress(queue.Empty):
                 while True:
                     stage = waiting.get_nowait()
-                    lane = Lane(self.run, fleet, self.run.console.beside(stage))
+                    lane = Supervisor(self.run, fleet, self.run.console.beside(stage))
                     try:
                         outcomes[stage] = lane.carry_out(stage, before)
                     except BaseException:

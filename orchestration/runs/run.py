@@ -12,7 +12,7 @@ from typing import Any
 from orchestration.cluster.failures import WorkerLost
 from orchestration.cluster.fleet import Fleet
 from orchestration.cluster.preemption import DrainNotices, Preempted
-from orchestration.config.recipe import Source
+from orchestration.config.recipe import ModelSource
 from orchestration.config.run_config import RunConfig
 from orchestration.runs.console import Console
 from orchestration.runs.stopping import GivenUp, Stopped, StopSignals
@@ -65,7 +65,7 @@ class Run:
         if self.signals.given_up.is_set():
             raise GivenUp(f"stage {stage}: its workers were not started any more")
 
-    def model(self, source: Source) -> Path:
+    def model(self, source: ModelSource) -> Path:
         """The exported model of a source; a stage of this run is exported once, whoever asks first."""
         asked = source.stage, source.run, source.weights
         with self._changing:
@@ -78,7 +78,7 @@ class Run:
         with self._changing:
             self._begin_tracking()
 
-    def started(self, fleet: Fleet, stage: str) -> None:
+    def announce_start(self, fleet: Fleet, stage: str) -> None:
         """Note which workers a stage has; their libraries are loaded."""
         shape = fleet.shape
         with self._changing:
@@ -100,14 +100,14 @@ class Run:
         with self._changing:
             self._seated.pop(id(fleet), None)
 
-    def tell_once(self, text: str) -> None:
+    def message_once(self, text: str) -> None:
         """A message that each start of a stage would repeat."""
         with self._changing:
             told, self._told = text in self._told, self._told | {text}
         if not told:
             self.console.message(text)
 
-    def lost(self, loss: WorkerLost, stage: str, in_a_row: Counter[str]) -> None:
+    def record_failure(self, loss: WorkerLost, stage: str, in_a_row: Counter[str]) -> None:
         """Count a failure.
 
         Args:
@@ -142,7 +142,7 @@ class Run:
             f"checkpoint between)"
         )
 
-    def preempted(self, notice: Exception, stage: str, nodes: set[str]) -> None:
+    def record_preemption(self, notice: Exception, stage: str, nodes: set[str]) -> None:
         """Count nodes that were taken away, once for all stages that leave them.
 
         Args:
@@ -170,7 +170,7 @@ class Run:
             f"{notice}; moving stage {stage} to other nodes (preemption {self.preemptions} of at most {limit})"
         )
 
-    def recovered(self, stage: str, seconds: dict[str, float], again: int) -> None:
+    def record_recovery(self, stage: str, seconds: dict[str, float], again: int) -> None:
         """Note how long a stage stood still, by what it waited for."""
         with self._changing:
             recovery = {"time": time.time(), "stage": stage, "steps_again": again, "seconds": seconds}

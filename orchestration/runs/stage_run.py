@@ -113,7 +113,7 @@ class StageRun:
             )
         if left_out := self.fleet.left_out:
             first = left_out[0]
-            self.run.tell_once(
+            self.run.message_once(
                 f"dataset.quarantine = {self.config.dataset.quarantine}: {len(left_out)} training "
                 f"image{'s' if len(left_out) > 1 else ''} cannot be read and {'are' if len(left_out) > 1 else 'is'} "
                 f"left out, first {first['path']} ({first['reason']}); data.json has all"
@@ -191,7 +191,7 @@ class StageRun:
         self.step = until
         if self._pause is not None:
             self._pause.mark("first step")
-            self.run.recovered(self.stage, self._pause.spans(), max(0, self._pause.step - first))
+            self.run.record_recovery(self.stage, self._pause.spans(), max(0, self._pause.step - first))
             self._pause.over, self._pause = True, None
         self._pace = (until - first) / (time.monotonic() - before)
         self._note(first, interval)
@@ -302,7 +302,7 @@ class StageRun:
             self.checkpoints.copy_weights(folder, self.best["checkpoint"])
         self.checkpoints.tidy(self.stage, self.config.run.keep_checkpoints)
         self.run.cost.note()
-        self.folder.saved()
+        self.folder.announce_checkpoint()
 
 
 def write_evaluations(folder: RunFolder, config: RunConfig, stage: str, state: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ _WAITS_FOR_NODES = 10  # times cluster.placement_timeout_s: how long a restart w
 _RAY_NOTICES_S = 120.0  # by default it counts a node that vanished as dead after about 65 s
 
 
-class Lane:
+class Supervisor:
     """One fleet that trains one stage after another; a worker's death costs the steps since its stage's checkpoint."""
 
     def __init__(self, run: Run, fleet: Fleet, console: Console) -> None:
@@ -44,7 +44,7 @@ class Lane:
                     self._check_shared()
                 if pause is not None:
                     self._wait(stage, self._link)
-                run.started(fleet, stage)
+                run.announce_start(fleet, stage)
                 if pause is not None:
                     pause.mark("workers")
                 training = StageRun(run, stage, fleet, self._console, before=before, pause=pause)
@@ -52,7 +52,7 @@ class Lane:
                 return training.carry_out()
             except Drained as notice:
                 pause = _open_pause(pause, training)
-                run.preempted(notice, stage, fleet.leaving_nodes())
+                run.record_preemption(notice, stage, fleet.leaving_nodes())
                 self._move(stage, notice)
             except WorkerLost as loss:
                 pause = _open_pause(pause, training)
@@ -60,7 +60,7 @@ class Lane:
                     self._console.message(keep_stacks(fleet.workers, fleet.hosts, run.folder.path / "hangs"))
                 run.check_wanted(stage)
                 if loss.why == "preemption":
-                    run.preempted(loss, stage, fleet.leaving_nodes())
+                    run.record_preemption(loss, stage, fleet.leaving_nodes())
                     self._move(stage, loss)
                     continue
                 newest = run.checkpoints.newest(stage, self._console.message)
@@ -71,7 +71,7 @@ class Lane:
                 reached = now
                 if loss.why != "failure" or in_a_row.total() > 1:  # what hangs or is full does not survive
                     self._end_workers()
-                run.lost(loss, stage, in_a_row)
+                run.record_failure(loss, stage, in_a_row)
                 self._await_word(stage)
                 self._wait(stage, fleet.check_room)
 

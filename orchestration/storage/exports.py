@@ -13,7 +13,7 @@ from typing import Any
 
 from aggregation.serving import DESCRIPTION, export_model, preprocessing_problem, read_description
 from orchestration.config.paths import expand
-from orchestration.config.recipe import Source, stage_classes
+from orchestration.config.recipe import ModelSource, stage_classes
 from orchestration.config.run_config import RunConfig
 from orchestration.storage.checkpoint import Checkpoints, read_tensors, verify
 from orchestration.storage.files import RUN
@@ -40,7 +40,7 @@ def check_sources(config: RunConfig) -> None:
         raise ValueError("\n".join(problems))
 
 
-def _named(config: RunConfig) -> Iterator[tuple[str, Source]]:
+def _named(config: RunConfig) -> Iterator[tuple[str, ModelSource]]:
     for name, stage in config.method.stages.items():
         if stage.start_from is not None:
             yield f"method.stages.{name}.start_from", stage.start_from
@@ -68,7 +68,7 @@ def _problem(folder: Path, weights: str, config: RunConfig) -> str | None:
     return None if problem is None else f"its model {problem}"
 
 
-def model_folder(config: RunConfig, folder: RunFolder, checkpoints: Checkpoints, source: Source) -> Path:
+def model_folder(config: RunConfig, folder: RunFolder, checkpoints: Checkpoints, source: ModelSource) -> Path:
     """Where the exported model of a source is; a stage of this run is exported when asked for.
 
     Raises:
@@ -82,7 +82,7 @@ def model_folder(config: RunConfig, folder: RunFolder, checkpoints: Checkpoints,
     return target
 
 
-def weights_of(checkpoints: Checkpoints, source: Source) -> Path:
+def weights_of(checkpoints: Checkpoints, source: ModelSource) -> Path:
     """The checkpoint of a finished stage of this run: its last, or that of its best evaluation.
 
     Raises:

@@ -14,7 +14,7 @@ from orchestration.config.run_config import RunConfig, RunSettings
 from orchestration.storage.files import CONFIG
 from orchestration.storage.remote_run_folder import RemoteRunFolder
 from orchestration.storage.run_folder import RunFolder
-from orchestration.storage.url_store import Store, check_url, copy_of, is_url
+from orchestration.storage.url_store import UrlStore, check_url, copy_of, is_url
 
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for what `ray job submit` starts
 
@@ -88,7 +88,7 @@ def run_at_hand(run: str) -> Iterator[str]:
         return
     check_url(run, "RUN")
     place, _, name = run.rstrip("/").rpartition("/")
-    config = Store(run).read(CONFIG)
+    config = UrlStore(run).read(CONFIG)
     if config is None:
         raise ValueError(f"{run}: no run there (no {CONFIG}); needed the URL of one, as {place}/<run.name>")
     folder = RemoteRunFolder(copy_of(place, expand(_local_dir(config))) / name, run)

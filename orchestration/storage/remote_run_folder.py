@@ -30,8 +30,8 @@ from orchestration.storage.checkpoint import MANIFEST
 from orchestration.storage.files import RUN, write_atomic
 from orchestration.storage.journal import FILE_NAME as JOURNAL
 from orchestration.storage.run_folder import RunFolder
-from orchestration.storage.url_lock import LOCK, StoreLock
-from orchestration.storage.url_store import StorageProblem, Store
+from orchestration.storage.url_lock import LOCK, UrlLock
+from orchestration.storage.url_store import StorageProblem, UrlStore
 
 INDEX = "storage.json"
 _RECORD = ".storage.json"  # in the copy: which states at the URL it comes from
@@ -60,8 +60,8 @@ class RemoteRunFolder(UnsharedRunFolder):
     def __init__(self, path: Path, url: str) -> None:
         super().__init__(path)
         try:
-            self._store = Store(url)
-            self._remote_lock = StoreLock(Store(url), path)
+            self._store = UrlStore(url)
+            self._remote_lock = UrlLock(UrlStore(url), path)
         except BaseException:
             super().close()
             raise
@@ -82,7 +82,7 @@ class RemoteRunFolder(UnsharedRunFolder):
         self._sender = threading.Thread(target=self._send, name="storage", daemon=True)
         self._sender.start()
 
-    def saved(self) -> None:
+    def announce_checkpoint(self) -> None:
         """Have put what is new; returns at once.
 
         Raises:
@@ -101,7 +101,7 @@ class RemoteRunFolder(UnsharedRunFolder):
             ValueError: it could not be in this time; says why and where it lies.
         """
         wait_s = _CLOSE_S if wait_s is None else wait_s
-        self.saved()
+        self.announce_checkpoint()
         with self._change:
             self._change.wait_for(lambda: self._put >= self._wanted or self._remote_lock.lost, timeout=wait_s)
             if self._put >= self._wanted:

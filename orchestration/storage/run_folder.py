@@ -77,7 +77,7 @@ class RunFolder:
         """Let another process hold the folder."""
         self._lock.close()
 
-    def saved(self) -> None:
+    def announce_checkpoint(self) -> None:
         """A checkpoint is complete."""
 
     def settle(self, wait_s: float | None = None) -> None:

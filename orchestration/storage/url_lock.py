@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.storage.url_store import (
-    Store,
+    UrlStore,
 )
 
 LOCK = "lock.json"
@@ -22,7 +22,7 @@ BEAT_S, STALE_S = 10.0, 45.0  # of a lock
 _SETTLE_S = 1.0
 
 
-class StoreLock:
+class UrlLock:
     """Who may write what is below a URL: a file there that its holder writes anew every few seconds.
 
     Args:
@@ -33,7 +33,7 @@ class StoreLock:
         lost: whether another process has taken it.
     """
 
-    def __init__(self, store: Store, folder: Path) -> None:
+    def __init__(self, store: UrlStore, folder: Path) -> None:
         self._store = store
         self._content = {
             "token": uuid.uuid4().hex,

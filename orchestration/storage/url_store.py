@@ -59,7 +59,7 @@ def copy_of(url: str, local_dir: Path) -> Path:
     return Path(os.path.abspath(local_dir)) / digest
 
 
-class Store:
+class UrlStore:
     """Files below a URL, by relative names; from any thread, one at a time. A connection that failed is made anew.
 
     Args:
@@ -200,7 +200,7 @@ def try_out(url: str) -> None:
     Raises:
         StorageProblem: one of these is not possible.
     """
-    store, name, nonce = Store(url), f".expertail-doctor-{uuid.uuid4().hex[:8]}", uuid.uuid4().bytes
+    store, name, nonce = UrlStore(url), f".expertail-doctor-{uuid.uuid4().hex[:8]}", uuid.uuid4().bytes
     store.write(name, b"to be replaced")
     store.write(name, nonce)
     found = store.read(name)

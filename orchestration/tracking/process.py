@@ -185,7 +185,7 @@ class Sender(Protocol):
     def close(self, status: str | None) -> None: ...
 
 
-def drain(sender: Sender, wait_s: float, status: str | None) -> str | None:
+def flush(sender: Sender, wait_s: float, status: str | None) -> str | None:
     """Send everything, trying again until `wait_s` is over; None, or what went wrong."""
     if not sender.begun:
         return None

@@ -51,7 +51,7 @@ from orchestration.tracking.process import (
     WithoutSecrets,
     building_tables,
     chunks,
-    drain,
+    flush,
     follow,
     incomplete,
     locked,
@@ -100,7 +100,7 @@ def sync(
         if not ours:
             return incomplete(run_dir, uri, "another process is uploading this run; wait until it ends")
         with patience():
-            problem = drain(_Sender(run_dir, target), wait_s, status)
+            problem = flush(_Sender(run_dir, target), wait_s, status)
     return None if problem is None else incomplete(run_dir, uri, problem)
 
 
@@ -402,7 +402,7 @@ def main(arguments: list[str]) -> int:
             return 1
         sender = _Sender(run_dir, target)
         follow(sender, wake)
-        return 0 if drain(sender, last["finish"], last["status"]) is None else 3
+        return 0 if flush(sender, last["finish"], last["status"]) is None else 3
 
 
 if __name__ == "__main__":

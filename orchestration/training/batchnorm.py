@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def momenta(norm: nn.BatchNorm2d) -> tuple[float, float, float]:
+def momenta_of(norm: nn.BatchNorm2d) -> tuple[float, float, float]:
     """Of mean, variance and batch counter, in the order of the buffers; a counter forgets nothing."""
     momentum = 0.1 if norm.momentum is None else norm.momentum
     return momentum, momentum, 0.0

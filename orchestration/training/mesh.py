@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from orchestration.training.batchnorm import SynchronisedBatchNorm2d, momenta
+from orchestration.training.batchnorm import SynchronisedBatchNorm2d, momenta_of
 
 # Shapes: E experts, e experts of one worker, B images of one replica, C classes, D channels.
 
@@ -153,7 +153,7 @@ class Mesh:
         """
         if self.shape.slots == 1:
             return
-        momenta = [m for part in module.modules() if isinstance(part, nn.BatchNorm2d) for m in momenta(part)]
+        momenta = [m for part in module.modules() if isinstance(part, nn.BatchNorm2d) for m in momenta_of(part)]
         assert len(momenta) == len(before), "a buffer that is not BatchNorm's"
         flat = torch.cat([buffer.detach().double().flatten() for buffer in module.buffers()])
         slots = [torch.empty_like(flat) for _ in range(self.shape.slots)]

@@ -13,7 +13,7 @@ import pytest
 
 from aggregation.serving import DESCRIPTION
 from orchestration.cli import main
-from orchestration.runs import run as run_module
+from orchestration.runs import driver as driver_module
 from tests import runs
 from tests.contract.test_recipes import digits, export, whole
 
@@ -65,7 +65,7 @@ class TestBeforeRay:
         def touched(*_):
             raise AssertionError("Ray was touched")
 
-        monkeypatch.setattr(run_module, "cluster", touched)
+        monkeypatch.setattr(driver_module, "cluster", touched)
         monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # so that the command starts none of its own ahead of time
 
     @pytest.mark.parametrize(

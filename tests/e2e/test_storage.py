@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from orchestration.cli import main
-from orchestration.storage import url_store as store
+from orchestration.storage import url_lock
 from tests import runs
 from tests.nodes import Nodes
 
@@ -42,7 +42,7 @@ def same(folder, undisturbed):
 )
 def test_a_run_goes_on_from_what_is_at_its_url(placement, limits, warm, tmp_path, monkeypatch, capsys):
     """Every start on a node that shares nothing with the last but the URL: bitwise the run of a shared folder."""
-    monkeypatch.setattr(store, "_SETTLE_S", 0.1)
+    monkeypatch.setattr(url_lock, "_SETTLE_S", 0.1)
     undisturbed, url = tmp_path / "run", f"file://{tmp_path}/bucket/runs/one"
     for limit in limits:  # the same evaluations are made
         assert runs.train(undisturbed, *placement, f"run.max_steps={limit}") == 0

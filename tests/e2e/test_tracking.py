@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from orchestration.storage.journal import Journal
-from orchestration.tracking.process import Target, drain
+from orchestration.tracking.process import Target, flush
 from orchestration.tracking.sender import _Sender, sync
 from orchestration.tracking.uploader import start_uploader
 from orchestration.tracking.uri import default_uri
@@ -168,11 +168,11 @@ assert "/mlartifacts/" in aggregation.__file__, aggregation.__file__
 def test_a_killed_and_resumed_run_has_every_point_once(runs):
     """The uploader sees 10 steps and dies; the run goes back to step 6 and on to 12, at later times."""
     uri, folder = default_uri(runs), make_run(runs / "resumed")
-    assert drain(_Sender(folder, Target(uri, "expertail", "resumed")), 60, "KILLED") is None
+    assert flush(_Sender(folder, Target(uri, "expertail", "resumed")), 60, "KILLED") is None
     with Journal(folder) as journal:
         journal.rewind({"train": 6}, ["train"])
     append(folder, range(7, 13), 2e9)
-    assert drain(_Sender(folder, Target(uri, "expertail", "resumed")), 60, "FINISHED") is None
+    assert flush(_Sender(folder, Target(uri, "expertail", "resumed")), 60, "FINISHED") is None
     assert history(uri, "resumed") == expected(range(1, 11)) + expected([11, 12], 2e9)
 
 
@@ -191,7 +191,7 @@ def test_a_lost_answer_and_a_lost_memory_double_nothing(runs):
             raise OSError("connection reset")
 
     sender._client.log_batch = lose_the_answer
-    assert drain(sender, 60, "FINISHED") is None
+    assert flush(sender, 60, "FINISHED") is None
     assert lost == [20]
     state = json.loads((folder / "tracking.json").read_text())
     for store in state.values():

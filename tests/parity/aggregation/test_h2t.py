@@ -47,13 +47,13 @@ def maps():
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.3])
-def test_f1_two_of_eight_channels_come_from_the_donor(ratio):
+def test_two_of_eight_channels_come_from_the_donor(ratio):
     fused = fuse(*maps(), ratio, FIRST)
     close(fused[0].flatten(), [-100, 1, 2, 3, -104, 5, 6, 7], atol=0)
     close(fused[1].flatten(), [-108, 9, 10, 11, -112, 13, 14, 15], atol=0)
 
 
-def test_f1_a_second_expert_has_its_own_permutation():
+def test_a_second_expert_has_its_own_permutation():
     close(fuse(*maps(), 0.25, SECOND)[0].flatten(), [0, 1, 2, 3, 4, -105, 6, -107], atol=0)
 
 
@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_refused():
             H2T.Config(ratio=ratio)
 
 
-def test_f2_step():
+def test_step():
     f1 = torch.tensor([[1.0, 2, 3, 4], [0, 1, 0, 2]], dtype=torch.float64)
     f2 = torch.tensor([[5.0, 6, 7, 8], [1, 1, 1, 1]], dtype=torch.float64)
     fused = fuse(f1, f2, 0.5, torch.tensor([0, 1, 3, 2]))
@@ -268,7 +268,7 @@ def test_mean_cross_entropy_and_its_gradient_are_the_closed_forms(seed):
 # Learning rates and sampling
 
 
-def test_f3_learning_rate_of_the_second_stage():
+def test_learning_rate_of_the_second_stage():
     published = [
         0.02,
         0.01951057,
@@ -285,13 +285,13 @@ def test_f3_learning_rate_of_the_second_stage():
     close([0.02 * schedule.factor(Progress(e + 1, 10)) for e in range(10)], published, atol=6e-9)
 
 
-def test_f3_learning_rate_of_the_first_stage():
+def test_learning_rate_of_the_first_stage():
     milestones = [{"after_epoch": 160, "factor": 0.1}, {"after_epoch": 180, "factor": 0.01}]
     schedule = Steps(Steps.Config(warmup_epochs=5, milestones=milestones))
     close([0.1 * schedule.factor(Progress(e + 1, 200)) for e in (0, 4, 159, 160, 180)], [0.02, 0.1, 0.1, 0.01, 0.001])
 
 
-def test_f4_receivers_are_balanced_and_donors_as_the_images_are():
+def test_receivers_are_balanced_and_donors_as_the_images_are():
     labels = np.repeat(np.arange(4), COUNTS.numpy())
     receivers = ClassBalanced(ClassBalanced.Config(form="multinomial"), labels, 4)
     donors = InstanceBalanced(InstanceBalanced.Config(), labels, 4)

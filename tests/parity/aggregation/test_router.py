@@ -53,14 +53,14 @@ def loss_of(outputs, labels=LABELS, **settings):
 # Targets and loss
 
 
-def test_f4_running_predictions_and_targets():
+def test_running_predictions_and_targets():
     correct = running_correct(torch.tensor(LOGITS), LABELS)
     assert correct.int().tolist() == [[1, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1]]
     assert gate_targets(correct).int().tolist() == [[0, 1, 1, 0], [0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_f4_loss(dtype):
+def test_loss(dtype):
     loss, terms = loss_of(outputs_EBX(dtype))
     assert loss.item() == pytest.approx(14.302207, abs=2e-6)
     assert terms["gate"].sum().item() == pytest.approx(2 * loss.item(), rel=1e-6)
@@ -134,7 +134,7 @@ def test_outputs_without_a_column_of_scores_and_wrong_labels_are_refused():
 # Gate
 
 
-def test_f4_score_of_a_gate():
+def test_score_of_a_gate():
     maps = torch.sin(0.3 * torch.arange(2 * 64 * 4, dtype=torch.float64)).reshape(2, 64, 2, 2)
     router = RideRouter(RideRouter.Config(top_k=2))
     hidden, final = router.hidden(64).double(), router.final(4).double()

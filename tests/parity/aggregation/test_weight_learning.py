@@ -45,14 +45,14 @@ def softmax(x):
     return e / e.sum(axis=-1, keepdims=True)
 
 
-def test_f3_cosines():
+def test_cosines():
     uniform_E = torch.full((3,), 1 / 3)
     first_BC, second_BC = (combine(uniform_E, view).softmax(dim=1) for view in VIEWS)
     close(cosine_similarity(first_BC, second_BC), [0.985027, 0.986568])
     close(-disagreement(uniform_E, VIEWS), [0.985027, 0.986568])
 
 
-def test_f3_the_cifar_script_step_by_step():
+def test_the_cifar_script_step_by_step():
     close(gradient(lambda w: w.softmax(0)), [-0.003030, 0.007732, -0.004702])
     learner = Learner(3, WeightLearning(**CIFAR))
     losses, after = [], []
@@ -67,7 +67,7 @@ def test_f3_the_cifar_script_step_by_step():
     assert losses[0] > losses[1] > losses[2]
 
 
-def test_f3_the_inaturalist_script_step_by_step():
+def test_the_inaturalist_script_step_by_step():
     close(gradient(lambda w: w.softmax(0), entropy=0.01), [-0.002817, 0.007648, -0.004831])
     learner = Learner(3, WeightLearning(**INAT))
     after = []

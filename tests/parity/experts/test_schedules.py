@@ -29,7 +29,7 @@ def steps(*milestones, **settings) -> Steps:
     return Steps(Steps.Config(milestones=drops, **settings))
 
 
-def test_f5_ride_and_ldam_on_cifar():
+def test_ride_and_ldam_on_cifar():
     schedule = steps((160, 0.01), (180, 0.0001), warmup_epochs=5)
     found = {e: rate(schedule, 0.1, e, 200) for e in (1, 2, 5, 6, 160, 161, 180, 181, 200)}
     published = {1: 0.02, 2: 0.04, 5: 0.1, 6: 0.1, 160: 0.1, 161: 0.001, 180: 0.001, 181: 1e-5, 200: 1e-5}

@@ -73,7 +73,7 @@ def close(found, published):
     ],
     ids=["reduced", "unreduced"],
 )
-def test_f6_forward(reduce_dimension, logits, features):
+def test_forward(reduce_dimension, logits, features):
     net = resnet32(CosineHead.Config(), num_classes=10, num_experts=3, reduce_dimension=reduce_dimension).double()
     fill_convolutions(net)
     for expert in net.experts.values():

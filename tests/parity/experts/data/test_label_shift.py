@@ -32,14 +32,14 @@ def falling(classes):
 
 
 @pytest.mark.parametrize(("ratio", "total"), TOTALS.items())
-def test_f4_cifar100_totals(ratio, total):
+def test_cifar100_totals(ratio, total):
     forward, backward = (counts(f"{kind}-{ratio}", CIFAR100_LT, [100] * 100) for kind in ("forward", "backward"))
     assert forward.sum() == backward.sum() == total
     assert (forward == backward[::-1]).all()
     assert counts("uniform", CIFAR100_LT, [100] * 100).sum() == 10_000
 
 
-def test_f4_cifar100_counts():
+def test_cifar100_counts():
     forward, backward, slight = (
         counts(name, CIFAR100_LT, [100] * 100) for name in ("forward-50", "backward-50", "forward-2")
     )

@@ -42,20 +42,20 @@ def leaf():
     return torch.tensor(LOGITS, dtype=torch.float64, requires_grad=True)
 
 
-def test_f1_losses():
+def test_losses():
     loss, terms = evaluate(leaf())
     close(terms["classification"], [0.499676, 0.646856, 1.198442])
     close(terms["complement"], [0, 0.100000, 1.930000])
     close(loss, 4.374973)
 
 
-def test_f1_losses_with_a_softmax_over_own_classes():
+def test_losses_with_a_softmax_over_own_classes():
     _, terms = evaluate(leaf(), softmax_over="target")
     close(terms["classification"], [0.499676, 0.447755, 0])
     close(terms["complement"], [0, 0.100000, 1.930000])
 
 
-def test_f1_gradients():
+def test_gradients():
     logits = leaf()
     evaluate(logits)[0].backward()
     close(logits.grad[2, 1], [3.007477, -1.309141, -0.698336])
@@ -64,7 +64,7 @@ def test_f1_gradients():
     assert torch.count_nonzero(logits.grad[2, [0, 2]]) == 0
 
 
-def test_f3_learning_rates_follow_images_not_classes():
+def test_learning_rates_follow_images_not_classes():
     close(0.1 * torch.tensor(ACE(ACE.Config(), COUNTS, 3).lr_factors), [0.1, 0.009910, 0.000901])
     assert ACE(ACE.Config(scale_lr=False), COUNTS, 3).lr_factors == (1.0, 1.0, 1.0)
 

@@ -56,7 +56,7 @@ def at(epoch, epochs=200):
         (90, 90, 0.207900),
     ],
 )
-def test_f1_alpha(epochs, epoch, published):
+def test_alpha(epochs, epoch, published):
     close(BBN(BBN.Config(), COUNTS, 2).alpha(at(epoch, epochs)), published)
 
 
@@ -116,7 +116,7 @@ def mixed(epoch, scale=2.0):
     return ensemble, features, half_EBC, loss, terms
 
 
-def test_f2_first_epoch_ignores_the_second_branch():
+def test_first_epoch_ignores_the_second_branch():
     _, (a, b), half_EBC, loss, terms = mixed(epoch=1)
     close(half_EBC.detach().sum(dim=0), [[1.05, 1.15, -0.6], [0.45, 0.75, -0.6]])
     close(loss, 0.762438)
@@ -125,7 +125,7 @@ def test_f2_first_epoch_ignores_the_second_branch():
     assert torch.count_nonzero(b.grad) == 0
 
 
-def test_f2_middle_of_training():
+def test_middle_of_training():
     ensemble, (a, b), half_EBC, loss, _ = mixed(epoch=101)
     close(half_EBC.detach().sum(dim=0), [[0.925, 0.6, -0.45], [0.65, 0.55, -0.25]])
     close(loss, 1.081180)
@@ -135,13 +135,13 @@ def test_f2_middle_of_training():
     assert ensemble.experts["rebalancing"].head.bias is None
 
 
-def test_f2_last_epoch():
+def test_last_epoch():
     _, _, half_EBC, loss, _ = mixed(epoch=200)
     close(half_EBC.detach().sum(dim=0), [[0.554987, -1.028055, -0.005985], [1.242020, -0.042020, 0.786035]])
     close(loss, 1.120739)
 
 
-def test_f2_a_trained_model_has_neither_alpha_nor_the_factor():
+def test_a_trained_model_has_neither_alpha_nor_the_factor():
     halves = [
         expert(torch.tensor(f))
         for expert, f in zip(two_halves().experts.values(), (FEATURES_A, FEATURES_B), strict=True)
@@ -149,7 +149,7 @@ def test_f2_a_trained_model_has_neither_alpha_nor_the_factor():
     close(torch.stack(halves).sum(dim=0).detach(), [[0.8, 0.05, -0.3], [0.85, 0.35, 0.1]])
 
 
-def test_f4_reversed_sampling():
+def test_reversed_sampling():
     sampler = Reversed(Reversed.Config(), np.repeat(np.arange(3), COUNTS.numpy()), 3)
     close(sampler.class_probabilities(Progress(1, 1)), [0.009009, 0.090090, 0.900901], atol=6e-7)
 

@@ -38,7 +38,7 @@ def tensor(values) -> torch.Tensor:
 # Schedules
 
 
-def test_f1_weight_of_a_teacher():
+def test_weight_of_a_teacher():
     student = [0, 0.17, 0.18, 0.30, 0.45, 0.60, 0.70]
     found = teacher_weights(tensor(student), tensor([0.6] * 7), alpha=0.3)
     close(found, [1, 1, 1, 0.714286, 0.357143, 0, 0])
@@ -57,7 +57,7 @@ def test_a_teacher_that_is_never_right_has_no_weight():
         (90, [1, 1.773585, 1.947826, 1.5]),
     ],
 )
-def test_f2_instance_schedule(epoch, published):
+def test_instance_schedule(epoch, published):
     u = tensor([1, 12 / 53, 12 / 230, 0.5])
     close(instance_factors(u, Progress(epoch, 90), clamp=False), published)
     close(instance_factors(u, Progress(epoch, 90), clamp=True), np.minimum(published, 1).tolist())
@@ -67,7 +67,7 @@ P = [0.2, 0.5, 0.9, 0.1, 0.4, 0.6, 0.3, 0.7]
 U = [0.052174, 0.458385, 1, 0.226415, 0.690566, 1, 1, 1]
 
 
-def test_f3_confidences_are_scaled_class_by_class():
+def test_confidences_are_scaled_class_by_class():
     labels, lowest = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2]), tensor([12 / 230, 12 / 53, 1])
     close(scaled_confidences(tensor(P), labels, lowest), U)
     order = torch.tensor([6, 3, 0, 7, 1, 4, 2, 5])
@@ -96,7 +96,7 @@ def call(logits, labels, teachers, groups, weights, factors, **settings):
     )
 
 
-def test_f4_distillation_term():
+def test_distillation_term():
     """The published value is the mean over elements times the group's size: the sum over classes, mean over images."""
     _, _, kl_T = call(tensor([[2, 0.5], [0.1, 0.3]]), [0, 0], [[[1, 1.5], [-0.4, 0.2]]], [[0, 1]], [1], [1, 1])
     close(kl_T, [0.064019])
@@ -106,7 +106,7 @@ Z, Y = [[2, 0.5, -1, 0.3], [0.1, 0.3, 0.8, -0.2]], [0, 3]
 T_MANY, T_LOW = [[1, 1.5], [-0.4, 0.2]], [[0.3, -0.2], [1.2, -0.7]]
 
 
-def test_f5_total_and_gradient():
+def test_total_and_gradient():
     logits = tensor(Z).requires_grad_()
     weights = teacher_weights(tensor([0.45, 0.1]), tensor([0.6, 0.5]), alpha=0.3)
     close(weights, [0.357143, 1])

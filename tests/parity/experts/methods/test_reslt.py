@@ -43,7 +43,7 @@ def leaf(dtype=torch.float32):
     return torch.tensor(LOGITS, dtype=dtype, requires_grad=True)
 
 
-def test_f1_branches_and_their_common_denominator():
+def test_branches_and_their_common_denominator():
     objective = ResLT(ResLT.Config(), COUNTS, 3)
     assert objective.denominators(LABELS, NOW) == {"images": 3, "branch_images": 6}
     _, terms = evaluate(leaf())
@@ -53,11 +53,11 @@ def test_f1_branches_and_their_common_denominator():
 
 
 @pytest.mark.parametrize(("beta", "published"), [(0.995, 0.662944), (0.72, 0.539051)])
-def test_f1_loss(beta, published):
+def test_loss(beta, published):
     close(evaluate(leaf(), beta=beta)[0], published)
 
 
-def test_f1_gradients():
+def test_gradients():
     logits = leaf()
     evaluate(logits, beta=0.995)[0].backward()
     head = [[-0.035881, 0.029368, 0.006513], [0.039443, 0.047921, -0.087364], [0.044744, -0.066933, 0.022188]]
@@ -66,7 +66,7 @@ def test_f1_gradients():
     close(logits.grad, [head, medium, tail])
 
 
-def test_f2_the_guard_bounds_the_loss_of_an_impossible_label():
+def test_the_guard_bounds_the_loss_of_an_impossible_label():
     logits, label = torch.tensor([[[40.0, 0, 0]]]), torch.tensor([1])
     close(guarded_nll(logits, label, 1e-7), [[16.118095]])
     close(guarded_nll(logits, label, 0.0), [[40.0]])

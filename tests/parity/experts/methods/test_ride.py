@@ -46,7 +46,7 @@ def ride(**settings) -> RIDE:
     return RIDE(RIDE.Config(**{"diversity_factor": -0.45, "reweight_epoch": 160} | settings), COUNTS, 3)
 
 
-def test_f1_constants():
+def test_constants():
     objective = ride()
     close(objective.margin_C, [0.158114, 0.281171, 0.5])
     close(objective.weight_C, [0.027159, 0.270369, 2.702472])
@@ -55,11 +55,11 @@ def test_f1_constants():
 
 
 @pytest.mark.parametrize(("factor", "published"), [(0.02, [1, 0.952953, 0.948249]), (0.015, [1, 0.964422, 0.960864])])
-def test_f1_temperatures_of_the_large_sets(factor, published):
+def test_temperatures_of_the_large_sets(factor, published):
     close(class_temperatures(COUNTS, factor=factor), published)
 
 
-def test_f2_before_reweighting():
+def test_before_reweighting():
     logits = leaf()
     loss, terms = evaluate(ride(), logits, epoch=160)
     loss.backward()
@@ -70,7 +70,7 @@ def test_f2_before_reweighting():
     close(logits.grad[2], [[-0.460702, 0.198575, 0.262127], [0.365593, 0.091273, -0.456866]])
 
 
-def test_f2_after_reweighting():
+def test_after_reweighting():
     logits = leaf()
     loss, terms = evaluate(ride(), logits, epoch=161)
     loss.backward()
@@ -81,14 +81,14 @@ def test_f2_after_reweighting():
     close(logits.grad[1], [[0.032790, -0.046138, 0.008037], [0.381324, 0.631454, -1.016968]])
 
 
-def test_f2_mean_logits_and_plain_cross_entropy_of_the_published_evaluation():
+def test_mean_logits_and_plain_cross_entropy_of_the_published_evaluation():
     mean_BC = leaf().mean(dim=0)
     close(mean_BC.detach(), [[1.1, 0.6, -0.2], [0.3, -0.066667, 0.8]])
     loss, _ = evaluate(CrossEntropy(CrossEntropy.Config(), COUNTS, 1), mean_BC[None], epoch=1)
     close(loss, 0.668636)
 
 
-def test_f2_published_loss_without_diversity_is_that_of_the_mean_logits():
+def test_published_loss_without_diversity_is_that_of_the_mean_logits():
     loss, _ = evaluate(ride(diversity_factor=0, base_on="published"), leaf(), epoch=160)
     close(loss, 29.476353)
 
@@ -99,7 +99,7 @@ def test_individual_loss_without_diversity_is_the_sum_of_the_ldam_terms():
 
 
 @pytest.mark.parametrize(("epoch", "published"), [(160, 9.287190), (161, 14.982505)])
-def test_f2_ldam_alone(epoch, published):
+def test_ldam_alone(epoch, published):
     objective = LDAM(LDAM.Config(reweight_epoch=160), COUNTS, 1)
     close(evaluate(objective, leaf()[:1], epoch)[0], published)
 

@@ -45,7 +45,7 @@ def cifar100_counts(ratio):
     return torch.tensor([int(500 * ratio ** (-c / 99)) for c in range(100)])
 
 
-def test_f1_offsets():
+def test_offsets():
     offset_EC = tade_offsets(COUNTS, tau=1)
     close(offset_EC[0], [0, 0, 0])
     close(offset_EC[1], [-0.104360, -2.406945, -4.709530])
@@ -54,7 +54,7 @@ def test_f1_offsets():
 
 
 @pytest.mark.parametrize(("tau", "inverse", "published"), [(1, 4.959020, 7.184151), (2, 7.258133, 9.483264)])
-def test_f1_loss_and_terms(tau, inverse, published):
+def test_loss_and_terms(tau, inverse, published):
     loss, terms = evaluate(leaf(), tau=tau)
     close(loss, published)
     close(terms["forward"], 0.492366)
@@ -62,7 +62,7 @@ def test_f1_loss_and_terms(tau, inverse, published):
     close(terms["inverse"], inverse)
 
 
-def test_f1_gradients():
+def test_gradients():
     logits = leaf()
     evaluate(logits, tau=1)[0].backward()
     close(logits.grad[0], [[-0.107201, 0.087645, 0.019556], [0.118059, 0.144198, -0.262258]])
@@ -74,16 +74,16 @@ def test_f1_gradients():
 @pytest.mark.parametrize(
     ("counts", "inverse"), [([3, 90, 3, 90, 20], [90, 3, 90, 3, 20]), ([50, 10, 10, 1], [1, 10, 10, 50])]
 )
-def test_f2_inverse_counts(counts, inverse, ties):
+def test_inverse_counts(counts, inverse, ties):
     assert inverse_counts(torch.tensor(counts), ties=ties).tolist() == inverse
 
 
 @pytest.mark.parametrize(("ties", "inverse"), [("flip", [2, 2, 7, 7, 7]), ("stable", [7, 2, 2, 7, 7])])
-def test_f2_ties_can_go_either_way(ties, inverse):
+def test_ties_can_go_either_way(ties, inverse):
     assert inverse_counts(torch.tensor([7, 7, 7, 2, 2]), ties=ties).tolist() == inverse
 
 
-def test_f2_cifar100_is_the_counts_backwards():
+def test_cifar100_is_the_counts_backwards():
     counts = cifar100_counts(100)
     assert inverse_counts(counts).tolist() == counts.tolist()[::-1]
     assert inverse_counts(counts)[90:].tolist() == [328, 344, 361, 378, 396, 415, 434, 455, 477, 500]

@@ -10,7 +10,7 @@ import pytest
 from experts.data.arrays import FASHION_CLASSES, read_idx
 from experts.data.config import DatasetConfig
 from experts.data.dataset import open_dataset
-from experts.data.sources import open_source
+from experts.data.readers import open_raw
 
 LOCAL_FASHION = Path(__file__).parents[5] / "shared" / "data" / "fashion-mnist"  # optional local data
 
@@ -112,7 +112,7 @@ def test_a_label_beyond_the_classes_is_refused(tmp_path):
 
 @pytest.mark.skipif(not LOCAL_FASHION.is_dir(), reason="optional local data is not there")
 def test_the_real_fashion_mnist_has_its_published_counts():
-    source = open_source(fashion(LOCAL_FASHION))
+    source = open_raw(fashion(LOCAL_FASHION))
     assert np.bincount(source.train.labels).tolist() == [6000] * 10
     assert np.bincount(source.test.labels).tolist() == [1000] * 10
     assert abs(source.train.images.mean() / 255 - 0.2860) < 1e-4

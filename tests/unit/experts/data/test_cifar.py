@@ -10,7 +10,7 @@ import pytest
 from experts.data.config import DatasetConfig
 from experts.data.dataset import open_dataset
 from experts.data.pickles import read_pickled_data
-from experts.data.sources import open_source
+from experts.data.readers import open_raw
 
 PIXELS = 3072
 PER_BATCH = 4
@@ -122,7 +122,7 @@ def layouts(request, tmp_path):
 def test_every_layout_gives_the_same_images_in_the_same_order(layouts, form):
     source, root = layouts
     num_classes = int(source.removeprefix("cifar"))
-    opened = open_source(config(root / form, source))
+    opened = open_raw(config(root / form, source))
     train = PER_BATCH * (len(splits(source)[0]) - 1)
     assert opened.train.images.shape == (train, 3, 32, 32)
     assert opened.train.images[:, 0, 0, 0].tolist() == list(range(train))
@@ -130,7 +130,7 @@ def test_every_layout_gives_the_same_images_in_the_same_order(layouts, form):
     assert opened.test.images[:, 2, 31, 31].tolist() == list(range(train, train + PER_BATCH))
     assert opened.class_names == tuple(f"name{c}" for c in range(num_classes))
     inside = next((root / form).iterdir())
-    assert open_source(config(inside, source)).train.labels.tolist() == opened.train.labels.tolist()
+    assert open_raw(config(inside, source)).train.labels.tolist() == opened.train.labels.tolist()
 
 
 class Hostile:
@@ -147,7 +147,7 @@ def test_a_hostile_file_is_refused_and_not_run(tmp_path, protocol):
     hostile = tmp_path / "data_batch_1"
     hostile.write_bytes(pickle.dumps({"data": Hostile(proof)}, protocol=protocol))
     with pytest.raises(ValueError, match=rf"data_batch_1 .*it asks for {os.system.__module__}.system, which is"):
-        open_source(config(tmp_path))
+        open_raw(config(tmp_path))
     assert not proof.exists()
 
 
@@ -183,7 +183,7 @@ def test_a_truncated_file_is_named(layouts, share):
     whole = victim.read_bytes()
     victim.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(ValueError, match=rf"{victim.name} \(\d+ bytes\): not a data file of CIFAR .*fetch the file"):
-        open_source(config(root / "protocol 2", source))
+        open_raw(config(root / "protocol 2", source))
 
 
 def test_a_truncated_binary_file_is_named(layouts):
@@ -191,14 +191,14 @@ def test_a_truncated_binary_file_is_named(layouts):
     victim = next((root / "binary").iterdir()) / f"{splits(source)[0][0]}.bin"
     victim.write_bytes(victim.read_bytes()[:-1])
     with pytest.raises(ValueError, match=rf"{victim.name}: \d+ bytes, needed a multiple of 307"):
-        open_source(config(root / "binary", source))
+        open_raw(config(root / "binary", source))
 
 
 def test_a_label_out_of_range_is_named(tmp_path):
     values = content(0, 10, "labels") | {"labels": [0, 1, 10, 2]}
     (tmp_path / "data_batch_1").write_bytes(pickle.dumps(values, protocol=2))
     with pytest.raises(ValueError, match="data_batch_1: label 10 of image 2 is out of range; needed 0 to 9"):
-        open_source(config(tmp_path))
+        open_raw(config(tmp_path))
 
 
 def test_a_missing_companion_and_the_wrong_set_are_named(layouts):
@@ -208,9 +208,9 @@ def test_a_missing_companion_and_the_wrong_set_are_named(layouts):
     folder = next((root / "protocol 2").iterdir())
     (folder / files[-1]).unlink()
     with pytest.raises(ValueError, match=rf"{files[-1]}: missing, though its companions are there"):
-        open_source(config(root / "protocol 2", source))
+        open_raw(config(root / "protocol 2", source))
     with pytest.raises(ValueError, match=r"needed cifar-10.*dataset.download=true"):
-        open_source(config(root / "protocol 2", other))
+        open_raw(config(root / "protocol 2", other))
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_a_missing_root_says_which_key(root, message):
 def test_a_packed_archive_is_recognised(tmp_path):
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"found only cifar-10-python.tar.gz, still packed"):
-        open_source(config(tmp_path))
+        open_raw(config(tmp_path))
 
 
 def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
@@ -237,11 +237,11 @@ def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
 
     monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", unreachable)
     with pytest.raises(ValueError, match=r"dataset.download = true: could not fetch into .*no route to host.*set data"):
-        open_source(config(tmp_path / "new").model_copy(update={"download": True}))
+        open_raw(config(tmp_path / "new").model_copy(update={"download": True}))
 
 
 def test_a_local_file_that_is_not_the_published_one_is_refused_under_download(layouts, monkeypatch):
     source, root = layouts
     monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", lambda *a, **k: None)
     with pytest.raises(ValueError, match="does not have the published md5"):
-        open_source(config(root / "protocol 2", source).model_copy(update={"download": True}))
+        open_raw(config(root / "protocol 2", source).model_copy(update={"download": True}))

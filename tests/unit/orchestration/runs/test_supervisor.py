@@ -12,7 +12,7 @@ from orchestration.cluster.failures import WorkerLost
 from orchestration.cluster.preemption import Drained, Preempted
 from orchestration.config.compose import load_config
 from orchestration.runs import driver as driver_module
-from orchestration.runs import supervisor as lane_module
+from orchestration.runs import supervisor as supervisor_module
 from orchestration.runs.console import Console
 from orchestration.runs.driver import Driver
 from orchestration.runs.run import Run
@@ -107,7 +107,7 @@ def make_run(tmp_path, events, monkeypatch):
                     act()
                 return Outcome(self.stage, True, 1, tmp_path)
 
-        monkeypatch.setattr(lane_module, "StageRun", FakeStage)
+        monkeypatch.setattr(supervisor_module, "StageRun", FakeStage)
         monkeypatch.setattr(driver_module, "Fleet", lambda config, shape: FakeFleet(events, "further"))
         folders.append(RunFolder(tmp_path / str(len(folders))))
         main = FakeFleet(events, rooms=rooms)
@@ -129,8 +129,8 @@ def at(monkeypatch, driver, steps):
     monkeypatch.setattr(driver.run.checkpoints, "newest", newest)
 
 
-def lane(driver, stage="many"):
-    return lane_module.Lane(driver.run, driver.fleet, driver.run.console).carry_out(stage, 0)
+def supervise(driver, stage="many"):
+    return supervisor_module.Supervisor(driver.run, driver.fleet, driver.run.console).carry_out(stage, 0)
 
 
 def deaths(count):
@@ -141,7 +141,7 @@ def test_failures_without_a_new_checkpoint_end_the_run_at_the_limit(make_run, mo
     driver = make_run({"many": [*deaths(3), None]})
     at(monkeypatch, driver, [None, None, None])
     with pytest.raises(WorkerLost, match=r"3 failures, .* no new checkpoint of stage many"):
-        lane(driver)
+        supervise(driver)
     begun = [e for e in events if e.endswith("main")]
     assert begun == ["start main", "mend main", "start main"], "survivors are kept after the first loss only"
     assert driver.run.folder.run()["failures"] == 2
@@ -152,19 +152,19 @@ def test_a_new_checkpoint_refills_the_failures_that_are_allowed(make_run, monkey
     driver = make_run({"many": [*deaths(7), None]})
     at(monkeypatch, driver, [None, None, 4, 4, 8, 8, 8])
     with pytest.raises(WorkerLost, match="3 failures"):
-        lane(driver)
+        supervise(driver)
     assert events.count("train many") == 7
 
     driver = make_run({"many": [*deaths(6), None]})
     at(monkeypatch, driver, [None, None, 4, 4, 8, 8])
-    assert lane(driver).finished
+    assert supervise(driver).finished
     assert driver.run.folder.run()["failures"] == 6
 
 
 def test_a_restart_waits_for_a_lost_node(make_run, events):
     missing = ValueError("cluster.workers = 1: places for 0")
     driver = make_run({"many": [*deaths(1), None]}, rooms=[missing, missing, None])
-    assert lane(driver).finished
+    assert supervise(driver).finished
     assert events == ["start main", "train many", "room?", "room?", "room?", "mend main", "train many"]
 
 
@@ -172,7 +172,7 @@ def test_a_node_that_does_not_come_back_ends_the_run(make_run, events):
     missing = ValueError("cluster.workers = 1: places for 0")
     driver = make_run({"many": deaths(1)}, rooms=[missing] * 1000)
     with pytest.raises(ValueError, match="places for 0"):
-        lane(driver)
+        supervise(driver)
     assert events.count("room?") > 2
 
 
@@ -180,7 +180,7 @@ def test_a_restart_waits_until_ray_knows_of_a_dead_node(make_run, events):
     """One failure: nobody is started on a node that does not answer."""
     driver = make_run({"many": [*deaths(1), None]})
     driver.fleet.silent = [["node b"], ["node b"]]
-    assert lane(driver).finished
+    assert supervise(driver).finished
     assert events == ["start main", "train many", "silent", "silent", "room?", "mend main", "train many"]
     assert driver.run.folder.run()["failures"] == 1
 
@@ -188,7 +188,7 @@ def test_a_restart_waits_until_ray_knows_of_a_dead_node(make_run, events):
 def test_workers_that_do_not_reach_each_other_move_to_other_nodes(make_run, events):
     driver = make_run({"many": [*deaths(1), None]})
     driver.fleet.cuts = [("node a", "node b")]
-    assert lane(driver).finished
+    assert supervise(driver).finished
     moved = ["mend main", "avoid node b", "room?", "move main", "room?", "start main", "train many"]
     assert events == ["start main", "train many", "room?", *moved]
     assert driver.run.folder.run()["failures"] == 1
@@ -199,7 +199,7 @@ def test_a_move_that_finds_no_places_is_tried_again(make_run, events):
     """Another fleet had taken them for a while."""
     driver = make_run({"many": [*deaths(1), None]}, rooms=[None, None, ValueError("no places in 30 s"), None])
     driver.fleet.cuts = [("node a", "node b")]
-    assert lane(driver).finished
+    assert supervise(driver).finished
     assert [e for e in events if e.endswith("main")] == [
         "start main",
         "mend main",
@@ -217,7 +217,7 @@ def test_a_lasting_cut_without_room_elsewhere_ends_the_run_and_names_both_nodes(
     with pytest.raises(
         ValueError, match=r"node a and node b do not reach each other, .*places for 0, .*the same command continues"
     ):
-        lane(driver)
+        supervise(driver)
     assert events.count("avoid node b") > 2, "a cut may be mended meanwhile"
     assert "move main" not in events
 
@@ -225,7 +225,7 @@ def test_a_lasting_cut_without_room_elsewhere_ends_the_run_and_names_both_nodes(
 def test_a_cut_that_is_mended_meanwhile_moves_nobody(make_run, events):
     driver = make_run({"many": [*deaths(1), None]}, rooms=[None, ValueError("places for 0")])
     driver.fleet.cuts = [("node a", "node b"), None]
-    assert lane(driver).finished
+    assert supervise(driver).finished
     assert "move main" not in events
 
 
@@ -234,7 +234,7 @@ def test_a_signal_ends_the_wait_for_a_lost_node(make_run):
     driver = make_run({"many": deaths(1)}, rooms=[missing] * 1000)
     driver.fleet.check_room = lambda: driver.run.signals._note(signal.SIGTERM, None) or (_ for _ in ()).throw(missing)
     with pytest.raises(Stopped, match="the same command continues"):
-        lane(driver)
+        supervise(driver)
 
 
 def test_workers_that_die_after_a_signal_are_not_started_again(make_run, events):
@@ -244,31 +244,31 @@ def test_workers_that_die_after_a_signal_are_not_started_again(make_run, events)
         driver.run.signals.received = signal.SIGTERM
         raise WorkerLost("a worker died")
 
-    lane_module.StageRun.carry_out = lambda stage: die()
+    supervisor_module.StageRun.carry_out = lambda stage: die()
     with pytest.raises(Stopped) as stopped:
-        lane(driver)
+        supervise(driver)
     assert stopped.value.exit_code == 143
     assert events == ["start main"]
 
 
 @pytest.mark.parametrize(("why", "begun"), [("hang", "start main"), ("failure", "mend main")])
 def test_workers_of_a_mesh_that_hung_are_all_started_again(make_run, events, why, begun, monkeypatch):
-    monkeypatch.setattr(lane_module, "keep_stacks", lambda workers, hosts, folder: f"stacks kept in {folder}")
+    monkeypatch.setattr(supervisor_module, "keep_stacks", lambda workers, hosts, folder: f"stacks kept in {folder}")
     driver = make_run({"many": [WorkerLost("lost", why), None]})
-    assert lane(driver).finished
+    assert supervise(driver).finished
     assert [e for e in events if e.endswith("main")] == ["start main", begun]
 
 
 def test_out_of_memory_is_tried_once_more_and_not_for_ever(make_run):
     driver = make_run({"many": [WorkerLost("full", "memory") for _ in range(3)]})
     with pytest.raises(WorkerLost, match="out of memory 2 times in a row; use larger nodes"):
-        lane(driver)
+        supervise(driver)
     assert driver.run.folder.run()["failures"] == 1
 
 
 def test_out_of_memory_after_a_death_is_the_first_time(make_run):
     driver = make_run({"many": [WorkerLost("died"), WorkerLost("full", "memory"), None]})
-    assert lane(driver).finished
+    assert supervise(driver).finished
     assert driver.run.folder.run()["failures"] == 2
 
 
@@ -276,30 +276,30 @@ def test_preemptions_have_a_budget_of_their_own(make_run, events):
     """Two preemptions are allowed and no failure counts; the third ends with exit status 75."""
     words = [*LFME, "cluster.max_preemptions=2"]
     driver = make_run({"many": [Drained("node a"), WorkerLost("node b", "preemption"), None]}, words=words)
-    assert lane(driver).finished
+    assert supervise(driver).finished
     assert driver.run.folder.run()["preemptions"] == 2
     assert "failures" not in driver.run.folder.run()
 
     driver = make_run({"many": [Drained("node a") for _ in range(3)]}, words=words)
     with pytest.raises(Preempted, match=r"cluster.max_preemptions = 2") as ended:
-        lane(driver)
+        supervise(driver)
     assert ended.value.exit_code == 75
 
 
 def test_one_node_that_is_taken_from_several_stages_counts_once(make_run):
     driver = make_run({})
-    driver.run.preempted(Drained("node a"), "many", {"a"})
-    driver.run.preempted(Drained("nodes a and b"), "medium", {"a", "b"})
-    driver.run.preempted(Drained("node b"), "few", {"b"})
+    driver.run.record_preemption(Drained("node a"), "many", {"a"})
+    driver.run.record_preemption(Drained("nodes a and b"), "medium", {"a", "b"})
+    driver.run.record_preemption(Drained("node b"), "few", {"b"})
     assert driver.run.folder.run()["preemptions"] == 2
-    driver.run.preempted(WorkerLost("a worker died", "preemption"), "few", set())
+    driver.run.record_preemption(WorkerLost("a worker died", "preemption"), "few", set())
     assert driver.run.preemptions == 3
 
 
 def test_nodes_taken_away_without_room_elsewhere_end_the_run_with_the_status_for_it(make_run):
     driver = make_run({"many": [Drained("node a will be taken away")]}, rooms=[ValueError("places for 0")] * 1000)
     with pytest.raises(Preempted, match=r"node a .*places for 0.*the same command continues"):
-        lane(driver)
+        supervise(driver)
 
 
 def test_a_run_folder_that_would_vanish_is_refused(monkeypatch):
@@ -324,7 +324,7 @@ def test_hours_are_counted_for_a_fleet_that_dies_while_it_starts(make_run):
             raise WorkerLost("a worker died")
 
     fleet.start = fleet.mend = start
-    lane(driver)
+    supervise(driver)
     assert starts == [1, 1]
     assert driver.run.cost._workers == 1
 
@@ -360,9 +360,9 @@ def test_all_stages_of_a_wave_are_trained_before_the_next_begins(make_run, event
 def test_run_json_lists_the_workers_of_every_living_fleet_with_their_stage(make_run):
     driver = make_run({})
     one, two = driver.fleet, FakeFleet([], "further")
-    driver.run.started(one, "many")
-    driver.run.started(two, "medium")
-    driver.run.started(one, "few")
+    driver.run.announce_start(one, "many")
+    driver.run.announce_start(two, "medium")
+    driver.run.announce_start(one, "few")
     stored = driver.run.folder.run()
     assert stored["workers"] == [{"pid": "main", "stage": "few"}, {"pid": "further", "stage": "medium"}]
     assert stored["starts"] == 1

@@ -18,7 +18,7 @@ from orchestration.storage import url_store as store
 from orchestration.storage.checkpoint import Checkpoints, verify, write_file
 from orchestration.storage.location import check_run_dir, run_at_hand, run_path
 from orchestration.storage.remote_run_folder import RemoteRunFolder
-from orchestration.storage.url_store import StorageProblem, Store, try_out
+from orchestration.storage.url_store import StorageProblem, UrlStore, try_out
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ def test_what_is_put_is_what_another_node_gets(url, tmp_path):
     folder = RemoteRunFolder(tmp_path / "here", url)
     for step in (4, 8, 12):
         train(folder, step)
-        folder.saved()
+        folder.announce_checkpoint()
     finish(folder)
     folder.settle(10)
     folder.close()
@@ -106,11 +106,11 @@ class Budget:
     def __init__(self, monkeypatch):
         self.asked, self.at, self.do, self.limit = 0, None, None, 10**6
         self.cut = threading.Event()
-        remove = Store.remove
+        remove = UrlStore.remove
         for name in ("write", "put"):
-            monkeypatch.setattr(Store, name, self._counted(getattr(Store, name)))
+            monkeypatch.setattr(UrlStore, name, self._counted(getattr(UrlStore, name)))
         one = self._counted(lambda store, name: remove(store, [name]))
-        monkeypatch.setattr(Store, "remove", lambda store, names: [one(store, name) for name in names])
+        monkeypatch.setattr(UrlStore, "remove", lambda store, names: [one(store, name) for name in names])
 
     def _counted(self, method):
         def call(store, name, *rest):
@@ -290,9 +290,9 @@ def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(url, tmp_path, monke
 
 def test_a_connection_that_failed_is_made_anew(url, tmp_path, monkeypatch):
     """As of sftp, whose connection does not come back by itself."""
-    kept, opened = Store(url), []
-    connect = Store._connect
-    monkeypatch.setattr(Store, "_connect", lambda self: (opened.append(1), connect(self))[1])
+    kept, opened = UrlStore(url), []
+    connect = UrlStore._connect
+    monkeypatch.setattr(UrlStore, "_connect", lambda self: (opened.append(1), connect(self))[1])
     kept.write("a", b"1")
     monkeypatch.setattr(LocalFileSystem, "cat_file", lambda *_, **__: (_ for _ in ()).throw(EOFError("closed")))
     with pytest.raises(StorageProblem, match="EOFError: closed"):
@@ -304,7 +304,7 @@ def test_a_connection_that_failed_is_made_anew(url, tmp_path, monkeypatch):
 def test_a_copy_whose_making_was_cut_off_is_made_again(url, tmp_path, monkeypatch):
     put(url, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "get", lambda *_: (_ for _ in ()).throw(StorageProblem("cut off")))
+        patch.setattr(UrlStore, "get", lambda *_: (_ for _ in ()).throw(StorageProblem("cut off")))
         with pytest.raises(StorageProblem, match="cut off"):
             elsewhere(url, tmp_path)
     other = RemoteRunFolder(tmp_path / "elsewhere", url)
@@ -359,14 +359,14 @@ def test_who_lost_the_lock_writes_nothing_more(url, tmp_path):
     with pytest.raises(ValueError, match=r"taken over by process 1 on elsewhere|not there yet"):
         holder.settle(1)
     with pytest.raises(ValueError, match="taken over by process 1 on elsewhere"):
-        holder.saved()
+        holder.announce_checkpoint()
     holder.close()
     assert contents(tmp_path / "bucket") == before
 
 
 def test_storage_that_fails_for_a_while_stops_nothing(url, tmp_path, monkeypatch, capsys):
     folder = RemoteRunFolder(tmp_path / "here", url)
-    write, fails = Store.write, [3]
+    write, fails = UrlStore.write, [3]
 
     def failing(self, name, data):
         if name == "metrics.jsonl" and fails[0]:
@@ -374,9 +374,9 @@ def test_storage_that_fails_for_a_while_stops_nothing(url, tmp_path, monkeypatch
             raise StorageProblem("away")
         write(self, name, data)
 
-    monkeypatch.setattr(Store, "write", failing)
+    monkeypatch.setattr(UrlStore, "write", failing)
     train(folder, 4)
-    folder.saved()
+    folder.announce_checkpoint()
     folder.settle(10)
     folder.close()
     assert capsys.readouterr().err.count("away; training goes on") == 1
@@ -387,7 +387,7 @@ def test_storage_that_fails_for_a_while_stops_nothing(url, tmp_path, monkeypatch
 
 def test_what_could_not_be_put_is_told_with_its_place(url, tmp_path, monkeypatch):
     folder = RemoteRunFolder(tmp_path / "here", url)
-    monkeypatch.setattr(Store, "write", lambda *_: (_ for _ in ()).throw(StorageProblem("no credentials")))
+    monkeypatch.setattr(UrlStore, "write", lambda *_: (_ for _ in ()).throw(StorageProblem("no credentials")))
     train(folder, 4)
     with pytest.raises(ValueError, match=rf"not there yet \(no credentials\); it is in {folder.path}"):
         folder.settle(0.3)
@@ -436,7 +436,7 @@ def test_storage_that_cannot_be_opened_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"cannot be read .*needed storage that this node can read and write"):
         RemoteRunFolder(tmp_path / "here", f"file://{tmp_path}/file/runs/one")
     with pytest.raises(ValueError, match="cannot be opened"):
-        Store("nosuch://bucket")
+        UrlStore("nosuch://bucket")
 
 
 def test_commands_take_the_url_of_a_run_and_put_back_what_they_write(url, tmp_path, monkeypatch):

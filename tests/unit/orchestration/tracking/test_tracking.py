@@ -10,7 +10,7 @@ from orchestration.config.secrets import redact
 from orchestration.storage.files import write_atomic
 from orchestration.storage.journal import Journal
 from orchestration.tracking import contents as tracking_contents
-from orchestration.tracking.process import State, Tail, Target, WithoutSecrets, drain, incomplete, is_final, locked
+from orchestration.tracking.process import State, Tail, Target, WithoutSecrets, flush, incomplete, is_final, locked
 from orchestration.tracking.uri import check_uri, default_uri
 
 
@@ -213,22 +213,22 @@ class Flaky:
 
 def test_draining_goes_on_past_failures_and_remembers_what_is_wrong(tmp_path):
     sender = Flaky(tmp_path, [OSError("down")])
-    assert drain(sender, 10, "FINISHED") is None
+    assert flush(sender, 10, "FINISHED") is None
     assert sender.calls == ["connect", "connect", "describe", "files", "models", "FINISHED"]
-    assert drain(Flaky(tmp_path, [OSError("down http://u:s3cret@h")] * 99), 0.6, None) == "OSError: down http://h"
+    assert flush(Flaky(tmp_path, [OSError("down http://u:s3cret@h")] * 99), 0.6, None) == "OSError: down http://h"
     assert "OSError: down http://h" in (tmp_path / "tracking.json").read_text()
-    assert drain(Flaky(tmp_path, [Refusal(403)]), 100, None).startswith("Refusal")
+    assert flush(Flaky(tmp_path, [Refusal(403)]), 100, None).startswith("Refusal")
     assert json.loads((tmp_path / "tracking.json").read_text())["http://h"]["status"] == "FINISHED"
 
 
 def test_how_a_run_ended_is_what_was_said_last_until_its_folder_says_otherwise(tmp_path):
     """A driver was killed, which only its uploader could tell; the run went on without tracking and is finished."""
     (tmp_path / "run.json").write_text('{"status": "running"}')
-    assert drain(Flaky(tmp_path, []), 1, "KILLED") is None
+    assert flush(Flaky(tmp_path, []), 1, "KILLED") is None
 
     def synced():
         sender = Flaky(tmp_path, [])
-        assert drain(sender, 1, None) is None
+        assert flush(sender, 1, None) is None
         return sender.calls[-1]
 
     assert synced() == synced() == "KILLED"
@@ -238,7 +238,7 @@ def test_how_a_run_ended_is_what_was_said_last_until_its_folder_says_otherwise(t
 
 def test_a_sweep_that_was_interrupted_and_went_on_is_not_called_killed(tmp_path):
     write_atomic(tmp_path / "sweep.json", "{}")
-    assert drain(Flaky(tmp_path, []), 1, "KILLED") is None
+    assert flush(Flaky(tmp_path, []), 1, "KILLED") is None
     write_atomic(tmp_path / "sweep.json", "{}")
     sender = Flaky(tmp_path, [])
-    assert drain(sender, 1, None) is None and sender.calls[-1] is None
+    assert flush(sender, 1, None) is None and sender.calls[-1] is None

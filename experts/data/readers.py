@@ -8,9 +8,9 @@ from experts.data.arrays import open_digits, open_fashion_mnist
 from experts.data.cifar import open_cifar
 from experts.data.config import DatasetConfig
 from experts.data.files import open_image_folder, open_image_list
-from experts.data.pools import Source
+from experts.data.pools import RawDataset
 
-READERS: dict[str, Callable[[DatasetConfig], Source]] = {
+READERS: dict[str, Callable[[DatasetConfig], RawDataset]] = {
     "digits": open_digits,
     "fashion_mnist": open_fashion_mnist,
     "cifar10": open_cifar,
@@ -20,7 +20,7 @@ READERS: dict[str, Callable[[DatasetConfig], Source]] = {
 }
 
 
-def open_source(config: DatasetConfig) -> Source:
+def open_raw(config: DatasetConfig) -> RawDataset:
     """The full set, nothing selected.
 
     Raises:
