@@ -1,4 +1,4 @@
-"""Workers on nodes: where Ray's PACK would put them, what each link between them carries, and a drawing of it. Pure."""
+"""Workers on nodes: where Ray's PACK strategy would put them, and a drawing of it. Pure functions."""
 
 from __future__ import annotations
 
@@ -28,16 +28,6 @@ class Layout:
     def on(self, node: str) -> list[int]:
         """Ranks on a node."""
         return [rank for rank, index in enumerate(self.node_of) if self.nodes[index] == node]
-
-    def between(self, links: Mapping[tuple[int, int], int | None]) -> dict[tuple[str, str], int | None]:
-        """Bytes from node to node, of links between workers on different nodes; None where one is not known."""
-        found: dict[tuple[str, str], int | None] = {}
-        for (sender, receiver), sent in links.items():
-            ends = self.nodes[self.node_of[sender]], self.nodes[self.node_of[receiver]]
-            if ends[0] != ends[1]:
-                before = found.get(ends, 0)
-                found[ends] = None if sent is None or before is None else before + sent
-        return found
 
 
 def bundle_of(cluster: ClusterConfig, cpus: float) -> dict[str, float]:

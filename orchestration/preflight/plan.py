@@ -1,7 +1,8 @@
 """Where a run's experts and images would lie, what crosses the network, what it costs: a pure function of its config.
 
-Nothing is started and no data is read, so sizes of sets that list or scan files stay open. What a step asks of a worker
-is found by trying one on blank images (rehearsal.py); here it is laid on the mesh. plan.py puts it in words.
+Nothing is started and no data is read, so the sizes of sets that list or scan files stay open (None). The work of one
+step is measured by rehearsing it on blank images (rehearsal.py) and distributed over the mesh here. plan_text.py prints
+the result.
 
 Letters: E experts in all, e in one slot, S expert slots, R replicas, W = S R workers, B images, C classes, D channels.
 """
@@ -9,8 +10,7 @@ Letters: E experts in all, e in one slot, S expert slots, R replicas, W = S R wo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,26 +18,26 @@ from experts.class_groups import GroupRule
 from experts.data.imbalance import hold_out, long_tailed_counts, select
 from experts.flow import PARTS
 from experts.registry import build, piece
-from orchestration.config.recipe import StageConfig, stage_classes
+from orchestration.config.recipe import StageConfig, Teacher, stage_classes
 from orchestration.config.run_config import RunConfig
 from orchestration.preflight.rehearsal import Costs, Load, TeacherLoad, costs_of, rehearse, teacher_load
-from orchestration.preflight.traffic import Exchange, Teachers, dealt, exchanges, number_bytes, shares_of
+from orchestration.preflight.traffic import Exchange, Teachers, deal_teachers, exchanges, number_bytes, shares_of
 from orchestration.training.mesh import MeshShape, mesh_shape
 
 WORKER_GIB = (0.8, 1.5)
-"""Memory of a worker's process without weights, measured: digits on ResNet-8, CIFAR from JPEG files on ResNet-32."""
+"""Memory of a worker's process without weights, GiB; measured: digits on ResNet-8, CIFAR JPEGs on ResNet-32."""
 _DIGITS = (178, 182, 177, 183, 181, 182, 181, 179, 174, 180)
 _TRAINING_IMAGES = {"digits": _DIGITS, "fashion_mnist": (6000,) * 10, "cifar10": (5000,) * 10, "cifar100": (500,) * 100}
 
 
 @dataclass(frozen=True)
 class Size:
-    """An ensemble: parameters, and multiply-adds of one image through it. `None` where they need C.
+    """Parameters of an ensemble, and multiply-adds per image in a forward pass; None where they need C.
 
     Attributes:
-        trunk, shared: parameters before and after all experts.
-        experts: parameters of each expert; a gate, or a bias that only one has, makes them differ.
-        trunk_work, expert_work: multiply-adds; a shared head counts once for each expert.
+        trunk, shared: parameters before and after the experts.
+        experts: parameters of each expert. A gate, or a bias that only one expert has, makes them differ.
+        trunk_work, expert_work: multiply-adds. A shared head counts once for each expert.
     """
 
     trunk: int | None
@@ -57,19 +57,19 @@ class Size:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage. `None` where only the data can say.
+    """One stage of a run; None where only the data can say.
 
     Attributes:
         experts: names, in the order of the logits.
-        num_classes: that the stage knows.
+        num_classes: classes that the stage knows.
         shares: images of a batch on each replica.
-        learns: parts that learn.
+        learns: parts of the ensemble that learn.
         exchanges: of one step; empty with one worker.
-        memory: bytes of weights, gradients, optimiser state and teachers on the worker that has most.
-        work: multiply-adds of a training step per image, on all slots, with teachers; an image and its partner count
-            once.
-        repeated: multiply-adds of forward passes that spread adds, as a share of those in one place.
-        teachers: by name; None where the run is not there.
+        memory: bytes of weights, gradients, optimiser state and teachers on the worker that holds most.
+        work: multiply-adds of a training step per image, over all slots and with teachers. An image and its partner
+            count as one.
+        repeated: multiply-adds that a spread placement adds to the forward pass, as a share of the packed one's.
+        teachers: by name; None where the run is missing.
     """
 
     name: str
@@ -90,7 +90,7 @@ class StagePlan:
     teachers: dict[str, TeacherLoad | None]
 
     def sent(self) -> int | None:
-        """Bytes that a worker sends in a step, of the slot that sends most."""
+        """Return the bytes that a worker sends per step, for the slot that sends most."""
         slots = range(len(self.exchanges[0].payloads)) if self.exchanges else range(0)
         sums = [_sum([exchange.sent(slot) for exchange in self.exchanges]) for slot in slots]
         return None if None in sums else max(sums, default=0)  # type: ignore[type-var]
@@ -101,12 +101,12 @@ class Plan:
     """A run's placement and cost.
 
     Attributes:
-        shape: of the mesh of every stage.
-        num_classes: C, None if only the data can say.
-        counts: training images per class, None if only the data can say.
+        shape: mesh of every stage.
+        num_classes: C; None if only the data can say.
+        counts: training images per class; None if only the data can say.
         stages: in the order of the recipe.
         waves: stages that may train side by side, wave after wave.
-        side_by_side: most stages that train at once, each on workers of its own, where there are places.
+        side_by_side: the most stages that train at once, each on its own workers, where the cluster has room.
     """
 
     shape: MeshShape
@@ -122,26 +122,26 @@ class Plan:
 
     @property
     def memory(self) -> int | None:
-        """Bytes of the stage that needs most, on one worker."""
-        found = [stage.memory for stage in self.stages]
-        return None if None in found else max(found)  # type: ignore[type-var]
+        """Bytes on one worker in the stage that needs most."""
+        bytes_ = [stage.memory for stage in self.stages]
+        return None if None in bytes_ else max(bytes_)  # type: ignore[type-var]
 
     def experts_on(self, rank: int, stage: StagePlan | None = None) -> tuple[str, ...]:
-        """Names of the experts of a worker; unless said, in the last stage."""
+        """Return the names of a worker's experts, by default in the last stage."""
         names = (stage or self.final).experts
         return tuple(names[i] for i in self.shape.experts_of(self.shape.position(rank)[0]))
 
 
 def plan(config: RunConfig, nodes: Mapping[str, Mapping[str, float]] | None = None) -> Plan:
-    """Lay a run out.
+    """Plan a run.
 
     Args:
-        config: checked.
-        nodes: resources by node, as Ray names them; given, a placement that they cannot hold is refused.
+        config: validated.
+        nodes: resources by node, as Ray names them. If given, a placement that does not fit them is refused.
 
     Raises:
-        ValueError: experts and workers do not fit, the counts asked for do not exist, a method's groups have no class,
-            or the nodes are too few.
+        ValueError: experts and workers do not fit, the data set has too few images for the counts asked for, a group
+            of the method has no class, or the nodes have too little room.
     """
     shape = mesh_shape(config.method.num_experts, config.cluster.workers, config.cluster.experts_per_worker)
     if nodes is not None and config.cluster.cpus_per_worker is not None:
@@ -169,20 +169,20 @@ def plan(config: RunConfig, nodes: Mapping[str, Mapping[str, float]] | None = No
 
 
 def expected_counts(config: RunConfig, num_classes: int | None) -> np.ndarray | None:
-    """Training images per class, int64 [C], where the config and the published sizes of a set decide them; else None.
+    """Return the training images per class, int64 [C], or None if neither the config nor a known set decides them.
 
     Raises:
-        ValueError: the set has fewer images than the keys ask for.
+        ValueError: the set has fewer images than the config asks for.
     """
     data = config.dataset
-    found = _TRAINING_IMAGES.get(data.source)
-    if found is None or num_classes is None:
+    available = _TRAINING_IMAGES.get(data.source)
+    if available is None or num_classes is None:
         ratio, largest = data.imbalance_ratio, data.max_per_class
         if None in (num_classes, ratio, largest) or data.val_per_class or data.balanced:
             return None
         assert num_classes is not None and ratio is not None and largest is not None
         return long_tailed_counts(num_classes, largest, ratio, data.imbalance_type)
-    labels = np.repeat(np.arange(num_classes), found)
+    labels = np.repeat(np.arange(num_classes), available)
     if data.test_per_class:
         labels = labels[hold_out(labels, num_classes, data.test_per_class, "test_per_class")[0]]
     chosen = select(
@@ -216,41 +216,45 @@ def _stage(
     counts: np.ndarray | None,
     costs: dict[int, Costs],
 ) -> StagePlan:
-    """A stage's plan. Where the counts are not known, what two different ones agree on."""
+    """Plan a stage. Where the counts are unknown, assume some, and leave open every number that depends on them."""
+    stage = config.method.stages[name]
     if counts is not None:
         return _stage_with(config, name, shape, counts, costs, known=True)
-    rule = _rule(config, config.method.stages[name])
-    guesses = (_guess(num_classes, rule, variant) for variant in (0, 1))
-    return _agreed(*(_stage_with(config, name, shape, guess, costs, known=False) for guess in guesses))
+    counts = _assumed_counts(num_classes, _rule(config, stage))
+    assumed = _stage_with(config, name, shape, counts, costs, known=False)
+    return _without_classes(assumed) if num_classes is None or stage.classes is not None else assumed
+
+
+def _without_classes(stage: StagePlan) -> StagePlan:
+    """Leave open what needs the number of classes: heads, scores and their sums."""
+    size = replace(stage.size, shared=None, experts=(None,) * len(stage.experts), expert_work=None)
+    unknown = (None,) * len(stage.exchanges[0].payloads) if stage.exchanges else ()
+    return replace(
+        stage,
+        num_classes=None,
+        size=size,
+        exchanges=tuple(replace(exchange, payloads=unknown) for exchange in stage.exchanges),
+        memory=None,
+        work=None,
+        repeated=None,
+    )
 
 
 def _rule(config: RunConfig, stage: StageConfig) -> GroupRule:
-    """The rule that groups a stage's classes, if one does."""
+    """Return the rule that groups a stage's classes, or the default one."""
     if stage.classes is not None:
         return stage.classes.rule
     rules = (getattr(part, "groups", None) for part in (stage.objective, config.method.aggregator))
     return next((rule for rule in rules if rule is not None), GroupRule())
 
 
-def _guess(num_classes: int | None, rule: GroupRule, variant: int) -> np.ndarray:
-    """Counts that have a class in each of a rule's groups; another number of them in every variant."""
-    size = num_classes or max(rule.cuts or (0,)) + 100 + 7 * variant
-    few = max(size // (3 + variant), 1)
+def _assumed_counts(num_classes: int | None, rule: GroupRule) -> np.ndarray:
+    """Return counts, int64 [C], with a class in each of a rule's groups."""
+    size = num_classes or max(rule.cuts or (0,)) + 100
+    few = max(size // 3, 1)
     medium = (rule.few_below + rule.many_above) // 2
     values = [rule.many_above + 1] * (size - 2 * few) + [max(medium, 1)] * few + [max(rule.few_below - 1, 1)] * few
     return np.array(values[:size], dtype=np.int64)
-
-
-def _agreed(a: Any, b: Any) -> Any:
-    """What two plans have in common, None elsewhere."""
-    if is_dataclass(a) and not isinstance(a, type) and type(a) is type(b):
-        same = {field.name: _agreed(getattr(a, field.name), getattr(b, field.name)) for field in fields(a)}
-        return type(a)(**same)
-    if isinstance(a, dict) and isinstance(b, dict):
-        return {name: _agreed(value, b[name]) for name, value in a.items()}
-    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
-        return tuple(_agreed(x, y) for x, y in zip(a, b, strict=True))
-    return a if a == b else None
 
 
 def _stage_with(
@@ -262,10 +266,7 @@ def _stage_with(
     if num_classes not in costs:
         costs[num_classes] = costs_of(config, num_classes)
     loads = [rehearse(config, name, counts_C, shape, slot, costs[num_classes]) for slot in range(shape.slots)]
-    teachers = {
-        teacher: teacher_load(config, source, lambda other: len(stage_classes(config.method, other, counts.tolist())))
-        for teacher, source in stage.teachers.items()
-    }
+    teachers = {teacher: _teacher(config, source, counts, known=known) for teacher, source in stage.teachers.items()}
     images, steps, last = epoch_of(name, stage, counts_C) if known else (None, None, None)
     work, repeated = _work(stage, shape, loads, teachers)
     flow = piece("flow", stage.flow.name)
@@ -289,19 +290,31 @@ def _stage_with(
     )
 
 
+def _teacher(config: RunConfig, source: Teacher, counts: np.ndarray, *, known: bool) -> TeacherLoad | None:
+    """Return a teacher's load; None where it is missing, or only the data can say how many classes it knows."""
+    all_classes = source.stage is None or config.method.stages[source.stage].classes is None
+    if source.stage is not None and not known and not (all_classes and config.dataset.num_classes):
+        return None
+    return teacher_load(config, source, lambda stage: len(stage_classes(config.method, stage, counts.tolist())))
+
+
 def epoch_of(name: str, stage: StageConfig, counts_C: np.ndarray) -> tuple[int, int, int]:
-    """Images and steps of an epoch, and images of its last step."""
+    """Return the images and steps per epoch, and the images of its last step.
+
+    Raises:
+        ValueError: no batch is full and drop_last leaves out partial ones.
+    """
     labels = np.repeat(np.arange(len(counts_C)), counts_C)
     images: int = build("sampler", stage.sampler, labels, len(counts_C)).draws_per_epoch
-    whole, rest = divmod(images, stage.batch_size)
+    full, rest = divmod(images, stage.batch_size)
     if stage.drop_last:
-        images, rest = whole * stage.batch_size, 0
+        images, rest = full * stage.batch_size, 0
     if not images:
         raise ValueError(
-            f"method.stages.{name}.batch_size = {stage.batch_size} with drop_last: an epoch has no whole batch; "
+            f"method.stages.{name}.batch_size = {stage.batch_size} with drop_last: an epoch has no full batch; "
             f"lower batch_size"
         )
-    return images, whole + (rest > 0), rest or stage.batch_size
+    return images, full + (rest > 0), rest or stage.batch_size
 
 
 def _size(loads: list[Load], costs: Costs) -> Size:
@@ -318,18 +331,20 @@ def _size(loads: list[Load], costs: Costs) -> Size:
 def _work(
     stage: StageConfig, shape: MeshShape, loads: list[Load], teachers: Teachers
 ) -> tuple[float | None, float | None]:
-    """Multiply-adds per image of a training step on all slots, and the share of forward passes that spread adds."""
+    """Return the multiply-adds per image of a training step over all slots, and the share that spreading adds to the
+    forward pass."""
     if any(teacher is None for teacher in teachers.values()):
         return None, None
-    experts_in = dealt(teachers, shape.slots)
+    held = deal_teachers(teachers, shape.slots)
     spread = packed = 0
     for name, teacher in teachers.items():
         assert teacher is not None
-        spread += sum(teacher.work(experts) for experts in experts_in[name])
+        spread += sum(teacher.work(experts) for experts in held[name])
         packed += teacher.work(teacher.num_experts)
     trunks = [load.trunk_work for load in loads]
     here = sum(load.work for load in loads)
-    # One trunk sees every stream; trunks that live apart see the same images, or each a stream of its own.
+    # Packed, one trunk sees every stream. Spread, every slot has a trunk: all see the same images, which repeats its
+    # work, or each sees its own stream.
     alone = here - sum(trunks) + (sum(trunks) if piece("flow", stage.flow.name).own_streams else max(trunks))
     work = sum(load.training_work for load in loads) + spread
     return work, (here + spread) / (alone + packed) - 1 if alone + packed else 0.0
@@ -338,15 +353,16 @@ def _work(
 def _memory(
     config: RunConfig, stage: StageConfig, shape: MeshShape, loads: list[Load], teachers: Teachers
 ) -> int | None:
-    """Bytes of weights, gradients, momentum, teachers and, with ZeRO, the part of the master weights: the most."""
+    """Return the bytes of weights, gradients, momentum, teachers and, with ZeRO, the worker's share of the master
+    weights, for the slot that holds most."""
     if any(teacher is None for teacher in teachers.values()):
         return None
-    experts_in = dealt(teachers, shape.slots)
+    held = deal_teachers(teachers, shape.slots)
     engine, momentum = config.engine, stage.optimizer.momentum > 0
     most = 0.0
     for slot, load in enumerate(loads):
         total: float = sum(load.parameters.values())
-        total += sum(teacher.held(experts_in[name][slot]) for name, teacher in teachers.items() if teacher)
+        total += sum(teacher.held(held[name][slot]) for name, teacher in teachers.items() if teacher)
         for part, groups in load.learning.items():
             among = shape.replicas if part == "experts" else shape.workers
             if engine.name == "torch":

@@ -1,4 +1,4 @@
-"""A plan as text, as `expertail plan` prints it."""
+"""Print a plan: the text of `expertail plan`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ from orchestration.config.recipe import ModelSource, StageConfig
 from orchestration.config.run_config import RunConfig
 from orchestration.config.secrets import redact
 from orchestration.preflight.plan import WORKER_GIB, Plan, Size, StagePlan, plan
-from orchestration.preflight.traffic import Exchange, link_bytes, shares_of
+from orchestration.preflight.traffic import Exchange, shares_of
 from orchestration.results.text import bytes_, grid, number, plural
 from orchestration.storage.exports import check_sources
 from orchestration.storage.url_store import is_url
 from orchestration.tracking.uri import default_uri
 
 _SHOWN_WORKERS = 16
-_SHOWN_LINKS = 24
 
 
 def names_cluster(config: RunConfig) -> bool:
@@ -57,7 +56,6 @@ def describe(
         ("size", _size_table(found)),
         ("step", _step(config, found)),
         ("exchanged per step and worker", _exchange_table(found)),
-        ("on each link, bytes a step", _link_table(found, layout)),
         ("time", time_lines if time_lines is not None else _no_time()),
         ("folder", _places(config)),
     ]
@@ -109,7 +107,7 @@ def _special(config: RunConfig, stage: StagePlan) -> Iterator[str]:
         yield f"begins with the weights of {_source(source)}"
     for name, teacher in settings.teachers.items():
         size = stage.teachers[name]
-        what = "which is not there"
+        what = "which is missing" if teacher.run is not None else "known when the data is opened"
         if size is not None:
             what = f"{plural(size.num_experts, 'expert')}, {number(size.num_classes)} classes"
         yield f"teacher {name}: {_source(teacher)}, {what}; {teacher.mode} mode"
@@ -241,31 +239,6 @@ def _nodes(
     experts = {rank: found.experts_on(rank) for rank in range(found.shape.workers)}
     yield "as Ray packs them when nothing else runs; of equal nodes it may fill another first"
     yield from draw(layout, nodes, found.shape, experts, _SHOWN_WORKERS)
-
-
-def _link_table(found: Plan, layout: Layout | None) -> Iterator[str]:
-    if found.shape.workers == 1:
-        yield "nothing: one worker"
-        return
-    yield "at most, if every exchange runs as a ring in the order of the workers"
-    shown: dict[tuple[Exchange, ...], list[str]] = {}
-    for stage in found.stages:
-        shown.setdefault(stage.exchanges, []).append(stage.name)
-    for exchanges, stages in shown.items():
-        if len(found.stages) > 1:
-            yield f"stage {', '.join(stages)}"
-        links = link_bytes(exchanges, found.shape)
-        rows = [["from worker", "to", "bytes", *(["over"] if layout else [])]]
-        for (sender, receiver), sent in sorted(links.items())[:_SHOWN_LINKS]:
-            rows.append([str(sender), str(receiver), bytes_(sent)])
-            if layout is not None:
-                a, b = (layout.nodes[layout.node_of[rank]] for rank in (sender, receiver))
-                rows[-1].append(f"inside {a}" if a == b else f"{a} -> {b}")
-        yield from grid(rows, left=(3,))
-        if len(links) > _SHOWN_LINKS:
-            yield f"... and {len(links) - _SHOWN_LINKS} more"
-        for (a, b), sent in layout.between(links).items() if layout is not None else ():
-            yield f"in all from {a} to {b}: {bytes_(sent)}"
 
 
 def _no_time() -> Iterator[str]:

@@ -12,8 +12,6 @@ from orchestration.commands.plan import plan_text
 from orchestration.config.compose import load_config
 from orchestration.preflight.plan import expected_counts, plan
 from orchestration.preflight.plan_text import describe
-from orchestration.preflight.traffic import link_bytes, rings
-from orchestration.training.mesh import MeshShape
 
 CIFAR = ["dataset=cifar100_lt"]
 
@@ -219,7 +217,7 @@ def test_a_teacher_that_is_not_there_leaves_only_its_own_numbers_open(tmp_path):
     sent = {x.what: x.payload for x in found.final.exchanges}
     assert [what for what, payload in sent.items() if payload is None] == ["scores of teacher teacher"]
     assert found.memory is None and found.final.sent() is None and found.final.size.parameters
-    assert "which is not there" in describe(load_config(words))
+    assert "which is missing" in describe(load_config(words))
 
 
 @pytest.mark.parametrize(
@@ -292,13 +290,13 @@ def test_an_ensemble_of_a_group_that_nobody_has_counted_is_left_open():
     words = ["method=lfme", "schedule=lfme_digits_lt", "dataset.val_per_class=0", "cluster.workers=2"]
     words += [f"method.stages.{stage}.classes={COUNTED}" for stage in ("many", "medium", "few")]
     config = load_config([*FILES, *words, "method.stages.student.objective.groups.rule=count"])
-    assert "teacher many: stage many, best, 1 expert, n/a classes" in describe(config)
+    assert "teacher many: stage many, best, known when the data is opened; eval mode" in describe(config)
     found = plan(config)
     assert [stage.num_classes for stage in found.stages] == [None, None, None, 1000]
     assert [stage.size.parameters is None for stage in found.stages] == [True, True, True, False]
     assert found.stages[0].size.trunk == 0
     sent = {x.what: x.payload for x in found.stages[0].exchanges}
-    assert sent["gradient, experts"] is None and sent["BatchNorm statistics"]
+    assert "gradient, experts" in sent and set(sent.values()) == {None}
     assert found.memory is None and found.final.sent()
 
 
@@ -333,7 +331,7 @@ def test_many_workers_are_cut_short():
         (["cluster.workers=4"], "cluster.workers = 4 does not fit"),
         (["dataset.num_classes=11"], "dataset.num_classes = 11: digits has 10 classes"),
         (["dataset.max_per_class=150"], "needs 150 images of class"),
-        (["method.stages.train.drop_last=true", "method.stages.train.batch_size=500"], "no whole batch"),
+        (["method.stages.train.drop_last=true", "method.stages.train.batch_size=500"], "no full batch"),
     ],
 )
 def test_what_cannot_run_is_refused(words, message):
@@ -366,29 +364,6 @@ def test_packing_counts_gpus_memory_and_fractions():
     assert packed(3, {"CPU": 0.66}, {"one": {"CPU": 2.0}}).node_of == (0, 0, 0)
 
 
-def test_rings_follow_slots_and_replicas():
-    shape = MeshShape(3, 1, 2)
-    assert rings("replicas", shape) == [[0, 1], [2, 3], [4, 5]]
-    assert rings("slots", shape) == [[0, 2, 4], [1, 3, 5]]
-    assert rings("all", shape) == [[0, 1, 2, 3, 4, 5]]
-
-
-def test_what_links_carry_is_what_workers_send():
-    """Every byte that the exchanges' rings send is on a link, and only those between nodes cross."""
-    config = load_config([*CIFAR, "cluster.workers=6", "cluster.cpus_per_worker=1"])
-    found = plan(config)
-    links = link_bytes(found.final.exchanges, found.shape)
-    slots = [found.shape.position(rank)[0] for rank in range(6)]
-    assert sum(links.values()) == sum(x.sent(slot) for x in found.final.exchanges for slot in slots)
-    layout = packed(6, {"CPU": 1.0}, {"a": {"CPU": 4.0}, "b": {"CPU": 2.0}})
-    # Slots lie on workers 0 1, 2 3, 4 5: rings of slots cross from 2, 3 to 4, 5 and from there to 0, 1.
-    crossing = {(2, 4), (3, 5), (3, 4), (4, 0), (5, 1), (5, 0)}
-    assert layout.between(links) == {
-        (a, b): sum(links[link] for link in crossing if layout.node_of[link[0]] == "ab".index(a))
-        for a, b in (("a", "b"), ("b", "a"))
-    }
-
-
 def test_the_picture_shows_every_worker_on_its_node():
     words = [*CIFAR, "cluster.workers=6", "cluster.cpus_per_worker=1"]
     text = describe(load_config(words), {"10.0.0.1": {"CPU": 4.0}, "10.0.0.2": {"CPU": 2.0}, "10.0.0.3": {"CPU": 1.0}})
@@ -401,8 +376,6 @@ def test_the_picture_shows_every_worker_on_its_node():
         "  without a worker: 10.0.0.3",
     ):
         assert line in text.splitlines(), line
-    assert "  10.0.0.1 -> 10.0.0.2" in text and "inside 10.0.0.1" in text
-    assert "in all from 10.0.0.2 to 10.0.0.1: " in text
 
 
 def test_flops_are_two_a_multiply_add():
