@@ -28,8 +28,8 @@ from orchestration.config.compose import GROUPS, from_yaml, load_config
 from orchestration.config.identity import difference, identity
 from orchestration.config.run_config import RunConfig, name_problems
 from orchestration.results.sweep_table import draw_sweep, sweep_table
+from orchestration.runs.admission import admit
 from orchestration.storage.checkpoint import Checkpoints
-from orchestration.storage.exports import check_sources
 from orchestration.storage.files import DATA, read_json, write_atomic
 from orchestration.storage.journal import FILE_NAME as JOURNAL
 from orchestration.storage.journal import read_journal
@@ -40,7 +40,6 @@ from orchestration.tracking.contents import STUDY_FILE as SWEEP
 from orchestration.tracking.process import one_line
 from orchestration.tracking.target import tracking_uri
 from orchestration.tracking.uploader import Uploader, start_uploader
-from orchestration.training.mesh import mesh_shape
 
 _NAME_CHARACTERS = 60  # of a value, in the name of its run
 
@@ -76,11 +75,8 @@ def sweep(variation: str, words: list[str]) -> int:
             anything is started.
     """
     key, points, folder = plan_sweep(variation, words)
-    for point in points:
-        mesh_shape(
-            point.config.method.num_experts, point.config.cluster.workers, point.config.cluster.experts_per_worker
-        )
-        check_sources(point.config)
+    for point in points:  # each is admitted again when its turn comes, which may be days later
+        admit(point.config)
     left = [point for point in points if not _is_finished(point)]
     problems: dict[str, str] = {}
     _keep(folder, key, points, problems)

@@ -12,17 +12,17 @@ import time
 from orchestration.cluster.preemption import Preempted
 from orchestration.config.run_config import RunConfig
 from orchestration.results.run_table import table
+from orchestration.runs.admission import Admission, admit
 from orchestration.runs.console import Console
 from orchestration.runs.driver import train
 from orchestration.runs.stopping import Outcome, Stopped
 from orchestration.storage.checkpoint import Checkpoints
-from orchestration.storage.exports import check_sources, export
+from orchestration.storage.exports import export
 from orchestration.storage.files import CONFIG, DATA, write_atomic
-from orchestration.storage.location import check_run_dir, open_run_folder
+from orchestration.storage.location import open_run_folder
 from orchestration.storage.run_folder import RunFolder, read_evaluations
 from orchestration.tracking.target import tracking_uri
 from orchestration.tracking.uploader import Uploader, start_uploader
-from orchestration.training.mesh import mesh_shape
 
 _SHORT_WAIT_S = 10.0  # for the upload when a run did not end well: the message should not wait for it
 _STOPPED_WAIT_S = 60.0  # for run.dir, then: the newest checkpoint is worth more
@@ -30,9 +30,7 @@ _STOPPED_WAIT_S = 60.0  # for run.dir, then: the newest checkpoint is worth more
 
 def train_and_report(config: RunConfig, marks: dict[str, float]) -> int:
     """Carry out a run and leave report, models and final table. Returns the exit code."""
-    mesh_shape(config.method.num_experts, config.cluster.workers, config.cluster.experts_per_worker)  # refuse early
-    check_sources(config)
-    check_run_dir(config)
+    admitted = admit(config)
     folder = open_run_folder(config)
     try:
         if folder.started and is_complete(folder, config):
@@ -40,7 +38,7 @@ def train_and_report(config: RunConfig, marks: dict[str, float]) -> int:
             print(_stored_table(config, folder))
             folder.settle()
             return 0
-        return _train(config, folder, marks)
+        return _train(admitted, folder, marks)
     finally:
         folder.close()
 
@@ -54,12 +52,13 @@ def is_complete(folder: RunFolder, config: RunConfig) -> bool:
     return True
 
 
-def _train(config: RunConfig, folder: RunFolder, marks: dict[str, float]) -> int:
+def _train(admitted: Admission, folder: RunFolder, marks: dict[str, float]) -> int:
+    config = admitted.config
     uploader = _Tracking(config, folder)
     try:
         with Console(interval_s=config.run.log_interval_s, stream=sys.stderr) as console:
             console.message(f"run folder {folder.path}")
-            outcome = train(config, folder, console, marks, uploader.begin)
+            outcome = train(admitted, folder, console, marks, uploader.begin)
         _report(config, folder, outcome)
     except BaseException as problem:
         stopped = isinstance(problem, Stopped | Preempted | KeyboardInterrupt)

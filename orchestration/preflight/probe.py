@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestration.cluster.connection import cluster, node_resources, resolve_resources
+from orchestration.cluster.connection import cluster, node_resources
 from orchestration.cluster.fleet import Fleet
 from orchestration.cluster.placement import bundle_of, places
 from orchestration.cluster.transfer import receive_saved, send
@@ -27,13 +27,13 @@ from orchestration.config.recipe import stage_classes
 from orchestration.config.run_config import RunConfig, RunSettings
 from orchestration.preflight.plan import epoch_of
 from orchestration.results.text import duration, grid
+from orchestration.runs.admission import admit
 from orchestration.storage.checkpoint import Checkpoints
-from orchestration.storage.exports import check_sources, model_folder, weights_of
-from orchestration.storage.location import check_run_dir, run_path
+from orchestration.storage.exports import model_folder, weights_of
+from orchestration.storage.location import run_path
 from orchestration.storage.remote_run_folder import UnsharedRunFolder
 from orchestration.storage.run_folder import RunFolder
 from orchestration.storage.url_store import is_url
-from orchestration.training.mesh import mesh_shape
 
 STEPS = 30
 _WARM_UP = 3  # steps that still allocate memory and open files
@@ -129,14 +129,13 @@ def probe(config: RunConfig, begun: float, wanted: int = STEPS) -> Probe:
     Raises:
         ValueError, FloatingPointError, WorkerLost: as for training.
     """
-    shape = mesh_shape(config.method.num_experts, config.cluster.workers, config.cluster.experts_per_worker)
-    check_sources(config)
-    check_run_dir(config)
+    admitted = admit(config)
     with cluster(config.cluster.address):
         marks = [begun, time.time()]
         nodes = node_resources()
-        check_run_dir(config, len(nodes))
-        config = _resolved(config, shape.workers)
+        config = admitted.on(nodes).config
+        config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"standby": 0})})
+        shape = admitted.shape
         assert config.cluster.cpus_per_worker is not None
         bundle = bundle_of(config.cluster, config.cluster.cpus_per_worker)
         room = sum(places(node, bundle) for node in nodes.values()) // shape.workers
@@ -152,16 +151,6 @@ def probe(config: RunConfig, begun: float, wanted: int = STEPS) -> Probe:
     spans = [after - before for before, after in itertools.pairwise(marks)]
     startup = dict(zip(("Ray", "libraries"), spans, strict=True))
     return Probe(config, startup, stages, max(1, min(room, config.side_by_side)))
-
-
-def _resolved(config: RunConfig, workers: int) -> RunConfig:
-    cpus, threads = resolve_resources(config.cluster, config.engine, workers * config.side_by_side)
-    return config.model_copy(
-        update={
-            "cluster": config.cluster.model_copy(update={"cpus_per_worker": cpus, "standby": 0}),
-            "engine": config.engine.model_copy(update={"threads": threads}),
-        }
-    )
 
 
 @contextlib.contextmanager

@@ -14,22 +14,19 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from orchestration.cluster.connection import cluster, node_resources, resolve_resources
+from orchestration.cluster.connection import cluster, node_resources
 from orchestration.cluster.fleet import Fleet
-from orchestration.config.run_config import RunConfig
+from orchestration.runs.admission import Admission
 from orchestration.runs.console import Console
 from orchestration.runs.run import Run
 from orchestration.runs.stage_run import write_evaluations
 from orchestration.runs.stopping import GivenUp, Outcome, Stopped, StopSignals
 from orchestration.runs.supervisor import Supervisor
-from orchestration.storage.exports import check_sources
-from orchestration.storage.location import check_run_dir
 from orchestration.storage.run_folder import RunFolder
-from orchestration.training.mesh import MeshShape, mesh_shape
 
 
 def train(
-    config: RunConfig,
+    admitted: Admission,
     folder: RunFolder,
     console: Console,
     marks: dict[str, float],
@@ -38,9 +35,9 @@ def train(
     """Carry out a run, or the rest of it.
 
     Args:
-        config: checked.
+        admitted: the run, which `admit` let pass.
         folder: the run's, held.
-        console: told what happens.
+        console: shows progress and messages.
         marks: unix seconds of the start so far, by what happened then; written to run.json after the first step.
         begin_tracking: called once, when workers, data and model are in place: a start refused before leaves no trace.
 
@@ -50,36 +47,21 @@ def train(
         Stopped: on SIGINT or SIGTERM, after a checkpoint.
         Preempted: nodes were taken away, after a checkpoint, and there is no room left.
     """
-    shape = mesh_shape(config.method.num_experts, config.cluster.workers, config.cluster.experts_per_worker)
-    check_sources(config)
     # Signals after the connection: Ray sets a SIGTERM handler of its own when it connects.
-    with cluster(config.cluster.address), StopSignals().watched() as signals:
+    with cluster(admitted.config.cluster.address), StopSignals().watched() as signals:
         marks["ray"] = time.time()
-        check_run_dir(config, len(node_resources()))
-        config = _resolved(config, folder, shape)
-        fleet = Fleet(config, shape)
+        stored = folder.stored_config() if folder.started else None
+        # The number of threads changes the last bits of a result: a run keeps that of its first start.
+        admitted = admitted.on(node_resources(), stored.engine.threads if stored is not None else None)
+        config = admitted.config
+        if folder.started:
+            folder.check_same(config)
+        folder.write(config)
+        fleet = Fleet(config, admitted.shape)
         try:
             return Driver(Run(config, folder, console, signals, marks, begin_tracking), fleet).carry_out()
         finally:
             fleet.close()
-
-
-def _resolved(config: RunConfig, folder: RunFolder, shape: MeshShape) -> RunConfig:
-    """The config with CPUs and threads filled in, the same threads as at the first start, stored in the run folder."""
-    engine = config.engine
-    if folder.started and engine.threads is None:
-        engine = engine.model_copy(update={"threads": folder.stored_config().engine.threads})
-    cpus, threads = resolve_resources(config.cluster, engine, shape.workers * config.side_by_side)
-    resolved = config.model_copy(
-        update={
-            "cluster": config.cluster.model_copy(update={"cpus_per_worker": cpus}),
-            "engine": engine.model_copy(update={"threads": threads}),
-        }
-    )
-    if folder.started:
-        folder.check_same(resolved)
-    folder.write(resolved)
-    return resolved
 
 
 class Driver:

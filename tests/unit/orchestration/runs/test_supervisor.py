@@ -18,7 +18,6 @@ from orchestration.runs.driver import Driver
 from orchestration.runs.run import Run
 from orchestration.runs.stopping import GivenUp, Outcome, Stopped, StopSignals
 from orchestration.storage.checkpoint import write_file
-from orchestration.storage.location import check_run_dir
 from orchestration.storage.run_folder import RunFolder
 from orchestration.training.mesh import MeshShape
 
@@ -300,17 +299,6 @@ def test_nodes_taken_away_without_room_elsewhere_end_the_run_with_the_status_for
     driver = make_run({"many": [Drained("node a will be taken away")]}, rooms=[ValueError("places for 0")] * 1000)
     with pytest.raises(Preempted, match=r"node a .*places for 0.*the same command continues"):
         supervise(driver)
-
-
-def test_a_run_folder_that_would_vanish_is_refused(monkeypatch):
-    config = load_config([*LFME, "run.dir=runs"])
-    check_run_dir(config)
-    with pytest.raises(ValueError, match=r"run.dir = runs: relative, and the cluster has 2 nodes.*set run.dir=/"):
-        check_run_dir(config, 2)
-    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    with pytest.raises(ValueError, match=r"run.dir = runs: relative, and a submitted job .* vanishes"):
-        check_run_dir(config)
-    check_run_dir(load_config([*LFME, "run.dir=/shared/runs"]), 2)
 
 
 def test_hours_are_counted_for_a_fleet_that_dies_while_it_starts(make_run):

@@ -1,0 +1,64 @@
+"""Refuse a config that cannot work before anything heavy starts, each check once, and derive what its run needs.
+
+A command calls `admit`, and hands on what it returns. Once the nodes are known, `Admission.on` fills in what depends
+on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from orchestration.cluster.connection import resolve_resources
+from orchestration.config.run_config import RunConfig
+from orchestration.storage.exports import check_sources
+from orchestration.storage.location import check_run_dir
+from orchestration.training.mesh import MeshShape, mesh_shape
+
+
+@dataclass(frozen=True)
+class Admission:
+    """A run that may start.
+
+    Attributes:
+        config: of the run.
+        shape: of its mesh.
+    """
+
+    config: RunConfig
+    shape: MeshShape
+
+    def on(self, nodes: Mapping[str, Mapping[str, float]], threads: int | None = None) -> Admission:
+        """Return the same with CPUs and threads filled in.
+
+        Args:
+            nodes: resources by node, as `node_resources`.
+            threads: of a worker, if an earlier start of the run has fixed them; a number in the config goes first.
+
+        Raises:
+            ValueError: run.dir is relative, and there are several nodes.
+        """
+        check_run_dir(self.config, len(nodes))
+        cluster, engine = self.config.cluster, self.config.engine
+        engine = engine.model_copy(update={"threads": engine.threads or threads})
+        cpus, resolved = resolve_resources(cluster, engine, self.shape.workers * self.config.side_by_side)
+        config = self.config.model_copy(
+            update={
+                "cluster": cluster.model_copy(update={"cpus_per_worker": cpus}),
+                "engine": engine.model_copy(update={"threads": resolved}),
+            }
+        )
+        return replace(self, config=config)
+
+
+def admit(config: RunConfig) -> Admission:
+    """Refuse a run that cannot work, before anything is started.
+
+    Raises:
+        ValueError: experts and workers do not fit; another run or a file that is named is missing or does not fit; or
+            run.dir would vanish with a submitted job, or is a URL that cannot be used.
+    """
+    shape = mesh_shape(config.method.num_experts, config.cluster.workers, config.cluster.experts_per_worker)
+    check_sources(config)
+    check_run_dir(config)
+    return Admission(config, shape)
