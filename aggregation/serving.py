@@ -33,7 +33,7 @@ from aggregation.aggregator import Aggregator, Outputs
 from experts.augmentation.augment import prepare_eval
 from experts.data.config import DatasetConfig, Evaluation
 from experts.data.decode import frame
-from experts.ensemble import Ensemble, build_ensemble
+from experts.ensemble import Ensemble, EnsembleConfig, build_ensemble
 from experts.registry import Settings, build, import_pieces, piece
 
 FORMAT = 2
@@ -180,16 +180,16 @@ def load_model(folder: str | os.PathLike[str], device: torch.device | str = "cpu
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged ({error}); export the model again") from None
     import_pieces(experts, aggregation)
-    ensemble = build_ensemble(
+    config = EnsembleConfig(
         _config("model", description.backbone),
         _config("head", description.head),
         num_classes=description.num_classes,
         expert_names=description.expert_names,
         reduce_dimension=description.reduce_dimension,
-        seed=0,
         shared_head=description.shared_head,
         router=None if description.router is None else _config("router", description.router),
     )
+    ensemble = build_ensemble(config, seed=0)  # the weights are read from the file
     _check_tensors(path, tensors, ensemble.state_dict())
     ensemble.load_state_dict(tensors)
     return ServedModel(ensemble.to(device).eval().requires_grad_(False), description)

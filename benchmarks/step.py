@@ -141,7 +141,7 @@ class BareLoop:
         import torch
         from omegaconf import OmegaConf
 
-        from experts.ensemble import build_ensemble
+        from experts.ensemble import EnsembleConfig, build_ensemble
         from experts.progress import Progress
         from experts.registry import build
         from orchestration.config.compose import check
@@ -152,11 +152,13 @@ class BareLoop:
         self.labels = torch.arange(128) % 10
         self.progress = Progress(1, 1)
         self.model = build_ensemble(
-            config.backbone,
-            config.method.head,
-            num_classes=10,
-            expert_names=config.method.expert_names,
-            reduce_dimension=True,
+            EnsembleConfig(
+                config.backbone,
+                config.method.head,
+                num_classes=10,
+                expert_names=config.method.expert_names,
+                reduce_dimension=True,
+            ),
             seed=0,
         ).train()
         counts_C = torch.full((10,), 120)

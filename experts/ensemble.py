@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -106,78 +107,105 @@ class Ensemble(nn.Module):
         return torch.stack(scores)
 
 
-def build_ensemble(
-    backbone_config: Any,
-    head_config: Any,
-    *,
-    num_classes: int,
-    expert_names: Sequence[str],
-    reduce_dimension: bool,
-    seed: int,
-    only: Sequence[str] | None = None,
-    shared_head: bool = False,
-    router: Any = None,
-) -> Ensemble:
+@dataclass(frozen=True)
+class EnsembleConfig:
+    """What an ensemble is made of; with a seed it gives the initial weights.
+
+    Attributes:
+        backbone: config of a registered "model".
+        head: config of a registered "head".
+        num_classes: C, at least 2.
+        expert_names: all experts of the ensemble, in the order of the logits.
+        reduce_dimension: thinner late stages, as RIDE has them.
+        shared_head: one head for all experts, in `Ensemble.shared`.
+        router: config of a registered "router"; None for none.
+    """
+
+    backbone: Any
+    head: Any
+    _: KW_ONLY
+    num_classes: int
+    expert_names: Sequence[str]
+    reduce_dimension: bool
+    shared_head: bool = False
+    router: Any = None
+
+
+def build_ensemble(config: EnsembleConfig, *, seed: int, only: Sequence[str] | None = None) -> Ensemble:
     """Build the trunk and some or all experts, on the CPU, in float32.
 
     The weights of the trunk and of each expert are a pure function of the seed and of "trunk" or the expert's name:
     they depend neither on which other experts are built nor on any generator's state, and leave the latter alone.
 
     Args:
-        backbone_config: config of a registered "model".
-        head_config: config of a registered "head".
-        num_classes: C, at least 2.
-        expert_names: all experts of the ensemble, in the order of the logits.
-        reduce_dimension: thinner late stages, as RIDE has them.
+        config: backbone, heads, experts and classes.
         seed: of the run.
         only: the experts to build, in any order; all if None.
-        shared_head: one head for all experts, in `Ensemble.shared`.
-        router: config of a registered "router"; None for none.
 
     Raises:
         ValueError: no expert, a name that is used twice or cannot be a key, a name in `only` that is not an expert's,
             or fewer than 2 classes.
     """
-    check_names(expert_names)
-    chosen = list(expert_names) if only is None else list(only)
-    unknown = [name for name in chosen if name not in expert_names]
+    names = config.expert_names
+    check_names(names)
+    chosen = list(names) if only is None else list(only)
+    unknown = [name for name in chosen if name not in names]
     if unknown or not chosen:
         raise ValueError(
             f"experts to build: {', '.join(map(repr, chosen)) or 'none'}; needed one or more of "
-            f"{', '.join(map(repr, expert_names))}"
+            f"{', '.join(map(repr, names))}"
         )
-    if num_classes < 2:
-        raise ValueError(f"num_classes = {num_classes}; a classifier needs at least 2")
-    backbone = build("model", backbone_config)
-    with keyed_draws(seed, "trunk"):
-        trunk = backbone.trunk()
-        backbone.initialise(trunk)
-    num_features = backbone.num_features(reduce_dimension=reduce_dimension)
-    gates = build("router", router) if router is not None else None
-    experts, shared = {}, {}
-    for position, name in enumerate(expert_names):
-        if name not in chosen:
-            continue
-        with keyed_draws(seed, f"expert/{name}"):
-            features = backbone.late_stages(reduce_dimension=reduce_dimension)
-            if shared_head:
-                expert = Expert(features, nn.Identity(), position=position)
-            else:
-                head = build("head", head_config, num_features, num_classes, position)
-                expert = Expert(features, head, position=position)
-            backbone.initialise(expert)
-        if gates is not None and position < len(expert_names) - 1:
-            with keyed_draws(seed, f"gate/{name}"):
-                expert.gate = gates.hidden(num_features)
-        experts[name] = expert
-    if shared_head:
-        with keyed_draws(seed, "shared/head"):
-            shared["head"] = build("head", head_config, num_features, num_classes, 0)
-            backbone.initialise(shared["head"])
-    if gates is not None:
-        with keyed_draws(seed, "shared/router"):
-            shared["router"] = gates.final(num_classes)
-    return Ensemble(trunk, experts, shared)
+    if config.num_classes < 2:
+        raise ValueError(f"num_classes = {config.num_classes}; a classifier needs at least 2")
+    return _Builder(config, seed).ensemble(chosen)
+
+
+class _Builder:
+    """The pieces that an ensemble's parts are made by."""
+
+    def __init__(self, config: EnsembleConfig, seed: int) -> None:
+        self.config = config
+        self.seed = seed
+        self.backbone = build("model", config.backbone)
+        self.num_features = self.backbone.num_features(reduce_dimension=config.reduce_dimension)
+        self.router = None if config.router is None else build("router", config.router)
+
+    def ensemble(self, chosen: Collection[str]) -> Ensemble:
+        with keyed_draws(self.seed, "trunk"):
+            trunk = self.backbone.trunk()
+            self.backbone.initialise(trunk)
+        experts = {
+            name: self.expert(position, name)
+            for position, name in enumerate(self.config.expert_names)
+            if name in chosen
+        }
+        return Ensemble(trunk, experts, self.shared())
+
+    def expert(self, position: int, name: str) -> Expert:
+        with keyed_draws(self.seed, f"expert/{name}"):
+            features = self.backbone.late_stages(reduce_dimension=self.config.reduce_dimension)
+            head = nn.Identity() if self.config.shared_head else self.head(position)
+            expert = Expert(features, head, position=position)
+            self.backbone.initialise(expert)
+        last = position == len(self.config.expert_names) - 1  # after it there is no expert to ask
+        if self.router is not None and not last:
+            with keyed_draws(self.seed, f"gate/{name}"):
+                expert.gate = self.router.hidden(self.num_features)
+        return expert
+
+    def shared(self) -> dict[str, nn.Module]:
+        shared = {}
+        if self.config.shared_head:
+            with keyed_draws(self.seed, "shared/head"):
+                shared["head"] = self.head(0)
+                self.backbone.initialise(shared["head"])
+        if self.router is not None:
+            with keyed_draws(self.seed, "shared/router"):
+                shared["router"] = self.router.final(self.config.num_classes)
+        return shared
+
+    def head(self, position: int) -> nn.Module:
+        return build("head", self.config.head, self.num_features, self.config.num_classes, position)
 
 
 def part_of(name: str) -> str:

@@ -7,12 +7,13 @@ out; they may change between a start and a resume. All others are the run's iden
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from experts.data.config import DatasetConfig
+from experts.ensemble import EnsembleConfig
 from experts.registry import Settings, piece
 from orchestration.config.recipe import MethodConfig, PieceOf
 
@@ -134,6 +135,18 @@ class RunConfig(Settings):
         """The most stages that train at once, where the cluster has places."""
         widest = max(map(len, self.method.waves()))
         return min(widest, self.cluster.side_by_side or widest)
+
+    def ensemble(self, expert_names: Sequence[str], num_classes: int) -> EnsembleConfig:
+        """Return what an ensemble of these experts is made of, by the run's backbone and method."""
+        return EnsembleConfig(
+            self.backbone,
+            self.method.head,
+            num_classes=num_classes,
+            expert_names=expert_names,
+            reduce_dimension=self.method.reduce_dimension,
+            shared_head=self.method.shared_head,
+            router=self.method.router,
+        )
 
     @property
     def run_name(self) -> str:

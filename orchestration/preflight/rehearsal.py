@@ -22,7 +22,7 @@ from aggregation.serving import DESCRIPTION, read_description
 from experts.backbones.cost import multiply_adds
 from experts.data.batches import Batch
 from experts.data.keyed_random import key
-from experts.ensemble import Ensemble, build_ensemble, freeze
+from experts.ensemble import Ensemble, EnsembleConfig, build_ensemble, freeze
 from experts.flow import Flow, Result
 from experts.objective import Given, Objective
 from experts.progress import Progress
@@ -128,18 +128,7 @@ def costs_of(config: RunConfig, num_classes: int) -> Costs:
 
 
 def _ensemble(config: RunConfig, names: tuple[str, ...], num_classes: int, only: tuple[str, ...]) -> Ensemble:
-    method = config.method
-    return build_ensemble(
-        config.backbone,
-        method.head,
-        num_classes=num_classes,
-        expert_names=names,
-        reduce_dimension=method.reduce_dimension,
-        seed=config.seed,
-        only=only,
-        shared_head=method.shared_head,
-        router=method.router,
-    )
+    return build_ensemble(config.ensemble(names, num_classes), seed=config.seed, only=only)
 
 
 class _Rehearsal:
@@ -336,14 +325,16 @@ def teacher_load(config: RunConfig, teacher: Teacher, num_classes_in: Callable[[
             return None
         names, num_classes = found.expert_names, found.num_classes
         model = build_ensemble(
-            _settings("model", found.backbone),
-            _settings("head", found.head),
-            num_classes=num_classes,
-            expert_names=names,
-            reduce_dimension=found.reduce_dimension,
+            EnsembleConfig(
+                _settings("model", found.backbone),
+                _settings("head", found.head),
+                num_classes=num_classes,
+                expert_names=names,
+                reduce_dimension=found.reduce_dimension,
+                shared_head=found.shared_head,
+            ),
             seed=0,
             only=names[:1],
-            shared_head=found.shared_head,
         )
     expert = model.members()[0]
     image = torch.zeros(1, 3, config.dataset.image_size, config.dataset.image_size)

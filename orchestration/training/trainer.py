@@ -127,15 +127,9 @@ class StageTrainer:
     def _build_model(self) -> Ensemble:
         method = self.config.method
         model = build_ensemble(
-            self.config.backbone,
-            method.head,
-            num_classes=self.dataset.num_classes,
-            expert_names=self.expert_names,
-            reduce_dimension=method.reduce_dimension,
+            self.config.ensemble(self.expert_names, self.dataset.num_classes),
             seed=self.config.seed,
             only=[self.expert_names[i] for i in self.mesh.own_experts],
-            shared_head=method.shared_head,
-            router=method.router,
         )
         if method.backbone_weights is not None and method.starts_from(self.stage_name) is None:
             load_pretrained(model, method.backbone_weights)

@@ -20,7 +20,7 @@ from experts import registry
 from experts.backbones.resnet_cifar import ResNetCifar
 from experts.data.batches import Batch, Mixed
 from experts.data.keyed_random import key
-from experts.ensemble import build_ensemble, part_of
+from experts.ensemble import EnsembleConfig, build_ensemble, part_of
 from experts.flow import PARTS
 from experts.methods.ace import ACE
 from experts.methods.bbn import BBN
@@ -64,15 +64,17 @@ class Case:
 
     def ensemble(self, only=None):
         net = build_ensemble(
-            ResNetCifar.Config(depth=8),
-            registry.piece("head", self.head).Config(),
-            num_classes=len(COUNTS),
-            expert_names=self.names,
-            reduce_dimension=False,
+            EnsembleConfig(
+                ResNetCifar.Config(depth=8),
+                registry.piece("head", self.head).Config(),
+                num_classes=len(COUNTS),
+                expert_names=self.names,
+                reduce_dimension=False,
+                shared_head=self.shared_head,
+                router=self.router and registry.piece("router", self.router).Config(),
+            ),
             seed=0,
             only=only,
-            shared_head=self.shared_head,
-            router=self.router and registry.piece("router", self.router).Config(),
         )
         return net.double()
 

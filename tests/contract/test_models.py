@@ -11,7 +11,7 @@ from torch import nn
 import experts
 from experts import registry
 from experts.backbones import resnet_imagenet
-from experts.ensemble import Ensemble, Expert, build_ensemble
+from experts.ensemble import Ensemble, EnsembleConfig, Expert, build_ensemble
 from experts.registry import build
 
 registry.import_pieces(experts)
@@ -39,14 +39,16 @@ def tiny(
     model, head="linear", *, num_experts=3, seed=7, only=None, reduce_dimension=True, shared_head=False, **options
 ) -> Ensemble:
     return build_ensemble(
-        registry.piece("model", model).Config(**TINY.get(model, {}) | options),
-        registry.piece("head", head).Config(),
-        num_classes=5,
-        expert_names=NAMES[:num_experts],
-        reduce_dimension=reduce_dimension,
+        EnsembleConfig(
+            registry.piece("model", model).Config(**TINY.get(model, {}) | options),
+            registry.piece("head", head).Config(),
+            num_classes=5,
+            expert_names=NAMES[:num_experts],
+            reduce_dimension=reduce_dimension,
+            shared_head=shared_head,
+        ),
         seed=seed,
         only=only,
-        shared_head=shared_head,
     )
 
 
@@ -304,11 +306,13 @@ def test_a_linear_head_of_small_images_networks_starts_as_the_config_says():
     """Kaiming: sqrt(2 / 64) = 0.1768; the framework's uniform within 1 / 8: 0.125 / sqrt(3) = 0.0722."""
     for head_init, expected in [("kaiming", 0.1768), ("framework", 0.0722)]:
         net = build_ensemble(
-            registry.piece("model", "resnet_cifar").Config(depth=8, head_init=head_init),
-            registry.piece("head", "linear").Config(),
-            num_classes=500,
-            expert_names=["a"],
-            reduce_dimension=False,
+            EnsembleConfig(
+                registry.piece("model", "resnet_cifar").Config(depth=8, head_init=head_init),
+                registry.piece("head", "linear").Config(),
+                num_classes=500,
+                expert_names=["a"],
+                reduce_dimension=False,
+            ),
             seed=0,
         )
         assert spread(net.experts["a"].head.weight) == pytest.approx(expected, rel=0.02)

@@ -17,7 +17,7 @@ import aggregation
 import experts
 from experts import registry
 from experts.backbones.resnet_cifar import ResNetCifar
-from experts.ensemble import build_ensemble
+from experts.ensemble import EnsembleConfig, build_ensemble
 from experts.heads.cosine import CosineHead
 from experts.heads.linear import LinearHead
 from experts.objective import MAX_EXPERTS, Given
@@ -262,11 +262,13 @@ def test_gradient_equals_finite_differences(case):
 @every_case
 def test_every_parameter_of_a_tiny_model_gets_a_gradient(case):
     net = build_ensemble(
-        ResNetCifar.Config(depth=8),
-        CosineHead.Config(),
-        num_classes=case.logits().shape[-1],
-        expert_names=[f"expert{k}" for k in range(case.num_experts)],
-        reduce_dimension=True,
+        EnsembleConfig(
+            ResNetCifar.Config(depth=8),
+            CosineHead.Config(),
+            num_classes=case.logits().shape[-1],
+            expert_names=[f"expert{k}" for k in range(case.num_experts)],
+            reduce_dimension=True,
+        ),
         seed=0,
     )
     images = torch.randn(len(LABELS), 3, 8, 8, generator=torch.Generator().manual_seed(1))

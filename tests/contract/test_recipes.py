@@ -110,17 +110,7 @@ def test_tade_on_places_learns_heads_at_a_hundredth_and_the_rest_at_a_thousandth
 
 def whole(config, stage, num_classes, names=None):
     """The ensemble of a stage, new."""
-    method = config.method
-    return build_ensemble(
-        config.backbone,
-        method.head,
-        num_classes=num_classes,
-        expert_names=names or method.names_in(stage),
-        reduce_dimension=method.reduce_dimension,
-        seed=1,
-        shared_head=method.shared_head,
-        router=method.router,
-    )
+    return build_ensemble(config.ensemble(names or config.method.names_in(stage), num_classes), seed=1)
 
 
 def export(folder, config, stage, dataset, model):

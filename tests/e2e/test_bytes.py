@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from aggregation.serving import export_model
-from experts.ensemble import build_ensemble
+from experts.ensemble import EnsembleConfig, build_ensemble
 from orchestration.cluster.fleet import Fleet
 from orchestration.config.compose import load_config
 from orchestration.config.recipe import stage_classes
@@ -167,7 +167,7 @@ def exported(config, stage, folder, names=None):
     counts = plan(config).counts
     ids = stage_classes(config.method, stage, list(counts))
     arguments = {"expert_names": names, "reduce_dimension": method.reduce_dimension, "shared_head": method.shared_head}
-    model = build_ensemble(config.backbone, method.head, num_classes=len(ids), seed=1, **arguments)
+    model = build_ensemble(EnsembleConfig(config.backbone, method.head, num_classes=len(ids), **arguments), seed=1)
     export_model(
         folder, model.state_dict(), backbone=config.backbone, head=method.head,
         aggregator=load_config(["method=ride"]).method.aggregator, dataset=config.dataset,

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from experts.ensemble import build_ensemble
+from experts.ensemble import EnsembleConfig, build_ensemble
 from orchestration.config.compose import load_config
 from orchestration.training.engine import NonFiniteGradient, TorchEngine
 from orchestration.training.mesh import Mesh, MeshShape
@@ -41,11 +41,13 @@ def make(words, **factors):
     """An engine over a new ensemble of two experts; `factors` as of `TorchEngine`."""
     config = load_config(words)
     model = build_ensemble(
-        config.backbone,
-        config.method.head,
-        num_classes=4,
-        expert_names=("expert0", "expert1"),
-        reduce_dimension=True,
+        EnsembleConfig(
+            config.backbone,
+            config.method.head,
+            num_classes=4,
+            expert_names=("expert0", "expert1"),
+            reduce_dimension=True,
+        ),
         seed=0,
     )
     if config.engine.precision == "float64":
@@ -83,11 +85,9 @@ def test_a_bad_gradient_in_one_head_alone_is_refused(engine_and_model):
 def test_autocast_computes_convolutions_in_bfloat16(words, world):
     config = load_config([*words, "engine.precision=autocast"])
     model = build_ensemble(
-        config.backbone,
-        config.method.head,
-        num_classes=4,
-        expert_names=("expert0",),
-        reduce_dimension=True,
+        EnsembleConfig(
+            config.backbone, config.method.head, num_classes=4, expert_names=("expert0",), reduce_dimension=True
+        ),
         seed=0,
     )
     arguments = (model, Mesh(MeshShape(1, 1)), config.method.stages["train"].optimizer, config.engine)

@@ -63,13 +63,15 @@ def add_models(folder):
     from aggregation.serving import export_model
     from experts.backbones.resnet_cifar import ResNetCifar
     from experts.data.config import DatasetConfig
-    from experts.ensemble import build_ensemble
+    from experts.ensemble import EnsembleConfig, build_ensemble
     from experts.heads.cosine import CosineHead
 
     torch.set_num_threads(1)
     backbone, head, names = ResNetCifar.Config(depth=8), CosineHead.Config(), ("expert0", "expert1")
     for seed, which in enumerate(("last", "best")):
-        ensemble = build_ensemble(backbone, head, num_classes=3, expert_names=names, reduce_dimension=False, seed=seed)
+        ensemble = build_ensemble(
+            EnsembleConfig(backbone, head, num_classes=3, expert_names=names, reduce_dimension=False), seed=seed
+        )
         export_model(
             folder / "export" / which, ensemble.state_dict(), backbone=backbone, head=head,
             aggregator=MeanLogits.Config(), dataset=DatasetConfig(name="tiny", source="digits"), expert_names=names,

@@ -17,7 +17,7 @@ from aggregation.h2t import H2T, MeanCrossEntropy, fuse
 from experts.backbones.resnet_cifar import ResNetCifar
 from experts.data.batches import Batch
 from experts.data.keyed_random import key
-from experts.ensemble import build_ensemble, part_of
+from experts.ensemble import EnsembleConfig, build_ensemble, part_of
 from experts.heads.cosine import CosineHead
 from experts.heads.linear import LinearHead
 from experts.losses.cross_entropy import CrossEntropy
@@ -129,13 +129,15 @@ def pair():
 
 def ensemble(head=None, **settings):
     return build_ensemble(
-        ResNetCifar.Config(depth=8),
-        head or LinearHead.Config(),
-        num_classes=4,
-        expert_names=NAMES,
-        reduce_dimension=False,
+        EnsembleConfig(
+            ResNetCifar.Config(depth=8),
+            head or LinearHead.Config(),
+            num_classes=4,
+            expert_names=NAMES,
+            reduce_dimension=False,
+            **settings,
+        ),
         seed=1,
-        **settings,
     ).double()
 
 

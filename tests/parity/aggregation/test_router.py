@@ -19,7 +19,7 @@ from aggregation.router import Router as RouterAggregator
 from experts.backbones.resnet_cifar import ResNetCifar
 from experts.data.batches import Batch
 from experts.data.keyed_random import key
-from experts.ensemble import build_ensemble, part_of
+from experts.ensemble import EnsembleConfig, build_ensemble, part_of
 from experts.heads.cosine import CosineHead
 from experts.heads.linear import LinearHead
 from experts.progress import Progress
@@ -164,14 +164,16 @@ def test_features_of_length_zero_give_a_finite_score():
 
 def ensemble(head=None, **settings):
     return build_ensemble(
-        ResNetCifar.Config(depth=8),
-        head or LinearHead.Config(),
-        num_classes=4,
-        expert_names=NAMES,
-        reduce_dimension=True,
+        EnsembleConfig(
+            ResNetCifar.Config(depth=8),
+            head or LinearHead.Config(),
+            num_classes=4,
+            expert_names=NAMES,
+            reduce_dimension=True,
+            router=RideRouter.Config(top_k=3),
+            **settings,
+        ),
         seed=1,
-        router=RideRouter.Config(top_k=3),
-        **settings,
     ).double()
 
 
@@ -288,11 +290,9 @@ def test_weights_of_an_expert_do_not_depend_on_the_router():
     """A router stage begins with the weights of a stage without one."""
     with_router = ensemble().state_dict()
     plain = build_ensemble(
-        ResNetCifar.Config(depth=8),
-        LinearHead.Config(),
-        num_classes=4,
-        expert_names=NAMES,
-        reduce_dimension=True,
+        EnsembleConfig(
+            ResNetCifar.Config(depth=8), LinearHead.Config(), num_classes=4, expert_names=NAMES, reduce_dimension=True
+        ),
         seed=1,
     ).double()
     assert all(torch.equal(value, with_router[name]) for name, value in plain.state_dict().items())

@@ -128,10 +128,7 @@ def test_scores_from_features_are_those_from_images(method):
     """Of every member: shared heads, halves of a head and routers included."""
     config = load_config([f"method={method}", "dataset=digits_lt"])
     recipe = config.method
-    ensemble = build_ensemble(
-        config.backbone, recipe.head, num_classes=10, expert_names=recipe.expert_names, seed=0,
-        reduce_dimension=recipe.reduce_dimension, shared_head=recipe.shared_head, router=recipe.router,
-    ).eval()  # fmt: skip
+    ensemble = build_ensemble(config.ensemble(recipe.expert_names, 10), seed=0).eval()
     rule = build("aggregator", recipe.aggregator_in(recipe.final), torch.arange(10, 0, -1), recipe.expert_names)
     model = SimpleNamespace(ensemble=ensemble, aggregator=rule)
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))

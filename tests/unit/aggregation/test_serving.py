@@ -13,7 +13,7 @@ from experts.backbones.resnet_cifar import ResNetCifar
 from experts.class_groups import GroupRule
 from experts.data.config import DatasetConfig
 from experts.data.decode import frame
-from experts.ensemble import build_ensemble
+from experts.ensemble import EnsembleConfig, build_ensemble
 from experts.heads.cosine import CosineHead
 from experts.heads.linear import LinearHead
 
@@ -34,9 +34,11 @@ def one_thread():
 def ensemble(head=CosineHead):
     torch.manual_seed(0)
     built = build_ensemble(
-        ResNetCifar.Config(depth=8), head.Config(),
-        num_classes=4, expert_names=NAMES, reduce_dimension=True, seed=1,
-    )  # fmt: skip
+        EnsembleConfig(
+            ResNetCifar.Config(depth=8), head.Config(), num_classes=4, expert_names=NAMES, reduce_dimension=True
+        ),
+        seed=1,
+    )
     built(torch.randn(8, 3, 16, 16))  # running statistics that are not those of a new network
     return built.eval()
 

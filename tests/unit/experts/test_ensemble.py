@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from experts.backbones.resnet_cifar import BasicBlock, ResNetCifar
-from experts.ensemble import build_ensemble, keyed_draws
+from experts.ensemble import EnsembleConfig, build_ensemble, keyed_draws
 from experts.heads.linear import LinearHead
 
 
 def build(**changes):
-    arguments = {"num_classes": 3, "expert_names": ["a", "b"], "reduce_dimension": True, "seed": 0} | changes
-    return build_ensemble(ResNetCifar.Config(depth=8), LinearHead.Config(), **arguments)
+    only = changes.pop("only", None)
+    parts = {"num_classes": 3, "expert_names": ["a", "b"], "reduce_dimension": True} | changes
+    return build_ensemble(EnsembleConfig(ResNetCifar.Config(depth=8), LinearHead.Config(), **parts), seed=0, only=only)
 
 
 @pytest.mark.parametrize(
@@ -90,11 +91,13 @@ def test_weights_start_kaiming_normal_with_fan_in():
 @pytest.mark.parametrize(("depth", "blocks"), [(8, 1), (14, 2), (20, 3), (32, 5)])
 def test_depth_counts_layers_with_weights(depth, blocks):
     net = build_ensemble(
-        ResNetCifar.Config(depth=depth),
-        LinearHead.Config(),
-        num_classes=3,
-        expert_names=["a"],
-        reduce_dimension=True,
+        EnsembleConfig(
+            ResNetCifar.Config(depth=depth),
+            LinearHead.Config(),
+            num_classes=3,
+            expert_names=["a"],
+            reduce_dimension=True,
+        ),
         seed=0,
     )
     layers = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]

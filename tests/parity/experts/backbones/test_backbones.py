@@ -16,7 +16,7 @@ from torch import nn
 
 from experts.backbones.resnet_cifar import ResNetCifar
 from experts.backbones.resnet_imagenet import Branch, ResNetImageNet
-from experts.ensemble import Ensemble, build_ensemble
+from experts.ensemble import Ensemble, EnsembleConfig, build_ensemble
 from experts.heads.cosine import CosineHead
 from experts.heads.linear import LinearHead
 from experts.heads.tau_normalised import TauNormalisedHead
@@ -25,11 +25,13 @@ from experts.registry import build
 
 def resnet32(head, *, num_classes: int, num_experts: int, reduce_dimension: bool) -> Ensemble:
     return build_ensemble(
-        ResNetCifar.Config(depth=32),
-        head,
-        num_classes=num_classes,
-        expert_names=[f"expert{k}" for k in range(num_experts)],
-        reduce_dimension=reduce_dimension,
+        EnsembleConfig(
+            ResNetCifar.Config(depth=32),
+            head,
+            num_classes=num_classes,
+            expert_names=[f"expert{k}" for k in range(num_experts)],
+            reduce_dimension=reduce_dimension,
+        ),
         seed=0,
     )
 
@@ -131,13 +133,15 @@ def test_bbn_f5_the_last_block_is_the_branch():
 
 def test_reslt_f4_three_batchnorms_on_one_network():
     net = build_ensemble(
-        ResNetCifar.Config(depth=32, split="branches"),
-        LinearHead.Config(),
-        num_classes=10,
-        expert_names=["H", "M", "T"],
-        reduce_dimension=False,
+        EnsembleConfig(
+            ResNetCifar.Config(depth=32, split="branches"),
+            LinearHead.Config(),
+            num_classes=10,
+            expert_names=["H", "M", "T"],
+            reduce_dimension=False,
+            shared_head=True,
+        ),
         seed=0,
-        shared_head=True,
     ).double()
     fill_convolutions(net)
     fill(net.shared["head"].weight, lambda i: torch.sin(0.7 * i + 1))

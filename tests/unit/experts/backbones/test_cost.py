@@ -7,7 +7,7 @@ import torch
 from experts.backbones.cost import multiply_adds
 from experts.backbones.resnet_cifar import ResNetCifar
 from experts.backbones.resnet_imagenet import ResNetImageNet
-from experts.ensemble import build_ensemble
+from experts.ensemble import EnsembleConfig, build_ensemble
 from experts.heads.cosine import CosineHead
 
 
@@ -18,11 +18,9 @@ def test_multiply_adds_of_resnet32():
     9 * 32 * 32) = 22,413,312; stage 3: 64 * 9 * (32 * 64 + 9 * 64 * 64) = 22,413,312; head 64 * 100 = 6,400.
     """
     net = build_ensemble(
-        ResNetCifar.Config(),
-        CosineHead.Config(),
-        num_classes=100,
-        expert_names=["a", "b"],
-        reduce_dimension=False,
+        EnsembleConfig(
+            ResNetCifar.Config(), CosineHead.Config(), num_classes=100, expert_names=["a", "b"], reduce_dimension=False
+        ),
         seed=0,
     )
     before = {key: value.clone() for key, value in net.state_dict().items()}

@@ -34,10 +34,7 @@ def save_run(path, *words):
     config = load_config([*WORDS, *words])
     dataset = open_dataset(config.dataset)
     names = config.method.expert_names
-    ensemble = build_ensemble(
-        config.backbone, config.method.head, num_classes=10, expert_names=names,
-        reduce_dimension=config.method.reduce_dimension, seed=3,
-    )  # fmt: skip
+    ensemble = build_ensemble(config.ensemble(names, 10), seed=3)
     with torch.no_grad():
         for index, expert in enumerate(ensemble.experts.values()):  # else all say much the same of 8 x 8 pixels
             for parameter in expert.parameters():

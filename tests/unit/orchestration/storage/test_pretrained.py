@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from experts.backbones import resnet_imagenet
 from experts.backbones.resnet_cifar import ResNetCifar
 from experts.backbones.resnet_imagenet import ResNetImageNet
-from experts.ensemble import build_ensemble
+from experts.ensemble import EnsembleConfig, build_ensemble
 from experts.heads.linear import LinearHead
 from orchestration.storage.pretrained import import_weights, load_pretrained
 
@@ -56,11 +56,13 @@ def imported(files, state):
 
 def ensemble(num_experts=3, only=None, reduce_dimension=False, **options):
     return build_ensemble(
-        ResNetImageNet.Config(**{"depth": 10} | options),
-        LinearHead.Config(),
-        num_classes=5,
-        expert_names=[f"expert{k}" for k in range(num_experts)],
-        reduce_dimension=reduce_dimension,
+        EnsembleConfig(
+            ResNetImageNet.Config(**{"depth": 10} | options),
+            LinearHead.Config(),
+            num_classes=5,
+            expert_names=[f"expert{k}" for k in range(num_experts)],
+            reduce_dimension=reduce_dimension,
+        ),
         seed=0,
         only=only,
     )
@@ -295,8 +297,11 @@ def test_an_import_replaces_the_old_file_and_leaves_nothing_else(files):
         ),
         (
             lambda: build_ensemble(
-                ResNetCifar.Config(depth=8), LinearHead.Config(), num_classes=5, expert_names=["a"],
-                reduce_dimension=False, seed=0,
+                EnsembleConfig(
+                    ResNetCifar.Config(depth=8), LinearHead.Config(),
+                    num_classes=5, expert_names=["a"], reduce_dimension=False,
+                ),
+                seed=0,
             ),
             ["not in the ensemble: layer2.0.downsample.0.weight", "trunk.conv1.weight (found [16, 3, 7, 7], needed"],
         ),
