@@ -209,7 +209,7 @@ class Worker:
             folders = {name: held.enter_context(received(folder)) for name, folder in teachers.items()}
             self.trainer = StageTrainer(config, stage, dataset, mesh, folders)
         marks.append(time.perf_counter())
-        parameters = sum(p.numel() for p in self.trainer.model.parameters())
+        parameters = sum(p.numel() for p in self.trainer.setup.model.parameters())
         return {
             "class_names": list(dataset.class_names),
             "counts": dataset.counts_C.tolist(),
@@ -217,11 +217,11 @@ class Worker:
             "image_shape": dataset.raw_image_shape,
             "has_val": dataset.val is not None,
             "test_images": len(dataset.test.labels),
-            "prepares": self.trainer.objective.prepares,
-            "observes": self.trainer.objective.observes,
-            "steps_per_epoch": self.trainer.steps_per_epoch,
+            "prepares": self.trainer.setup.objective.prepares,
+            "observes": self.trainer.setup.objective.observes,
+            "steps_per_epoch": self.trainer.setup.steps_per_epoch,
             "parameters": parameters,
-            "trunk_parameters": sum(p.numel() for p in self.trainer.model.trunk.parameters()),
+            "trunk_parameters": sum(p.numel() for p in self.trainer.setup.model.trunk.parameters()),
             "device": torch.cuda.get_device_name() if self.gpu else "cpu",
             "data_s": marks[1] - marks[0],
             "engine_s": marks[2] - marks[1],
@@ -245,7 +245,7 @@ class Worker:
         return found
 
     def _check_memory(self) -> None:
-        limit, held = self.trainer.config.cluster.memory_gib_per_worker, self.peak_memory_gib()
+        limit, held = self.trainer.setup.config.cluster.memory_gib_per_worker, self.peak_memory_gib()
         if limit is not None and held > limit:
             raise MemoryError(
                 f"it held {held:.2f} GiB, cluster.memory_gib_per_worker = {limit:g}; raise it, or use more workers, "
@@ -274,7 +274,7 @@ class Worker:
 
     def _is_own(self, file: str) -> bool:
         """Whether a file of a checkpoint holds something of this worker's."""
-        return file.partition(".")[0] in ("trunk", "shared", "objective", *self.trainer.model.names)
+        return file.partition(".")[0] in ("trunk", "shared", "objective", *self.trainer.setup.model.names)
 
     def start_from_model(self, folder: str | Sent) -> None:
         """See `StageTrainer.start_from_model`."""

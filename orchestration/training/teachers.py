@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from aggregation.aggregator import Aggregator, MeanLogits, Outputs
 from aggregation.serving import ServedModel, load_model, preprocessing_problem
@@ -92,10 +92,6 @@ class Teachers:
                 rows.append(gathered[slot, self._places[name][:expert].count(slot)])
             scores[name] = rule(Outputs(torch.stack(rows), numbers_EK))
         return scores
-
-    def modules(self) -> list[nn.Module]:
-        """What this worker holds of the teachers."""
-        return list(self._held.values())
 
 
 def check_teacher(key: str, model: ServedModel, dataset: Dataset, folder: str | Path) -> None:

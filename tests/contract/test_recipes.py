@@ -163,29 +163,29 @@ class TestOnDigits:
             self.check_two_steps(trainer)
             (tmp_path / stage).mkdir()
             trainer.save(str(tmp_path / stage))
-            export(tmp_path / f"{stage}.export", config, stage, trainer.dataset, trainer.model)
+            export(tmp_path / f"{stage}.export", config, stage, trainer.setup.dataset, trainer.setup.model)
             trainer.close()
 
     def check_two_steps(self, trainer):
-        before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+        before = {name: value.clone() for name, value in trainer.setup.model.state_dict().items()}
         trainer.prepare()
         # In the second epoch: in the first, BBN's second branch has the weight 0.
-        trainer.done = trainer.steps_per_epoch
+        trainer.done = trainer.setup.steps_per_epoch
         found = trainer.train(trainer.done + 2)
         assert len(found.losses) == 2
         assert all(map(math.isfinite, [*found.losses, *found.terms.values()]))
 
-        stage, learning = trainer.stage, trainer.flow.learns - set(trainer.stage.freeze)
-        parameters = dict(trainer.model.named_parameters())
+        stage, learning = trainer.setup.stage, trainer.setup.flow.learns - set(trainer.setup.stage.freeze)
+        parameters = dict(trainer.setup.model.named_parameters())
         assert {part_of(name) for name in parameters} >= learning - {"trunk"}  # LFME has no trunk
-        for name, value in trainer.model.state_dict().items():
+        for name, value in trainer.setup.model.state_dict().items():
             moves = part_of(name) in learning
             if name not in parameters:  # BatchNorm's statistics
                 moves = moves or stage.frozen_batchnorm == "train"
             assert torch.equal(value, before[name]) != moves, name
-        assert trainer.engine.momentum().keys() == {name for name in parameters if part_of(name) in learning}
+        assert trainer.setup.engine.momentum().keys() == {name for name in parameters if part_of(name) in learning}
 
         state, _ = trainer.evaluate("test")
-        members = Scores.from_state(state).result(trainer.dataset.counts_C.tolist(), None)["members"]
-        assert set(trainer.expert_names) < set(members)
+        members = Scores.from_state(state).result(trainer.setup.dataset.counts_C.tolist(), None)["members"]
+        assert set(trainer.setup.expert_names) < set(members)
         assert all(np.isfinite(member["nll"]) for member in members.values())

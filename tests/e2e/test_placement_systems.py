@@ -78,7 +78,7 @@ def controls(tmp_path_factory):
             losses, folder = [], tmp_path_factory.mktemp("control")
             while len(losses) < STEPS:
                 losses += trainer.train(
-                    min(STEPS, (len(losses) // trainer.steps_per_epoch + 1) * trainer.steps_per_epoch)
+                    min(STEPS, (len(losses) // trainer.setup.steps_per_epoch + 1) * trainer.setup.steps_per_epoch)
                 ).losses
             trainer.save(str(folder))
             made[name] = np.array(losses), saved_tensors(folder)

@@ -45,7 +45,7 @@ def trainer_of(*words, stage="train"):
 
 def state_of(*words, stage="train"):
     trainer = trainer_of(*words, stage=stage)
-    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    return {name: value.clone() for name, value in trainer.setup.model.state_dict().items()}
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
@@ -85,9 +85,9 @@ def test_every_network_that_begins_anew_begins_with_them(stage, weights):
 def test_a_step_with_a_rate_for_each_part_trains_from_them(weights):
     factors = [f"method.stages.train.lr_factors.{part}=0.1" for part in ("trunk", "features")]
     trainer = trainer_of("method=tade", FULL_WIDTH, f"method.backbone_weights={weights}", *factors)
-    groups = {group["lr_factor"]: len(group["params"]) for group in trainer.engine.optimizer.param_groups}
-    heads = sum(".head." in name for name, _ in trainer.model.named_parameters())
-    assert groups == {0.1: len(list(trainer.model.parameters())) - heads, 1.0: heads}
+    groups = {group["lr_factor"]: len(group["params"]) for group in trainer.setup.engine.optimizer.param_groups}
+    heads = sum(".head." in name for name, _ in trainer.setup.model.named_parameters())
+    assert groups == {0.1: len(list(trainer.setup.model.parameters())) - heads, 1.0: heads}
     assert len(trainer.train(1).losses) == 1
 
 

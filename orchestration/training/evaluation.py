@@ -1,0 +1,113 @@
+"""Whole splits through a stage's network, without gradients: scores of the ensemble, and teachers' scores.
+
+Shapes: E experts, B images of one replica, C classes, K numbers that an aggregator keeps per expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aggregation.aggregator import Outputs
+from aggregation.diversity import Diversity
+from aggregation.metrics import Scores
+from experts.data.batches import EvalBatches
+from experts.objective import Given
+from orchestration.training.engine import casting
+from orchestration.training.stage_setup import StageSetup
+
+States = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
+
+
+@torch.no_grad()
+def evaluate(setup: StageSetup, split: str, beat: Callable[[], None]) -> States | None:
+    """Score this replica's share of a split. Every worker must take part.
+
+    Args:
+        setup: of the stage.
+        split: "test" or "val".
+        beat: called after every batch.
+
+    Returns:
+        The states of `Scores` and `Diversity` on workers of the first slot, None on the others.
+    """
+    mesh = setup.mesh
+    if not setup.config.engine.sync_batchnorm:
+        mesh.broadcast_buffers(setup.model)
+    setup.model.eval()
+    numbers_EK = mesh.gather(torch.stack([setup.aggregator.describe(e) for e in setup.model.experts.values()]))
+    scores, diversity = Scores(), Diversity()
+    for images_B3HW, labels_B in _share_of(setup, split):
+        with casting(setup.config.engine, mesh.device):
+            logits_EBC, gates_EB = setup.model.outputs(images_B3HW, mesh.gather)
+        if mesh.slot == 0:  # after the gather every slot holds the same; one counts
+            _count(setup, Outputs(logits_EBC, numbers_EK, gates_EB), labels_B, scores, diversity)
+        beat()
+    return (scores.state(), diversity.state()) if mesh.slot == 0 else None
+
+
+def _share_of(setup: StageSetup, split: str) -> EvalBatches:
+    images = setup.dataset.test if split == "test" else setup.dataset.val
+    assert images is not None, split
+    return EvalBatches(
+        images,
+        setup.dataset.config,
+        setup.config.run.evaluation_batch_size,
+        device=setup.mesh.device,
+        dtype=setup.dtype,
+        replica=setup.mesh.replica,
+        num_replicas=setup.mesh.shape.replicas,
+    )
+
+
+def _count(setup: StageSetup, outputs: Outputs, labels_B: Tensor, scores: Scores, diversity: Diversity) -> None:
+    members = dict(zip(setup.expert_names, outputs.logits_EBC.unbind(), strict=True))
+    used = setup.aggregator.experts_used(outputs)
+    per_image = None if used is None else {"experts_used": used}
+    scores.update({**setup.aggregator.members(outputs), **members}, labels_B, per_image)
+    diversity.update(members, labels_B)
+
+
+def prepare_objective(setup: StageSetup, beat: Callable[[], None]) -> None:
+    """Let the objective look at whole splits before the first step of a stage; most have no need to.
+
+    Args:
+        setup: of the stage.
+        beat: called after every batch.
+
+    Raises:
+        ValueError: the objective needs a validation split and the data set has none.
+    """
+    if setup.objective.prepares:
+        setup.model.eval()
+        setup.objective.prepare(lambda split: _teacher_scores(setup, split, beat))
+        beat()
+
+
+@torch.no_grad()
+def _teacher_scores(setup: StageSetup, split: str, beat: Callable[[], None]) -> Iterator[tuple[Given, Tensor]]:
+    """Yield teachers' scores and the labels of a whole split, the same on every worker.
+
+    Args:
+        setup: of the stage.
+        split: "train", not augmented, or "val".
+        beat: called after every batch.
+    """
+    images: Any = setup.dataset.train_as_evaluated() if split == "train" else setup.dataset.val
+    if images is None:
+        raise ValueError(
+            f"objective '{setup.stage.objective.name}' needs a validation split, which dataset "
+            f"{setup.dataset.config.name} has not; set dataset.val_per_class (cut from the training pool) or "
+            f"dataset.val_list; the test set is never used for this"
+        )
+    size, row = setup.config.run.evaluation_batch_size, 0
+    batches = EvalBatches(images, setup.dataset.config, size, device=setup.mesh.device, dtype=setup.dtype)
+    for images_B3HW, labels_B in batches:
+        positions_B = torch.arange(row, row + len(labels_B), device=setup.mesh.device)
+        yield Given(setup.teachers(images_B3HW), positions_B), labels_B
+        row += len(labels_B)
+        beat()

@@ -1,0 +1,160 @@
+"""Everything that one worker needs for one stage, built from the run's config: data, network, objective, engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from aggregation.aggregator import Aggregator
+from experts.class_groups import split_classes
+from experts.data.batches import TrainBatches
+from experts.data.dataset import Dataset
+from experts.data.keyed_random import key
+from experts.ensemble import Ensemble, build_ensemble, freeze
+from experts.flow import Flow
+from experts.objective import Objective
+from experts.progress import Progress
+from experts.registry import build
+from orchestration.config.recipe import StageConfig
+from orchestration.config.run_config import RunConfig
+from orchestration.storage.pretrained import load_pretrained
+from orchestration.training.engine import Engine, TorchEngine
+from orchestration.training.mesh import Mesh
+from orchestration.training.teachers import Teachers
+
+
+class StageSetup:
+    """One worker's share of a stage.
+
+    Args:
+        config: of the run.
+        stage: name of the stage.
+        dataset: the run's data set, opened.
+        mesh: this worker's place. It must have joined a torch world if the mesh has several workers, and always for the
+            deepspeed engine.
+        teacher_folders: exported models of the stage's teachers, by name.
+
+    Raises:
+        ValueError: the stage's two samplers draw different numbers of images, a group of classes is empty, or a teacher
+            or the pretrained weights do not fit.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        stage: str,
+        dataset: Dataset,
+        mesh: Mesh,
+        teacher_folders: Mapping[str, str] | None = None,
+    ) -> None:
+        self.config, self.mesh = config, mesh
+        self.stage_name, self.stage = stage, config.method.stages[stage]
+        self.dataset = stage_dataset(self.stage, dataset)
+        self.expert_names = config.method.names_in(stage)
+        self.dtype = torch.float64 if config.engine.precision == "float64" else torch.float32
+
+        counts_C = torch.from_numpy(self.dataset.counts_C)
+        self.objective: Objective = build("objective", self.stage.objective, counts_C, len(self.expert_names))
+        self.objective.to(mesh.device, self.dtype)
+        draws = partial(key, config.seed, stage)
+        self.flow: Flow = build("flow", self.stage.flow, self.objective, self.expert_names, draws)
+        self.distillation = self.stage.distillation and build("distillation", self.stage.distillation)
+        self.schedule = build("lr_schedule", self.stage.lr_schedule)
+        self.aggregator: Aggregator = build(
+            "aggregator", config.method.aggregator_in(stage), counts_C, self.expert_names
+        )
+
+        self.model = self._build_model()
+        self.frozen = freeze(self.model, self.flow.learns - set(self.stage.freeze))
+        self.teachers = Teachers(self.stage.teachers, teacher_folders or {}, dataset, mesh, self.dtype)
+        self.engine: Engine = self._build_engine()
+
+        self.batches = self._build_batches(self.stage.sampler, "all")
+        self.partners: TrainBatches | None = None
+        if self.stage.partner_sampler is not None:
+            self.partners = self._build_batches(self.stage.partner_sampler, "partner")
+            _check_pairing(stage, self.batches, self.partners)
+
+    def _build_model(self) -> Ensemble:
+        method = self.config.method
+        model = build_ensemble(
+            self.config.ensemble(self.expert_names, self.dataset.num_classes),
+            seed=self.config.seed,
+            only=[self.expert_names[i] for i in self.mesh.own_experts],
+        )
+        if method.backbone_weights is not None and method.starts_from(self.stage_name) is None:
+            load_pretrained(model, method.backbone_weights)
+        model.to(self.mesh.device, self.dtype)
+        if self.config.engine.sync_batchnorm:
+            self.mesh.synchronise_batchnorm(model)
+        return model.train()
+
+    def _build_engine(self) -> Engine:
+        expert_factors = dict(zip(self.expert_names, self.objective.lr_factors, strict=True))
+        part_factors = self.stage.lr_factors.model_dump()
+        args = (self.model, self.mesh, self.stage.optimizer, self.config.engine, expert_factors, part_factors)
+        if self.config.engine.name == "torch":
+            return TorchEngine(*args)
+        from orchestration.training.deepspeed_engine import DeepSpeedEngine  # costs seconds, so only where it is used
+
+        return DeepSpeedEngine(*args)
+
+    def _build_batches(self, sampler: Any, stream: str) -> TrainBatches:
+        train = self.dataset.train
+        return TrainBatches(
+            train,
+            build("sampler", sampler, train.labels, self.dataset.num_classes),
+            self.dataset.config,
+            batch_size=self.stage.batch_size,
+            seed=self.config.seed,
+            stage=self.stage_name,
+            stream=stream,
+            epochs=self.stage.epochs,
+            device=self.mesh.device,
+            dtype=self.dtype,
+            replica=self.mesh.replica,
+            num_replicas=self.mesh.shape.replicas,
+            drop_last=self.stage.drop_last,
+            mixup_alpha=self.stage.mixup.alpha if self.stage.mixup else None,
+        )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.batches.steps_per_epoch
+
+    def progress(self, done: int) -> Progress:
+        """Return where training stands after `done` steps of the stage."""
+        epoch, step = divmod(done, self.steps_per_epoch)
+        return Progress(epoch + 1, self.stage.epochs, step, self.steps_per_epoch)
+
+    def close(self) -> None:
+        """Stop loader processes and free the engine's buffers."""
+        self.batches.close()
+        if self.partners is not None:
+            self.partners.close()
+        self.engine.close()
+
+
+def stage_dataset(stage: StageConfig, dataset: Dataset) -> Dataset:
+    """Return the part of the run's data that a stage trains on: all of it, or one group of classes.
+
+    Raises:
+        ValueError: the group of classes is empty.
+    """
+    if stage.classes is None:
+        return dataset
+    groups = dict(zip(("many", "medium", "few"), split_classes(dataset.counts_C, 3, stage.classes.rule), strict=True))
+    return dataset.only(groups[stage.classes.group])
+
+
+def _check_pairing(stage: str, batches: TrainBatches, partners: TrainBatches) -> None:
+    """Raise ValueError unless the two samplers of a stage draw the same number of images."""
+    if partners.draws_per_epoch != batches.draws_per_epoch:
+        raise ValueError(
+            f"stages.{stage}: sampler draws {batches.draws_per_epoch} images per epoch, partner_sampler "
+            f"{partners.draws_per_epoch}; needed the same number, since batches are paired by row; choose samplers of "
+            f"equal length"
+        )

@@ -1,0 +1,111 @@
+"""One training step on one worker: from a batch of images to moved weights. trainer.py shows it in ten lines."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experts.data.batches import Batch
+from experts.objective import Given
+from experts.progress import Progress
+from orchestration.training.engine import NonFiniteGradient
+from orchestration.training.stage_setup import StageSetup
+
+# Shapes: E experts, B images of one replica, X outputs of an expert (C class scores and, for some objectives, more).
+
+
+class TrainingDiverged(FloatingPointError):
+    """The loss or a gradient is not finite. The run ends here; its newest checkpoint is from before."""
+
+
+class TrainingStep:
+    """Takes one step at a time with a stage's network, objective and engine."""
+
+    def __init__(self, setup: StageSetup) -> None:
+        self._setup = setup
+
+    def __call__(self, batch: Batch, now: Progress) -> tuple[float, dict[str, float]]:
+        """Move the weights by one batch. Every worker of the mesh must take part.
+
+        Returns:
+            The learning rate, and the mean per image of the "loss" and of its terms over the global batch.
+
+        Raises:
+            TrainingDiverged: on every worker; names stage, epoch, step and what is not finite.
+        """
+        setup = self._setup
+        self._set_mode()
+        lr = setup.stage.optimizer.lr * setup.schedule.factor(now)
+        before = setup.mesh.statistics_before(setup.model.trunk) if setup.flow.own_streams else []
+
+        outputs_EBX = setup.flow(setup.engine, batch, now, setup.mesh.gather)
+        loss, terms = self._loss(outputs_EBX, batch, now)
+        values = self._global_values(loss, terms)
+
+        # Before the weights move: one bad step would spoil them, and the checkpoint after it.
+        if not np.isfinite(values["loss"]):
+            raise TrainingDiverged(self._diagnosis(outputs_EBX, now))
+        try:
+            setup.engine.step(loss, lr)
+        except NonFiniteGradient as problem:
+            raise TrainingDiverged(f"{self._moment(now)}: {problem}; {_ADVICE}") from problem
+
+        if setup.flow.own_streams:  # copies of the trunk saw different images; one trunk would have seen them in turn
+            setup.mesh.statistics_in_turn(setup.model.trunk, before)
+        return lr, values
+
+    def _set_mode(self) -> None:
+        """Put the network in training mode, frozen parts as the stage says (evaluation may have come before)."""
+        self._setup.model.train()
+        if self._setup.stage.frozen_batchnorm == "eval":
+            for module in self._setup.frozen:
+                module.eval()
+
+    def _loss(self, outputs_EBX: Tensor, batch: Batch, now: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return this replica's share of the loss and its terms; with mixup, blended from both sets of labels."""
+        setup = self._setup
+        given = Given(setup.teachers(batch.images_B3HW) if setup.teachers else {}, batch.positions_B)
+        parts = [(1.0, *setup.flow.labels(batch))]
+        if batch.mixed is not None:
+            rest = 1 - batch.mixed.share
+            parts = [(batch.mixed.share, *parts[0][1:]), (rest, batch.mixed.labels_B, batch.mixed.global_labels)]
+        total, terms = outputs_EBX.new_zeros(()), dict[str, Tensor]()
+        for share, labels, global_labels in parts:
+            denominators = setup.objective.denominators(global_labels, now)
+            loss, found = setup.objective(outputs_EBX, labels, denominators, now, given)
+            total = total + share * loss
+            terms = {name: share * value + terms.get(name, 0.0) for name, value in found.items()}
+        if setup.distillation is not None:
+            denominators = setup.distillation.denominators(batch.global_labels)
+            total, found = setup.distillation(total, outputs_EBX, given.teachers, denominators, now)
+            terms |= found
+        return total, terms
+
+    def _global_values(self, loss: Tensor, terms: dict[str, Tensor]) -> dict[str, float]:
+        """Sum loss and terms over the replicas; a term with a value per expert becomes `<term>/<expert>`."""
+        names, values = ["loss"], [loss.detach().reshape(1)]
+        for term, value in terms.items():
+            experts = self._setup.expert_names if value.ndim else ()
+            names += [f"{term}/{expert}" for expert in experts] or [term]
+            values.append(value.detach().reshape(-1))
+        total = self._setup.mesh.sum_over_data(torch.cat([v.double() for v in values]))
+        return dict(zip(names, total.tolist(), strict=True))
+
+    def _moment(self, now: Progress) -> str:
+        done = (now.epoch - 1) * now.steps_per_epoch + now.step
+        return f"stage {self._setup.stage_name}, epoch {now.epoch}, step {done + 1}"
+
+    def _diagnosis(self, outputs_EBX: Tensor, now: Progress) -> str:
+        """Return the message of a loss that is not finite; names the experts whose outputs are not."""
+        bad_E = (~torch.isfinite(outputs_EBX)).flatten(1).any(1).double()
+        self._setup.mesh.sum_over_data(bad_E)  # the images may be another replica's
+        bad = [name for name, count in zip(self._setup.expert_names, bad_E.tolist(), strict=True) if count]
+        where = f"logits of {', '.join(bad)}" if bad else "the objective, from finite logits"
+        return f"{self._moment(now)}: the loss is not finite; found in {where}; needed finite numbers; {_ADVICE}"
+
+
+_ADVICE = (
+    "lower method.stages.<stage>.optimizer.lr or lengthen its warm-up, and look at the last train/loss values in "
+    "metrics.jsonl; the newest checkpoint is from before"
+)
