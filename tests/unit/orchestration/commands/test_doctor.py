@@ -74,15 +74,16 @@ def serving(handler, context=None):
 
 @pytest.fixture
 def server():
-    """An HTTP server that answers /health to all, and experiments to one user; yields its URI and what it was sent."""
+    """An HTTP server that answers one user as MLflow does; yields its host:port and what it was sent."""
     seen = []
 
     class Handler(Quiet):
         def do_GET(self):
             seen.append((self.path, self.headers.get("Authorization")))
-            known = self.path == "/health" or (self.path == ASKED and self.headers.get("Authorization") == ME)
+            known = self.path == ASKED and self.headers.get("Authorization") == ME
             self.send_response(200 if known else 401)
             self.end_headers()
+            self.wfile.write(b"{}")
 
     with serving(Handler) as place:
         yield place, seen
@@ -114,6 +115,7 @@ def own_certificate(tmp_path):
         def do_GET(self):
             self.send_response(200)
             self.end_headers()
+            self.wfile.write(b"{}")
 
     with serving(Handler, context) as place:
         yield place, certificate
@@ -191,12 +193,11 @@ def test_a_tracking_server_is_asked_with_its_credentials(server):
     text, healthy = examine([f"tracking.uri=http://me:secret@{place}", "cluster.cpus_per_worker=0.1"])
     assert healthy, text
     assert lines(text, "tracking") == [("ok", f"http://{place} answers")]
-    assert seen == [("/health", ME), (ASKED, ME)]
+    assert seen == [(ASKED, ME)]
     assert "secret" not in text
 
 
 def test_credentials_that_a_server_does_not_take_are_a_finding(server):
-    """Its /health answers anybody."""
     place, _ = server
     state, words = lines(examine([f"tracking.uri=http://me:wrong@{place}"])[0], "tracking")[0]
     assert state == "FAIL" and "it refuses us (401)" in words and "wrong@" not in words
@@ -214,7 +215,7 @@ def test_credentials_do_not_follow_a_redirect_to_another_server(server):
     with serving(Moved) as moved:
         ((state, text),) = tracking(f"http://me:secret@{moved}")
     assert state == "FAIL" and "it refuses us (401)" in text
-    assert seen == [("/health", None), (ASKED, None)]
+    assert seen == [(ASKED, None)]
 
 
 def test_a_redirect_at_the_same_server_keeps_its_credentials():
@@ -226,10 +227,11 @@ def test_a_redirect_at_the_same_server_keeps_its_credentials():
             self.send_response(200 if self.path.startswith("/mlflow") else 302)
             self.send_header("Location", f"/mlflow{self.path}")
             self.end_headers()
+            self.wfile.write(b"{}")
 
     with serving(Below) as place:
         assert tracking(f"http://me:secret@{place}") == [("ok", f"http://{place} answers")]
-    assert asked == [(below + path, ME) for path in ("/health", ASKED) for below in ("", "/mlflow")]
+    assert asked == [(ASKED, ME), (f"/mlflow{ASKED}", ME)]
 
 
 def test_a_server_with_a_certificate_of_its_own_is_asked_as_mlflow_asks_it(own_certificate, monkeypatch):
@@ -261,14 +263,14 @@ def test_a_server_without_users_that_others_reach_is_a_warning(monkeypatch):
 
     asked = []
 
-    def answers(parts, what, credentials, patience_s):
-        asked.append((what, credentials))
+    def answers(uri, patience_s, *, with_credentials=True):
+        asked.append(with_credentials)
 
-    monkeypatch.setattr(tracking_checks, "_ask", answers)
+    monkeypatch.setattr(tracking_checks, "ask_server", answers)
     found = list(tracking_checks._server("http://me:pw@mlflow.example:5000", 1.0))
     assert [f.state for f in found] == ["ok", "warn", "warn"]
     assert "without a user" in found[1].text and "in the clear" in found[2].text
-    assert asked[-1] == (ASKED, None)
+    assert asked == [False, True]
     assert [f.state for f in tracking_checks._server("http://127.0.0.1:5000", 1.0)] == ["ok"]
 
 
