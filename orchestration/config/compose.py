@@ -1,4 +1,10 @@
-"""From words on a command line to a checked config: YAML groups by Hydra, `a.b=value` on top, all problems at once."""
+"""From the words of a command line to a valid config.
+
+words -> group choices and `a.b=value` overrides        `parse`
+      -> one tree, composed by Hydra from configs/      `_compose`
+      -> a frozen RunConfig, all problems at once       `check`
+      -> paths made absolute                            `_with_absolute_paths`
+"""
 
 from __future__ import annotations
 
@@ -7,7 +13,7 @@ import os
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -23,35 +29,36 @@ from orchestration.config.paths import expand
 from orchestration.config.recipe import PieceOf
 from orchestration.config.run_config import RunConfig
 
+S = TypeVar("S", bound=BaseModel)
 GROUPS = ("method", "dataset", "backbone", "schedule", "cluster")
 
 
 def configs_folder() -> Path:
-    """Where the YAML groups lie, in a checkout or an installed wheel."""
+    """Return the folder of the YAML groups, in a checkout or an installed wheel."""
     return Path(str(files("configs")))
 
 
 def load_config(words: list[str]) -> RunConfig:
-    """Compose and check a run's config.
+    """Compose and validate a run's config.
 
     Args:
         words: `group=choice` and `a.b=value`.
 
     Raises:
-        ValueError: everything that is wrong, a line each.
+        ValueError: everything that is wrong, one line each.
     """
     choices, values = parse(words)
     tree = _compose(choices)
     for override in values:
         OmegaConf.update(tree, override.key_or_group, override.value(), force_add=True)
-    return _absolute(check(OmegaConf.to_container(tree), _title(words)))  # type: ignore[arg-type]
+    return _with_absolute_paths(check(OmegaConf.to_container(tree), _title(words)))  # type: ignore[arg-type]
 
 
 def check(tree: dict[str, Any], title: str) -> RunConfig:
     """Validate a nested mapping against the schema.
 
     Raises:
-        ValueError: the title, then one line per problem with key, what was found, what was needed.
+        ValueError: the title, then one line per problem: key, what was found, what is needed.
     """
     try:
         return RunConfig.model_validate(tree)
@@ -60,26 +67,34 @@ def check(tree: dict[str, Any], title: str) -> RunConfig:
     raise ValueError(_message(title, lines))
 
 
-def _absolute(config: RunConfig) -> RunConfig:
-    """The config with paths absolute: workers and later commands may stand in other folders."""
-    tree = config.model_dump(mode="json")
-    holders = [(tree["dataset"], "root"), (tree["method"], "backbone_weights")]
-    for stage in tree["method"]["stages"].values():
-        sources = [stage["start_from"], *stage["teachers"].values()]
-        holders += [(source, "run") for source in sources if source is not None]
-    for holder, key in holders:
-        if holder[key] is not None:
-            holder[key] = os.path.abspath(expand(holder[key]))
-    return RunConfig.model_validate(tree)
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Make paths absolute: workers and later commands may run in other folders."""
+    method = config.method
+    stages = {
+        name: stage.model_copy(
+            update={
+                "start_from": stage.start_from and _with_absolute(stage.start_from, "run"),
+                "teachers": {key: _with_absolute(teacher, "run") for key, teacher in stage.teachers.items()},
+            }
+        )
+        for name, stage in method.stages.items()
+    }
+    method = _with_absolute(method.model_copy(update={"stages": stages}), "backbone_weights")
+    return config.model_copy(update={"method": method, "dataset": _with_absolute(config.dataset, "root")})
+
+
+def _with_absolute(settings: S, key: str) -> S:
+    path = getattr(settings, key)
+    return settings if path is None else settings.model_copy(update={key: os.path.abspath(expand(path))})
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The resolved config as plain YAML; `from_yaml` reads it back equal."""
+    """Return the resolved config as plain YAML; `from_yaml` reads it back equal."""
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
 
 
 def from_yaml(path: Path) -> RunConfig:
-    """A run's config.yaml.
+    """Read a run's config.yaml.
 
     Raises:
         ValueError: the file is missing, is not YAML, or does not fit the schema.
@@ -96,18 +111,22 @@ def from_yaml(path: Path) -> RunConfig:
 
 
 def available(group: str) -> list[str]:
-    """Choices of a group."""
+    """Return the choices of a group, sorted."""
     return sorted(path.stem for path in (configs_folder() / group).glob("*.yaml"))
 
 
 def parse(words: list[str]) -> tuple[dict[str, str], list[Override]]:
-    """Group choices and value overrides; all misuse in one message."""
+    """Split words into group choices and value overrides.
+
+    Raises:
+        ValueError: every word that is neither, one line each.
+    """
     parser = OverridesParser.create()
     choices: dict[str, str] = {}
     values: list[Override] = []
     problems = []
     for word in words:
-        if "${" in word:  # would be filled in from the environment, and written to run folder and tracking server
+        if "${" in word:  # a value from the environment would end up in the run folder and on the tracking server
             problems.append(f"{word}: needed a plain value; ${{...}} is not filled in here, let the shell do it")
             continue
         try:
@@ -132,7 +151,7 @@ def parse(words: list[str]) -> tuple[dict[str, str], list[Override]]:
 
 
 def _parse_word(parser: OverridesParser, word: str) -> Override:
-    """One override. What Hydra's grammar cannot read after the '=' (a path with spaces, say) is taken as it stands."""
+    """Parse one override. A value that Hydra's grammar cannot read (a path with spaces, say) is taken literally."""
     try:
         return parser.parse_override(word)
     except HydraException:
@@ -158,7 +177,7 @@ def _compose(choices: dict[str, str]) -> Any:
 
 
 def _defaults() -> dict[str, str]:
-    """The choice of every group that nobody made, from configs/config.yaml."""
+    """Return the default choice of every group, from configs/config.yaml."""
     entries = OmegaConf.load(configs_folder() / "config.yaml").defaults
     return {group: choice for entry in entries if isinstance(entry, Mapping) for group, choice in entry.items()}
 
@@ -176,12 +195,13 @@ def _schedule_of(method: str, dataset: str) -> str:
 
 
 def _line(problem: Any, tree: dict[str, Any]) -> str:
+    """Put one of pydantic's errors into our words: key, found, needed."""
     keys = _path(problem["loc"], tree)
     key = ".".join(map(str, keys))
     found = problem.get("input")
     kind = problem["type"]
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(str(keys[-1]), _known(keys[:-1], tree), 1)
+        near = _nearest(str(keys[-1]), _known(keys[:-1], tree))
         parent = ".".join(map(str, keys[:-1]))
         meant = [f"{parent + '.' if parent else ''}{near[0]}"] if near else _deeper(key, tree)[:1]
         hint = f"; did you mean {meant[0]}?" if meant else ""
@@ -200,8 +220,14 @@ def _line(problem: Any, tree: dict[str, Any]) -> str:
     return f"{key} = {found}: {text[0].lower() + text[1:]}"
 
 
+def _nearest(key: str, known: list[str]) -> list[str]:
+    """Return the known key that was probably meant, if any: one that goes on from it, else one that looks alike."""
+    longer = [name for name in known if name.startswith(f"{key}_")]
+    return longer[:1] or difflib.get_close_matches(key, known, 1)
+
+
 def _path(loc: tuple[Any, ...], tree: Any) -> list[Any]:
-    """Keys as the operator wrote them: without the tags pydantic puts in for chosen pieces."""
+    """Return the keys as the operator wrote them, without the tags that pydantic inserts for chosen pieces."""
     keys: list[Any] = []
     for part in loc:
         if isinstance(tree, dict) and part not in tree and part == tree.get("name"):
@@ -212,7 +238,7 @@ def _path(loc: tuple[Any, ...], tree: Any) -> list[Any]:
 
 
 def _known(keys: list[Any], tree: Any) -> list[str]:
-    """Field names of the schema at a place."""
+    """Return the field names of the schema below some keys."""
     model: Any = RunConfig
     for key in keys:
         tree = tree.get(key, {}) if isinstance(tree, dict) else {}
@@ -236,7 +262,7 @@ def _known(keys: list[Any], tree: Any) -> list[str]:
 
 
 def _deeper(key: str, tree: dict[str, Any], above: str = "") -> list[str]:
-    """Full keys of a tree that end with a short one, as `method.stages.train.epochs` for `epochs`."""
+    """Return the full keys of a tree that end with a short one: `method.stages.train.epochs` for `epochs`."""
     found = []
     for name, value in tree.items():
         full = f"{above}{name}"

@@ -56,6 +56,7 @@ def test_every_problem_is_in_one_message():
             "did you mean method.stages.train.objective.reweight_epoch?",
         ),
         ("dataset.augment.crop_pading=3", "did you mean dataset.augment.crop_padding?"),
+        ("dataset.imbalance=100", "did you mean dataset.imbalance_ratio?"),
         ("epochs=5", "epochs: unknown key; did you mean method.stages.train.epochs?"),
     ],
 )
