@@ -28,7 +28,7 @@ import torchvision
 from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 
-from experts.data.batches import TrainBatches
+from experts.data.batches import StreamConfig, TrainBatches
 from experts.data.config import DatasetConfig
 from experts.data.dataset import open_dataset
 from experts.samplers.instance_balanced import InstanceBalanced
@@ -57,9 +57,8 @@ def ours(root: str, images: int, processes: int, resident: str) -> TrainBatches:
     chosen = config(root, images, processes, resident)
     dataset = open_dataset(chosen)
     sampler = InstanceBalanced(InstanceBalanced.Config(), dataset.train.labels, dataset.num_classes)
-    return TrainBatches(
-        dataset.train, sampler, chosen, batch_size=BATCH_SIZE, seed=0, stage="train", stream="main", epochs=1000
-    )
+    stream = StreamConfig(seed=0, stage="train", stream="main", epochs=1000, batch_size=BATCH_SIZE)
+    return TrainBatches(dataset.train, sampler, chosen, stream)
 
 
 def torchvisions(root: str, images: int, processes: int) -> DataLoader:

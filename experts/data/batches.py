@@ -67,62 +67,84 @@ def share(count: int, part: int, parts: int) -> tuple[int, int]:
     return start, start + each + (part < more)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """What a stream of training batches holds, wherever it is made.
+
+    Attributes:
+        seed: of the run.
+        stage, stream: names; experts with equal seed, stage and stream see the same pixels.
+        epochs: of the stage; samplers may depend on it.
+        batch_size: images of the global batch; the last one of an epoch may be smaller, unless dropped.
+        drop_last: leave out the last batch of an epoch where it is smaller.
+        view: another value gives other augmentation of the same images.
+        mixup_alpha: blend every image with another of the global batch, the share of the first one drawn per batch
+            from Beta(alpha, alpha); None blends nothing.
+    """
+
+    seed: int
+    stage: str
+    stream: str
+    epochs: int
+    batch_size: int
+    drop_last: bool = False
+    view: int = 0
+    mixup_alpha: float | None = None
+
+
+@dataclass(frozen=True)
+class Replica:
+    """Where batches are made: one data replica, and what it computes with.
+
+    Attributes:
+        index: d, from 0.
+        count: D, the replicas that share every batch.
+        device: of the images.
+        dtype: of the images.
+    """
+
+    index: int = 0
+    count: int = 1
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+
 class TrainBatches:
-    """The training batches of one stage and stream, for one replica."""
+    """The training batches of one stage and stream, for one replica.
+
+    With mixup every replica makes the pixels of the whole batch, because partners come from all of it.
+    """
 
     def __init__(
         self,
         store: ImageStore,
         sampler: Any,
         dataset_config: DatasetConfig,
-        *,
-        batch_size: int,
-        seed: int,
-        stage: str,
-        stream: str,
-        epochs: int,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        replica: int = 0,
-        num_replicas: int = 1,
-        drop_last: bool = False,
-        view: int = 0,
-        mixup_alpha: float | None = None,
+        config: StreamConfig,
+        replica: Replica = Replica(),
     ) -> None:
         """Move a resident store to the device; start nothing else.
 
         Args:
             sampler: a built piece of kind "sampler", over the store's labels.
-            batch_size: images of the global batch; the last of an epoch may be smaller, unless dropped.
-            stage, stream: names; experts with equal seed, stage and stream see the same pixels.
-            epochs: of the stage; samplers may depend on it.
-            dtype: of the images.
-            view: another value gives other augmentation of the same images.
-            mixup_alpha: blend every image with another of the global batch, the share of the first one drawn per
-                batch from Beta(alpha, alpha). Each replica then makes the pixels of the whole batch.
 
         Raises:
             ValueError: no batch is left when the last partial one is dropped.
         """
-        self.store = store.to(device)
+        self.config = config
+        self.replica = replica
+        self.dataset_config = dataset_config
+        self.store = store.to(replica.device)
         self.sampler = sampler
-        self.config = dataset_config
-        self.batch_size = batch_size
-        self.epochs = epochs
-        self.device = torch.device(device)
-        self.dtype = dtype
-        self.replica, self.num_replicas = replica, num_replicas
-        self._stream_name = (seed, stage, stream)
-        self._view = view
-        self._mixup_alpha = mixup_alpha
+        self.device = torch.device(replica.device)
         draws = sampler.draws_per_epoch
-        self.draws_per_epoch = draws - draws % batch_size if drop_last else draws
+        self.draws_per_epoch = draws - draws % config.batch_size if config.drop_last else draws
         if not self.draws_per_epoch:
             raise ValueError(
-                f"batch_size = {batch_size} with drop_last: an epoch has {draws} images, no whole "
+                f"batch_size = {config.batch_size} with drop_last: an epoch has {draws} images, no whole "
                 f"batch; lower batch_size"
             )
-        self.steps_per_epoch = -(-self.draws_per_epoch // batch_size)
+        self.steps_per_epoch = -(-self.draws_per_epoch // config.batch_size)
         self._cached: tuple[int, np.ndarray] | None = None
         self._files: Stream | None = None
         if isinstance(self.store, FileImages):
@@ -131,7 +153,7 @@ class TrainBatches:
     def positions(self, epoch: int) -> np.ndarray:
         """The epoch's global sequence of positions in the store, int64 [draws_per_epoch]; epochs count from 1."""
         if self._cached is None or self._cached[0] != epoch:
-            progress = Progress(epoch, self.epochs, 0, self.steps_per_epoch)
+            progress = Progress(epoch, self.config.epochs, 0, self.steps_per_epoch)
             self._cached = epoch, self.sampler.draw(progress, self._key(epoch, "draws"))[: self.draws_per_epoch]
         return self._cached[1]
 
@@ -173,29 +195,28 @@ class TrainBatches:
             self._files.close()
 
     def _key(self, epoch: int, what: str) -> int:
-        seed, stage, stream = self._stream_name
-        return key(seed, stage, epoch, stream, what)
+        return key(self.config.seed, self.config.stage, epoch, self.config.stream, what)
 
     def _rows(self, step: int) -> tuple[int, int]:
         assert 0 <= step < self.steps_per_epoch, (step, self.steps_per_epoch)
-        return step * self.batch_size, min((step + 1) * self.batch_size, self.draws_per_epoch)
+        return step * self.config.batch_size, min((step + 1) * self.config.batch_size, self.draws_per_epoch)
 
     def _local_rows(self, step: int) -> tuple[int, int]:
         first, last = self._rows(step)
-        start, stop = share(last - first, self.replica, self.num_replicas)
+        start, stop = share(last - first, self.replica.index, self.replica.count)
         return first + start, first + stop
 
     def _made_rows(self, step: int) -> tuple[int, int]:
         """Rows whose pixels this replica needs."""
-        return self._local_rows(step) if self._mixup_alpha is None else self._rows(step)
+        return self._local_rows(step) if self.config.mixup_alpha is None else self._rows(step)
 
     def _request(self, epoch: int, step: int) -> Request:
         first, last = self._made_rows(step)
-        return Request(self.positions(epoch)[first:last], self._key(epoch, f"crop/{self._view}"), first)
+        return Request(self.positions(epoch)[first:last], self._key(epoch, f"crop/{self.config.view}"), first)
 
     def _take(self, store: ResidentImages, request: Request) -> Tensor:
         images = store.take(request.positions)
-        scale = self.config.augment.random_resized_crop
+        scale = self.dataset_config.augment.random_resized_crop
         if scale is None:
             return images
         draws = uniforms(request.crop_key, request.first_draw, len(request.positions), CROP_UNIFORMS)
@@ -203,13 +224,13 @@ class TrainBatches:
 
     def _finish(self, raw: Tensor, epoch: int, step: int) -> Batch:
         first, last = self._made_rows(step)
-        draws = uniforms(self._key(epoch, f"pixels/{self._view}"), first, last - first, NUM_UNIFORMS)
-        images = augment(raw.to(self.device, non_blocking=True), draws, self.config, self.dtype)
+        draws = uniforms(self._key(epoch, f"pixels/{self.config.view}"), first, last - first, NUM_UNIFORMS)
+        images = augment(raw.to(self.device, non_blocking=True), draws, self.dataset_config, self.replica.dtype)
         labels = torch.from_numpy(self.labels(epoch, step)).to(self.device)
-        start, stop = (row - step * self.batch_size for row in self._local_rows(step))
+        start, stop = (row - step * self.config.batch_size for row in self._local_rows(step))
         positions = torch.from_numpy(self.positions(epoch)[slice(*self._local_rows(step))]).to(self.device)
         mixed = None
-        if self._mixup_alpha is not None:
+        if self.config.mixup_alpha is not None:
             share_ = self._mixup_share(epoch, step)
             order = torch.from_numpy(permutation(self._key(epoch, f"mixup order/{step}"), len(labels))).to(self.device)
             images = share_ * images[start:stop] + (1 - share_) * images[order[start:stop]]
@@ -217,9 +238,9 @@ class TrainBatches:
         return Batch(images, labels[start:stop], labels, positions, mixed=mixed)
 
     def _mixup_share(self, epoch: int, step: int) -> float:
-        assert self._mixup_alpha is not None
+        assert self.config.mixup_alpha is not None
         source = KeyedRandom(self._key(epoch, f"mixup share/{step}"))
-        return source.betavariate(self._mixup_alpha, self._mixup_alpha)
+        return source.betavariate(self.config.mixup_alpha, self.config.mixup_alpha)
 
 
 class EvalBatches:
@@ -230,19 +251,15 @@ class EvalBatches:
         store: ImageStore,
         config: DatasetConfig,
         batch_size: int,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        *,
-        replica: int = 0,
-        num_replicas: int = 1,
+        replica: Replica = Replica(),
     ) -> None:
         """Copy nothing yet: images go to the device a batch at a time, unless the store given is there already."""
         self.store = store
         self.config = config
         self.batch_size = batch_size
-        self.device = torch.device(device)
-        self.dtype = dtype
-        self.start, self.stop = share(len(store.labels), replica, num_replicas)
+        self.device = torch.device(replica.device)
+        self.dtype = replica.dtype
+        self.start, self.stop = share(len(store.labels), replica.index, replica.count)
 
     def __len__(self) -> int:
         """Number of batches."""

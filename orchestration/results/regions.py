@@ -187,7 +187,7 @@ def _measure(saved: SavedRun, classes: list[int]) -> tuple[list[Shown], NDArray[
     import torch
 
     from aggregation.regions import ENSEMBLE, decision_regions, features_of, fit_plane, laid_end_to_end, window_of
-    from experts.data.batches import EvalBatches
+    from experts.data.batches import EvalBatches, Replica
     from orchestration.training.engine import casting
 
     part = saved.dataset.only(np.array(classes))
@@ -195,7 +195,8 @@ def _measure(saved: SavedRun, classes: list[int]) -> tuple[list[Shown], NDArray[
     models = {"before": _before(saved), "after": saved.model}
     found: dict[str, list[list[Any]]] = {moment: [] for moment in models}
     labels = []
-    for images_B3HW, labels_B in EvalBatches(part.test, part.config, size, device=saved.device, dtype=saved.dtype):
+    replica = Replica(device=saved.device, dtype=saved.dtype)
+    for images_B3HW, labels_B in EvalBatches(part.test, part.config, size, replica):
         labels.append(labels_B.cpu().numpy())
         for moment, model in models.items():
             with casting(saved.config.engine, saved.device):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aggregation.aggregator import Outputs
 from aggregation.serving import ServedModel, load_model
-from experts.data.batches import EvalBatches
+from experts.data.batches import EvalBatches, Replica
 from experts.data.dataset import Dataset, open_dataset
 from experts.data.images import ImageStore
 from orchestration.config.compose import check, from_yaml, parse
@@ -78,7 +78,7 @@ class SavedRun:
     def batches(self) -> EvalBatches:
         """The split in its own order, in batches of run.evaluation_batch_size."""
         size = self.config.run.evaluation_batch_size
-        return EvalBatches(self.store, self.dataset.config, size, device=self.device, dtype=self.dtype)
+        return EvalBatches(self.store, self.dataset.config, size, Replica(device=self.device, dtype=self.dtype))
 
     def outputs(self, images_B3HW: Tensor) -> Outputs:
         """What the experts say of prepared images, in the run's precision."""

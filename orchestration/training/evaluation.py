@@ -15,7 +15,7 @@ from torch import Tensor
 from aggregation.aggregator import Outputs
 from aggregation.diversity import Diversity
 from aggregation.metrics import Scores
-from experts.data.batches import EvalBatches
+from experts.data.batches import EvalBatches, Replica
 from experts.objective import Given
 from orchestration.training.engine import casting
 from orchestration.training.stage_setup import StageSetup
@@ -53,15 +53,7 @@ def evaluate(setup: StageSetup, split: str, beat: Callable[[], None]) -> States 
 def _share_of(setup: StageSetup, split: str) -> EvalBatches:
     images = setup.dataset.test if split == "test" else setup.dataset.val
     assert images is not None, split
-    return EvalBatches(
-        images,
-        setup.dataset.config,
-        setup.config.run.evaluation_batch_size,
-        device=setup.mesh.device,
-        dtype=setup.dtype,
-        replica=setup.mesh.replica,
-        num_replicas=setup.mesh.shape.replicas,
-    )
+    return EvalBatches(images, setup.dataset.config, setup.config.run.evaluation_batch_size, setup.replica)
 
 
 def _count(setup: StageSetup, outputs: Outputs, labels_B: Tensor, scores: Scores, diversity: Diversity) -> None:
@@ -105,7 +97,7 @@ def _teacher_scores(setup: StageSetup, split: str, beat: Callable[[], None]) -> 
             f"dataset.val_list; the test set is never used for this"
         )
     size, row = setup.config.run.evaluation_batch_size, 0
-    batches = EvalBatches(images, setup.dataset.config, size, device=setup.mesh.device, dtype=setup.dtype)
+    batches = EvalBatches(images, setup.dataset.config, size, Replica(device=setup.mesh.device, dtype=setup.dtype))
     for images_B3HW, labels_B in batches:
         positions_B = torch.arange(row, row + len(labels_B), device=setup.mesh.device)
         yield Given(setup.teachers(images_B3HW), positions_B), labels_B

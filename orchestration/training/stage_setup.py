@@ -10,7 +10,7 @@ import torch
 
 from aggregation.aggregator import Aggregator
 from experts.class_groups import split_classes
-from experts.data.batches import TrainBatches
+from experts.data.batches import Replica, StreamConfig, TrainBatches
 from experts.data.dataset import Dataset
 from experts.data.keyed_random import key
 from experts.ensemble import Ensemble, build_ensemble, freeze
@@ -55,6 +55,7 @@ class StageSetup:
         self.dataset = stage_dataset(self.stage, dataset)
         self.expert_names = config.method.names_in(stage)
         self.dtype = torch.float64 if config.engine.precision == "float64" else torch.float32
+        self.replica = Replica(mesh.replica, mesh.shape.replicas, mesh.device, self.dtype)
 
         counts_C = torch.from_numpy(self.dataset.counts_C)
         self.objective: Objective = build("objective", self.stage.objective, counts_C, len(self.expert_names))
@@ -108,17 +109,16 @@ class StageSetup:
             train,
             build("sampler", sampler, train.labels, self.dataset.num_classes),
             self.dataset.config,
-            batch_size=self.stage.batch_size,
-            seed=self.config.seed,
-            stage=self.stage_name,
-            stream=stream,
-            epochs=self.stage.epochs,
-            device=self.mesh.device,
-            dtype=self.dtype,
-            replica=self.mesh.replica,
-            num_replicas=self.mesh.shape.replicas,
-            drop_last=self.stage.drop_last,
-            mixup_alpha=self.stage.mixup.alpha if self.stage.mixup else None,
+            StreamConfig(
+                seed=self.config.seed,
+                stage=self.stage_name,
+                stream=stream,
+                epochs=self.stage.epochs,
+                batch_size=self.stage.batch_size,
+                drop_last=self.stage.drop_last,
+                mixup_alpha=self.stage.mixup.alpha if self.stage.mixup else None,
+            ),
+            self.replica,
         )
 
     @property

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from experts.data.batches import EvalBatches, TrainBatches
+from experts.data.batches import EvalBatches, Replica, StreamConfig, TrainBatches
 from experts.data.config import Augment, DatasetConfig
 from experts.data.dataset import open_dataset
 from experts.progress import Progress
@@ -29,6 +29,7 @@ SAMPLERS = [
     EffectiveNumber.Config(),
 ]
 COUNTS = [7, 4, 2]
+WHOLE = Replica()
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +55,11 @@ def settings(tree, **more):
 STREAMED = {"resident": "never", "augment": Augment(random_resized_crop=(0.2, 1.0), horizontal_flip=0.5)}
 
 
-def batches(config, sampler=None, **more):
+def batches(config, sampler=None, replica=WHOLE, **more):
     store = open_dataset(config).train
     made = build("sampler", sampler or InstanceBalanced.Config(), store.labels, 3)
     arguments = {"batch_size": 5, "seed": 0, "stage": "train", "stream": "main", "epochs": 3} | more
-    return TrainBatches(store, made, config, **arguments)
+    return TrainBatches(store, made, config, StreamConfig(**arguments), replica)
 
 
 def same(a, b):
@@ -91,7 +92,7 @@ def test_replicas_side_by_side_are_the_whole_batch(tree, more, num_replicas):
     """13 images in batches of 5: the last batch has 3, so a fourth replica gets none of it."""
     config = settings(tree, **more)
     whole = batches(config)
-    parts = [batches(config, replica=d, num_replicas=num_replicas) for d in range(num_replicas)]
+    parts = [batches(config, replica=Replica(d, num_replicas)) for d in range(num_replicas)]
     for step in range(whole.steps_per_epoch):
         batch, shares = whole.batch(1, step), [p.batch(1, step) for p in parts]
         assert torch.equal(torch.cat([s.images_B3HW for s in shares]), batch.images_B3HW)
@@ -154,9 +155,7 @@ def test_resident_and_streamed_evaluation_agree_and_shares_join(tree):
     whole = list(EvalBatches(kept.test, kept.config, 4))
     assert [len(y) for _, y in whole] == [4, 2]
     for replicas in (1, 2, 4):
-        parts = [
-            EvalBatches(streamed.test, streamed.config, 4, replica=d, num_replicas=replicas) for d in range(replicas)
-        ]
+        parts = [EvalBatches(streamed.test, streamed.config, 4, Replica(d, replicas)) for d in range(replicas)]
         images, labels = zip(*(pair for part in parts for pair in part), strict=True)
         assert torch.equal(torch.cat(images), torch.cat([x for x, _ in whole]))
         assert torch.equal(torch.cat(labels), torch.cat([y for _, y in whole]))

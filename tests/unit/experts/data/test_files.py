@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from experts.data.batches import TrainBatches
+from experts.data.batches import StreamConfig, TrainBatches
 from experts.data.config import Augment, DatasetConfig
 from experts.data.dataset import open_dataset
 from experts.data.decode import decode_file
@@ -182,7 +182,8 @@ def test_jpegs_are_the_same_without_torchvisions_decoder(tmp_path, monkeypatch):
 def run_through(config):
     dataset = open_dataset(config)
     sampler = InstanceBalanced(InstanceBalanced.Config(), dataset.train.labels, 2)
-    list(TrainBatches(dataset.train, sampler, config, batch_size=4, seed=0, stage="s", stream="m", epochs=1).iterate(1))
+    stream = StreamConfig(seed=0, stage="s", stream="m", epochs=1, batch_size=4)
+    list(TrainBatches(dataset.train, sampler, config, stream).iterate(1))
 
 
 def write_lists(root, train, test):

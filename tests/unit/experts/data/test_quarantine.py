@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from experts.data.batches import TrainBatches
+from experts.data.batches import StreamConfig, TrainBatches
 from experts.data.config import Augment, DatasetConfig
 from experts.data.dataset import open_dataset
 from experts.data.decode import UnreadableImage
@@ -46,7 +46,8 @@ def settings(tree, **more):
 
 def pixels_of_an_epoch(dataset, sampler=InstanceBalanced):
     drawn = sampler(sampler.Config(), dataset.train.labels, dataset.num_classes)
-    batches = TrainBatches(dataset.train, drawn, dataset.config, batch_size=4, seed=0, stage="s", stream="m", epochs=1)
+    stream = StreamConfig(seed=0, stage="s", stream="m", epochs=1, batch_size=4)
+    batches = TrainBatches(dataset.train, drawn, dataset.config, stream)
     return [(batch.images_B3HW, batch.labels_B) for batch in batches.iterate(1)]
 
 
