@@ -1,39 +1,172 @@
-"""The README says what is there."""
+"""README, CONTRIBUTING, docs/ and deploy/*.md say what is there."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+from experts import registry
 from orchestration.cli import _parser
-from orchestration.config.compose import load_config
+from orchestration.config.compose import available, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^\s*(?:\.venv/bin/)?expertail (.+?)(?:\s+#.*)?$", README, re.MULTILINE)
+DOCUMENTS = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted(ROOT.glob("docs/*.md")),
+        *sorted(ROOT.glob("deploy/*.md")),
+    ]
+}
+FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+MOST_WORDS, MOST_BYTES = 1300, 200_000  # of the README, and of a picture
+TOP = ("experts", "aggregation", "orchestration", "tests", "deploy", "configs", "benchmarks", "docs")
+PIECES = ("objective", "flow", "head", "sampler", "aggregator", "distillation", "router", "lr_schedule", "model")
+TABLE_HEADS = {"method": "method", "method=": "method", "recipe": "method", "dataset=": "dataset"}
+
+
+def prose(text):
+    """A document without its code blocks."""
+    return FENCE.sub("", text)
+
+
+def slug(heading):
+    """The anchor that GitHub makes of a heading."""
+    words = re.sub(r"[^\w\- ]", "", heading.replace("`", "").strip().lower())
+    return words.replace(" ", "-")
+
+
+def anchors(text):
+    return {slug(heading) for heading in re.findall(r"^#+ (.+)$", prose(text), re.MULTILINE)}
+
+
+def commands():
+    """(document, words) of every expertail command in a code block, launched by Ray or not."""
+    for name, text in DOCUMENTS.items():
+        for block in FENCE.findall(text):
+            for line in block.replace("\\\n", " ").splitlines():
+                found = re.search(r"(?:^|/|\s)(?:expertail|python -m orchestration|launch\.py --) +([^#\s].*)$", line)
+                if found:
+                    words = re.sub(r"\s+#.*$", "", found[1])
+                    yield pytest.param(words, id=f"{name}: {words[:60]}")
+
+
+def backticked(text):
+    return re.findall(r"`([^`\n]+)`", prose(text))
+
+
+def rows(text):
+    """(kind of choice, first cell) for every row of a table whose first column names choices of a group."""
+    kind = None
+    for line in prose(text).splitlines():
+        if not line.startswith("|"):
+            kind = None
+            continue
+        first = line.split("|")[1].strip()
+        if kind is None:
+            kind = TABLE_HEADS.get(first.strip("`"), "other")
+        elif kind != "other" and first.startswith("`"):
+            yield kind, first
+
+
+every_document = pytest.mark.parametrize("name", DOCUMENTS)
 
 
 def test_there_are_commands():
-    assert len(COMMANDS) >= 5
+    found = [case.values[0].split()[0] for case in commands()]
+    assert {"train", "plan", "evaluate", "sweep", "regions", "doctor", "import-weights", "sync"} <= set(found)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_is_understood(command):
-    options = _parser().parse_args(shlex.split(command))
-    if options.command in ("train", "plan") and options.overrides:
-        load_config(options.overrides)
+@pytest.mark.parametrize("words", list(commands()))
+def test_every_command_is_understood(words):
+    options, overrides = _parser().parse_known_args(shlex.split(words))
+    assert not [word for word in overrides if word.startswith("-")]
+    overrides = [*getattr(options, "overrides", []), *overrides]
+    if options.command == "sweep":
+        key, _, values = options.variation.partition("=")
+        overrides.append(f"{key}={values.split(',')[0]}")
+    if options.command in ("train", "plan", "sweep", "doctor") and overrides:
+        load_config(overrides)
 
 
-@pytest.mark.parametrize("target", re.findall(r"^make (\w+)", README, re.MULTILINE))
-def test_every_make_target_exists(target):
-    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+@every_document
+def test_every_make_target_exists(name):
+    targets = re.findall(r"^make (\w+)|`make (\w+)`", DOCUMENTS[name], re.MULTILINE)
+    known = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {target for pair in targets for target in pair if target} <= set(known)
+
+
+@every_document
+def test_every_link_leads_somewhere(name):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(DOCUMENTS[name])):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / name).parent / path if path else ROOT / name
+        assert file.exists(), f"{name}: {target}"
+        if anchor:
+            assert anchor in anchors(file.read_text()), f"{name}: {target}"
+
+
+@every_document
+def test_every_path_named_exists(name):
+    for text in backticked(DOCUMENTS[name]):
+        for word in text.split():
+            if word.split("/")[0] in TOP and "/" in word and not re.search(r"[<>:=]", word):
+                assert list(ROOT.glob(word.rstrip("/,"))), f"{name}: {word}"
+
+
+@every_document
+def test_every_method_and_dataset_in_a_table_exists(name):
+    for kind, cell in rows(DOCUMENTS[name]):
+        for choice in re.findall(r"`([\w-]+)`", cell):
+            assert choice in available(kind), f"{name}: {cell}"
+
+
+@every_document
+def test_every_choice_and_piece_named_exists(name):
+    for text in backticked(DOCUMENTS[name]):
+        for kind, choice in re.findall(r"(?:^|\s)(\w+)=(\w+)(?=\s|$)", text):
+            if kind in PIECES:
+                assert choice in registry.names(kind), f"{name}: {text}"
+            elif kind in ("method", "dataset", "backbone"):
+                assert choice in available(kind), f"{name}: {text}"
+
+
+def test_every_method_and_dataset_has_a_row():
+    for document, kind in (("docs/methods.md", "method"), ("docs/data.md", "dataset")):
+        named = " ".join(cell for found, cell in rows(DOCUMENTS[document]) if found == kind)
+        assert set(available(kind)) == set(re.findall(r"`([\w-]+)`", named))
+
+
+def test_the_readme_is_short_and_its_pictures_are_small():
+    assert len(DOCUMENTS["README.md"].split()) <= MOST_WORDS
+    pictures = list(ROOT.glob("docs/images/*"))
+    assert pictures
+    for picture in pictures:
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert picture.stat().st_size < MOST_BYTES
 
 
 @pytest.mark.parametrize(
-    "path", sorted(set(re.findall(r"`((?:experts|orchestration|tests|deploy|configs|benchmarks)/[\w./-]+)`", README)))
+    ("document", "first", "data"),
+    [("README.md", 2, "fashion"), ("docs/results.md", 1, "fashion"), ("docs/results.md", 1, "cifar")],
 )
-def test_every_file_named_exists(path):
-    assert (ROOT / path).exists(), path
+def test_tables_of_systems_are_what_was_measured(document, first, data):
+    """Every row of a method's mean and spread is in the document. `first` is the column of the first number."""
+    measured = json.loads((ROOT / "benchmarks" / "results" / "systems.json").read_text())["results"][data]
+    table = []
+    for line in DOCUMENTS[document].splitlines():
+        cells = [cell.strip().replace("*", "") for cell in line.split("|")[1:-1]]
+        if line.startswith("| `") and len(cells) > first + 3:
+            six = "6 experts" in cells[0] or cells[1] == "6"
+            table.append(["teacher" if six else re.findall(r"`(\w+)`", cells[0])[0], *cells[first : first + 4]])
+    for method, found in measured.items():
+        groups = ("all", "many", "medium", "few")
+        numbers = [f"{100 * found['mean'][group]:.1f} ± {100 * found['spread'][group]:.1f}" for group in groups]
+        assert [method, *numbers] in table

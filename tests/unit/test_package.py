@@ -203,8 +203,12 @@ def test_sdist_and_checkout_build_the_same_wheel_with_everything_in_it(built):
         for name in ("licenses/LICENSE", "METADATA", "WHEEL", "entry_points.txt", "top_level.txt", "RECORD")
     }
     assert needed <= found.keys()
-    for name in ("LICENSE", "README.md", "constraints.txt", "Makefile", "tests/conftest.py", "benchmarks/step.py"):
+    names = ["LICENSE", "README.md", "CONTRIBUTING.md", "constraints.txt", "Makefile", "docs/architecture.md"]
+    for name in [*names, "docs/images/demo.png", "tests/conftest.py", "benchmarks/step.py"]:
         assert (unpacked / name).is_file(), f"the sdist lacks {name}"
+    metadata = (unpacked / "PKG-INFO").read_text()
+    assert "Description-Content-Type: text/markdown" in metadata
+    assert (ROOT / "README.md").read_text().strip() in metadata
 
 
 @pytest.mark.drill
