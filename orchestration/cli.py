@@ -2,44 +2,48 @@
 
 Also `python -m orchestration`.
 
-This file imports next to nothing, so that help comes at once and libraries load while Ray starts.
+This file imports next to nothing, so that help appears at once and libraries load while Ray starts.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from orchestration import __version__
 
 _EPILOG = """\
 examples:
-  expertail train method=ride dataset=cifar100_lt dataset.root=~/data/cifar    train, or go on where it stopped
+  expertail train method=ride dataset=cifar100_lt dataset.root=~/data/cifar    train, or resume where it stopped
   expertail train dataset=digits_lt cluster.workers=3                         three workers, one expert each
-  expertail plan  method=ride dataset=cifar100_lt cluster.workers=6           what would run where; starts nothing
-  expertail plan --probe method=ride dataset=digits_lt                        ... and hours, from a few real steps
+  expertail plan  method=ride dataset=cifar100_lt cluster.workers=6           placement, sizes, cost; starts nothing
+  expertail plan --probe method=ride dataset=digits_lt                        ... and the hours, measured on a few steps
   expertail evaluate runs/ride-digits_lt-s0                                   measure a saved run again
   expertail evaluate RUN --weights test-time --distribution backward-50       learn the experts' weights without labels
-  expertail sweep method.stages.h2t.flow.ratio=0,0.25,0.5 method=ride_h2t     a run for each value, one table
+  expertail sweep method.stages.h2t.flow.ratio=0,0.25,0.5 method=ride_h2t     one run per value, one table
   expertail regions runs/ride_h2t-digits_lt-s0 --classes 0,9                  decision regions before and after H2T
   expertail import-weights resnet50.pth weights/resnet50.safetensors          pretrained weights for big backbones
   expertail doctor                                                            is this machine ready?
 
-overrides are group=choice (method, dataset, backbone, schedule, cluster) and a.b=value; see what there is with
+KEY=VALUE is group=choice (method, dataset, backbone, schedule, cluster) or a.b=value; list the choices with
   expertail train --list
 """
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0 done, 1 refused or failed, 2 misused, 75 nodes taken away, 130 and 143
-    stopped by SIGINT and SIGTERM."""
+    """Run one command.
+
+    Returns:
+        The exit code: 0 done, 1 refused or failed, 2 wrong usage, 75 nodes were taken away, 130 and 143 stopped by
+        SIGINT and SIGTERM.
+    """
     parser = _parser()
     given = sys.argv[1:] if argv is None else argv
     if given and "=" in given[0] and not given[0].startswith("-"):
@@ -53,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
             hint += ", or keys as a.b=value without dashes, e.g. dataset.root=/data"
         parser.error(f"unrecognized arguments: {' '.join(words)}{hint}")
     if words:
-        options.overrides += words  # argparse takes those before the options for all there are
+        options.overrides += words  # argparse gives only the words before the first option to `overrides`
     if options.command is None:
         parser.print_help()
         return 2
@@ -67,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _explain(error: Exception, full: bool) -> int:
-    """Print what went wrong as a message to act on; the traceback only when asked for or when the fault is ours."""
+    """Print an error as a message to act on; with its traceback if asked for, or if the fault is ours."""
     code = getattr(error, "exit_code", None)
     if code is not None:
         print(f"expertail: {error}", file=sys.stderr)
@@ -99,112 +103,101 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--traceback", action="store_true", help="show where an error was raised")
         return sub
 
-    overrides = {"nargs": "*", "metavar": "KEY=VALUE", "help": "what differs from the defaults"}
-    sub = command("train", _train, "Train a run, or go on with it where it stopped.")
+    overrides = {"nargs": "*", "metavar": "KEY=VALUE", "help": "changes to the defaults"}
+    sub = command("train", _train, "Train a run, or resume it where it stopped.")
     sub.add_argument("overrides", **overrides)  # type: ignore[arg-type]
-    sub.add_argument("--list", action="store_true", help="list the choices of every group, and stop")
-    sub = command("sweep", _sweep, "Train a run for each value of one key, and compare them; again to go on.")
+    sub.add_argument("--list", action="store_true", help="list the choices of every group and exit")
+    sub = command(
+        "sweep", _sweep, "Train one run for each value of a key and compare them; repeat the command to resume."
+    )
     sub.add_argument("variation", metavar="KEY=V1,V2,...", help="e.g. method.stages.h2t.flow.ratio=0,0.1,0.25,0.5,1")
     sub.add_argument("overrides", **overrides)  # type: ignore[arg-type]
-    sub = command("plan", _plan, "Show placement, sizes, steps and cost of a run; starts nothing without --probe.")
+    sub = command("plan", _plan, "Show placement, sizes, steps and cost of a run; without --probe nothing is started.")
     sub.add_argument("overrides", **overrides)  # type: ignore[arg-type]
-    sub.add_argument("--probe", action="store_true", help="take a few steps on real workers, and tell hours from them")
+    sub.add_argument(
+        "--probe", action="store_true", help="take a few steps on real workers and estimate the hours from them"
+    )
     sub = command("evaluate", _evaluate, "Measure a saved run again and print its table.")
     sub.add_argument("run", metavar="RUN", help="run folder or its URL, e.g. runs/ride-digits_lt-s0")
     sub.add_argument(
-        "--model", choices=("best", "last"), help="which of its models (default: both; best with --distribution)"
+        "--model", choices=("best", "last"), help="which of its models (default: both; with --distribution: best)"
     )
     sub.add_argument(
         "--weights",
         metavar="RULE",
-        help="how experts are weighed on other test distributions: uniform, test-time (learnt without labels), "
-        "known-prior, or numbers, e.g. 0.2,0.3,0.5 (best and last are understood as --model)",
+        help="how experts are weighted on other test distributions: uniform, test-time (learnt without labels), "
+        "known-prior, or numbers, e.g. 0.2,0.3,0.5 (best and last mean --model)",
     )
     sub.add_argument(
         "--distribution",
         metavar="D[,D...]",
-        help="uniform, forward-<ratio>, backward-<ratio>, or published for all published ones (default: uniform)",
+        help="uniform, forward-<ratio>, backward-<ratio>, or published for all the published ones (default: uniform)",
     )
-    sub.add_argument("--split", choices=("test", "val"), default="test", help="measured on (default: test)")
+    sub.add_argument("--split", choices=("test", "val"), default="test", help="the split to measure on (default: test)")
     places = {"help": "where the data is now, e.g. dataset.root=..., or test_time.lr=..., views.blur=..."}
     sub.add_argument("overrides", **overrides | places)  # type: ignore[arg-type]
-    sub = command("regions", _regions, "Draw decision regions before and after a last stage that trains heads alone.")
+    sub = command("regions", _regions, "Draw decision regions before and after a last stage that trains only heads.")
     sub.add_argument("run", metavar="RUN", help="run folder or its URL, e.g. runs/ride_h2t-digits_lt-s0")
-    sub.add_argument("--classes", metavar="A,B[,...]", help="ids or names (default: the most frequent and the rarest)")
+    sub.add_argument(
+        "--classes", metavar="A,B[,...]", help="ids or names (default: the most frequent class and the rarest)"
+    )
     sub.add_argument("overrides", **overrides | {"help": "where the data is now, e.g. dataset.root=..."})  # type: ignore[arg-type]
-    sub = command("import-weights", _import_weights, "Turn a PyTorch file of a ResNet or ResNeXt into safetensors.")
-    sub.add_argument("source", metavar="SOURCE", help="state dict of torchvision, or of Caffe converted to PyTorch")
+    sub = command("import-weights", _import_weights, "Convert a PyTorch file of a ResNet or ResNeXt to safetensors.")
+    sub.add_argument("source", metavar="SOURCE", help="state dict from torchvision, or from Caffe converted to PyTorch")
     sub.add_argument("target", metavar="TARGET", help="the .safetensors file to write, for method.backbone_weights")
     sub = command("doctor", _doctor, "Compare what a config needs with what this machine and its cluster have.")
     sub.add_argument("overrides", **overrides)  # type: ignore[arg-type]
-    sub = command("sync", _sync, "Upload to MLflow whatever of a run is not there yet.")
-    sub.add_argument("run", metavar="RUN", help="run folder or its URL, or a sweep's folder: then of all its runs")
+    sub = command("sync", _sync, "Upload to MLflow what is still missing of a run.")
+    sub.add_argument("run", metavar="RUN", help="run folder or its URL, or the folder of a sweep for all its runs")
     sub.add_argument("--uri", help="tracking server (default: the run's own)")
     return parser
 
 
 def _train(options: argparse.Namespace) -> int:
     if options.list:
-        _list_choices()
+        from orchestration.commands.choices import choices_text
+
+        print(choices_text())
         return 0
     marks = {"start": _process_start(), "command": time.time()}
-    ours = _start_ray_early(options.overrides)
-    try:
+    with _early_ray(options.overrides):
         from orchestration.commands.train import train_and_report
         from orchestration.config.compose import load_config
 
         config = load_config(options.overrides)
         marks["config"] = time.time()
         return train_and_report(config, marks)
-    finally:
-        if ours:
-            import ray
-
-            ray.shutdown()
 
 
-def _start_ray_early(words: list[str]) -> bool:
-    """Start a Ray of our own when nothing names a cluster, while another thread loads torch. Says whether it did.
+@contextlib.contextmanager
+def _early_ray(words: list[str]) -> Iterator[None]:
+    """Run our own Ray when nothing names a cluster, started while another thread loads torch.
 
-    Half of the time from command to first step is two waits of seconds, for Ray's processes and for libraries. Ray
-    starts in this thread, because its processes end with the thread that started them.
+    Half of the time from command to first step is spent waiting for Ray's processes and for libraries, seconds each.
+    Ray starts in this thread, because its processes end with the thread that started them.
     """
     import ray
 
     named = os.environ.get("RAY_ADDRESS") or any(w.startswith(("cluster.address=", "cluster=")) for w in words)
     if named or ray.is_initialized():
-        return False
+        yield
+        return
     loading = threading.Thread(target=importlib.import_module, args=("orchestration.commands.train",), daemon=True)
     loading.start()
     from orchestration.cluster.local_ray import start_own_ray
 
     start_own_ray()
     loading.join()
-    return True
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def _process_start() -> float:
     import psutil
 
     return psutil.Process().create_time()
-
-
-def _list_choices() -> None:
-    from pathlib import Path
-
-    import configs
-
-    root = Path(configs.__file__).parent
-
-    def choices(group: str) -> list[str]:
-        return sorted(path.stem for path in (root / group).glob("*.yaml"))
-
-    for group in ("method", "dataset", "backbone", "cluster"):
-        print(f"{group}=" + " | ".join(choices(group)))
-    print("schedule=<method>_<dataset>, the one of method= and dataset= unless another is named:")
-    for method in choices("method"):
-        datasets = [name for name in choices("dataset") if f"{method}_{name}" in choices("schedule")]
-        print(f"  {method + '_':14}" + " | ".join(datasets))
 
 
 def _sweep(options: argparse.Namespace) -> int:
@@ -220,38 +213,18 @@ def _plan(options: argparse.Namespace) -> int:
         print(plan_text(options.overrides))
         return 0
     begun = _process_start()
-    ours = _start_ray_early(options.overrides)  # as `train` does: the time until the first step is measured
-    try:
+    with _early_ray(options.overrides):  # as `train` does, because the time until the first step is measured
         from orchestration.commands.plan import probe_text
 
         print(probe_text(options.overrides, begun))
-    finally:
-        if ours:
-            import ray
-
-            ray.shutdown()
     return 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    rule, which = options.weights, options.model
-    if rule in ("best", "last"):
-        if which not in (None, rule):
-            raise ValueError(f"--weights {rule} --model {which}: two models; --weights {rule} is --model {rule}")
-        rule, which = None, rule
-    if rule is None and options.distribution is None:
-        from orchestration.commands.evaluate import reevaluate
-        from orchestration.storage.location import run_at_hand
+    from orchestration.commands.evaluate import evaluate
 
-        with run_at_hand(options.run) as run:
-            print(reevaluate(run, which, options.split, options.overrides))
-        return 0
-    from orchestration.results.label_shift import evaluate_distributions
-    from orchestration.storage.location import run_at_hand
-
-    wanted = options.distribution or "uniform"
-    with run_at_hand(options.run) as run:
-        print(evaluate_distributions(run, rule or "uniform", wanted, which or "best", options.split, options.overrides))
+    text = evaluate(options.run, options.weights, options.model, options.distribution, options.split, options.overrides)
+    print(text)
     return 0
 
 
@@ -282,6 +255,6 @@ def _doctor(options: argparse.Namespace) -> int:
 def _sync(options: argparse.Namespace) -> int:
     from orchestration.commands.sync import sync_run
 
-    problem: Any = sync_run(options.run, options.uri)
+    problem = sync_run(options.run, options.uri)
     print(problem or "tracking: everything of this run is there")
     return 1 if problem else 0

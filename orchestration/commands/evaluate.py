@@ -15,19 +15,55 @@ from orchestration.results.saved_run import (
     open_run,
     threads_of,
 )
+from orchestration.storage.location import run_at_hand
+
+
+def evaluate(
+    run: str, weights: str | None, model: str | None, distribution: str | None, split: str, overrides: list[str]
+) -> str:
+    """Measure a run again, on the split as it is or as if its classes were distributed in other ways.
+
+    Args:
+        run: the run folder or its URL.
+        weights: how experts are weighted on other test distributions; "best" and "last" mean `model`.
+        model: "best" or "last"; None for the default.
+        distribution: names of test distributions; None for the split as it is, if `weights` is None as well.
+        split: "test" or "val".
+        overrides: `a.b=value`.
+
+    Returns:
+        The text to print.
+
+    Raises:
+        ValueError: as `reevaluate` and `evaluate_distributions`, or two models are named.
+    """
+    if weights in ("best", "last"):
+        if model not in (None, weights):
+            raise ValueError(
+                f"--weights {weights} --model {model}: two models; --weights {weights} is --model {weights}"
+            )
+        weights, model = None, weights
+    with run_at_hand(run) as folder:
+        if weights is None and distribution is None:
+            return reevaluate(folder, model, split, overrides)
+        from orchestration.results.label_shift import evaluate_distributions
+
+        return evaluate_distributions(
+            folder, weights or "uniform", distribution or "uniform", model or "best", split, overrides
+        )
 
 
 def reevaluate(run: str, which: str | None, split: str, overrides: list[str]) -> str:
-    """Score the ensemble and its experts on a split, and keep the result as evaluation/again-<which>-<split>.json.
+    """Score the ensemble and its experts on a split, and save the result as evaluation/again-<which>-<split>.json.
 
     Args:
         run: the run folder.
-        which: "best" or "last", of its models; None for both.
+        which: which of its models, "best" or "last"; None for both.
         split: "test" or "val".
         overrides: `a.b=value` for keys of MAY_DIFFER.
 
     Returns:
-        The table that training prints, for these evaluations alone, and where they were kept.
+        The table that training prints, for these evaluations alone, and the files they were saved in.
 
     Raises:
         ValueError: there is no such run, it has no model yet, a file is damaged, an override would change what is
@@ -45,7 +81,7 @@ def reevaluate(run: str, which: str | None, split: str, overrides: list[str]) ->
 
 @torch.no_grad()
 def _score(saved: SavedRun) -> dict[str, Any]:
-    """As `StageTrainer.evaluate` on one worker."""
+    """Score as `StageTrainer.evaluate` does on one worker."""
     model, names = saved.model, saved.model.description.expert_names
     scores, diversity = Scores(), Diversity()
     for images_B3HW, labels_B in saved.batches():
@@ -60,6 +96,6 @@ def _score(saved: SavedRun) -> dict[str, Any]:
 
 
 def _shown(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """Without the word on selection where it would claim that the split was not looked at."""
+    """Return the evaluation without the remark on selection where that would wrongly say the split was not used."""
     same = evaluation["selected_on"] == evaluation["split"] == "val"
     return {key: value for key, value in evaluation.items() if not (same and key == "selected_on")}

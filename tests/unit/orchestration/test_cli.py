@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -61,8 +63,9 @@ def test_misuse_is_told_what_is_understood(words, hint, capsys):
 def test_the_list_names_every_choice_in_lines_that_fit_a_screen(capsys):
     assert main(["train", "--list"]) == 0
     printed = capsys.readouterr().out
-    assert max(map(len, printed.splitlines())) < 140
-    for group in ("method", "dataset", "backbone", "cluster"):
+    assert max(map(len, printed.splitlines())) <= 120
+    printed = re.sub(r"\n {3,}", " ", printed)  # names that are wrapped go on in lines that are indented further
+    for group in ("dataset", "backbone", "cluster"):
         [line] = [line for line in printed.splitlines() if line.startswith(f"{group}=")]
         assert line.removeprefix(f"{group}=").split(" | ") == available(group)
     head, *lines = printed.partition("schedule=")[2].splitlines()
