@@ -8,7 +8,7 @@ import torch
 
 from aggregation.diversity import Diversity
 from aggregation.metrics import Scores
-from orchestration.results.run_table import table
+from orchestration.results.run_table import run_table
 from orchestration.results.saved_run import (
     SavedRun,
     keep,
@@ -76,7 +76,7 @@ def reevaluate(run: str, which: str | None, split: str, overrides: list[str]) ->
             evaluation = saved.moment() | _score(saved)
         shown[name] = _shown(evaluation)
         kept.append(keep(saved.folder, f"again-{name}-{split}", evaluation))
-    return "\n".join([table(saved.config, saved.data, shown), "", *kept])
+    return "\n".join([run_table(saved.config, saved.data, shown), "", *kept])
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import time
 
 from orchestration.cluster.preemption import Preempted
 from orchestration.config.run_config import RunConfig
-from orchestration.results.run_table import table
+from orchestration.results.run_table import run_table
 from orchestration.runs.admission import Admission, admit
 from orchestration.runs.console import Console
 from orchestration.runs.driver import train
@@ -134,4 +134,4 @@ def _report(config: RunConfig, folder: RunFolder, outcome: Outcome) -> None:
 
 def _stored_table(config: RunConfig, folder: RunFolder) -> str:
     data = json.loads((folder.path / DATA).read_text())
-    return table(config, data, read_evaluations(folder.path))
+    return run_table(config, data, read_evaluations(folder.path))

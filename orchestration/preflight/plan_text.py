@@ -19,7 +19,7 @@ from orchestration.config.run_config import RunConfig
 from orchestration.config.secrets import redact
 from orchestration.preflight.plan import WORKER_GIB, Plan, Size, StagePlan, plan
 from orchestration.preflight.traffic import Exchange, shares_of
-from orchestration.results.text import bytes_, grid, number, plural
+from orchestration.results.text import bytes_, number, plural, text_table
 from orchestration.storage.exports import check_sources
 from orchestration.storage.url_store import is_url
 from orchestration.tracking.uri import default_uri
@@ -210,7 +210,7 @@ def _mesh(config: RunConfig, found: Plan) -> Iterator[str]:
         slot, replica = shape.position(rank)
         images = [str(shares[replica]) for shares in batches.values()]
         rows.append([str(rank), str(slot), str(replica), " ".join(found.experts_on(rank)), *images])
-    yield from grid(rows, left=(3,))
+    yield from text_table(rows, left=(3,))
     if shape.workers > _SHOWN_WORKERS:
         yield f"... and {shape.workers - _SHOWN_WORKERS} more, in the same order"
 
@@ -271,7 +271,7 @@ def _size_table(found: Plan) -> Iterator[str]:
         if size.shared:
             rows.append(["shared last layer", number(size.shared), "", ""])
         rows.append(["ensemble", number(size.parameters), *_work_and_flops(size.work)])
-    yield from grid(rows, left=(0,))
+    yield from text_table(rows, left=(0,))
     yield "forward, as in inference, the convolutions and linear layers; two FLOPs a multiply-add"
 
 
@@ -343,7 +343,7 @@ def _exchange_table(found: Plan) -> Iterator[str]:
             most = None if None in sent else max(sent)  # type: ignore[type-var]
             rows.append([x.what, x.kind, str(x.among), bytes_(x.payload), bytes_(most)])
         rows.append(["in all", "", "", "", bytes_(stages[0].sent())])
-        yield from grid(rows, left=(0, 1))
+        yield from text_table(rows, left=(0, 1))
     if found.shape.slots > 1:
         yield "of the slot that has most, each; no feature map is among them"
 

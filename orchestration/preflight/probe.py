@@ -26,7 +26,7 @@ from orchestration.cluster.transfer import receive_saved, send
 from orchestration.config.recipe import stage_classes
 from orchestration.config.run_config import RunConfig, RunSettings
 from orchestration.preflight.plan import epoch_of
-from orchestration.results.text import duration, grid
+from orchestration.results.text import duration, text_table
 from orchestration.runs.admission import admit
 from orchestration.storage.checkpoint import Checkpoints
 from orchestration.storage.exports import model_folder, weights_of
@@ -320,7 +320,7 @@ def time_lines(found: Probe) -> Iterator[str]:
             f"{stage.evaluations} x {stage.evaluation_s:.2f} s", f"{stage.saves} x {stage.save_s:.2f} s",
             duration(stage.seconds(mean)),
         ])  # fmt: skip
-    yield from grid(rows, left=(0,))
+    yield from text_table(rows, left=(0,))
     mean, low, high = (found.wall_s(which) for which in range(3))
     yield f"whole run: {duration(mean)} ({duration(low)} to {duration(high)}, by the spread of the steps)"
     cluster_config = found.config.cluster

@@ -1,37 +1,32 @@
-"""Results of several weightings on several test distributions, as one table and one picture."""
+"""The results of several weightings on several test distributions, as one table and one picture."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from orchestration.results import tables
+from orchestration.results.style import member_colour, new_figure, picture_style, save_figure, set_figure_title
 from orchestration.results.tables import selection_note
+from orchestration.results.text import decimals, text_table
 
-GROUPS = ("all", "many", "medium", "few")
+GROUPS = ("all", *tables.GROUPS)
 COMPARED = ("as trained", "uniform", "test-time", "given", "known prior", "oracle")
-"""Weightings in the order of the table; an evaluation has some of them, and the experts one by one."""
+"""All weightings in the order of the table. An evaluation has some of them, and each expert alone."""
 _COLOURS = {
     "as trained": "#8c8c8c", "uniform": "#1b1b1b", "test-time": "#d55e00", "given": "#cc79a7",
     "known prior": "#0072b2", "oracle": "#009e73",
 }  # fmt: skip
-_EXPERT_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f6a3d", "#8c8c8c")
-_STYLE: Any = {
-    "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-    "grid.color": "#e4e4e4", "grid.linewidth": 0.6, "legend.frameon": False, "legend.fontsize": 8,
-    "figure.constrained_layout.use": True,
-}  # fmt: skip
 
 
 def distributions_table(result: Mapping[str, Any]) -> str:
-    """Weights and top-1 by group for every distribution and weighting, and what was noticed.
+    """Return weights and top-1 by group for every distribution and weighting, a legend, and warnings.
 
     Args:
-        result: as `orchestration.results.label_shift` keeps it.
+        result: as `orchestration.results.label_shift` measures it.
 
     Returns:
         Lines of text, the last without a newline.
@@ -45,7 +40,7 @@ def distributions_table(result: Mapping[str, Any]) -> str:
             weights = found["weights"].get(member)
             shown = " ".join(f"{weight:.2f}" for weight in weights) if weights else ""
             top1 = found["members"][member]["top1"]
-            rows.append([*first, member, shown, *(_percent(top1[group]) for group in GROUPS)])
+            rows.append([*first, member, shown, *(decimals(top1[group], 100.0, 2) for group in GROUPS)])
             first = ["", ""]
     when = [f"{key} {result[key]}" for key in ("stage", "epoch", "step") if result.get(key) is not None]
     note = selection_note(result) if result["weights"] == "best" else ""
@@ -56,15 +51,16 @@ def distributions_table(result: Mapping[str, Any]) -> str:
         f"experts: {', '.join(result['experts'])}",
         "",
         "Top-1 accuracy in %, groups by number of training images of a class",
-        *_grid(rows),
+        *text_table(rows, left=(0, 2, 3), rule=True),
         "",
         *_legend(result),
-        *_noticed(result),
+        *_warnings(result),
     ]
     return "\n".join(line.rstrip() for line in lines)
 
 
 def _legend(result: Mapping[str, Any]) -> list[str]:
+    """Explain the weightings, with the settings that they were learnt with."""
     settings, views = result.get("settings"), result.get("views")
     trained = result["trained_for"]
     trained_for = trained[0] if len(set(trained)) == 1 else ", ".join(trained)
@@ -86,7 +82,8 @@ def _legend(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _noticed(result: Mapping[str, Any]) -> list[str]:
+def _warnings(result: Mapping[str, Any]) -> list[str]:
+    """Return a line for each distribution left out, each fallback of the learning, and each group without images."""
     lines = [f"{name}: n/a, {why}" for name, why in (result.get("skipped") or {}).items()]
     warnings: dict[str, None] = {}
     for name, found in result["distributions"].items():
@@ -102,67 +99,40 @@ def _noticed(result: Mapping[str, Any]) -> list[str]:
     return [*lines, *(f"warning: {text}" for text in warnings)]
 
 
-def _grid(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns two spaces apart: the first, third and fourth left-aligned, numbers right-aligned."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    left = (0, 2, 3)
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]
-
-
-def _percent(value: float | None) -> str:
-    return "n/a" if value is None else f"{100 * value:.2f}"
-
-
 def draw_distributions(run_dir: Path, name: str, result: Mapping[str, Any]) -> str:
-    """Accuracy of all weightings by group, and the weights, over the distributions: report/<name>.png.
+    """Draw report/<name>.png: accuracy of all weightings by group, and the weights, over the distributions.
 
     Args:
         name: of the evaluation; dashes become underscores.
 
     Returns:
-        Where the picture is, or why there is none.
+        The path of the picture, or why there is none.
     """
-    import matplotlib
-
     path = run_dir / "report" / f"{name.replace('-', '_')}.png"
-    scratch = path.with_name(f".{path.name}")
-    with matplotlib.rc_context(_STYLE):
+    with picture_style():
         figure = _figure(result)
         try:
             path.parent.mkdir(exist_ok=True)
-            figure.savefig(scratch, format="png", dpi=110, metadata={"Software": None})
-            os.replace(scratch, path)
+            save_figure(figure, path)
         except OSError as error:
             return f"not drawn: {path} cannot be written ({error.strerror})"
     return f"drawn as {path}"
 
 
 def _figure(result: Mapping[str, Any]) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     found = result["distributions"]
     learnt = [rule for rule in ("test-time", "given", "oracle") if any(rule in f["weights"] for f in found.values())]
-    figure = Figure(figsize=(13.5, 7.4))
-    FigureCanvasAgg(figure)
-    figure.suptitle(
+    figure = new_figure(13.5, 7.4)
+    set_figure_title(
+        figure,
         f"{result['method']}, {result['dataset']}, run {result['run']}, model {result['weights']}\n"
         f"Test distributions from forward (as in training) to backward, on {result['split']}",
-        x=0.01, ha="left", fontsize=10, fontweight="bold",
-    )  # fmt: skip
+    )
     cells = figure.add_gridspec(2, 6)
-    places = [cells[0, 0:3], cells[0, 3:6], cells[1, 0:2], cells[1, 2:4]]
-    order = (("all", places[0]), ("many", places[2]), ("medium", places[3]), ("few", cells[1, 4:6]))
-    for group, place in order:
+    panels = {"all": cells[0, 0:3], "many": cells[1, 0:2], "medium": cells[1, 2:4], "few": cells[1, 4:6]}
+    for group, place in panels.items():
         _draw_accuracy(figure.add_subplot(place), found, group)
-    _draw_weights(figure.add_subplot(places[1]), found, result["experts"], learnt)
+    _draw_weights(figure.add_subplot(cells[0, 3:6]), found, result["experts"], learnt)
     return figure
 
 
@@ -187,7 +157,7 @@ def _draw_weights(axes: Any, found: Mapping[str, Any], experts: Sequence[str], r
     for k, expert in enumerate(experts):
         for rule in rules:
             values = [f["weights"][rule][k] if rule in f["weights"] else np.nan for f in found.values()]
-            colour, style = _EXPERT_COLOURS[k % len(_EXPERT_COLOURS)], "--" if rule == "oracle" else "-"
+            colour, style = member_colour(1 + k), "--" if rule == "oracle" else "-"
             label = None if rule == "oracle" and len(rules) > 1 else expert
             axes.plot(range(len(values)), values, style, marker="o", markersize=3, color=colour, label=label)
     axes.axhline(1 / len(experts), color="#777777", linewidth=0.6, linestyle=":")

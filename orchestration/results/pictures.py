@@ -1,8 +1,7 @@
-"""Pictures of a run, drawn from its folder alone: curves, per-class accuracy, class counts, how different the experts
-are; and the final table.
+"""The report of a run, made from its folder alone: curves, class counts, accuracy per class, diversity, final table.
 
-Everything that is there is drawn; what an interrupted run does not have is left out. Ten classes get their names on the
-axis, thousands become a cloud of points with a running mean.
+An interrupted run gets the pictures that its folder has numbers for. Ten classes get their names on the axis; thousands
+become a cloud of points with a running mean.
 """
 
 from __future__ import annotations
@@ -16,14 +15,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestration.results.experts_picture import draw_experts
-from orchestration.results.regions import draw_where_it_fits
-from orchestration.results.style import BEST, GROUP_COLOURS, LAST, colour_of, head_line, new_figure, short, style
-from orchestration.results.tables import GROUPS, final_table, members, selection_note, several_experts
+from orchestration.results.diversity_picture import draw_diversity
+from orchestration.results.regions import draw_regions_if_heads_alone
+from orchestration.results.style import (
+    BEST,
+    GROUP_COLOURS,
+    LAST,
+    member_colour,
+    new_figure,
+    picture_style,
+    save_figure,
+    set_figure_title,
+    shorten,
+)
+from orchestration.results.tables import GROUPS, diversity_of, final_table, members, selection_note
 from orchestration.storage.files import evaluations, read_config, read_json
 from orchestration.storage.journal import Series, series
 
 _NAMED_CLASSES = 40  # more names than this cannot be read
+_LEGEND_CHARACTERS = 76  # as wide as a panel of curves.png
 
 
 def write_report(run_dir: str | os.PathLike[str]) -> list[Path]:
@@ -39,23 +49,24 @@ def write_report(run_dir: str | os.PathLike[str]) -> list[Path]:
     folder = run_dir / "report"
     folder.mkdir(parents=True, exist_ok=True)
     data, found, config = read_json(run_dir / "data.json"), evaluations(run_dir), read_config(run_dir)
-    lines, title = series(run_dir), _title(run_dir, config, data)
+    metrics, title = series(run_dir), _title(run_dir, config, data)
+
     written = []
-    with style():
+    with picture_style():
         pictures = {
-            "curves.png": _curves(lines, found.get("best"), title) if lines else None,
+            "curves.png": _curves(metrics, found.get("best"), title) if metrics else None,
             "class_counts.png": _class_counts(data, title) if data.get("counts") else None,
             "per_class.png": _per_class(data, found, title) if data.get("counts") and found else None,
-            "diversity.png": draw_experts(found, title) if any(map(several_experts, found.values())) else None,
+            "diversity.png": draw_diversity(found, title) if any(map(diversity_of, found.values())) else None,
         }
         for name, figure in pictures.items():
             if figure is not None:
-                scratch = folder / f".{name}"
-                figure.savefig(scratch, format="png", metadata={"Software": None})
-                os.replace(scratch, folder / name)
+                save_figure(figure, folder / name)
                 written.append(folder / name)
-    if (regions := draw_where_it_fits(run_dir)) is not None:
+
+    if (regions := draw_regions_if_heads_alone(run_dir)) is not None:
         written.append(regions)
+
     if data:
         scratch = folder / ".table.txt"
         scratch.write_text(final_table(found, data, title=title, seed=config.get("seed")) + "\n")
@@ -65,6 +76,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> list[Path]:
 
 
 def _title(run_dir: Path, config: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    """Return method, number of experts, dataset and run, as far as they are known."""
     method = config.get("method") or {}
     experts = method.get("num_experts")
     words = [str(method.get("name", "")), f"{experts} expert{'s' if experts != 1 else ''}" if experts else ""]
@@ -74,9 +86,9 @@ def _title(run_dir: Path, config: Mapping[str, Any], data: Mapping[str, Any]) ->
 # Curves
 
 
-def _curves(lines: Mapping[str, Mapping[str, Series]], best: Mapping[str, Any] | None, title: str) -> Any:
-    """Loss, its terms, learning rate, and accuracy by group; stages follow one another along the epochs."""
-    time = _Timeline(lines)
+def _curves(metrics: Mapping[str, Mapping[str, Series]], best: Mapping[str, Any] | None, title: str) -> Any:
+    """Draw loss, its terms, learning rate, and accuracy by group; stages follow one another along the epochs."""
+    time = _Timeline(metrics)
     splits = sorted({name.split("/")[0] for _, name in time.names() if name.endswith("/top1")})
     panels: list[tuple[Callable[..., None], tuple[str, ...]]] = [(_draw_loss, ()), (_draw_lr, ())]
     if _terms(time):
@@ -85,8 +97,9 @@ def _curves(lines: Mapping[str, Mapping[str, Series]], best: Mapping[str, Any] |
         panels += [(_draw_groups, (split,)), (_draw_members, (split, "all"))]
         if any(name.startswith(f"{split}/") and name.endswith("/few/top1") for _, name in time.names()):
             panels.append((_draw_members, (split, "few")))
+
     rows = -(-len(panels) // 3)
-    figure = new_figure(13.5, 0.5 + 3.4 * rows)
+    figure = new_figure(13.5, 0.5 + 3.7 * rows)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     for place, (draw, arguments) in enumerate(panels, 1):
         axes = figure.add_subplot(rows, 3, place)
@@ -103,39 +116,39 @@ def _curves(lines: Mapping[str, Mapping[str, Series]], best: Mapping[str, Any] |
 
 
 class _Timeline:
-    """All stages of a run on one axis of epochs, as fractions from the steps."""
+    """All stages of a run on one axis of epochs; a step is a fraction of an epoch."""
 
-    def __init__(self, lines: Mapping[str, Mapping[str, Series]]) -> None:
-        self._lines = lines
+    def __init__(self, metrics: Mapping[str, Mapping[str, Series]]) -> None:
+        self._metrics = metrics
         self.starts: dict[str, float] = {}
         self._steps_per_epoch: dict[str, float] = {}
         self.epochs = 0.0
-        for stage, metrics in lines.items():
+        for stage, by_name in metrics.items():
             self.starts[stage] = self.epochs
-            per_epoch = _steps_per_epoch(metrics.values())
+            per_epoch = _steps_per_epoch(by_name.values())
             self._steps_per_epoch[stage] = per_epoch
-            self.epochs += max(one.steps[-1] for one in metrics.values()) / per_epoch
+            self.epochs += max(one.steps[-1] for one in by_name.values()) / per_epoch
 
     def names(self) -> Iterator[tuple[str, str]]:
-        """Stage and name of every metric."""
-        yield from ((stage, name) for stage, metrics in self._lines.items() for name in metrics)
+        """Yield stage and name of every metric."""
+        yield from ((stage, name) for stage, by_name in self._metrics.items() for name in by_name)
 
     def get(self, name: str) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Epochs and values of a metric over all stages, with a gap (NaN) between stages."""
+        """Return epochs and values of a metric over all stages, with a gap (NaN) between stages."""
         x, y = [], []
-        for stage, metrics in self._lines.items():
-            if name in metrics:
-                x += [self.at(stage, step) for step in metrics[name].steps] + [np.nan]
-                y += [*metrics[name].values, np.nan]
+        for stage, by_name in self._metrics.items():
+            if name in by_name:
+                x += [self.at(stage, step) for step in by_name[name].steps] + [np.nan]
+                y += [*by_name[name].values, np.nan]
         return np.array(x[:-1]), np.array(y[:-1])
 
     def at(self, stage: str, step: int) -> float:
-        """The place of a moment on the axis."""
+        """Return the place of a step on the axis."""
         return self.starts[stage] + step / self._steps_per_epoch[stage]
 
 
 def _steps_per_epoch(metrics: Iterable[Series]) -> float:
-    """From the last step of each complete epoch; the first epoch's steps so far when none is complete."""
+    """Return the steps per epoch by the last complete epoch, or those so far where no epoch is complete."""
     last: dict[int, int] = {}
     for one in metrics:
         for epoch, step in zip(one.epochs, one.steps, strict=True):
@@ -157,12 +170,12 @@ def _draw_loss(axes: Any, time: _Timeline) -> None:
 
 
 def _terms(time: _Timeline) -> dict[str, list[str]]:
-    """Loss terms: name -> members that have it ("" for the whole ensemble)."""
-    apart = {"loss", "epoch_loss", "lr", "images_per_s", "grad_norm"}
+    """Return the terms of the loss: name -> members that have it ("" for the whole ensemble)."""
+    no_terms = {"loss", "epoch_loss", "lr", "images_per_s"}
     found: dict[str, list[str]] = {}
     for _, name in time.names():
         parts = name.split("/")
-        if parts[0] == "train" and parts[1] not in apart:
+        if parts[0] == "train" and parts[1] not in no_terms:
             *term, last = parts[1:]
             owner, key = ("", last) if not term else (last, "/".join(term))
             if owner not in found.setdefault(key, []):
@@ -178,9 +191,9 @@ def _draw_terms(axes: Any, time: _Timeline) -> None:
         for owner in owners:
             x, y = time.get(f"train/{term}/{owner}" if owner else f"train/{term}")
             smooth = _running_mean(y, max(1, len(y) // 50)) if len(y) >= 100 else y
-            axes.plot(*_thin(x, smooth), color=colour_of(owners.index(owner) + 1 if owner else 0),
+            axes.plot(*_thin(x, smooth), color=member_colour(owners.index(owner) + 1 if owner else 0),
                       linestyle=styles[index % 4], linewidth=1.2)  # fmt: skip
-    _style_legend(axes, list(terms), sorted({o for owners in terms.values() for o in owners if o}), styles)
+    _terms_legend(axes, list(terms), sorted({o for owners in terms.values() for o in owners if o}), styles)
 
 
 def _draw_lr(axes: Any, time: _Timeline) -> None:
@@ -208,7 +221,7 @@ def _draw_members(axes: Any, time: _Timeline, split: str, group: str) -> None:
     names = [name.split("/")[1] for _, name in time.names() if re.fullmatch(f"{split}/[^/]+/{group}/top1", name)]
     for index, member in enumerate(sorted(dict.fromkeys(names), key=lambda name: name != "ensemble")):
         x, y = time.get(f"{split}/{member}/{group}/top1")
-        _plot_accuracy(axes, x, y, colour_of(index), member, strong=index == 0)
+        _plot_accuracy(axes, x, y, member_colour(index), member, strong=index == 0)
     _legend(axes)
 
 
@@ -226,37 +239,43 @@ def _mark_best(axes: Any, time: _Timeline, best: Mapping[str, Any] | None) -> No
                       fontsize=7, color=BEST, xytext=(-3, 3), textcoords="offset points", ha="right")  # fmt: skip
 
 
-def _legend(axes: Any, handles: Sequence[Any] | None = None, columns: int = 1) -> None:
-    """A legend where it hides least."""
-    if handles or axes.get_legend_handles_labels()[0]:
-        axes.legend(handles=handles, ncols=columns, facecolor="white", frameon=True, framealpha=0.8, edgecolor="none")
+def _legend(axes: Any, handles: Sequence[Any] | None = None) -> None:
+    """Write the legend below the panel, where it hides no line, in as many columns as fit."""
+    handles = handles or axes.get_legend_handles_labels()[0]
+    if not handles:
+        return
+    longest = max(len(handle.get_label()) for handle in handles)
+    columns = min(len(handles), max(1, _LEGEND_CHARACTERS // (longest + 5)))  # 5 for the line before a label
+    axes.legend(handles=handles, ncols=columns, loc="upper left", bbox_to_anchor=(0, -0.17), borderaxespad=0,
+                columnspacing=1.2, handlelength=1.6)  # fmt: skip
 
 
-def _style_legend(axes: Any, terms: Sequence[str], owners: Sequence[str], styles: Sequence[Any]) -> None:
+def _terms_legend(axes: Any, terms: Sequence[str], owners: Sequence[str], styles: Sequence[Any]) -> None:
+    """Name the line style of each term and the colour of each member."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color="#777777", linestyle=styles[i % 4], label=term) for i, term in enumerate(terms)]
-    handles += [Line2D([], [], color=colour_of(i + 1), label=owner) for i, owner in enumerate(owners)]
-    _legend(axes, handles, columns=1 + (len(handles) > 6))
+    handles += [Line2D([], [], color=member_colour(i + 1), label=owner) for i, owner in enumerate(owners)]
+    _legend(axes, handles)
 
 
 # Classes
 
 
 def _class_counts(data: Mapping[str, Any], title: str) -> Any:
-    """Training images of every class on a log axis, classes sorted by falling count, groups in colour."""
+    """Draw the training images of every class on a log axis, classes sorted by decreasing count, groups in colour."""
     counts, order = _sorted_counts(data)
     figure = new_figure(_width(len(counts)), 4.4)
     axes = figure.add_subplot()
     _fill_counts(axes, counts[order])
     ratio = counts.max() / max(counts.min(), 1)
-    head_line(figure, f"{title}\n{counts.sum():,} training images, {len(counts):,} classes, ratio {ratio:.4g}")
+    set_figure_title(figure, f"{title}\n{counts.sum():,} training images, {len(counts):,} classes, ratio {ratio:.4g}")
     _name_classes(axes, data, order)
     return figure
 
 
 def _per_class(data: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]], title: str) -> Any:
-    """Accuracy of every class for last and best, above the number of its training images."""
+    """Draw the accuracy of every class for last and best, above the number of its training images."""
     counts, order = _sorted_counts(data)
     member = members(found)[0]
     figure = new_figure(_width(len(counts)), 6.4)
@@ -280,7 +299,7 @@ def _per_class(data: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]], 
     top.set_ylabel("top-1, %")
     note = selection_note(found.get("best")).split(";")[0]
     smooth = "" if few else f"; lines: mean over {max(5, len(counts) // 25)} neighbouring classes"
-    head_line(figure, f"{title}\nAccuracy of each class, {member}{smooth}" + (f"\n{note}" if note else ""))
+    set_figure_title(figure, f"{title}\nAccuracy of each class, {member}{smooth}" + (f"\n{note}" if note else ""))
     _legend_above(top)
     _fill_counts(bottom, counts[order])
     _name_classes(bottom, data, order)
@@ -315,16 +334,17 @@ def _fill_counts(axes: Any, counts: NDArray[Any]) -> None:
 
 
 def _legend_above(axes: Any, handles: Sequence[Any] | None = None) -> None:
-    """A legend in one row above the axes: bars leave no room inside."""
+    """Write the legend in one row above the axes: bars leave no room inside."""
     axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
 
 
 def _name_classes(axes: Any, data: Mapping[str, Any], order: NDArray[Any]) -> None:
+    """Label the axis with the names of the classes, or say their order where they are too many."""
     axes.set_xlim(-0.7, len(order) - 0.3)
     names = data.get("class_names") or [str(index) for index in range(len(order))]
     axes.grid(axis="x", visible=False)
     if len(order) <= _NAMED_CLASSES:
-        labels = [short(str(names[index])) for index in order]
+        labels = [shorten(str(names[index])) for index in order]
         slanted = len(order) > 12 or max(map(len, labels)) > 9
         axes.set_xticks(range(len(order)), labels, rotation=45 if slanted else 0, ha="right" if slanted else "center",
                         rotation_mode="anchor" if slanted else "default")  # fmt: skip
@@ -334,6 +354,7 @@ def _name_classes(axes: Any, data: Mapping[str, Any], order: NDArray[Any]) -> No
 
 
 def _sorted_counts(data: Mapping[str, Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the training images of each class, and the order that sorts the classes by decreasing count."""
     counts = np.asarray(data["counts"], dtype=np.int64)
     return counts, np.argsort(-counts, kind="stable")
 
@@ -343,7 +364,7 @@ def _group(count: int) -> str:
 
 
 def _borders(counts: NDArray[Any]) -> list[int]:
-    """Places in the sorted classes where a group ends and another begins."""
+    """Return the places among the sorted classes where one group ends and the next begins."""
     return [int(n) for n in ((counts > 100).sum(), (counts >= 20).sum()) if 0 < n < len(counts)]
 
 
@@ -355,13 +376,13 @@ def _width(num_classes: int) -> float:
 
 
 def _thin(x: NDArray[Any], y: NDArray[Any], points: int = 4000) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Every n-th point of a long line: a picture has no room for more."""
+    """Return every n-th point of a long line: a picture has no room for more."""
     every = max(1, len(x) // points)
     return x[::every], y[::every]
 
 
 def _running_mean(values: NDArray[Any], width: int) -> NDArray[Any]:
-    """Centred mean over `width` values; narrower at the ends, without those that are NaN, NaN where there is none."""
+    """Return the centred mean over `width` values: fewer at the ends, NaN left out, NaN where all of them are."""
     weight = np.isfinite(values).astype(float)
     total = np.concatenate([[0.0], np.cumsum(np.where(weight > 0, values, 0.0))])
     number = np.concatenate([[0.0], np.cumsum(weight)])
@@ -372,7 +393,7 @@ def _running_mean(values: NDArray[Any], width: int) -> NDArray[Any]:
 
 
 def _robust_limits(values: NDArray[Any]) -> tuple[float, float]:
-    """Limits that one spike does not spoil."""
+    """Return limits for an axis that one spike does not spoil."""
     finite = values[np.isfinite(values)]
     if not len(finite):
         return 0.0, 1.0

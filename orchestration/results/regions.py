@@ -1,12 +1,11 @@
-"""The picture of a classifier's decision regions before and after a last stage that trains heads alone (H2T's).
+"""The picture of decision regions before and after a last stage that trains heads alone, as H2T's does.
 
-Of a run's test images of a few classes, the features that the heads see are laid on a plane (`aggregation.regions`),
-the same for both moments; every point of it is coloured by the class that the heads would choose among those few.
+The features of test images of a few classes are projected onto a plane (`aggregation.regions`), the same before and
+after. Every point of the plane has the colour of the class that the heads would choose there among those few.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,27 +20,27 @@ from orchestration.config.compose import from_yaml
 from orchestration.config.paths import expand
 from orchestration.config.recipe import ModelSource
 from orchestration.config.run_config import RunConfig
-from orchestration.results.style import colour_of, head_line, new_figure, short, style
-from orchestration.results.tables import grid
+from orchestration.results.style import member_colour, new_figure, picture_style, save_figure, set_figure_title, shorten
+from orchestration.results.text import text_table
 
 if TYPE_CHECKING:
     from aggregation.regions import Regions
     from aggregation.serving import ServedModel
     from orchestration.results.saved_run import SavedRun
 
-_SIDE = 180  # points of the grid, a side
-_LIGHT = 0.28  # how strongly a region has the colour of its class
+_SIDE = 180  # points of the grid along each side
+_LIGHT = 0.28  # strength of the colour of a region, 0 to 1
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What one pair of panels shows.
+    """The content of one pair of panels.
 
     Attributes:
         member: "ensemble" or the name of an expert.
         window: left, right, bottom and top, the same for both.
-        variance: share of the images' variance that the plane holds.
-        moments: "before" and "after" -> what was found.
+        variance: share of the variance of the features that the plane holds.
+        moments: "before" and "after" -> the regions then.
     """
 
     member: str
@@ -50,11 +49,11 @@ class Shown:
     moments: dict[str, Regions]
 
 
-def draw_where_it_fits(run_dir: Path) -> Path | None:
+def draw_regions_if_heads_alone(run_dir: Path) -> Path | None:
     """Draw report/regions.png of a run whose last stage has trained heads alone; a failure is a line on stderr.
 
     Returns:
-        The picture; None for any other run, and where there is none.
+        The path of the picture; None for any other run, and after a failure.
     """
     try:
         if not (run_dir / "config.yaml").is_file() or _misfit(run_dir, from_yaml(run_dir / "config.yaml")):
@@ -66,38 +65,42 @@ def draw_where_it_fits(run_dir: Path) -> Path | None:
 
 
 def draw_regions(run: str, classes: str | None, overrides: list[str]) -> str:
-    """Draw the regions of a saved run: report/regions.png, or regions-<ids>.png for classes that were asked for.
+    """Draw the regions of a saved run: report/regions.png, or regions-<ids>.png for given classes.
 
     Args:
         run: the run folder.
         classes: ids or names, separated by commas; None for the most frequent class and the rarest.
-        overrides: as `orchestration.results.saved_run.open_run` takes them.
+        overrides: as for `orchestration.results.saved_run.open_run`.
 
     Returns:
-        What the picture shows in numbers, and where it is.
+        The numbers of the picture as a table, and the paths of both.
 
     Raises:
-        ValueError: there is no such run; its last stage has not ended or trains more than heads; fewer than two
-            classes, unknown ones, or none with a test image; what `open_run` refuses.
+        ValueError: there is no such run; its last stage has not begun or trains more than heads; fewer than two
+            classes, unknown ones, or one without a test image; `open_run` refuses the run.
     """
     folder = expand(run)
     if (folder / "config.yaml").is_file() and (misfit := _misfit(folder, from_yaml(folder / "config.yaml"))):
         raise ValueError(f"{folder}: {misfit}")
     picture, result, kept = _draw(folder, classes, overrides)
     rows = [
-        ["member", "moment", *(f"{short(name)}: {what}" for name in result["classes"] for what in ("area", "right"))]
+        ["member", "moment", *(f"{shorten(name)}: {what}" for name in result["classes"] for what in ("area", "right"))]
     ]
     for one in result["members"]:
         for moment, found in one["moments"].items():
             pairs = zip(found["area"], found["recall"], strict=True)
             shares = [_percent(share) for pair in pairs for share in pair]
             rows.append([one["member"], f"{moment}, {result[moment]}", *shares])
-    lines = [*grid(rows), "area: share of the plane; right: share of the class's test images, among these classes", ""]
+    lines = [
+        *text_table(rows, rule=True),
+        "area: share of the plane; right: share of the class's test images, among these classes",
+        "",
+    ]
     return "\n".join([*lines, kept, f"drawn as {picture}"])
 
 
 def _misfit(folder: Path, config: RunConfig) -> str | None:
-    """Why a run has no regions before and after, or None."""
+    """Return the reason why a run has no regions before and after, or None."""
     from orchestration.storage.files import read_json
 
     method = config.method
@@ -115,7 +118,7 @@ def _misfit(folder: Path, config: RunConfig) -> str | None:
 
 
 def _draw(folder: Path, asked: str | None, overrides: list[str]) -> tuple[Path, dict[str, Any], str]:
-    """The picture, its numbers, and where those are kept."""
+    """Draw the picture. Return its path, its numbers, and a line that says where those are saved."""
     from orchestration.results.saved_run import keep, open_run, threads_of
 
     saved = open_run(str(folder), "last", "test", overrides)
@@ -126,15 +129,13 @@ def _draw(folder: Path, asked: str | None, overrides: list[str]) -> tuple[Path, 
     result = _numbers(saved, classes, shown)
     path = folder / "report" / f"{name}.png"
     path.parent.mkdir(exist_ok=True)
-    scratch = path.with_name(f".{path.name}")
-    with style():
-        _figure(saved, result, shown, labels_N).savefig(scratch, format="png", metadata={"Software": None})
-    os.replace(scratch, path)
+    with picture_style():
+        save_figure(_figure(saved, result, shown, labels_N), path)
     return path, result, keep(folder, name, result)
 
 
 def _classes(asked: str | None, data: Mapping[str, Any], test_labels: NDArray[np.integer]) -> list[int]:
-    """Ids of the classes to show; without a wish the most frequent in training and the rarest that have test images."""
+    """Return the ids of the classes to show; by default the most frequent and the rarest that have test images."""
     names, counts = [str(name) for name in data["class_names"]], data["counts"]
     there = set(np.unique(test_labels).tolist())
     if asked is None:
@@ -163,7 +164,7 @@ def _start(config: RunConfig) -> ModelSource:
 
 
 def _before(saved: SavedRun) -> ServedModel:
-    """The model that the last stage began with, served as the run's own."""
+    """Return the model that the last stage began with, on the device and in the precision of the run."""
     from aggregation.serving import ServedModel, load_model
     from orchestration.storage.checkpoint import Checkpoints
     from orchestration.storage.exports import ensemble_state, weights_of
@@ -183,7 +184,11 @@ def _before(saved: SavedRun) -> ServedModel:
 
 
 def _measure(saved: SavedRun, classes: list[int]) -> tuple[list[Shown], NDArray[np.int64]]:
-    """Regions of every member at both moments, and the classes of the images as places in `classes`."""
+    """Compute the regions of every member before and after; return them, and each image's place in `classes`.
+
+    Both models see each image once. For each member, one plane is fitted to the features of both moments together, so
+    that the two panels can be compared.
+    """
     import torch
 
     from aggregation.regions import ENSEMBLE, decision_regions, features_of, fit_plane, laid_end_to_end, window_of
@@ -219,7 +224,7 @@ def _measure(saved: SavedRun, classes: list[int]) -> tuple[list[Shown], NDArray[
 
 
 def _numbers(saved: SavedRun, classes: list[int], shown: Sequence[Shown]) -> dict[str, Any]:
-    """What is kept beside the picture: fractions, None where a class has no image."""
+    """Return what is saved beside the picture; fractions, None where a class has no image."""
     method, source = saved.config.method, _start(saved.config)
     return {
         **saved.moment(),
@@ -248,20 +253,20 @@ def _numbers(saved: SavedRun, classes: list[int], shown: Sequence[Shown]) -> dic
 
 
 def _figure(saved: SavedRun, result: Mapping[str, Any], shown: Sequence[Shown], labels_N: NDArray[np.int64]) -> Any:
-    """Pairs of panels, before and after, two pairs a row."""
+    """Draw pairs of panels, before and after, two pairs per row."""
     pairs = min(2, len(shown))
     rows = -(-len(shown) // pairs)
     figure = new_figure(7.6 * pairs, 1.1 + 3.9 * rows)
     method, dataset = saved.config.method, saved.config.dataset.name
     flow = method.stages[method.final].flow
     names = ", ".join(
-        f"{short(name)} ({count:,} training images)"
+        f"{shorten(name)} ({count:,} training images)"
         for name, count in zip(result["classes"][:6], result["train_images"], strict=False)
     )
     rest = f" and {len(result['classes']) - 6} more" if len(result["classes"]) > 6 else ""
     ratio = f", ratio {flow.ratio:g}" if hasattr(flow, "ratio") else ""
     apart = ", of all experts laid end to end for the ensemble" if len(shown) > 1 else ""
-    head_line(
+    set_figure_title(
         figure,
         f"{method.name}, {dataset}, run {saved.folder.name}: decisions among {names}{rest},\n"
         f"before and after heads alone were trained (flow {flow.name}{ratio}). Points: features of test images, cross: "
@@ -270,7 +275,7 @@ def _figure(saved: SavedRun, result: Mapping[str, Any], shown: Sequence[Shown], 
     for place, one in enumerate(shown):
         for column, (moment, regions) in enumerate(one.moments.items()):
             axes = figure.add_subplot(rows, 2 * pairs, 2 * place + column + 1)
-            _draw_regions(axes, one, regions, labels_N, [short(name) for name in result["classes"]])
+            _draw_regions(axes, one, regions, labels_N, [shorten(name) for name in result["classes"]])
             who = one.member if one.member != "ensemble" else f"ensemble, {_rule(saved, moment)}"
             axes.set_title(f"{who}\n{moment}: {result[moment]}")
             if column == 0:
@@ -290,7 +295,7 @@ def _rule(saved: SavedRun, moment: str) -> str:
 def _draw_regions(axes: Any, one: Shown, regions: Regions, labels_N: NDArray[np.int64], names: Sequence[str]) -> None:
     from matplotlib.colors import to_rgb
 
-    colours = np.array([to_rgb(colour_of(1 + k)) for k in range(len(names))])
+    colours = np.array([to_rgb(member_colour(1 + k)) for k in range(len(names))])
     light = 1 - _LIGHT * (1 - colours)
     axes.imshow(light[regions.region_GG], extent=one.window, origin="lower", aspect="auto", interpolation="nearest")
     for k in range(len(names) if len(names) > 2 else 1):

@@ -1,4 +1,4 @@
-"""What a run leaves behind: served models, pictures, the final table. Everything from the run folder alone."""
+"""The table that `expertail train` and `expertail evaluate` print: the final numbers and the published ones."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ from typing import Any
 from orchestration.config.identity import published
 from orchestration.config.run_config import RunConfig
 from orchestration.results.tables import final_table
+from orchestration.results.text import plural
 
 
-def table(config: RunConfig, data: dict[str, Any], evaluations: dict[str, dict[str, Any]]) -> str:
-    """The final table, with what was published for this recipe under it."""
+def run_table(config: RunConfig, data: dict[str, Any], evaluations: dict[str, dict[str, Any]]) -> str:
+    """Return the final table of a run, and below it the result that was published for its recipe, if any.
+
+    Args:
+        config: the run's.
+        data: as in `data.json`.
+        evaluations: "last" and "best", as in `evaluation/*.json`; either may be missing.
+    """
     title = (
-        f"{config.method.name}, {config.method.num_experts} expert{'s' if config.method.num_experts > 1 else ''}, "
+        f"{config.method.name}, {plural(config.method.num_experts, 'expert')}, "
         f"{config.backbone.name} {config.backbone.depth}, {config.dataset.name}"
     )
     text = final_table(evaluations, data, title=title, seed=config.seed)

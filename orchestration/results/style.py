@@ -1,12 +1,18 @@
-"""What our pictures have in common: style, colours, an empty figure. Matplotlib is imported when something is drawn."""
+"""The style that all pictures share: colours, fonts, title, file. Matplotlib is imported when something is drawn."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 GROUP_COLOURS = {"many": "#3b6fb6", "medium": "#d98e04", "few": "#b8323f"}
-_COLOURS = ("#1b1b1b", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f6a3d", "#8c8c8c")
 LAST, BEST = "#1b1b1b", "#d55e00"
+_MEMBER_COLOURS = (
+    "#1b1b1b", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f6a3d", "#8c8c8c",
+)  # fmt: skip
 _STYLE: Any = {
     "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
@@ -15,21 +21,17 @@ _STYLE: Any = {
 }  # fmt: skip
 
 
-class style:
-    """Our style while drawing; no window system is touched, and the caller's settings come back."""
+@contextmanager
+def picture_style() -> Iterator[None]:
+    """Draw in this style inside the block; matplotlib's own settings come back after it."""
+    import matplotlib
 
-    def __enter__(self) -> None:
-        import matplotlib
-
-        self._context = matplotlib.rc_context(_STYLE)
-        self._context.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._context.__exit__(*error)
+    with matplotlib.rc_context(_STYLE):
+        yield
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty picture, sizes in inches, outside any window system."""
+    """Return an empty figure that belongs to no window system; sizes in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -38,16 +40,23 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
-def head_line(figure: Any, text: str) -> None:
-    """What the whole picture shows, above its left edge."""
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a PNG as a whole: a reader sees the old file or the new one. The same figure gives the same bytes."""
+    scratch = path.with_name(f".{path.name}")
+    figure.savefig(scratch, format="png", metadata={"Software": None})
+    os.replace(scratch, path)
+
+
+def set_figure_title(figure: Any, text: str) -> None:
+    """Write what the whole picture shows above its left edge."""
     figure.suptitle(text, x=0.01, ha="left", fontsize=10, fontweight="bold")
 
 
-def short(name: str) -> str:
-    """A name cut to what fits on an axis."""
+def shorten(name: str) -> str:
+    """Cut a name to the length that fits on an axis."""
     return name if len(name) <= 18 else name[:16] + "…"
 
 
-def colour_of(index: int) -> str:
-    """Of the index-th member: 0 is the ensemble, then its experts."""
-    return _COLOURS[index % len(_COLOURS)]
+def member_colour(index: int) -> str:
+    """Return the colour of a member: index 0 is the ensemble, its experts follow."""
+    return _MEMBER_COLOURS[index % len(_MEMBER_COLOURS)]

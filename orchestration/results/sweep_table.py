@@ -1,23 +1,23 @@
-"""The runs of a sweep as one table and one picture: top-1 of the ensemble by group against the value that varied."""
+"""The runs of a sweep as one table and one picture: top-1 of the ensemble by class group against the value varied."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from orchestration.results.style import GROUP_COLOURS, head_line, new_figure, short, style
-from orchestration.results.tables import GROUPS, grid, number
+from orchestration.results.style import GROUP_COLOURS, new_figure, picture_style, save_figure, set_figure_title, shorten
+from orchestration.results.tables import GROUPS
+from orchestration.results.text import decimals, text_table
 
 _RULES = {"by number of training images": "", "by index of the class": "_by_index"}
-_WIDE = 30  # values that reach over more than this factor are drawn on a log axis
+_WIDE = 30  # values that span more than this factor are drawn on a log axis
 
 
 def sweep_table(result: Mapping[str, Any]) -> str:
-    """The numbers of all runs, what was trained once, and what failed.
+    """Return the numbers of all runs, the stages that were trained once for several, and the runs that failed.
 
     Args:
         result: as in sweep.json.
@@ -38,8 +38,9 @@ def sweep_table(result: Mapping[str, Any]) -> str:
         rows = [[result["key"].rsplit(".", 1)[-1], *(_heading(key, result) for key in keys), "run"]]
         for run in runs:
             top1 = run.get("top1") or {}
-            rows.append([run["value"], *(number(top1.get(key), 100.0, 2) for key in keys), run["run"]])
-        lines += grid(rows)
+            rows.append([run["value"], *(decimals(top1.get(key), 100.0, 2) for key in keys), run["run"]])
+        lines += text_table(rows, rule=True)
+
     taken: dict[tuple[str, str], list[str]] = {}
     for run in runs:
         for stage, donor in run["stages_taken"].items():
@@ -47,6 +48,7 @@ def sweep_table(result: Mapping[str, Any]) -> str:
     lines += [""] if taken else []
     for (stage, donor), takers in taken.items():
         lines.append(f"stage {stage}: trained once, in {donor}, and taken over by {', '.join(takers)}")
+
     for run in runs:
         if run["status"] != "finished":
             why = f": {run['problem']}" if run["problem"] else ""
@@ -59,7 +61,7 @@ def _seed(result: Mapping[str, Any]) -> str:
 
 
 def _rules(result: Mapping[str, Any]) -> dict[str, str]:
-    """Rules by which classes are grouped here, and how their keys end."""
+    """Return the rules that group the classes here, each with the suffix of its keys."""
     has_index = any(value is not None for run in result["runs"] for value in _by_index(run).values())
     return {rule: suffix for rule, suffix in _RULES.items() if not suffix or has_index}
 
@@ -75,34 +77,34 @@ def _heading(key: str, result: Mapping[str, Any]) -> str:
 
 
 def draw_sweep(folder: Path, result: Mapping[str, Any]) -> str:
-    """Draw sweep.png: a line for every group, a panel for every rule of grouping.
+    """Draw sweep.png: a line for every group, a panel for every rule that groups the classes.
 
     Returns:
-        The file's name, or why there is none.
+        The name of the file, or why there is none.
     """
     shown = [run for run in result["runs"] if "top1" in run]
     if not shown:
         return "no picture, since no run is finished"
     path = folder / "sweep.png"
-    scratch = folder / ".sweep.png"
-    with style():
-        _figure(result, shown).savefig(scratch, format="png", metadata={"Software": None})
-    os.replace(scratch, path)
+    with picture_style():
+        save_figure(_figure(result, shown), path)
     return path.name
 
 
 def _figure(result: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> Any:
     rules = _rules(result)
     figure = new_figure(0.6 + 6.6 * len(rules), 4.6)
-    head_line(
+    set_figure_title(
         figure,
         f"{result['method']}, {result['dataset']}: top-1 of the ensemble against {result['key']}\n"
         f"last model, {_seed(result)}one run a value",
     )
+
     numbers = [_as_number(run["value"]) for run in runs]
     on_axis = all(value is not None for value in numbers)
     order = np.argsort([float(value or 0) for value in numbers], kind="stable") if on_axis else np.arange(len(runs))
     x = np.array([numbers[i] if on_axis else i for i in order], dtype=float)
+
     for place, (rule, suffix) in enumerate(rules.items(), 1):
         axes = figure.add_subplot(1, len(rules), place)
         axes.set_title(f"groups {rule}, top-1 %")
@@ -115,7 +117,7 @@ def _figure(result: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> Any
                           zorder=3 if strong else 2, label=_heading(key, result))  # fmt: skip
         axes.set_xlabel(result["key"])
         if not on_axis:
-            axes.set_xticks(x, [short(runs[i]["value"]) for i in order], rotation=20 if len(x) > 4 else 0)
+            axes.set_xticks(x, [shorten(runs[i]["value"]) for i in order], rotation=20 if len(x) > 4 else 0)
         elif x.min() > 0 and x.max() / x.min() > _WIDE:
             axes.set_xscale("log")
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))

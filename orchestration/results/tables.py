@@ -1,16 +1,17 @@
 """The final numbers of a run as plain text, the same on a terminal, in a pipe and in `report/table.txt`.
 
-Accuracy and calibration of the ensemble, of whatever it is compared with, and of each expert; how many experts a router
-asked; and how different the experts are.
-The group columns come by two published rules, each named where it is used: by the number of training images of a class
-(many > 100, medium 20 to 100, few < 20), and by the index of the class among the classes sorted by decreasing count.
+It shows accuracy and calibration of the ensemble, of whatever it is compared with, and of each expert; how many experts
+a router asked; and how different the experts are. Classes are grouped by two published rules, each named where it is
+used: by their number of training images (many > 100, medium 20 to 100, few < 20), and by their index among the classes
+sorted by decreasing count.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from orchestration.results.text import decimals, plural, text_table
 
 GROUPS = ("many", "medium", "few")
 _COUNT_RULE = {"many": "> 100", "medium": "20-100", "few": "< 20"}
@@ -24,13 +25,13 @@ def final_table(
     title: str = "",
     seed: int | None = None,
 ) -> str:
-    """Accuracy of the ensemble and of each expert, and how they differ, by class group, last and best side by side.
+    """Return accuracy, calibration and diversity of ensemble and experts by class group, last and best side by side.
 
     Args:
         evaluations: "last" and "best", as in `evaluation/*.json`; either may be missing.
         data: as in `data.json`.
-        title: what was trained, for the first line.
-        seed: of the run; left out when None.
+        title: the first line: method, experts, dataset.
+        seed: the run's; None leaves its line out.
 
     Returns:
         Lines of text, the last one without a newline.
@@ -39,26 +40,30 @@ def final_table(
     lines = [part for part in (title, _classes_line(data)) if part]
     if seed is not None:
         lines.append(f"seed {seed}, one run: no spread")
-    lines += [f"{which}: {_moment(evaluation)}" for which, evaluation in shown.items()]
+    lines += [f"{which}: {_origin(evaluation)}" for which, evaluation in shown.items()]
     if note := selection_note(shown.get("best")):
         lines.append(note)
     if not shown:
         return "\n".join([*lines, "no evaluation yet"])
     groups = data.get("groups") or {}
+
     lines += ["", "Top-1 accuracy in %, groups by number of training images of a class"]
     by_count = _headings(groups.get("by_count"), _COUNT_RULE)
     lines += _block(shown, _accuracy_rows(shown), by_count)
+
     by_index = [f"{group}_by_index" for group in GROUPS]
     if any(_top1(shown[w], member, key) is not None for w in shown for member in members(shown) for key in by_index):
         lines += ["", "Top-1 accuracy in %, groups by index of the class, classes sorted by falling training count"]
         headings = _headings(groups.get("by_index"), _index_rule(groups.get("by_index")), "_by_index")
         lines += _block(shown, _accuracy_rows(shown), {key: headings[key] for key in by_index})
+
     lines += ["", "Calibration: negative log-likelihood in nats, expected calibration error in % (15 bins)"]
     rows = []
     for member in members(shown):
-        cells = [number(_member(shown[w], member).get("nll"), 1.0, 4) for w in shown]
-        rows.append([member, *cells, *(number(_member(shown[w], member).get("ece"), 100.0, 2) for w in shown)])
-    lines += grid([["", *(f"NLL {w}" for w in shown), *(f"ECE {w}" for w in shown)], *rows])
+        cells = [decimals(_member(shown[w], member).get("nll"), 1.0, 4) for w in shown]
+        rows.append([member, *cells, *(decimals(_member(shown[w], member).get("ece"), 100.0, 2) for w in shown)])
+    lines += text_table([["", *(f"NLL {w}" for w in shown), *(f"ECE {w}" for w in shown)], *rows], rule=True)
+
     if rows_per_image := _per_image_rows(shown):
         lines += ["", "Per image, groups by number of training images of a class"]
         lines += _block(shown, rows_per_image, by_count)
@@ -70,7 +75,7 @@ def final_table(
 
 
 def selection_note(best: Mapping[str, Any] | None) -> str:
-    """How "best" was chosen, in words that cannot be missed when it was chosen on the test set."""
+    """Say how "best" was chosen, in words that cannot be missed when it was chosen on the test set."""
     if not best or not best.get("selected_on"):
         return ""
     split = str(best["selected_on"])
@@ -82,17 +87,17 @@ def selection_note(best: Mapping[str, Any] | None) -> str:
 
 
 def members(evaluations: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Names of an evaluation's members, the ensemble first."""
+    """Return the names of all members, the ensemble first."""
     names = {name: None for evaluation in evaluations.values() for name in evaluation.get("members", {})}
     return sorted(names, key=lambda name: name != "ensemble")
 
 
 def per_class_table(evaluations: Mapping[str, Mapping[str, Any]], data: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Accuracy of every class as one table, in the split orientation of pandas and MLflow.
+    """Return the accuracy of every class as one table, in the split orientation of pandas and MLflow.
 
     Returns:
-        `columns` and `data`, one row a class: id, name, training images, both groups, then one fraction (or None) for
-        each evaluation and member.
+        `columns` and `data`, one row per class: id, name, training images, both groups, then one fraction (or None)
+        for each evaluation and member.
     """
     counts = data.get("counts", [])
     names = data.get("class_names") or [str(index) for index in range(len(counts))]
@@ -119,14 +124,15 @@ def _classes_line(data: Mapping[str, Any]) -> str:
     most, least = max(counts), min(counts)
     ratio = f"{most / least:.4g}" if least else "undefined"
     left_out = len(data.get("left_out") or [])
-    without = f"; {left_out:,} unreadable image{'s' if left_out > 1 else ''} left out" if left_out else ""
+    without = f"; {plural(left_out, 'unreadable image')} left out" if left_out else ""
     return (
         f"{data.get('dataset', 'data')}: {sum(counts):,} training images of {len(counts):,} classes, "
         f"{most:,} to {least:,} a class (ratio {ratio}){without}"
     )
 
 
-def _moment(evaluation: Mapping[str, Any]) -> str:
+def _origin(evaluation: Mapping[str, Any]) -> str:
+    """Return the stage, epoch and step that an evaluation measured, and the split it was measured on."""
     where = [f"{key} {evaluation[key]}" for key in ("stage", "epoch", "step") if evaluation.get(key) is not None]
     images = evaluation.get("num_images")
     on = f"measured on {evaluation.get('split', 'an unnamed split')}" + (f" ({images:,} images)" if images else "")
@@ -134,6 +140,7 @@ def _moment(evaluation: Mapping[str, Any]) -> str:
 
 
 def _headings(groups: Mapping[str, Sequence[int]] | None, rule: Mapping[str, str], suffix: str = "") -> dict[str, str]:
+    """Return a heading for each key of the groups: its name, its rule and its number of classes."""
     found = {"all": "all"}
     for group in GROUPS:
         size = f"{len(groups.get(group, ())):,}" if groups else "?"
@@ -142,6 +149,7 @@ def _headings(groups: Mapping[str, Sequence[int]] | None, rule: Mapping[str, str
 
 
 def _index_rule(groups: Mapping[str, Sequence[int]] | None) -> dict[str, str]:
+    """Return the range of class indices of each group, classes sorted by decreasing count."""
     rule, start = {}, 0
     for group in GROUPS if groups else ():
         size = len((groups or {}).get(group, ()))
@@ -151,7 +159,7 @@ def _index_rule(groups: Mapping[str, Sequence[int]] | None) -> dict[str, str]:
 
 
 class _Row(NamedTuple):
-    """A row of a block: how it is shown, and an evaluation's numbers by group."""
+    """A row of a block: its label, its unit (scale, digits), and how to take its numbers from an evaluation."""
 
     label: str
     scale: float
@@ -160,17 +168,17 @@ class _Row(NamedTuple):
 
 
 def _block(shown: Mapping[str, Mapping[str, Any]], rows: Sequence[_Row], headings: Mapping[str, str]) -> list[str]:
-    """Rows over the groups that the headings name, each group's evaluations side by side."""
-    head = ["", *(heading for heading in headings.values() for _ in shown)]
-    second = ["", *(which for _ in headings for which in shown)]
+    """Lay out rows under the headings of groups; each group has a column for every evaluation shown."""
+    names = ["", *(which for _ in headings for which in shown)]
     cells = [
         [
             row.label,
-            *(number(row.by_group(shown[w]).get(group), row.scale, row.digits) for group in headings for w in shown),
+            *(decimals(row.by_group(shown[w]).get(group), row.scale, row.digits) for group in headings for w in shown),
         ]
         for row in rows
     ]
-    return grid([second, *cells], spans=_spans(head, len(shown)))
+    spans = [("", 1), *((heading, len(shown)) for heading in headings.values())]
+    return text_table([names, *cells], rule=True, spans=spans)
 
 
 def _accuracy_rows(shown: Mapping[str, Mapping[str, Any]]) -> list[_Row]:
@@ -181,7 +189,7 @@ def _accuracy_rows(shown: Mapping[str, Mapping[str, Any]]) -> list[_Row]:
 
 
 def _per_image_rows(shown: Mapping[str, Mapping[str, Any]]) -> list[_Row]:
-    """Every extra number, and for a router the share of expert passes that it saved; none where there is none."""
+    """Return a row for every extra number per image, and for a router one for the expert passes that it saved."""
     found = dict.fromkeys(name for evaluation in shown.values() for name in evaluation.get("per_image") or {})
 
     def mean(name: str) -> Callable[[Mapping[str, Any]], Mapping[str, float | None]]:
@@ -194,9 +202,9 @@ def _per_image_rows(shown: Mapping[str, Mapping[str, Any]]) -> list[_Row]:
 
 
 def passes_saved(evaluation: Mapping[str, Any]) -> dict[str, float | None]:
-    """Share of the experts' forward passes that a router did without, by group; the trunk always runs.
+    """Return the share of the experts' forward passes that a router saved, by group; the trunk always runs.
 
-    Empty where there was no router or the number of experts is not noted.
+    The result is empty where there was no router, or where the evaluation does not hold the number of experts.
     """
     used = (evaluation.get("per_image") or {}).get("experts_used") or {}
     num_experts = (evaluation.get("diversity") or {}).get("num_experts")
@@ -205,22 +213,22 @@ def passes_saved(evaluation: Mapping[str, Any]) -> dict[str, float | None]:
     return {group: None if mean is None else 1 - mean / num_experts for group, mean in used.items()}
 
 
-def several_experts(evaluation: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The evaluation's `diversity`; empty where there is none, or one expert, which differs from nobody."""
+def diversity_of(evaluation: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the evaluation's `diversity`; empty where it holds none, or only one expert."""
     diversity = evaluation.get("diversity") or {}
     return diversity if diversity.get("num_experts", 0) > 1 else {}
 
 
 def _diversity_rows(shown: Mapping[str, Mapping[str, Any]]) -> list[_Row]:
-    experts = dict.fromkeys(name for e in shown.values() for name in several_experts(e).get("experts", ()))
+    experts = dict.fromkeys(name for e in shown.values() for name in diversity_of(e).get("experts", ()))
     if not experts:
         return []
 
     def value(key: str) -> Callable[[Mapping[str, Any]], Mapping[str, float | None]]:
-        return lambda evaluation: several_experts(evaluation).get(key) or {}
+        return lambda evaluation: diversity_of(evaluation).get(key) or {}
 
     def divergence(name: str) -> Callable[[Mapping[str, Any]], Mapping[str, float | None]]:
-        return lambda evaluation: (several_experts(evaluation).get("divergence") or {}).get(name) or {}
+        return lambda evaluation: (diversity_of(evaluation).get("divergence") or {}).get(name) or {}
 
     return [
         _Row("pairs that disagree, %", 100.0, 2, value("disagreement")),
@@ -232,42 +240,9 @@ def _diversity_rows(shown: Mapping[str, Mapping[str, Any]]) -> list[_Row]:
     ]
 
 
-def _spans(head: Sequence[str], width: int) -> list[tuple[str, int]]:
-    return [(head[0], 1), *((head[start], width) for start in range(1, len(head), width))]
-
-
-def grid(rows: Sequence[Sequence[str]], spans: Iterable[tuple[str, int]] = ()) -> list[str]:
-    """Right-aligned columns two spaces apart, the first left-aligned; spans head several columns at once."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    position, spans = 0, list(spans)
-    for text, width in spans:
-        columns = range(position, position + width)
-        lack = len(text) - sum(widths[column] for column in columns) - 2 * (width - 1)
-        for extra in range(max(lack, 0)):
-            widths[columns[-1 - extra % width]] += 1
-        position += width
-    lines = []
-    if spans:
-        cells, position = [], 0
-        for text, width in spans:
-            room = sum(widths[position : position + width]) + 2 * (width - 1)
-            cells.append(text.rjust(room) if position else text.ljust(room))
-            position += width
-        lines.append("  ".join(cells))
-    head, *body = (
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    )
-    return [*lines, head, "-" * len(head), *body]
-
-
 def _member(evaluation: Mapping[str, Any], member: str) -> Mapping[str, Any]:
     return evaluation.get("members", {}).get(member) or {}
 
 
 def _top1(evaluation: Mapping[str, Any], member: str, key: str) -> float | None:
     return (_member(evaluation, member).get("top1") or {}).get(key)
-
-
-def number(value: float | None, scale: float, digits: int) -> str:
-    return "n/a" if value is None or math.isnan(value) else f"{value * scale:.{digits}f}"

@@ -13,7 +13,7 @@ from experts.data.dataset import open_dataset
 from orchestration.cli import main
 from orchestration.config.compose import load_config
 from orchestration.results.pictures import write_report
-from orchestration.results.regions import _before, draw_where_it_fits
+from orchestration.results.regions import _before, draw_regions_if_heads_alone
 from orchestration.results.saved_run import open_run
 from orchestration.storage.checkpoint import Checkpoints, read_tensors
 from orchestration.storage.exports import export
@@ -107,8 +107,8 @@ def test_before_are_the_weights_that_the_last_stage_began_with(ride):
 
 
 def test_a_picture_is_the_same_when_drawn_again(single):
-    before = draw_where_it_fits(single).read_bytes()
-    assert draw_where_it_fits(single).read_bytes() == before
+    before = draw_regions_if_heads_alone(single).read_bytes()
+    assert draw_regions_if_heads_alone(single).read_bytes() == before
 
 
 def test_classes_may_be_chosen(single, capsys):
