@@ -11,9 +11,9 @@ from aggregation.metrics import Scores
 from orchestration.results.run_table import run_table
 from orchestration.results.saved_run import (
     SavedRun,
-    keep,
     open_run,
-    threads_of,
+    same_threads,
+    save_evaluation,
 )
 from orchestration.storage.location import run_at_hand
 
@@ -72,10 +72,10 @@ def reevaluate(run: str, which: str | None, split: str, overrides: list[str]) ->
     shown, kept = {}, []
     for name in ("last", "best") if which is None else (which,):
         saved = open_run(run, name, split, overrides)
-        with threads_of(saved.config):
-            evaluation = saved.moment() | _score(saved)
+        with same_threads(saved.config):
+            evaluation = saved.origin() | _score(saved)
         shown[name] = _shown(evaluation)
-        kept.append(keep(saved.folder, f"again-{name}-{split}", evaluation))
+        kept.append(save_evaluation(saved.folder, f"again-{name}-{split}", evaluation))
     return "\n".join([run_table(saved.config, saved.data, shown), "", *kept])
 
 

@@ -1,8 +1,14 @@
 """`expertail evaluate RUN --weights ... --distribution ...`: a saved run on test sets of other class distributions.
 
-Every distribution is a part of one test set, so the networks see each image once, and twice more in every pass of the
-learning; what is learnt, compared and drawn comes from the kept logits (4 bytes x E experts x N images x C classes,
-three times over while weights are learnt). Nothing of the run is changed.
+    logits of every image of the split, once                          [E, N, C]
+    for each distribution, which is a subset of the split's images
+        learn weights without labels, where asked for                 two more views of every image per pass
+        find the weights of the oracle, with labels
+        score every weighting, and every expert alone, by class group
+    table, picture and numbers
+
+Weights are learnt and compared on the logits in memory: 4 bytes x E experts x N images x C classes, three times over
+while they are learnt. Nothing of the run is changed.
 
 Shapes: E experts, N images of the whole split, C classes; 2 views.
 """
@@ -43,32 +49,33 @@ from experts.registry import Settings
 from orchestration.config.compose import parse
 from orchestration.config.run_config import RunConfig
 from orchestration.results.label_shift_table import COMPARED, distributions_table, draw_distributions
-from orchestration.results.saved_run import SavedRun, keep, open_run, threads_of
+from orchestration.results.saved_run import SavedRun, open_run, same_threads, save_evaluation
 
 AS_TRAINED, UNIFORM, LEARNT, GIVEN, KNOWN, ORACLE = COMPARED
 RULES = ("uniform", "test-time", "known-prior")
 S = TypeVar("S", bound=Settings)
-CHECK_PASS = 0  # number of the pass whose views are for checking only; those learnt from count from 1
+CHECK_PASS = 0  # the pass whose views only check the weights; passes that learn count from 1
 
 
 class KnownPrior(Settings):
-    """What the correction for a known test distribution takes each expert to be trained for."""
+    """Settings of the correction for a known test distribution."""
 
     trained: Literal["auto", "uniform", "train"] | tuple[Literal["uniform", "train"], ...] = "auto"
-    """The class distribution of an expert's softmax: of the training set, or uniform where training is balanced; one
-    word for all experts, or one each. auto: by the objective of the last stage, see `trained_priors`."""
+    """The class distribution that each expert's softmax is trained for: that of the training set, or uniform where
+    training is balanced. One word for all experts, or one each. auto: by the objective of the last stage, see
+    `trained_priors`."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a run.
+    """The command line, read and checked.
 
     Attributes:
         rule: "uniform", "test-time", "known-prior" or "given".
         given: the weights, for "given".
-        names: of distributions, as asked.
+        names: of the distributions.
         learning, views, known_prior: keys that differ from the published values.
-        rest: overrides that are for the run's config.
+        rest: overrides of the run's config.
     """
 
     rule: str
@@ -83,9 +90,9 @@ class Request:
 def evaluate_distributions(
     run: str, weights: str, distributions: str, which: str, split: str, overrides: list[str]
 ) -> str:
-    """Weigh the experts by several rules and compare them on several class distributions.
+    """Weight the experts by several rules and compare the rules on several class distributions.
 
-    Keeps the numbers as evaluation/<rule>.json and the picture as report/<rule>.png (`test-time`, `test_time`).
+    The numbers are saved as evaluation/<rule>.json, the picture as report/<rule>.png (`test-time`, `test_time`).
 
     Args:
         run: the run folder.
@@ -93,14 +100,14 @@ def evaluate_distributions(
         distributions: names separated by commas, or "published".
         which: "best" or "last", of the run's models.
         split: "test" or "val".
-        overrides: `a.b=value` for `test_time.*`, `views.*`, `known_prior.*`, and what `reevaluate` takes.
+        overrides: `a.b=value` for `test_time.*`, `views.*`, `known_prior.*`, and for keys that `open_run` takes.
 
     Returns:
-        A table, what was noticed, and where both were kept.
+        A table with legend and warnings, and the paths of numbers and picture.
 
     Raises:
-        ValueError: what `reevaluate` refuses; a rule, distribution or key that is not known; weights that are not one
-            for each expert, 0 or more, together 1; a named distribution that would leave a class without an image.
+        ValueError: `open_run` refuses the run; a rule, distribution or key is unknown; weights are not one per expert,
+            0 or more, with sum 1; a distribution given by name would leave a class without an image.
     """
     request = _request(weights, distributions, overrides)
     saved = open_run(run, which, split, request.rest)
@@ -110,12 +117,12 @@ def evaluate_distributions(
             f"--weights {weights}: {len(request.given)} numbers; the run has {len(names)} experts, "
             f"{', '.join(names)}; give one for each, in this order"
         )
-    with threads_of(saved.config), torch.no_grad():
+    with same_threads(saved.config), torch.no_grad():
         result = _measure(saved, request)
-    result = _plain(result)
+    result = _finite(result)
     name = request.rule if (which, split) == ("best", "test") else f"{request.rule}-{which}-{split}"
-    told = [keep(saved.folder, name, result), draw_distributions(saved.folder, name, result)]
-    return "\n".join([distributions_table(result), "", *told])
+    paths = [save_evaluation(saved.folder, name, result), draw_distributions(saved.folder, name, result)]
+    return "\n".join([distributions_table(result), "", *paths])
 
 
 def _measure(saved: SavedRun, request: Request) -> dict[str, Any]:
@@ -129,6 +136,7 @@ def _measure(saved: SavedRun, request: Request) -> dict[str, Any]:
     learnt: dict[str, tuple[Settled, Learner]] = {}
     if request.rule == "test-time":
         learnt = _learn(saved, learning, views, parts)
+
     found = {}
     for distribution, positions in parts.items():
         name, rows = distribution.name, torch.from_numpy(positions)
@@ -142,8 +150,9 @@ def _measure(saved: SavedRun, request: Request) -> dict[str, Any]:
             settled, learner = learnt[name]
             passes = {"passes": len(learner.trajectory), "stopped_early": learner.stopped}
             found[name]["learning"] = {**asdict(settled), **passes, "trajectory": learner.trajectory}
+
     return {
-        **saved.moment(),
+        **saved.origin(),
         "rule": request.rule,
         "dataset": config.dataset.name,
         "method": config.method.name,
@@ -167,12 +176,13 @@ def _compare(
     rules: Mapping[str, list[float]],
     trained_EC: np.ndarray,
 ) -> dict[str, Any]:
-    """Scores of every weighting and of every expert alone on one distribution; the oracle is found here."""
+    """Score every weighting and every expert alone on one distribution; the weights of the oracle are found here."""
     description, counts = saved.model.description, saved.data["counts"]
     counts_C = np.bincount(labels_N.numpy(), minlength=description.num_classes)
     target_C = class_prior(counts_C)
     logits_ENC, own_NC, labels_N = (values.to(saved.device) for values in (logits_ENC, own_NC, labels_N))
     weights = {**rules, ORACLE: oracle_weights(logits_ENC, labels_N, list(rules.values()))}
+
     scores = Scores()
     for part in torch.arange(len(labels_N)).split(saved.config.run.evaluation_batch_size):
         logits_EBC = logits_ENC[:, part]
@@ -189,10 +199,13 @@ def _group_sizes(saved: SavedRun) -> dict[str, int]:
 
 
 def _positions(saved: SavedRun, names: tuple[str, ...]) -> tuple[dict[Distribution, np.ndarray], dict[str, str]]:
-    """Images of every distribution, from the most forward to the most backward; and why published ones are left out.
+    """Choose the images of every distribution, from the most forward to the most backward.
+
+    Returns:
+        The positions of each distribution's images, and the reason for each published one that is left out.
 
     Raises:
-        ValueError: a distribution that was asked for by name leaves a class without an image.
+        ValueError: a distribution given by name leaves a class without an image.
     """
     asked = {parse_distribution(name) for name in names if name != "published"}
     published = published_distributions(saved.config.dataset.name) if "published" in names else []
@@ -210,7 +223,7 @@ def _positions(saved: SavedRun, names: tuple[str, ...]) -> tuple[dict[Distributi
 
 
 def _logits(saved: SavedRun) -> tuple[Tensor, Tensor, Tensor]:
-    """The split without chance: logits [E, N, C], the run's own scores [N, C], labels [N]; on the CPU."""
+    """Compute logits [E, N, C], the run's own scores [N, C] and labels [N] of the split; on the CPU."""
     logits, own, labels = [], [], []
     for images_B3HW, labels_B in saved.batches():
         outputs = saved.outputs(images_B3HW)
@@ -223,7 +236,11 @@ def _logits(saved: SavedRun) -> tuple[Tensor, Tensor, Tensor]:
 def _learn(
     saved: SavedRun, learning: WeightLearning, views: Views, parts: Mapping[Distribution, np.ndarray]
 ) -> dict[str, tuple[Settled, Learner]]:
-    """Learn weights for every distribution, side by side: an image's views serve all of them that have it."""
+    """Learn weights for every distribution, side by side: the views of an image serve all that contain it.
+
+    A pass draws two new views of every image and takes one step per batch for each distribution. Once all have ended,
+    two more views decide whether the learnt weights are better than uniform ones.
+    """
     description = saved.model.description
     seed, num_experts = learning.seed, len(description.expert_names)
     maker = ViewMaker(
@@ -243,6 +260,7 @@ def _learn(
                 with torch.enable_grad():
                     learners[distribution].step(seen_2ENC(batch))
             learners[distribution].end_pass()
+
     _say("checking the weights on views that were not learnt from")
     seen_2ENC = _view_logits(saved, maker, CHECK_PASS, np.unique(np.concatenate(list(parts.values()))))
     uniform_E = torch.full((num_experts,), 1 / num_experts, dtype=torch.float64)
@@ -260,7 +278,7 @@ def _learn(
 
 
 def _view_logits(saved: SavedRun, maker: ViewMaker, number: int, positions: np.ndarray) -> Callable[[Tensor], Tensor]:
-    """Logits of both views of these images in one pass: a function of positions in the split, to [2, E, B, C]."""
+    """Compute the logits of two views of these images. Return a function: positions in the split -> [2, E, B, C]."""
     size = saved.config.run.evaluation_batch_size
     cuts = [share(len(positions), part, -(-len(positions) // size)) for part in range(-(-len(positions) // size))]
     views = []
@@ -274,14 +292,17 @@ def _view_logits(saved: SavedRun, maker: ViewMaker, number: int, positions: np.n
 
 
 def trained_priors(config: RunConfig, known: KnownPrior, counts: list[int]) -> tuple[np.ndarray, list[str]]:
-    """The class distribution that each expert's softmax is for: its logs, float64 [E, C] up to a constant, and words.
+    """Return the class distribution that each expert's softmax is trained for.
 
-    auto, by the objective of the last stage: plain cross-entropy on instance-balanced batches learns the training
-    distribution. TADE's experts learn it from scores with an offset each, so that of the scores alone is the training
-    distribution less the offset. All other objectives aim at a balanced test, and are taken at their word: uniform.
+    With auto, the objective of the last stage decides. Plain cross-entropy on instance-balanced batches learns the
+    training distribution. TADE's experts learn it from scores with an offset each, so that the scores alone are for the
+    training distribution less the offset. All other objectives aim at a balanced test set: uniform.
+
+    Returns:
+        Log priors, float64 [E, C] up to a constant, and a word for each expert.
 
     Raises:
-        ValueError: words for another number of experts.
+        ValueError: there are words for another number of experts.
     """
     num_experts = len(config.method.expert_names)
     stage = list(config.method.stages.values())[-1]
@@ -308,7 +329,7 @@ def trained_priors(config: RunConfig, known: KnownPrior, counts: list[int]) -> t
 
 
 def _request(weights: str, distributions: str, overrides: list[str]) -> Request:
-    """Everything that can be said wrong without looking at the run, refused before anything is loaded."""
+    """Read the command line; refuse what is wrong whatever the run, before anything is loaded."""
     given = None
     rule = weights
     if weights not in RULES:
@@ -337,7 +358,7 @@ def _request(weights: str, distributions: str, overrides: list[str]) -> Request:
 
 
 def _settings(section: str, model: type[S], published: Mapping[str, Any], asked: Mapping[str, Any]) -> S:
-    """Published values with what was asked for on top."""
+    """Return the published values, overridden by those asked for."""
     try:
         return model(**dict(published) | dict(asked))
     except ValidationError as error:
@@ -348,6 +369,7 @@ def _settings(section: str, model: type[S], published: Mapping[str, Any], asked:
 
 
 def _numbers(text: str) -> tuple[float, ...]:
+    """Read weights that are given as numbers separated by commas."""
     try:
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -363,12 +385,12 @@ def _numbers(text: str) -> tuple[float, ...]:
     return numbers
 
 
-def _plain(value: Any) -> Any:
-    """Without what JSON has no word for: a number that is not finite becomes None."""
+def _finite(value: Any) -> Any:
+    """Replace numbers that are not finite by None: JSON cannot write them."""
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 

@@ -64,7 +64,10 @@ def _legend(result: Mapping[str, Any]) -> list[str]:
     settings, views = result.get("settings"), result.get("views")
     trained = result["trained_for"]
     trained_for = trained[0] if len(set(trained)) == 1 else ", ".join(trained)
-    lines = [f"as trained: the recipe's own rule, {result['aggregator']}; uniform: mean of the experts' logits"]
+    lines = [
+        "all: mean over the images, so it follows the distribution; many, medium, few: means over their classes",
+        f"as trained: the recipe's own rule, {result['aggregator']}; uniform: mean of the experts' logits",
+    ]
     if settings and views:
         crop = views["random_resized_crop"]
         lines += [

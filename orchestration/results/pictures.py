@@ -33,7 +33,7 @@ from orchestration.storage.files import evaluations, read_config, read_json
 from orchestration.storage.journal import Series, series
 
 _NAMED_CLASSES = 40  # more names than this cannot be read
-_LEGEND_CHARACTERS = 76  # as wide as a panel of curves.png
+_LEGEND_CHARACTERS = 64  # per line: a wider legend would make its panel narrower
 
 
 def write_report(run_dir: str | os.PathLike[str]) -> list[Path]:
@@ -240,12 +240,13 @@ def _mark_best(axes: Any, time: _Timeline, best: Mapping[str, Any] | None) -> No
 
 
 def _legend(axes: Any, handles: Sequence[Any] | None = None) -> None:
-    """Write the legend below the panel, where it hides no line, in as many columns as fit."""
+    """Write the legend below the panel, where it hides no line, in as few lines as its width allows."""
     handles = handles or axes.get_legend_handles_labels()[0]
     if not handles:
         return
     longest = max(len(handle.get_label()) for handle in handles)
-    columns = min(len(handles), max(1, _LEGEND_CHARACTERS // (longest + 5)))  # 5 for the line before a label
+    lines = -(-len(handles) // max(1, _LEGEND_CHARACTERS // (longest + 5)))  # 5 for the line before a label
+    columns = -(-len(handles) // lines)
     axes.legend(handles=handles, ncols=columns, loc="upper left", bbox_to_anchor=(0, -0.17), borderaxespad=0,
                 columnspacing=1.2, handlelength=1.6)  # fmt: skip
 

@@ -119,11 +119,11 @@ def _misfit(folder: Path, config: RunConfig) -> str | None:
 
 def _draw(folder: Path, asked: str | None, overrides: list[str]) -> tuple[Path, dict[str, Any], str]:
     """Draw the picture. Return its path, its numbers, and a line that says where those are saved."""
-    from orchestration.results.saved_run import keep, open_run, threads_of
+    from orchestration.results.saved_run import open_run, same_threads, save_evaluation
 
     saved = open_run(str(folder), "last", "test", overrides)
     classes = _classes(asked, saved.data, saved.store.labels)
-    with threads_of(saved.config):
+    with same_threads(saved.config):
         shown, labels_N = _measure(saved, classes)
     name = "regions" if asked is None else "regions-" + "-".join(map(str, classes))
     result = _numbers(saved, classes, shown)
@@ -131,7 +131,7 @@ def _draw(folder: Path, asked: str | None, overrides: list[str]) -> tuple[Path, 
     path.parent.mkdir(exist_ok=True)
     with picture_style():
         save_figure(_figure(saved, result, shown, labels_N), path)
-    return path, result, keep(folder, name, result)
+    return path, result, save_evaluation(folder, name, result)
 
 
 def _classes(asked: str | None, data: Mapping[str, Any], test_labels: NDArray[np.integer]) -> list[int]:
@@ -227,7 +227,7 @@ def _numbers(saved: SavedRun, classes: list[int], shown: Sequence[Shown]) -> dic
     """Return what is saved beside the picture; fractions, None where a class has no image."""
     method, source = saved.config.method, _start(saved.config)
     return {
-        **saved.moment(),
+        **saved.origin(),
         "run": saved.folder.name,
         "before": f"stage {source.stage}" if source.stage else f"run {Path(source.run or '').name}",
         "after": f"stage {method.final}",

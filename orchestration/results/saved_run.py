@@ -1,4 +1,7 @@
-"""The evaluate command: measure a saved run again, from its exported model, in this process."""
+"""A saved run opened for measuring: its exported model, its data, its config; results written beside it.
+
+`expertail evaluate` and `expertail regions` work on it, in their own process.
+"""
 
 from __future__ import annotations
 
@@ -43,14 +46,14 @@ class SavedRun:
 
     Attributes:
         folder: of the run.
-        config: as trained, but for where the data is and how it is read.
+        config: as trained, except for where the data is and how it is read.
         data: contents of data.json.
-        which: "best" or "last", the model taken.
+        which: "best" or "last", the model that is measured.
         model: loaded, on the device, in the precision of the run.
         split: "test" or "val".
         store: the images of the split.
         dataset: the run's.
-        device, dtype: what is computed on and in.
+        device, dtype: where and in which precision to compute.
     """
 
     folder: Path
@@ -66,37 +69,44 @@ class SavedRun:
 
     @property
     def cuts(self) -> list[int] | None:
-        """Of the groups by index."""
+        """The two indices that separate the groups by index; None where the dataset has no such groups."""
         return list(self.config.dataset.index_groups) if self.config.dataset.index_groups else None
 
-    def moment(self) -> dict[str, Any]:
-        """What a result says of where it comes from: split, selection, stage, epoch, step, and which weights."""
+    def origin(self) -> dict[str, Any]:
+        """Return the head of every result: split, selection, stage, epoch, step, and which weights."""
         trained = read_json(self.folder / "evaluation" / f"{self.which}.json")
-        told = {key: trained.get(key) for key in ("selected_on", "stage", "epoch", "step")}
-        return {"split": self.split, **told, "weights": self.which}
+        model = {key: trained.get(key) for key in ("selected_on", "stage", "epoch", "step")}
+        return {"split": self.split, **model, "weights": self.which}
 
     def batches(self) -> EvalBatches:
-        """The split in its own order, in batches of run.evaluation_batch_size."""
+        """Return the split in its own order, in batches of run.evaluation_batch_size."""
         size = self.config.run.evaluation_batch_size
         return EvalBatches(self.store, self.dataset.config, size, Replica(device=self.device, dtype=self.dtype))
 
     def outputs(self, images_B3HW: Tensor) -> Outputs:
-        """What the experts say of prepared images, in the run's precision."""
+        """Run the ensemble on prepared images, in the precision of the run."""
         with casting(self.config.engine, self.device):
             return self.model.outputs(images_B3HW)
 
 
 def open_run(run: str, which: str, split: str, overrides: list[str]) -> SavedRun:
-    """Load a saved run's model and the data it was trained from.
+    """Load the model of a saved run and the data that it was trained from.
+
+    Args:
+        run: the run folder.
+        which: "best" or "last", of its models.
+        split: "test" or "val".
+        overrides: `a.b=value` for keys of MAY_DIFFER.
 
     Raises:
-        ValueError: see `reevaluate`.
+        ValueError: there is no such run, it has no model yet, a file is damaged, an override would change what is
+            measured, or the data is not the run's.
     """
     folder = expand(run)
-    config = _override(_stored_config(folder), overrides)
+    config = _with_overrides(_stored_config(folder), overrides)
     data = read_json(folder / DATA)
-    model = _model(folder, which)
-    store, dataset = _split(folder, config, data, split)
+    model = _load_model(folder, which)
+    store, dataset = _open_split(folder, config, data, split)
     device = torch.device("cuda" if config.cluster.gpus_per_worker and torch.cuda.is_available() else "cpu")
     dtype = torch.float64 if config.engine.precision == "float64" else torch.float32
     model.ensemble.to(device, dtype).eval()
@@ -104,8 +114,8 @@ def open_run(run: str, which: str, split: str, overrides: list[str]) -> SavedRun
 
 
 @contextmanager
-def threads_of(config: RunConfig) -> Iterator[None]:
-    """Inside, torch computes on as many CPU threads as the run did."""
+def same_threads(config: RunConfig) -> Iterator[None]:
+    """Compute on as many CPU threads as the run did: their number changes results in the last bits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(config.engine.threads or threads)
     try:
@@ -129,7 +139,7 @@ def _neighbours(parent: Path) -> list[str]:
     return [path.name for path in parent.iterdir() if (path / CONFIG).is_file()] if parent.is_dir() else []
 
 
-def _override(config: RunConfig, overrides: list[str]) -> RunConfig:
+def _with_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
     choices, values = parse(overrides)
     refused = [f"{group}={choice}" for group, choice in choices.items()]
     tree: dict[str, Any] = config.model_dump(mode="json")
@@ -149,7 +159,7 @@ def _override(config: RunConfig, overrides: list[str]) -> RunConfig:
     return check(tree, " ".join(overrides) or "config.yaml")
 
 
-def _model(folder: Path, which: str) -> ServedModel:
+def _load_model(folder: Path, which: str) -> ServedModel:
     export = folder / "export" / which
     if not export.is_dir():
         status = read_json(folder / RUN)
@@ -161,7 +171,8 @@ def _model(folder: Path, which: str) -> ServedModel:
     return load_model(export)
 
 
-def _split(folder: Path, config: RunConfig, data: dict[str, Any], split: str) -> tuple[ImageStore, Dataset]:
+def _open_split(folder: Path, config: RunConfig, data: dict[str, Any], split: str) -> tuple[ImageStore, Dataset]:
+    """Open the dataset, compare its digest with the run's, and return the split and the dataset."""
     if not data.get("digest"):
         raise ValueError(
             f"{folder / DATA}: missing or without a digest; needed to know the run's data; restore the file"
@@ -182,8 +193,8 @@ def _split(folder: Path, config: RunConfig, data: dict[str, Any], split: str) ->
     return store, dataset
 
 
-def keep(folder: Path, name: str, evaluation: dict[str, Any]) -> str:
-    """Write evaluation/<name>.json, and say where; a folder that cannot be written to costs the file alone."""
+def save_evaluation(folder: Path, name: str, evaluation: dict[str, Any]) -> str:
+    """Write evaluation/<name>.json. Return a line that says where, or why it could not be written."""
     path = folder / "evaluation" / f"{name}.json"
     try:
         path.parent.mkdir(exist_ok=True)
