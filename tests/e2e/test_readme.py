@@ -57,7 +57,7 @@ def commands():
 
 
 def backticked(text):
-    return re.findall(r"`([^`\n]+)`", prose(text))
+    return [found for part in prose(text).split("\n\n") for found in re.findall(r"`([^`]+)`", part)]
 
 
 def rows(text):
