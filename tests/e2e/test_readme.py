@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -170,3 +171,57 @@ def test_tables_of_systems_are_what_was_measured(document, first, data):
         groups = ("all", "many", "medium", "few")
         numbers = [f"{100 * found['mean'][group]:.1f} ± {100 * found['spread'][group]:.1f}" for group in groups]
         assert [method, *numbers] in table
+
+
+HOLE = "\x00"
+OTHERS = {
+    "Authentication token is missing or incorrect", "Command failed", "Failed to download runtime_env file package",
+    "Invalid authentication token", "Job ... failed", "Local node IP: 127.0.0.1", "Missing authentication token",
+    "No module named 'psycopg'", "No module named orchestration", "No space left on device",
+    "Ray is already started on this node", "Timed out waiting for other nodes to start",
+    "no authentication token was found", "python: not found",
+}  # fmt: skip
+"""Messages of Ray, of Slurm and of the system."""
+
+
+def tokens(text):
+    """Words and signs of a message, one blank between them."""
+    return " ".join(re.sub(r"([^\w\s])", r" \1 ", text).split())
+
+
+def spoken():
+    """Every text in the code, with a hole for each value that is filled in."""
+    for folder in ("experts", "aggregation", "orchestration", "deploy", ".ci"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".sh", ".sbatch"):
+                yield path.read_text()
+            if path.suffix == ".py":
+                for node in ast.walk(ast.parse(path.read_text())):
+                    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                        yield node.value
+                    if isinstance(node, ast.JoinedStr):
+                        yield "".join(
+                            getattr(part, "value", HOLE) if isinstance(part, ast.Constant) else HOLE
+                            for part in node.values
+                        )
+
+
+def readings(message):
+    """A message as it stands, and with one run of its words as a value that is filled in."""
+    words = message.split()
+    yield message
+    for start in range(len(words)):
+        for end in range(start + 1, len(words) + 1):
+            if len(words) - (end - start) >= 2:
+                yield " ".join([*words[:start], HOLE, *words[end:]])
+
+
+def test_every_message_of_the_runbook_is_one_of_the_code():
+    texts = "\n".join({tokens(text) for text in spoken()})
+    missing = []
+    for found in re.findall(r"\*\*(.+?)\*\*", DOCUMENTS["deploy/runbook.md"], re.DOTALL):
+        message = " ".join(found.split())
+        parts = [tokens(part) for part in re.split(r"'?\.\.\.'?|\b[NM]\b| / ", message)]
+        if message not in OTHERS and not all(any(one in texts for one in readings(part)) for part in parts if part):
+            missing.append(message)
+    assert not missing
