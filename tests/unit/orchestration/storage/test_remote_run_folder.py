@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import threading
 
@@ -27,6 +28,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(url_lock, "BEAT_S", 0.1)
     monkeypatch.setattr(url_lock, "STALE_S", 1.0)
     monkeypatch.setattr(storage, "_RETRY_S", 0.05)
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # no test here switches the machine off
 
 
 @pytest.fixture
