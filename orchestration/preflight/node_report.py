@@ -103,10 +103,11 @@ def connect_all(others: Mapping[str, tuple[str, int]], nonce: bytes) -> tuple[di
 
 
 def _answer(place: socket.socket, nonce: bytes) -> None:
-    while True:
-        caller, _ = place.accept()
-        with caller, contextlib.suppress(OSError):  # who hangs up at once must not end it for the others
-            caller.sendall(nonce)
+    with contextlib.suppress(OSError):  # the socket was closed: nobody asks any more
+        while True:
+            caller, _ = place.accept()
+            with caller, contextlib.suppress(OSError):  # who hangs up at once must not end it for the others
+                caller.sendall(nonce)
 
 
 def _connect(place: tuple[str, int], nonce: bytes) -> str | None:

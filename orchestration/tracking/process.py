@@ -106,6 +106,10 @@ class Tail:
             self._line += 1
             yield journal.parse_line(line, f"{self._path}:{self._line}")
 
+    def __del__(self) -> None:  # the file is open for as long as somebody follows
+        if self._file is not None:
+            self._file.close()
+
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait_s: float) -> Iterator[bool]:

@@ -59,9 +59,6 @@ def module_name(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-every_file = pytest.mark.parametrize("path", files(*PACKAGES), ids=named)
-
-
 @pytest.mark.parametrize(("package", "ours"), [("experts", {"experts"}), ("aggregation", {"aggregation", "experts"})])
 def test_what_experts_and_aggregation_import(package, ours):
     for path in files(package):
@@ -129,14 +126,34 @@ def test_nobody_imports_a_private_name():
     assert not taken
 
 
-@every_file
-def test_every_module_imports(path):
-    importlib.import_module(module_name(path))
+def test_every_module_imports():
+    broken = {}
+    for path in files(*PACKAGES):
+        try:
+            importlib.import_module(module_name(path))
+        except Exception as error:
+            broken[named(path)] = repr(error)
+    assert not broken
 
 
-@pytest.mark.parametrize("path", [*files(*PACKAGES, "tests"), *files("benchmarks")], ids=named)
-def test_a_file_stays_small(path):
-    assert len(path.read_text().splitlines()) < MAX_LINES
+def test_every_file_stays_small():
+    lines = {named(path): len(path.read_text().splitlines()) for path in files(*PACKAGES, "tests", "benchmarks", ".ci")}
+    assert not {path: count for path, count in lines.items() if count >= MAX_LINES}
+
+
+@pytest.mark.parametrize("tier", ["unit", "parity"])
+def test_tests_lie_where_the_code_lies(tier):
+    """A test file has the name of the module it tests, or of the folder whose modules it tests together.
+
+    Tests of the repository itself lie at the root of unit/.
+    """
+    strangers = []
+    for path in files(f"tests/{tier}"):
+        folder, name = path.parent.relative_to(ROOT / "tests" / tier), path.stem.removeprefix("test_")
+        if path.name.startswith("test_") and folder != Path():
+            tested = (ROOT / folder / f"{name}.py").exists() or name == folder.name
+            strangers += [] if tested else [f"{named(path)}: no {folder / name}.py"]
+    assert not strangers
 
 
 def test_the_packages_on_disk_are_those_that_are_shipped():

@@ -1,70 +1,14 @@
-"""What needs no server: names, secrets, files, the tail of the journal. The rest is in tests/e2e/test_tracking.py."""
+"""The uploader's process, without a server: the journal's tail, its state, its lock, and what failures do to it."""
+
+from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 
-from orchestration.config.paths import code_root
-from orchestration.config.secrets import redact
 from orchestration.storage.files import write_atomic
 from orchestration.storage.journal import Journal
-from orchestration.tracking import contents as tracking_contents
 from orchestration.tracking.process import State, Tail, Target, WithoutSecrets, flush, incomplete, is_final, locked
-from orchestration.tracking.uri import check_uri, default_uri
-
-
-def test_importing_the_driver_side_does_not_import_mlflow():
-    import subprocess
-
-    ours = "orchestration.tracking.uploader, orchestration.tracking.sender"
-    code = f"import {ours}, sys; sys.exit('mlflow' in sys.modules or 'torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=code_root())
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("https://me:s3cret@host:5000/a@b", "https://host:5000/a@b"),
-        ("error at http://token@h/ and http://x:y@z", "error at http://h/ and http://z"),
-        ("postgresql://h/db?user=u&password=p%40q&sslkey=k", "postgresql://h/db?user=u&password=***&sslkey=***"),
-        ("postgresql+psycopg2://me:a/b?c#d@h:5432/db", "postgresql+psycopg2://h:5432/db"),
-        ("sqlite:////a/b.db", "sqlite:////a/b.db"),
-    ],
-)
-def test_secrets_are_taken_out_of_uris(text, expected):
-    assert redact(text) == expected
-
-
-def test_a_uri_that_is_no_store_is_refused_without_its_secret(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"tracking\.uri = ftp://host/x: needed the URI of a tracking store"):
-        check_uri("ftp://me:s3cret@host/x")
-    monkeypatch.chdir(tmp_path)
-    assert check_uri("sqlite:///a/b.db") == f"sqlite:///{tmp_path}/a/b.db"
-    assert default_uri("runs") == f"sqlite:///{tmp_path}/runs/mlflow.db"
-    assert check_uri("http://h:5000") == "http://h:5000"
-
-
-def test_parameters_are_flat_short_and_without_secrets():
-    config = {"a": {"b": 1, "empty": {}, "list": [1, 2]}, "long": "x" * 999, "none": None, "uri": "http://u:p@h"}
-    found = tracking_contents.parameters(config)
-    assert found.pop("long").endswith(" ... see config.yaml")
-    assert found == {"a.b": "1", "a.empty": "{}", "a.list": "[1, 2]", "none": "null", "uri": "http://h"}
-
-
-@pytest.mark.parametrize(
-    ("stage", "stages", "expected"),
-    [("train", ["train"], "train/loss"), ("train", [], "train/loss"), ("two", ["one", "two"], "two/train/loss")],
-)
-def test_metrics_of_several_stages_do_not_share_a_key(stage, stages, expected):
-    assert tracking_contents.metric_key("train/loss", stage, stages) == expected
-
-
-def test_the_config_is_sent_without_secrets(tmp_path):
-    (tmp_path / "config.yaml").write_text("tracking:\n  uri: http://me:s3cret@h\n")
-    assert tracking_contents.files(tmp_path) == {"config.yaml": "tracking:\n  uri: http://h\n"}
-    assert tracking_contents.model_name({"dataset": {"name": "d"}, "method": {"name": "m"}}, "e") == "d-m"
-    assert tracking_contents.model_name({}, "e") == "e"
 
 
 def test_the_tail_follows_a_growing_and_a_rewound_journal(tmp_path):
@@ -112,16 +56,6 @@ def test_two_processes_that_see_a_folder_first_agree_on_its_key(tmp_path):
     assert (two.values["key"], two.values["run_id"]) == (one.values["key"], "x")
 
 
-def test_a_run_knows_its_study_by_name(tmp_path):
-    (tmp_path / "run").mkdir()
-    assert tracking_contents.study_folder(tmp_path / "run") is None
-    (tmp_path / "run" / "run.json").write_text('{"study": "all"}')
-    assert tracking_contents.study_folder(tmp_path / "run") is None  # its folder is gone
-    (tmp_path / "all").mkdir()
-    (tmp_path / "all" / "sweep.json").write_text("{}")
-    assert tracking_contents.study_folder(tmp_path / "run") == tmp_path / "all"
-
-
 def test_what_libraries_print_is_logged_without_secrets(tmp_path):
     with open(tmp_path / "log", "w") as file:
         print("Traceback: http://me:s3cret@h/api", file=WithoutSecrets(file))
@@ -137,21 +71,6 @@ def test_who_needs_a_password_is_told_where_to_put_it(tmp_path, uri, problem, hi
     assert ("MLFLOW_TRACKING_PASSWORD" in text) == hint
     assert "s3cret" not in text and "\n" not in text
     assert f"expertail sync {tmp_path}" in text
-
-
-def test_the_run_folder_keeps_no_password(tmp_path, monkeypatch):
-    from orchestration.config.compose import load_config
-    from orchestration.storage.run_folder import RunFolder
-
-    word = "tracking.uri=http://me:s3cret@host:5000"
-    monkeypatch.setattr(sys, "argv", ["expertail", "train", word, "dataset=digits_lt"])
-    folder = RunFolder(tmp_path)
-    folder.write(load_config([word, "dataset=digits_lt"]))
-    folder.describe(folder.stored_config(), [], {})
-    folder.close()
-    assert folder.stored_config().tracking.uri == "http://host:5000"
-    assert folder.run()["command"] == "expertail train tracking.uri=http://host:5000 dataset=digits_lt"
-    assert not [path for path in tmp_path.iterdir() if "s3cret" in path.read_text()]
 
 
 def test_a_lock_is_held_by_one(tmp_path):

@@ -1,0 +1,39 @@
+"""What a run folder holds, as MLflow stores it: parameters, metric keys, files and names."""
+
+from __future__ import annotations
+
+import pytest
+
+from orchestration.tracking import contents as tracking_contents
+
+
+def test_parameters_are_flat_short_and_without_secrets():
+    config = {"a": {"b": 1, "empty": {}, "list": [1, 2]}, "long": "x" * 999, "none": None, "uri": "http://u:p@h"}
+    found = tracking_contents.parameters(config)
+    assert found.pop("long").endswith(" ... see config.yaml")
+    assert found == {"a.b": "1", "a.empty": "{}", "a.list": "[1, 2]", "none": "null", "uri": "http://h"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "stages", "expected"),
+    [("train", ["train"], "train/loss"), ("train", [], "train/loss"), ("two", ["one", "two"], "two/train/loss")],
+)
+def test_metrics_of_several_stages_do_not_share_a_key(stage, stages, expected):
+    assert tracking_contents.metric_key("train/loss", stage, stages) == expected
+
+
+def test_the_config_is_sent_without_secrets(tmp_path):
+    (tmp_path / "config.yaml").write_text("tracking:\n  uri: http://me:s3cret@h\n")
+    assert tracking_contents.files(tmp_path) == {"config.yaml": "tracking:\n  uri: http://h\n"}
+    assert tracking_contents.model_name({"dataset": {"name": "d"}, "method": {"name": "m"}}, "e") == "d-m"
+    assert tracking_contents.model_name({}, "e") == "e"
+
+
+def test_a_run_knows_its_study_by_name(tmp_path):
+    (tmp_path / "run").mkdir()
+    assert tracking_contents.study_folder(tmp_path / "run") is None
+    (tmp_path / "run" / "run.json").write_text('{"study": "all"}')
+    assert tracking_contents.study_folder(tmp_path / "run") is None  # its folder is gone
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "sweep.json").write_text("{}")
+    assert tracking_contents.study_folder(tmp_path / "run") == tmp_path / "all"
