@@ -1,6 +1,6 @@
-"""The plan command: what a run would be, in words and tables, for whoever is about to launch it. Starts nothing.
+"""`expertail plan`: show what a run would be and cost, without starting it.
 
-With a cluster named, its nodes are looked at; with a probe (probe.py), a few steps say what the run will take.
+If the config names a cluster, its nodes are shown. With `--probe`, a few real steps tell how long the run will take.
 """
 
 from __future__ import annotations
@@ -9,27 +9,24 @@ from collections.abc import Mapping
 
 from orchestration.config.compose import load_config
 from orchestration.config.run_config import RunConfig
-from orchestration.preflight.plan_text import (
-    describe,
-    names_cluster,
-)
+from orchestration.preflight.plan_text import describe, names_cluster
 
 
 def plan_text(overrides: list[str]) -> str:
-    """The plan of a run, on the nodes of its cluster if it names one that answers.
+    """Plan a run, on the nodes of its cluster if it names one that answers.
 
     Args:
         overrides: as for training.
 
     Raises:
-        ValueError: as `describe`, and what a config does wrong.
+        ValueError: the config is not valid, or as `describe`.
     """
     config = load_config(overrides)
     return describe(config, _nodes_of(config))
 
 
 def probe_text(overrides: list[str], begun: float) -> str:
-    """The plan of a run with the time it will take, from a few real steps.
+    """Plan a run and measure the time it will take on a few real steps.
 
     Args:
         overrides: as for training.
@@ -48,7 +45,7 @@ def probe_text(overrides: list[str], begun: float) -> str:
 
 
 def _nodes_of(config: RunConfig) -> Mapping[str, Mapping[str, float]] | str | None:
-    """Resources by node of the cluster that a run would be on, or why they are not known; None without a cluster."""
+    """Return the resources by node of a run's cluster, or a text that says why they are unknown; None without one."""
     if not names_cluster(config):
         return None
     from orchestration.cluster.connection import cluster, node_resources

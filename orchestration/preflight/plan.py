@@ -18,6 +18,7 @@ from experts.class_groups import GroupRule
 from experts.data.imbalance import hold_out, long_tailed_counts, select
 from experts.flow import PARTS
 from experts.registry import build, piece
+from orchestration.cluster.placement import check_fits
 from orchestration.config.recipe import StageConfig, Teacher, stage_classes
 from orchestration.config.run_config import RunConfig
 from orchestration.preflight.rehearsal import Costs, Load, TeacherLoad, costs_of, rehearse, teacher_load
@@ -145,8 +146,6 @@ def plan(config: RunConfig, nodes: Mapping[str, Mapping[str, float]] | None = No
     """
     shape = mesh_shape(config.method.num_experts, config.cluster.workers, config.cluster.experts_per_worker)
     if nodes is not None and config.cluster.cpus_per_worker is not None:
-        from orchestration.cluster.placement import check_fits
-
         check_fits(
             shape.workers,
             config.cluster.cpus_per_worker,

@@ -11,7 +11,7 @@ from experts.data.readers import open_raw
 from experts.flow import PARTS
 from experts.progress import Progress
 from experts.registry import build, piece
-from orchestration.cluster.placement import Layout, bundle_of, draw, packed
+from orchestration.cluster.placement import bundle_of, draw, largest_share, packed
 from orchestration.config.identity import published
 from orchestration.config.paths import expand
 from orchestration.config.recipe import ModelSource, StageConfig
@@ -36,35 +36,34 @@ def describe(
     nodes: Mapping[str, Mapping[str, float]] | str | None = None,
     time_lines: Iterable[str] | None = None,
 ) -> str:
-    """A run in words and tables.
+    """Describe a run in words and tables.
 
     Args:
-        config: checked.
-        nodes: resources by node, as for `placement.plan`; why they are not known; or None where nobody has looked.
-        time_lines: what a probe found; None where there was none.
+        config: validated.
+        nodes: resources by node, as for `plan`; a text that says why they are unknown; or None if there is no cluster.
+        time_lines: the result of a probe; None if there was none.
 
     Raises:
-        ValueError: as `placement.plan`.
+        ValueError: as `plan`.
     """
-    there = None if isinstance(nodes, str) else nodes
-    found = plan(config, there)
-    layout = _layout(config, found, there)
+    known, unknown = (None, nodes) if isinstance(nodes, str) else (nodes, None)
+    found = plan(config, known)
     sections = [
-        ("run", _what(config, found)),
+        ("run", _run(config, found)),
         ("mesh", _mesh(config, found)),
-        ("nodes", _nodes(found, there, layout, nodes if isinstance(nodes, str) else None)),
+        ("nodes", _nodes(config, found, known, unknown)),
         ("size", _size_table(found)),
         ("step", _step(config, found)),
         ("exchanged per step and worker", _exchange_table(found)),
         ("time", time_lines if time_lines is not None else _no_time()),
-        ("folder", _places(config)),
+        ("folder", _folders(config)),
     ]
     if missing := list(_missing(config)):
         sections.append(("missing, so that `expertail train` would refuse this", missing))
     return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections)
 
 
-def _what(config: RunConfig, found: Plan) -> Iterator[str]:
+def _run(config: RunConfig, found: Plan) -> Iterator[str]:
     method, data = config.method, config.dataset
     experts = f"{method.num_experts} expert{'s' if method.num_experts > 1 else ''}"
     thin = ", thinner late stages" if method.reduce_dimension else ""
@@ -77,7 +76,7 @@ def _what(config: RunConfig, found: Plan) -> Iterator[str]:
         settings = method.stages[stage.name]
         pieces = f"objective {settings.objective.name}, sampler {settings.sampler.name}"
         yield f"stage {stage.name}: {stage.epochs} epochs, batch {stage.batch_size}, {pieces}"
-        yield from (f"  {line}" for line in _special(config, stage))
+        yield from (f"  {line}" for line in _peculiarities(config, stage))
         yield f"  learning rate {', '.join(_rates(settings, stage.steps_per_epoch))}"
         late = _never_reached(settings)
         if late:
@@ -85,26 +84,26 @@ def _what(config: RunConfig, found: Plan) -> Iterator[str]:
     yield from textwrap.wrap(published(config) or "published: no number for exactly this config", 100)
 
 
-def _special(config: RunConfig, stage: StagePlan) -> Iterator[str]:
-    """What makes a stage more than a plain one."""
+def _peculiarities(config: RunConfig, stage: StagePlan) -> Iterator[str]:
+    """List what sets a stage apart from plain training of the whole ensemble on all classes."""
     method, settings = config.method, config.method.stages[stage.name]
     flow = piece("flow", settings.flow.name)
     if settings.classes is not None:
-        yield f"knows the {settings.classes.group} classes only: {number(stage.num_classes)}"
+        yield f"knows only the {settings.classes.group} classes: {number(stage.num_classes)}"
     if stage.experts != method.expert_names:
-        yield f"trains an ensemble of its own: {' '.join(stage.experts)}"
+        yield f"trains its own experts: {' '.join(stage.experts)}"
     present = [part for part in PARTS if part != "gates" or method.router is not None]
     frozen = [part for part in present if part not in stage.learns]
     if frozen:
-        mode = "by the batch" if settings.frozen_batchnorm == "train" else "by their running statistics"
-        waiting = "" if frozen == ["gates"] else f"; frozen BatchNorms normalise {mode}"
-        yield f"learns: {', '.join(stage.learns)}; does not: {', '.join(frozen)}{waiting}"
+        mode = "the batch's" if settings.frozen_batchnorm == "train" else "their running"
+        batchnorm = "" if frozen == ["gates"] else f"; frozen BatchNorms use {mode} statistics"
+        yield f"learns: {', '.join(stage.learns)}; frozen: {', '.join(frozen)}{batchnorm}"
     if settings.partner_sampler is not None:
-        seen = "each goes to an expert of its own" if flow.own_streams else "both pass"
-        yield f"every image comes with a partner, sampler {settings.partner_sampler.name}; {seen}"
+        shown = "each is shown to its own expert" if flow.own_streams else "experts see both"
+        yield f"every image comes with a partner, sampler {settings.partner_sampler.name}; {shown}"
     source = method.starts_from(stage.name)
     if source is not None:
-        yield f"begins with the weights of {_source(source)}"
+        yield f"starts from the weights of {_source(source)}"
     for name, teacher in settings.teachers.items():
         size = stage.teachers[name]
         what = "which is missing" if teacher.run is not None else "known when the data is opened"
@@ -112,7 +111,7 @@ def _special(config: RunConfig, stage: StagePlan) -> Iterator[str]:
             what = f"{plural(size.num_experts, 'expert')}, {number(size.num_classes)} classes"
         yield f"teacher {name}: {_source(teacher)}, {what}; {teacher.mode} mode"
     if piece("objective", settings.objective.name).prepares:
-        yield "before the first step every worker shows the teachers all training and validation images once"
+        yield "before the first step every worker runs the teachers once on all training and validation images"
 
 
 def _source(source: ModelSource) -> str:
@@ -132,9 +131,9 @@ def _data(config: RunConfig, found: Plan) -> str:
 
 
 def _missing(config: RunConfig) -> Iterator[str]:
-    """What training would refuse: a data set's folder, other runs, pretrained weights that are not there or do not fit.
+    """List what training would refuse: a data folder, other runs, pretrained weights that are missing or do not fit.
 
-    A folder of data that is named is looked for on this machine alone, so not where the workers are elsewhere.
+    A named data folder is looked for on this machine only, and not at all if the workers run elsewhere.
     """
     data = config.dataset
     checks: list[Callable[[], object]] = [lambda: check_sources(config)]
@@ -150,7 +149,7 @@ def _missing(config: RunConfig) -> Iterator[str]:
 
 
 def _rates(stage: StageConfig, steps: int | None) -> Iterator[str]:
-    """The learning rate at the start of every epoch, runs of equal and of changing ones each in a few words."""
+    """Describe the learning rate at the start of every epoch; stretches of equal or changing rates take a few words."""
     schedule = build("lr_schedule", stage.lr_schedule)
     epochs = range(1, stage.epochs + 1)
     rates = [stage.optimizer.lr * schedule.factor(Progress(n, stage.epochs, 0, steps or 1)) for n in epochs]
@@ -172,7 +171,7 @@ def _rates(stage: StageConfig, steps: int | None) -> Iterator[str]:
 
 
 def _never_reached(stage: StageConfig) -> list[str]:
-    """What a schedule or objective is to do after the stage's last epoch; a shortened run easily forgets it."""
+    """List what a schedule or objective does only after the stage's last epoch, as happens in a shortened run."""
     after = [m.after_epoch for m in getattr(stage.lr_schedule, "milestones", ())]
     late = [f"the learning rate's drop after epoch {n}" for n in after if n >= stage.epochs]
     switch = getattr(stage.objective, "reweight_epoch", None)
@@ -186,7 +185,7 @@ def _mesh(config: RunConfig, found: Plan) -> Iterator[str]:
     kind = "packed" if shape.slots == 1 else "spread" if shape.experts_per_worker == 1 else "grouped"
     yield (
         f"{plural(shape.workers, 'worker')} = {plural(shape.slots, 'expert slot')} x "
-        f"{plural(shape.replicas, 'replica')} ({kind}, {plural(shape.experts_per_worker, 'expert')} a worker)"
+        f"{plural(shape.replicas, 'replica')} ({kind}, {plural(shape.experts_per_worker, 'expert')} per worker)"
     )
     cpus = "an equal share of the CPUs" if cluster.cpus_per_worker is None else f"{cluster.cpus_per_worker:g} CPUs"
     device = "1 GPU, NCCL" if cluster.gpus_per_worker else "no GPU, gloo"
@@ -196,16 +195,13 @@ def _mesh(config: RunConfig, found: Plan) -> Iterator[str]:
     where = cluster.address or "RAY_ADDRESS if set, else a Ray of its own on this machine"
     yield f"cluster: {where}"
     yield from _waves(found)
-    taught = " and teachers" if any(stage.teachers for stage in found.stages) else ""
+    teachers = " and teachers" if any(stage.teachers for stage in found.stages) else ""
     most = "" if found.memory is None else " at most"
-    yield (
-        f"weights, gradients, momentum{taught} of a worker: {bytes_(found.memory)}{most}; its libraries, images and "
-        f"activations come on top,"
-    )
+    yield f"weights, gradients, momentum{teachers} of a worker: {bytes_(found.memory)}{most}; libraries, images and"
     low, high = WORKER_GIB
-    yield f"{low} to {high} GiB on sets of small images (measured); `--probe` measures this run's"
+    yield f"activations add {low} to {high} GiB with small images (measured); `--probe` measures this run's"
     batches = {stage.name: stage.shares for stage in found.stages}
-    rows = [["worker", "slot", "replica", "experts", *(f"images a step, {name}" for name in batches)]]
+    rows = [["worker", "slot", "replica", "experts", *(f"images per step, {name}" for name in batches)]]
     for rank in range(min(shape.workers, _SHOWN_WORKERS)):
         slot, replica = shape.position(rank)
         images = [str(shares[replica]) for shares in batches.values()]
@@ -215,56 +211,47 @@ def _mesh(config: RunConfig, found: Plan) -> Iterator[str]:
         yield f"... and {shape.workers - _SHOWN_WORKERS} more, in the same order"
 
 
-def _layout(config: RunConfig, found: Plan, nodes: Mapping[str, Mapping[str, float]] | None) -> Layout | None:
-    """Workers on the nodes, as far as they are known and large enough."""
-    from orchestration.cluster.placement import largest_share
-
-    if nodes is None:
-        return None
-    cpus = config.cluster.cpus_per_worker or largest_share(
-        found.shape.workers * found.side_by_side, [node.get("CPU", 0.0) for node in nodes.values()]
-    )
-    return packed(found.shape.workers, bundle_of(config.cluster, cpus), nodes)
-
-
 def _nodes(
-    found: Plan, nodes: Mapping[str, Mapping[str, float]] | None, layout: Layout | None, unknown: str | None
+    config: RunConfig, found: Plan, nodes: Mapping[str, Mapping[str, float]] | None, unknown: str | None
 ) -> Iterator[str]:
     if nodes is None:
         yield f"n/a: {unknown or 'no cluster is named; give cluster.address to see its nodes'}"
         return
+    cpus = config.cluster.cpus_per_worker or largest_share(
+        found.shape.workers * found.side_by_side, [node.get("CPU", 0.0) for node in nodes.values()]
+    )
+    layout = packed(found.shape.workers, bundle_of(config.cluster, cpus), nodes)
     if layout is None:
-        yield f"n/a: {plural(len(nodes), 'node')}, which have too few places"
+        yield f"n/a: {plural(len(nodes), 'node')}, with room for too few workers"
         return
     experts = {rank: found.experts_on(rank) for rank in range(found.shape.workers)}
-    yield "as Ray packs them when nothing else runs; of equal nodes it may fill another first"
+    yield "as Ray packs them when nothing else runs; among equal nodes it may fill another one first"
     yield from draw(layout, nodes, found.shape, experts, _SHOWN_WORKERS)
 
 
 def _no_time() -> Iterator[str]:
-    yield "n/a: nothing was run; `expertail plan --probe ...` takes a few steps and tells hours from them"
+    yield "n/a: nothing was run; `expertail plan --probe ...` takes a few steps and estimates the hours from them"
 
 
 def _waves(found: Plan) -> Iterator[str]:
-    """Stages that need not wait for each other."""
+    """List the stages that need not wait for each other."""
     for wave in found.waves:
         if len(wave) > 1:
             at_once = min(len(wave), found.side_by_side)
             places = at_once * found.shape.workers
             yield (
-                f"stages {', '.join(wave)}: {at_once} at a time, each on workers of its own, "
-                f"{plural(places, 'worker')} in all; where there are fewer places they take turns"
+                f"stages {', '.join(wave)}: {at_once} at a time, each on its own workers, "
+                f"{plural(places, 'worker')} in all; with less room they take turns"
             )
 
 
 def _size_table(found: Plan) -> Iterator[str]:
-    rows = [["", "parameters", "multiply-adds an image", "FLOPs an image"]]
-    several = len({stage.size for stage in found.stages}) > 1
-    shown: dict[Size, list[str]] = {}
+    rows = [["", "parameters", "multiply-adds per image", "FLOPs per image"]]
+    stages_of: dict[Size, list[str]] = {}
     for stage in found.stages:
-        shown.setdefault(stage.size, []).append(stage.name)
-    for size, stages in shown.items():
-        if several:
+        stages_of.setdefault(stage.size, []).append(stage.name)
+    for size, stages in stages_of.items():
+        if len(stages_of) > 1:
             rows.append([f"stage {', '.join(stages)}", "", "", ""])
         rows.append(["trunk", number(size.trunk), *_work_and_flops(size.trunk_work)])
         rows.append(["one expert", _range(size.experts), *_work_and_flops(size.expert_work)])
@@ -272,7 +259,7 @@ def _size_table(found: Plan) -> Iterator[str]:
             rows.append(["shared last layer", number(size.shared), "", ""])
         rows.append(["ensemble", number(size.parameters), *_work_and_flops(size.work)])
     yield from text_table(rows, left=(0,))
-    yield "forward, as in inference, the convolutions and linear layers; two FLOPs a multiply-add"
+    yield "forward pass, as in inference, convolutions and linear layers only; one multiply-add is two FLOPs"
 
 
 def _work_and_flops(work: int | None) -> tuple[str, str]:
@@ -290,9 +277,10 @@ def _step(config: RunConfig, found: Plan) -> Iterator[str]:
     replicas = found.shape.replicas
     for stage in found.stages:
         each = _spread(stage.shares)
-        yield f"stage {stage.name}: {stage.batch_size} images a step, {each} on each of {plural(replicas, 'replica')}"
+        yield f"stage {stage.name}: {stage.batch_size} images per step, {each} on each of {plural(replicas, 'replica')}"
         if 0 in stage.shares:
-            yield f"  NOTE: {stage.shares.count(0)} replicas have no image; use fewer workers or a larger batch"
+            empty = plural(stage.shares.count(0), "replica")
+            yield f"  NOTE: {empty} without an image; use fewer workers or a larger batch"
         yield from (f"  {line}" for line in _work(config.method.stages[stage.name], stage, found))
         if stage.steps_per_epoch is None or stage.images_per_epoch is None or stage.last_batch is None:
             yield "  steps per epoch are known when the data is opened"
@@ -300,7 +288,7 @@ def _step(config: RunConfig, found: Plan) -> Iterator[str]:
         steps = stage.epochs * stage.steps_per_epoch
         limit = config.run.max_steps
         yield (
-            f"  {stage.steps_per_epoch:,} steps an epoch of {stage.images_per_epoch:,} images, {steps:,} steps in all"
+            f"  {stage.steps_per_epoch:,} steps per epoch of {stage.images_per_epoch:,} images, {steps:,} steps in all"
             + ("" if limit is None else f"; run.max_steps = {limit:,}")
         )
         if stage.last_batch < stage.batch_size:
@@ -308,13 +296,13 @@ def _step(config: RunConfig, found: Plan) -> Iterator[str]:
             yield f"  the last step of an epoch has {plural(stage.last_batch, 'image')}, {last} on each replica"
         if stage.work is not None:
             work = stage.work * stage.images_per_epoch
-            yield f"  {work / 1e12:,.3g} T multiply-adds an epoch, {work * stage.epochs / 1e12:,.3g} T in all"
+            yield f"  {work / 1e12:,.3g} T multiply-adds per epoch, {work * stage.epochs / 1e12:,.3g} T in all"
 
 
 def _work(settings: StageConfig, stage: StagePlan, found: Plan) -> Iterator[str]:
-    """What a step computes for an image."""
+    """Describe what a training step computes per image, and what spreading adds to it."""
     pair = " and its partner" if settings.partner_sampler is not None else ""
-    most = "at most " if getattr(settings.flow, "select", None) == "before" else ""  # experts skip others' images
+    most = "at most " if getattr(settings.flow, "select", None) == "before" else ""  # experts skip foreign images
     number = "n/a" if stage.work is None else f"{most}{stage.work:,.0f}"
     flops = "" if stage.work is None else f" ({most}{2 * stage.work:,.0f} FLOPs)"
     yield f"{number} multiply-adds for each image{pair}, forward and back{flops}"
@@ -331,13 +319,13 @@ def _exchange_table(found: Plan) -> Iterator[str]:
     if found.shape.workers == 1:
         yield "nothing: one worker"
         return
-    shown: dict[tuple[Exchange, ...], list[StagePlan]] = {}
+    stages_with: dict[tuple[Exchange, ...], list[StagePlan]] = {}
     for stage in found.stages:
-        shown.setdefault(stage.exchanges, []).append(stage)
-    for exchanges, stages in shown.items():
+        stages_with.setdefault(stage.exchanges, []).append(stage)
+    for exchanges, stages in stages_with.items():
         if len(found.stages) > 1:
             yield f"stage {', '.join(stage.name for stage in stages)}"
-        rows = [["", "", "among", "own part", "sent (ring)"]]
+        rows = [["", "", "workers", "own part", "sent (ring)"]]
         for x in exchanges:
             sent = [x.sent(slot) for slot in range(found.shape.slots)]
             most = None if None in sent else max(sent)  # type: ignore[type-var]
@@ -345,10 +333,10 @@ def _exchange_table(found: Plan) -> Iterator[str]:
         rows.append(["in all", "", "", "", bytes_(stages[0].sent())])
         yield from text_table(rows, left=(0, 1))
     if found.shape.slots > 1:
-        yield "of the slot that has most, each; no feature map is among them"
+        yield "each row for the slot that sends most; no feature maps are exchanged"
 
 
-def _places(config: RunConfig) -> Iterator[str]:
+def _folders(config: RunConfig) -> Iterator[str]:
     if is_url(config.run.dir):
         from orchestration.storage.location import run_path
 
@@ -358,7 +346,7 @@ def _places(config: RunConfig) -> Iterator[str]:
         return
     folder = expand(config.run.dir) / config.run_name
     there = (folder / "config.yaml").exists()
-    yield f"{folder} ({'holds a run: train goes on with it if the config is the same' if there else 'new'})"
+    yield f"{folder} ({'holds a run: train resumes it if the config is the same' if there else 'new'})"
     if not config.tracking.enabled:
         yield "tracking: off"
     else:

@@ -180,9 +180,9 @@ def test_h2t_passes_pairs_and_moves_heads():
     head = 64 * 10
     assert h2t.work == 3 * 2 * train.size.trunk_work + 3 * (2 * (train.size.expert_work - head) + 3 * head)
     text = describe(load_config(["method=ride_h2t"]))
-    assert "learns: heads; does not: trunk, features; frozen BatchNorms normalise by the batch" in text
-    assert "every image comes with a partner, sampler instance_balanced; both pass" in text
-    assert "begins with the weights of stage train, last" in text
+    assert "learns: heads; frozen: trunk, features; frozen BatchNorms use the batch's statistics" in text
+    assert "every image comes with a partner, sampler instance_balanced; experts see both" in text
+    assert "starts from the weights of stage train, last" in text
 
 
 def test_a_shared_head_is_exchanged_by_all():
@@ -201,7 +201,7 @@ def test_lfme_trains_three_stages_side_by_side_and_its_student_holds_the_teacher
     assert found.memory == student.memory == 4 * (3 * student.size.parameters + teachers)
     seen = sum(stage.size.work for stage in (many, medium, few))
     assert student.work == 3 * student.size.work + seen
-    assert "3 at a time, each on workers of its own, 3 workers in all" in describe(config)
+    assert "3 at a time, each on its own workers, 3 workers in all" in describe(config)
     assert plan(load_config(["method=lfme", "cluster.side_by_side=1"])).side_by_side == 1
 
 
@@ -233,7 +233,7 @@ def test_uneven_and_empty_shares_are_shown():
     words = ["cluster.workers=9", "method.stages.train.batch_size=2"]
     found = plan(load_config(words))
     assert found.stages[0].shares == (1, 1, 0)
-    assert "1 replicas have no image" in describe(load_config(words))
+    assert "1 replica without an image" in describe(load_config(words))
 
 
 def test_what_only_the_data_can_say_is_left_open():
@@ -244,7 +244,7 @@ def test_what_only_the_data_can_say_is_left_open():
     assert "8,142" in told
     assert [line for line in told.splitlines() if "n/a" in line] == [
         "  n/a: no cluster is named; give cluster.address to see its nodes",
-        "  n/a: nothing was run; `expertail plan --probe ...` takes a few steps and tells hours from them",
+        "  n/a: nothing was run; `expertail plan --probe ...` takes a few steps and estimates the hours from them",
     ]
 
 
@@ -301,7 +301,7 @@ def test_the_text_tells_an_operator_what_will_happen():
     for words in (
         "ride: 3 experts on one trunk, resnet_cifar 32", "100 classes, 10,847 training images, 500 to 5 a class",
         "6 workers = 3 expert slots x 2 replicas", "0.02 to 0.08 over epochs 1-4, 0.1 in epochs 5-160, 0.001 in epochs",
-        "85 steps an epoch", "17,000 steps in all", "95 images, 47 to 48 on each replica", "  all-gather  ",
+        "85 steps per epoch", "17,000 steps in all", "95 images, 47 to 48 on each replica", "  all-gather  ",
         "445,286,592 multiply-adds for each image, forward and back", "grow by 47.9 % over packed",
         "published, top-1 in %: all 48.6", "/data/runs/ride-cifar100_lt-s0 (new)", "http://host:5000",
     ):  # fmt: skip
