@@ -20,7 +20,7 @@ import psutil
 
 from orchestration.config.paths import code_root
 from orchestration.config.secrets import redact
-from orchestration.preflight.finding import Finding, guarded, nearest_existing
+from orchestration.preflight.checks import Finding, nearest_existing, run_check
 from orchestration.preflight.tracking_checks import check_tracking
 from orchestration.results.text import plural
 
@@ -45,7 +45,7 @@ def examine(overrides: list[str]) -> tuple[str, bool]:
     Returns:
         One line per finding, and whether none of them is a FAIL. Nothing is raised.
     """
-    findings = [*guarded("python", _python), *guarded("libraries", _libraries)]
+    findings = [*run_check("python", _python), *run_check("libraries", _libraries)]
     try:
         from orchestration.config.compose import load_config
 
@@ -57,7 +57,7 @@ def examine(overrides: list[str]) -> tuple[str, bool]:
         title = f"{config.method.name} on {config.dataset.name}, run {config.run_name}"
         findings.append(Finding("ok", "config", title))
         for name, check in CHECKS.items():
-            findings += guarded(name, lambda check=check: check(config))  # type: ignore[misc]
+            findings += run_check(name, lambda check=check: check(config))  # type: ignore[misc]
     width = max(len(finding.what) for finding in findings)
     indent = "\n" + " " * (width + 8)
     lines = [f"{f.state:<4}  {f.what:<{width}}  {f.text.replace(chr(10), indent)}" for f in findings]

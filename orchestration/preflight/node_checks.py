@@ -1,7 +1,7 @@
-"""What the doctor asks every node of a cluster at once, and how their answers compare.
+"""Checks of a cluster's nodes: ask all of them at once, and compare their answers with each other and with the config.
 
-A probe lives on each node while the doctor looks (node_report.py). A node that does not answer in time is a finding,
-and the others are compared without it.
+An actor on every node answers (node_report.py). A node that does not answer in time is a finding of its own, and the
+others are compared without it.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestration.cluster.placement import Layout
 from orchestration.config.run_config import RunConfig
-from orchestration.preflight.finding import Finding, guarded, nearest_existing
-from orchestration.preflight.node_report import NodeProbe, software
+from orchestration.preflight.checks import Finding, is_loopback, nearest_existing, run_check
+from orchestration.preflight.node_report import NodeReporter, software
 from orchestration.preflight.plan import WORKER_GIB
 from orchestration.results.text import plural
 
-START_S = 120.0  # until a node's probe has started a process and imported torch
-_ANSWER_S = 20.0  # for anything after that
+START_S = 120.0  # until a node has started a process and imported torch
+_ANSWER_S = 20.0  # for every later answer
 _STORAGE_S = 10.0  # network file systems show new files after some seconds
 _CLOCK_S = 5.0
 _GIB = 2**30
-_SHOWN = 8  # lines of a finding that has one for each node
+_SHOWN = 8  # lines of a finding that has one line per node
 _DRIVER = "the driver"
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run asks of the nodes.
+    """What a run needs from the nodes.
 
     Attributes:
-        config: checked.
-        layout: of the workers; None where they do not fit.
-        run_dir: absolute; None where run folders are at a URL.
-        weights: bytes of weights, gradients, momentum and teachers of a worker; None where they are not known.
-        batch_bytes: of decoded images on their way to one worker.
+        config: validated.
+        layout: workers on nodes; None if they do not fit.
+        run_dir: absolute; None if run folders are at a URL.
+        weights: bytes of weights, gradients, momentum and teachers of a worker; None if unknown.
+        batch_bytes: of decoded images waiting for one worker.
     """
 
     config: RunConfig
@@ -63,26 +63,26 @@ class Survey:
     """Answers by node.
 
     Attributes:
-        probes: those that answered.
-        reports: of `NodeProbe.look`.
+        reporters: the actors that answered.
+        reports: of `NodeReporter.report`.
         resources: as Ray counts them.
     """
 
-    probes: dict[str, Any] = field(default_factory=dict)
+    reporters: dict[str, Any] = field(default_factory=dict)
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)
     resources: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def ask(self, call: Callable[[str, Any], Any], limit_s: float = _ANSWER_S) -> tuple[dict[str, Any], dict[str, str]]:
-        """Ask all at once. Returns answers, and what went wrong, by node."""
-        return _ask({name: call(name, probe) for name, probe in self.probes.items()}, limit_s)
+        """Ask all nodes at once. Returns answers and problems, by node."""
+        return _wait_for({name: call(name, reporter) for name, reporter in self.reporters.items()}, limit_s)
 
 
 def check_nodes(needs: Needs) -> Iterator[Finding]:
-    """Compare the living nodes of the cluster that we are connected to with each other and with what a run needs."""
+    """Compare the nodes of the connected cluster that are alive with each other and with what a run needs."""
     nodes = {f"{n['NodeManagerAddress']}/{n['NodeID'][:6]}": n for n in ray.nodes() if n["Alive"]}
     survey = Survey(resources={name: dict(node["Resources"]) for name, node in nodes.items()})
     started = {
-        name: NodeProbe.options(  # type: ignore[attr-defined]
+        name: NodeReporter.options(  # type: ignore[attr-defined]
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         ).remote()
         for name, node in nodes.items()
@@ -90,19 +90,19 @@ def check_nodes(needs: Needs) -> Iterator[Finding]:
     try:
         data = needs.config.dataset.model_dump(mode="json")
         begun = time.monotonic()
-        survey.reports, silent = _ask({name: probe.look.remote(data) for name, probe in started.items()}, START_S)
-        survey.probes = {name: started[name] for name in survey.reports}
-        for name, problem in silent.items():
+        survey.reports, problems = _wait_for({name: r.report.remote(data) for name, r in started.items()}, START_S)
+        survey.reporters = {name: started[name] for name in survey.reports}
+        for name, problem in problems.items():
             yield Finding("FAIL", "nodes", f"{name}: {problem}")
-        if not survey.probes:
+        if not survey.reporters:
             return
         yield Finding(
-            "ok", "nodes", f"{len(survey.probes)} of {len(nodes)} answered in {time.monotonic() - begun:.0f} s"
+            "ok", "nodes", f"{len(survey.reporters)} of {len(nodes)} answered in {time.monotonic() - begun:.0f} s"
         )
         ids = {name: node["NodeID"] for name, node in nodes.items()}
         checks: dict[str, Callable[[], Iterator[Finding]]] = {
             "versions": lambda: _software(survey, needs, software()),
-            "nodes": lambda: _unseen(survey),
+            "nodes": lambda: _unknowns(survey),
             "memory": lambda: _memory(survey, needs),
             "/dev/shm": lambda: _shared_memory(survey, needs),
             "storage": lambda: _storage(survey, needs.run_dir, ids),
@@ -112,14 +112,15 @@ def check_nodes(needs: Needs) -> Iterator[Finding]:
             "auth": lambda: _exposure(survey),
         }
         for what, check in checks.items():
-            yield from guarded(what, check)
+            yield from run_check(what, check)
     finally:
-        for probe in started.values():
+        for reporter in started.values():
             with contextlib.suppress(RayError, ValueError):
-                ray.kill(probe)
+                ray.kill(reporter)
 
 
-def _ask(refs: Mapping[str, Any], limit_s: float) -> tuple[dict[str, Any], dict[str, str]]:
+def _wait_for(refs: Mapping[str, Any], limit_s: float) -> tuple[dict[str, Any], dict[str, str]]:
+    """Wait for answers. Returns those that came, and the problems of the other nodes."""
     done, _ = ray.wait(list(refs.values()), num_returns=len(refs), timeout=limit_s) if refs else ([], [])
     answers, problems = {}, {}
     for name, ref in refs.items():
@@ -132,11 +133,11 @@ def _ask(refs: Mapping[str, Any], limit_s: float) -> tuple[dict[str, Any], dict[
         try:
             answers[name] = ray.get(ref)
         except RayError as error:
-            problems[name] = _words_of(error)
+            problems[name] = _explain(error)
     return answers, problems
 
 
-def _words_of(error: RayError) -> str:
+def _explain(error: RayError) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     missing = next((line for line in reversed(lines) if "No module named" in line), None)
     if missing is not None:
@@ -144,11 +145,11 @@ def _words_of(error: RayError) -> str:
             f"expertail cannot be loaded there ({missing}); install the same version on every node, or launch with "
             f"`ray job submit --working-dir .`"
         )
-    return f"the probe failed ({lines[-1] if lines else type(error).__name__})"
+    return f"its report failed ({lines[-1] if lines else type(error).__name__})"
 
 
-def _unseen(survey: Survey) -> Iterator[Finding]:
-    """What a node could not find out of itself, and is left out of where nodes are compared."""
+def _unknowns(survey: Survey) -> Iterator[Finding]:
+    """Report what a node could not find out about itself; the comparisons leave it out."""
     for name, report in survey.reports.items():
         for key, what, words in (("room", "memory", "memory and /dev/shm"), ("token", "auth", "Ray's authentication")):
             if isinstance(report[key], str):
@@ -161,28 +162,26 @@ def _unseen(survey: Survey) -> Iterator[Finding]:
 
 
 def _software(survey: Survey, needs: Needs, here: Mapping[str, Any]) -> Iterator[Finding]:
-    """Whether all run the same code in the same way; the driver counts as one of them."""
+    """Check that all nodes and the driver run the same code, on the same libraries and processors."""
     everyone = {_DRIVER: here, **survey.reports}
-    names = [name for name in everyone[_DRIVER]["versions"] if name != "python"]
-    apart = False
-    for what in names:
-        problem = _apart({who: report["versions"].get(what, "none") for who, report in everyone.items()})
+    same = True
+    for what in [name for name in here["versions"] if name != "python"]:
+        problem = _difference({who: report["versions"].get(what, "none") for who, report in everyone.items()})
         if problem:
-            apart = True
+            same = False
             yield Finding("FAIL", "versions", f"{what}: {problem}; needed one version; install the same everywhere")
-    problem = _apart({who: report["code"] for who, report in everyone.items()})
+    problem = _difference({who: report["code"] for who, report in everyone.items()})
     if problem:
-        apart = True
+        same = False
         text = f"the code of expertail differs: {problem}; needed one checkout, or one wheel, on all of them"
         yield Finding("FAIL", "versions", text)
     pythons = {who: report["versions"]["python"] for who, report in everyone.items()}
-    if problem := _apart(pythons):
-        apart = True
+    if problem := _difference(pythons):
+        same = False
         yield Finding("warn", "versions", f"Python: {problem}; Ray asks for one version on all nodes")
-    if not apart:
-        versions = everyone[_DRIVER]["versions"]
-        same = ", ".join(f"{what} {version}" for what, version in versions.items())
-        yield Finding("ok", "versions", f"the same on all nodes and here: {same}; code {everyone[_DRIVER]['code']}")
+    if same:
+        versions = ", ".join(f"{what} {version}" for what, version in here["versions"].items())
+        yield Finding("ok", "versions", f"the same on all nodes and here: {versions}; code {here['code']}")
     yield from _arithmetic(survey, needs)
 
 
@@ -198,15 +197,15 @@ def _arithmetic(survey: Survey, needs: Needs) -> Iterator[Finding]:
         if gpus and survey.resources[name].get("GPU") and found["cuda"] is None:
             text = f"{name}: has GPUs but a CPU build of torch; needed a CUDA build; install one there"
             yield Finding("FAIL", "torch", text)
-    if problem := _apart(kinds):
+    if problem := _difference(kinds):
         text = f"processors differ: {problem}; a worker that moves to another kind changes the last bits of a result"
         yield Finding("warn", "torch", text)
     elif kinds:
         yield Finding("ok", "torch", f"{next(iter(kinds.values()))} on every node")
 
 
-def _apart(values: Mapping[str, str]) -> str | None:
-    """Who has which value, if they do not all have one."""
+def _difference(values: Mapping[str, str]) -> str | None:
+    """Return which value is found on which nodes, or None if all have the same."""
     groups: dict[str, list[str]] = {}
     for who, value in values.items():
         groups.setdefault(value, []).append(who)
@@ -223,7 +222,7 @@ def _names(who: list[str]) -> str:
 
 
 def worker_gib(config: RunConfig, weights: int | None) -> tuple[float, float]:
-    """Least and most memory that a worker's process is likely to hold, GiB."""
+    """Return the least and the most memory that a worker's process is likely to hold, GiB."""
     most = (weights or 0) / _GIB
     data = config.dataset
     files = data.source in ("image_folder", "image_list") and data.resident != "never"
@@ -234,10 +233,10 @@ def worker_gib(config: RunConfig, weights: int | None) -> tuple[float, float]:
 
 def _memory(survey: Survey, needs: Needs) -> Iterator[Finding]:
     if needs.layout is None:
-        yield Finding("warn", "memory", "not compared: the workers do not fit the nodes")
+        yield Finding("warn", "memory", "not compared: the workers do not fit on the nodes")
         return
     low, high = worker_gib(needs.config, needs.weights)
-    unknown = "" if needs.weights is not None else "; weights are not known before the data is opened and come on top"
+    unknown = "" if needs.weights is not None else "; plus weights, which are not known before the data is opened"
     good = []
     for name, report in survey.reports.items():
         workers = len(needs.layout.on(name))
@@ -249,7 +248,7 @@ def _memory(survey: Survey, needs: Needs) -> Iterator[Finding]:
             f"{name}: {plural(workers, 'worker')} of {low:.1f} to {high:.1f} GiB{unknown}; {free:.1f} of "
             f"{total:.1f} GiB free"
         )
-        advice = "use fewer workers a node (cluster.cpus_per_worker), cluster.memory_gib_per_worker, or larger nodes"
+        advice = "use fewer workers per node (cluster.cpus_per_worker), cluster.memory_gib_per_worker, or larger nodes"
         if total < low * workers:
             yield Finding("FAIL", "memory", f"{text}; {advice}")
         elif free < high * workers:
@@ -257,7 +256,7 @@ def _memory(survey: Survey, needs: Needs) -> Iterator[Finding]:
         else:
             good.append(text)
     if good:
-        yield Finding("ok", "memory", "\n".join(_first(good)))
+        yield Finding("ok", "memory", "\n".join(_shortened(good)))
 
 
 def _shared_memory(survey: Survey, needs: Needs) -> Iterator[Finding]:
@@ -268,7 +267,7 @@ def _shared_memory(survey: Survey, needs: Needs) -> Iterator[Finding]:
             continue
         shm, free = room["shm"], room["shm_free"]
         if shm is None:
-            yield Finding("warn", "/dev/shm", f"{name}: there is none; Ray then keeps objects in files")
+            yield Finding("warn", "/dev/shm", f"{name}: there is none, so Ray keeps objects in files")
             continue
         store = survey.resources[name].get("object_store_memory", 0.0)
         workers = len(needs.layout.on(name)) if needs.layout else 0
@@ -283,10 +282,10 @@ def _shared_memory(survey: Survey, needs: Needs) -> Iterator[Finding]:
         else:
             fine.append(text)
     if fine:
-        yield Finding("ok", "/dev/shm", "\n".join(_first(fine)))
+        yield Finding("ok", "/dev/shm", "\n".join(_shortened(fine)))
 
 
-def _first(lines: list[str]) -> list[str]:
+def _shortened(lines: list[str]) -> list[str]:
     return lines[:_SHOWN] + ([f"and {len(lines) - _SHOWN} more"] if lines[_SHOWN:] else [])
 
 
@@ -294,9 +293,12 @@ def _first(lines: list[str]) -> list[str]:
 
 
 def _storage(survey: Survey, run_dir: Path | None, ids: Mapping[str, str]) -> Iterator[Finding]:
-    """Write a file beside the runs, let every node read it and write one, look for those; leave nothing behind."""
+    """Write a file beside the runs, let every node read it and write its own, and look for those.
+
+    Nothing is left behind.
+    """
     if run_dir is None:
-        yield Finding("ok", "storage", "run.dir is a URL: nodes share no folder, workers send files through Ray")
+        yield Finding("ok", "storage", "run.dir is a URL: nodes share no folder, and workers send files through Ray")
         return
     there = nearest_existing(run_dir)
     advice = "needed one folder that all nodes share at the same path; mount it everywhere, or set run.dir to one"
@@ -312,19 +314,19 @@ def _storage(survey: Survey, run_dir: Path | None, ids: Mapping[str, str]) -> It
             file.flush()
             os.fsync(file.fileno())
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        said, problems = survey.ask(lambda name, probe: probe.share.remote(str(folder), nonce, ids[name]))
-        problems |= {name: problem for name, problem in said.items() if problem}
-        left = {name for name, problem in said.items() if problem is None}
+        answers, problems = survey.ask(lambda name, node: node.share.remote(str(folder), nonce, ids[name]))
+        problems |= {name: problem for name, problem in answers.items() if problem}
+        left = {name for name, problem in answers.items() if problem is None}
         end = time.monotonic() + _STORAGE_S
         while left and time.monotonic() < end:
-            left -= {name for name in left if _holds(folder / ids[name], nonce)}
+            left -= {name for name in left if _contains(folder / ids[name], nonce)}
             time.sleep(0.2 if left else 0)
-        unseen = f"reads what is written here, but what it writes is not seen here in {_STORAGE_S:g} s"
-        problems |= dict.fromkeys(left, unseen)
+        missing = f"it reads what is written here, but the file it wrote did not appear here within {_STORAGE_S:g} s"
+        problems |= dict.fromkeys(left, missing)
         for name, problem in problems.items():
             yield Finding("FAIL", "storage", f"run.dir = {run_dir}: {name} does not share it ({problem}); {advice}")
         if not problems:
-            yield Finding("ok", "storage", f"{there}: {plural(len(said), 'node')} read and wrote there, seen from here")
+            yield Finding("ok", "storage", f"{there}: {plural(len(answers), 'node')} read and wrote there")
     except OSError as error:
         text = f"run.dir = {run_dir}: files in {there} cannot be written and locked ({error.strerror or error})"
         yield Finding("FAIL", "storage", f"{text}; set run.dir to a file system that has locks")
@@ -332,7 +334,7 @@ def _storage(survey: Survey, run_dir: Path | None, ids: Mapping[str, str]) -> It
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _holds(path: Path, text: str) -> bool:
+def _contains(path: Path, text: str) -> bool:
     try:
         return path.read_text() == text
     except OSError:
@@ -340,17 +342,19 @@ def _holds(path: Path, text: str) -> bool:
 
 
 def _data(survey: Survey, config: RunConfig) -> Iterator[Finding]:
-    seen = {}
+    digests = {}
     for name, report in survey.reports.items():
         if isinstance(report["data"], str):
             yield Finding("FAIL", "data", f"{name}: {report['data']}")
         else:
-            seen[name] = report["data"]
+            digests[name] = report["data"]
     if config.dataset.source == "digits":
         yield Finding("ok", "data", "digits: comes with scikit-learn on every node")
         return
-    files = sorted({file for found in seen.values() for file in found})
-    differ = [(file, _apart({name: found.get(file, "not there") for name, found in seen.items()})) for file in files]
+    files = sorted({file for files in digests.values() for file in files})
+    differ = [
+        (file, _difference({name: files.get(file, "missing") for name, files in digests.items()})) for file in files
+    ]
     differ = [(file, problem) for file, problem in differ if problem]
     if differ:
         file, problem = differ[0]
@@ -358,9 +362,11 @@ def _data(survey: Survey, config: RunConfig) -> Iterator[Finding]:
         text = f"{file} (bytes, digest): {problem}{more}; needed the same data on every node below dataset.root"
         yield Finding("FAIL", "data", text)
     elif files:
-        text = f"{config.dataset.name}: {plural(len(files), 'file')} looked at, the same on {plural(len(seen), 'node')}"
+        text = (
+            f"{config.dataset.name}: {plural(len(files), 'file')} compared, the same on {plural(len(digests), 'node')}"
+        )
         yield Finding("ok", "data", text)
-    elif seen:
+    elif digests:
         yield Finding("warn", "data", f"{config.dataset.name}: to be downloaded on every node when the run starts")
 
 
@@ -368,34 +374,34 @@ def _data(survey: Survey, config: RunConfig) -> Iterator[Finding]:
 
 
 def _ports(survey: Survey) -> Iterator[Finding]:
-    """A connection from every node to every other, on a port that the system finds free, as gloo and NCCL need."""
-    if len(survey.probes) < 2:
+    """Connect every node to every other on a port that the system finds free, as gloo and NCCL do."""
+    if len(survey.reporters) < 2:
         return
     nonce = secrets.token_hex(8)
-    places, problems = survey.ask(lambda name, probe: probe.listen.remote(nonce))
+    ports, problems = survey.ask(lambda name, node: node.listen.remote(nonce))
     for name, problem in problems.items():
-        yield Finding("FAIL", "ports", f"{name} cannot open one at its own address: {problem}")
+        yield Finding("FAIL", "ports", f"{name} cannot open a port at its own address: {problem}")
 
-    def reach(name: str, probe: Any) -> Any:
-        return probe.reach.remote({other: place for other, place in places.items() if other != name}, nonce)
+    def connect(name: str, node: Any) -> Any:
+        return node.connect.remote({other: port for other, port in ports.items() if other != name}, nonce)
 
-    found, silent = survey.ask(reach)
-    broken = [f"{name} to {other}: {problem}" for name, (bad, _) in found.items() for other, problem in bad.items()]
+    answers, silent = survey.ask(connect)
+    broken = [f"{name} to {other}: {problem}" for name, (bad, _) in answers.items() for other, problem in bad.items()]
     broken += [f"{name}: {problem}" for name, problem in silent.items()]
-    unasked = [f"{name}: no time was left to connect to {_names(left)}" for name, (_, left) in found.items() if left]
-    if broken or unasked:
+    untried = [f"{name}: no time was left to connect to {_names(left)}" for name, (_, left) in answers.items() if left]
+    if broken or untried:
         advice = "workers exchange gradients on ports that the system finds free; open those from 1024 between nodes"
-        yield Finding("FAIL", "ports", "\n".join([*_first(broken), *_first(unasked), advice]))
+        yield Finding("FAIL", "ports", "\n".join([*_shortened(broken), *_shortened(untried), advice]))
     elif not problems:
-        pairs = len(places) * (len(places) - 1)
-        yield Finding("ok", "ports", f"{pairs} connections between {len(places)} nodes, each on a free port")
+        pairs = len(ports) * (len(ports) - 1)
+        yield Finding("ok", "ports", f"{pairs} connections between {len(ports)} nodes, each on a free port")
 
 
 def _clocks(survey: Survey) -> Iterator[Finding]:
     offsets = {}
-    for name, probe in survey.probes.items():
+    for name, reporter in survey.reporters.items():
         before = time.time()
-        answers, _ = _ask({name: probe.clock.remote()}, _CLOCK_S)
+        answers, _ = _wait_for({name: reporter.clock.remote()}, _CLOCK_S)
         after = time.time()
         if name in answers:
             offsets[name] = answers[name] - (before + after) / 2
@@ -403,7 +409,7 @@ def _clocks(survey: Survey) -> Iterator[Finding]:
 
 
 def _clock_findings(offsets: Mapping[str, float]) -> Iterator[Finding]:
-    """Seconds by which nodes are ahead."""
+    """Judge clocks by the seconds that each is ahead of this machine's."""
     far = {name: offset for name, offset in offsets.items() if abs(offset) > _CLOCK_S}
     for name, offset in far.items():
         way = "ahead of" if offset > 0 else "behind"
@@ -415,7 +421,7 @@ def _clock_findings(offsets: Mapping[str, float]) -> Iterator[Finding]:
 
 
 def _exposure(survey: Survey) -> Iterator[Finding]:
-    """Who may run code here."""
+    """Check who may run code on the cluster."""
     without = [name for name, report in survey.reports.items() if report["token"] is False]
     asking = [name for name, report in survey.reports.items() if report["token"] is True]
     exposed, dashboards, hidden = set(), set(), []
@@ -434,7 +440,8 @@ def _exposure(survey: Survey) -> Iterator[Finding]:
             "warn",
             "auth",
             f"Ray on {_names(without)} asks nobody for a token, and {', '.join(sorted(exposed))} can be reached from "
-            f"other machines: whoever does runs code here; start every node with RAY_AUTH_MODE=token and one token",
+            f"other machines, so anyone there can run code here; start every node with RAY_AUTH_MODE=token and "
+            f"one token",
         )
     elif without:
         reach = "its ports could not be listed" if hidden else "Ray listens on loopback addresses only"
@@ -445,11 +452,3 @@ def _exposure(survey: Survey) -> Iterator[Finding]:
     for place in sorted(dashboards):
         text = f"the dashboard listens on every address of {place}; start the head with --dashboard-host 127.0.0.1"
         yield Finding("warn", "auth", text)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address, or a name, is this machine's own and nobody else's."""
-    try:
-        return ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"

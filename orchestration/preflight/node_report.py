@@ -1,6 +1,6 @@
-"""What one node of a cluster says of itself when the doctor asks. Runs on that node; imports little before it is asked.
+"""The report of one cluster node to the doctor. Runs on that node and imports little before it is asked.
 
-Everything is looked at in its own right: what cannot be found out is None or a sentence, and the rest is still told.
+Every entry is found out on its own: one that fails is None or an error message, and the rest is still reported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,11 @@ import ray
 from orchestration.config.paths import code_root
 
 LIBRARIES = ("ray", "torch", "torchvision", "deepspeed", "numpy")
-_START_BYTES = 2**20  # of a data file, to tell whether it is the same on two nodes
-_CONNECT_S = 3.0  # and as long again for an answer
-_REACH_S = 12.0  # no connection is begun later, for the doctor waits 20 s for all
-_CALLERS = 64  # connections at once
-_UNLIMITED = 2**60  # cgroups say so, or a number larger than any machine has
+_START_BYTES = 2**20  # of a data file, compared between nodes
+_CONNECT_S = 3.0  # to connect, and as long again for the answer
+_CONNECTING_S = 12.0  # no connection is opened later: the doctor waits 20 s for all of them
+_THREADS = 64  # connections at once
+_UNLIMITED = 2**60  # bytes, more than any machine has; cgroups without a limit report a number above it
 _RAY_PROCESSES = {
     "gcs_server": "the cluster's control service",
     "raylet": "raylet",
@@ -42,22 +42,21 @@ _RAY_PROCESSES = {
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
-class NodeProbe:
-    """Lives on one node for as long as the doctor looks."""
+class NodeReporter:
+    """Answers the doctor's questions on one node."""
 
-    def look(self, data: dict[str, Any]) -> dict[str, Any]:
-        """See `look`."""
-        return look(data)
+    def report(self, data: dict[str, Any]) -> dict[str, Any]:
+        """See `report`."""
+        return report(data)
 
     def clock(self) -> float:
-        """Unix seconds here."""
+        """Return this node's time, unix seconds."""
         return time.time()
 
     def share(self, folder: str, nonce: str, node_id: str) -> str | None:
-        """Read the nonce in a folder and answer with a file of our own. Returns what went wrong, in words."""
+        """Read the nonce from a folder and write it there under this node's name. Returns the problem, if any."""
         try:
-            found = Path(folder, "asked").read_text()
-            if found != nonce:
+            if Path(folder, "asked").read_text() != nonce:
                 return "another folder lies at the same path"
             Path(folder, node_id).write_text(nonce)
         except OSError as error:
@@ -65,74 +64,87 @@ class NodeProbe:
         return None
 
     def listen(self, nonce: str) -> tuple[str, int]:
-        """Answer the nonce to whoever connects to a free port of this node's own address; says which."""
+        """Send the nonce to everyone who connects to a free port of this node. Returns address and port."""
         address = ray.util.get_node_ip_address()
-        place = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
-        threading.Thread(target=_answer, args=(place, nonce.encode()), daemon=True).start()
-        return place.getsockname()[:2]
+        server = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+        threading.Thread(target=serve_nonce, args=(server, nonce.encode()), daemon=True).start()
+        return server.getsockname()[:2]
 
-    def reach(self, others: dict[str, tuple[str, int]], nonce: str) -> tuple[dict[str, str], list[str]]:
+    def connect(self, others: dict[str, tuple[str, int]], nonce: str) -> tuple[dict[str, str], list[str]]:
         """See `connect_all`."""
         return connect_all(others, nonce.encode())
 
 
-def look(data: dict[str, Any]) -> dict[str, Any]:
-    """Libraries, memory and network of this node, and the data a config names, as it is seen from here.
+def report(data: dict[str, Any]) -> dict[str, Any]:
+    """Report libraries, memory and network of this node, and the data of a config as this node sees it.
 
     Args:
         data: a `DatasetConfig` as plain values.
     """
-    seen = {"room": _said(room), "listening": _said(listening), "token": _said(token_needed)}
-    return software() | seen | {"data": _said(data_seen, data)}
+    system = {"room": _or_problem(room), "listening": _or_problem(listening), "token": _or_problem(token_needed)}
+    return software() | system | {"data": _or_problem(data_digests, data)}
 
 
 def connect_all(others: Mapping[str, tuple[str, int]], nonce: bytes) -> tuple[dict[str, str], list[str]]:
-    """Connect to other nodes. Returns what went wrong by node, and the nodes for which there was no time."""
-    end = time.monotonic() + _REACH_S
-    left: list[str] = []
+    """Connect to other nodes and check their answers.
+
+    Args:
+        others: address and port by node.
+        nonce: the right answer.
+
+    Returns:
+        Problems by node, and the nodes that were not tried for lack of time.
+    """
+    end = time.monotonic() + _CONNECTING_S
+    untried: list[str] = []
 
     def connect(node: str) -> str | None:
         if time.monotonic() < end:
             return _connect(others[node], nonce)
-        left.append(node)
+        untried.append(node)
         return None
 
-    with ThreadPoolExecutor(max_workers=_CALLERS) as threads:
+    with ThreadPoolExecutor(max_workers=_THREADS) as threads:
         problems = dict(zip(others, threads.map(connect, others), strict=True))
-    return {node: problem for node, problem in problems.items() if problem}, sorted(left)
+    return {node: problem for node, problem in problems.items() if problem}, sorted(untried)
 
 
-def _answer(place: socket.socket, nonce: bytes) -> None:
-    with contextlib.suppress(OSError):  # the socket was closed: nobody asks any more
+def serve_nonce(server: socket.socket, nonce: bytes) -> None:
+    """Send the nonce to everyone who connects, until the server is shut down."""
+    with contextlib.suppress(OSError):  # `accept` of a server that was shut down
         while True:
-            caller, _ = place.accept()
-            with caller, contextlib.suppress(OSError):  # who hangs up at once must not end it for the others
+            caller, _ = server.accept()
+            with caller, contextlib.suppress(OSError):  # one caller that hangs up must not end it for the others
                 caller.sendall(nonce)
 
 
-def _connect(place: tuple[str, int], nonce: bytes) -> str | None:
+def _connect(address: tuple[str, int], nonce: bytes) -> str | None:
     try:
-        with socket.create_connection(place, timeout=_CONNECT_S) as there:
-            answer = there.recv(len(nonce), socket.MSG_WAITALL)
+        with socket.create_connection(address, timeout=_CONNECT_S) as connection:
+            answer = connection.recv(len(nonce), socket.MSG_WAITALL)
     except OSError as error:
         return str(error)
     return None if answer == nonce else "something else answers there"
 
 
-def _said(look: Any, *args: Any) -> Any:
+def _or_problem(find_out: Callable[..., Any], *args: Any) -> Any:
     try:
-        return look(*args)
-    except Exception as error:  # whatever it is, the other findings count as well
+        return find_out(*args)
+    except Exception as error:  # whatever it is, the other entries are still worth reporting
         return f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
 
 
 def software() -> dict[str, Any]:
-    """Versions, architecture and what decides the last bits of a result."""
+    """Return versions, processor architecture and what decides the last bits of a result."""
     from orchestration import __version__
 
-    found = {name: _version(name) for name in LIBRARIES}
-    versions = {"python": platform.python_version(), "expertail": __version__, **found}
-    return {"versions": versions, "code": _said(code_digest), "machine": platform.machine(), "torch": _said(_torch)}
+    libraries = {name: _version(name) for name in LIBRARIES}
+    return {
+        "versions": {"python": platform.python_version(), "expertail": __version__, **libraries},
+        "code": _or_problem(code_digest),
+        "machine": platform.machine(),
+        "torch": _or_problem(_torch),
+    }
 
 
 def _version(name: str) -> str:
@@ -153,7 +165,7 @@ def _torch() -> dict[str, Any]:
 
 
 def code_digest() -> str:
-    """Twelve hexadecimal digits that name our own code and configs; two checkouts may have one version."""
+    """Return twelve hexadecimal digits of our own code and configs: two checkouts may differ within one version."""
     root = code_root()
     digest = hashlib.sha256()
     for package in ("experts", "aggregation", "orchestration", "configs"):
@@ -164,7 +176,7 @@ def code_digest() -> str:
 
 
 def room() -> dict[str, Any]:
-    """Memory that processes of this node can have, and shared memory; bytes."""
+    """Return the memory that processes of this node can have, and its shared memory; bytes."""
     memory = psutil.virtual_memory()
     limit, used = _container_memory()
     total = min(memory.total, limit)
@@ -178,7 +190,7 @@ def room() -> dict[str, Any]:
 
 
 def _container_memory() -> tuple[int, int]:
-    """The limit that a container's control group sets, and what it uses of it."""
+    """Return the limit of a container's control group, and how much of it is used; bytes."""
     for limit, used in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -193,14 +205,14 @@ def _container_memory() -> tuple[int, int]:
 
 
 def token_needed() -> bool:
-    """Whether Ray's processes on this node ask whoever calls them for a token."""
+    """Return whether Ray's processes on this node ask their callers for a token."""
     from ray._private.authentication.authentication_utils import is_token_auth_enabled
 
     return is_token_auth_enabled()
 
 
 def listening() -> list[tuple[str, str, int]]:
-    """Ports that this node's Ray processes have open: process, address, port."""
+    """Return the ports that this node's Ray processes listen on: process, address, port."""
     node_id = ray.get_runtime_context().get_node_id()
     session = re.search(r"session_[\w-]+", " ".join(psutil.Process(os.getppid()).cmdline()))
     found = set()
@@ -214,7 +226,7 @@ def listening() -> list[tuple[str, str, int]]:
             open_ = process.net_connections(kind="tcp")
         except psutil.Error:
             continue
-        host = re.search(r"--host=(\S+)", words) if of_dashboard else None  # it has a port for its metrics besides
+        host = re.search(r"--host=(\S+)", words) if of_dashboard else None  # leaves out its port for metrics
         found |= {
             (kind, c.laddr.ip, c.laddr.port)
             for c in open_
@@ -223,11 +235,11 @@ def listening() -> list[tuple[str, str, int]]:
     return sorted(found)
 
 
-def data_seen(data: dict[str, Any]) -> dict[str, str]:
-    """Files of a data set by name, with size and a digest of their beginning (of lists, of the whole).
+def data_digests(data: dict[str, Any]) -> dict[str, str]:
+    """Return the size and a digest of each file of a data set: of its beginning, or of a whole list.
 
     Raises:
-        ValueError: the folder or a list is not there, or holds nothing that belongs to the set.
+        ValueError: the folder or a list is missing, or nothing in the folder belongs to the set.
     """
     from experts.data.config import DatasetConfig
     from experts.data.download import needs_root
@@ -236,7 +248,7 @@ def data_seen(data: dict[str, Any]) -> dict[str, str]:
     if config.source == "digits":
         return {}
     root = needs_root(config, "the files of the set")
-    found = {name: _start_of(path) for name, path in _files(config, root) if path.is_file()}
+    found = {name: _digest(path) for name, path in _files(config, root) if path.is_file()}
     if config.source == "image_folder":
         found |= _class_folders(Path(root))
     if not found and not config.download:
@@ -248,7 +260,7 @@ def data_seen(data: dict[str, Any]) -> dict[str, str]:
 
 
 def _files(config: Any, root: str) -> Iterator[tuple[str, Path]]:
-    """Where files of a set may be, by a name that does not depend on root."""
+    """Yield the files that a set may have, each with a name that does not depend on root."""
     if config.source == "fashion_mnist":
         from experts.data.arrays import FASHION_FILES
 
@@ -270,10 +282,10 @@ def _files(config: Any, root: str) -> Iterator[tuple[str, Path]]:
 
 
 def _lists(config: Any, root: str) -> Iterator[tuple[str, Path]]:
-    """The lists, and the first and last image of each.
+    """Yield the lists, and the first and last image of each.
 
     Raises:
-        ValueError: a list or one of those images is not there.
+        ValueError: a list or one of those images is missing.
     """
     for key in ("train_list", "val_list", "test_list"):
         value = getattr(config, key)
@@ -292,7 +304,7 @@ def _lists(config: Any, root: str) -> Iterator[tuple[str, Path]]:
 
 
 def _class_folders(root: Path) -> dict[str, str]:
-    """Names of the class folders, and the first image of the first and the last."""
+    """Return digests of the class folders' names, and of the first image of the first and of the last class."""
     found = {}
     for split in [s for s in ("train", "val", "test") if (root / s).is_dir()] or [""]:
         classes = sorted(entry.name for entry in os.scandir(root / split) if entry.is_dir())
@@ -305,12 +317,12 @@ def _class_folders(root: Path) -> dict[str, str]:
             images = sorted(entry.name for entry in os.scandir(root / split / name) if entry.is_file())
             found[f"{split}/{name}"] = f"{len(images)} files"
             if images:
-                found[f"{split}/{name}/{images[0]}"] = _start_of(root / split / name / images[0])
+                found[f"{split}/{name}/{images[0]}"] = _digest(root / split / name / images[0])
     return found
 
 
-def _start_of(path: Path) -> str:
-    """Size in bytes and a digest; a list's whole, of others the first MiB."""
+def _digest(path: Path) -> str:
+    """Return size in bytes and a digest: of a whole list, or of the first MiB of another file."""
     with open(path, "rb") as file:
         start = file.read() if path.suffix == ".txt" else file.read(_START_BYTES)
     return f"{path.stat().st_size} {hashlib.sha256(start).hexdigest()[:12]}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from orchestration.config.secrets import redact
-from orchestration.preflight.finding import Finding, nearest_existing
+from orchestration.preflight.checks import Finding, is_loopback, nearest_existing
 from orchestration.storage.url_store import is_url
 from orchestration.tracking.server import ask_server, has_credentials
 from orchestration.tracking.uri import check_uri, default_uri, sqlite_path
@@ -64,8 +64,6 @@ def _sqlite(path: Path) -> Finding:
 
 
 def _server(uri: str, patience_s: float) -> Iterator[Finding]:
-    from orchestration.preflight.node_checks import is_loopback
-
     parts = urlsplit(uri)
     is_remote = not is_loopback(parts.hostname or "")
     # Without credentials first: a cookie that the server gave us would speak for us.

@@ -14,7 +14,7 @@ import pytest
 START = """
 import json, os, time
 import psutil, ray
-from orchestration.own_ray import start_own_ray
+from orchestration.cluster.local_ray import start_own_ray
 start_own_ray()
 [node] = ray.nodes()
 processes = psutil.Process().children(recursive=True)

@@ -181,7 +181,7 @@ def test_a_second_stage_begins_with_the_weights_of_the_first_and_resumes(warm, t
 WRITER = """
 import sys
 from pathlib import Path
-from orchestration.checkpoint import Checkpoints, write_file
+from orchestration.storage.checkpoint import Checkpoints, write_file
 checkpoints = Checkpoints(Path(sys.argv[1]), ["train"])
 print("ready", flush=True)
 for step in range(1, 100000):

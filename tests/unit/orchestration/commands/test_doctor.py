@@ -21,7 +21,7 @@ from cryptography.x509.oid import NameOID
 from orchestration.commands import doctor
 from orchestration.commands.doctor import examine
 from orchestration.config.compose import load_config
-from orchestration.preflight.finding import guarded
+from orchestration.preflight.checks import run_check
 from orchestration.preflight.tracking_checks import check_tracking
 
 ASKED = "/api/2.0/mlflow/experiments/search?max_results=1"
@@ -45,7 +45,7 @@ def lines(text, what):
 def tracking(uri):
     """State and text of what is found of a tracking store."""
     config = load_config([f"tracking.uri={uri}"])
-    return [(f.state, f.text) for f in guarded("tracking", lambda: check_tracking(config, 3.0))]
+    return [(f.state, f.text) for f in run_check("tracking", lambda: check_tracking(config, 3.0))]
 
 
 def free_port():

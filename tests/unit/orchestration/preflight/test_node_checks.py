@@ -10,7 +10,7 @@ import pytest
 from orchestration.cluster.placement import packed
 from orchestration.config.compose import load_config
 from orchestration.preflight import node_checks, node_report
-from orchestration.preflight.finding import Finding, guarded
+from orchestration.preflight.checks import Finding, run_check
 from orchestration.preflight.node_checks import Needs, Survey, worker_gib
 
 GIB = 2**30
@@ -124,7 +124,7 @@ def test_data_that_differ_are_named_with_file_and_nodes(survey):
     for name in ("a", "b"):
         survey.reports[name]["data"] = {"x.gz": "10 aa", "y.gz": "10 bb"}
     config = needs(survey, *words).config
-    assert "2 files looked at, the same on 2 nodes" in found(node_checks._data(survey, config), "ok")[0]
+    assert "2 files compared, the same on 2 nodes" in found(node_checks._data(survey, config), "ok")[0]
     survey.reports["b"]["data"] = {"x.gz": "11 cc"}
     (text,) = found(node_checks._data(survey, config), "FAIL")
     assert text.startswith("x.gz (bytes, digest): 10 aa on a; 11 cc on b; and 1 more files")
@@ -148,7 +148,7 @@ def test_what_a_node_cannot_find_out_is_told_and_the_rest_is_compared(survey):
         survey.reports["a"][what] = f"OSError: no {what}"
     checks = [node_checks._memory, node_checks._shared_memory]
     findings = [f for check in checks for f in check(survey, needs(survey, weights=0))]
-    findings += [*node_checks._unseen(survey), *node_checks._exposure(survey), *software(survey, needs(survey))]
+    findings += [*node_checks._unknowns(survey), *node_checks._exposure(survey), *software(survey, needs(survey))]
     told = "\n".join(found(findings, "warn") + found(findings, "FAIL"))
     assert "a: memory and /dev/shm could not be looked at (OSError: no room)" in told
     assert "a: Ray's authentication could not be looked at (OSError: no token)" in told
@@ -164,7 +164,7 @@ def test_a_node_that_fails_to_look_at_one_thing_tells_the_others(monkeypatch):
     for name in ("room", "listening", "token_needed", "code_digest"):
         monkeypatch.setattr(node_report, name, fails)
     digits = load_config([]).dataset.model_dump(mode="json")
-    report = node_report.look(digits)
+    report = node_report.report(digits)
     assert all("Permission denied" in report[name] for name in ("room", "listening", "token", "code"))
     assert report["data"] == {} and report["versions"]["torch"] != "none"
 
@@ -174,7 +174,7 @@ def test_a_comparison_that_breaks_is_a_finding_of_its_own():
         yield Finding("ok", "memory", "first")
         raise KeyError("memory")
 
-    assert [(f.state, f.text) for f in guarded("memory", broken)] == [("ok", "first"), ("FAIL", "KeyError: 'memory'")]
+    assert [(f.state, f.text) for f in run_check("memory", broken)] == [("ok", "first"), ("FAIL", "KeyError: 'memory'")]
 
 
 def test_clocks_apart_are_warned_of():
@@ -188,7 +188,7 @@ def test_clocks_apart_are_warned_of():
 
 def seen(root, *words):
     config = load_config([f"dataset.root={root}", *words])
-    return node_report.data_seen(config.dataset.model_dump(mode="json"))
+    return node_report.data_digests(config.dataset.model_dump(mode="json"))
 
 
 def test_a_changed_byte_of_an_array_file_is_seen(tmp_path):
@@ -238,10 +238,14 @@ def test_a_port_answers_its_nonce_and_nothing_else():
     import socket
     import threading
 
-    with socket.create_server(("127.0.0.1", 0)) as place:
-        threading.Thread(target=node_report._answer, args=(place, b"right"), daemon=True).start()
-        assert node_report._connect(place.getsockname(), b"right") is None
-        assert node_report._connect(place.getsockname(), b"wrong") == "something else answers there"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        serving = threading.Thread(target=node_report.serve_nonce, args=(server, b"right"), daemon=True)
+        serving.start()
+        assert node_report._connect(server.getsockname(), b"right") is None
+        assert node_report._connect(server.getsockname(), b"wrong") == "something else answers there"
+        server.shutdown(socket.SHUT_RDWR)
+        serving.join(5)
+        assert not serving.is_alive()
         free = ("127.0.0.1", 9)
         assert "refused" in node_report._connect(free, b"right")
 
@@ -251,9 +255,9 @@ def test_nodes_that_stay_silent_are_not_all_waited_for(monkeypatch):
     import socket
     import time
 
-    monkeypatch.setattr(node_report, "_CALLERS", 2)
+    monkeypatch.setattr(node_report, "_THREADS", 2)
     monkeypatch.setattr(node_report, "_CONNECT_S", 0.06)
-    monkeypatch.setattr(node_report, "_REACH_S", 0.1)
+    monkeypatch.setattr(node_report, "_CONNECTING_S", 0.1)
     with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
         others = {f"node{i:02d}": silent.getsockname() for i in range(40)}
         begun = time.monotonic()
@@ -264,7 +268,7 @@ def test_nodes_that_stay_silent_are_not_all_waited_for(monkeypatch):
 
 
 def test_nodes_that_were_not_asked_are_named(survey, monkeypatch):
-    survey.probes = dict.fromkeys("ab")
+    survey.reporters = dict.fromkeys("ab")
     answers = iter([({"a": ("h", 1), "b": ("h", 2)}, {}), ({"a": ({"b": "timed out"}, ["c", "d"]), "b": ({}, [])}, {})])
     monkeypatch.setattr(survey, "ask", lambda call: next(answers))
     (text,) = found(node_checks._ports(survey), "FAIL")
