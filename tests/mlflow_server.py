@@ -36,7 +36,7 @@ def answers(port: int) -> bool:
 
 
 def hurry(folder: Path) -> None:
-    """Raise a run's uploader from the lowest priority: beside other work a drill would wait minutes for its imports."""
+    """Raise a run's uploader from the lowest priority: on a busy machine a drill would wait minutes for its imports."""
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             words = (process / "cmdline").read_bytes().decode().split("\0")
@@ -47,7 +47,7 @@ def hurry(folder: Path) -> None:
 
 
 class PostgreSQL:
-    """A cluster of its own in a temporary folder, on 127.0.0.1, trusting who connects."""
+    """A database cluster of its own in a temporary folder, on 127.0.0.1, without passwords."""
 
     def __init__(self) -> None:
         self.port = free_port()
@@ -72,12 +72,12 @@ class PostgreSQL:
         wait_until(self._ready, f"PostgreSQL at port {self.port}", 60)
 
     def stop(self) -> None:
-        """At once, as after a loss of power: the next start recovers."""
+        """Stop at once, as after a loss of power; the next start recovers."""
         self.process.send_signal(signal.SIGQUIT)
         self.process.wait(60)
 
     def create(self, name: str, template: str = "template1") -> str:
-        """A new database; returns its URI."""
+        """Create a database; return its URI."""
         self._ask("postgres", f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
         return f"postgresql+psycopg2://{self.user}@127.0.0.1:{self.port}/{name}"
 
@@ -98,7 +98,7 @@ class PostgreSQL:
 
 
 def _programs() -> Path:
-    """The folder of PostgreSQL's programs; the test is skipped where there are none."""
+    """Return the folder of PostgreSQL's programs; skip the test where there are none."""
     folders = [*sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True), Path("/usr/local/bin")]
     if found := shutil.which("initdb"):
         folders.insert(0, Path(found).resolve().parent)
@@ -118,7 +118,7 @@ def _unprivileged() -> str:
 
 
 class Server:
-    """`mlflow server` on 127.0.0.1, artefacts through it; the same port after each start."""
+    """`mlflow server` on 127.0.0.1, which serves artefacts too; the same port after each start."""
 
     def __init__(self, store: str, folder: Path) -> None:
         self.port, self.store, self.folder = free_port(), store, folder
@@ -153,18 +153,18 @@ class Server:
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to one request."""
+    """The fault of one request."""
 
     delay_s: float = 0.0
-    """The server has it at once; the answer comes this much later."""
+    """The server gets it at once; the answer comes this much later."""
     status: int | None = None
-    """The proxy answers so by itself; the server never sees the request."""
+    """The proxy answers with this; the server never sees the request."""
     lose_answer: bool = False
-    """The server carries it out; the connection is cut before the answer."""
+    """The server carries the request out; the connection is cut before the answer."""
 
 
 class Proxy:
-    """Passes HTTP on to a server; `rule` says what goes wrong with a request (method, path, credentials)."""
+    """A proxy before a server; `rule` says what goes wrong with a request (method, path, credentials)."""
 
     def __init__(self, port: int) -> None:
         self.rule: Callable[[str, str, str], Fault | None] = lambda method, path, credentials: None

@@ -36,7 +36,7 @@ from orchestration.storage.journal import read_journal
 from orchestration.storage.location import run_path
 from orchestration.storage.run_folder import RunFolder
 from orchestration.storage.url_store import is_url
-from orchestration.tracking.contents import STUDY_FILE as SWEEP
+from orchestration.tracking.contents import SWEEP_FILE as SWEEP
 from orchestration.tracking.process import one_line
 from orchestration.tracking.target import tracking_uri
 from orchestration.tracking.uploader import Uploader, start_uploader

@@ -10,13 +10,13 @@ from orchestration.storage.files import CONFIG, read_json
 from orchestration.storage.location import run_at_hand
 from orchestration.storage.run_folder import RunFolder
 from orchestration.storage.url_store import is_url
-from orchestration.tracking.contents import STUDY_FILE
+from orchestration.tracking.contents import SWEEP_FILE
 from orchestration.tracking.sender import sync
 from orchestration.tracking.target import tracking_uri
 
 
 def sync_run(run: str, uri: str | None) -> str | None:
-    """Upload what the server of a run, or of a study and all its runs, does not have yet.
+    """Upload what the server of a run, or of a sweep and all its runs, does not have yet.
 
     Returns:
         None, or what is still missing and why.
@@ -28,8 +28,8 @@ def sync_run(run: str, uri: str | None) -> str | None:
         with run_at_hand(run) as copy:
             return _sync(Path(copy), uri)
     path = Path(run)
-    if (path / STUDY_FILE).is_file():
-        return _sync_study(path, uri)
+    if (path / SWEEP_FILE).is_file():
+        return _sync_sweep(path, uri)
     if not (path / CONFIG).is_file():
         raise ValueError(f"{path}: not a run folder (no {CONFIG}); needed one that `expertail train` made")
     with contextlib.closing(RunFolder(path)):
@@ -41,8 +41,8 @@ def _sync(path: Path, uri: str | None) -> str | None:
     return sync(path, uri or tracking_uri(config), config.tracking.experiment, path.name)
 
 
-def _sync_study(path: Path, uri: str | None) -> str | None:
-    runs = [path.parent / run["run"] for run in read_json(path / STUDY_FILE)["runs"]]
+def _sync_sweep(path: Path, uri: str | None) -> str | None:
+    runs = [path.parent / run["run"] for run in read_json(path / SWEEP_FILE)["runs"]]
     begun = [run for run in runs if (run / CONFIG).is_file()]
     if not begun:
         raise ValueError(f"{path}: none of its runs was begun; needed one at least, start the sweep again")

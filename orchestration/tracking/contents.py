@@ -1,6 +1,6 @@
-"""What of a run folder goes to the tracking server: parameters, tags, files, names. Pure functions of the folder.
+"""The part of a run folder that goes to the tracking server: parameters, tags, files, names. Pure functions of it.
 
-The folder may be incomplete (a young run, an interrupted one): what is missing is left out.
+The folder of a young or an interrupted run is incomplete: missing files are left out.
 """
 
 from __future__ import annotations
@@ -18,45 +18,43 @@ from orchestration.results.tables import per_class_table
 from orchestration.storage.files import evaluations, read_config, read_json
 
 PER_CLASS_FILE = "per_class.json"
-STUDY_FILE = "sweep.json"
-"""What makes a folder a study's: its runs, and what they have in common."""
+SWEEP_FILE = "sweep.json"
+"""The file that makes a folder a sweep's: its runs, and what they have in common."""
 _PARAM_CHARACTERS = 250
 _STATUS = {
-    "running": "RUNNING", "started": "RUNNING", "resumed": "RUNNING",
-    "finished": "FINISHED", "complete": "FINISHED", "completed": "FINISHED", "done": "FINISHED",
-    "failed": "FAILED", "error": "FAILED",
-    "killed": "KILLED", "stopped": "KILLED", "interrupted": "KILLED", "cancelled": "KILLED",
+    "running": "RUNNING", "finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED",
 }  # fmt: skip
+"""The `status` of run.json -> the status of the MLflow run."""
 
 
-def study_folder(run_dir: Path) -> Path | None:
-    """The folder of the study that a run belongs to; None for a run on its own."""
+def sweep_folder(run_dir: Path) -> Path | None:
+    """Return the folder of the sweep that a run belongs to (`study` in run.json); None for a run on its own."""
     name = read_json(run_dir / "run.json").get("study")
     folder = run_dir.parent / str(name)
-    return folder if name and (folder / STUDY_FILE).exists() else None
+    return folder if name and (folder / SWEEP_FILE).exists() else None
 
 
-def description(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """What a folder says of its run, its data and its config; of a study, what its runs have in common."""
-    study = read_json(folder / STUDY_FILE)
-    if not study:
+def describe_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return the run, the data and the config that a folder describes; for a sweep, what its runs have in common."""
+    sweep = read_json(folder / SWEEP_FILE)
+    if not sweep:
         return read_json(folder / "run.json"), read_json(folder / "data.json"), read_config(folder)
-    values = ",".join(run["value"] for run in study["runs"])
-    run = {"seed": study["seed"], "status": study.get("status")}
-    return run, {"dataset": study["dataset"]}, {**study["config"], "sweep": {"key": study["key"], "values": values}}
+    values = ",".join(run["value"] for run in sweep["runs"])
+    run = {"seed": sweep["seed"], "status": sweep.get("status")}
+    return run, {"dataset": sweep["dataset"]}, {**sweep["config"], "sweep": {"key": sweep["key"], "values": values}}
 
 
 def metric_key(name: str, stage: str, stages: list[str]) -> str:
-    """The server's name of a number: as in the journal, below its stage when the recipe has several.
+    """Return the server's name of a metric: as in the journal, below its stage when the recipe has several.
 
-    Steps are counted within a stage, so that two stages must not share a key.
+    Steps are counted within a stage, so two stages must not share a key.
     """
     key = name if len(stages) < 2 and stage in (*stages, "train") else f"{stage}/{name}"
     return re.sub(r"[^\w./ :-]", "_", key)[:250]
 
 
 def parameters(config: Mapping[str, Any]) -> dict[str, str]:
-    """The config as flat parameters, `method.stages.train.epochs: "200"`; long values are cut, secrets taken out."""
+    """Return the config as flat parameters, `method.stages.train.epochs: "200"`, long values cut, without secrets."""
 
     def flat(value: Any, key: str) -> Iterator[tuple[str, str]]:
         if isinstance(value, Mapping) and value:
@@ -73,7 +71,7 @@ def parameters(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def tags(run: Mapping[str, Any], data: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
-    """What made the run: commit, command, host, versions, dataset digest, config hash."""
+    """Return what the run was made with: commit, command, host, versions, dataset digest, config hash."""
     found: dict[str, Any] = {
         "command": run.get("command"),
         "mlflow.source.name": "expertail",
@@ -92,8 +90,8 @@ def tags(run: Mapping[str, Any], data: Mapping[str, Any], config: Mapping[str, A
     return {key: redact(str(value))[:5000] for key, value in found.items() if value not in (None, "")}
 
 
-def moment(run: Mapping[str, Any], name: str) -> int | None:
-    """The time that run.json calls `created` or `ended`, in unix milliseconds; None where it does not say."""
+def time_ms(run: Mapping[str, Any], name: str) -> int | None:
+    """Return the time `created` or `ended` of run.json in unix milliseconds; None where it is missing."""
     value = run.get(name)
     try:
         seconds = datetime.fromisoformat(value).timestamp() if isinstance(value, str) else value
@@ -102,21 +100,21 @@ def moment(run: Mapping[str, Any], name: str) -> int | None:
         return None
 
 
-def summary(folder: Path) -> str | None:
-    """What MLflow shows as a run's description: its final table; None where there is none yet."""
+def note(folder: Path) -> str | None:
+    """Return the text that MLflow shows as a run's description: its final table; None where there is none yet."""
     for path in (folder / "report" / "table.txt", folder / "table.txt"):
         if path.exists():
             return f"```\n{path.read_text()[:4900].rstrip()}\n```"
     return None
 
 
-def status_of(run: Mapping[str, Any]) -> str:
-    """The server's word for the `status` of run.json: RUNNING, FINISHED, FAILED or KILLED."""
-    return _STATUS.get(str(run.get("status", "running")).lower(), "RUNNING")
+def mlflow_status(run: Mapping[str, Any]) -> str:
+    """Return the server's word for the `status` of run.json: RUNNING, FINISHED, FAILED or KILLED."""
+    return _STATUS.get(str(run.get("status")), "RUNNING")
 
 
 def model_name(config: Mapping[str, Any], experiment: str) -> str:
-    """The name that the run's models are registered under: `<dataset>-<method>`."""
+    """Return the name that the run's models are registered under: `<dataset>-<method>`."""
 
     def name(group: str) -> str | None:
         value = config.get(group)
@@ -128,14 +126,14 @@ def model_name(config: Mapping[str, Any], experiment: str) -> str:
 
 
 def files(run_dir: Path) -> dict[str, str | Path]:
-    """The artefacts: name on the server -> a file, or text where it differs from the file."""
+    """Return the artefacts: name on the server -> a file, or text where secrets are taken out or none exists."""
     found: dict[str, str | Path] = {}
     for path in (run_dir / "config.yaml", run_dir / "run.json"):
         if path.exists():
             found[path.name] = redact(path.read_text())
     patterns = ("data.json", "evaluation/**/*.json", "report/*.png", "report/*.txt")
-    of_a_study = (STUDY_FILE, "sweep.png", "table.txt")
-    for path in sorted(path for pattern in patterns + of_a_study for path in run_dir.glob(pattern)):
+    of_a_sweep = (SWEEP_FILE, "sweep.png", "table.txt")
+    for path in sorted(path for pattern in patterns + of_a_sweep for path in run_dir.glob(pattern)):
         found[path.relative_to(run_dir).as_posix()] = path
     data, results = read_json(run_dir / "data.json"), evaluations(run_dir)
     if data and results:
@@ -144,17 +142,17 @@ def files(run_dir: Path) -> dict[str, str | Path]:
 
 
 def digest(content: str | Path) -> str:
-    """SHA-256 of a text or a file, hexadecimal."""
+    """Return the SHA-256 of a text or of a file, hexadecimal."""
     if isinstance(content, str):
         return hashlib.sha256(content.encode()).hexdigest()
     with open(content, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def exports(run_dir: Path) -> dict[str, tuple[Path, str]]:
-    """The exported ensembles: "last" and "best" -> folder and digest of its files, where complete.
+def exported_models(run_dir: Path) -> dict[str, tuple[Path, str]]:
+    """Return the exported ensembles that are complete: "last" and "best" -> folder and digest of its files.
 
-    None when the config says `tracking.log_model: false`.
+    The result is empty when the config says `tracking.log_model: false`.
     """
     found: dict[str, tuple[Path, str]] = {}
     if (read_config(run_dir).get("tracking") or {}).get("log_model") is False:
@@ -168,7 +166,7 @@ def exports(run_dir: Path) -> dict[str, tuple[Path, str]]:
 
 
 def signature_shape(folder: Path) -> tuple[int, ...]:
-    """Shape of the images that an exported model takes, batch first, -1 where any size will do."""
+    """Return the shape of the images that an exported model takes, batch first, -1 where any size will do."""
     height, width, channels = read_json(folder / "model.json")["image_shape"]
     sizes = tuple(-1 if size is None else int(size) for size in (height, width))
     return (-1, *sizes) if channels == 1 else (-1, *sizes, channels)

@@ -1,4 +1,4 @@
-"""What the uploading process needs besides a server: memory, a tail of the journal, a lock, manners. No MLflow here."""
+"""The uploading process without its server: memory, a tail of the journal, locks, priority, retries. No MLflow here."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _log = logging.getLogger("expertail.tracking")
 
 @dataclass(frozen=True)
 class Target:
-    """Where a run is tracked."""
+    """The place of a run in MLflow."""
 
     uri: str
     experiment: str
@@ -42,7 +42,7 @@ class Target:
 
 
 class State:
-    """What the run folder remembers of one store: the MLflow run, and the digests of files sent. No secrets."""
+    """The memory of one store in the run folder: the MLflow run, and the digests of files sent. No secrets."""
 
     def __init__(self, run_dir: Path, target: Target) -> None:
         self._path, self._uri = run_dir / STATE_FILE, target.uri
@@ -53,25 +53,25 @@ class State:
         self.values.setdefault("key", keys[0] if keys else uuid.uuid4().hex)
         self.values.setdefault("files", {})
 
-    def keep_key(self) -> None:
-        """Have the key on disk before a run carries it; where another process was faster, take its key."""
-        kept = read_json(self._path).get(redact(self._uri), {})
-        self.values.update({name: kept[name] for name in ("key", "run_id") if name in kept})
+    def agree_on_key(self) -> None:
+        """Put the key on disk before an MLflow run carries it; where another process was faster, take its key."""
+        on_disk = read_json(self._path).get(redact(self._uri), {})
+        self.values.update({name: on_disk[name] for name in ("key", "run_id") if name in on_disk})
         self.save()
 
-    def ending(self, said: str | None) -> str | None:
-        """How the run ended: as is said now, else as was said last where run.json has not been written since.
+    def final_status(self, reported: str | None) -> str | None:
+        """Return how the run ended: as reported now, else as reported last, if run.json was not written since.
 
-        A driver that was killed left a run.json that still says running; one that went on wrote a newer one.
+        A killed driver leaves a run.json that still says running; one that went on has written a newer one.
         """
-        written = [stamp(self._path.parent / name) for name in ("run.json", contents.STUDY_FILE)]
-        now = [None if found is None else list(found) for found in written]  # as JSON gives it back
-        if said is not None:
-            self.values.update(status=said, status_at=now)
+        versions = [file_version(self._path.parent / name) for name in ("run.json", contents.SWEEP_FILE)]
+        now = [None if version is None else list(version) for version in versions]  # as JSON gives it back
+        if reported is not None:
+            self.values.update(status=reported, status_at=now)
         return self.values["status"] if self.values.get("status_at") == now else None
 
     def save(self) -> None:
-        """Write the file, whole."""
+        """Write the file as a whole."""
         handle, temporary = tempfile.mkstemp(dir=self._path.parent, prefix=f".{STATE_FILE}.")
         with open(handle, "w") as file:
             json.dump(self._stores, file, indent=1)
@@ -81,8 +81,8 @@ class State:
         os.replace(temporary, self._path)
 
 
-class Tail:
-    """Follows the journal, also when it is rewound: that is a new file under the old name."""
+class JournalTail:
+    """A reader that follows the journal, also when it is rewound: then a new file has the old name."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -90,7 +90,7 @@ class Tail:
         self._line = 0
 
     def records(self) -> Iterator[journal.Record]:
-        """Yield the complete lines that are new since the last call."""
+        """Yield the complete lines that were added since the last call."""
         with contextlib.suppress(FileNotFoundError):
             now = os.stat(self._path)
             if self._file is None or os.fstat(self._file.fileno()).st_ino != now.st_ino:
@@ -112,8 +112,8 @@ class Tail:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, wait_s: float) -> Iterator[bool]:
-    """Hold a lock file; yields whether it was free within `wait_s`."""
+def hold_lock(path: Path, *, wait_s: float) -> Iterator[bool]:
+    """Hold a lock file inside the block. Yield False where it was not free within `wait_s`."""
     deadline = time.monotonic() + wait_s
     with open(path, "ab") as file:
         while True:
@@ -129,14 +129,14 @@ def locked(path: Path, *, wait_s: float) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def building_tables(uri: str, folder: Path) -> Iterator[None]:
-    """Hold a lock where opening a store may build its tables, which two processes must not do at the same time.
+def schema_lock(uri: str, folder: Path) -> Iterator[None]:
+    """Hold a lock while a store is opened, which may build its tables: two processes must not do so at the same time.
 
-    A server sees to that by itself.
+    A server takes care of that itself.
 
     Args:
         uri: of the store.
-        folder: of runs; the lock of a database that is not a file lies there.
+        folder: the folder of runs; holds the lock of a database that is not a file.
     """
     database = sqlite_path(uri)
     if database is not None:
@@ -144,13 +144,13 @@ def building_tables(uri: str, folder: Path) -> Iterator[None]:
     if uri.startswith(("http", "databricks")):
         yield
     else:
-        with locked(Path(f"{database or folder / '.mlflow'}.lock"), wait_s=120.0):
+        with hold_lock(Path(f"{database or folder / '.mlflow'}.lock"), wait_s=120.0):
             yield
 
 
 @contextlib.contextmanager
-def patience() -> Iterator[None]:
-    """Requests may take 30 s, where the operator has not set another limit: no training waits for them."""
+def request_timeout() -> Iterator[None]:
+    """Allow requests 30 s inside the block, unless the operator has set a limit: no training waits for them."""
     given = os.environ.get(TIMEOUT)
     os.environ.setdefault(TIMEOUT, "30")
     try:
@@ -161,9 +161,9 @@ def patience() -> Iterator[None]:
 
 
 def set_priority(nice: int) -> None:
-    """Yield to training (19), or stop yielding (0), which not every user may.
+    """Yield to training (19), or stop yielding (0), which the system does not allow every user.
 
-    Where each session is scheduled as one group, the group's number counts; elsewhere the threads' own.
+    Where the kernel schedules each session as one group, the group's priority counts; elsewhere that of each thread.
     """
     tasks = Path("/proc/self/task")
     for thread in [int(entry.name) for entry in tasks.iterdir()] if tasks.exists() else [0]:
@@ -174,12 +174,12 @@ def set_priority(nice: int) -> None:
 
 
 class Sender(Protocol):
-    """What brings a run folder and a server together. Every call may raise."""
+    """The interface between a run folder and a server. Every call may raise."""
 
     state: State
 
     @property
-    def begun(self) -> bool: ...
+    def has_run(self) -> bool: ...
     def connect(self) -> None: ...
     def describe(self) -> None: ...
     def send_points(self, deadline: float) -> bool: ...
@@ -190,10 +190,10 @@ class Sender(Protocol):
 
 
 def flush(sender: Sender, wait_s: float, status: str | None) -> str | None:
-    """Send everything, trying again until `wait_s` is over; None, or what went wrong."""
-    if not sender.begun:
+    """Send everything, trying again until `wait_s` is over. Return None, or what went wrong."""
+    if not sender.has_run:
         return None
-    status = sender.state.ending(status)
+    status = sender.state.final_status(status)
     deadline = time.monotonic() + wait_s
     problem: str | None = f"not done after {wait_s:.0f} s"
     for attempt in itertools.count():
@@ -208,7 +208,7 @@ def flush(sender: Sender, wait_s: float, status: str | None) -> str | None:
         except Exception as error:
             problem = one_line(error)
             _log.warning("%s", problem)
-            if is_final(error):
+            if is_permanent(error):
                 break
         pause = min(0.5 * 2**attempt, 5.0)
         if problem is None or time.monotonic() + pause >= deadline:
@@ -220,10 +220,10 @@ def flush(sender: Sender, wait_s: float, status: str | None) -> str | None:
 
 
 def follow(sender: Sender, wake: threading.Event, *, interval_s: float = 2.0, system_s: float = 10.0) -> None:
-    """Send what comes until woken. No exception leaves; a failing server is asked ever more rarely, up to a minute."""
+    """Send what arrives until woken. No exception leaves; after failures the pause grows, up to a minute."""
     failures, system_at = 0, time.monotonic() + system_s
     while not wake.is_set():
-        if not sender.begun:
+        if not sender.has_run:
             wake.wait(interval_s)
             continue
         try:
@@ -241,16 +241,16 @@ def follow(sender: Sender, wake: threading.Event, *, interval_s: float = 2.0, sy
         wake.wait(pause)
 
 
-def incomplete(run_dir: Path, uri: str, problem: str) -> str:
-    """What an operator is told when something of a run did not arrive: one line without secrets."""
+def incomplete_message(run_dir: Path, uri: str, problem: str) -> str:
+    """Return the line that tells an operator that a part of a run did not arrive. It holds no secret."""
     text = f"tracking: {redact(uri)} does not have all of this run ({redact(problem)}); later: expertail sync {run_dir}"
     if redact(uri) == uri and not re.search(r"\b40[13]\b", problem):
         return text
     return f"{text} (no password is kept: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or add --uri)"
 
 
-class WithoutSecrets(io.TextIOBase):
-    """A text stream that takes secrets out of what is written to it, by whatever library."""
+class RedactedStream(io.TextIOBase):
+    """A text stream that takes secrets out of everything written to it, by our code or a library's."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -264,8 +264,8 @@ class WithoutSecrets(io.TextIOBase):
         return self._stream.fileno()
 
 
-def stamp(path: Path) -> tuple[int, int] | None:
-    """What changes when a file is written; None when it is not there."""
+def file_version(path: Path) -> tuple[int, int] | None:
+    """Return a value that changes whenever a file is written; None when it does not exist."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -274,23 +274,23 @@ def stamp(path: Path) -> tuple[int, int] | None:
 
 
 def one_line(error: BaseException) -> str:
-    """An error as one line without secrets."""
+    """Return an error as one line without secrets."""
     return redact(f"{type(error).__name__}: {error}".strip().splitlines()[0])[:500]
 
 
-def is_final(error: Exception) -> bool:
-    """Whether trying again cannot help: the server refuses what it is asked, or a file of the run is damaged."""
+def is_permanent(error: Exception) -> bool:
+    """Tell whether a repetition cannot help: the server refuses the request, or a file of the run is damaged."""
     status = getattr(error, "get_http_status_code", None)
     return isinstance(error, ValueError) if status is None else 400 <= status() < 500 and status() not in (408, 429)
 
 
 def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
-    """Pieces of a list."""
+    """Yield a list in pieces of at most `size` items."""
     yield from (items[start : start + size] for start in range(0, len(items), size))
 
 
-def user() -> str:
-    """The name of who runs this."""
+def user_name() -> str:
+    """Return the name of the user of this process."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # a container without a passwd entry

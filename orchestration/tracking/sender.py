@@ -1,23 +1,23 @@
 """Sends a run's journal and results to MLflow, beside training and never in its way.
 
 The run folder is the truth; this file reads it. During training a process of its own, at the lowest priority, follows
-`metrics.jsonl` and sends it in batches (`python -m orchestration.tracking RUN_DIR`, started by `start_uploader`). A
+`metrics.jsonl` and sends it in batches (`python -m orchestration.tracking.sender RUN_DIR`, from `start_uploader`). A
 server that is slow, broken or gone costs telemetry until it is back, and `expertail sync RUN` sends the rest later. The
 uploader ends when its parent ends, however that happened.
 
-Nothing is sent twice, whoever is killed when:
-- the MLflow run carries a key that was saved in the run folder before it was created, and is found by it again; a
-  second one, made by a request whose answer came too late, is removed;
-- the server itself says how far each metric is: what is not beyond its last step is skipped. So when a run is resumed
-  and repeats steps, the points first sent stay (on CPU the repeated ones are equal);
-- a batch that arrived while its answer was lost has the journal's timestamps, which MLflow recognises;
+Nothing is sent twice, whichever process is killed at whatever moment:
+- the MLflow run carries a key that was saved in the run folder before the run was created, and is found by it again; a
+  second one, created by a request whose answer came too late, is removed;
+- the server itself says how far each metric is: points that are not beyond its last step are skipped. So when a run is
+  resumed and repeats steps, the points sent first stay (on CPU the repeated ones are equal);
+- a batch that arrived although its answer was lost has the journal's timestamps, by which MLflow recognises it;
 - files are sent again only when they changed; models are found by the digest of their weights;
-- nothing else repeats a request: MLflow's own retries, which do not look what arrived, are switched off.
+- nothing else repeats a request: MLflow's own retries, which do not check what arrived, are switched off.
 
-A run whose run.json names a study is a child of the study's MLflow run, which whoever comes first creates. A study's
-folder lies beside those of its runs and is uploaded like a run, with its own files.
+A run whose run.json names a sweep (as `study`) is a child of the sweep's MLflow run, which the first of them creates.
+The folder of a sweep lies beside those of its runs and is uploaded like a run, with its own files.
 
-MLflow is imported here alone, and only in the process that uploads: the import costs seconds.
+MLflow is imported in the functions that need it: the import costs seconds, which no driver should pay.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ from typing import Any
 from orchestration.storage import journal
 from orchestration.storage.files import read_config, read_json
 from orchestration.tracking import contents
-from orchestration.tracking.contents import STUDY_FILE
+from orchestration.tracking.contents import SWEEP_FILE
 from orchestration.tracking.process import (
     STATE_FILE,
     TIMEOUT,
+    JournalTail,
+    RedactedStream,
     State,
-    Tail,
     Target,
-    WithoutSecrets,
-    building_tables,
     chunks,
+    file_version,
     flush,
     follow,
-    incomplete,
-    locked,
-    patience,
+    hold_lock,
+    incomplete_message,
+    request_timeout,
+    schema_lock,
     set_priority,
-    stamp,
-    user,
+    user_name,
 )
 from orchestration.tracking.uri import artifact_folder, check_uri
 
@@ -92,27 +92,27 @@ def sync(
     Arguments and result are those of `start_uploader` and `Uploader.finish`.
 
     Raises:
-        ValueError: the URI is not one of a tracking store, or `tracking.json` is damaged.
+        ValueError: the URI is not that of a tracking store, or `tracking.json` is damaged.
     """
     run_dir = Path(run_dir)
     target = Target(check_uri(uri), experiment, run_name or run_dir.name)
-    with locked(run_dir / f".{STATE_FILE}.lock", wait_s=2.0) as ours:
+    with hold_lock(run_dir / f".{STATE_FILE}.lock", wait_s=2.0) as ours:
         if not ours:
-            return incomplete(run_dir, uri, "another process is uploading this run; wait until it ends")
-        with patience():
-            problem = flush(_Sender(run_dir, target), wait_s, status)
-    return None if problem is None else incomplete(run_dir, uri, problem)
+            return incomplete_message(run_dir, uri, "another process is uploading this run; wait until it ends")
+        with request_timeout():
+            problem = flush(MlflowSender(run_dir, target), wait_s, status)
+    return None if problem is None else incomplete_message(run_dir, uri, problem)
 
 
-class _Sender:
-    """Brings one run's folder and the server together, as far as the server plays along; every call may raise."""
+class MlflowSender:
+    """The `Sender` of one run folder and an MLflow store; every call may raise."""
 
     def __init__(self, run_dir: Path, target: Target) -> None:
         os.environ.update({key: os.environ.get(key, value) for key, value in _ENVIRONMENT.items()} | _NO_RETRIES)
         self._run_dir = run_dir
         self._target = target
         self.state = State(run_dir, target)
-        self._tail = Tail(run_dir / journal.FILE_NAME)
+        self._tail = JournalTail(run_dir / journal.FILE_NAME)
         self._client: Any = None
         self._run_id = ""
         self._steps: dict[str, int] = {}  # by metric: the last step that the server has, or that waits to be sent
@@ -122,28 +122,29 @@ class _Sender:
         self._unsent: list[Any] = []
 
     @property
-    def begun(self) -> bool:
-        """Whether there is a run to speak of."""
-        return any((self._run_dir / name).exists() for name in ("config.yaml", STUDY_FILE))
+    def has_run(self) -> bool:
+        """Tell whether the folder holds a run or a sweep yet."""
+        return any((self._run_dir / name).exists() for name in ("config.yaml", SWEEP_FILE))
 
     def connect(self) -> None:
-        """Find or make the MLflow run. Does nothing when that is done."""
+        """Find or create the MLflow run, once."""
         if self._client is not None:
             return
         import mlflow
 
         logging.getLogger("alembic").setLevel(logging.WARNING)
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-        with building_tables(self._target.uri, self._run_dir.parent):
+        with schema_lock(self._target.uri, self._run_dir.parent):
             mlflow.set_tracking_uri(self._target.uri)  # a SQLite registry looks the models up by it
             mlflow.set_registry_uri(self._target.uri)
             client = mlflow.MlflowClient(self._target.uri, self._target.uri)
             experiment_id = self._find_experiment(client)
-        study = contents.study_folder(self._run_dir)
+
+        sweep = contents.sweep_folder(self._run_dir)
         parent = None
-        if study is not None:
-            theirs = State(study, self._target)
-            parent = self._find_run(client, experiment_id, study, theirs, study.name, {}).info.run_id
+        if sweep is not None:
+            state = State(sweep, self._target)
+            parent = self._find_run(client, experiment_id, sweep, state, sweep.name, {}).info.run_id
         tags = {} if parent is None else {"mlflow.parentRunId": parent}
         run = self._find_run(client, experiment_id, self._run_dir, self.state, self._target.run_name, tags)
         self._run_id = run.info.run_id
@@ -155,24 +156,27 @@ class _Sender:
         _log.info("run %s of experiment %s", self._run_id, self._target.experiment)
 
     def describe(self) -> None:
-        """Say what the run is: parameters, tags, dataset, files. Does nothing while those stay the same."""
+        """Send parameters, tags, dataset and files, once and whenever the files that describe the run change."""
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 
-        state = [stamp(self._run_dir / name) for name in ("config.yaml", "run.json", "data.json", STUDY_FILE)]
+        state = [file_version(self._run_dir / name) for name in ("config.yaml", "run.json", "data.json", SWEEP_FILE)]
         if state == self._described:
             return
-        run, data, config = contents.description(self._run_dir)
+
+        run, data, config = contents.describe_folder(self._run_dir)
         self._stages = list((config.get("method") or {}).get("stages") or [])
-        # Parameters never change on the server; those of the first start stay.
+        # Parameters cannot change on the server; those of the first start stay.
         params = {k: v for k, v in contents.parameters(config).items() if k not in self._params}
         for chunk in chunks([Param(*item) for item in params.items()], 100):
             self._client.log_batch(self._run_id, params=chunk, synchronous=True)
         self._params |= set(params)
+
         tags = [RunTag(*item) for item in contents.tags(run, data, config).items()]
-        if table := contents.summary(self._run_dir):
+        if table := contents.note(self._run_dir):
             tags.append(RunTag("mlflow.note.content", table))
         for chunk in chunks(tags, 100):
             self._client.log_batch(self._run_id, tags=chunk, synchronous=True)
+
         if data.get("digest"):
             profile = {"images": data.get("total"), "classes": len(data.get("counts", []))}
             name = str(data.get("dataset", "dataset"))[:500]
@@ -203,9 +207,9 @@ class _Sender:
     def _find_run(
         self, client: Any, experiment_id: str, folder: Path, state: State, name: str, tags: dict[str, str]
     ) -> Any:
-        """The one MLflow run of a folder; made where there is none."""
-        with locked(folder / f".{STATE_FILE}.run.lock", wait_s=30.0):  # runs side by side make their study's once
-            state.keep_key()
+        """Find the one MLflow run of a folder by its key, or create it; delete others that carry the key."""
+        with hold_lock(folder / f".{STATE_FILE}.run.lock", wait_s=30.0):  # runs side by side create their sweep's once
+            state.agree_on_key()
             values = state.values
             key = f"tags.`expertail.key` = '{values['key']}'"
             found = {run.info.run_id: run for run in client.search_runs([experiment_id], key)}
@@ -214,8 +218,8 @@ class _Sender:
                 for stray in found.keys() - {run_id}:
                     client.delete_run(stray)
             else:
-                made = {"expertail.key": values["key"], "mlflow.user": user(), **tags}
-                begun = contents.moment(contents.description(folder)[0], "created")
+                made = {"expertail.key": values["key"], "mlflow.user": user_name(), **tags}
+                begun = contents.time_ms(contents.describe_folder(folder)[0], "created")
                 run_id = client.create_run(experiment_id, begun, made, name).info.run_id
                 values["files"] = {}
             values.update(experiment=self._target.experiment, experiment_id=experiment_id, run_id=run_id)
@@ -232,7 +236,7 @@ class _Sender:
             deadline: by `time.monotonic()`; no new batch is started after it.
 
         Returns:
-            Whether everything that the journal holds was sent.
+            True where everything in the journal was sent.
         """
         from mlflow.entities import Metric
 
@@ -252,7 +256,7 @@ class _Sender:
         return False
 
     def send_system(self) -> None:
-        """Send what the machine is doing, as MLflow names its system metrics; lost when it fails."""
+        """Send the load of this machine under MLflow's names of system metrics; lost when the request fails."""
         import psutil
         from mlflow.entities import Metric
 
@@ -286,10 +290,10 @@ class _Sender:
             self.state.save()
 
     def send_models(self) -> None:
-        """Register the exported ensembles and point the aliases "last" and "best" at them."""
+        """Register the exported ensembles, and point the aliases "last" and "best" at them."""
         from mlflow.exceptions import MlflowException
 
-        found = contents.exports(self._run_dir)
+        found = contents.exported_models(self._run_dir)
         if not found:
             return
         name = contents.model_name(read_config(self._run_dir), self._target.experiment)
@@ -313,6 +317,7 @@ class _Sender:
         return {alias: str(version) for alias, version in dict(aliases).items()}
 
     def _send_model(self, which: str, folder: Path, digest: str) -> str:
+        """Upload an ensemble as a logged model, unless that was done before. Return the model's id."""
         from mlflow.entities import LoggedModelOutput
         from mlflow.models import Model
 
@@ -337,19 +342,19 @@ class _Sender:
         return logged.model_id
 
     def close(self, status: str | None) -> None:
-        """Set the run's final status; the run stays as it is when its folder calls it running."""
-        run = contents.description(self._run_dir)[0]
-        status = status or contents.status_of(run)
+        """Set the final status of the run; it stays as it is where the folder calls the run running."""
+        run = contents.describe_folder(self._run_dir)[0]
+        status = status or contents.mlflow_status(run)
         self._client.set_tag(self._run_id, "status", str(run.get("status", status.lower())))
         experiment_id = self.state.values["experiment_id"]
         self._find_run(self._client, experiment_id, self._run_dir, self.state, self._target.run_name, {})  # no strays
         if status != "RUNNING":
-            ended = contents.moment(run, "ended") if status == "FINISHED" else None
+            ended = contents.time_ms(run, "ended") if status == "FINISHED" else None
             self._client.set_terminated(self._run_id, status, ended)
 
 
 def _save_pyfunc(scratch: Path, export: Path, model: Any) -> None:
-    """Write an exported ensemble as an MLflow model below `scratch`: tensors, JSON and our code; nothing is pickled."""
+    """Write an exported ensemble as an MLflow model below `scratch`: tensors, JSON and our code, nothing pickled."""
     import mlflow
     import numpy as np
     from mlflow.models.signature import ModelSignature
@@ -378,14 +383,18 @@ def _save_pyfunc(scratch: Path, export: Path, model: Any) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """The uploading process: the target as one line of JSON on standard input, then `finish`; an end is an orphan's."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `ray job stop` sends it to all; the driver says when to end
+    """Upload a run until told to finish.
+
+    Standard input holds the target as one line of JSON, later a line with `finish`. Where it ends without one, the
+    driver was killed: send the rest for 10 s and call the run KILLED.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `ray job stop` sends it to everybody; the driver says when to end
     set_priority(19)
     run_dir = Path(arguments[0])
     target = Target(**json.loads(sys.stdin.readline()))
-    sys.stdout, sys.stderr = WithoutSecrets(sys.stdout), WithoutSecrets(sys.stderr)
+    sys.stdout, sys.stderr = RedactedStream(sys.stdout), RedactedStream(sys.stderr)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s", level=logging.INFO)
-    last: dict[str, Any] = {"finish": 10.0, "status": "KILLED"}  # when the parent ends without a word
+    last: dict[str, Any] = {"finish": 10.0, "status": "KILLED"}  # unless the parent says otherwise
     wake = threading.Event()
 
     def listen() -> None:
@@ -396,11 +405,12 @@ def main(arguments: list[str]) -> int:
         set_priority(0)  # training is over; the driver waits
 
     threading.Thread(target=listen, daemon=True).start()
-    with locked(run_dir / f".{STATE_FILE}.lock", wait_s=60.0) as ours:  # an earlier driver's orphan ends by itself
+    # An uploader whose driver was killed ends by itself: wait for it.
+    with hold_lock(run_dir / f".{STATE_FILE}.lock", wait_s=60.0) as ours:
         if not ours:
             _log.error("another process is uploading this run")
             return 1
-        sender = _Sender(run_dir, target)
+        sender = MlflowSender(run_dir, target)
         follow(sender, wake)
         return 0 if flush(sender, last["finish"], last["status"]) is None else 3
 

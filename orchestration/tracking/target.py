@@ -1,4 +1,4 @@
-"""The tracking store that a run's config names. Apart from uri.py, which the uploading process loads without torch."""
+"""The tracking store of a run's config. Kept apart from uri.py, which the uploading process loads without torch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from orchestration.tracking.uri import default_uri
 
 
 def tracking_uri(config: RunConfig) -> str:
-    """Where a run is tracked: the operator's URI, else a SQLite file beside the run folders.
+    """Return where a run is tracked: the URI of its config, else a SQLite file beside the run folders.
 
     Raises:
-        ValueError: those are at a URL, and no URI is given.
+        ValueError: the run folders are at a URL, and no URI is given.
     """
     if config.tracking.uri is None:
         check_tracked(config)

@@ -16,7 +16,7 @@ from orchestration.config.paths import code_root
 from orchestration.tracking.process import (
     State,
     Target,
-    incomplete,
+    incomplete_message,
 )
 from orchestration.tracking.uri import check_uri
 
@@ -29,16 +29,16 @@ def start_uploader(
     experiment: str = "expertail",
     run_name: str | None = None,
 ) -> Uploader:
-    """Start the process that uploads a run while it trains. Returns at once: nothing is imported, nothing is connected.
+    """Start the process that uploads a run while it trains. Return at once: nothing is imported or connected here.
 
     Args:
-        run_dir: the run folder, with `config.yaml`, `run.json` and `data.json` as far as they are known; or a study's.
-        uri: of the tracking store; `default_uri(runs_dir)` where the operator named none.
-        experiment: MLflow experiment; made when missing.
-        run_name: name of the MLflow run; the folder's name when not given.
+        run_dir: the run folder, with those of `config.yaml`, `run.json` and `data.json` that exist; or a sweep's.
+        uri: of the tracking store; see `tracking_uri`.
+        experiment: MLflow experiment; created when missing.
+        run_name: name of the MLflow run; by default that of the folder.
 
     Raises:
-        ValueError: the URI is not one of a tracking store.
+        ValueError: the URI is not that of a tracking store.
     """
     run_dir = Path(run_dir)
     target = Target(check_uri(uri), experiment, run_name or run_dir.name)
@@ -53,36 +53,36 @@ def start_uploader(
             env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
         )  # fmt: skip
     uploader = Uploader(run_dir, target, process)
-    uploader.tell(asdict(target))
+    uploader.send_message(asdict(target))
     return uploader
 
 
 class Uploader:
-    """The driver's handle on the process that uploads. Nothing here raises into training."""
+    """The driver's handle on the uploading process. No error of it reaches training."""
 
     def __init__(self, run_dir: Path, target: Target, process: subprocess.Popen[bytes]) -> None:
         self._run_dir = run_dir
         self._target = target
         self._process = process
 
-    def tell(self, message: dict[str, Any]) -> None:
-        """Send one message to the process; it may be gone."""
+    def send_message(self, message: dict[str, Any]) -> None:
+        """Send one message to the process, which may have ended."""
         with contextlib.suppress(OSError, ValueError):
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
 
     def finish(self, wait_s: float = 60.0, status: str | None = None) -> str | None:
-        """Send what is left and end the process.
+        """Let the process send the rest, and end it.
 
         Args:
-            wait_s: longest wait; a server that does not answer is given up after that.
-            status: FINISHED, FAILED or KILLED; as in run.json when not given.
+            wait_s: the longest wait; a server that does not answer is given up after it.
+            status: FINISHED, FAILED or KILLED; by default as in run.json.
 
         Returns:
-            None when everything arrived, else one line that says what did not, why, and how to send it later.
+            None when everything arrived, else one line that says what is missing, why, and how to send it later.
         """
-        self.tell({"finish": wait_s, "status": status})
+        self.send_message({"finish": wait_s, "status": status})
         with contextlib.suppress(OSError):
             assert self._process.stdin is not None
             self._process.stdin.close()
@@ -91,10 +91,13 @@ class Uploader:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-            return incomplete(self._run_dir, self._target.uri, f"not done after {wait_s:.0f} s")
+            return self._incomplete(f"not done after {wait_s:.0f} s")
         if code == 0:
             return None
         with contextlib.suppress(ValueError):
             if problem := State(self._run_dir, self._target).values.get("problem"):
-                return incomplete(self._run_dir, self._target.uri, problem)
-        return incomplete(self._run_dir, self._target.uri, f"the uploader ended with code {code}, see {LOG_FILE}")
+                return self._incomplete(problem)
+        return self._incomplete(f"the uploader ended with code {code}, see {LOG_FILE}")
+
+    def _incomplete(self, problem: str) -> str:
+        return incomplete_message(self._run_dir, self._target.uri, problem)

@@ -1,4 +1,4 @@
-"""Where an MLflow server or database is."""
+"""The URI of an MLflow server or database."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ SCHEMES = ("sqlite", "http", "https", "databricks", "postgresql", "mysql", "mssq
 
 
 def check_uri(uri: str) -> str:
-    """The URI of a tracking store, a relative SQLite path made absolute.
+    """Return the URI of a tracking store, a relative SQLite path made absolute.
 
     Raises:
-        ValueError: the scheme is not one that a tracking store has.
+        ValueError: a tracking store has no such scheme.
     """
     parts = urlsplit(uri)
     if parts.scheme.split("+")[0] not in SCHEMES and uri != "databricks":
@@ -28,14 +28,14 @@ def check_uri(uri: str) -> str:
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """The absolute path of a SQLite file's URI, None for any other URI."""
+    """Return the absolute path of a SQLite file's URI; None for any other URI."""
     if not uri.startswith("sqlite:///"):
         return None
     return Path(os.path.abspath(uri.removeprefix("sqlite:///")))
 
 
 def artifact_folder(uri: str, runs_dir: Path) -> str | None:
-    """Where files of a new experiment go: beside a database; None where the server decides."""
+    """Return where the files of a new experiment go: beside a database; None where the server decides."""
     if uri.startswith(("http", "databricks")):
         return None
     database = sqlite_path(uri)
@@ -43,5 +43,5 @@ def artifact_folder(uri: str, runs_dir: Path) -> str | None:
 
 
 def default_uri(runs_dir: str | os.PathLike[str]) -> str:
-    """The store of those who run no server: one SQLite file for all runs of a folder."""
+    """Return the store of operators without a server: one SQLite file for all runs of a folder."""
     return f"sqlite:///{Path(os.path.abspath(runs_dir)) / 'mlflow.db'}"

@@ -15,7 +15,7 @@ import pytest
 
 from orchestration.storage.journal import Journal
 from orchestration.tracking.process import Target, flush
-from orchestration.tracking.sender import _Sender, sync
+from orchestration.tracking.sender import MlflowSender, sync
 from orchestration.tracking.uploader import start_uploader
 from orchestration.tracking.uri import default_uri
 
@@ -170,18 +170,18 @@ assert "/mlartifacts/" in aggregation.__file__, aggregation.__file__
 def test_a_killed_and_resumed_run_has_every_point_once(runs):
     """The uploader sees 10 steps and dies; the run goes back to step 6 and on to 12, at later times."""
     uri, folder = default_uri(runs), make_run(runs / "resumed")
-    assert flush(_Sender(folder, Target(uri, "expertail", "resumed")), 60, "KILLED") is None
+    assert flush(MlflowSender(folder, Target(uri, "expertail", "resumed")), 60, "KILLED") is None
     with Journal(folder) as journal:
         journal.rewind({"train": 6}, ["train"])
     append(folder, range(7, 13), 2e9)
-    assert flush(_Sender(folder, Target(uri, "expertail", "resumed")), 60, "FINISHED") is None
+    assert flush(MlflowSender(folder, Target(uri, "expertail", "resumed")), 60, "FINISHED") is None
     assert history(uri, "resumed") == expected(range(1, 11)) + expected([11, 12], 2e9)
 
 
 def test_a_lost_answer_and_a_lost_memory_double_nothing(runs):
-    """The server takes a batch, the answer is lost, then the uploader dies before it remembers its run."""
+    """The server takes a batch, the answer is lost, then the uploader dies before it has saved its run."""
     uri, folder = default_uri(runs), make_run(runs / "lost")
-    sender = _Sender(folder, Target(uri, "expertail", "lost"))
+    sender = MlflowSender(folder, Target(uri, "expertail", "lost"))
     sender.connect()
     send = sender._client.log_batch
     lost = []
@@ -203,20 +203,20 @@ def test_a_lost_answer_and_a_lost_memory_double_nothing(runs):
     assert history(uri, "lost") == expected(range(1, 11))
 
 
-def test_a_study_is_the_parent_of_its_runs(runs):
-    """Whoever of the two comes first makes the study's run; the other finds it."""
+def test_a_sweep_is_the_parent_of_its_runs(runs):
+    """The first of the two to be uploaded creates the sweep's MLflow run; the other finds it."""
     uri, folder = default_uri(runs), make_run(runs / "child", steps=1)
-    study = runs / "study"
-    study.mkdir()
+    sweep = runs / "x-sweep"
+    sweep.mkdir()
     result = {"key": "seed", "method": "ride", "dataset": "tiny", "seed": 4, "config": {"method.name": "ride"}}
     result |= {"status": "finished", "runs": [{"value": "4", "run": "child"}]}
-    (study / "sweep.json").write_text(json.dumps(result))
-    (study / "sweep.png").write_bytes(b"png")
-    (folder / "run.json").write_text(json.dumps({"status": "finished", "study": "study"}))
+    (sweep / "sweep.json").write_text(json.dumps(result))
+    (sweep / "sweep.png").write_bytes(b"png")
+    (folder / "run.json").write_text(json.dumps({"status": "finished", "study": "x-sweep"}))
     assert sync(folder, uri) is None
-    assert the_run(uri, "study").info.status == "RUNNING"
-    assert sync(study, uri) is None
-    parent = the_run(uri, "study")
+    assert the_run(uri, "x-sweep").info.status == "RUNNING"
+    assert sync(sweep, uri) is None
+    parent = the_run(uri, "x-sweep")
     assert the_run(uri, "child").data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert parent.info.status == "FINISHED"
     assert parent.data.params == {"method.name": "ride", "sweep.key": "seed", "sweep.values": "4"}
@@ -254,7 +254,7 @@ def test_uploaders_share_a_new_file_and_end_with_their_drivers(tmp_path):
 
 @pytest.mark.drill
 def test_a_server_that_is_not_there_costs_nothing_but_a_message_and_is_caught_up_with(runs, tmp_path):
-    """First nobody answers; then a real server does, and gets everything, the model through it."""
+    """First nobody answers; then a real server does, and gets everything, the model too."""
     port = free_port()
     uri = f"http://me:s3cret@127.0.0.1:{port}"
     folder = make_run(tmp_path / "late")

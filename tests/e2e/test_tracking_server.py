@@ -1,7 +1,7 @@
 """Drills: a real MLflow server on a real PostgreSQL is gone, slow, broken or lies, and no point is lost or doubled.
 
-Each trains digits beside a fault and is passed when training keeps its pace, the command ends with 0, and MLflow, read
-back from PostgreSQL, holds the journal of the run: every point, each once.
+Each trains digits beside a fault. It passes when training keeps its pace, the command ends with 0, and MLflow, read
+from PostgreSQL, holds every point of the run's journal once.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def proxy(server):
 
 
 class Drill:
-    """Trains with things that happen at steps, and measures its pace without them."""
+    """A run with events at steps; its pace is measured without them."""
 
     def __init__(self, folder: Path, experiment: str) -> None:
         self.folder, self.experiment = folder, experiment
@@ -111,9 +111,9 @@ class Alone:
         self.points = runs.points(folder)
 
     def check(self, drill: Drill) -> None:
-        """The same numbers, and the same pace within noise: half as long again and 3 s, by a second measure if need be.
+        """Compare the numbers, and the pace: at most half as long again and 3 s more, measured twice where needed.
 
-        On a machine that others use, thrice and 5 s: waiting for the server, request by request, would add more.
+        On a machine that others use: three times as long and 5 s. Waiting for every request would add more.
         """
         assert runs.points(drill.folder) == self.points
         others = os.getloadavg()[0] > 2 * (os.cpu_count() or 1)
@@ -185,7 +185,7 @@ def check_whole(server, drill, status="FINISHED", models=True):
     table = served.load_table(run.info.experiment_id, tracking_contents.PER_CLASS_FILE, [run.info.run_id])
     assert len(table) == len(data["counts"])
     if models:
-        digests = {digest for _, digest in tracking_contents.exports(drill.folder).values()}
+        digests = {digest for _, digest in tracking_contents.exported_models(drill.folder).values()}
         versions = client(server.store).search_model_versions(f"run_id = '{run.info.run_id}'")
         assert sorted(version.tags["expertail.digest"] for version in versions) == sorted(digests)
         assert len(run.outputs.model_outputs) == len(digests)
@@ -249,7 +249,7 @@ def test_a_server_that_is_down_at_the_end_is_named_and_sync_sends_the_rest(serve
 
 
 def test_a_server_whose_answers_come_late_does_not_slow_training(proxy, server, alone, drill, capsys):
-    """2 s an answer: what does not fit into the end's wait is sent later."""
+    """Each answer takes 2 s: points that do not fit into the wait at the end are sent later."""
     proxy.rule = lambda method, path, credentials: Fault(delay_s=2.0)
 
     def asked():
@@ -311,7 +311,7 @@ def test_answers_that_are_lost_after_the_server_did_its_work_double_nothing(prox
 
 
 def test_two_runs_at_once_fill_a_fresh_database_through_a_server_and_without_one(postgresql, server, drill):
-    """Nobody has made the experiment, nor, without a server, the tables."""
+    """Neither the experiment exists, nor, without a server, the tables."""
     server.start()
     folders = [drill.folder.parent / name for name in ("first", "second")]
     assert runs.train(folders[0]) == 0
@@ -329,7 +329,7 @@ def test_two_runs_at_once_fill_a_fresh_database_through_a_server_and_without_one
             run = the_run(store, drill.experiment, folder.name)
             assert held(store, run) == expected
             versions = client(store).search_model_versions(f"run_id = '{run.info.run_id}'")
-            assert len(versions) == len({digest for _, digest in tracking_contents.exports(folder).values()})
+            assert len(versions) == len({digest for _, digest in tracking_contents.exported_models(folder).values()})
 
 
 @pytest.mark.parametrize("given", ["uri", "environment"])

@@ -29,11 +29,27 @@ def test_the_config_is_sent_without_secrets(tmp_path):
     assert tracking_contents.model_name({}, "e") == "e"
 
 
-def test_a_run_knows_its_study_by_name(tmp_path):
+def test_a_run_knows_its_sweep_by_name(tmp_path):
     (tmp_path / "run").mkdir()
-    assert tracking_contents.study_folder(tmp_path / "run") is None
+    assert tracking_contents.sweep_folder(tmp_path / "run") is None
     (tmp_path / "run" / "run.json").write_text('{"study": "all"}')
-    assert tracking_contents.study_folder(tmp_path / "run") is None  # its folder is gone
+    assert tracking_contents.sweep_folder(tmp_path / "run") is None  # its folder is gone
     (tmp_path / "all").mkdir()
     (tmp_path / "all" / "sweep.json").write_text("{}")
-    assert tracking_contents.study_folder(tmp_path / "run") == tmp_path / "all"
+    assert tracking_contents.sweep_folder(tmp_path / "run") == tmp_path / "all"
+
+
+def test_a_run_is_running_until_its_folder_says_how_it_ended():
+    words = {"running": "RUNNING", "finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
+    assert {word: tracking_contents.mlflow_status({"status": word}) for word in words} == words
+    assert tracking_contents.mlflow_status({}) == "RUNNING"
+
+
+def test_no_model_is_sent_where_the_config_says_so(tmp_path):
+    export = tmp_path / "export" / "last"
+    export.mkdir(parents=True)
+    for name in ("model.json", "model.safetensors"):
+        (export / name).write_text("{}")
+    assert list(tracking_contents.exported_models(tmp_path)) == ["last"]
+    (tmp_path / "config.yaml").write_text("tracking: {log_model: false}")
+    assert tracking_contents.exported_models(tmp_path) == {}

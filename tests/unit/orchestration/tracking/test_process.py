@@ -8,12 +8,21 @@ import pytest
 
 from orchestration.storage.files import write_atomic
 from orchestration.storage.journal import Journal
-from orchestration.tracking.process import State, Tail, Target, WithoutSecrets, flush, incomplete, is_final, locked
+from orchestration.tracking.process import (
+    JournalTail,
+    RedactedStream,
+    State,
+    Target,
+    flush,
+    hold_lock,
+    incomplete_message,
+    is_permanent,
+)
 
 
 def test_the_tail_follows_a_growing_and_a_rewound_journal(tmp_path):
     journal = Journal(tmp_path, flush_s=0)
-    tail = Tail(journal.path)
+    tail = JournalTail(journal.path)
     seen = []
     for step in (1, 2, 3):
         journal.append("train", 1, step, {"train/loss": 0.0})
@@ -29,7 +38,7 @@ def test_the_tail_follows_a_growing_and_a_rewound_journal(tmp_path):
 
 
 def test_a_tail_of_a_journal_that_is_not_there_yet_waits(tmp_path):
-    assert list(Tail(tmp_path / "metrics.jsonl").records()) == []
+    assert list(JournalTail(tmp_path / "metrics.jsonl").records()) == []
 
 
 def test_the_state_keeps_stores_apart_and_no_secret(tmp_path):
@@ -46,19 +55,19 @@ def test_the_state_keeps_stores_apart_and_no_secret(tmp_path):
 
 
 def test_two_processes_that_see_a_folder_first_agree_on_its_key(tmp_path):
-    """Runs side by side make their study's MLflow run once."""
+    """Runs side by side create their sweep's MLflow run once."""
     one, two = (State(tmp_path, Target("http://h", "e", "r")) for _ in range(2))
     assert one.values["key"] != two.values["key"]
-    one.keep_key()
+    one.agree_on_key()
     one.values["run_id"] = "x"
     one.save()
-    two.keep_key()
+    two.agree_on_key()
     assert (two.values["key"], two.values["run_id"]) == (one.values["key"], "x")
 
 
 def test_what_libraries_print_is_logged_without_secrets(tmp_path):
     with open(tmp_path / "log", "w") as file:
-        print("Traceback: http://me:s3cret@h/api", file=WithoutSecrets(file))
+        print("Traceback: http://me:s3cret@h/api", file=RedactedStream(file))
     assert (tmp_path / "log").read_text() == "Traceback: http://h/api\n"
 
 
@@ -66,17 +75,17 @@ def test_what_libraries_print_is_logged_without_secrets(tmp_path):
     ("uri", "problem", "hint"),
     [("http://h", "down", False), ("http://me:s3cret@h", "down", True), ("http://h", "error code 401 != 200", True)],
 )
-def test_who_needs_a_password_is_told_where_to_put_it(tmp_path, uri, problem, hint):
-    text = incomplete(tmp_path, uri, problem)
+def test_an_operator_whose_server_needs_a_password_reads_where_to_put_it(tmp_path, uri, problem, hint):
+    text = incomplete_message(tmp_path, uri, problem)
     assert ("MLFLOW_TRACKING_PASSWORD" in text) == hint
     assert "s3cret" not in text and "\n" not in text
     assert f"expertail sync {tmp_path}" in text
 
 
 def test_a_lock_is_held_by_one(tmp_path):
-    with locked(tmp_path / "lock", wait_s=0) as first, locked(tmp_path / "lock", wait_s=0) as second:
+    with hold_lock(tmp_path / "lock", wait_s=0) as first, hold_lock(tmp_path / "lock", wait_s=0) as second:
         assert (first, second) == (True, False)
-    with locked(tmp_path / "lock", wait_s=0) as again:
+    with hold_lock(tmp_path / "lock", wait_s=0) as again:
         assert again
 
 
@@ -93,14 +102,14 @@ class Refusal(Exception):
     [(Refusal(400), True), (Refusal(403), True), (Refusal(429), False), (Refusal(500), False), (OSError(), False),
      (ValueError(), True)],
 )  # fmt: skip
-def test_what_cannot_be_cured_by_patience_is_not_tried_again(error, final):
-    assert is_final(error) == final
+def test_a_permanent_error_is_not_tried_again(error, final):
+    assert is_permanent(error) == final
 
 
 class Flaky:
     """A sender whose server fails a few times."""
 
-    begun = True
+    has_run = True
 
     def __init__(self, folder, errors):
         self.state = State(folder, Target("http://h", "e", "r"))
@@ -130,7 +139,7 @@ class Flaky:
         self.calls.append(status)
 
 
-def test_draining_goes_on_past_failures_and_remembers_what_is_wrong(tmp_path):
+def test_flushing_goes_on_past_failures_and_remembers_what_is_wrong(tmp_path):
     sender = Flaky(tmp_path, [OSError("down")])
     assert flush(sender, 10, "FINISHED") is None
     assert sender.calls == ["connect", "connect", "describe", "files", "models", "FINISHED"]
@@ -140,8 +149,8 @@ def test_draining_goes_on_past_failures_and_remembers_what_is_wrong(tmp_path):
     assert json.loads((tmp_path / "tracking.json").read_text())["http://h"]["status"] == "FINISHED"
 
 
-def test_how_a_run_ended_is_what_was_said_last_until_its_folder_says_otherwise(tmp_path):
-    """A driver was killed, which only its uploader could tell; the run went on without tracking and is finished."""
+def test_how_a_run_ended_is_what_was_reported_last_until_its_folder_says_otherwise(tmp_path):
+    """A driver was killed, which only its uploader could report; the run went on without tracking and is finished."""
     (tmp_path / "run.json").write_text('{"status": "running"}')
     assert flush(Flaky(tmp_path, []), 1, "KILLED") is None
 

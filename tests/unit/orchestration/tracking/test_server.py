@@ -1,4 +1,4 @@
-"""What the doctor is told of a tracking server: one request, seconds of patience, a reason for each kind of failure."""
+"""The doctor's question to a tracking server: one request, seconds of patience, a reason for each kind of failure."""
 
 from __future__ import annotations
 
