@@ -3,8 +3,8 @@
     python .ci/audit.py [SERVICE ...]
 
 Exit codes: 0 no known advisory, 1 advisories found, 3 not checked: no service can be asked, or it does not know some
-packages. A service counts once it names an advisory of a release that is known to have some: a mirror of the package
-index answers, and knows of none.
+packages. A service is trusted only if it names an advisory for a release that is known to have some: a mirror of the
+package index may answer and know of none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ KNOWN_BAD = "jinja2==2.4"  # CVE-2014-0012, CVE-2016-10745 and later ones
 
 
 def main(services: list[str]) -> int:
-    """Audit, print what was found, and return the exit code."""
+    """Audit, print the findings, and return the exit code."""
     reasons = []
     for service in services or SERVICES:
         known, reason = _audit(service, KNOWN_BAD)
@@ -56,7 +56,7 @@ def _report(service: str, packages: list[dict[str, Any]]) -> int:
 
 
 def _audit(service: str, requirements: str) -> tuple[list[dict[str, Any]], str]:
-    """What pip-audit knows of each package, or nothing and why."""
+    """Return what pip-audit reports for each package, or an empty list and the reason."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write(requirements + "\n")
         file.flush()

@@ -3,8 +3,8 @@
     python benchmarks/fixed_runs.py run OUT [--checkout FOLDER]     train the fixed runs with a checkout's code
     python benchmarks/fixed_runs.py compare BEFORE AFTER            fail if a value, weight or evaluation differs
 
-The runs: every recipe on digits, packed, its stages short; RIDE spread over three workers; RIDE stopped after 13 steps
-and resumed. All on one thread, so values are compared bit by bit. Times and speeds are left out.
+The runs: every recipe on digits, packed, with short stages; RIDE spread over three workers; RIDE stopped after 13 steps
+and resumed. All use one thread, so values can be compared bit by bit. Times and speeds are left out.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def train_all(checkout: Path, out: Path) -> int:
 
 
 def _short(method: str, checkout: Path) -> list[str]:
-    """Overrides that make every stage of a recipe short."""
+    """Return overrides that make every stage of a recipe short."""
     tree = yaml.safe_load((checkout / "configs" / "method" / f"{method}.yaml").read_text())
     stages = list(tree.get("method", tree)["stages"])
     words = []
@@ -113,7 +113,7 @@ def _differences(before: Path, after: Path) -> list[str]:
 
 
 def _points(run: Path) -> list[tuple[Any, ...]]:
-    """Every value of a run's journal; sorted, as stages that train at the same time write in any order."""
+    """Return every value of a run's journal, sorted: parallel stages write in any order."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return sorted(
         (r["stage"], r["step"], r["name"], repr(r["value"])) for r in records if "images_per_s" not in r["name"]
@@ -130,7 +130,7 @@ def _evaluations(run: Path) -> dict[str, Any]:
 
 
 def _config(run: Path) -> str:
-    """The resolved config, without the folders that differ by purpose."""
+    """Return the resolved config without the folder of the runs, which differs by design."""
     text = (run / "config.yaml").read_text()
     return text.replace(str(run.parent.resolve()), "RUNS")
 

@@ -57,7 +57,7 @@ def run(method: str, seed: int, options: argparse.Namespace) -> Path:
 
 
 def summary(folders: list[Path], which: str) -> dict[str, list[float]]:
-    """Mean and standard deviation over seeds of the ensemble's top-1, in percent, by group."""
+    """Return mean and standard deviation over seeds of the ensemble's top-1, in percent, by group."""
     found = [json.loads((folder / "evaluation" / f"{which}.json").read_text()) for folder in folders]
     values = {}
     for group in GROUPS:
@@ -75,7 +75,7 @@ def parameters(folder: Path) -> int:
 
 
 def seconds(folder: Path) -> float:
-    """Training time alone: images over images per second, summed over epochs."""
+    """Return the training time in seconds, from the first recorded step to the last."""
     run_record = json.loads((folder / "run.json").read_text())
     lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
     times = [line["time"] for line in lines if line["name"] == "train/loss"]

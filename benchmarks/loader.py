@@ -3,11 +3,11 @@
     python benchmarks/loader.py ROOT OUT.json [--processes 0 1] [--images 10000] [--passes 5]
 
 ROOT holds train/<class>/*.jpg and test/<class>/*.jpg of 32x32 images, as CIFAR-10's tree. Both sides do the same:
-decode, RandomCrop with padding 4, mirror, scale, normalise, batches of 128; one torch thread in each process. Passes
-alternate between the sides, so that a change in the machine's speed meets all of them; medians are compared. Compared
-are images a second of wall time, and images a second of processor time of the process and its loader processes (`per
-core`). Our first resident epoch includes listing the tree and decoding its whole test set, which the others do before
-the clock starts or not at all.
+decode, RandomCrop with padding 4, mirror, scale, normalise, batches of 128; one torch thread per process. Passes
+alternate between the sides, so that a change in the machine's speed affects all of them; medians are compared: images
+per second of wall time, and images per second of processor time of the process and its loader processes (`per core`).
+Our first resident epoch includes listing the tree and decoding its whole test set, which the others do before the
+clock starts or not at all.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
 def config(root: str, images: int, processes: int, resident: str) -> DatasetConfig:
-    """The tree's first `images` images by the published selection, an equal number of each of ten classes."""
+    """Return the config of `images` images of the tree by the published selection, equally many of ten classes."""
     return DatasetConfig(
         name="jpeg tree",
         source="image_folder",
@@ -53,7 +53,7 @@ def config(root: str, images: int, processes: int, resident: str) -> DatasetConf
 
 
 def ours(root: str, images: int, processes: int, resident: str) -> TrainBatches:
-    """Our loader, opened; decodes everything first when resident."""
+    """Open our loader; if resident, decode everything first."""
     chosen = config(root, images, processes, resident)
     dataset = open_dataset(chosen)
     sampler = InstanceBalanced(InstanceBalanced.Config(), dataset.train.labels, dataset.num_classes)
@@ -62,7 +62,7 @@ def ours(root: str, images: int, processes: int, resident: str) -> TrainBatches:
 
 
 def torchvisions(root: str, images: int, processes: int) -> DataLoader:
-    """The usual loader over as many random images."""
+    """Make torchvision's usual loader over as many random images."""
     steps = [
         transforms.RandomCrop(32, padding=4),
         transforms.RandomHorizontalFlip(),
@@ -77,13 +77,13 @@ def torchvisions(root: str, images: int, processes: int) -> DataLoader:
 
 
 def cpu_s() -> float:
-    """Processor time so far of this process and its children, seconds."""
+    """Return the processor time of this process and its children so far, in seconds."""
     me = psutil.Process()
     return sum(sum(p.cpu_times()[:2]) for p in [me, *me.children(recursive=True)])
 
 
 def timed(batches: Callable[[], Iterator[Any]]) -> dict[str, float]:
-    """Run through an epoch: images a second of wall time and of processor time."""
+    """Run one epoch and return images per second of wall time and of processor time."""
     gc.collect()
     cpu, wall, images = cpu_s(), time.perf_counter(), 0
     for batch in batches():
@@ -93,7 +93,7 @@ def timed(batches: Callable[[], Iterator[Any]]) -> dict[str, float]:
 
 
 def measure(root: str, images: int, processes: int, passes: int) -> dict[str, Any]:
-    """All ways of loading, `passes` times each, alternating."""
+    """Time every way of loading `passes` times, alternating."""
     streaming, usual = ours(root, images, processes, "never"), torchvisions(root, images, processes)
     kept = ours(root, images, processes, "always")
     epoch = 0

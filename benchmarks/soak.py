@@ -51,7 +51,7 @@ def main() -> None:
     from orchestration.cluster.local_ray import start_own_ray
 
     start_own_ray()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # where a run failed, workers may write
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # workers of a failed run may still write
         runs = Path(scratch)
         record = disturbed(runs, options)
         with ended(start(runs, "calm", f"run.max_steps={record['steps']}")) as process:
@@ -82,7 +82,7 @@ def start(runs: Path, name: str, *words: str) -> subprocess.Popen[bytes]:
 
 @contextlib.contextmanager
 def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """A run that does not outlive what looks at it."""
+    """Kill a run's process at the end of the block if it still lives."""
     try:
         yield process
     finally:
@@ -91,7 +91,7 @@ def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]
 
 
 def disturbed(runs: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """The run that is disturbed, and what was seen of it."""
+    """Train the disturbed run and return what was observed."""
     before = left_of_ray()
     with ended(start(runs, "disturbed", f"cluster.standby={options.standby}")) as process:
         kills, seen, workers_ever = disturb(process, runs, options)
@@ -116,7 +116,7 @@ def disturbed(runs: Path, options: argparse.Namespace) -> dict[str, Any]:
 def disturb(
     process: subprocess.Popen[bytes], runs: Path, options: argparse.Namespace
 ) -> tuple[int, list[dict[str, float]], set[int]]:
-    """Kill workers until the time is over, then stop the run. Returns kills, snapshots and the workers there were."""
+    """Kill workers until the time is over, then stop the run. Returns the kills, the snapshots and the workers seen."""
     driver = psutil.Process(process.pid)
     folder, choose = runs / "disturbed", random.Random(options.seed)
     begun = time.monotonic()
@@ -141,7 +141,7 @@ def disturb(
 
 
 def recovered(found: dict[str, Any]) -> dict[str, Any]:
-    """What run.json says of losses; it says nothing where there was none."""
+    """Return what run.json records about lost workers; it has no such record if none was lost."""
     recoveries = found.get("recoveries", [])
     seconds = [recovery["seconds"]["total"] for recovery in recoveries]
     return {
@@ -152,7 +152,7 @@ def recovered(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def watched(seen: list[dict[str, float]]) -> dict[str, Any]:
-    """Memory by halves of the time, the first snapshot left out; other counts after a quarter and at the end."""
+    """Return memory by halves of the time, without the first snapshot; other counts after a quarter and at the end."""
     half = len(seen) // 2
     return {
         "memory_mib": {
@@ -187,13 +187,13 @@ def memory_mib(pid: int) -> float | None:
 
 
 def left_of_ray() -> dict[str, set[str]]:
-    """Actors and placement groups that are not gone."""
+    """Return actors and placement groups that still exist."""
     from ray.util.placement_group import placement_group_table
     from ray.util.state import list_actors
 
     try:
         actors = {actor.actor_id for actor in list_actors(limit=10_000) if actor.state != "DEAD"}
-    except Exception:  # the state API needs the dashboard, which a Ray of our own does without
+    except Exception:  # the state API needs the dashboard, which our local Ray does not start
         from ray._private.state import actors as table
 
         actors = {key for key, actor in table().items() if actor["State"] != "DEAD"}

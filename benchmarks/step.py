@@ -1,15 +1,15 @@
-"""What a step costs beyond the network itself, and what spreading gains on two cores.
+"""Measure the cost of a step beyond the network itself, and the gain of spreading on two cores.
 
     python benchmarks/step.py [--blocks 20] [--steps 5] [--out benchmarks/results/step.json]
 
-Compares, in one run, block by block in turn (A B B A ...), so that a machine whose speed drifts favours nobody:
+Compares, in one run, block by block in turn (A B B A ...), so that a drift of the machine's speed favours neither side:
   overhead   RIDE-3 ResNet-32, batch 128, packed in one Ray actor with DeepSpeed, the driver's own loop, journal and
              MLflow upload running,
              against a bare PyTorch loop of the same model and loss on one batch in memory. Ours
              also draws and augments its images.
   spread     RIDE-2 ResNet-32, one worker with two threads against two workers with one thread each.
-Only one side computes at a time. Printed and kept: milliseconds a step (median over blocks), the ratio of neighbouring
-blocks (median, lowest, highest).
+Only one side computes at a time. Printed and saved: milliseconds per step (median over blocks) and the ratio of
+neighbouring blocks (median, lowest, highest).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ COMMON = [
     "method=ride",
     "dataset=digits_lt",
     "backbone=resnet32",
-    "dataset.imbalance_ratio=1",  # 1200 images: 9 whole batches an epoch
+    "dataset.imbalance_ratio=1",  # 1200 images: 9 whole batches per epoch
     "method.stages.train.batch_size=128",
     "method.stages.train.drop_last=true",
     "method.stages.train.epochs=1000",
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def overhead(folder: RunFolder, options: argparse.Namespace) -> dict[str, Any]:
-    """Ours, with everything on, against the bare loop."""
+    """Compare ours, with everything on, with the bare loop."""
     words = [*COMMON, "engine.threads=2", "cluster.cpus_per_worker=1"]
     config = load_config(words)
     folder.write(config)
@@ -99,7 +99,7 @@ def overhead(folder: RunFolder, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def spread(options: argparse.Namespace) -> dict[str, Any]:
-    """Packed on two threads against spread on two workers."""
+    """Compare packed on two threads with spread on two workers."""
     packed_config = load_config([*COMMON, "method.num_experts=2", "engine.threads=2", "cluster.cpus_per_worker=0.5"])
     spread_config = load_config(
         [*COMMON, "method.num_experts=2", "engine.threads=1", "cluster.workers=2", "cluster.cpus_per_worker=0.5"]
@@ -117,7 +117,7 @@ def spread(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def trained(fleet: Fleet) -> Callable[[int], None]:
-    """A function that takes steps on a fleet; a call to the workers never crosses an epoch's end."""
+    """Return a function that takes steps on a fleet; a call to the workers never crosses the end of an epoch."""
     done = 0
 
     def take(steps: int) -> None:
@@ -132,7 +132,7 @@ def trained(fleet: Fleet) -> Callable[[int], None]:
 
 
 class BareLoop:
-    """The least that trains the same network: model, loss, SGD, one batch kept in memory."""
+    """The least code that trains the same network: model, loss, SGD, one batch kept in memory."""
 
     def __init__(self, yaml: str, threads: int) -> None:
         import os
@@ -183,7 +183,7 @@ class BareLoop:
 
 
 def in_turn(a: Callable[[int], None], b: Callable[[int], None], options: argparse.Namespace) -> dict[str, Any]:
-    """Time blocks of steps of two sides in turn, after one block each that is not counted."""
+    """Time blocks of steps of two sides in turn, after one warm-up block each."""
     a(options.steps), b(options.steps)
     times: dict[str, list[float]] = {"a": [], "b": []}
     for block in range(options.blocks):
@@ -205,7 +205,7 @@ def in_turn(a: Callable[[int], None], b: Callable[[int], None], options: argpars
 
 
 def host_of(folder: RunFolder) -> dict[str, Any]:
-    """Hardware and versions that made the numbers."""
+    """Return hardware and versions behind the numbers."""
     folder.describe(load_config([]), [], {})
     run = folder.run()
     return {"host": run["host"], "versions": versions(), "commit": run["commit"]}

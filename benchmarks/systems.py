@@ -3,9 +3,9 @@
     python benchmarks/systems.py run   --fashion <folder> [--cifar <folder>] [--seeds 0,1,2] [--runs <folder>]
     python benchmarks/systems.py table --runs <folder> [--out benchmarks/results/systems.json]
 
-`run` trains what is not finished yet, two runs side by side with one thread each, so it can be stopped and started
-again. `table` reads the run folders: mean and sample standard deviation over seeds of the *last* epoch's accuracy, by
-both rules for groups, and writes them with what made them.
+`run` trains every run that is not finished, two in parallel with one thread each; it can be stopped and started again.
+`table` reads the run folders and writes mean and sample standard deviation over seeds of the *last* epoch's accuracy,
+by both rules for groups, with hardware and versions.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CIFAR = [
 COMMON = ["engine.threads=1", "cluster.cpus_per_worker=1", "tracking.enabled=false", "run.log_interval_s=30"]
 
 
-mp = multiprocessing.get_context("spawn")  # each lane has a Ray of its own
+mp = multiprocessing.get_context("spawn")  # each process starts its own Ray
 
 
 def main() -> None:
@@ -83,8 +83,8 @@ def fashion(root: str, seed: int) -> list[str]:
 
 
 def words(method: str, runs: Path, seed: int) -> list[str]:
-    """What a recipe needs beside the common words. The last epoch is what counts, so only it is evaluated, but for
-    LFME, whose student is led by its validation accuracy."""
+    """Return a recipe's own overrides. Only the last epoch is evaluated, as only it is reported, except for LFME: its
+    student is led by validation accuracy."""
     more = {
         "ride_distill": [f"method.stages.train.teachers.teacher.run={runs}/fashion-teacher-s{seed}"],
         "lfme": ["run.evaluate_every_epochs=2"],
@@ -93,8 +93,8 @@ def words(method: str, runs: Path, seed: int) -> list[str]:
 
 
 def schedule(method: str) -> list[str]:
-    """One schedule for all: that of the Fashion-MNIST presets at a quarter of its length, 10 epochs (H2T's stage and
-    the router's: 3)."""
+    """Return the schedule of all recipes: the Fashion-MNIST presets' at a quarter of its length, 10 epochs (H2T's stage
+    and the router's: 3)."""
     from orchestration.config.compose import load_config
 
     teacher = ["method.stages.train.teachers.teacher.run=runs/teacher"] if method == "ride_distill" else []
@@ -112,7 +112,7 @@ def schedule(method: str) -> list[str]:
 
 
 def train(runs: Path, chosen: list[tuple[str, list[str]]]) -> None:
-    """Runs one after another, in a Ray of this process's own."""
+    """Train runs one after another, in one Ray started by this process."""
     from orchestration.cli import main as expertail
     from orchestration.cluster.local_ray import start_own_ray
 
@@ -126,7 +126,7 @@ def train(runs: Path, chosen: list[tuple[str, list[str]]]) -> None:
 
 
 def finished(runs: Path) -> Iterator[tuple[str, str, dict[str, Any], dict[str, Any]]]:
-    """Data, method, run.json and last evaluation of every finished run."""
+    """Yield data, method, run.json and last evaluation of every finished run."""
     for path in sorted(runs.glob("*-s[0-9]*/run.json")):
         run = json.loads(path.read_text())
         evaluation = path.parent / "evaluation" / "last.json"
@@ -136,7 +136,7 @@ def finished(runs: Path) -> Iterator[tuple[str, str, dict[str, Any], dict[str, A
 
 
 def summary(runs: Path) -> dict[str, Any]:
-    """Mean, spread and every seed's value by data set, method and group, with what made them."""
+    """Return mean, spread and every seed's value by data set, method and group, with hardware and versions."""
     found: dict[str, dict[str, Any]] = {}
     makers: dict[str, Any] = {}
     for data, method, run, evaluation in finished(runs):
@@ -167,8 +167,8 @@ def summary(runs: Path) -> dict[str, Any]:
 
 
 def size(data: str, method: str, teacher: Path) -> dict[str, Any]:
-    """Parameters and multiply-adds an image of what is kept at the end, and multiply-adds of training, as
-    `expertail plan` has them; the teacher's own training is not in its student's."""
+    """Return parameters and multiply-adds per image of the final ensemble, and multiply-adds of training, as
+    `expertail plan` counts them; a student's do not include its teacher's training."""
     from orchestration.config.compose import load_config
     from orchestration.preflight.plan import plan
 
@@ -192,7 +192,7 @@ def size(data: str, method: str, teacher: Path) -> dict[str, Any]:
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """The tables of the README."""
+    """Return the table of the README."""
     lines = []
     for data, methods in record["results"].items():
         columns = ("recipe", "all", "many", "medium", "few", "by index", "parameters", "M an image", "T to train")

@@ -1,4 +1,4 @@
-"""What all tests share: one thread for torch, and one local Ray whose worker processes serve every test that asks."""
+"""Shared by all tests: one thread for torch, and one local Ray whose workers serve any test that needs them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 def pytest_collection_modifyitems(items):
-    """Tests that share the local Ray stay in one process when several run tests."""
+    """Keep tests that share the local Ray in one process when several processes run tests."""
     for item in items:
         if item.get_closest_marker("ray"):
             item.add_marker(pytest.mark.xdist_group("ray"))
@@ -21,13 +21,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """The number of threads changes the last bits of a result."""
+    """Fix the number of threads: it changes the last bits of a result."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def local_ray():
-    """A Ray for the whole session."""
+    """Start one Ray for the whole session."""
     import ray
 
     from orchestration.cluster.local_ray import start_own_ray
@@ -39,7 +39,7 @@ def local_ray():
 
 
 class WarmPool:
-    """Worker actors that outlive a test. A fleet made while `lent` is on takes its workers from here."""
+    """Worker actors that outlive a test. A fleet made under `lend` takes its workers from here."""
 
     def __init__(self) -> None:
         self.actors: list = []
@@ -47,7 +47,7 @@ class WarmPool:
         self._changing = threading.Lock()  # stages side by side start their fleets from threads
 
     def take(self, count: int, engine: str) -> list:
-        """The first `count` workers that nobody has, on one thread each, made where there are fewer."""
+        """Return `count` free workers, one thread each; start new ones if too few are free."""
         import ray
 
         from orchestration.cluster.worker import Worker
@@ -63,7 +63,7 @@ class WarmPool:
         return workers
 
     def give_back(self, workers: list) -> None:
-        """Make workers free for the next test; those that died are forgotten."""
+        """Free workers for the next test, and drop those that died."""
         import ray
 
         for worker in workers:
@@ -77,12 +77,12 @@ class WarmPool:
 
 @pytest.fixture(scope="session")
 def warm_pool(local_ray):
-    """One pool for the session."""
+    """Make one pool for the session."""
     return WarmPool()
 
 
 def lend(pool, monkeypatch):
-    """Let fleets use workers of the pool in place of fresh ones in a placement group of their own."""
+    """Make fleets take workers from the pool instead of starting new ones in a placement group."""
     from orchestration.cluster.fleet import Fleet
 
     def create(fleet, ranks, *, spare=False):

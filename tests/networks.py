@@ -1,4 +1,4 @@
-"""Engines for tests of flows: all experts in one place, or one expert a worker with the exchange played back."""
+"""Networks for tests of flows: all experts together, or one expert per worker with the exchange replayed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class PlainNetwork:
 
 
 def run_together(flow, net, batch, progress):
-    """Outputs [E, B, X], and what was gathered on the way."""
+    """Return the outputs [E, B, X] and every tensor that was gathered on the way."""
     gathered = []
 
     def gather(own):
@@ -35,7 +35,7 @@ def run_together(flow, net, batch, progress):
 
 
 def run_apart(flow, net, batch, progress, gathered, slot):
-    """Outputs on the worker that holds one expert of `net`; the others' come from a run together, detached."""
+    """Return the outputs of a worker that holds one expert; the others' come from `run_together`, detached."""
     name = net.names[slot]
     worker = Ensemble(net.trunk, {name: net.experts[name]}, dict(net.shared.items()))
     played = iter(gathered)

@@ -1,9 +1,8 @@
 """A small Ray cluster of real raylets on this machine, each node with a network, a name and an address of its own.
 
-A node is a network namespace. Its cable (a veth pair) leads to a bridge in a further namespace, so nothing here touches
-the machine's own network. Every node also has an interface `docker0` with one and the same address, as many machines
-have. Where namespaces are not allowed all raylets share this machine's loopback: nothing can be cut there, the rest is
-the same.
+A node is a network namespace. Its cable (a veth pair) leads to a bridge in another namespace, so the machine's own
+network is never touched. Every node also has an interface `docker0` with the same address, as many machines do. Where
+namespaces are not allowed, all raylets share this machine's loopback: connections cannot be cut, the rest is the same.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _RAY = str(Path(sys.executable).parent / "ray")
 _STORE_BYTES = 80_000_000
 _START_S = 180
 _NAMED = re.compile(r"expertail-(\d+)-\w+")
-_ALL_ONE_HOST = "EXPERTAIL_TEST_ONE_HOST"  # set: as if namespaces were not allowed
+_ALL_ONE_HOST = "EXPERTAIL_TEST_ONE_HOST"  # if set, act as if namespaces were not allowed
 
 _WATCHER = """
 import json, sys, time
@@ -53,7 +52,7 @@ while True:
 
 @functools.cache
 def why_no_namespaces() -> str | None:
-    """Why nodes cannot have networks of their own here; None if they can."""
+    """Return why nodes cannot have their own networks here, or None if they can."""
     if os.environ.get(_ALL_ONE_HOST):
         return f"{_ALL_ONE_HOST} is set"
     if os.geteuid() != 0 or shutil.which("ip") is None:
@@ -75,10 +74,10 @@ def _ip(*words: str) -> str:
 
 
 class Nodes:
-    """The cluster. `place0` is the head and has no CPU, so that no worker lives there; the driver does.
+    """The cluster. `place0` is the head; it has no CPU, so the driver runs there and no worker does.
 
     Args:
-        cpus: of the other nodes.
+        cpus: number of CPUs of each of the other nodes.
     """
 
     def __init__(self, cpus: Sequence[float]) -> None:
@@ -130,13 +129,13 @@ class Nodes:
 
     @staticmethod
     def _sweep() -> None:
-        """Remove what a killed test process left."""
+        """Remove the namespaces that killed test processes left behind."""
         for found in _NAMED.finditer(_ip("netns", "list")):
             if not psutil.pid_exists(int(found[1])):
                 _remove(found[0])
 
     def address(self, name: str) -> str:
-        """Of a node."""
+        """Return the address of a node."""
         return "127.0.0.1" if self.one_host else f"10.77.0.{self.names.index(name) + 1}"
 
     @property
@@ -144,16 +143,16 @@ class Nodes:
         return f"{self.address('place0')}:{self._port}"
 
     def unplug(self, name: str) -> None:
-        """Cut a node off from all others, silently: packets vanish, nobody is told."""
+        """Cut a node off from all others: packets vanish without an error."""
         _ip("-n", self._space("hub"), "link", "set", name, "down")
 
     def separate(self, *names: str) -> None:
-        """Cut some nodes off from one another; the rest of the cluster still reaches them and is reached."""
+        """Cut some nodes off from one another; the rest of the cluster can still reach them, and they it."""
         for name in names:
             _ip("-n", self._space("hub"), "link", "set", name, "type", "bridge_slave", "isolated", "on")
 
     def heal(self) -> None:
-        """Make the network whole."""
+        """Reconnect all nodes."""
         if self.one_host is None:
             for name in self.names:
                 _ip("-n", self._space("hub"), "link", "set", name, "up")
@@ -171,11 +170,11 @@ class Nodes:
         }
 
     def command(self, name: str, *words: str) -> list[str]:
-        """A command as a node would run it."""
+        """Wrap a command so that it runs on a node."""
         return list(words) if self.one_host else ["ip", "netns", "exec", self._space(name), *words]
 
     def start(self, names: Sequence[str]) -> None:
-        """Start Ray on nodes and wait until they have joined: all at once, then one by one those that took too long."""
+        """Start Ray on nodes and wait until they have joined: all at once, then the slow ones one by one."""
         starting = [(name, self._start(name)) for name in names]
         slow = [name for name, process in starting if process.wait(_START_S) != 0]
         for name in slow:
@@ -209,14 +208,14 @@ class Nodes:
             return subprocess.Popen(command, env=self._environment(), stdout=out, stderr=subprocess.STDOUT)
 
     def _clear(self, name: str) -> None:
-        """End what is left of a node."""
+        """End the processes that are left of a node."""
         if self.one_host is None:
             _kill(lambda: _pids(self._space(name)))
         elif raylet := self.raylet(name):
             raylet.kill()
 
     def train(self, folder: Path, *words: str, common: Sequence[str] = runs.SMALL) -> subprocess.Popen[str]:
-        """`expertail train` on the head, in a process of its own; the run is `folder`, its words in `folder.log`."""
+        """Start `expertail train` on the head as a process; the run is `folder`, its output goes to `folder.log`."""
         return self.on_head(
             folder.with_suffix(".log"),
             *("-m", "orchestration", "train", *common, f"run.dir={folder.parent}", f"run.name={folder.name}"),
@@ -224,13 +223,13 @@ class Nodes:
         )
 
     def on_head(self, log: Path, *words: str, inside: Sequence[str] = (), **environment: str) -> subprocess.Popen[str]:
-        """Python on the head, in a process of its own.
+        """Start Python on the head as a process.
 
         Args:
-            log: gets what it says.
+            log: file for its output.
             words: its arguments.
-            inside: a command that starts it.
-            environment: more variables for it.
+            inside: command that starts it.
+            environment: additional environment variables.
         """
         with log.open("a") as out:
             self._drivers.append(
@@ -247,7 +246,7 @@ class Nodes:
         return self._drivers[-1]
 
     def raylet(self, name: str) -> psutil.Process | None:
-        """A node's raylet, if it lives."""
+        """Return a node's raylet, or None if it is not running."""
         for process in psutil.process_iter(["cmdline"]):
             words = process.info["cmdline"] or [""]
             if words[0].endswith("/raylet") and any(f"{self._folder / name}/" in word for word in words):
@@ -255,19 +254,19 @@ class Nodes:
         return None
 
     def node_of(self, pid: int) -> str:
-        """The node whose raylet started a worker."""
+        """Return the node whose raylet started a worker."""
         parent = psutil.Process(pid).ppid()
         return next(name for name in self.names if (raylet := self.raylet(name)) and raylet.pid == parent)
 
     def crash(self, name: str) -> float:
-        """kill -9 the raylet of a node, which takes its workers with it. Returns when."""
+        """Kill the raylet of a node, and its workers with it. Returns the time in Unix seconds."""
         raylet = self.raylet(name)
         assert raylet is not None, f"{name} is not running"
         raylet.kill()
         return time.time()
 
     def restore(self) -> None:
-        """Heal the network and bring back nodes that were lost."""
+        """Reconnect the network and restart lost nodes."""
         self.heal()
         for driver in self._drivers:
             if driver.poll() is None:
@@ -284,7 +283,7 @@ class Nodes:
             self.start(sorted(missing))
             self.wait(lambda seen: seen["nodes"] == self.names, "all nodes")
 
-    # What Ray says
+    # What Ray reports
 
     def _watch(self) -> None:
         command = self.command("place0", sys.executable, "-c", _WATCHER, self.ray_address)
@@ -302,13 +301,13 @@ class Nodes:
                 self._seen.append(json.loads(line))
 
     def state(self) -> dict[str, Any]:
-        """Names of living nodes, states of living actors and of placement groups, as Ray says now."""
+        """Return the living nodes' names and the states of actors and placement groups, as Ray reports them now."""
         asked = time.time()
         runs.wait_until(lambda: bool(self._seen) and self._seen[-1]["time"] > asked, "word from Ray", 60)
         return self._seen[-1]
 
     def wait(self, reached: Callable[[dict[str, Any]], bool], what: str, limit_s: float = 120) -> dict[str, Any]:
-        """Until Ray says so; returns what it says then."""
+        """Wait until Ray's report meets a condition, and return the report."""
         end = time.monotonic() + limit_s
         while not reached(seen := self.state()):
             if time.monotonic() >= end:
@@ -316,11 +315,11 @@ class Nodes:
         return seen
 
     def first(self, reached: Callable[[dict[str, Any]], bool], since: float) -> float | None:
-        """Unix seconds of the first word from Ray after a moment that said so."""
+        """Return the time (Unix seconds) of Ray's first report after `since` that meets a condition."""
         return next((seen["time"] for seen in list(self._seen) if seen["time"] > since and reached(seen)), None)
 
     def close(self) -> None:
-        """End all processes and remove everything. Goes on past failures."""
+        """End all processes and remove all namespaces and files. Goes on past failures."""
         for space in map(self._space, (*self.names, "hub")):
             if self.one_host is None:
                 _remove(space)
@@ -332,7 +331,7 @@ class Nodes:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _ours(self) -> list[int]:
-        """Processes of this cluster, known by its folder, and what they started."""
+        """Return the processes of this cluster, recognised by its folder, and their children."""
         found = []
         for process in psutil.process_iter(["cmdline"]):
             if any(str(self._folder) in word for word in process.info["cmdline"] or []):
@@ -342,7 +341,7 @@ class Nodes:
 
 
 def _remove(space: str) -> None:
-    """A namespace and all that runs there."""
+    """Remove a namespace and everything that runs in it."""
     spaces = Path("/run/netns", space)
     if spaces.exists():
         _kill(lambda: _pids(space))
@@ -354,7 +353,7 @@ def _pids(space: str) -> list[int]:
 
 
 def _kill(find: Callable[[], list[int]]) -> None:
-    """kill -9 until there is nobody left, for a while."""
+    """Send SIGKILL until no process is left, for at most five seconds."""
     for _ in range(50):
         pids = find()
         if not pids:

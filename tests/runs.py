@@ -1,4 +1,4 @@
-"""Small runs of the real program, and what is compared of them."""
+"""Small runs of the real program, and the results that tests compare."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from orchestration.cli import main
 
-# 405 digits at 16 x 16 in batches of 50: 9 steps an epoch, the last with 5 images; 27 steps in all, some seconds.
+# 405 digits at 16 x 16 in batches of 50: 9 steps per epoch, the last with 5 images; 27 steps, some seconds.
 SMALL = [
     "dataset.image_size=16",
     "method.stages.train.batch_size=50",
@@ -24,7 +24,7 @@ SMALL = [
     "tracking.enabled=false",
     "run.pictures=false",
 ]
-# 180 steps, some ten seconds: not over before a fault is noticed.
+# 180 steps, about ten seconds: long enough for a fault to be noticed.
 LONG = [
     *(word for word in SMALL if "epochs" not in word),
     "method.stages.train.epochs=20",
@@ -33,14 +33,14 @@ LONG = [
 
 
 def train(folder: Path, *words: str, common: Sequence[str] = SMALL) -> int:
-    """`expertail train` in this process; the run is `folder`."""
+    """Run `expertail train` in this process; the run is `folder`."""
     return main(["train", *common, f"run.dir={folder.parent}", f"run.name={folder.name}", *words])
 
 
 def start(
     folder: Path, *words: str, common: Sequence[str] = SMALL, address: str | None = None
 ) -> subprocess.Popen[str]:
-    """`expertail train` in a process of its own, on a Ray's address or the session's; its workers are its own."""
+    """Start `expertail train` as a process, with its own workers, on the Ray at `address` or the session's."""
     import ray
 
     command = [sys.executable, "-m", "orchestration", "train", *common]
@@ -55,7 +55,7 @@ def start(
 
 
 def wait_for_step(folder: Path, step: int, limit_s: float = 120.0, stage: str | None = None) -> None:
-    """Until the journal of a run shows a step, of a stage if one is named."""
+    """Wait until the journal of a run shows a step, of one stage if it is named."""
     wait_until(lambda: max(steps(folder, stage), default=0) >= step, f"{folder}: step {step}", limit_s)
 
 
@@ -68,7 +68,7 @@ def wait_until(reached: Callable[[], bool], what: str, limit_s: float = 120.0) -
 
 
 def losses(folder: Path) -> dict[int, float]:
-    """Loss by step; a step that is noted twice is an error."""
+    """Return the loss by step. A step that is recorded twice is an error."""
     found: dict[int, float] = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -79,7 +79,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def points(folder: Path) -> list[tuple[str, int, float]]:
-    """Every number of the journal but the speed, in order."""
+    """Return every number of the journal in order, except speeds."""
     records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [(r["name"], r["step"], r["value"]) for r in records if r["name"] != "train/images_per_s"]
 
@@ -89,21 +89,21 @@ def steps(folder: Path, stage: str | None = None) -> list[int]:
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """Whole lines of the journal, which may be growing."""
+    """Return the complete lines of the journal, which may be growing."""
     path = folder / "metrics.jsonl"
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
 
 
 def points_by_stage(folder: Path) -> list[tuple[str, int, str, float]]:
-    """Every number of the journal but speeds, whatever the order in which stages side by side noted them."""
+    """Return every number of the journal except speeds, sorted: parallel stages write in any order."""
     return sorted(
         (r["stage"], r["step"], r["name"], r["value"]) for r in records(folder) if "images_per_s" not in r["name"]
     )
 
 
 def checkpoints(folder: Path, stages: Sequence[str]) -> dict[str, bytes]:
-    """Every byte of the newest checkpoint and of the best weights of each stage."""
+    """Return every byte of each stage's newest checkpoint and best weights."""
     found = {}
     for i, stage in enumerate(stages):
         name = f"{i:02d}-{stage}-"
@@ -115,12 +115,12 @@ def checkpoints(folder: Path, stages: Sequence[str]) -> dict[str, bytes]:
 
 
 def evaluations(folder: Path) -> dict[str, str]:
-    """All files below evaluation/."""
+    """Return all files below evaluation/."""
     return {str(p.relative_to(folder)): p.read_text() for p in (folder / "evaluation").rglob("*.json")}
 
 
 def weights(folder: Path) -> dict[str, bytes]:
-    """Bytes of every tensor file of the newest checkpoint and of its stage's best weights."""
+    """Return the bytes of every tensor file of the newest checkpoint and of its stage's best weights."""
     newest = sorted((folder / "checkpoints").glob("[0-9]*"))[-1]
     best = folder / "checkpoints" / json.loads((newest / "state.json").read_text())["best"]["checkpoint"]
     assert not list((folder / "checkpoints").glob(".writing*"))

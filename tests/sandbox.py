@@ -1,6 +1,6 @@
-"""Machines of one's own inside this one: own processes, network, host name, home and /tmp/ray, gone with the test.
+"""Machines inside this one, with their own processes, network, host name, home and /tmp/ray; removed with the test.
 
-What runs in it uses the default ports and may call `ray stop`, which ends every Ray it sees; nothing else is touched.
+A test may use default ports there and call `ray stop`, which ends every Ray it sees; nothing outside is touched.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _UNSHARE = ["unshare", "--pid", "--fork", "--mount", "--net", "--uts", "--kill-c
 
 
 def missing(*commands: str) -> str | None:
-    """Why there can be no sandbox with these commands here; None if there can."""
+    """Return why a sandbox with these commands is not possible here, or None if it is."""
     if os.geteuid() != 0:
         return "needs root, for namespaces"
     absent = [name for name in ("unshare", "nsenter", "ip", *commands) if shutil.which(name) is None]
@@ -32,14 +32,14 @@ def missing(*commands: str) -> str | None:
 
 
 class Sandbox:
-    """One such machine.
+    """One machine inside this one.
 
     Args:
-        folder: where its home and the files of its servers lie; seen at the same path inside and outside.
-        venv: the virtual environment that it finds as /opt/expertail.
-        address: its own.
-        host: its name.
-        beside: another one that a cable leads to; without, it is alone.
+        folder: for its home and the files of its servers; at the same path inside and outside.
+        venv: the virtual environment that it sees as /opt/expertail.
+        address: its IP address.
+        host: its host name.
+        beside: another machine to connect it with; None: it has no connection.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Sandbox:
         self.folder, self.home = folder, folder / "home"
         self.home.mkdir(parents=True)
         Path("/tmp/ray").mkdir(exist_ok=True)
-        # A shell, because the first process has to take leave of the orphans that end.
+        # A shell, because the first process must reap orphans.
         self._process = subprocess.Popen([*_UNSHARE, "bash", "-c", "sleep infinity & wait"])
         end = time.monotonic() + 10
         while not (children := psutil.Process(self._process.pid).children()):
@@ -80,7 +80,7 @@ class Sandbox:
             self._join(beside)
 
     def _join(self, other: Sandbox) -> None:
-        """Lay a cable between two machines, whose ends are ports of their bridges."""
+        """Connect the bridges of two machines."""
         ends = [f"port{self._inside}", f"port{other._inside}"]
         cable = ["ip", "link", "add", ends[1], "netns", str(self._inside), "type", "veth"]
         subprocess.run([*cable, "peer", "name", ends[0], "netns", str(other._inside)], check=True)
@@ -110,7 +110,7 @@ class Sandbox:
         )
 
     def run(self, script: str, *, limit_s: float = 60, code: int | None = 0, **environment: str) -> str:
-        """What a script prints; it must end with this code, or with any if that is None."""
+        """Run a bash script and return its output; it must end with this exit code, or with any if None."""
         process = self.popen(script, **environment)
         try:
             output, _ = process.communicate(timeout=limit_s)

@@ -1,4 +1,4 @@
-"""A batch is a pure function of where training stands: not of replicas, loader processes, history or the asking."""
+"""A batch is a pure function of where training stands: replicas, loader processes and history do not change it."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ WHOLE = Replica()
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """Thirteen training and six test pictures of different sizes, in three classes."""
+    """Write thirteen training and six test pictures of different sizes, in three classes."""
     root = tmp_path_factory.mktemp("tree")
     rng = np.random.default_rng(0)
     for split, counts in (("train", COUNTS), ("test", [2, 2, 2])):

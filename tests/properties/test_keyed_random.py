@@ -1,4 +1,4 @@
-"""Keyed randomness: rows do not depend on the pieces they are asked for in, and are as random as they claim."""
+"""Keyed randomness: rows do not depend on how they are split into requests, and are as random as claimed."""
 
 import itertools
 import random
@@ -37,7 +37,7 @@ def test_keys_are_stable_and_apart():
 
 
 def test_numbers_are_pinned():
-    """Philox's raw words are promised by NumPy; these would show a broken promise, or a changed rule of ours."""
+    """NumPy promises Philox's raw words; these numbers would show a broken promise, or a changed rule of ours."""
     expected = [0.2933897082214907, 0.20900774825194157, 0.09393503922798041, 0.2848738728460688, 0.08191016477112045]
     assert uniforms(1, 7, 1, 5)[0].tolist() == expected
 

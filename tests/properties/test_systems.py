@@ -1,6 +1,6 @@
-"""What must hold for the multi-expert systems whatever the numbers; seeds, not hand-picked cases.
+"""Properties of the multi-expert systems that hold for any numbers: cases are drawn from seeds, not picked by hand.
 
-Shapes: E experts, B images, C classes. Tolerance 1e-12: float64, another order of sums.
+Shapes: E experts, B images, C classes. Tolerance 1e-12: float64, sums in another order.
 """
 
 from __future__ import annotations
