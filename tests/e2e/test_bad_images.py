@@ -1,4 +1,4 @@
-"""Images as operators really have them, through whole runs: rare kinds, unreadable ones, classes that are hardly there.
+"""Images as operators really have them, through whole runs: rare formats, unreadable files, nearly empty classes.
 
 Trees are of 3 classes of 16 x 16 pictures, runs of a few steps.
 """

@@ -1,4 +1,4 @@
-"""Whatever an operator can get wrong gives one message that names it, exit code 1, no traceback, and loses nothing."""
+"""Every mistake of an operator gives one message that names it, exit code 1 and no traceback, and loses nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def stopped(warm_pool, tmp_path_factory):
-    """A run stopped after 5 steps, to be copied and damaged."""
+    """Stop a run after 5 steps; tests copy and damage it."""
     from _pytest.monkeypatch import MonkeyPatch
 
     from tests.conftest import lend
@@ -37,7 +37,7 @@ def copy(stopped, tmp_path):
 
 
 def refused(capsys, folder, *words: str) -> str:
-    """The message of a run that must be refused."""
+    """Return the message of a run that must be refused."""
     capsys.readouterr()
     assert runs.train(folder, *words) == 1
     said = capsys.readouterr()

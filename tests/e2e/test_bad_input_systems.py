@@ -1,4 +1,4 @@
-"""What an operator can get wrong with expert systems: one message each, before Ray is touched where the config decides.
+"""Mistakes of operators with expert systems: one message each, before Ray is touched where the config decides.
 
 Teachers, hosts of second stages, numbers of experts, weights, test distributions, groups without a class.
 """
@@ -24,7 +24,7 @@ TEACHER = "method.stages.train.teachers.teacher"
 
 
 def refused(capsys, *words: str) -> str:
-    """The message of a command that must be refused."""
+    """Return the message of a command that must be refused."""
     capsys.readouterr()
     assert main(list(words)) == 1
     said = capsys.readouterr()
@@ -38,7 +38,7 @@ def train_refused(capsys, folder, *words: str) -> str:
 
 
 def finished_run(folder, **changes):
-    """A finished run of two experts as its folder looks; its networks are untrained.
+    """Write the folder of a finished run of two experts with untrained networks.
 
     Args:
         changes: to model.json.
@@ -58,7 +58,7 @@ def finished_run(folder, **changes):
 
 
 class TestBeforeRay:
-    """The config, or a folder that it names, decides; no Ray is started or asked."""
+    """The config or a folder that it names decides; Ray is neither started nor asked."""
 
     @pytest.fixture(autouse=True)
     def no_ray(self, monkeypatch):
@@ -166,7 +166,7 @@ class TestBeforeRay:
 
 
 class TestOnceTheDataIsOpen:
-    """Only the data tells: classes of a teacher, groups without a class."""
+    """The data decides: classes of a teacher, groups without a class."""
 
     def test_a_teacher_of_other_classes_is_refused(self, warm, tmp_path, capsys):
         folder = finished_run(tmp_path / "teacher", class_names=[f"animal {i}" for i in range(10)])
@@ -204,7 +204,7 @@ class TestOnceTheDataIsOpen:
 
 @pytest.fixture(scope="module")
 def finished(warm_pool, tmp_path_factory):
-    """A run whose data has no few classes: 120 to 60 images each."""
+    """Train a run whose data has no few-shot class: 120 to 60 images each."""
     from _pytest.monkeypatch import MonkeyPatch
 
     from tests.conftest import lend
@@ -217,7 +217,7 @@ def finished(warm_pool, tmp_path_factory):
 
 
 class TestAfterwards:
-    """What is in the tables of a finished run, and what is asked of it later."""
+    """Tables of a finished run, and later questions about it."""
 
     def test_an_empty_group_is_not_available_and_never_a_number(self, finished):
         text = (finished / "evaluation" / "last.json").read_text()

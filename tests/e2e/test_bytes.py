@@ -1,6 +1,6 @@
-"""What workers hand each other in a step is what `plan` says, byte for byte, and no feature map is among it.
+"""Workers exchange in a step what `plan` says, byte for byte, and no feature map.
 
-A spy inside every worker notes all calls of torch's process groups, which DeepSpeed's exchanges go through as well.
+A spy inside every worker records all calls of torch's process groups, which DeepSpeed uses as well.
 Digits at 8 x 8 pixels, batches of 50 images of 405, ResNet-8.
 """
 
@@ -43,7 +43,7 @@ KINDS = {
 
 
 def spy():
-    """A function for a worker: take one step and say what went through process groups."""
+    """Return a function for a worker: take one step and report what went through process groups."""
 
     def one_step(worker):
         import torch
@@ -79,7 +79,7 @@ def spy():
 
 
 def calls_of_one_step(config, stage, teachers=None):
-    """By worker: name, size of the group, and shape and bytes of what was given, for every call."""
+    """Return, by worker and call: name, size of the group, and shape and bytes of the tensor sent."""
     fleet = Fleet(config, plan(config).shape)
     try:
         fleet.start()
@@ -92,7 +92,7 @@ def calls_of_one_step(config, stage, teachers=None):
 
 
 def check(words, stage, teachers=None):
-    """Every worker's step against the plan."""
+    """Compare every worker's step with the plan."""
     config = load_config([*COMMON, f"method.stages.{stage}.batch_size={BATCH}", *words])
     found = plan(config)
     (planned,) = [part for part in found.stages if part.name == stage]
@@ -161,7 +161,7 @@ def test_two_learning_rates_are_filled_up_and_measured_apart(warm):
 
 
 def exported(config, stage, folder, names=None):
-    """An untrained ensemble of a stage as a served folder."""
+    """Export an untrained ensemble of a stage."""
     method = config.method
     names = names or method.names_in(stage)
     counts = plan(config).counts

@@ -1,4 +1,4 @@
-"""The doctor and the plan on a cluster of several nodes, whole and with one thing wrong at a time."""
+"""The doctor and the plan on a cluster of several nodes, healthy and with one fault at a time."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ print(json.dumps([node_resources(), [names[of[i]] for i in range(3)]]))
 
 @pytest.fixture(scope="module")
 def nodes():
-    """A head without CPUs, a node with two and a node with one."""
+    """Start a head without CPUs, a node with two and a node with one."""
     with Nodes([2, 1]) as cluster:
         yield cluster
 
@@ -55,7 +55,7 @@ def on_head(nodes, *words, code=PATIENT):
 
 
 def findings(text):
-    """State and words by check."""
+    """Return state and text by check."""
     found = {}
     for block in re.split(r"\n(?=ok |warn |FAIL |ready|not ready)", text):
         state, _, rest = block.partition(" ")
@@ -112,7 +112,7 @@ def test_a_folder_that_a_node_has_for_itself_is_found(nodes, tmp_path):
 
 @needs_networks
 def test_nodes_that_do_not_reach_each_other_are_found(nodes, tmp_path):
-    """The head reaches both, so that Ray finds nothing wrong."""
+    """The head reaches both, so Ray finds nothing wrong."""
     nodes.separate("place1", "place2")
     try:
         code, text = on_head(nodes, "doctor", *WORDS, f"run.dir={tmp_path}")

@@ -16,14 +16,14 @@ ENGINES = {"plain": ["engine.name=torch"], "ZeRO 1": ["engine.zero_stage=1"], "Z
 
 
 def scores(engine, images):
-    """Logits of both experts, as the plain flow computes them."""
+    """Return the logits of both experts, as the plain flow computes them."""
     h = engine.trunk(lambda trunk: trunk(images))
     return engine.experts(lambda experts: torch.stack([expert(h) for expert in experts.values()]))
 
 
 @pytest.fixture
 def world():
-    """A world of one process; DeepSpeed wants one."""
+    """Join a world of one process; DeepSpeed needs one."""
     Rendezvous("127.0.0.1", 1, host_here=True).join(0, 1, gpu=False, timeout_s=60)
     assert dist.is_initialized()
     yield
@@ -38,7 +38,7 @@ def engine_and_model(request, world):
 
 
 def make(words, **factors):
-    """An engine over a new ensemble of two experts; `factors` as of `TorchEngine`."""
+    """Make an engine over a new ensemble of two experts; for `factors` see `TorchEngine`."""
     config = load_config(words)
     model = build_ensemble(
         EnsembleConfig(
@@ -127,10 +127,10 @@ def factor_of(name):
 
 
 def two_steps(words, first=None, **factors):
-    """Weights before, after a step and after two, momentum after the first, and the groups of one rate each.
+    """Return weights before, after one and after two steps, momentum after the first, and the groups by learning rate.
 
     Args:
-        first: weights and momentum to take over in place of the first step.
+        first: weights and momentum to load instead of taking the first step.
     """
     engine, model = make([*words, "engine.precision=float64"], **factors)
     try:

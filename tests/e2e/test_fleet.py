@@ -28,7 +28,7 @@ def test_an_address_that_cannot_work_is_refused_at_once(address):
 
 @pytest.mark.drill
 def test_a_worker_that_hangs_is_found_within_the_limit(local_ray):
-    """SIGSTOP: the process lives, holds its place, and answers nobody."""
+    """SIGSTOP: the process lives and holds its place, but does not answer."""
     config = load_config(
         ["dataset.image_size=16", "engine.threads=1", "cluster.cpus_per_worker=0.1", "cluster.heartbeat_timeout_s=60"]
     )
@@ -78,7 +78,7 @@ def test_the_largest_share_that_fits_uneven_nodes_is_found(workers, nodes, share
     ],
 )
 def test_a_broken_exchange_is_a_lost_worker(text, local_ray):
-    """As the backends word it; nothing else says that a partner on another node is gone."""
+    """In the backends' words; nothing else says that a partner on another node is gone."""
     import ray
 
     @ray.remote

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.drill]
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 64 MiB in memory, and a way to leave only so many bytes of it."""
+    """Mount a file system of 64 MiB in memory; yields it and a function that leaves only so many bytes free."""
     place = tmp_path / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)]

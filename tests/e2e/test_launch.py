@@ -1,6 +1,6 @@
-"""Submitted jobs, for real, on a Ray that was started as an operator does; other ways to start are in test_sites.py.
+"""Jobs submitted to a Ray that was started as an operator starts it; other ways to start are in test_sites.py.
 
-Ray asks for a token everywhere. What needs a Debian package or root says so when it is not there.
+Ray asks for a token everywhere. Tests that need a Debian package or root say so where it is missing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.drill, pytest.mark.xdist_group("ray")]
 
 
 def ray_ports(count: int) -> list[int]:
-    """Ports below those that the system hands out, and beside those of Ray's workers."""
+    """Return free ports below those that the system hands out, and apart from those of Ray's workers."""
     found: list[int] = []
     for port in range(21000 + os.getpid() % 5000, 32000):
         with socket.socket() as probe:
@@ -49,7 +49,7 @@ def ray_ports(count: int) -> list[int]:
 
 
 class Site:
-    """A Ray head started as an operator does, with a token; jobs are submitted to it from outside.
+    """A Ray head started as an operator starts it, with a token; jobs are submitted from outside.
 
     Args:
         folder: for its temporary files, tokens and the runs' folders.
@@ -125,7 +125,7 @@ class Site:
         return done
 
     def stop(self, job: str, word: str) -> None:
-        """`ray job stop`; the driver, found by a word of its command, stands still until that has started."""
+        """Run `ray job stop`; the driver, found by a word of its command, is suspended until that has started."""
         (driver,) = [p for p in psutil.process_iter(["cmdline"]) if word in (p.info["cmdline"] or ())]
         driver.suspend()
         try:
@@ -142,7 +142,7 @@ class Site:
         assert stopping.returncode == 0 and "was stopped" in rest, rest
 
     def submit(self, name: str, *words: str, options: tuple[str, ...] = (), code: int = 0) -> str:
-        """The README's command. Returns what it printed."""
+        """Submit with the README's command and return its output."""
         done = self.job(
             "submit", *options, "--working-dir", ".", "--",
             "python", "-m", "orchestration", "train", *WORDS, f"run.dir={self.run_dir}", f"run.name={name}", *words,
@@ -167,7 +167,7 @@ def site(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(site):
-    """A run that nothing happened to, with what its submission printed."""
+    """Train an undisturbed run; returns it with the output of its submission."""
     return site.run_dir / "calm", site.submit("calm", options=("--submission-id", "calm"))
 
 

@@ -1,6 +1,6 @@
-"""Parts with learning rates of their own: every placement gives the control run's numbers, and a resumed run its own.
+"""Parts with their own learning rates: every placement equals the control run, and a resumed run an unbroken one.
 
-ZeRO keeps a flat buffer for each rate, padded to its workers, so both the split and the way back are at stake.
+ZeRO keeps a flat buffer per rate, padded for its workers, so both splitting and joining are tested.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ REPLICAS = ["cluster.workers=2", "cluster.experts_per_worker=3"]
 
 
 def train(words, folder, *stops):
-    """Train to the last stop; at every stop save, and go on in a new fleet from what is saved."""
+    """Train to the last stop; at every stop, save and go on from there in a new fleet."""
     config = load_config([*WORDS, *words])
     shape = mesh_shape(config.method.num_experts, config.cluster.workers, config.cluster.experts_per_worker)
     losses, before = [], None
@@ -54,7 +54,7 @@ def train(words, folder, *stops):
 
 @pytest.fixture(scope="module")
 def control(tmp_path_factory):
-    """One process, plain PyTorch."""
+    """Train the control run: one process, plain PyTorch."""
     config = load_config([*WORDS, "engine.name=torch"])
     trainer = StageTrainer(config, "train", open_dataset(config.dataset), Mesh(mesh_shape(3, 1)))
     losses, folder = trainer.train(STEPS).losses, tmp_path_factory.mktemp("control")

@@ -1,6 +1,6 @@
-"""Several nodes: experts spread over them, and what becomes of a run when nodes, networks and processes fail.
+"""Experts spread over several nodes, and runs in which nodes, networks and processes fail.
 
-Each drill ends like a run that nothing happened to: the same curve, weights and evaluations, bit for bit.
+Each drill ends like an undisturbed run: the same curve, weights and evaluations, bit for bit.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ def cluster():
 
 @pytest.fixture
 def nodes(cluster):
-    """The cluster, whole."""
+    """Repair the cluster for the next test."""
     cluster.restore()
     return cluster
 
 
 @pytest.fixture(scope="module")
 def calm(cluster, tmp_path_factory):
-    """The run of two experts on two nodes that nothing happened to."""
+    """Train two experts on two nodes, undisturbed."""
     folder = tmp_path_factory.mktemp("calm") / "run"
     done(cluster.train(folder, *PAIR, common=runs.LONG), folder)
     return folder
 
 
 def done(driver, folder, limit_s=400):
-    """Wait for a driver to end well; what it said."""
+    """Wait for a driver to end with exit code 0, and return its output."""
     code = driver.wait(limit_s)
     said = folder.with_suffix(".log").read_text()
     assert code == 0, said
@@ -78,7 +78,7 @@ def same(folder, calm):
 
 
 def begun(nodes, folder, *words):
-    """A run of two experts on two nodes that has passed its first checkpoint: its driver, its nodes, its workers."""
+    """Start two experts on two nodes and wait for the first checkpoint. Returns driver, nodes and workers."""
     driver = nodes.train(folder, *PAIR, *words, common=runs.LONG)
     runs.wait_for_step(folder, 6, 200)
     pids = [worker["pid"] for worker in told(folder)["workers"]]
@@ -88,19 +88,19 @@ def begun(nodes, folder, *words):
 
 
 def last_failure(folder):
-    """When the run last found one. A busy machine may start workers too slowly, which is one as well."""
+    """Return when the run last found a failure; workers that start too slowly on a busy machine are failures too."""
     return told(folder).get("last_failure", {"time": 0.0})["time"]
 
 
 def noticed(record_property, folder, since):
-    """Wait until the run has found a failure, which takes its limit and some seconds to look and to keep stacks."""
+    """Wait until the run has found a failure; that takes its time limit and some seconds to save stacks."""
     runs.wait_until(lambda: last_failure(folder) > since, "a failure", LIMIT_S + 20)
     record_property("seconds to notice", round(time.time() - since, 1))
     print(f"seconds to notice: {time.time() - since:.1f}")
 
 
 def note(record_property, folder, since, **more):
-    """Record what a drill cost: seconds from the fault to the next step that counted, and steps taken again."""
+    """Record the cost of a drill: seconds from the fault to the next new step, and steps repeated."""
     found = told(folder)
     assert all(recovery["steps_again"] <= 4 for recovery in found["recoveries"]), "more than since the checkpoint"
     lost_at = last_failure(folder)

@@ -43,7 +43,7 @@ def losses_and_weights(words, folder, steps=STEPS, common=COMMON):
 
 
 def train_on(words, folder, stage, steps):
-    """Losses of each step, and all tensors that a fleet saves after them."""
+    """Return the loss of each step, and all tensors that a fleet saves afterwards."""
     config = load_config(words)
     shape = mesh_shape(config.method.num_experts, config.cluster.workers, config.cluster.experts_per_worker)
     fleet = Fleet(config, shape)
@@ -65,7 +65,7 @@ def train_on(words, folder, stage, steps):
 
 
 def saved_tensors(folder):
-    """Every tensor of a folder of safetensors, by file and name."""
+    """Return every tensor of a folder of safetensors, by file and name."""
     tensors = {}
     for path in folder.glob("*.safetensors"):
         tensors |= {f"{path.stem}:{name}": t.numpy() for name, t in load_file(path).items()}
@@ -74,7 +74,7 @@ def saved_tensors(folder):
 
 @pytest.fixture(scope="module")
 def reference(warm_pool, tmp_path_factory):
-    """The control run: everything in one process, plain PyTorch, no exchange."""
+    """Train the control run: everything in one process, plain PyTorch, no exchange."""
     from experts.data.dataset import open_dataset
     from orchestration.training.mesh import Mesh
     from orchestration.training.trainer import StageTrainer

@@ -66,7 +66,7 @@ def words_of(name: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def controls(tmp_path_factory):
-    """Losses and tensors of each system in one process with plain PyTorch, made when first asked for."""
+    """Train each system in one process with plain PyTorch when its losses and tensors are first asked for."""
     made: dict[str, tuple] = {}
 
     def control(name):

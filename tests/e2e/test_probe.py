@@ -1,4 +1,4 @@
-"""`expertail plan --probe`: a few real steps, and what is made of them."""
+"""`expertail plan --probe`: a few real steps, and the estimates drawn from them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests import runs
 
 pytestmark = [pytest.mark.drill, pytest.mark.ray]
 
-FAR = 2.5  # times too long or too short; what tests measure is shared with others
+FAR = 2.5  # times too long or too short: tests share the machine
 
 
 def test_a_probe_takes_steps_of_every_stage_and_leaves_nothing(local_ray, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""A run that was killed at any moment and started again ends bitwise equal to one that was not."""
+"""A run that is killed at any moment and started again ends bitwise equal to an undisturbed one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def undisturbed(warm_pool, tmp_path_factory):
-    """The run that nothing happened to, packed."""
+    """Train the undisturbed run, packed."""
     from _pytest.monkeypatch import MonkeyPatch
 
     from tests.conftest import lend
@@ -99,7 +99,7 @@ def test_sigterm_leaves_a_checkpoint_at_the_step_it_stopped(warm, tmp_path, undi
 
 
 def test_a_worker_killed_in_training_costs_the_steps_since_the_checkpoint_and_nothing_else(tmp_path, warm, capsys):
-    """kill -9 of one of two workers: the curve, the weights and the report equal an undisturbed run's on two."""
+    """SIGKILL for one of two workers: curve, weights and report equal those of an undisturbed run on two."""
     calm, folder = tmp_path / "calm", tmp_path / "run"
     spread = ["cluster.workers=2", "cluster.experts_per_worker=3", "cluster.cpus_per_worker=0.3"]
     assert runs.train(calm, *spread) == 0

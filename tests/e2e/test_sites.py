@@ -1,6 +1,6 @@
-"""Sites that start Ray for a run: the cluster launcher over ssh, Slurm; and the MLflow server beside them. All real.
+"""Sites that start Ray for a run: the cluster launcher over ssh and Slurm, with a real MLflow server beside them.
 
-Ray asks for a token everywhere. What needs a Debian package or root says so when it is not there.
+Ray asks for a token everywhere. Tests that need a Debian package or root say so where it is missing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ WORKER = "10.77.0.2"
 
 @pytest.fixture
 def machines():
-    """A head, which is also the operator's machine and holds key and token, and a worker that it can log in to."""
+    """Make a head, which is also the operator's machine and holds key and token, and a worker that it can log in to."""
     if why := missing("sshd", "ssh", "ssh-keygen", "rsync"):
         pytest.skip(f"{why}; needed root and: apt-get install openssh-server rsync iproute2")
     folder = Path(f"/tmp/et{secrets.token_hex(3)}")
@@ -125,7 +125,7 @@ def test_the_cluster_launcher_starts_nodes_over_ssh_and_submits_to_them(machines
 
 
 def wait_for_nodes(head, count):
-    """Until Ray has so many; `ray up` returns once the head runs, which then starts the others."""
+    """Wait until Ray has so many nodes; `ray up` returns once the head runs, which then starts the others."""
     status = "PATH=/opt/expertail/bin:$PATH ray status"
 
     def joined():
@@ -220,7 +220,7 @@ def test_slurm_trains_stops_with_notice_and_goes_on_from_the_queue(slurm):
 
 @pytest.fixture
 def tracking_server(tmp_path):
-    """What compose.yaml runs in its container, on this machine, with a database of its own."""
+    """Run the container's command from compose.yaml on this machine, with a new database."""
     database = PostgreSQL()
     server = None
     try:

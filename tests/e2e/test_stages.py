@@ -1,4 +1,4 @@
-"""Recipes of several stages: stages side by side, one after another, disturbed in each and between, end the same.
+"""Recipes of several stages: parallel or in sequence, disturbed within and between stages, they end the same.
 
 LFME's three experts train side by side on workers of their own, then its student; ride_h2t trains RIDE, then its heads.
 """
@@ -31,14 +31,14 @@ LFME = [*EXPERTS, "student"]
 
 
 def lfme(experts, student):
-    """Words for a run of LFME with so many epochs."""
+    """Return the overrides for a run of LFME with so many epochs."""
     epochs = dict.fromkeys(EXPERTS, experts) | {"student": student}
     return [*COMMON, "method=lfme", *(f"method.stages.{stage}.epochs={n}" for stage, n in epochs.items())]
 
 
 @pytest.fixture
 def short(warm, tmp_path):
-    """LFME as it is, its experts side by side."""
+    """Train LFME with its experts in parallel."""
     folder = tmp_path / "short" / "run"
     assert runs.train(folder, common=lfme(2, 1)) == 0
     return folder
@@ -49,7 +49,7 @@ def undisturbed(warm_pool, tmp_path_factory, name, words):
 
     from tests.conftest import lend
 
-    folder = tmp_path_factory.mktemp(name) / "run"  # the name of a run is in what it writes
+    folder = tmp_path_factory.mktemp(name) / "run"  # a run writes its name into its files
     with MonkeyPatch.context() as patch:
         lend(warm_pool, patch)
         assert runs.train(folder, common=words) == 0
@@ -145,7 +145,7 @@ def test_a_driver_killed_while_experts_train_side_by_side_goes_on_bitwise(calm_l
 
 @pytest.mark.drill
 def test_a_driver_killed_while_the_student_learns_goes_on_bitwise(calm_lfme, warm, tmp_path):
-    """What the student's objective has looked up before its first step comes back with its checkpoint."""
+    """Values that the student's objective measured before its first step are restored from its checkpoint."""
     folder = tmp_path / "run"
     process = runs.start(folder, common=LONG)
     try:
@@ -160,7 +160,7 @@ def test_a_driver_killed_while_the_student_learns_goes_on_bitwise(calm_lfme, war
 
 @pytest.mark.drill
 def test_max_steps_inside_the_students_epoch_teaches_it_nothing(calm_lfme, warm, tmp_path):
-    """The evaluation at the stop looks at the validation split, which the student's pace must not hear of."""
+    """The evaluation at the stop uses the validation split; it must not change the student's pace."""
     folder = tmp_path / "run"
     before = sum(max(runs.steps(calm_lfme, stage)) for stage in EXPERTS)
     per_epoch = max(runs.steps(calm_lfme, "student")) // 4
@@ -173,7 +173,7 @@ def test_max_steps_inside_the_students_epoch_teaches_it_nothing(calm_lfme, warm,
 
 @pytest.mark.drill
 def test_a_worker_of_one_expert_that_dies_stops_nobody_else(warm, tmp_path):
-    """The others' steps go on while new workers load their libraries for the one; in the end all are as undisturbed."""
+    """The others' steps go on while its new workers load libraries; in the end all equal an undisturbed run."""
     words = lfme(60, 1)
     calm, folder = tmp_path / "calm" / "run", tmp_path / "run"
     assert runs.train(calm, common=words) == 0
@@ -202,7 +202,7 @@ def test_a_worker_of_one_expert_that_dies_stops_nobody_else(warm, tmp_path):
 
 
 def workers_of(folder):
-    """Process by stage."""
+    """Return the worker's process by stage."""
     return {host["stage"]: host["pid"] for host in json.loads((folder / "run.json").read_text())["workers"]}
 
 

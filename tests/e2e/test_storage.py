@@ -1,4 +1,4 @@
-"""Runs that are kept at a URL: nothing of theirs is read from a folder that nodes share."""
+"""Runs that are kept at a URL: none of their files is read from a folder that nodes share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPREAD = ["cluster.workers=3", "cluster.cpus_per_worker=0.3"]
 
 
 def train(url, local, *words):
-    """`expertail train` of the run `url` in this process."""
+    """Run `expertail train` for the run at `url` in this process."""
     place, _, name = url.rpartition("/")
     return main(["train", *runs.SMALL, f"run.dir={place}", f"run.name={name}", f"run.local_dir={local}", *words])
 
@@ -41,7 +41,7 @@ def same(folder, undisturbed):
     ids=["packed", "spread"],
 )
 def test_a_run_goes_on_from_what_is_at_its_url(placement, limits, warm, tmp_path, monkeypatch, capsys):
-    """Every start on a node that shares nothing with the last but the URL: bitwise the run of a shared folder."""
+    """Every start is on a node that shares only the URL with the last; the run is bitwise that of a shared folder."""
     monkeypatch.setattr(url_lock, "_SETTLE_S", 0.1)
     undisturbed, url = tmp_path / "run", f"file://{tmp_path}/bucket/runs/one"
     for limit in limits:  # the same evaluations are made
@@ -65,7 +65,7 @@ def test_a_run_goes_on_from_what_is_at_its_url(placement, limits, warm, tmp_path
     [("lfme", ["many", "medium", "few", "student"]), ("ride_h2t", ["train", "h2t"])],
 )
 def test_teachers_and_first_weights_reach_workers_that_see_no_folder(method, stages, warm, tmp_path):
-    """LFME's student learns from stages before it; the heads of H2T begin with a trained ensemble."""
+    """LFME's student learns from earlier stages; the heads of H2T start from a trained ensemble."""
     common = [word for word in runs.SMALL if "stages" not in word]
     words = [*common, f"method={method}", *(f"method.stages.{stage}.epochs=1" for stage in stages)]
     undisturbed = tmp_path / "run"
@@ -89,18 +89,18 @@ PAIR = ["method.num_experts=2", "cluster.workers=2", "cluster.cpus_per_worker=1"
 
 @pytest.fixture(scope="module")
 def calm(cluster, tmp_path_factory):
-    """The run of two experts on two nodes, in a folder."""
+    """Train two experts on two nodes, in a folder."""
     folder = tmp_path_factory.mktemp("calm") / "run"
     assert cluster.train(folder, *PAIR, common=runs.LONG).wait(300) == 0, folder.with_suffix(".log").read_text()
     return folder
 
 
 class Server:
-    """An sftp server in the network of a cluster's head, and a home that may log in there.
+    """An sftp server in the network of a cluster's head, with a key that may log in there.
 
     Args:
-        cluster: of nodes.
-        folder: for keys and logs; what is kept there is below `runs`.
+        cluster: the nodes.
+        folder: for keys and logs; stored runs are below `runs`.
         program: sshd.
     """
 
@@ -144,7 +144,7 @@ def server(cluster, tmp_path):
 
 
 def on_server(cluster, server, log, local, **more):
-    """`expertail train` of the same run, kept on the server."""
+    """Start `expertail train` of the same run, kept on the server."""
     words = [*runs.LONG, *PAIR, f"run.dir={server.url}", "run.name=run", f"run.local_dir={local}"]
     return cluster.on_head(log, "-m", "orchestration", "train", *words, HOME=str(server.home), **more)
 
@@ -156,8 +156,8 @@ def checkpoints_on(server):
 @pytest.mark.drill
 @pytest.mark.xdist_group("ray")
 def test_a_driver_that_is_lost_with_its_disk_costs_the_steps_since_what_was_put(cluster, calm, server, tmp_path):
-    """Two experts on two nodes, kept on a server. Nobody but the driver sees its copy, in a file system that ends with
-    it: killed, the run goes on from the server on what is as good as another node, bitwise."""
+    """Two experts on two nodes, kept on a server. Only the driver sees its copy, in a file system that ends with it, so
+    a new driver is as good as one on another node: killed, the run goes on from the server, bitwise."""
     local, log = tmp_path / "local", tmp_path / "driver.log"
     local.mkdir()
     driver = on_server(cluster, server, log, local, inside=hidden(local))
@@ -177,7 +177,7 @@ def test_a_driver_that_is_lost_with_its_disk_costs_the_steps_since_what_was_put(
 @pytest.mark.drill
 @pytest.mark.xdist_group("ray")
 def test_a_server_that_is_away_for_a_while_has_everything_in_the_end(cluster, calm, server, tmp_path):
-    """Its connections are cut; training takes its steps meanwhile."""
+    """Its connections are cut; training goes on meanwhile."""
     log = tmp_path / "driver.log"
     driver = on_server(cluster, server, log, tmp_path / "local")
     runs.wait_until(lambda: checkpoints_on(server) > 0, "a checkpoint there", 200)
@@ -193,5 +193,5 @@ def test_a_server_that_is_away_for_a_while_has_everything_in_the_end(cluster, ca
 
 
 def hidden(folder):
-    """A command before the command: an empty file system over a folder, for it alone, gone with it."""
+    """Return a command prefix that mounts an empty file system over a folder, visible to that command alone."""
     return ["unshare", "-m", "sh", "-c", f'mount -t tmpfs none {folder} && exec "$@"', "sh"]

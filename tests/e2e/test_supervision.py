@@ -1,4 +1,4 @@
-"""What the driver does about deaths, full memory and nodes that are taken away, on real workers and nodes."""
+"""How the driver handles dead workers, full memory and nodes that are taken away, on real workers and nodes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests import runs
 pytestmark = [pytest.mark.ray, pytest.mark.drill]
 
 TWO = ["cluster.workers=2", "cluster.experts_per_worker=3", "cluster.cpus_per_worker=0.5"]
-# Long enough for things to happen to it, and it ends early.
+# Long enough to be disturbed, and it ends early.
 LONG = [w for w in runs.SMALL if "epochs" not in w] + [
     "method.stages.train.epochs=2000",
     "run.evaluate_every_epochs=2000",
@@ -29,7 +29,7 @@ def run_json(folder):
 
 @pytest.fixture(scope="module")
 def calm(warm_pool, tmp_path_factory):
-    """400 steps on two workers that nothing happened to."""
+    """Train 400 undisturbed steps on two workers."""
     from _pytest.monkeypatch import MonkeyPatch
 
     from tests.conftest import lend
@@ -50,7 +50,7 @@ def same(folder, calm):
 
 @pytest.mark.parametrize(("standby", "limit_s"), [(1, 10), (0, 25)])
 def test_a_dead_worker_is_replaced_in_time(standby, limit_s, calm, local_ray, tmp_path, record_property):
-    """From the kill to the next new step on the clock of the journal; with what it was made of."""
+    """Measured from the kill to the next new step by the journal's clock, and by part."""
     folder = tmp_path / "run"
     process = runs.start(folder, *TWO, "run.max_steps=400", f"cluster.standby={standby}", common=LONG)
     try:
@@ -87,7 +87,7 @@ def test_a_worker_over_its_memory_ends_the_run_with_the_reason(local_ray, tmp_pa
 
 
 def test_a_worker_that_the_memory_monitor_ends_is_told_so_and_not_tried_for_ever(tmp_path):
-    """Ray ends workers once a node holds more than a threshold; here that is below what the node holds already."""
+    """Ray ends workers once a node uses more memory than a threshold; here the node already does."""
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {
         "RAY_memory_monitor_refresh_ms": "100",
         "RAY_memory_usage_threshold": "0.01",
@@ -101,7 +101,7 @@ def test_a_worker_that_the_memory_monitor_ends_is_told_so_and_not_tried_for_ever
 
 
 def test_two_runs_on_one_host_do_not_collide(tmp_path):
-    """Each with a Ray of its own, in one run.dir; the same words under two names give the same weights."""
+    """Each has its own Ray, in one run.dir; the same overrides under two names give the same weights."""
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     command = [sys.executable, "-m", "orchestration", "train", *runs.SMALL, f"run.dir={tmp_path}"]
     both = [subprocess.Popen([*command, f"run.name={name}"], env=environment) for name in ("one", "other")]
@@ -111,7 +111,7 @@ def test_two_runs_on_one_host_do_not_collide(tmp_path):
 
 @pytest.fixture
 def two_nodes():
-    """A head with room for the driver alone, and two nodes of two cores."""
+    """Start a head with room for the driver alone, and two nodes of two cores."""
     from ray.cluster_utils import Cluster
 
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
@@ -207,7 +207,7 @@ def test_a_drained_cluster_without_another_node_ends_with_status_75_and_goes_on_
 
 
 def test_sigterm_for_the_whole_process_group_leaves_a_checkpoint(tmp_path):
-    """As `timeout`, service managers and batch systems send it; the run's own Ray must outlive it."""
+    """`timeout`, service managers and batch systems send it so; the run's own Ray must outlive it."""
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     command = [sys.executable, "-m", "orchestration", "train", *LONG, f"run.dir={tmp_path}", "run.name=run"]
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""A sweep trains what its values share once, and its runs are those that `expertail train` makes."""
+"""A sweep trains stages that its values share once, and its runs equal those of `expertail train`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_sweep_shares_a_stage_goes_on_where_it_was_stopped_and_ends_as_single_
     words = [*WORDS, f"run.dir={tmp_path}", "run.name=x"]
 
     def stop(point, points, take=sweep.take_over_stages):
-        """In the second run, right after its first stage was taken over."""
+        """Stop in the second run, right after its first stage was taken over."""
         if take(point, points):
             raise KeyboardInterrupt
 

@@ -25,7 +25,7 @@ COUNTS = [200, 50, 5]
 
 
 def make_run(folder, steps=10, finished=True):
-    """A run folder as training leaves it, without models."""
+    """Write a run folder as training leaves it, without models."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(
         "method: {name: ride, stages: {train: {epochs: 2}}}\ndataset: {name: tiny}\nseed: 4\n"
@@ -56,7 +56,7 @@ def append(folder, steps, start):
 
 
 def add_models(folder):
-    """Two ensembles that differ, exported as training exports them."""
+    """Export two different ensembles as training does."""
     import torch
 
     from aggregation.aggregator import MeanLogits
@@ -81,7 +81,7 @@ def add_models(folder):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder of runs with one SQLite store, made once: its tables take seconds."""
+    """Make a folder of runs with one SQLite store, once: its tables take seconds."""
     return tmp_path_factory.mktemp("runs")
 
 
@@ -92,7 +92,7 @@ def client(uri):
 
 
 def the_run(uri, name, experiment="expertail"):
-    """The MLflow run of that name: there must be exactly one."""
+    """Return the MLflow run of that name: there must be exactly one."""
     experiment = client(uri).get_experiment_by_name(experiment).experiment_id
     (run,) = client(uri).search_runs([experiment], f"attributes.run_name = '{name}'")
     return run
@@ -109,7 +109,7 @@ def expected(steps, start=1e9):
 
 @pytest.fixture(scope="module")
 def whole(runs):
-    """A finished run with models."""
+    """Write a finished run with models."""
     folder = make_run(runs / "whole")
     add_models(folder)
     return folder
@@ -225,7 +225,7 @@ def test_a_sweep_is_the_parent_of_its_runs(runs):
 
 @pytest.mark.drill
 def test_uploaders_share_a_new_file_and_end_with_their_drivers(tmp_path):
-    """Two at once on a store that does not exist yet: one driver finishes, one is killed with a hard signal."""
+    """Two at once on a store that does not exist yet: one driver finishes, the other is killed with SIGKILL."""
     uri = default_uri(tmp_path)
     code = (
         "import sys, time\nfrom orchestration.tracking.uploader import start_uploader\n"
@@ -282,7 +282,7 @@ def test_a_server_that_is_not_there_costs_nothing_but_a_message_and_is_caught_up
 
 
 class server:
-    """`mlflow server` on the loopback interface, artefacts through it."""
+    """Start `mlflow server` on the loopback interface, serving artefacts too."""
 
     def __init__(self, folder, port):
         self.port = port

@@ -1,4 +1,4 @@
-"""Drills: a real MLflow server on a real PostgreSQL is gone, slow, broken or lies, and no point is lost or doubled.
+"""Drills: a real MLflow server on a real PostgreSQL is gone, slow, broken or wrong, and no point is lost or doubled.
 
 Each trains digits beside a fault. It passes when training keeps its pace, the command ends with 0, and MLflow, read
 from PostgreSQL, holds every point of the run's journal once.
@@ -43,7 +43,7 @@ def postgresql():
 
 @pytest.fixture(scope="module")
 def server(postgresql, tmp_path_factory):
-    """One for all drills, each with an experiment of its own; it starts again where a drill has killed it."""
+    """Start one server for all drills, each with its own experiment; start it again after a drill has killed it."""
     server = Server(postgresql.create("mlflow"), tmp_path_factory.mktemp("server"))
     server.start()
     yield server
@@ -66,7 +66,7 @@ class Drill:
         self.happened_s = 0.0
 
     def train(self, uri: str, *words: str, events: dict | None = None) -> int:
-        """Run the command in this process. `events`: step -> what is called once the step is done."""
+        """Run the command in this process. `events`: step -> function to call once the step is done."""
         left = sorted((events or {}).items())
         note = StageRun._note
 
@@ -88,14 +88,14 @@ class Drill:
 
     @property
     def pace_s(self) -> float:
-        """From the first step's end to the last one's, without what the drill did in between."""
+        """Return the seconds from the first step's end to the last one's, without the drill's own events."""
         times = [r["time"] for r in runs.records(self.folder) if r["name"] == "train/loss"]
         assert len(times) == STEPS
         return times[-1] - times[0] - self.happened_s
 
 
 class Alone:
-    """The same training without tracking."""
+    """Train the same without tracking."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._numbers = folder, itertools.count()
@@ -143,14 +143,14 @@ def client(uri):
 
 
 def the_run(store, experiment, name="run"):
-    """The MLflow run of that name: there must be exactly one."""
+    """Return the MLflow run of that name: there must be exactly one."""
     experiment_id = client(store).get_experiment_by_name(experiment).experiment_id
     (run,) = client(store).search_runs([experiment_id], f"attributes.run_name = '{name}'")
     return run
 
 
 def held(store, run):
-    """Every point that PostgreSQL holds of a run, but those of the machine; one that is there twice comes twice."""
+    """Return every point of a run in PostgreSQL except system metrics; a doubled point comes twice."""
     keys = [key for key in run.data.metrics if not key.startswith("system/")]
     points = [point for key in keys for point in client(store).get_metric_history(run.info.run_id, key)]
     return sorted((point.key, point.step, point.value, point.timestamp) for point in points)
@@ -165,7 +165,7 @@ def noted(folder):
 
 
 def check_whole(server, drill, status="FINISHED", models=True):
-    """MLflow has what the run folder has, read from PostgreSQL, files through the server."""
+    """Check that MLflow has what the run folder has: points read from PostgreSQL, files through the server."""
     import mlflow
 
     run = the_run(server.store, drill.experiment)
