@@ -1,4 +1,6 @@
-"""CIFAR-10 and CIFAR-100 from their published files, in the order of torchvision. Nothing is unpickled.
+"""CIFAR-10 and CIFAR-100 from their published files, in the order of torchvision.
+
+The pickles of the python layout are read as data; what they name is never run (pickles.py).
 
 Source: Krizhevsky 2009. Both layouts hold the same images in the same order: `python` (cifar-10-batches-py,
 cifar-100-python) and `binary` (cifar-10-batches-bin, cifar-100-binary).
@@ -14,7 +16,7 @@ import numpy as np
 
 from experts.data.config import DatasetConfig
 from experts.data.download import locked_root, needs_root
-from experts.data.pickles import read_pickled_data
+from experts.data.pickles import read_pickled_fields
 from experts.data.pools import ArrayPool, RawDataset
 
 SHAPE = (3, 32, 32)
@@ -103,16 +105,15 @@ def _python_split(folder: str, files: tuple[str, ...], layout: Layout) -> ArrayP
     images, labels = [], []
     for name in files:
         path = _present(folder, name)
-        content = read_pickled_data(path)
-        data = content.get("data") if isinstance(content, dict) else None
-        ids = content.get(layout.labels) if isinstance(content, dict) else None
+        fields = read_pickled_fields(path)
+        data, ids = fields.get("data"), fields.get(layout.labels)
         if not isinstance(data, np.ndarray) or data.shape[1:] != (PIXELS,) or not isinstance(ids, list):
             raise ValueError(
-                f"{path}: found {_describe(content)}; needed 'data', bytes [N, {PIXELS}], and "
+                f"{path}: found the fields {sorted(fields)}; needed 'data', bytes [N, {PIXELS}], and "
                 f"'{layout.labels}'; is this the other CIFAR? check dataset.root"
             )
         images.append(data)
-        labels.append(_checked(path, np.asarray(ids), len(data), layout))
+        labels.append(_checked(path, ids, len(data), layout))
     return ArrayPool(np.concatenate(images).reshape(-1, *SHAPE), np.concatenate(labels))
 
 
@@ -129,7 +130,8 @@ def _binary_split(folder: str, files: tuple[str, ...], layout: Layout) -> ArrayP
             )
         rows = raw.reshape(-1, row)
         images.append(rows[:, layout.label_bytes :])
-        labels.append(_checked(path, rows[:, layout.label_bytes - 1], len(rows), layout))  # CIFAR-100: coarse, fine
+        ids = rows[:, layout.label_bytes - 1].tolist()  # CIFAR-100: coarse, fine
+        labels.append(_checked(path, ids, len(rows), layout))
     return ArrayPool(np.concatenate(images).reshape(-1, *SHAPE), np.concatenate(labels))
 
 
@@ -140,28 +142,32 @@ def _present(folder: str, name: str) -> str:
     return path
 
 
-def _checked(path: str, labels: np.ndarray, num_images: int, layout: Layout) -> np.ndarray:
-    labels = labels.astype(np.int64)
+def _checked(path: str, labels: list[Any], num_images: int, layout: Layout) -> np.ndarray:
     if len(labels) != num_images:
         raise ValueError(f"{path}: {num_images} images but {len(labels)} labels; fetch the file again")
-    if len(labels) and not 0 <= labels.min() <= labels.max() < layout.num_classes:
-        bad = int(np.flatnonzero((labels < 0) | (labels >= layout.num_classes))[0])
-        raise ValueError(
-            f"{path}: label {labels[bad]} of image {bad} is out of range; needed 0 to "
-            f"{layout.num_classes - 1}; fetch the file again"
-        )
-    return labels
+    for image, label in enumerate(labels):
+        if type(label) is not int or not 0 <= label < layout.num_classes:
+            found = label if type(label) is int and label.bit_length() < 64 else f"({type(label).__name__})"
+            raise ValueError(
+                f"{path}: label {found} of image {image} is out of range; needed 0 to "
+                f"{layout.num_classes - 1}; fetch the file again"
+            )
+    return np.array(labels, dtype=np.int64)
 
 
 def _python_names(folder: str, layout: Layout) -> tuple[str, ...]:
     path = os.path.join(folder, layout.meta)
     if not os.path.isfile(path):
         return _numbers(layout)
-    content = read_pickled_data(path)
-    names = content.get(layout.names) if isinstance(content, dict) else None
-    if not isinstance(names, list) or len(names) != layout.num_classes:
-        raise ValueError(f"{path}: found {_describe(content)}; needed '{layout.names}', {layout.num_classes} of them")
-    return tuple(n.decode("latin-1") if isinstance(n, bytes) else str(n) for n in names)
+    fields = read_pickled_fields(path)
+    names = fields.get(layout.names)
+    texts = [name for name in names if isinstance(name, str | bytes)] if isinstance(names, list) else []
+    if len(texts) != layout.num_classes:
+        raise ValueError(
+            f"{path}: found the fields {sorted(fields)} with {len(texts)} class names; needed '{layout.names}', "
+            f"{layout.num_classes} texts; fetch the file again"
+        )
+    return tuple(name.decode("latin-1") if isinstance(name, bytes) else name for name in texts)
 
 
 def _binary_names(folder: str, layout: Layout) -> tuple[str, ...]:
@@ -177,7 +183,3 @@ def _binary_names(folder: str, layout: Layout) -> tuple[str, ...]:
 
 def _numbers(layout: Layout) -> tuple[str, ...]:
     return tuple(str(c) for c in range(layout.num_classes))
-
-
-def _describe(content: Any) -> str:
-    return f"the fields {sorted(content)}" if isinstance(content, dict) else f"a {type(content).__name__}"

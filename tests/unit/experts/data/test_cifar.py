@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import resource
 import struct
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from experts.data.config import DatasetConfig
 from experts.data.dataset import open_dataset
-from experts.data.pickles import read_pickled_data
+from experts.data.pickles import read_pickled_fields
 from experts.data.readers import open_raw
 
 PIXELS = 3072
@@ -151,29 +152,134 @@ def test_a_hostile_file_is_refused_and_not_run(tmp_path, protocol):
     assert not proof.exists()
 
 
-@pytest.mark.parametrize("value", [{1, 2}, object(), np.arange(3.0), np.array([object()]), complex(1, 2)])
-def test_anything_but_data_is_refused(tmp_path, value):
+def refused(tmp_path, data, reason=""):
     path = tmp_path / "data_batch_1"
-    path.write_bytes(pickle.dumps(value, protocol=2))
-    with pytest.raises(ValueError, match="not a data file of CIFAR"):
-        read_pickled_data(str(path))
+    path.write_bytes(data)
+    match = (
+        rf"data_batch_1 \({len(data)} bytes\): not a data file of CIFAR \(.*{reason}.*\); needed .*fetch the file again"
+    )
+    with pytest.raises(ValueError, match=match):
+        read_pickled_fields(str(path))
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("value", [object(), np.arange(3.0), np.array([object()]), complex(1, 2), np.dtype("O"), os])
+def test_anything_but_data_is_refused(tmp_path, value, protocol):
+    if value is os:  # a module cannot be pickled, but it can be asked for
+        data = b"\x80\x02}U\x01a" + b"cos\n__dict__\ns."
+    else:
+        data = pickle.dumps({"data": value}, protocol=protocol)
+    refused(tmp_path, data)
+
+
+@pytest.mark.parametrize("value", [[1], (1,), 7, "text", b"bytes", None, {1}, np.zeros(3, np.uint8)])
+def test_anything_but_a_dict_is_refused(tmp_path, value):
+    refused(tmp_path, pickle.dumps(value, protocol=4), "it holds a ")
+
+
+TEXT = b"U\x01a"
 
 
 @pytest.mark.parametrize(
-    "symbol",
+    ("program", "reason"),
     [
-        b"cnumpy\nndarray\n)R.",
-        b"c_codecs\nencode\n(U\x01aU\x05rot13tR.",
-        b"}q\x00}b.",
-        b"(.",
-        b"cnumpy\nndarray\n.",
+        # names: of functions, behind attributes, of Python 2, by every instruction that looks up a name
+        (b"cos\nsystem\n(U\x04truetR.", "asks for os.system"),
+        (b"cbuiltins\neval\n(U\x041+1tR.", "asks for builtins.eval"),
+        (b"c__builtin__\neval\n.", "asks for __builtin__.eval"),
+        (b"cbuiltins\ngetattr\n.", "asks for builtins.getattr"),
+        (b"(U\x04trueios\nsystem\n.", "asks for os.system"),
+        (b"\x8c\x02os\x8c\x06system\x93.", "asks for os.system"),
+        (b"\x8c\x05numpy\x8c\x15ndarray.__reduce_ex__\x93.", "asks for numpy.ndarray.__reduce_ex__"),
+        (b"cnumpy\nload\n.", "asks for numpy.load"),
+        (b"cnumpy.core.multiarray\nscalar\n.", "asks for numpy.core.multiarray.scalar"),
+        (b"cexperts.data.pickles\nos\n.", "asks for experts.data.pickles.os"),
+        (b"\x82\x01.", "extension"),
+        (b"Pa\n.", "persistent"),
+        (TEXT + b"Q.", "persistent"),
+        # allowed names out of their place
+        (b"cnumpy\nndarray\n.", "it holds a str"),
+        (b"cnumpy\ndtype\n.", "it holds a type"),
+        (b"cnumpy\nndarray\n)R.", "not callable"),
+        (b"cnumpy\nndarray\n)\x81.", "NEWOBJ"),
+        (b"cnumpy\ndtype\n(U\x01OtR.", "array of type O"),
+        (b"cnumpy\ndtype\n(]tR.", r"array of type \(list\)"),
+        (b"c_codecs\nencode\n(U\x01aU\x05rot13tR.", "encoding rot13"),
+        (b"c_codecs\nencode\n(U\x01atR.", "encoding"),
+        (b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\ndtype\n)" + TEXT + b"tR.", "kind other than"),
+        (
+            b"}" + TEXT + b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n)" + TEXT + b"tRs.",
+            "without content",
+        ),
+        # state set where there is none
+        (b"}q\x00}b.", "__dict__"),
+        (TEXT + b"}b.", "__dict__"),
+        # damage
+        (b"(.", ""),
+        (b"", ""),
+        (b"R.", ""),
+        (b"}" + TEXT + b"]s", "STOP"),
+        (b"}]" + TEXT + b"s.", "unhashable"),
+        (b"}K\x01K\x01s.", "field called by a int"),
+        (b"\xff.", "opcode"),
     ],
 )
-def test_allowed_names_are_only_allowed_in_their_place(tmp_path, symbol):
-    path = tmp_path / "data_batch_1"
-    path.write_bytes(b"\x80\x02" + symbol)
-    with pytest.raises(ValueError, match="not a data file of CIFAR"):
-        read_pickled_data(str(path))
+def test_what_is_no_data_is_refused(tmp_path, program, reason):
+    refused(tmp_path, b"\x80\x02" + program, reason)
+
+
+@pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
+@pytest.mark.parametrize("state", [b"}U\x05valueK\x01s", b"N}U\x05valueK\x01s\x86", b"(K\x01)NNNt"])
+@pytest.mark.parametrize("name", [b"numpy\ndtype", b"_codecs\nencode", None])
+def test_no_file_changes_what_the_next_one_means(tmp_path, name, state, module):
+    """BUILD on a stand-in itself: as `__setstate__`, as attributes, as slots."""
+    name = name or module.encode() + b"\n_reconstruct"
+    refused(tmp_path, b"\x80\x02c" + name + b"\n" + state + b"b.", "__setstate__")
+    (tmp_path / "next").write_bytes(python2_file(content(0, 10, "labels")))
+    assert read_pickled_fields(str(tmp_path / "next"))["data"].shape == (PER_BATCH, PIXELS)
+
+
+@pytest.mark.parametrize("size", [1 << 30, 1 << 40, 1 << 50, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
+@pytest.mark.parametrize(
+    "instruction", [b"\x8d", b"\x8e", b"\x96", b"\x95"], ids=["text", "bytes", "bytearray", "frame"]
+)
+def test_a_length_beyond_the_file_takes_no_memory(tmp_path, instruction, size):
+    refused(tmp_path, b"\x80\x05" + instruction + size.to_bytes(8, "little") + b"abc.")
+
+
+@pytest.mark.parametrize("put", [b"r\xff\xff\xff\x7f", b"r\xff\xff\xff\xff", b"p999999999\n"])
+def test_a_memo_place_beyond_the_file_takes_no_memory(tmp_path, put):
+    """The unpickler keeps places up to twice the largest: 2^31 of them would be 34 GB."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(tmp_path, b"\x80\x02}" + put + b".", "keeps something at place")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
+
+
+@pytest.mark.parametrize("depth", [1000, 100_000])
+def test_a_deep_file_is_read_without_recursion(tmp_path, depth):
+    (tmp_path / "deep").write_bytes(b"\x80\x02}" + TEXT + b"]" * depth + b"a" * (depth - 1) + b"s.")
+    assert len(read_pickled_fields(str(tmp_path / "deep"))["a"]) == 1
+
+
+BYTES = b"cnumpy\ndtype\n(U\x02u1tR"
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        (b"K\x01K\x02K\x03\x86" + BYTES + b"\x89U\x05abcde", "cannot reshape"),
+        (b"K\x01J\x00\x00\x00\x40\x85" + BYTES + b"\x89U\x01a", "cannot reshape"),
+        (b"K\x01" + TEXT + BYTES + b"\x89U\x01a", "integer"),
+        (b"K\x01K\x01\x85" + BYTES + b"\x88U\x01a", "C order"),
+        (b"K\x01K\x01\x85U\x02u1\x89U\x01a", "something else than bytes"),
+        (b"K\x01K\x01\x85" + BYTES + b"\x89]", "bytes-like"),
+        (b"K\x01K\x01\x85" + BYTES + b"\x89X\x02\x00\x00\x00\xc4\x80", "codec"),
+        (b"K\x01", "unpack"),
+    ],
+)
+def test_an_array_has_the_bytes_of_its_shape(tmp_path, state, reason):
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n)" + TEXT + b"tR"
+    refused(tmp_path, b"\x80\x02}" + TEXT + array + b"(" + state + b"tbs.", reason)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
@@ -198,6 +304,41 @@ def test_a_label_out_of_range_is_named(tmp_path):
     values = content(0, 10, "labels") | {"labels": [0, 1, 10, 2]}
     (tmp_path / "data_batch_1").write_bytes(pickle.dumps(values, protocol=2))
     with pytest.raises(ValueError, match="data_batch_1: label 10 of image 2 is out of range; needed 0 to 9"):
+        open_raw(config(tmp_path))
+
+
+def nested(depth):
+    """Lists in lists, each twice in the next: 2^depth things for whoever unfolds them."""
+    value = [1]
+    for _ in range(depth):
+        value = [value, value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("label", "found"),
+    [
+        (-1, "-1"),
+        (1 << 70, r"\(int\)"),
+        ("1", r"\(str\)"),
+        (True, r"\(bool\)"),
+        (None, r"\(NoneType\)"),
+        (nested(40), r"\(list\)"),
+    ],
+)
+def test_a_label_that_is_no_class_is_named_without_being_unfolded(tmp_path, label, found):
+    values = content(0, 10, "labels") | {"labels": [0, 1, 2, label]}
+    (tmp_path / "data_batch_1").write_bytes(pickle.dumps(values, protocol=2))
+    with pytest.raises(ValueError, match=rf"data_batch_1: label {found} of image 3 is out of range; needed 0 to 9"):
+        open_raw(config(tmp_path))
+
+
+@pytest.mark.parametrize("names", [None, [], ["a"] * 9, ["a"] * 9 + [nested(40)], {"a": 1}])
+def test_class_names_are_texts_one_for_each_class(tmp_path, names):
+    for name in splits("cifar10")[0]:
+        (tmp_path / name).write_bytes(pickle.dumps(content(0, 10, "labels"), protocol=2))
+    (tmp_path / "batches.meta").write_bytes(pickle.dumps({"label_names": names}, protocol=2))
+    with pytest.raises(ValueError, match=r"batches.meta: found .* with \d class names; needed 'label_names', 10 texts"):
         open_raw(config(tmp_path))
 
 
