@@ -48,9 +48,9 @@ def main() -> None:
     if 60 * options.minutes < 4 * PERIOD_S:
         least = 4 * PERIOD_S / 60
         parser.error(f"--minutes {options.minutes:g}: needed {least:.2g} or more, for memory is compared by halves")
-    from orchestration.cluster.local_ray import start_own_ray
+    from orchestration.cluster.local_ray import start_local_ray
 
-    start_own_ray()
+    start_local_ray()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # workers of a failed run may still write
         runs = Path(scratch)
         record = disturbed(runs, options)

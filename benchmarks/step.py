@@ -27,7 +27,7 @@ from typing import Any
 import ray
 
 from orchestration.cluster.fleet import Fleet
-from orchestration.cluster.local_ray import start_own_ray
+from orchestration.cluster.local_ray import start_local_ray
 from orchestration.config.compose import load_config, to_yaml
 from orchestration.runs.console import Console
 from orchestration.runs.run import Run
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("overhead", "spread"))
     parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "step.json"))
     options = parser.parse_args()
-    start_own_ray()
+    start_local_ray()
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = RunFolder(Path(scratch) / "run")
@@ -87,10 +87,11 @@ def overhead(folder: RunFolder, options: argparse.Namespace) -> dict[str, Any]:
     uploader = start_uploader(folder.path, default_uri(folder.path.parent), "benchmark", "step")
     fleet = Fleet(config, mesh_shape(config.method.num_experts, 1))
     fleet.start()
-    run = Run(config, folder, Console(stream=io.StringIO()), fleet, StopSignals(), {})
+    run = Run(config, folder, Console(stream=io.StringIO()), StopSignals(), {})
     bare = ray.remote(BareLoop).options(num_cpus=0).remote(to_yaml(config), 2)
     with run.journal:
         stage = StageRun(run, "train", fleet, run.console)
+        stage.prepare()
         result = in_turn(stage.take, lambda steps: ray.get(bare.run.remote(steps)), options)
     fleet.close()
     ray.kill(bare)

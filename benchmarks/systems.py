@@ -114,9 +114,9 @@ def schedule(method: str) -> list[str]:
 def train(runs: Path, chosen: list[tuple[str, list[str]]]) -> None:
     """Train runs one after another, in one Ray started by this process."""
     from orchestration.cli import main as expertail
-    from orchestration.cluster.local_ray import start_own_ray
+    from orchestration.cluster.local_ray import start_local_ray
 
-    start_own_ray()
+    start_local_ray()
     for name, words_ in chosen:
         seldom = [] if any(w.startswith("run.evaluate_every") for w in words_) else ["run.evaluate_every_epochs=1000"]
         runs.mkdir(parents=True, exist_ok=True)

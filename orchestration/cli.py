@@ -184,9 +184,9 @@ def _early_ray(words: list[str]) -> Iterator[None]:
         return
     loading = threading.Thread(target=importlib.import_module, args=("orchestration.commands.train",), daemon=True)
     loading.start()
-    from orchestration.cluster.local_ray import start_own_ray
+    from orchestration.cluster.local_ray import start_local_ray
 
-    start_own_ray()
+    start_local_ray()
     loading.join()
     try:
         yield

@@ -30,10 +30,10 @@ def local_ray():
     """Start one Ray for the whole session."""
     import ray
 
-    from orchestration.cluster.local_ray import start_own_ray
+    from orchestration.cluster.local_ray import start_local_ray
 
     if not ray.is_initialized():
-        start_own_ray()
+        start_local_ray()
     yield
     ray.shutdown()
 
@@ -92,8 +92,8 @@ def lend(pool, monkeypatch):
         pool.give_back(fleet.workers)
         fleet.workers = []
 
-    monkeypatch.setattr(Fleet, "_reserve", lambda fleet: None)
-    monkeypatch.setattr(Fleet, "silent_nodes", lambda fleet: [])  # they have no placement group
+    monkeypatch.setattr(Fleet, "_new_group", lambda fleet: None)
+    monkeypatch.setattr(Fleet, "unreachable_nodes", lambda fleet: [])  # the pool has no placement group
     monkeypatch.setattr(Fleet, "_create", create)
     monkeypatch.setattr(Fleet, "close", close)
 

@@ -6,19 +6,19 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import ray
 
-from orchestration.cluster.local_ray import start_own_ray
+from orchestration.cluster.local_ray import start_local_ray
 from orchestration.cluster.placement import largest_share
-from orchestration.cluster.preemption import draining_nodes
+from orchestration.cluster.ray_internals import draining_nodes, token_headers
 from orchestration.config.run_config import ClusterConfig, EngineConfig
 
 
 @contextlib.contextmanager
 def cluster(address: str | None) -> Iterator[None]:
-    """A connection to Ray: the one there is, the one at `address`, or one of our own that ends with the context."""
+    """Use the connection to Ray that there is; else connect to `address`, or start a Ray, until the context ends."""
     if ray.is_initialized():
         if address:
             _check_listening(address)
@@ -39,7 +39,7 @@ def start_ray(address: str | None) -> None:
     """
     named = address or os.environ.get("RAY_ADDRESS")
     if not named:
-        start_own_ray()
+        start_local_ray()
         return
     _check_listening(named)
     try:
@@ -52,7 +52,7 @@ def start_ray(address: str | None) -> None:
 
 
 def _check_listening(address: str) -> None:
-    """Refuse an address where nobody listens; Ray itself would try for minutes and then end the process.
+    """Refuse an address where nobody listens. Ray itself would try for minutes and then end the process.
 
     Raises:
         ValueError: nobody listens, or it is the address of a Ray Client.
@@ -77,15 +77,14 @@ def _check_listening(address: str) -> None:
 
 
 def _check_token(address: str) -> None:
-    """Refuse a token that the cluster refuses; Ray itself would say only that it could not connect.
+    """Refuse a token that the cluster refuses. Ray itself would say only that it could not connect.
 
     Raises:
-        ValueError: the cluster asks for a token, and ours is missing or another one.
+        ValueError: the cluster asks for a token, and ours is missing or differs.
     """
     import grpc
-    from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
 
-    headers = get_auth_headers_if_auth_enabled({})
+    headers = token_headers()
     with grpc.insecure_channel(address) as channel:
         try:
             channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(
@@ -102,10 +101,10 @@ def _check_token(address: str) -> None:
 
 
 def resolve_resources(config: ClusterConfig, engine: EngineConfig, workers: int) -> tuple[float, int]:
-    """CPUs and threads of a worker, where the config leaves them open.
+    """Return the CPUs and threads of a worker, where the config leaves them open.
 
     Returns:
-        cpus_per_worker and threads; a share of the cluster's CPUs, whole ones where there is more than one.
+        cpus_per_worker, an equal share of the cluster's CPUs, whole ones where there is more than one; and threads.
     """
     cpus = config.cpus_per_worker
     if cpus is None:
@@ -113,13 +112,9 @@ def resolve_resources(config: ClusterConfig, engine: EngineConfig, workers: int)
     return cpus, engine.threads or max(1, int(cpus))
 
 
-def node_resources(without: Collection[str] = ()) -> dict[str, dict[str, float]]:
-    """All resources of every living node that is not being drained, by its address.
-
-    Args:
-        without: ids of nodes to leave out.
-    """
-    leaving = {*draining_nodes(), *without}
+def node_resources() -> dict[str, dict[str, float]]:
+    """Return all resources of every living node that is not being drained, by its address."""
+    leaving = draining_nodes()
     return {
         f"{node['NodeManagerAddress']}/{node['NodeID'][:6]}": dict(node["Resources"])
         for node in ray.nodes()

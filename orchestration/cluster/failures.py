@@ -1,17 +1,18 @@
-"""What the errors of workers mean for the run: a loss that it survives, or words that an operator can act on."""
+"""Translate errors of workers: into a loss that the run survives, or a refusal that an operator can act on."""
 
 from __future__ import annotations
 
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
-_EXCHANGE_WORDS = ("gloo", "nccl", "torch/distributed", "torch.distributed")  # in the trace of a broken exchange
+_EXCHANGE_WORDS = ("gloo", "nccl", "torch/distributed", "torch.distributed")
+"""Found in the trace of a broken exchange; the backends raise no type of their own."""
 
 
 class WorkerLost(RuntimeError):
     """A worker died or hangs; the run can go on from its newest checkpoint.
 
     Attributes:
-        why: "failure"; "hang"; "memory", ended for using too much; "preemption", its node was taken away with notice.
+        why: "failure"; "hang"; "memory": ended for using too much; "preemption": its node was taken away with notice.
     """
 
     def __init__(self, text: str, why: str = "failure") -> None:
@@ -20,7 +21,7 @@ class WorkerLost(RuntimeError):
 
 
 def refusal(error: RayTaskError) -> Exception | None:
-    """What a worker said in words that an operator can act on, if it did."""
+    """Return the error that a worker raised for an operator to act on; None if it raised another."""
     cause = error.cause
     if isinstance(cause, ValueError | FloatingPointError | OSError):
         return cause
@@ -35,7 +36,7 @@ def refusal(error: RayTaskError) -> Exception | None:
 
 
 def failure_of(error: RayError) -> WorkerLost:
-    """What the death of a worker means, in Ray's words."""
+    """Translate Ray's error for a dead worker."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, OutOfMemoryError):
         text = next((line for line in lines if "memory" in line.lower()), "its node is nearly full")
@@ -45,7 +46,7 @@ def failure_of(error: RayError) -> WorkerLost:
 
 
 def broken_exchange(error: RayTaskError) -> WorkerLost | None:
-    """What the failure of an exchange means, if the error is one."""
+    """Translate an error of a broken exchange between workers; None if it is another error."""
     text = str(error).lower()
     if not any(word in text for word in _EXCHANGE_WORDS):
         return None

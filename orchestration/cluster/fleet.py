@@ -1,8 +1,8 @@
-"""The workers of one mesh as Ray actors in one placement group: place, call together, notice death, start again.
+"""The workers of one mesh as Ray actors in one placement group: reserve, start, call together, notice death, replace.
 
 A worker that dies leaves its partners waiting in an exchange, so nothing here waits for all: the first failure ends the
-call. `mend` then fills the places of the dead, from warm spare processes where there are some; `kill` and `start` fill
-all of them anew.
+call. `replace_lost` then fills the places of the dead, from warm spare processes where there are some; `kill` and
+`start` fill all of them with new processes.
 """
 
 from __future__ import annotations
@@ -21,98 +21,127 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from orchestration.cluster.connection import (
-    node_resources,
-)
+from orchestration.cluster.connection import node_resources
 from orchestration.cluster.failures import broken_exchange, failure_of, refusal
 from orchestration.cluster.hangs import Watch
-from orchestration.cluster.placement import GIB, bundle_of, check_fits
-from orchestration.cluster.preemption import draining_nodes
-from orchestration.cluster.reachability import answering, cut_off
+from orchestration.cluster.placement import NoRoom, bundle_of, check_fits
+from orchestration.cluster.ray_internals import draining_nodes
+from orchestration.cluster.reachability import disconnected_pair, unreachable_from_here
 from orchestration.cluster.transfer import Sent
 from orchestration.cluster.worker import Seat, Worker
 from orchestration.config.run_config import RunConfig
 from orchestration.training.mesh import MeshShape
 
-_STACKS_FIRST_S = 30.0  # an exchange gives up this much after the watch has found the hang and kept its stacks
+_STACKS_FIRST_S = 30.0  # an exchange gives up this much after the watch has found the hang and written the stacks
 _LEAVE_S = 5.0  # how long a survivor may take to give up a step that lost a partner
+_DEATH_S = 3.0  # how long to look for the death that broke an exchange
 
 
 class Fleet:
-    """The actors of one mesh.
+    """The actors of one mesh. `reserve` and `start` bring it up; `close` ends it.
 
     Args:
         config: with cpus_per_worker and threads resolved.
         shape: of the mesh.
 
-    Raises:
-        ValueError: the placement cannot be met.
+    Attributes:
+        workers: actors in the order of ranks; empty before `start` and after `kill`.
+        hosts: what each worker said of itself: process, node, host.
+        left_out: training images that cannot be read, once the first worker has looked for them; else None.
     """
 
     def __init__(self, config: RunConfig, shape: MeshShape) -> None:
         self.config, self.shape = config, shape
-        cluster_config = config.cluster
-        assert cluster_config.cpus_per_worker is not None and config.engine.threads is not None
-        self._cpus, self._gpus = cluster_config.cpus_per_worker, cluster_config.gpus_per_worker
+        assert config.cluster.cpus_per_worker is not None and config.engine.threads is not None
+        self._bundle = bundle_of(config.cluster, config.cluster.cpus_per_worker)
         self.workers: list[Any] = []
         self.hosts: list[dict[str, Any]] = []
-        self.left_out: list[dict[str, Any]] | None = None  # training images, once the first worker has looked at all
-        self._spares: list[tuple[Any, Any]] = []  # process, and the promise of what it says of itself once it is warm
-        self._avoided: dict[str, str] = {}  # addresses of nodes that others did not reach, by id
-        self.check_room()
-        self._group = self._reserve()
+        self.left_out: list[dict[str, Any]] | None = None
+        self._group: PlacementGroup | None = None
+        self._spares: list[tuple[Any, Any]] = []  # a process, and the promise of what `warm_up` returns
 
-    def _reserve(self) -> PlacementGroup:
-        bundle, workers = bundle_of(self.config.cluster, self._cpus), self.shape.workers
-        elsewhere = [{"ray.io/node-id": f"!in({','.join(self._avoided)})"}] * workers if self._avoided else None
-        group = placement_group([bundle] * workers, strategy="PACK", bundle_label_selector=elsewhere)
-        wait_s = self.config.cluster.placement_timeout_s
+    # Places
+
+    def reserve(self) -> None:
+        """Reserve a place for each worker.
+
+        Raises:
+            NoRoom: the nodes could never hold the workers, or other runs hold the places.
+        """
+        self.check_room()
+        self._group = self._new_group()
+
+    def check_room(self) -> None:
+        """Refuse to go on if the nodes that there are now could not hold the workers.
+
+        Raises:
+            NoRoom: says what was wanted and what each node has.
+        """
+        check_fits(self.shape.workers, self._bundle, node_resources())
+
+    def _new_group(self) -> PlacementGroup:
+        workers, wait_s = self.shape.workers, self.config.cluster.placement_timeout_s
+        group = placement_group([self._bundle] * workers, strategy="PACK")
         if not group.wait(wait_s):
-            free = ray.available_resources()
+            free, all_ = ray.available_resources(), ray.cluster_resources()
             remove_placement_group(group)
-            raise ValueError(
-                f"cluster.workers = {self.shape.workers}: wanted {self.shape.workers} x ({self._cpus:g} CPUs, "
-                f"{self._gpus} GPUs), free after {wait_s:g} s are {free.get('CPU', 0):g} CPUs and "
-                f"{free.get('GPU', 0):g} GPUs of {ray.cluster_resources().get('CPU', 0):g} and "
-                f"{ray.cluster_resources().get('GPU', 0):g}; wait for other runs to end, lower cluster.workers or "
-                f"cluster.cpus_per_worker, or raise cluster.placement_timeout_s"
+            raise NoRoom(
+                f"cluster.workers = {workers}: wanted {workers} x ({self._bundle['CPU']:g} CPUs, "
+                f"{self._bundle.get('GPU', 0):g} GPUs), free after {wait_s:g} s are {free.get('CPU', 0):g} CPUs and "
+                f"{free.get('GPU', 0):g} GPUs of {all_.get('CPU', 0):g} and {all_.get('GPU', 0):g}; wait for other "
+                f"runs to end, lower cluster.workers or cluster.cpus_per_worker, or raise cluster.placement_timeout_s"
             )
         return group
 
+    def move(self) -> None:
+        """End all processes and reserve places again, on nodes that are not being drained.
+
+        Raises:
+            NoRoom: there are none.
+        """
+        self.close()
+        self.reserve()
+
+    # Processes
+
     def start(self) -> None:
-        """Create the actors and import their libraries, all at once."""
+        """Create the actors and import their libraries, all at once; reserve their places first if need be."""
+        if self._group is None:
+            self.reserve()
         self.workers, self.hosts = self._create(range(self.shape.workers)), []
         self.hosts = self.call("load_libraries", self.config.engine.name)
 
     def _create(self, ranks: Iterable[int], *, spare: bool = False) -> list[Any]:
-        """New processes in the places of some ranks; spare ones take no share of the CPUs there while they wait."""
+        """Create processes in the places of some ranks; spare ones take no share of the CPUs there while they wait."""
+        assert self._group is not None
+        share = {} if spare else self._bundle
         return [
             Worker.options(  # type: ignore[attr-defined]
-                num_cpus=0 if spare else self._cpus,
-                num_gpus=0 if spare else self._gpus,
-                memory=0 if spare else (self.config.cluster.memory_gib_per_worker or 0) * GIB,
+                num_cpus=share.get("CPU", 0),
+                num_gpus=share.get("GPU", 0),
+                memory=share.get("memory", 0),
                 max_restarts=0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank),
-            ).remote(gpu=self._gpus > 0, threads=self.config.engine.threads)
+            ).remote(gpu="GPU" in self._bundle, threads=self.config.engine.threads)
             for rank in ranks
         ]
 
     def keep_spares(self) -> None:
         """Start spare processes up to cluster.standby, without waiting until they are warm."""
         missing = range(len(self._spares), self.config.cluster.standby)
-        data = self.config.model_dump(mode="json")["dataset"]
+        engine, dataset = self.config.engine.name, self.config.dataset
         for spare in self._create([i % self.shape.workers for i in missing], spare=True):
-            self._spares.append((spare, spare.warm_up.remote(self.config.engine.name, data, self._paths_left_out())))
+            self._spares.append((spare, spare.warm_up.remote(engine, dataset, self._left_out_paths())))
 
-    def mend(self) -> int:
-        """Keep the workers that survived a loss and fill the other places. Returns how many spares were used.
+    def replace_lost(self) -> int:
+        """Keep the workers that survived a loss, and fill the other places. Return how many spares were used.
 
-        On GPUs all are started again: who waits in an NCCL exchange for a dead partner does not come back.
+        On GPUs all are started again: a worker that waits in an NCCL exchange for a dead partner does not come back.
 
         Raises:
             WorkerLost: as `call`.
         """
-        if self._gpus or not self.hosts:
+        if "GPU" in self._bundle or not self.hosts:
             self.kill()
             self.start()
             return 0
@@ -120,7 +149,7 @@ class Fleet:
         for rank in lost:
             with contextlib.suppress(RayError, ValueError):
                 ray.kill(self.workers[rank])
-        warm = dict(zip(lost, self._warm([self.hosts[rank]["node_id"] for rank in lost]), strict=False))
+        warm = dict(zip(lost, self._warm_spares([self.hosts[rank]["node_id"] for rank in lost]), strict=False))
         cold = [rank for rank in lost if rank not in warm]
         for rank, worker in (warm | dict(zip(cold, self._create(cold), strict=True))).items():
             self.workers[rank] = worker
@@ -128,7 +157,7 @@ class Fleet:
         return len(warm)
 
     def _survivors(self) -> set[int]:
-        """Ranks of the workers that gave up their mesh in time."""
+        """Return the ranks of the workers that gave up their mesh in time."""
         refs = {worker.leave.remote(): rank for rank, worker in enumerate(self.workers)}
         done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=_LEAVE_S)
         alive = set()
@@ -138,16 +167,17 @@ class Fleet:
                 alive.add(refs[ref])
         return alive
 
-    def _warm(self, nodes: list[str]) -> list[Any]:
-        """A warm spare process for each of some nodes, as far as there are any; on that node if possible."""
+    def _warm_spares(self, nodes: list[str]) -> list[Any]:
+        """Take a warm spare process for each of some nodes, as far as there are any; on that node if possible."""
         ready = []
         for spare in list(self._spares):
             done, _ = ray.wait([spare[1]], timeout=0)
             if done:
                 self._spares.remove(spare)
-                with contextlib.suppress(RayError):  # warm once, and dead since, is a spare no more
+                with contextlib.suppress(RayError):  # a spare that has died since it was warm is of no use
                     ray.get(spare[0].heartbeat.remote(), timeout=1.0)
                     ready.append((ray.get(spare[1])["node_id"], spare[0]))
+
         chosen = []
         for node in nodes[: len(ready)]:
             ready.sort(key=lambda found, node=node: found[0] != node)  # type: ignore[misc]
@@ -156,10 +186,26 @@ class Fleet:
             self._spares.append((unused, unused.load_libraries.remote(self.config.engine.name)))
         return chosen
 
-    @property
-    def node_ids(self) -> list[str]:
-        """Of the workers, in the order of ranks."""
-        return [host["node_id"] for host in self.hosts]
+    def kill(self) -> None:
+        """End the workers' processes at once; spare ones stay."""
+        for worker in self.workers:
+            with contextlib.suppress(RayError, ValueError):
+                ray.kill(worker)
+        self.workers = []
+
+    def close(self) -> None:
+        """End the workers and give their places back. Goes on past failures."""
+        self.kill()
+        for spare, _ in self._spares:
+            with contextlib.suppress(RayError, ValueError):
+                ray.kill(spare)
+        self._spares = []
+        if self._group is not None:
+            with contextlib.suppress(RayError, ValueError):
+                remove_placement_group(self._group)
+            self._group = None
+
+    # Calls
 
     def build(self, stage: str, teachers: dict[str, str | Sent] | None = None) -> list[dict[str, Any]]:
         """Seat every worker in a new world and build its part of a stage.
@@ -169,28 +215,28 @@ class Fleet:
             teachers: folders of their exported models, by name.
 
         Returns:
-            What each said of itself.
+            What `Worker.build` returned, in the order of ranks.
         """
-        shape = self.shape
-        tree = self.config.model_dump(mode="json")
-        if self.config.dataset.quarantine and self.left_out is None:
-            self.left_out = self._one(self.workers[0].find_unreadable.remote(tree["dataset"]))
-        left_out = self._paths_left_out()
-        self.call("open_data", tree["dataset"], left_out)  # apart, so that nobody waits in the world for who is reading
+        shape, dataset = self.shape, self.config.dataset
+        if dataset.quarantine and self.left_out is None:
+            self.left_out = self._one(self.workers[0].find_unreadable.remote(dataset))
+
+        # Apart from `build`, so that no worker waits in the world for one that still reads.
+        left_out = self._left_out_paths()
+        self.call("open_data", dataset, left_out)
+
         timeout_s = self.config.cluster.heartbeat_timeout_s + _STACKS_FIRST_S
         address, port = self._one(self.workers[0].open_world.remote(shape.workers, timeout_s))
-        seats = [
-            Seat(rank, shape.num_experts, shape.experts_per_worker, shape.replicas, address, port, timeout_s)
-            for rank in range(shape.workers)
-        ]
         return self._together(
             [
-                worker.build.remote(tree, stage, seat, teachers or {}, left_out)
-                for worker, seat in zip(self.workers, seats, strict=True)
+                worker.build.remote(
+                    self.config, stage, Seat(rank, shape, address, port, timeout_s), teachers or {}, left_out
+                )
+                for rank, worker in enumerate(self.workers)
             ]
         )
 
-    def _paths_left_out(self) -> list[str] | None:
+    def _left_out_paths(self) -> list[str] | None:
         return None if self.left_out is None else [item["path"] for item in self.left_out]
 
     def call(self, method: str, *args: Any) -> list[Any]:
@@ -203,11 +249,11 @@ class Fleet:
         return self._together([getattr(worker, method).remote(*args) for worker in self.workers])
 
     def _one(self, ref: Any) -> Any:
-        """The answer of the first worker."""
+        """Wait for an answer of the first worker."""
         return self._together([ref])[0]
 
     def _together(self, refs: list[Any]) -> list[Any]:
-        """All answers, of the first workers in order. Who has answered may idle."""
+        """Wait for the answers of the first workers, one each in the order of ranks. Those that have answered idle."""
         answers: dict[Any, Any] = {}
         pending = list(refs)
         watch = Watch(self.workers[: len(refs)], self.config.cluster.heartbeat_timeout_s)
@@ -223,13 +269,13 @@ class Fleet:
         return [answers[ref] for ref in refs]
 
     def _diagnose(self, error: RayError, pending: list[Any]) -> Exception:
-        """What a failed call means. A partner's broken exchange is often seen before the death that caused it."""
+        """Find what a failed call means. A partner's broken exchange is often seen before the death that caused it."""
         if not isinstance(error, RayTaskError):
             return failure_of(error)
-        found = refusal(error)
-        if found is not None:
-            return found
-        later, _ = ray.wait(pending, num_returns=len(pending), timeout=3.0) if pending else ([], [])
+        refused = refusal(error)
+        if refused is not None:
+            return refused
+        later, _ = ray.wait(pending, num_returns=len(pending), timeout=_DEATH_S) if pending else ([], [])
         for ref in later:
             try:
                 ray.get(ref)
@@ -239,35 +285,30 @@ class Fleet:
                 continue
         return broken_exchange(error) or error
 
-    def check_room(self) -> None:
-        """Whether the mesh can be started again in its places.
+    # Nodes
 
-        Raises:
-            ValueError: the cluster has shrunk and the mesh no longer fits; wanted and available.
-        """
-        memory = self.config.cluster.memory_gib_per_worker
-        try:
-            check_fits(self.shape.workers, self._cpus, self._gpus, node_resources(self._avoided), memory)
-        except ValueError as reason:
-            if not self._avoided:
-                raise
-            avoided = ", ".join(self._avoided.values())
-            raise ValueError(f"{reason} ({avoided} not counted: another node did not reach it)") from reason
+    @property
+    def node_ids(self) -> list[str]:
+        """Ids of the workers' nodes, in the order of ranks."""
+        return [host["node_id"] for host in self.hosts]
 
-    def silent_nodes(self) -> list[str]:
-        """Addresses of nodes under this fleet that Ray counts as living, but whose raylets do not answer."""
+    def unreachable_nodes(self) -> list[str]:
+        """Return the addresses of nodes under this fleet that Ray counts as alive, but whose raylets do not answer."""
         ours = set(placement_group_table(self._group)["bundles_to_node_id"].values())
-        nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] in ours]
-        answers = answering([(node["NodeManagerAddress"], node["NodeManagerPort"]) for node in nodes])
-        return [node["NodeManagerAddress"] for node, answered in zip(nodes, answers, strict=True) if not answered]
+        raylets = {
+            node["NodeID"]: (node["NodeManagerAddress"], node["NodeManagerPort"])
+            for node in ray.nodes()
+            if node["Alive"] and node["NodeID"] in ours
+        }
+        return [raylets[node][0] for node in unreachable_from_here(raylets)]
 
     def leaving_nodes(self) -> set[str]:
-        """Ids of the workers' nodes that are being drained, or are gone."""
+        """Return the ids of the workers' nodes that are being drained, or are gone."""
         staying = {node["NodeID"] for node in ray.nodes() if node["Alive"]}.difference(draining_nodes())
         return set(self.node_ids) - staying
 
-    def cut(self) -> tuple[str, str] | None:
-        """Ids of two nodes whose workers do not reach each other, the one to do without last; None if all do.
+    def disconnected_nodes(self) -> tuple[str, str] | None:
+        """Return the addresses of two nodes whose workers do not reach each other; None if all do.
 
         Raises:
             WorkerLost: as `call`.
@@ -275,50 +316,10 @@ class Fleet:
         nodes = self.node_ids
         if len(set(nodes)) == 1:
             return None
-        opened = dict(zip(nodes, self.call("open_door"), strict=True))
-        doors = {node: door for node, door in opened.items() if door is not None}
-        return cut_off(nodes, self.call("silent", doors))
-
-    def avoid(self, node_id: str) -> None:
-        """Reserve no place on a node any more, from the next `move`.
-
-        Raises:
-            ValueError: the mesh does not fit the other nodes; this one is not avoided then.
-        """
-        self._avoided[node_id] = self.address_of(node_id)
-        try:
-            self.check_room()
-        except ValueError:
-            del self._avoided[node_id]
-            raise
-
-    def address_of(self, node_id: str) -> str:
-        """Of a node with a worker."""
-        return next(host["node"] for host in self.hosts if host["node_id"] == node_id)
-
-    def kill(self) -> None:
-        """End the workers' processes at once; spare ones stay."""
-        for worker in self.workers:
-            with contextlib.suppress(RayError, ValueError):
-                ray.kill(worker)
-        self.workers = []
-
-    def move(self) -> None:
-        """End all processes and reserve places anew, on nodes that are neither being drained nor avoided.
-
-        Raises:
-            ValueError: there are none.
-        """
-        self.close()
-        self.check_room()
-        self._group = self._reserve()
-
-    def close(self) -> None:
-        """End the workers and give their places back. Goes on past failures."""
-        self.kill()
-        for spare, _ in self._spares:
-            with contextlib.suppress(RayError, ValueError):
-                ray.kill(spare)
-        self._spares = []
-        with contextlib.suppress(RayError, ValueError):
-            remove_placement_group(self._group)
+        opened = dict(zip(nodes, self.call("listen"), strict=True))
+        listeners = {node: listener for node, listener in opened.items() if listener is not None}
+        pair = disconnected_pair(nodes, self.call("unreachable_from_here", listeners))
+        if pair is None:
+            return None
+        address = {host["node_id"]: host["node"] for host in self.hosts}
+        return address[pair[0]], address[pair[1]]

@@ -1,4 +1,4 @@
-"""Workers that hang: how they are found, and what all of their mesh were doing, kept before they are ended."""
+"""Find workers that hang, and write down what all workers of their mesh are doing before they are ended."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ray.exceptions import GetTimeoutError, RayError
 from orchestration.cluster.failures import WorkerLost
 
 _ANSWER_S = 3.0  # a worker that can answer does so from a thread of its own
-_SILENT = (
+_NO_ANSWER = (
     f"no answer in {_ANSWER_S:g} s: the process is stopped or dead, its node is out of reach, or a library holds "
     f"Python's lock; while the process is there, `py-spy dump --native --pid <pid>` on its node tells\n"
 )
 
 
 class Watch:
-    """Finds workers that hang: asked beside their work, they say when they last finished something."""
+    """Finds workers that hang. Asked beside their work, workers say when they last finished something."""
 
     def __init__(self, workers: list[Any], limit_s: float) -> None:
         self._workers, self._limit_s = workers, limit_s
@@ -32,7 +32,10 @@ class Watch:
         self._asked: dict[Any, int] = {}  # a busy node may answer at a later look
 
     def look(self, ranks: Iterable[int]) -> None:
-        """Ask those that are at work.
+        """Ask the workers that are at work.
+
+        Args:
+            ranks: of those workers.
 
         Raises:
             WorkerLost: one has not finished anything, or not answered, for the limit.
@@ -57,7 +60,7 @@ class Watch:
 
 
 def own_stacks() -> str:
-    """Stacks of all Python threads of this process, innermost call last."""
+    """Return the stacks of all Python threads of this process, innermost call last."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     return "\n".join(
         f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
@@ -65,21 +68,21 @@ def own_stacks() -> str:
     )
 
 
-def keep_stacks(workers: Sequence[Any], hosts: Sequence[Mapping[str, Any]], folder: Path) -> str:
+def write_stacks(workers: Sequence[Any], hosts: Sequence[Mapping[str, Any]], folder: Path) -> str:
     """Write what each worker is doing to a file of its own.
 
     Args:
         workers: actors with a method `stacks` that answers beside their work, in the order of ranks.
-        hosts: what each said of itself; may be shorter.
+        hosts: process and node of each; may be shorter.
         folder: for the files, `<time>-worker<rank>.txt`.
 
     Returns:
-        Which files, and who did not answer, in words.
+        A message with the files' names and the workers that did not answer.
     """
     refs = [worker.stacks.remote() for worker in workers]
     done, _ = ray.wait(refs, num_returns=len(refs), timeout=_ANSWER_S)
     stamp = time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime())
-    silent = []
+    unanswered = []
     for rank, ref in enumerate(refs):
         host = hosts[rank] if rank < len(hosts) else {"pid": "unknown", "node": "unknown"}
         text = None
@@ -87,12 +90,12 @@ def keep_stacks(workers: Sequence[Any], hosts: Sequence[Mapping[str, Any]], fold
             with contextlib.suppress(RayError):
                 text = ray.get(ref)
         if text is None:
-            silent.append(f"worker {rank}")
+            unanswered.append(f"worker {rank}")
         where = f"worker {rank}, pid {host['pid']} on node {host['node']}"
         try:
             folder.mkdir(exist_ok=True)
-            (folder / f"{stamp}-worker{rank}.txt").write_text(f"{where}\n\n{text or _SILENT}")
+            (folder / f"{stamp}-worker{rank}.txt").write_text(f"{where}\n\n{text or _NO_ANSWER}")
         except OSError as error:
             return f"stacks could not be kept in {folder}: {error}"
-    said = f"stacks kept in {folder}/{stamp}-worker*.txt"
-    return f"{said}; no answer from {', '.join(silent)}" if silent else said
+    message = f"stacks kept in {folder}/{stamp}-worker*.txt"
+    return f"{message}; no answer from {', '.join(unanswered)}" if unanswered else message

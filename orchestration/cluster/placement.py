@@ -1,21 +1,29 @@
-"""Workers on nodes: where Ray's PACK strategy would put them, and a drawing of it. Pure functions."""
+"""Where workers go: the places that nodes have, where Ray's PACK strategy puts workers, and a drawing of it. Pure."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from orchestration.config.run_config import ClusterConfig
 from orchestration.training.mesh import MeshShape
 
+GIB = 2**30
+_MAX_CPUS = 8  # of one worker by default; small images do not use more
+_BOXES_PER_ROW = 4
+
 Resources = Mapping[str, float]
-_BOXES_A_ROW = 4
+"""Amounts by Ray's names: CPU, GPU, memory (bytes)."""
+
+
+class NoRoom(ValueError):
+    """The cluster has too few places for the workers. It may have more later: a node joins, another run ends."""
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Which node each worker of a mesh is on.
+class Placement:
+    """The node of each worker of a mesh.
 
     Attributes:
         nodes: names, in the order in which they are filled; only those that hold a worker.
@@ -26,28 +34,66 @@ class Layout:
     node_of: tuple[int, ...]
 
     def on(self, node: str) -> list[int]:
-        """Ranks on a node."""
+        """Return the ranks on a node."""
         return [rank for rank, index in enumerate(self.node_of) if self.nodes[index] == node]
 
 
 def bundle_of(cluster: ClusterConfig, cpus: float) -> dict[str, float]:
-    """What Ray is asked for each worker.
+    """Return the resources that Ray is asked for per worker.
 
     Args:
         cluster: of the config.
         cpus: of a worker, resolved.
     """
     gpus, memory = cluster.gpus_per_worker, cluster.memory_gib_per_worker
-    return {"CPU": cpus} | ({"GPU": float(gpus)} if gpus else {}) | ({"memory": memory * 2**30} if memory else {})
+    return {"CPU": cpus} | ({"GPU": float(gpus)} if gpus else {}) | ({"memory": memory * GIB} if memory else {})
 
 
 def places(node: Resources, bundle: Resources) -> int:
-    """Workers that a node has room for, each with what is in the bundle."""
+    """Count the workers that a node has room for."""
     return min(math.floor(node.get(kind, 0.0) / share + 1e-6) for kind, share in bundle.items())
 
 
-def packed(workers: int, bundle: Resources, nodes: Mapping[str, Resources]) -> Layout | None:
-    """Lay workers out as Ray packs the bundles of a placement group: on as few nodes as it can.
+def check_fits(workers: int, bundle: Resources, nodes: Mapping[str, Resources]) -> None:
+    """Refuse a placement that these nodes could not hold even if nothing else ran.
+
+    Args:
+        workers: how many.
+        bundle: resources of each.
+        nodes: resources by node.
+
+    Raises:
+        NoRoom: says what was wanted and what each node has.
+    """
+    possible = sum(places(node, bundle) for node in nodes.values())
+    if possible >= workers:
+        return
+    cpus, gpus, memory = bundle["CPU"], bundle.get("GPU", 0), bundle.get("memory")
+    wanted = f"{cpus:g} CPUs, {gpus:g} GPUs" + ("" if memory is None else f", {memory / GIB:g} GiB")
+    have = ", ".join(
+        f"{name}: {n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs"
+        + ("" if memory is None else f", {n.get('memory', 0) / GIB:.1f} GiB")
+        for name, n in nodes.items()
+    )
+    raise NoRoom(
+        f"cluster.workers = {workers}: wanted {workers} x ({wanted}), the cluster has places for {possible} "
+        f"({have or 'no node'}); lower cluster.workers or cluster.cpus_per_worker (fractions are allowed), set "
+        f"cluster.gpus_per_worker=0, or add nodes"
+    )
+
+
+def largest_share(workers: int, cpus_of_nodes: Iterable[float]) -> float:
+    """Return the most CPUs that each worker can have: whole ones, at most 8, else hundredths of one."""
+    nodes = list(cpus_of_nodes)
+    shares = [float(whole) for whole in range(_MAX_CPUS, 0, -1)] + [part / 100 for part in range(99, 0, -1)]
+    for share in shares:
+        if sum(math.floor(cpus / share + 1e-6) for cpus in nodes) >= workers:
+            return share
+    return shares[-1]  # more than a hundred workers per core: refused by `check_fits`
+
+
+def pack(workers: int, bundle: Resources, nodes: Mapping[str, Resources]) -> Placement | None:
+    """Place workers as Ray packs the bundles of a placement group: on as few nodes as it can.
 
     Ray takes the node that would have the largest share of its resources left, fills it, and goes on with the next.
     Where nodes are equal it may take another than we do.
@@ -71,34 +117,38 @@ def packed(workers: int, bundle: Resources, nodes: Mapping[str, Resources]) -> L
             break
         node_of += [len(order)] * min(places(nodes[name], bundle), workers - len(node_of))
         order.append(name)
-    return Layout(tuple(order), tuple(node_of)) if len(node_of) == workers else None
+    return Placement(tuple(order), tuple(node_of)) if len(node_of) == workers else None
 
 
 def draw(
-    layout: Layout, nodes: Mapping[str, Resources], shape: MeshShape, experts: Mapping[int, tuple[str, ...]], shown: int
+    placement: Placement,
+    nodes: Mapping[str, Resources],
+    shape: MeshShape,
+    experts: Mapping[int, tuple[str, ...]],
+    shown: int,
 ) -> Iterator[str]:
-    """Nodes with a box for each worker: its rank, experts and replica.
+    """Yield lines that show each node with a box per worker: its rank, experts and replica.
 
     Args:
-        layout: of the workers.
+        placement: of the workers.
         nodes: resources by node.
         shape: of the mesh.
         experts: names by rank.
-        shown: the most workers that are drawn on a node.
+        shown: the most workers that are drawn per node.
     """
-    for name in layout.nodes:
-        ranks, have = layout.on(name), nodes[name]
+    for name in placement.nodes:
+        ranks, have = placement.on(name), nodes[name]
         gpus = f", {have['GPU']:g} GPUs" if have.get("GPU") else ""
         yield f"{name}  ({have.get('CPU', 0):g} CPUs{gpus}; {len(ranks)} of {shape.workers} workers)"
         cells = []
         for rank in ranks[:shown]:
             _, replica = shape.position(rank)
             cells.append([f"worker {rank}", *experts[rank], f"replica {replica}"])
-        for first in range(0, len(cells), _BOXES_A_ROW):
-            yield from _boxes(cells[first : first + _BOXES_A_ROW])
+        for first in range(0, len(cells), _BOXES_PER_ROW):
+            yield from _boxes(cells[first : first + _BOXES_PER_ROW])
         if len(ranks) > shown:
             yield f"  ... and {len(ranks) - shown} more"
-    idle = [name for name in nodes if name not in layout.nodes]
+    idle = [name for name in nodes if name not in placement.nodes]
     if idle:
         yield f"without a worker: {', '.join(idle[:8])}{f' and {len(idle) - 8} more' if len(idle) > 8 else ''}"
 
@@ -110,41 +160,3 @@ def _boxes(cells: list[list[str]]) -> Iterator[str]:
     for row in zip(*cells, strict=True):
         yield "  |" + "|".join(f" {text:<{width}} " for text, width in zip(row, widths, strict=True)) + "|"
     yield edge
-
-
-GIB = 2**30
-_MAX_THREADS = 8  # on one worker by default; small images do not use more
-
-
-def largest_share(workers: int, cpus_of_nodes: list[float]) -> float:
-    """The most CPUs that each of some workers can have: whole ones, else hundredths of one; at most 8."""
-    shares = [float(whole) for whole in range(_MAX_THREADS, 0, -1)] + [part / 100 for part in range(99, 0, -1)]
-    for share in shares:
-        if sum(math.floor(cpus / share + 1e-6) for cpus in cpus_of_nodes) >= workers:
-            return share
-    return shares[-1]  # more than a hundred workers a core: refused by `check_fits`
-
-
-def check_fits(
-    workers: int, cpus: float, gpus: float, nodes: dict[str, dict[str, float]], memory_gib: float | None = None
-) -> None:
-    """Refuse a placement that can never be met.
-
-    Raises:
-        ValueError: wanted and available, by node.
-    """
-
-    bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {}) | ({"memory": memory_gib * GIB} if memory_gib else {})
-    possible = sum(places(node, bundle) for node in nodes.values())
-    if possible < workers:
-        memory = "" if memory_gib is None else f", {memory_gib:g} GiB"
-        have = ", ".join(
-            f"{name}: {n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs"
-            + (f", {n.get('memory', 0) / GIB:.1f} GiB" if memory else "")
-            for name, n in nodes.items()
-        )
-        raise ValueError(
-            f"cluster.workers = {workers}: wanted {workers} x ({cpus:g} CPUs, {gpus:g} GPUs{memory}), the cluster has "
-            f"places for {possible} ({have or 'no node'}); lower cluster.workers or cluster.cpus_per_worker (fractions "
-            f"are allowed), set cluster.gpus_per_worker=0, or add nodes"
-        )

@@ -1,4 +1,4 @@
-"""Notices that nodes are about to be taken away: `ray drain-node`, or a cluster manager that reclaims spot machines."""
+"""Nodes that are about to be taken away: by `ray drain-node`, or by a cluster manager that reclaims spot machines."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from collections.abc import Iterable
 from functools import cached_property
 
 import ray
-from ray.exceptions import RayError
+
+from orchestration.cluster.ray_internals import draining_nodes
 
 PREEMPTED = 75
 """Exit status of a run that ended for want of nodes, after a checkpoint; EX_TEMPFAIL of sysexits.h: try again later."""
 _PERIOD_S = 1.0
 
 
-class Drained(Exception):
+class PreemptionNotice(Exception):
     """Nodes under some workers will be gone soon; a checkpoint has been written."""
 
 
@@ -25,12 +26,12 @@ class Preempted(Exception):
     exit_code = PREEMPTED
 
 
-class DrainNotices:
-    """Which nodes Ray has been told to drain, asked at most once a second; from any thread."""
+class LeavingNodes:
+    """The nodes that will be gone soon. Ray is asked at most once per second; any thread may look."""
 
     def __init__(self) -> None:
-        self._asked = float("-inf")
-        self._drained: frozenset[str] = frozenset()
+        self._asked_at = float("-inf")
+        self._leaving: frozenset[str] = frozenset()
         self._asking = threading.Lock()
 
     @cached_property
@@ -39,19 +40,9 @@ class DrainNotices:
         return ray.get_runtime_context().get_node_id()
 
     def among(self, node_ids: Iterable[str]) -> list[str]:
-        """Those of some nodes that will be gone."""
+        """Return those of some nodes that will be gone."""
         with self._asking:
-            if time.monotonic() - self._asked >= _PERIOD_S:
-                self._drained = frozenset(draining_nodes())
-                self._asked = time.monotonic()
-        return sorted(self._drained.intersection(node_ids))
-
-
-def draining_nodes() -> dict[str, int]:
-    """Ids of the nodes that Ray has been told to drain, and when: unix milliseconds, 0 for no deadline."""
-    from ray._private.state import state
-
-    try:
-        return dict(state.get_draining_nodes())
-    except (RayError, RuntimeError):  # the head is out of reach for now; a lost node is noticed anyway
-        return {}
+            if time.monotonic() - self._asked_at >= _PERIOD_S:
+                self._leaving = frozenset(draining_nodes())
+                self._asked_at = time.monotonic()
+        return sorted(self._leaving.intersection(node_ids))

@@ -1,4 +1,4 @@
-"""Folders on their way to workers that do not see the driver's disk: through Ray's object store, a file an object."""
+"""Send folders through Ray to workers that do not see the driver's disk, and back, one object per file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from orchestration.storage.checkpoint import DamagedCheckpoint, FileEntry, write
 
 @dataclass(frozen=True)
 class Sent:
-    """A folder's files, as objects.
+    """The files of a folder, as objects in Ray.
 
     Attributes:
         name: of the folder, for messages.
@@ -29,9 +29,14 @@ class Sent:
 
 
 def send(folder: Path, *, shared: bool) -> str | Sent:
-    """A folder for workers: its path where they share the disk, else its files, handed to Ray.
+    """Make a folder available to workers.
 
-    Files stay in Ray as long as the result does. Folders in the folder are left out.
+    Args:
+        folder: on the driver's disk. Folders inside it are left out.
+        shared: whether workers see that disk.
+
+    Returns:
+        The path if the disk is shared, else the files as objects, which stay in Ray as long as the result does.
     """
     if shared:
         return str(folder)
@@ -40,17 +45,17 @@ def send(folder: Path, *, shared: bool) -> str | Sent:
 
 @contextlib.contextmanager
 def received(folder: str | Sent, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[str]:
-    """Yield a folder's path on this node; the files of a sent one lie there until the context ends.
+    """Yield the path of a folder on this node. Files that were sent lie there until the context ends.
 
     Args:
-        folder: a path that this node sees, or what was sent.
-        wanted: which files, by name; others are not fetched.
+        folder: what `send` returned.
+        wanted: whether a file of this name is needed; others are not fetched.
     """
     if isinstance(folder, str):
         yield folder
         return
     with contextlib.ExitStack() as held:
-        with _explained():
+        with _disk_errors_explained():
             path = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="expertail-")), folder.name)
             path.mkdir()
             for name, content in folder.files.items():
@@ -62,10 +67,14 @@ def received(folder: str | Sent, wanted: Callable[[str], bool] = lambda name: Tr
 def receive_saved(
     answers: list[tuple[list[FileEntry], dict[str, Any], dict[str, bytes]]], folder: Path
 ) -> list[FileEntry]:
-    """All files that workers saved, from the answers of `Worker.save`; those that they handed over are written here.
+    """Write the files of a checkpoint that workers sent, and return the entries of all files that they saved.
+
+    Args:
+        answers: of `Worker.save`, in the order of ranks.
+        folder: to write to.
 
     Raises:
-        DamagedCheckpoint: a file is not the one that was saved.
+        DamagedCheckpoint: a file differs from the one that was saved.
     """
     entries = [entry for written, _, _ in answers for entry in written]
     expected = {entry.name: entry for entry in entries}
@@ -77,15 +86,15 @@ def receive_saved(
 
 
 def save_to_send(save: Callable[[str], list[FileEntry]]) -> tuple[list[FileEntry], dict[str, bytes]]:
-    """What `save` returns for a folder of this node, and the content of the files it wrote there."""
-    with _explained(), tempfile.TemporaryDirectory(prefix="expertail-") as scratch:
+    """Return the result of `save` for a folder of this node, and the content of the files it wrote there."""
+    with _disk_errors_explained(), tempfile.TemporaryDirectory(prefix="expertail-") as scratch:
         entries = save(scratch)
         return entries, {path.name: path.read_bytes() for path in Path(scratch).iterdir()}
 
 
 @contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    """Name this node's disk where it fails: the driver's is another."""
+def _disk_errors_explained() -> Iterator[None]:
+    """Name this node in errors of its disk: an operator would look at the driver's."""
     try:
         yield
     except OSError as error:

@@ -216,7 +216,7 @@ def _cluster(config: RunConfig) -> Iterator[Finding]:
 def _connected(config: RunConfig, shape: MeshShape, address: str) -> Iterator[Finding]:
     """What the cluster has, and what its nodes say."""
     from orchestration.cluster.connection import node_resources, resolve_resources
-    from orchestration.cluster.placement import bundle_of, packed
+    from orchestration.cluster.placement import bundle_of, pack
     from orchestration.config.paths import expand
     from orchestration.preflight.node_checks import Needs, check_nodes
     from orchestration.storage.location import check_run_dir
@@ -230,20 +230,20 @@ def _connected(config: RunConfig, shape: MeshShape, address: str) -> Iterator[Fi
     except ValueError as problem:
         yield Finding("FAIL", "run.dir", str(problem))
     bundle = bundle_of(config.cluster, cpus)
-    layout = packed(shape.workers * config.side_by_side, bundle, nodes) or packed(shape.workers, bundle, nodes)
+    placement = pack(shape.workers * config.side_by_side, bundle, nodes) or pack(shape.workers, bundle, nodes)
     run_dir = None if is_url(config.run.dir) else Path(os.path.abspath(expand(config.run.dir)))
-    yield from check_nodes(Needs(config, layout, run_dir, _weights(config), _batch_bytes(config, shape)))
+    yield from check_nodes(Needs(config, placement, run_dir, _weights(config), _batch_bytes(config, shape)))
 
 
 def _fits(
     config: RunConfig, shape: MeshShape, cpus: float, threads: int, nodes: dict[str, dict[str, float]], where: str
 ) -> Iterator[Finding]:
-    from orchestration.cluster.placement import check_fits
+    from orchestration.cluster.placement import bundle_of, check_fits
 
     cluster = config.cluster
     total = {kind: sum(node.get(kind, 0) for node in nodes.values()) for kind in ("CPU", "GPU")}
     try:
-        check_fits(shape.workers, cpus, cluster.gpus_per_worker, nodes, cluster.memory_gib_per_worker)
+        check_fits(shape.workers, bundle_of(cluster, cpus), nodes)
     except ValueError as problem:
         yield Finding("FAIL", "cluster", str(problem))
         return

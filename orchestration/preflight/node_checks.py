@@ -23,7 +23,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestration.cluster.placement import Layout
+from orchestration.cluster.placement import Placement
 from orchestration.config.run_config import RunConfig
 from orchestration.preflight.checks import Finding, is_loopback, nearest_existing, run_check
 from orchestration.preflight.node_report import NodeReporter, software
@@ -45,14 +45,14 @@ class Needs:
 
     Attributes:
         config: validated.
-        layout: workers on nodes; None if they do not fit.
+        placement: workers on nodes; None if they do not fit.
         run_dir: absolute; None if run folders are at a URL.
         weights: bytes of weights, gradients, momentum and teachers of a worker; None if unknown.
         batch_bytes: of decoded images waiting for one worker.
     """
 
     config: RunConfig
-    layout: Layout | None
+    placement: Placement | None
     run_dir: Path | None
     weights: int | None
     batch_bytes: int
@@ -232,14 +232,14 @@ def worker_gib(config: RunConfig, weights: int | None) -> tuple[float, float]:
 
 
 def _memory(survey: Survey, needs: Needs) -> Iterator[Finding]:
-    if needs.layout is None:
+    if needs.placement is None:
         yield Finding("warn", "memory", "not compared: the workers do not fit on the nodes")
         return
     low, high = worker_gib(needs.config, needs.weights)
     unknown = "" if needs.weights is not None else "; plus weights, which are not known before the data is opened"
     good = []
     for name, report in survey.reports.items():
-        workers = len(needs.layout.on(name))
+        workers = len(needs.placement.on(name))
         room = report["room"]
         if not workers or isinstance(room, str):
             continue
@@ -270,7 +270,7 @@ def _shared_memory(survey: Survey, needs: Needs) -> Iterator[Finding]:
             yield Finding("warn", "/dev/shm", f"{name}: there is none, so Ray keeps objects in files")
             continue
         store = survey.resources[name].get("object_store_memory", 0.0)
-        workers = len(needs.layout.on(name)) if needs.layout else 0
+        workers = len(needs.placement.on(name)) if needs.placement else 0
         batches = needs.batch_bytes * workers
         text = f"{name}: {shm / _GIB:.2g} GiB, {free / _GIB:.2g} free; object store {store / _GIB:.2g} GiB"
         if shm < store:

@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 import ray
 
+from orchestration.cluster.ray_internals import token_needed
 from orchestration.config.paths import code_root
 
 LIBRARIES = ("ray", "torch", "torchvision", "deepspeed", "numpy")
@@ -202,13 +203,6 @@ def _container_memory() -> tuple[int, int]:
         except (OSError, ValueError):
             continue
     return _UNLIMITED, 0
-
-
-def token_needed() -> bool:
-    """Return whether Ray's processes on this node ask their callers for a token."""
-    from ray._private.authentication.authentication_utils import is_token_auth_enabled
-
-    return is_token_auth_enabled()
 
 
 def listening() -> list[tuple[str, str, int]]:

@@ -18,7 +18,7 @@ from experts.class_groups import GroupRule
 from experts.data.imbalance import hold_out, long_tailed_counts, select
 from experts.flow import PARTS
 from experts.registry import build, piece
-from orchestration.cluster.placement import check_fits
+from orchestration.cluster.placement import bundle_of, check_fits
 from orchestration.config.recipe import StageConfig, Teacher, stage_classes
 from orchestration.config.run_config import RunConfig
 from orchestration.preflight.rehearsal import Costs, Load, TeacherLoad, costs_of, rehearse, teacher_load
@@ -146,13 +146,7 @@ def plan(config: RunConfig, nodes: Mapping[str, Mapping[str, float]] | None = No
     """
     shape = mesh_shape(config.method.num_experts, config.cluster.workers, config.cluster.experts_per_worker)
     if nodes is not None and config.cluster.cpus_per_worker is not None:
-        check_fits(
-            shape.workers,
-            config.cluster.cpus_per_worker,
-            config.cluster.gpus_per_worker,
-            {name: dict(resources) for name, resources in nodes.items()},
-            config.cluster.memory_gib_per_worker,
-        )
+        check_fits(shape.workers, bundle_of(config.cluster, config.cluster.cpus_per_worker), nodes)
     num_classes = _num_classes(config)
     counts = expected_counts(config, num_classes)
     waves = tuple(tuple(wave) for wave in config.method.waves())

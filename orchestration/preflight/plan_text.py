@@ -11,7 +11,7 @@ from experts.data.readers import open_raw
 from experts.flow import PARTS
 from experts.progress import Progress
 from experts.registry import build, piece
-from orchestration.cluster.placement import bundle_of, draw, largest_share, packed
+from orchestration.cluster.placement import bundle_of, draw, largest_share, pack
 from orchestration.config.identity import published
 from orchestration.config.paths import expand
 from orchestration.config.recipe import ModelSource, StageConfig
@@ -220,13 +220,13 @@ def _nodes(
     cpus = config.cluster.cpus_per_worker or largest_share(
         found.shape.workers * found.side_by_side, [node.get("CPU", 0.0) for node in nodes.values()]
     )
-    layout = packed(found.shape.workers, bundle_of(config.cluster, cpus), nodes)
-    if layout is None:
+    placement = pack(found.shape.workers, bundle_of(config.cluster, cpus), nodes)
+    if placement is None:
         yield f"n/a: {plural(len(nodes), 'node')}, with room for too few workers"
         return
     experts = {rank: found.experts_on(rank) for rank in range(found.shape.workers)}
     yield "as Ray packs them when nothing else runs; among equal nodes it may fill another one first"
-    yield from draw(layout, nodes, found.shape, experts, _SHOWN_WORKERS)
+    yield from draw(placement, nodes, found.shape, experts, _SHOWN_WORKERS)
 
 
 def _no_time() -> Iterator[str]:

@@ -1,9 +1,9 @@
-"""What a person sees while a run trains: a live view on a terminal, one plain line per interval anywhere else.
+"""Show a run while it trains: a live view on a terminal, one plain line per interval anywhere else.
 
     epoch 3/60  step 57/3000 (2%)  eta 0:12:40  loss 3.21  lr 0.1  912 images/s  ldam 2.9 2.7 2.8
 
-A term that every expert has is written once, then its values in the experts' order. The view is a courtesy: whatever
-goes wrong in it (a closed pipe, a terminal of no width) is swallowed, and training goes on.
+A term that every expert has is written once, then its values in the experts' order. The view is a courtesy: an error
+in it (a closed pipe, a terminal of no width) is swallowed, and training goes on.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 from orchestration.results.tables import GROUPS, members
 
 _FIRST = ("loss", "lr", "images/s")
-_LINE = 160  # characters of a progress line; terms that do not fit are left out
-_PACE_S = 30.0  # how far back the pace of the ETA looks
+_LINE_LENGTH = 160  # characters of a progress line; terms that do not fit are left out
+_PACE_S = 30.0  # the ETA is based on steps of this many last seconds
 
 
 class Console:
@@ -28,9 +28,9 @@ class Console:
 
     Args:
         total_steps: steps of the whole run, where known before the first `step`.
-        interval_s: seconds between plain lines, and nothing else: a terminal is refreshed four times a second at most.
+        interval_s: seconds between plain lines; a terminal is refreshed at most four times per second whatever it is.
         stream: a terminal gets the live view, a dumb one and anything else plain lines without colour codes.
-        label: begins every line; stages that train side by side have one each, and plain lines everywhere.
+        label: begins every line. Stages that train side by side have one each, and plain lines even on a terminal.
     """
 
     def __init__(
@@ -54,21 +54,21 @@ class Console:
         with contextlib.suppress(Exception):
             self._terminal = not label and self._stream.isatty() and os.environ.get("TERM") != "dumb"
 
-    def beside(self, label: str) -> Console:
-        """A console on the same stream for one of several stages that train side by side."""
+    def labelled(self, label: str) -> Console:
+        """Return a console on the same stream for one of several stages that train side by side."""
         return Console(interval_s=self._interval_s, stream=self._stream, label=f"{label}: ")
 
     def step(self, epoch: int, epochs: int, step: int, total_steps: int, values: Mapping[str, float]) -> None:
-        """Show where training is.
+        """Show how far training is.
 
         Args:
             epoch: counted from 1.
             epochs: of the stage.
             step: optimiser steps done.
             total_steps: steps to do.
-            values: `loss`, `lr`, `images/s` and the terms of the loss, as far as known.
+            values: `loss`, `lr`, `images/s` and the terms of the loss, those that are known.
         """
-        with self._courtesy():
+        with contextlib.suppress(Exception):
             self._pace.note(step)
             self._moment, self._values = (epoch, epochs, step, total_steps), dict(values)
             if self._terminal:
@@ -78,8 +78,8 @@ class Console:
                 self._write(self._progress_line())
 
     def evaluation(self, result: Mapping[str, Any]) -> None:
-        """Show an evaluation, as in `evaluation/*.json`."""
-        with self._courtesy():
+        """Show an evaluation, in the form of `evaluation/*.json`."""
+        with contextlib.suppress(Exception):
             self._evaluation = dict(result)
             if self._terminal:
                 self._draw()
@@ -87,13 +87,13 @@ class Console:
 
     def message(self, text: str) -> None:
         """Show a line of text; on a terminal it stays above the live view."""
-        with self._courtesy():
+        with contextlib.suppress(Exception):
             self._write(text)
 
     def close(self) -> None:
-        """Leave the last view where it is and give the terminal back. Closing twice does nothing."""
+        """Leave the last view where it is and release the terminal. Closing twice does nothing."""
         live, self._live = self._live, None
-        with self._courtesy():
+        with contextlib.suppress(Exception):
             if live is not None:
                 live.stop()
 
@@ -102,11 +102,6 @@ class Console:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    @contextlib.contextmanager
-    def _courtesy(self) -> Iterator[None]:
-        with contextlib.suppress(Exception):
-            yield
 
     def _write(self, text: str) -> None:
         text = self._label + text
@@ -121,11 +116,11 @@ class Console:
         epoch, epochs, step, total = self._moment
         share = f" ({100 * step / total:.0f}%)" if total else ""
         parts = [f"epoch {epoch}/{epochs}", f"step {step}/{total}{share}", f"eta {self._pace.eta(total)}"]
-        parts += [_shown(name, self._values[name]) for name in _FIRST if name in self._values]
-        return _fitting("  ".join(parts), self._short_terms(), _LINE - len(self._label))
+        parts += [_value(name, self._values[name]) for name in _FIRST if name in self._values]
+        return _fit("  ".join(parts), self._short_terms(), _LINE_LENGTH - len(self._label))
 
     def _short_terms(self) -> list[str]:
-        """Each term with its values, of all experts where it has several."""
+        """Return each term with its values, those of all experts where it has several."""
         terms: dict[str, list[str]] = {}
         for name, value in self._values.items():
             if name not in _FIRST:
@@ -159,8 +154,11 @@ class Console:
         head.append(f"epoch {epoch}/{epochs}", style="bold")
         head.append(f"  step {step:,}/{total:,}  eta ")
         head.append(self._pace.eta(total), style="bold")
-        parts: list[Any] = [head, Padding(ProgressBar(total=max(total, 1), completed=step), 0)]  # a bar ends no line
-        first = [_shown(name, self._values[name]) for name in _FIRST if name in self._values]
+        parts: list[Any] = [
+            head,
+            Padding(ProgressBar(total=max(total, 1), completed=step), 0),
+        ]  # it ends no line
+        first = [_value(name, self._values[name]) for name in _FIRST if name in self._values]
         parts.append(Text("  ".join(first), style="cyan", no_wrap=True, overflow="ellipsis"))
         if terms := self._terms():
             parts.append(terms)
@@ -177,7 +175,7 @@ class Console:
         return Group(*parts)
 
     def _terms(self) -> Any:
-        """Terms as a small table, a column a term and a row an expert; None when there are none."""
+        """Return the terms as a small table, a column per term and a row per expert; None when there are none."""
         from rich.table import Table
 
         values = {name: value for name, value in self._values.items() if name not in _FIRST}
@@ -198,7 +196,7 @@ class Console:
 
 
 def evaluation_line(result: Mapping[str, Any]) -> str:
-    """An evaluation as one line: every group of the ensemble, all images of each expert."""
+    """Return an evaluation as one line: every group of the ensemble, all images of each expert."""
     shown = [f"{result.get('split', '')} top-1 %, epoch {result.get('epoch', '?')}:"]
     for member in members({"now": result}):
         top1 = result["members"][member]["top1"]
@@ -209,8 +207,8 @@ def evaluation_line(result: Mapping[str, Any]) -> str:
     return "  ".join(shown)
 
 
-def _fitting(line: str, terms: Sequence[str], width: int) -> str:
-    """The line with as many terms as it has room for, and how many it has not."""
+def _fit(line: str, terms: Sequence[str], width: int) -> str:
+    """Return the line with as many terms as it has room for, and the number of those left out."""
     text, shown = "  ".join([line, *terms]), len(terms)
     while shown and len(text) > width:
         shown -= 1
@@ -222,21 +220,21 @@ class _Pace:
     """Steps per second over the last half minute."""
 
     def __init__(self) -> None:
-        self._seen: list[tuple[float, int]] = []
+        self._steps: list[tuple[float, int]] = []  # when each was reported
 
     def note(self, step: int) -> None:
         now = time.monotonic()
-        if self._seen and step < self._seen[-1][1]:  # a new stage, or back to a checkpoint
-            self._seen.clear()
-        self._seen.append((now, step))
-        while len(self._seen) > 2 and now - self._seen[1][0] > _PACE_S:
-            self._seen.pop(0)
+        if self._steps and step < self._steps[-1][1]:  # a new stage, or back to a checkpoint
+            self._steps.clear()
+        self._steps.append((now, step))
+        while len(self._steps) > 2 and now - self._steps[1][0] > _PACE_S:
+            self._steps.pop(0)
 
     def eta(self, total: int) -> str:
-        """Time to go as h:mm:ss; "?" before two moments were seen."""
-        if not self._seen:
+        """Return the time to go as h:mm:ss; "?" before two steps were reported."""
+        if not self._steps:
             return "?"
-        (start, first), (end, last) = self._seen[0], self._seen[-1]
+        (start, first), (end, last) = self._steps[0], self._steps[-1]
         if last >= total:
             return "0:00:00"
         if last == first or end == start:
@@ -246,7 +244,7 @@ class _Pace:
         return f"{hours}:{minutes:02}:{seconds:02}"
 
 
-def _shown(name: str, value: float) -> str:
+def _value(name: str, value: float) -> str:
     if name == "images/s":
         return f"{value:,.0f} images/s"
     return f"{name} {value:.4g}"

@@ -1,8 +1,9 @@
-"""A run from its checked config to its last stage: place workers, train wave after wave of stages.
+"""Carry out a run, from its admitted config to its last stage: place workers, train wave after wave of stages.
 
-prepare   config -> run folder (lock, same config as before?)        `train`
+admit     config -> mesh, or a refusal before anything starts        `admit`
+prepare   connect to Ray, run folder (same config as before?)        `train`
 place     workers in placement groups, libraries loaded              `Fleet`
-train     each stage on a fleet, some side by side                   `Supervisor`, `StageRun`
+train     each stage on a fleet, some side by side                   `Driver`, `Supervisor`, `StageRun`
 finish    evaluation/*.json, export/*, report/*, table on stdout     `commands/train.py`
 """
 
@@ -16,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from orchestration.cluster.connection import cluster, node_resources
 from orchestration.cluster.fleet import Fleet
+from orchestration.cluster.placement import NoRoom
 from orchestration.runs.admission import Admission
 from orchestration.runs.console import Console
 from orchestration.runs.run import Run
@@ -48,7 +50,7 @@ def train(
         Preempted: nodes were taken away, after a checkpoint, and there is no room left.
     """
     # Signals after the connection: Ray sets a SIGTERM handler of its own when it connects.
-    with cluster(admitted.config.cluster.address), StopSignals().watched() as signals:
+    with cluster(admitted.config.cluster.address), StopSignals().watch() as signals:
         marks["ray"] = time.time()
         stored = folder.stored_config() if folder.started else None
         # The number of threads changes the last bits of a result: a run keeps that of its first start.
@@ -59,13 +61,14 @@ def train(
         folder.write(config)
         fleet = Fleet(config, admitted.shape)
         try:
+            fleet.reserve()
             return Driver(Run(config, folder, console, signals, marks, begin_tracking), fleet).carry_out()
         finally:
             fleet.close()
 
 
 class Driver:
-    """Trains the stages of a run, those that wait for none of each other side by side.
+    """Trains the stages of a run wave after wave; the stages of a wave do not wait for each other.
 
     Args:
         run: what its stages share.
@@ -76,12 +79,12 @@ class Driver:
         self.run, self.fleet = run, fleet
 
     def carry_out(self) -> Outcome:
-        """Train every stage from its newest checkpoint, or its beginning, to its end."""
+        """Train every stage from its newest checkpoint, or its beginning, to its end. Return how the last one ended."""
         self.run.checkpoints.clean()
         limit, before = self.run.config.run.max_steps, 0
         with self.run.journal:
             for wave in self.run.config.method.waves():
-                outcomes = self._wave(wave, before)
+                outcomes = self._train_wave(wave, before)
                 before += sum(outcome.total_steps for outcome in outcomes)
                 if not all(o.finished for o in outcomes) or (limit is not None and before >= limit):
                     break
@@ -90,17 +93,22 @@ class Driver:
         last.finished = last.finished and last.stage == self.run.checkpoints.stages[-1]
         return last
 
-    def _wave(self, stages: list[str], before: int) -> list[Outcome]:
-        """Stages that wait for none of each other, side by side as far as the cluster has places."""
+    def _train_wave(self, stages: list[str], before: int) -> list[Outcome]:
+        """Train stages side by side as far as the cluster has places.
+
+        Args:
+            stages: that do not wait for each other.
+            before: optimiser steps of earlier waves.
+        """
         done = {stage: self._finished(stage) for stage in stages}
         # The last of a run is begun again even if it is trained: its evaluations may not have been written.
         left = [stage for stage in stages if done[stage] is None or stage == self.run.checkpoints.stages[-1]]
-        fleets = self._more_fleets(len(left))
+        fleets = self._fleets(len(left))
         try:
             if len(left) == 1:
-                done[left[0]] = Supervisor(self.run, self.fleet, self.run.console).carry_out(left[0], before)
+                done[left[0]] = Supervisor(self.run, self.fleet, self.run.console, left[0], before).carry_out()
             elif left:
-                done |= self._beside(left, fleets, before)
+                done |= self._train_side_by_side(left, fleets, before)
         finally:
             for fleet in fleets[1:]:
                 self.run.cost.change(-len(fleet.workers))
@@ -109,7 +117,7 @@ class Driver:
         return [outcome for outcome in done.values() if outcome is not None]
 
     def _finished(self, stage: str) -> Outcome | None:
-        """How a stage ended at an earlier start, if it did; what that start was killed before writing is written."""
+        """Return how a stage ended at an earlier start, None if it did not. Write what that start was killed before."""
         newest = self.run.checkpoints.newest(stage, self.run.console.message)
         if newest is None or newest.state["step"] < newest.state["total_steps"]:
             return None
@@ -120,25 +128,27 @@ class Driver:
             and not (self.run.checkpoints.folder / best["checkpoint"]).exists()
         ):
             self.run.checkpoints.copy_weights(newest.folder, best["checkpoint"])
-        if self.run.config.method.stages[stage].classes is not None:  # others' are the last stage's to write
+        if self.run.config.method.stages[stage].classes is not None:  # the last stage writes those of the others
             write_evaluations(self.run.folder, self.run.config, stage, newest.state)
         return Outcome(stage, True, newest.state["total_steps"], newest.folder)
 
-    def _more_fleets(self, wanted: int) -> list[Fleet]:
-        """The run's fleet, and further ones as far as there are places now."""
+    def _fleets(self, wanted: int) -> list[Fleet]:
+        """Return the run's fleet, and further ones as far as there are places now."""
         fleets = [self.fleet]
         if self.run.config.cluster.side_by_side is not None:
             wanted = min(wanted, self.run.config.cluster.side_by_side)
         while len(fleets) < wanted:
+            fleet = Fleet(self.run.config, self.fleet.shape)
             try:
-                fleets.append(Fleet(self.run.config, self.fleet.shape))
-            except ValueError as reason:
+                fleet.reserve()
+            except NoRoom as reason:
                 self.run.console.message(f"{len(fleets)} of {wanted} stages train side by side: {reason}")
                 break
+            fleets.append(fleet)
         return fleets
 
-    def _beside(self, stages: list[str], fleets: list[Fleet], before: int) -> dict[str, Outcome]:
-        """Train stages on several fleets, each fleet the next stage when it is free. The first failure ends all."""
+    def _train_side_by_side(self, stages: list[str], fleets: list[Fleet], before: int) -> dict[str, Outcome]:
+        """Train stages on several fleets. A fleet that is free takes the next stage; the first failure ends all."""
         waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
         for stage in stages:
             waiting.put(stage)
@@ -148,9 +158,9 @@ class Driver:
             with contextlib.suppress(queue.Empty):
                 while True:
                     stage = waiting.get_nowait()
-                    lane = Supervisor(self.run, fleet, self.run.console.beside(stage))
+                    supervisor = Supervisor(self.run, fleet, self.run.console.labelled(stage), stage, before)
                     try:
-                        outcomes[stage] = lane.carry_out(stage, before)
+                        outcomes[stage] = supervisor.carry_out()
                     except BaseException:
                         self.run.signals.given_up.set()
                         raise
@@ -164,13 +174,12 @@ class Driver:
                 for fleet in fleets:
                     fleet.kill()
                 raise
-        found = sorted((e for e in errors if e is not None), key=lambda e: isinstance(e, Stopped) + 2 * _gave_up(e))
-        for error in found[1:]:
-            self.run.console.message(str(error))
-        for error in found[:1]:
-            raise error
+
+        # The cause first: a stage that was stopped, or gave up because another failed, has less to say.
+        problems = [error for error in errors if error is not None]
+        problems.sort(key=lambda error: isinstance(error, Stopped) + 2 * isinstance(error, GivenUp))
+        for problem in problems[1:]:
+            self.run.console.message(str(problem))
+        for problem in problems[:1]:
+            raise problem
         return outcomes
-
-
-def _gave_up(error: BaseException) -> bool:
-    return isinstance(error, GivenUp)

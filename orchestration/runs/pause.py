@@ -1,4 +1,4 @@
-"""The time that a run stands still after it lost workers."""
+"""Measure the time that a run stands still after it lost workers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Pause:
         step: the last one taken before the loss; 0 if there was none.
 
     Attributes:
-        over: whether that step was taken.
+        over: whether the next step was taken.
     """
 
     def __init__(self, step: int) -> None:
@@ -22,11 +22,11 @@ class Pause:
         self._spans: dict[str, float] = {}
 
     def mark(self, name: str) -> None:
-        """Something was waited for until now."""
+        """Count the time since the last mark as spent on `name`."""
         now = time.monotonic()
         self._spans[name] = round(self._spans.get(name, 0.0) + now - self._last, 2)
         self._last = now
 
     def spans(self) -> dict[str, float]:
-        """Seconds by what was waited for, and in all."""
+        """Return the seconds by what was waited for, and in all."""
         return self._spans | {"total": round(self._last - self._begun, 2)}

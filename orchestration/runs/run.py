@@ -1,4 +1,4 @@
-"""What all stages of a run share: folder, journal, checkpoints, and the counts of failures, preemptions and cost."""
+"""State that all stages of a run share: folder, journal, checkpoints, counts of failures and preemptions, cost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from orchestration.cluster.failures import WorkerLost
 from orchestration.cluster.fleet import Fleet
-from orchestration.cluster.preemption import DrainNotices, Preempted
+from orchestration.cluster.preemption import LeavingNodes, Preempted
 from orchestration.config.recipe import ModelSource
 from orchestration.config.run_config import RunConfig
 from orchestration.runs.console import Console
@@ -25,7 +25,16 @@ _MEMORY_RESTARTS = 1  # a worker that is out of memory will most likely be so ag
 
 
 class Run:
-    """What the stages of a run share while they train, some side by side in threads of their own."""
+    """The state that the stages of a run share while they train, some side by side in threads of their own.
+
+    Args:
+        config: with CPUs and threads resolved.
+        folder: the run's, held.
+        console: shows progress and messages.
+        signals: that ask the run to stop.
+        marks: unix seconds of the start so far, by what happened then.
+        begin_tracking: called once there is something to send; may be called again.
+    """
 
     def __init__(
         self,
@@ -40,13 +49,13 @@ class Run:
         self.signals, self.marks, self._begin_tracking = signals, marks, begin_tracking
         self.checkpoints = Checkpoints(folder.path, list(config.method.stages))
         self.journal = Journal(folder.path)
-        self.preemptions = 0
-        self._taken: set[str] = set()  # ids of nodes whose loss was counted
-        self._told: frozenset[str] = frozenset()
-        self.drains = DrainNotices()
         self.cost = Cost(folder, config)
-        self._described = False
-        self._seated: dict[int, list[dict[str, Any]]] = {}
+        self.leaving_nodes = LeavingNodes()
+        self.preemptions = 0
+        self._preempted_nodes: set[str] = set()  # ids of nodes whose loss was counted
+        self._messages: set[str] = set()  # shown by `message_once`
+        self._workers: dict[int, list[dict[str, Any]]] = {}  # hosts and stages, by id of the fleet
+        self._described = False  # whether run.json has the facts of this start
         self._models: dict[tuple[str | None, str | None, str], Path] = {}
         self._changing = threading.Lock()
 
@@ -54,7 +63,8 @@ class Run:
         """Refuse to begin with a stage, or to go on with it, when the run is to end.
 
         Raises:
-            Stopped, GivenUp: as the case may be.
+            Stopped: a signal has asked for it.
+            GivenUp: a stage beside this one has failed.
         """
         if self.signals.received is not None:
             raise Stopped(
@@ -66,7 +76,7 @@ class Run:
             raise GivenUp(f"stage {stage}: its workers were not started any more")
 
     def model(self, source: ModelSource) -> Path:
-        """The exported model of a source; a stage of this run is exported once, whoever asks first."""
+        """Return the exported model of a source. A stage of this run is exported once, for all that ask."""
         asked = source.stage, source.run, source.weights
         with self._changing:
             if asked not in self._models:
@@ -79,12 +89,12 @@ class Run:
             self._begin_tracking()
 
     def announce_start(self, fleet: Fleet, stage: str) -> None:
-        """Note which workers a stage has; their libraries are loaded."""
+        """Note in run.json which workers a stage has, once their libraries are loaded."""
         shape = fleet.shape
         with self._changing:
             self.marks.setdefault("libraries", time.time())
-            self._seated[id(fleet)] = [host | {"stage": stage} for host in fleet.hosts]
-            workers = [host for hosts in self._seated.values() for host in hosts]
+            self._workers[id(fleet)] = [host | {"stage": stage} for host in fleet.hosts]
+            workers = [host for hosts in self._workers.values() for host in hosts]
             if self._described:
                 self.folder.note(workers=workers)
                 return
@@ -96,15 +106,16 @@ class Run:
             )
 
     def forget(self, fleet: Fleet) -> None:
-        """A fleet is about to be closed: its workers are no more among the run's."""
+        """Count the workers of a fleet that is about to be closed as the run's no more."""
         with self._changing:
-            self._seated.pop(id(fleet), None)
+            self._workers.pop(id(fleet), None)
 
     def message_once(self, text: str) -> None:
-        """A message that each start of a stage would repeat."""
+        """Show a message that each start of a stage would repeat."""
         with self._changing:
-            told, self._told = text in self._told, self._told | {text}
-        if not told:
+            is_new = text not in self._messages
+            self._messages.add(text)
+        if is_new:
             self.console.message(text)
 
     def record_failure(self, loss: WorkerLost, stage: str, in_a_row: Counter[str]) -> None:
@@ -113,7 +124,7 @@ class Run:
         Args:
             loss: what happened.
             stage: whose workers are to be started again.
-            in_a_row: its failures without a new checkpoint between, this one included, by `WorkerLost.why`.
+            in_a_row: its failures since its newest checkpoint, this one included, by `WorkerLost.why`.
 
         Raises:
             WorkerLost: there were too many.
@@ -151,13 +162,13 @@ class Run:
             nodes: ids of those taken away; empty where they are not known.
 
         Raises:
-            Preempted: that was once too often.
+            Preempted: that was more often than cluster.max_preemptions.
         """
         limit = self.config.cluster.max_preemptions
         with self._changing:
-            if not nodes or not nodes <= self._taken:
+            if not nodes or not nodes <= self._preempted_nodes:
                 self.preemptions += 1
-                self._taken |= nodes
+                self._preempted_nodes |= nodes
                 happened = {"time": time.time(), "stage": stage, "what": str(notice)}
                 counted = self.folder.run().get("preemptions", 0) + 1
                 self.folder.note(preemptions=counted, last_preemption=happened)
@@ -171,7 +182,13 @@ class Run:
         )
 
     def record_recovery(self, stage: str, seconds: dict[str, float], again: int) -> None:
-        """Note how long a stage stood still, by what it waited for."""
+        """Note how long a stage stood still after a loss.
+
+        Args:
+            stage: its name.
+            seconds: by what was waited for, and in all.
+            again: steps that were taken again.
+        """
         with self._changing:
             recovery = {"time": time.time(), "stage": stage, "steps_again": again, "seconds": seconds}
             self.folder.note(recoveries=[*self.folder.run().get("recoveries", []), recovery])
@@ -182,7 +199,7 @@ class Run:
 
 
 class Cost:
-    """What a run has used, over all its starts; kept in run.json."""
+    """The hours that a run has used, over all its starts; kept in run.json."""
 
     def __init__(self, folder: RunFolder, config: RunConfig) -> None:
         self._folder = folder
@@ -193,7 +210,7 @@ class Cost:
         self._changing = threading.Lock()
 
     def change(self, workers: int) -> None:
-        """So many workers more, or fewer, from now on."""
+        """Count more workers from now on, or fewer if the number is negative."""
         with self._changing:
             self._count()
             self._workers += workers
@@ -204,7 +221,7 @@ class Cost:
         self._since = now
 
     def note(self, **more: Any) -> None:
-        """Write the hours used so far, with what else is to be noted."""
+        """Write the hours used so far to run.json, with other keys."""
         with self._changing:
             self._count()
             cost = {

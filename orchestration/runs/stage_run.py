@@ -1,7 +1,14 @@
-"""One stage of a run on a started fleet: intervals of steps, evaluations, checkpoints, what the journal notes.
+"""Train one stage of a run on a started fleet: intervals of steps, evaluations, checkpoints, lines of the journal.
 
-The driver decides when; workers decide what. Everything written here can be written again after a crash: a resumed
+The driver decides when; workers decide how. Everything written here can be written again after a crash: a resumed
 stage drops journal lines after its checkpoint and takes the same steps.
+
+    prepare      build the stage on the workers, load its newest checkpoint or its first weights
+    carry_out    until the target:
+                     train an interval: to the next evaluation or checkpoint, at most about a second
+                     note its losses; evaluate and save if due
+                     end early, with a checkpoint, on a signal, or when nodes are taken away
+                 evaluate and save the end if that was not due
 """
 
 from __future__ import annotations
@@ -12,82 +19,112 @@ from pathlib import Path
 from typing import Any
 
 from aggregation.diversity import Diversity, metrics
-from aggregation.metrics import Scores, groups_by_count, groups_by_index
+from aggregation.metrics import Scores
 from orchestration.cluster.fleet import Fleet
-from orchestration.cluster.preemption import Drained, Preempted
+from orchestration.cluster.preemption import Preempted, PreemptionNotice
 from orchestration.cluster.transfer import Sent, receive_saved, send
 from orchestration.config.recipe import stage_classes
 from orchestration.config.run_config import RunConfig
 from orchestration.runs.console import Console
 from orchestration.runs.pause import Pause
 from orchestration.runs.run import Run
+from orchestration.runs.stage_data import check_same_files, describe_data, left_out_message
 from orchestration.runs.stopping import GivenUp, Outcome, Stopped
 from orchestration.storage.checkpoint import Checkpoint, DamagedCheckpoint, verify
 from orchestration.storage.exports import weights_of
 from orchestration.storage.run_folder import RunFolder
 from orchestration.training.trainer import Interval
 
-_INTERVAL_S = 1.0  # how often the driver hears from training
+_INTERVAL_S = 1.0  # about how long workers train before the driver hears from them
 
 
 class StageRun:
-    """One stage on a started fleet, from its newest checkpoint or from its beginning.
+    """One stage on a started fleet, from its newest checkpoint or from its beginning. Call `prepare` first.
 
     Args:
-        run: what it belongs to.
+        run: that the stage belongs to.
         stage: its name.
         fleet: started.
-        console: told what happens.
+        console: shows progress and messages.
         before: optimiser steps of the stages that came before.
         pause: since a loss, if there was one; ends with the first step.
+
+    Attributes:
+        step: optimiser steps done.
+        best: the best evaluation so far that counts, with its step, value and checkpoint.
+        last: the newest evaluation, with its step.
+        built: what `Worker.build` returned, in the order of ranks.
     """
 
     def __init__(
         self, run: Run, stage: str, fleet: Fleet, console: Console, *, before: int = 0, pause: Pause | None = None
     ) -> None:
-        self.run, self.stage, self.fleet, self.console, self._pause = run, stage, fleet, console, pause
+        self.run, self.stage, self.fleet, self.console = run, stage, fleet, console
         self.journal, self.config, self.folder, self.checkpoints = run.journal, run.config, run.folder, run.checkpoints
-        settings = self.config.method.stages[stage]
-        self.epochs = settings.epochs
-        newest = self.checkpoints.newest(stage, console.message)
-        self.journal.rewind({stage: newest.state["step"] if newest else 0}, self.checkpoints.stages)
-        teachers = {name: self._send(run.model(teacher)) for name, teacher in settings.teachers.items()}
-        self.seen = self.fleet.build(stage, teachers)
+        self.before, self._pause = before, pause
+        self.epochs = self.config.method.stages[stage].epochs
+        self.step = 0
+        self.best: dict[str, Any] | None = None
+        self.last: dict[str, Any] | None = None
+        self._epoch_images, self._epoch_seconds = 0, 0.0
+        self._pace = 0.0  # steps per second of the last interval
+
+    def prepare(self) -> None:
+        """Build the stage on the workers, note what the data is, and load the newest checkpoint or first weights.
+
+        Raises:
+            ValueError: workers see different files, or a key does not fit the data; or as `Worker.build`.
+            WorkerLost: as `Fleet.call`.
+        """
+        run, settings = self.run, self.config.method.stages[self.stage]
+        newest = self.checkpoints.newest(self.stage, self.console.message)
+        self.journal.rewind({self.stage: newest.state["step"] if newest else 0}, self.checkpoints.stages)
+
+        teachers = {name: self._send(run.model(source)) for name, source in settings.teachers.items()}
+        self.built = self.fleet.build(self.stage, teachers)
         run.marks.setdefault("built", time.time())
-        if pause is not None:
-            pause.mark("built")
-        data = self._note_data()
-        self.data_classes = len(data["counts"])
-        self.counts = [data["counts"][c] for c in stage_classes(self.config.method, stage, data["counts"])]
+        if self._pause is not None:
+            self._pause.mark("built")
+
+        first, left_out = self.built[0], self.fleet.left_out
+        check_same_files(self.config.dataset, [worker["digest"] for worker in self.built], self.fleet.hosts)
+        if left_out:
+            run.message_once(left_out_message(self.config.dataset, left_out))
+        data = describe_data(self.config.dataset, first, left_out or [])
+        self.folder.write_data(data)
+        self.num_data_classes = len(data["counts"])
+        self.counts = [data["counts"][c] for c in stage_classes(self.config.method, self.stage, data["counts"])]
         run.begin_tracking()
-        self.before = before
-        self.steps_per_epoch: int = self.seen[0]["steps_per_epoch"]
+
+        self.steps_per_epoch: int = first["steps_per_epoch"]
         self.total_steps = self.epochs * self.steps_per_epoch
-        self.splits = ["val", "test"] if self.seen[0]["has_val"] else ["test"]
+        self.splits = ["val", "test"] if first["has_val"] else ["test"]
+        self.select_on = self._selection_split()
+
+        if newest:
+            self._resume(newest)
+        else:
+            self._begin()
+        if self._pause is not None:
+            self._pause.mark("loaded")
+
+    def _send(self, folder: Path) -> str | Sent:
+        return send(folder, shared=self.folder.shared)
+
+    def _selection_split(self) -> str:
+        """Return the split that chooses the best evaluation."""
         select = self.config.run.select_on
         if select == "val" and "val" not in self.splits:
             raise ValueError(
                 "run.select_on = val: this dataset has no validation split; set dataset.val_per_class (cut from the "
                 "training pool), dataset.val_list, or run.select_on=test"
             )
-        self.select_on = self.splits[0] if select == "auto" else select
-        self.step = 0
-        self.best: dict[str, Any] | None = None
-        self.last: dict[str, Any] | None = None
-        self._epoch_images, self._epoch_seconds = 0, 0.0
-        self._pace = 0.0  # steps per second, as last seen
-        if newest:
-            self._go_on_from(newest)
-        else:
-            self._begin()
-        if pause is not None:
-            pause.mark("loaded")
+        return self.splits[0] if select == "auto" else select
 
-    def _send(self, folder: Path) -> str | Sent:
-        return send(folder, shared=self.folder.shared)
+    # The first weights
 
     def _begin(self) -> None:
-        """The first weights of the stage, and what its objective must see before the first step."""
+        """Load the first weights of the stage, and show its objective what it must see before the first step."""
         source = self.config.method.starts_from(self.stage)
         if source is not None and source.stage is not None:
             weights = weights_of(self.checkpoints, source)
@@ -97,52 +134,14 @@ class StageRun:
             model = self.run.model(source)
             self.fleet.call("start_from_model", self._send(model))
             self.console.message(f"stage {self.stage} begins with the weights of {model}")
-        if self.seen[0]["prepares"]:
+        if self.built[0]["prepares"]:
             self.console.message(f"stage {self.stage}: looking at the data with the teachers, once")
             self.fleet.call("prepare")
 
-    def _note_data(self) -> dict[str, Any]:
-        seen = self.seen[0]
-        other = next((rank for rank, worker in enumerate(self.seen) if worker["digest"] != seen["digest"]), None)
-        if other is not None:
-            hosts = [f"worker {rank} on {self.fleet.hosts[rank]['node']}" for rank in (0, other)]
-            raise ValueError(
-                f"dataset.root = {self.config.dataset.root}: {' and '.join(hosts)} see other files there (digests "
-                f"{seen['digest'][:12]} and {self.seen[other]['digest'][:12]}); needed the same on every node; copy "
-                f"them, or put them on storage that all nodes share"
-            )
-        if left_out := self.fleet.left_out:
-            first = left_out[0]
-            self.run.message_once(
-                f"dataset.quarantine = {self.config.dataset.quarantine}: {len(left_out)} training "
-                f"image{'s' if len(left_out) > 1 else ''} cannot be read and {'are' if len(left_out) > 1 else 'is'} "
-                f"left out, first {first['path']} ({first['reason']}); data.json has all"
-            )
-        cuts = self.config.dataset.index_groups
-
-        def plain(groups: dict[str, Any]) -> dict[str, list[int]]:
-            return {name: ids.tolist() for name, ids in groups.items()}
-
-        data = {
-            "dataset": self.config.dataset.name,
-            "class_names": seen["class_names"],
-            "counts": seen["counts"],
-            "total": sum(seen["counts"]),
-            "digest": seen["digest"],
-            "image_shape": seen["image_shape"],
-            "left_out": self.fleet.left_out or [],
-            "groups": {
-                "by_count": plain(groups_by_count(seen["counts"])),
-                "by_index": plain(groups_by_index(seen["counts"], cuts)) if cuts else None,
-            },
-        }
-        self.folder.write_data(data)
-        return data
-
-    def _go_on_from(self, checkpoint: Checkpoint) -> None:
+    def _resume(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
-        kept = self._send(checkpoint.folder)
-        self.fleet.call("load", kept, {"step": state["step"], "sums": state["sums"]})
+        sent = self._send(checkpoint.folder)
+        self.fleet.call("load", sent, {"step": state["step"], "sums": state["sums"]})
         self.step, self.best, self.last = state["step"], state["best"], state["last"]
         if self.best and self.best["step"] == self.step:
             self.checkpoints.copy_weights(checkpoint.folder, self.best["checkpoint"])  # may have been cut off
@@ -159,14 +158,16 @@ class StageRun:
             f"epoch {min(self.step // self.steps_per_epoch + 1, self.epochs)} of {self.epochs}"
         )
 
+    # Training
+
     @property
     def target(self) -> int:
-        """The step this start trains to."""
+        """The step that this start trains to."""
         limit = self.config.run.max_steps
         return self.total_steps if limit is None else min(max(limit - self.before, 0), self.total_steps)
 
     def take(self, steps: int) -> None:
-        """Train this many steps, with everything that is due on the way."""
+        """Train this many steps, and evaluate and save when it is due."""
         target = self.step + steps
         while self.step < target:
             self._advance(target)
@@ -184,26 +185,33 @@ class StageRun:
         return Outcome(self.stage, self.step >= self.total_steps, self.total_steps, newest.folder)
 
     def _advance(self, target: int) -> None:
-        """Train one interval, note it, and do what is due at its end."""
+        """Train one interval, note it, and evaluate and save if it is due at its end.
+
+        Raises:
+            Stopped, GivenUp: the run is to end.
+            Preempted, PreemptionNotice: this command's node, or workers' nodes, are being taken away.
+        """
         until = self._next_stop(target)
-        first, before = self.step, time.monotonic()
+        first, begun = self.step, time.monotonic()
         interval: Interval = self.fleet.call("train", until)[0]
         self.step = until
         if self._pause is not None:
             self._pause.mark("first step")
             self.run.record_recovery(self.stage, self._pause.spans(), max(0, self._pause.step - first))
             self._pause.over, self._pause = True, None
-        self._pace = (until - first) / (time.monotonic() - before)
+        self._pace = (until - first) / (time.monotonic() - begun)
         self._note(first, interval)
-        every = self.config.run.checkpoint_every_steps
+
         epoch, rest = divmod(self.step, self.steps_per_epoch)
         evaluated = rest == 0 and (epoch % self.config.run.evaluate_every_epochs == 0 or epoch == self.epochs)
         if evaluated:
             self._evaluate(count=True)
         stop, given_up = self.run.signals.received, self.run.signals.given_up.is_set()
-        drained = self.run.drains.among([*self.fleet.node_ids, self.run.drains.own_node]) if self.step < target else []
-        if evaluated or self.step % every == 0 or stop is not None or given_up or drained:
+        leaving = self._leaving_nodes() if self.step < target else []
+        every = self.config.run.checkpoint_every_steps
+        if evaluated or self.step % every == 0 or stop is not None or given_up or leaving:
             self._save()
+
         if given_up and stop is None:
             raise GivenUp(f"stage {self.stage} stopped after step {self.step}")
         if stop is not None:
@@ -212,17 +220,22 @@ class StageRun:
                 f"stopped after step {self.step} of {self.total_steps} of stage {self.stage}; the same command "
                 f"continues from there",
             )
-        if self.run.drains.own_node in drained:
+        if self.run.leaving_nodes.own_node in leaving:
             raise Preempted(
                 f"the node of this command is being taken away; stopped after step {self.step} of {self.total_steps} "
                 f"of stage {self.stage}, with a checkpoint; the same command continues from there"
             )
-        if drained:
-            nodes = sorted({h["node"] for h in self.fleet.hosts if h["node_id"] in drained})
-            raise Drained(f"{', '.join(nodes)} will be taken away; checkpoint written after step {self.step}")
+        if leaving:
+            nodes = sorted({h["node"] for h in self.fleet.hosts if h["node_id"] in leaving})
+            raise PreemptionNotice(f"{', '.join(nodes)} will be taken away; checkpoint written after step {self.step}")
+
+    def _leaving_nodes(self) -> list[str]:
+        """Return the ids of those nodes, of the workers and of this command, that will be taken away."""
+        leaving = self.run.leaving_nodes
+        return leaving.among([*self.fleet.node_ids, leaving.own_node])
 
     def _next_stop(self, target: int) -> int:
-        """The step of the next thing to do, at most an interval away."""
+        """Return the step of the next evaluation or checkpoint, or an earlier one about an interval away."""
         every = self.config.run.checkpoint_every_steps
         due = min(
             target,
@@ -252,10 +265,14 @@ class StageRun:
         self.console.step(epoch, self.epochs, self.step, self.target, shown)
 
     def _evaluate(self, *, count: bool) -> None:
-        """Score all splits. `count`: whether this may become the best and objectives may learn of it; those must come
-        at the same steps in every run."""
+        """Score all splits.
+
+        Args:
+            count: whether this may become the best evaluation, and objectives may learn of it. Such evaluations must
+                come at the same steps in every run, however often it was interrupted.
+        """
         epoch = max((self.step - 1) // self.steps_per_epoch + 1, 1)
-        cuts = self.config.dataset.index_groups if len(self.counts) == self.data_classes else None
+        cuts = self.config.dataset.index_groups if len(self.counts) == self.num_data_classes else None
         results = {}
         for split in self.splits:
             scores, diversity = Scores(), Diversity()
@@ -266,7 +283,7 @@ class StageRun:
             results[split] = scores.result(self.counts, cuts) | {"diversity": diversity.result(self.counts, cuts)}
             self.journal.append(self.stage, epoch, self.step, _metrics(split, results[split]))
         self.journal.flush()
-        if count and "val" in results and self.seen[0]["observes"]:
+        if count and "val" in results and self.built[0]["observes"]:
             self.fleet.call("observe", results["val"]["members"]["ensemble"]["per_class"])
         evaluation = {
             "split": "test",
@@ -285,7 +302,7 @@ class StageRun:
         self.console.evaluation(evaluation)
 
     def _save(self) -> None:
-        """Write a checkpoint; when the evaluation just made is the best, keep its weights apart as well."""
+        """Write a checkpoint. When the evaluation of this step is the best, keep its weights apart as well."""
         self.journal.flush(sync=True)
         writing = self.checkpoints.begin()
         answers = self.fleet.call("save", str(writing) if self.folder.shared else None)
@@ -308,7 +325,7 @@ class StageRun:
 def write_evaluations(folder: RunFolder, config: RunConfig, stage: str, state: dict[str, Any]) -> None:
     """Write the last and the best evaluation of a stage, as its newest checkpoint holds them.
 
-    A stage that knows only some classes has no place in the run's table; it has a folder of its own.
+    A stage that knows only some classes has a folder of its own: its numbers do not belong in the run's table.
     """
     below = "" if config.method.stages[stage].classes is None else f"{stage}/"
     folder.write_evaluation(f"{below}last", state["last"]["evaluation"])
@@ -316,7 +333,7 @@ def write_evaluations(folder: RunFolder, config: RunConfig, stage: str, state: d
 
 
 def _metrics(split: str, result: dict[str, Any]) -> dict[str, float]:
-    """Metric names and values of an evaluation; groups without a class are left out."""
+    """Return the metrics of an evaluation by name. Groups without a class are left out."""
     values = {}
     for member, measured in result["members"].items():
         for group, top1 in measured["top1"].items():
@@ -330,7 +347,7 @@ def _metrics(split: str, result: dict[str, Any]) -> dict[str, float]:
 
 
 def _differences(marks: dict[str, float]) -> dict[str, float]:
-    """Seconds between consecutive marks, and in all; 0 where the clock was set back."""
+    """Return the seconds between consecutive marks, and in all; 0 where the clock was set back."""
     names = list(marks)
     spans = {b: max(0.0, round(marks[b] - marks[a], 2)) for a, b in itertools.pairwise(names)}
     return spans | {"total": max(0.0, round(marks[names[-1]] - marks[names[0]], 2))}

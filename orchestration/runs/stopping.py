@@ -1,4 +1,4 @@
-"""How a run ends before its last step: signals, and what the driver raises then."""
+"""End a run before its last step: the signals that ask for it, and the errors that the driver raises then."""
 
 from __future__ import annotations
 
@@ -25,14 +25,20 @@ class GivenUp(Exception):
 
 
 class StopSignals:
-    """Notes SIGINT and SIGTERM for the next moment at which a checkpoint can be written. A second one acts at once."""
+    """Notes SIGINT and SIGTERM for the next moment at which a checkpoint can be written. A second one acts at once.
+
+    Attributes:
+        received: number of the signal; None before one came.
+        given_up: set when a stage has failed for good, so that those beside it end too.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self.given_up = threading.Event()
 
     @contextmanager
-    def watched(self) -> Iterator[StopSignals]:
+    def watch(self) -> Iterator[StopSignals]:
+        """Note signals until the context ends."""
         old = {}
         for number in (signal.SIGINT, signal.SIGTERM):
             with suppress(ValueError):  # not in the main thread: a test, or a notebook
@@ -52,12 +58,12 @@ class StopSignals:
 
 @dataclass
 class Outcome:
-    """How a stage ended.
+    """The end of a stage.
 
     Attributes:
         stage: its name.
         finished: whether it is trained to its end; False when run.max_steps ended it.
-        total_steps: of the stage.
+        total_steps: that the stage has in all.
         checkpoint: its newest.
     """
 

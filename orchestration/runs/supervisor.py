@@ -1,15 +1,31 @@
-"""One fleet that trains one stage after another, through the loss of workers and of nodes."""
+"""Train one stage on one fleet, through the loss of workers and of nodes.
+
+A stage is in one of four states. A loss ends the state that it falls into:
+
+    starting   create the workers, or replace the lost ones; see that they find the run folder
+               and, after a loss, reach each other                                        -> training
+    training   build the stage on the workers, take its steps                             -> done
+    waiting    until all nodes answer, or Ray counts those that do not as dead; for room  -> starting
+    moving     end the workers, reserve places on nodes that stay                         -> starting
+
+    in any     nodes will be, or were, taken away: count the preemption                   -> moving
+               a worker died or hangs: count the failure, give up after too many          -> waiting
+               the run is to end, or something an operator can change                     -> raised
+"""
 
 from __future__ import annotations
 
+import enum
 import time
 from collections import Counter
 from collections.abc import Callable
 
 from orchestration.cluster.failures import WorkerLost
 from orchestration.cluster.fleet import Fleet
-from orchestration.cluster.hangs import keep_stacks
-from orchestration.cluster.preemption import Drained, Preempted
+from orchestration.cluster.hangs import write_stacks
+from orchestration.cluster.placement import NoRoom
+from orchestration.cluster.preemption import Preempted, PreemptionNotice
+from orchestration.cluster.reachability import Disconnected
 from orchestration.runs.console import Console
 from orchestration.runs.pause import Pause
 from orchestration.runs.run import Run
@@ -18,73 +34,100 @@ from orchestration.runs.stopping import Outcome
 from orchestration.storage.files import LOCK
 
 _WAITS_FOR_NODES = 10  # times cluster.placement_timeout_s: how long a restart waits for a node that was lost
-_RAY_NOTICES_S = 120.0  # by default it counts a node that vanished as dead after about 65 s
+_RAY_NOTICES_S = 120.0  # by default Ray counts a node that vanished as dead after about 65 s
+
+
+class State(enum.Enum):
+    """See the head of this file."""
+
+    STARTING = enum.auto()
+    TRAINING = enum.auto()
+    WAITING = enum.auto()
+    MOVING = enum.auto()
 
 
 class Supervisor:
-    """One fleet that trains one stage after another; a worker's death costs the steps since its stage's checkpoint."""
+    """Trains one stage on one fleet; a worker's death costs the steps since the stage's newest checkpoint.
 
-    def __init__(self, run: Run, fleet: Fleet, console: Console) -> None:
+    Args:
+        run: which the stage belongs to.
+        fleet: with places reserved, started or not.
+        console: shows progress and messages of the stage.
+        stage: its name.
+        before: optimiser steps of the stages that came before.
+    """
+
+    def __init__(self, run: Run, fleet: Fleet, console: Console, stage: str, before: int = 0) -> None:
         self._run, self._fleet, self._console = run, fleet, console
+        self._stage, self._before = stage, before
+        self._stage_run: StageRun | None = None
+        self._pause: Pause | None = None  # since the last loss, until the step after it
+        self._notice: Exception | None = None  # why the fleet moves
+        self._failures: Counter[str] = Counter()  # since the newest checkpoint, by `WorkerLost.why`
+        self._newest_step = -1  # of that checkpoint
 
-    def carry_out(self, stage: str, before: int) -> Outcome:
-        """Train a stage from its newest checkpoint, or its beginning, to its end; again after each loss of a worker."""
-        run, fleet = self._run, self._fleet
-        in_a_row: Counter[str] = Counter()
-        reached = -1
-        pause: Pause | None = None
-        training: StageRun | None = None
+    def carry_out(self) -> Outcome:
+        """Train the stage from its newest checkpoint, or its beginning, to its end.
+
+        Raises:
+            Stopped, GivenUp: the run is to end.
+            Preempted: nodes were taken away too often, or there is no room on others.
+            WorkerLost: there were too many failures without a new checkpoint between.
+            ValueError, FloatingPointError: something an operator can change.
+        """
+        state = State.STARTING
         while True:
-            run.check_wanted(stage)
             try:
-                if not fleet.workers:
-                    self._start()
-                elif pause is not None:
-                    fleet.mend()
-                    self._check_shared()
-                if pause is not None:
-                    self._wait(stage, self._link)
-                run.announce_start(fleet, stage)
-                if pause is not None:
-                    pause.mark("workers")
-                training = StageRun(run, stage, fleet, self._console, before=before, pause=pause)
-                fleet.keep_spares()
-                return training.carry_out()
-            except Drained as notice:
-                pause = _open_pause(pause, training)
-                run.record_preemption(notice, stage, fleet.leaving_nodes())
-                self._move(stage, notice)
+                match state:
+                    case State.STARTING:
+                        self._start()
+                        state = State.TRAINING
+                    case State.TRAINING:
+                        return self._train()
+                    case State.WAITING:
+                        self._wait_for_nodes()
+                        state = State.STARTING
+                    case State.MOVING:
+                        self._move()
+                        state = State.STARTING
+            except PreemptionNotice as notice:
+                self._begin_pause()
+                state = self._record_preemption(notice)
             except WorkerLost as loss:
-                pause = _open_pause(pause, training)
-                if loss.why == "hang":
-                    self._console.message(keep_stacks(fleet.workers, fleet.hosts, run.folder.path / "hangs"))
-                run.check_wanted(stage)
-                if loss.why == "preemption":
-                    run.record_preemption(loss, stage, fleet.leaving_nodes())
-                    self._move(stage, loss)
-                    continue
-                newest = run.checkpoints.newest(stage, self._console.message)
-                now = newest.state["step"] if newest else 0
-                if now > reached:
-                    in_a_row.clear()
-                in_a_row[loss.why] += 1
-                reached = now
-                if loss.why != "failure" or in_a_row.total() > 1:  # what hangs or is full does not survive
-                    self._end_workers()
-                run.record_failure(loss, stage, in_a_row)
-                self._await_word(stage)
-                self._wait(stage, fleet.check_room)
+                self._begin_pause()
+                state = self._record_loss(loss)
+
+    # States
 
     def _start(self) -> None:
-        self._run.cost.change(self._fleet.shape.workers)
-        self._fleet.start()
-        self._check_shared()
+        run, fleet = self._run, self._fleet
+        run.check_wanted(self._stage)
+        if not fleet.workers:
+            run.cost.change(fleet.shape.workers)
+            fleet.start()
+            self._check_run_folder()
+        elif self._pause is not None:
+            fleet.replace_lost()
+            self._check_run_folder()
+        if self._pause is not None:
+            self._wait_for_network()
+        run.announce_start(fleet, self._stage)
+        if self._pause is not None:
+            self._pause.mark("workers")
 
-    def _end_workers(self) -> None:
-        self._run.cost.change(-len(self._fleet.workers))
-        self._fleet.kill()
+    def _train(self) -> Outcome:
+        self._stage_run = StageRun(
+            self._run, self._stage, self._fleet, self._console, before=self._before, pause=self._pause
+        )
+        self._stage_run.prepare()
+        self._fleet.keep_spares()
+        return self._stage_run.carry_out()
 
-    def _move(self, stage: str, notice: Exception) -> None:
+    def _wait_for_nodes(self) -> None:
+        self._wait_for_answers()
+        self._retry(self._fleet.check_room, NoRoom, "a node")
+
+    def _move(self) -> None:
         """Leave nodes that are taken away.
 
         Raises:
@@ -92,17 +135,56 @@ class Supervisor:
         """
         self._end_workers()
         try:
-            self._wait(stage, self._fleet.move)
-        except ValueError as reason:
+            self._retry(self._fleet.move, NoRoom, "a node")
+        except NoRoom as reason:
             raise Preempted(
-                f"{notice}; {reason}; the newest checkpoint is kept: the same command continues from it"
+                f"{self._notice}; {reason}; the newest checkpoint is kept: the same command continues from it"
             ) from reason
 
-    def _check_shared(self) -> None:
+    # Losses
+
+    def _begin_pause(self) -> None:
+        """Begin to measure the time that the stage stands still, unless a loss falls into an earlier pause."""
+        if self._pause is None or self._pause.over:
+            self._pause = Pause(self._stage_run.step if self._stage_run is not None else 0)
+
+    def _record_preemption(self, notice: Exception) -> State:
+        self._run.record_preemption(notice, self._stage, self._fleet.leaving_nodes())
+        self._notice = notice
+        return State.MOVING
+
+    def _record_loss(self, loss: WorkerLost) -> State:
+        run, fleet = self._run, self._fleet
+        if loss.why == "hang":
+            self._console.message(write_stacks(fleet.workers, fleet.hosts, run.folder.path / "hangs"))
+        run.check_wanted(self._stage)
+        if loss.why == "preemption":
+            return self._record_preemption(loss)
+
+        newest = run.checkpoints.newest(self._stage, self._console.message)
+        step = newest.state["step"] if newest else 0
+        if step > self._newest_step:
+            self._failures.clear()
+        self._failures[loss.why] += 1
+        self._newest_step = step
+
+        # Survivors are kept after a first death only: a mesh that hung, or is out of memory, does not give up its step.
+        if loss.why != "failure" or self._failures.total() > 1:
+            self._end_workers()
+        run.record_failure(loss, self._stage, self._failures)
+        return State.WAITING
+
+    def _end_workers(self) -> None:
+        self._run.cost.change(-len(self._fleet.workers))
+        self._fleet.kill()
+
+    # Checks and waits
+
+    def _check_run_folder(self) -> None:
         """Refuse workers that do not see the run folder they are to write to.
 
         Raises:
-            ValueError: names the first node that sees another one.
+            ValueError: names the first node that sees another folder, or none.
         """
         folder, fleet = self._run.folder, self._fleet
         if not folder.shared:
@@ -114,66 +196,66 @@ class Supervisor:
                     f"needed a folder on storage that all nodes share, at the same path on each, or a URL; set run.dir"
                 )
 
-    def _link(self) -> None:
-        """See that the workers reach one another, on other nodes if need be.
+    def _check_network(self) -> None:
+        """Refuse workers that do not reach each other.
 
         Raises:
-            ValueError: two nodes do not reach each other, and there is no room without one of them.
+            Disconnected: names two nodes.
             WorkerLost: as `Fleet.call`.
         """
-        fleet = self._fleet
-        while True:
-            if not fleet.workers:  # no places were found at the last look
-                fleet.move()
-                self._start()
-            if (cut := fleet.cut()) is None:
-                return
-            one, other = map(fleet.address_of, cut)
-            text = f"nodes {one} and {other} do not reach each other, though Ray reaches both"
-            try:
-                fleet.avoid(cut[1])
-            except ValueError as reason:
-                raise ValueError(
-                    f"{text}; needed them to, or room elsewhere: {reason}, or mend the network between the two; the "
-                    f"newest checkpoint is kept: the same command continues from it"
-                ) from reason
-            self._console.message(f"{text}; starting the workers on other nodes than {other}")
-            self._end_workers()
+        if (pair := self._fleet.disconnected_nodes()) is not None:
+            raise Disconnected(f"nodes {pair[0]} and {pair[1]} do not reach each other, though Ray reaches both")
 
-    def _await_word(self, stage: str) -> None:
-        """Wait until every node under the fleet answers, or Ray counts those that do not as dead.
-
-        A worker started on one before that would be the next to be lost.
-        """
-        end, told = time.monotonic() + _RAY_NOTICES_S, False
-        while (silent := self._fleet.silent_nodes()) and time.monotonic() < end:
-            if not told:
-                self._console.message(f"{', '.join(silent)} does not answer; waiting until it does, or Ray gives it up")
-                told = True
-            self._run.check_wanted(stage)
-            time.sleep(0.5)
-
-    def _wait(self, stage: str, for_room: Callable[[], None]) -> None:
-        """Wait a while for a node that was lost with its workers.
+    def _wait_for_network(self) -> None:
+        """See that the workers reach each other; a switch that restarts need not end a run.
 
         Raises:
-            ValueError: it has not come back, nor another.
+            ValueError: two nodes still do not; names both.
+            WorkerLost: as `Fleet.call`.
+        """
+        try:
+            self._retry(self._check_network, Disconnected, "the network")
+        except Disconnected as problem:
+            raise ValueError(
+                f"{problem}; needed every node to reach every other; mend the network between the two, or keep one of "
+                f"them out of the cluster; the newest checkpoint is kept: the same command continues from it"
+            ) from problem
+
+    def _wait_for_answers(self) -> None:
+        """Wait until every node under the fleet answers, or Ray counts those that do not as dead.
+
+        A worker that is started on such a node before that would be lost next.
+        """
+        end, announced = time.monotonic() + _RAY_NOTICES_S, False
+        while (nodes := self._fleet.unreachable_nodes()) and time.monotonic() < end:
+            if not announced:
+                self._console.message(f"{', '.join(nodes)} does not answer; waiting until it does, or Ray gives it up")
+                announced = True
+            self._run.check_wanted(self._stage)
+            time.sleep(0.5)
+
+    def _retry(self, attempt: Callable[[], None], problem: type[ValueError], awaited: str) -> None:
+        """Try until there is no problem, for a while. Other errors are raised at once.
+
+        Args:
+            attempt: raises `problem` when it is too early.
+            problem: the error to try again after.
+            awaited: what may end the problem, in words.
+
+        Raises:
+            ValueError: the problem lasted.
+            Stopped, GivenUp: the run is to end.
         """
         wait_s = _WAITS_FOR_NODES * self._run.config.cluster.placement_timeout_s
-        end, told = time.monotonic() + wait_s, False
+        end, announced = time.monotonic() + wait_s, False
         while True:
             try:
-                return for_room()
-            except ValueError as reason:
+                return attempt()
+            except problem as reason:
                 if time.monotonic() >= end:
                     raise
-                if not told:
-                    self._console.message(f"{reason}; waiting up to {wait_s:g} s for a node")
-                    told = True
-            self._run.check_wanted(stage)
+                if not announced:
+                    self._console.message(f"{reason}; waiting up to {wait_s:g} s for {awaited}")
+                    announced = True
+            self._run.check_wanted(self._stage)
             time.sleep(min(1.0, wait_s / 10))
-
-
-def _open_pause(pause: Pause | None, training: StageRun | None) -> Pause:
-    """The pause that a loss begins, or the one that it falls into."""
-    return Pause(training.step if training is not None else 0) if pause is None or pause.over else pause

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.cluster.placement import packed
+from orchestration.cluster.placement import pack
 from tests.nodes import Nodes, why_no_namespaces
 
 pytestmark = [pytest.mark.drill, pytest.mark.xdist_group("ray")]
@@ -129,8 +129,8 @@ def test_workers_are_packed_as_ray_packs_them(nodes):
     code, said = on_head(nodes, code=PACK)
     assert code == 0, said
     resources, placed = json.loads(said.splitlines()[-1])
-    layout = packed(3, {"CPU": 1.0}, resources)
-    assert [layout.nodes[node] for node in layout.node_of] == placed
+    placement = pack(3, {"CPU": 1.0}, resources)
+    assert [placement.nodes[node] for node in placement.node_of] == placed
 
 
 def test_a_plan_shows_the_workers_on_the_nodes(nodes):

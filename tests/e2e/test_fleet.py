@@ -11,7 +11,7 @@ import pytest
 from orchestration.cluster.connection import resolve_resources, start_ray
 from orchestration.cluster.failures import WorkerLost
 from orchestration.cluster.fleet import Fleet
-from orchestration.cluster.placement import check_fits, largest_share
+from orchestration.cluster.placement import NoRoom, check_fits, largest_share
 from orchestration.config.compose import load_config
 from orchestration.training.mesh import mesh_shape
 
@@ -58,7 +58,7 @@ def test_shares_of_cpus_are_found_for_any_number_of_workers(local_ray):
         cpus, threads = resolve_resources(load_config([]).cluster, load_config([]).engine, workers)
         assert cpus * workers <= total + 1e-9
         assert threads >= 1
-        check_fits(workers, cpus, 0, {"here": {"CPU": total}})
+        check_fits(workers, {"CPU": cpus}, {"here": {"CPU": total}})
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_shares_of_cpus_are_found_for_any_number_of_workers(local_ray):
 )
 def test_the_largest_share_that_fits_uneven_nodes_is_found(workers, nodes, share):
     assert largest_share(workers, nodes) == share
-    check_fits(workers, share, 0, {str(i): {"CPU": float(n)} for i, n in enumerate(nodes)})
+    check_fits(workers, {"CPU": share}, {str(i): {"CPU": float(n)} for i, n in enumerate(nodes)})
 
 
 @pytest.mark.parametrize(
@@ -94,8 +94,8 @@ def test_a_broken_exchange_is_a_lost_worker(text, local_ray):
 def test_what_does_not_fit_is_counted_by_node():
     """Two nodes of 4 CPUs have two places for 3 CPUs, not 8 // 3."""
     nodes = {"a": {"CPU": 4.0}, "b": {"CPU": 4.0, "GPU": 1.0}}
-    check_fits(2, 3.0, 0, nodes)
-    with pytest.raises(ValueError, match="has places for 2"):
-        check_fits(3, 2.5, 0, nodes)
-    with pytest.raises(ValueError, match="b: 4 CPUs, 1 GPUs"):
-        check_fits(2, 1.0, 1, nodes)
+    check_fits(2, {"CPU": 3.0}, nodes)
+    with pytest.raises(NoRoom, match="has places for 2"):
+        check_fits(3, {"CPU": 2.5}, nodes)
+    with pytest.raises(NoRoom, match="b: 4 CPUs, 1 GPUs"):
+        check_fits(2, {"CPU": 1.0, "GPU": 1.0}, nodes)

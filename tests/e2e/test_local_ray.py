@@ -14,8 +14,8 @@ import pytest
 START = """
 import json, os, time
 import psutil, ray
-from orchestration.cluster.local_ray import start_own_ray
-start_own_ray()
+from orchestration.cluster.local_ray import start_local_ray
+start_local_ray()
 [node] = ray.nodes()
 processes = psutil.Process().children(recursive=True)
 print(json.dumps({

@@ -60,7 +60,7 @@ def done(driver, folder, limit_s=400):
     return said
 
 
-def told(folder):
+def run_json(folder):
     return json.loads((folder / "run.json").read_text())
 
 
@@ -81,7 +81,7 @@ def begun(nodes, folder, *words):
     """Start two experts on two nodes and wait for the first checkpoint. Returns driver, nodes and workers."""
     driver = nodes.train(folder, *PAIR, *words, common=runs.LONG)
     runs.wait_for_step(folder, 6, 200)
-    pids = [worker["pid"] for worker in told(folder)["workers"]]
+    pids = [worker["pid"] for worker in run_json(folder)["workers"]]
     places = [nodes.node_of(pid) for pid in pids]
     assert len(set(places)) == 2
     return driver, places, pids
@@ -89,7 +89,7 @@ def begun(nodes, folder, *words):
 
 def last_failure(folder):
     """Return when the run last found a failure; workers that start too slowly on a busy machine are failures too."""
-    return told(folder).get("last_failure", {"time": 0.0})["time"]
+    return run_json(folder).get("last_failure", {"time": 0.0})["time"]
 
 
 def noticed(record_property, folder, since):
@@ -101,7 +101,7 @@ def noticed(record_property, folder, since):
 
 def note(record_property, folder, since, **more):
     """Record the cost of a drill: seconds from the fault to the next new step, and steps repeated."""
-    found = told(folder)
+    found = run_json(folder)
     assert all(recovery["steps_again"] <= 4 for recovery in found["recoveries"]), "more than since the checkpoint"
     lost_at = last_failure(folder)
     stepped = min(r["time"] for r in runs.records(folder) if r["time"] > lost_at)
@@ -133,7 +133,7 @@ class TestSpread:
             folder = tmp_path / name.replace(" ", "-")
             done(nodes.train(folder, *self.WORDS, *words), folder)
             losses[name] = runs.losses(folder)
-            places[name] = {worker["node_id"] for worker in told(folder)["workers"]}
+            places[name] = {worker["node_id"] for worker in run_json(folder)["workers"]}
         assert {name: len(found) for name, found in places.items()} == {"three nodes": 3, "one node": 1, "packed": 1}
         assert len(losses["packed"]) == 9
         assert losses["three nodes"] == losses["one node"]
@@ -207,29 +207,10 @@ class TestDrills:
         same(folder, calm)
 
     @needs_networks
-    def test_workers_that_never_reach_each_other_again_move_to_nodes_that_do(
+    def test_two_nodes_that_never_reach_each_other_again_are_named_and_the_run_continues_when_healed(
         self, nodes, calm, tmp_path, record_property
     ):
         folder = tmp_path / "run"
-        driver, places, _ = begun(nodes, folder)
-        cut_at = time.time()
-        nodes.separate(*places)
-        noticed(record_property, folder, cut_at)
-        said = done(driver, folder, 600)
-        one, other = map(nodes.address, places)
-        assert f"nodes {one} and {other} do not reach each other, though Ray reaches both; starting" in said
-        used = {worker["node"] for worker in told(folder)["workers"]}
-        assert one in used and other not in used
-        assert note(record_property, folder, cut_at)["failures"] == 1
-        same(folder, calm)
-
-    @needs_networks
-    def test_a_lasting_cut_without_a_further_node_ends_the_run_which_goes_on_when_healed(
-        self, nodes, calm, tmp_path, record_property
-    ):
-        folder = tmp_path / "run"
-        nodes.crash("place3")
-        nodes.wait(lambda seen: "place3" not in seen["nodes"], "a dead node")
         driver, places, _ = begun(nodes, folder, "cluster.placement_timeout_s=2")
         cut_at = time.time()
         nodes.separate(*places)
@@ -238,9 +219,10 @@ class TestDrills:
         print(f"seconds to the end: {time.time() - cut_at:.1f}")
         said = folder.with_suffix(".log").read_text()
         one, other = map(nodes.address, places)
-        assert f"nodes {one} and {other} do not reach each other" in said
+        assert f"nodes {one} and {other} do not reach each other, though Ray reaches both; waiting up to 20 s" in said
+        assert f"nodes {one} and {other} do not reach each other, though Ray reaches both; needed every node" in said
         assert "the same command continues" in said and "Traceback" not in said
-        assert told(folder)["failures"] == 1
+        assert run_json(folder)["failures"] == 1
         nodes.heal()
         done(nodes.train(folder, *PAIR, common=runs.LONG), folder)
         same(folder, calm)
@@ -272,7 +254,7 @@ class TestDrills:
         print(f"seconds until nothing is left: {time.time() - killed_at:.1f}")
         assert time.time() - killed_at < 60
         done(nodes.train(folder, *PAIR, common=runs.LONG), folder)
-        restart_s = told(folder)["startup_s"]["total"]
+        restart_s = run_json(folder)["startup_s"]["total"]
         record_property("seconds from the second command to its first step", restart_s)
         print(f"seconds from the second command to its first step: {restart_s}")
         same(folder, calm)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.cluster.placement import packed
+from orchestration.cluster.placement import pack
 from orchestration.config.compose import load_config
 from orchestration.preflight import node_checks, node_report
 from orchestration.preflight.checks import Finding, run_check
@@ -35,7 +35,7 @@ def survey(report):
 
 def needs(survey, *words, weights=0, batch_bytes=0):
     config = load_config(["cluster.workers=3", *words])
-    return Needs(config, packed(3, {"CPU": 1.0}, survey.resources), Path("/runs"), weights, batch_bytes)
+    return Needs(config, pack(3, {"CPU": 1.0}, survey.resources), Path("/runs"), weights, batch_bytes)
 
 
 def software(survey, asked):

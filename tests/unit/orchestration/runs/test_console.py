@@ -68,7 +68,7 @@ def test_a_line_of_many_terms_stays_short_and_says_what_it_leaves_out(now):
     stream = io.StringIO()
     console = Console(stream=stream)
     console.step(111, 200, 11111, 17000, VALUES | terms)
-    console.beside("a stage of a long name").step(
+    console.labelled("a stage of a long name").step(
         111, 200, 11111, 17000, VALUES | terms | {"ldam/a": 1.0, "ldam/b": 1.0}
     )
     first, second = stream.getvalue().splitlines()
@@ -85,7 +85,7 @@ def test_the_last_step_is_always_a_line(now):
     assert stream.getvalue().splitlines()[-1] == "epoch 1/1  step 2/2 (100%)  eta 0:00:00"
 
 
-def test_the_eta_starts_anew_when_steps_go_back(now):
+def test_the_eta_begins_again_when_steps_go_back(now):
     stream = io.StringIO()
     console = Console(interval_s=0, stream=stream)
     for step in (10, 20, 12):

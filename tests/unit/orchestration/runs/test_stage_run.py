@@ -1,4 +1,4 @@
-"""What a stage refuses before its first step."""
+"""Refusals of a stage before its first step."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def begin(folder, digests, tracked):
         config = load_config(["method=ce", "dataset.root=/data"])
         run = Run(config, held, Console(stream=None), StopSignals(), {}, lambda: tracked.append(1))
         with run.journal:
-            StageRun(run, "train", FakeFleet(*digests), run.console)
+            StageRun(run, "train", FakeFleet(*digests), run.console).prepare()
 
 
 def test_workers_that_see_other_files_are_refused_and_named_with_their_nodes(tmp_path):

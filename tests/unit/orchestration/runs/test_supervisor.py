@@ -1,7 +1,8 @@
-"""How a run goes on after deaths, and how it ends: with fakes that note what is asked of them, and no Ray."""
+"""How a run continues after losses, and how it ends: with fakes that record the calls they get, and no Ray."""
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 from types import SimpleNamespace
@@ -9,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from orchestration.cluster.failures import WorkerLost
-from orchestration.cluster.preemption import Drained, Preempted
+from orchestration.cluster.placement import NoRoom
+from orchestration.cluster.preemption import Preempted, PreemptionNotice
 from orchestration.config.compose import load_config
 from orchestration.runs import driver as driver_module
 from orchestration.runs import supervisor as supervisor_module
@@ -25,19 +27,28 @@ LFME = ["method=lfme", "cluster.cpus_per_worker=0.5", "cluster.placement_timeout
 
 
 class FakeFleet:
-    """One worker that starts at once; `rooms` is what each question for room raises, None for a place."""
+    """One worker that starts at once.
+
+    Args:
+        events: records the calls.
+        name: of the fleet, in events.
+        rooms: raised by each question for room in turn, None for a place.
+    """
 
     def __init__(self, events, name="main", rooms=()):
         self.events, self.name, self.rooms = events, name, list(rooms)
         self.shape, self.workers, self.hosts = MeshShape(1, 1), [], [{"pid": name}]
-        self.silent, self.cuts, self.leaving = [], [], set()
+        self.unreachable, self.disconnected, self.leaving = [], [], set()
+
+    def reserve(self):
+        pass
 
     def start(self):
         self.events.append(f"start {self.name}")
         self.workers = ["worker"]
 
-    def mend(self):
-        self.events.append(f"mend {self.name}")
+    def replace_lost(self):
+        self.events.append(f"replace lost {self.name}")
 
     def keep_spares(self):
         pass
@@ -55,25 +66,19 @@ class FakeFleet:
     def close(self):
         self.events.append(f"close {self.name}")
 
-    def silent_nodes(self):
-        if not self.silent:
+    def unreachable_nodes(self):
+        if not self.unreachable:
             return []
-        self.events.append("silent")
-        return self.silent.pop(0)
+        self.events.append("unreachable")
+        return self.unreachable.pop(0)
 
     def leaving_nodes(self):
         return self.leaving
 
-    def cut(self):
+    def disconnected_nodes(self):
         assert self.workers, "asked workers that were ended"
-        return self.cuts.pop(0) if self.cuts else None
-
-    def avoid(self, node):
-        self.events.append(f"avoid {node}")
-        self.check_room()
-
-    def address_of(self, node):
-        return node
+        self.events.append("connected?")
+        return self.disconnected.pop(0) if self.disconnected else None
 
     def check_room(self):
         self.events.append("room?")
@@ -92,12 +97,16 @@ def make_run(tmp_path, events, monkeypatch):
     """A run whose stages do what `acts` says: a list by stage, one act for every time the stage is begun."""
     folders = []
 
-    def make(acts, rooms=(), words=LFME):
+    def make(acts, rooms=(), words=LFME, shown=None):
         class FakeStage:
             def __init__(self, run, stage, fleet, console, *, before=0, pause=None):
-                self.stage, self.step = stage, 0
+                self.stage, self.step, self.prepared = stage, 0, False
+
+            def prepare(self):
+                self.prepared = True
 
             def carry_out(self):
+                assert self.prepared
                 events.append(f"train {self.stage}")
                 act = acts[self.stage].pop(0)
                 if isinstance(act, BaseException):
@@ -110,7 +119,7 @@ def make_run(tmp_path, events, monkeypatch):
         monkeypatch.setattr(driver_module, "Fleet", lambda config, shape: FakeFleet(events, "further"))
         folders.append(RunFolder(tmp_path / str(len(folders))))
         main = FakeFleet(events, rooms=rooms)
-        return Driver(Run(load_config(words), folders[-1], Console(stream=None), StopSignals(), {}), main)
+        return Driver(Run(load_config(words), folders[-1], Console(stream=shown), StopSignals(), {}), main)
 
     yield make
     for folder in folders:
@@ -129,7 +138,11 @@ def at(monkeypatch, driver, steps):
 
 
 def supervise(driver, stage="many"):
-    return supervisor_module.Supervisor(driver.run, driver.fleet, driver.run.console).carry_out(stage, 0)
+    return supervisor_module.Supervisor(driver.run, driver.fleet, driver.run.console, stage).carry_out()
+
+
+RESTARTED = ["replace lost main", "connected?", "train many"]
+"""After a first death: the place of the dead worker is filled, and workers must reach each other."""
 
 
 def deaths(count):
@@ -142,7 +155,7 @@ def test_failures_without_a_new_checkpoint_end_the_run_at_the_limit(make_run, mo
     with pytest.raises(WorkerLost, match=r"3 failures, .* no new checkpoint of stage many"):
         supervise(driver)
     begun = [e for e in events if e.endswith("main")]
-    assert begun == ["start main", "mend main", "start main"], "survivors are kept after the first loss only"
+    assert begun == ["start main", "replace lost main", "start main"], "survivors are kept after the first loss only"
     assert driver.run.folder.run()["failures"] == 2
 
 
@@ -161,14 +174,14 @@ def test_a_new_checkpoint_refills_the_failures_that_are_allowed(make_run, monkey
 
 
 def test_a_restart_waits_for_a_lost_node(make_run, events):
-    missing = ValueError("cluster.workers = 1: places for 0")
+    missing = NoRoom("cluster.workers = 1: places for 0")
     driver = make_run({"many": [*deaths(1), None]}, rooms=[missing, missing, None])
     assert supervise(driver).finished
-    assert events == ["start main", "train many", "room?", "room?", "room?", "mend main", "train many"]
+    assert events == ["start main", "train many", "room?", "room?", "room?", *RESTARTED]
 
 
 def test_a_node_that_does_not_come_back_ends_the_run(make_run, events):
-    missing = ValueError("cluster.workers = 1: places for 0")
+    missing = NoRoom("cluster.workers = 1: places for 0")
     driver = make_run({"many": deaths(1)}, rooms=[missing] * 1000)
     with pytest.raises(ValueError, match="places for 0"):
         supervise(driver)
@@ -176,60 +189,66 @@ def test_a_node_that_does_not_come_back_ends_the_run(make_run, events):
 
 
 def test_a_restart_waits_until_ray_knows_of_a_dead_node(make_run, events):
-    """One failure: nobody is started on a node that does not answer."""
+    """One failure: no worker is started on a node that does not answer."""
     driver = make_run({"many": [*deaths(1), None]})
-    driver.fleet.silent = [["node b"], ["node b"]]
+    driver.fleet.unreachable = [["node b"], ["node b"]]
     assert supervise(driver).finished
-    assert events == ["start main", "train many", "silent", "silent", "room?", "mend main", "train many"]
+    assert events == ["start main", "train many", "unreachable", "unreachable", "room?", *RESTARTED]
     assert driver.run.folder.run()["failures"] == 1
 
 
-def test_workers_that_do_not_reach_each_other_move_to_other_nodes(make_run, events):
-    driver = make_run({"many": [*deaths(1), None]})
-    driver.fleet.cuts = [("node a", "node b")]
+def test_a_network_that_is_mended_in_time_costs_a_wait(make_run, events):
+    shown = io.StringIO()
+    driver = make_run({"many": [*deaths(1), None]}, shown=shown)
+    driver.fleet.disconnected = [("node a", "node b"), ("node a", "node b"), None]
     assert supervise(driver).finished
-    moved = ["mend main", "avoid node b", "room?", "move main", "room?", "start main", "train many"]
-    assert events == ["start main", "train many", "room?", *moved]
+    waited = ["connected?"] * 3
+    assert events == ["start main", "train many", "room?", "replace lost main", *waited, "train many"]
+    assert shown.getvalue().count("nodes node a and node b do not reach each other, though Ray reaches both") == 1
+    assert "waiting up to 0.1 s for the network" in shown.getvalue()
     assert driver.run.folder.run()["failures"] == 1
-    assert driver.run.cost._workers == 1
 
 
-def test_a_move_that_finds_no_places_is_tried_again(make_run, events):
-    """Another fleet had taken them for a while."""
-    driver = make_run({"many": [*deaths(1), None]}, rooms=[None, None, ValueError("no places in 30 s"), None])
-    driver.fleet.cuts = [("node a", "node b")]
-    assert supervise(driver).finished
-    assert [e for e in events if e.endswith("main")] == [
-        "start main",
-        "mend main",
-        "move main",
-        "move main",
-        "start main",
-    ]
-    assert driver.run.cost._workers == 1
-
-
-def test_a_lasting_cut_without_room_elsewhere_ends_the_run_and_names_both_nodes(make_run, events):
-    missing = ValueError("places for 0")
-    driver = make_run({"many": deaths(1)}, rooms=[None, *[missing] * 1000])
-    driver.fleet.cuts = [("node a", "node b")] * 1000
+def test_nodes_that_never_reach_each_other_end_the_run_and_are_named(make_run, events):
+    driver = make_run({"many": deaths(1)})
+    driver.fleet.disconnected = [("node a", "node b")] * 1000
     with pytest.raises(
-        ValueError, match=r"node a and node b do not reach each other, .*places for 0, .*the same command continues"
+        ValueError, match=r"node a and node b do not reach each other, .*mend the network.*the same command continues"
     ):
         supervise(driver)
-    assert events.count("avoid node b") > 2, "a cut may be mended meanwhile"
-    assert "move main" not in events
+    assert events.count("connected?") > 2
+    assert not any(event.startswith("move") for event in events)
 
 
-def test_a_cut_that_is_mended_meanwhile_moves_nobody(make_run, events):
-    driver = make_run({"many": [*deaths(1), None]}, rooms=[None, ValueError("places for 0")])
-    driver.fleet.cuts = [("node a", "node b"), None]
-    assert supervise(driver).finished
-    assert "move main" not in events
+def test_a_worker_that_refuses_is_not_asked_again(make_run, events):
+    """A refusal is a ValueError, as "no room" is; only the latter may change by itself."""
+    driver = make_run({"many": deaths(1)})
+
+    def refuse():
+        events.append("refused")
+        raise ValueError("cluster.gpus_per_worker = 1: this worker's torch finds no CUDA device")
+
+    for place in ("disconnected_nodes", "check_room"):
+        events.clear()
+        driver.fleet.workers = []
+        driver.run.signals.received = None
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(driver.fleet, place, refuse)
+            patch.setattr(supervisor_module.StageRun, "carry_out", lambda stage: (_ for _ in ()).throw(*deaths(1)))
+            with pytest.raises(ValueError, match="no CUDA device"):
+                supervise(driver)
+        assert events.count("refused") == 1, place
+
+
+def test_a_refusal_while_the_fleet_moves_is_told_as_it_is(make_run, events):
+    driver = make_run({"many": [PreemptionNotice("node a")]}, rooms=[ValueError("dataset.root = /data: gone")])
+    with pytest.raises(ValueError, match=r"^dataset.root = /data: gone$"):
+        supervise(driver)
+    assert events == ["start main", "train many", "move main", "room?"]
 
 
 def test_a_signal_ends_the_wait_for_a_lost_node(make_run):
-    missing = ValueError("cluster.workers = 1: places for 0")
+    missing = NoRoom("cluster.workers = 1: places for 0")
     driver = make_run({"many": deaths(1)}, rooms=[missing] * 1000)
     driver.fleet.check_room = lambda: driver.run.signals._note(signal.SIGTERM, None) or (_ for _ in ()).throw(missing)
     with pytest.raises(Stopped, match="the same command continues"):
@@ -250,9 +269,9 @@ def test_workers_that_die_after_a_signal_are_not_started_again(make_run, events)
     assert events == ["start main"]
 
 
-@pytest.mark.parametrize(("why", "begun"), [("hang", "start main"), ("failure", "mend main")])
+@pytest.mark.parametrize(("why", "begun"), [("hang", "start main"), ("failure", "replace lost main")])
 def test_workers_of_a_mesh_that_hung_are_all_started_again(make_run, events, why, begun, monkeypatch):
-    monkeypatch.setattr(supervisor_module, "keep_stacks", lambda workers, hosts, folder: f"stacks kept in {folder}")
+    monkeypatch.setattr(supervisor_module, "write_stacks", lambda workers, hosts, folder: f"stacks kept in {folder}")
     driver = make_run({"many": [WorkerLost("lost", why), None]})
     assert supervise(driver).finished
     assert [e for e in events if e.endswith("main")] == ["start main", begun]
@@ -274,12 +293,12 @@ def test_out_of_memory_after_a_death_is_the_first_time(make_run):
 def test_preemptions_have_a_budget_of_their_own(make_run, events):
     """Two preemptions are allowed and no failure counts; the third ends with exit status 75."""
     words = [*LFME, "cluster.max_preemptions=2"]
-    driver = make_run({"many": [Drained("node a"), WorkerLost("node b", "preemption"), None]}, words=words)
+    driver = make_run({"many": [PreemptionNotice("node a"), WorkerLost("node b", "preemption"), None]}, words=words)
     assert supervise(driver).finished
     assert driver.run.folder.run()["preemptions"] == 2
     assert "failures" not in driver.run.folder.run()
 
-    driver = make_run({"many": [Drained("node a") for _ in range(3)]}, words=words)
+    driver = make_run({"many": [PreemptionNotice("node a") for _ in range(3)]}, words=words)
     with pytest.raises(Preempted, match=r"cluster.max_preemptions = 2") as ended:
         supervise(driver)
     assert ended.value.exit_code == 75
@@ -287,16 +306,16 @@ def test_preemptions_have_a_budget_of_their_own(make_run, events):
 
 def test_one_node_that_is_taken_from_several_stages_counts_once(make_run):
     driver = make_run({})
-    driver.run.record_preemption(Drained("node a"), "many", {"a"})
-    driver.run.record_preemption(Drained("nodes a and b"), "medium", {"a", "b"})
-    driver.run.record_preemption(Drained("node b"), "few", {"b"})
+    driver.run.record_preemption(PreemptionNotice("node a"), "many", {"a"})
+    driver.run.record_preemption(PreemptionNotice("nodes a and b"), "medium", {"a", "b"})
+    driver.run.record_preemption(PreemptionNotice("node b"), "few", {"b"})
     assert driver.run.folder.run()["preemptions"] == 2
     driver.run.record_preemption(WorkerLost("a worker died", "preemption"), "few", set())
     assert driver.run.preemptions == 3
 
 
 def test_nodes_taken_away_without_room_elsewhere_end_the_run_with_the_status_for_it(make_run):
-    driver = make_run({"many": [Drained("node a will be taken away")]}, rooms=[ValueError("places for 0")] * 1000)
+    driver = make_run({"many": [PreemptionNotice("node a will be taken away")]}, rooms=[NoRoom("places for 0")] * 1000)
     with pytest.raises(Preempted, match=r"node a .*places for 0.*the same command continues"):
         supervise(driver)
 
@@ -311,7 +330,7 @@ def test_hours_are_counted_for_a_fleet_that_dies_while_it_starts(make_run):
         if len(starts) == 1:
             raise WorkerLost("a worker died")
 
-    fleet.start = fleet.mend = start
+    fleet.start = fleet.replace_lost = start
     supervise(driver)
     assert starts == [1, 1]
     assert driver.run.cost._workers == 1
