@@ -18,6 +18,7 @@ from orchestration.tracking.process import Target, flush
 from orchestration.tracking.sender import MlflowSender, sync
 from orchestration.tracking.uploader import start_uploader
 from orchestration.tracking.uri import default_uri
+from tests.mlflow_server import hurry
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -259,7 +260,12 @@ def test_a_server_that_is_not_there_costs_nothing_but_a_message_and_is_caught_up
     uri = f"http://me:s3cret@127.0.0.1:{port}"
     folder = make_run(tmp_path / "late")
     uploader = start_uploader(folder, uri, "served")
-    wait_until(lambda: "failure 1" in (folder / "tracking.log").read_text(), 60)
+
+    def has_tried():
+        hurry(folder)
+        return "failure 1" in (folder / "tracking.log").read_text()
+
+    wait_until(has_tried, 60)
     started = time.monotonic()
     problem = uploader.finish(2)
     assert time.monotonic() - started < 6
