@@ -24,11 +24,11 @@ def check_tracking(config: RunConfig, patience_s: float) -> Iterator[Finding]:
     """Look at a SQLite file; ask a server whether it answers, takes our credentials and demands any.
 
     Args:
-        config: checked.
-        patience_s: how long to wait for an answer.
+        config: the run's.
+        patience_s: the longest wait for an answer.
 
     Raises:
-        ValueError: the URI is not one of a tracking store, or variables that name certificates are wrong.
+        ValueError: the URI is not that of a tracking store, or variables that name certificates are wrong.
     """
     from orchestration.config.paths import expand
 
@@ -49,6 +49,7 @@ def check_tracking(config: RunConfig, patience_s: float) -> Iterator[Finding]:
 
 
 def _sqlite(path: Path) -> Finding:
+    """Check that a SQLite file can be written, or created where it is missing."""
     there = nearest_existing(path)
     if path.is_file():
         with open(path, "rb") as file:
@@ -64,9 +65,10 @@ def _sqlite(path: Path) -> Finding:
 
 
 def _server(uri: str, patience_s: float) -> Iterator[Finding]:
+    """Check that a server takes our credentials, and that it demands some where others reach it."""
     parts = urlsplit(uri)
     is_remote = not is_loopback(parts.hostname or "")
-    # Without credentials first: a cookie that the server gave us would speak for us.
+    # Ask without credentials first: a cookie from the other answer would count as credentials.
     open_to_all = is_remote and ask_server(uri, patience_s, with_credentials=False) is None
     if problem := ask_server(uri, patience_s):
         yield Finding(

@@ -98,7 +98,8 @@ def _warnings(result: Mapping[str, Any]) -> list[str]:
             lines.append(f"{name}: learning ended after pass {learning['passes']}, a weight had become too small")
         empty = sum(count == 0 for count in found["test_counts"])
         if empty:
-            lines.append(f"{name}: {empty} classes have no test image; groups are means over the others")
+            classes = "1 class has" if empty == 1 else f"{empty} classes have"
+            lines.append(f"{name}: {classes} no test image; groups are means over the others")
     return [*lines, *(f"warning: {text}" for text in warnings)]
 
 

@@ -126,7 +126,7 @@ def model_name(config: Mapping[str, Any], experiment: str) -> str:
 
 
 def files(run_dir: Path) -> dict[str, str | Path]:
-    """Return the artefacts: name on the server -> a file, or text where secrets are taken out or none exists."""
+    """Return the artefacts: name on the server -> a file, or text where secrets are removed or no file exists."""
     found: dict[str, str | Path] = {}
     for path in (run_dir / "config.yaml", run_dir / "run.json"):
         if path.exists():

@@ -17,7 +17,7 @@ from orchestration.config.secrets import redact
 
 _ENDPOINT = "/api/2.0/mlflow/experiments/search"  # a server with users answers it to users only
 _AUTHORITY = "MLFLOW_TRACKING_SERVER_CERT_PATH"
-_OWN = "MLFLOW_TRACKING_CLIENT_CERT_PATH"
+_CLIENT = "MLFLOW_TRACKING_CLIENT_CERT_PATH"
 _BUNDLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
 
@@ -42,14 +42,14 @@ def ask_server(uri: str, patience_s: float, *, with_credentials: bool = True) ->
     from mlflow.exceptions import MlflowException
     from mlflow.utils.rest_utils import http_request
 
-    # An `auth` that adds nothing keeps requests from taking a password out of ~/.netrc.
-    nothing: dict[str, Any] = {} if with_credentials else {"auth": lambda request: request}
+    # An `auth` that adds nothing keeps the client from taking a password out of ~/.netrc.
+    no_auth: dict[str, Any] = {} if with_credentials else {"auth": lambda request: request}
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that certificates are not verified was the operator's own wish
+            warnings.simplefilter("ignore")  # the operator knows of MLFLOW_TRACKING_INSECURE_TLS
             answer = http_request(
                 host, _ENDPOINT, "GET", max_retries=0, timeout=patience_s, raise_on_status=False,
-                params={"max_results": 1}, **nothing,
+                params={"max_results": 1}, **no_auth,
             )  # fmt: skip
     except MlflowException as error:
         return _connection_problem(error)
@@ -117,13 +117,13 @@ def _check_certificate_files() -> None:
         ValueError: a file holds none.
     """
     trusted = next((key for key in (_AUTHORITY, *_BUNDLES) if os.environ.get(key)), None)
-    for key in (trusted, _OWN):
+    for key in (trusted, _CLIENT):
         path = os.environ.get(key) if key else None
         if not path:
             continue
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         try:
-            if key == _OWN:
+            if key == _CLIENT:
                 context.load_cert_chain(path)
             elif not os.path.isdir(path):
                 context.load_verify_locations(path)

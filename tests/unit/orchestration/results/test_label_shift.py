@@ -30,13 +30,13 @@ NAMES = ("expert0", "expert1", "expert2")
 
 
 def save_run(path, *words):
-    """A run folder with a model whose experts were never trained: what is measured is the same program."""
+    """Make a run folder with a model whose experts were never trained: measuring runs the same code."""
     config = load_config([*WORDS, *words])
     dataset = open_dataset(config.dataset)
     names = config.method.expert_names
     ensemble = build_ensemble(config.ensemble(names, 10), seed=3)
     with torch.no_grad():
-        for index, expert in enumerate(ensemble.experts.values()):  # else all say much the same of 8 x 8 pixels
+        for index, expert in enumerate(ensemble.experts.values()):  # else all give similar scores to 8 x 8 pixels
             for parameter in expert.parameters():
                 parameter.mul_(1 + 0.5 * index)
     counts = dataset.counts_C.tolist()
@@ -98,7 +98,7 @@ def logits_of(run, name):
 
 
 def test_the_weights_are_those_of_the_published_loop(run):
-    """The control: two views an image, keyed by its place in the test set, shuffled batches, one learner."""
+    """The control: two views per image, keyed by its place in the test set, shuffled batches, one learner."""
     _, result = evaluate(run, "test-time", "backward-10", "test_time.epochs=3", "test_time.batch_size=64")
     _, _, positions, dataset = logits_of(run, "backward-10")
     model = load_model(run / "export" / "best")
@@ -161,7 +161,7 @@ def test_members_weights_and_bounds_of_every_distribution(run, picture):
     assert str(run / "evaluation" / "test-time.json") in text
 
 
-def test_on_the_whole_test_set_the_own_rule_is_what_measuring_again_gives(run):
+def test_on_the_whole_test_set_the_recipes_rule_gives_what_measuring_again_gives(run):
     _, result = evaluate(run, "uniform", "uniform")
     reevaluate(str(run), "best", "test", [])
     again = json.loads((run / "evaluation" / "again-best-test.json").read_text())
@@ -249,7 +249,7 @@ def test_other_precisions(precision, tmp_path):
         ("uniform", "uniform", ["seed=1"], "cannot be changed for a trained run"),
     ],
 )
-def test_what_makes_no_sense_is_refused(weights, distributions, words, message, run):
+def test_a_request_that_makes_no_sense_is_refused(weights, distributions, words, message, run):
     with pytest.raises(ValueError, match=message):
         evaluate_distributions(str(run), weights, distributions, "best", "test", words)
 
@@ -347,7 +347,7 @@ def synthetic(**changes):
     } | changes  # fmt: skip
 
 
-def test_the_table_shows_what_is_not_there_as_na_and_says_what_was_noticed():
+def test_the_table_shows_missing_numbers_as_na_and_has_every_warning():
     text = distributions_table(synthetic())
     assert "medium [0]" in text
     row = next(line for line in text.splitlines() if "test-time" in line)
@@ -355,7 +355,7 @@ def test_the_table_shows_what_is_not_there_as_na_and_says_what_was_noticed():
     assert "nan" not in text.lower()
     for line in (
         "forward-50: n/a, too few", "forward-2: worse", "backward-2: learning ended after pass 2, a weight",
-        "forward-2: 1 classes have no test image", "warning: careful",
+        "forward-2: 1 class has no test image", "warning: careful",
     ):  # fmt: skip
         assert line in text
     assert text.count("careful") == 1
@@ -368,7 +368,7 @@ def test_the_table_says_when_best_was_chosen_on_test():
     assert "test was not looked at" in distributions_table(synthetic(selected_on="val"))
 
 
-def test_the_picture_leaves_out_what_is_not_there(tmp_path):
+def test_the_picture_leaves_out_missing_numbers(tmp_path):
     told = draw_distributions(tmp_path, "test-time", synthetic())
     assert told == f"drawn as {tmp_path / 'report' / 'test_time.png'}"
     assert (tmp_path / "report" / "test_time.png").read_bytes().startswith(b"\x89PNG")

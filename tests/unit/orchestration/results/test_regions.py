@@ -27,7 +27,7 @@ WORDS = ["dataset=digits_lt", "engine.name=torch", "engine.threads=1", "dataset.
 
 
 def train(path, method, *, stages=2):
-    """A run folder as training leaves it, of two steps a stage."""
+    """Make a run folder as training leaves it, with two steps per stage."""
     config = load_config([f"method={method}", *WORDS])
     dataset, folder = open_dataset(config.dataset), RunFolder(path)
     counts = dataset.counts_C.tolist()
@@ -141,7 +141,7 @@ def test_a_run_without_such_a_stage_is_refused_by_the_command_and_passed_over_by
     assert capsys.readouterr().err == ""
 
 
-def test_a_run_that_has_not_come_so_far_is_refused(tmp_path, capsys):
+def test_a_run_whose_last_stage_has_not_begun_is_refused(tmp_path, capsys):
     run = train(tmp_path / "run", "dr_h2t", stages=1)
     assert main(["regions", str(run)]) == 1
     assert "stage h2t has not begun (reached: train)" in capsys.readouterr().err

@@ -25,7 +25,7 @@ STEPS = 3
 
 
 def train(path, *words):
-    """A run folder as training leaves it, of a few steps taken in this process."""
+    """Make a run folder as training leaves it, with a few steps taken in this process."""
     config = load_config([*WORDS, *words])
     dataset = open_dataset(config.dataset)
     trainer = StageTrainer(config, "train", dataset, Mesh(mesh_shape(config.method.num_experts, 1)))
@@ -119,7 +119,7 @@ def test_how_the_data_is_read_may_differ(copy):
 
 
 @pytest.mark.parametrize("word", ["seed=1", "method=ce", "dataset.image_size=16", "engine.threads=2", "run.name=x"])
-def test_what_made_the_model_may_not_differ(word, copy):
+def test_keys_that_made_the_model_may_not_differ(word, copy):
     with pytest.raises(ValueError, match="cannot be changed for a trained run") as error:
         reevaluate(str(copy), "best", "test", ["dataset.root=/x", word])
     assert str(error.value).startswith(word) and "dataset.root" in str(error.value)
@@ -140,7 +140,7 @@ def test_other_data_is_refused_with_both_digests(copy):
     assert not (copy / "evaluation" / "again-best-test.json").exists()
 
 
-def test_a_run_without_a_model_is_told_how_to_go_on(copy):
+def test_a_run_without_a_model_is_refused_with_the_command_that_continues_it(copy):
     shutil.rmtree(copy / "export")
     run = json.loads((copy / "run.json").read_text()) | {"status": "failed", "command": "expertail train seed=0"}
     (copy / "run.json").write_text(json.dumps(run))
@@ -148,7 +148,7 @@ def test_a_run_without_a_model_is_told_how_to_go_on(copy):
         reevaluate(str(copy), "best", "test", [])
 
 
-def test_a_missing_run_is_told_its_neighbour(copy):
+def test_a_missing_run_is_refused_with_its_nearest_neighbour(copy):
     with pytest.raises(ValueError, match=r"nothing there; .*did you mean .*tiny\?"):
         reevaluate(str(copy.parent / "tinny"), "best", "test", [])
     with pytest.raises(ValueError, match=r"a folder without config\.yaml"):

@@ -89,7 +89,7 @@ def test_members_are_the_ensemble_first_and_each_once():
     assert members({"last": evaluation(1), "best": evaluation(1)}) == ["ensemble", "expert0"]
 
 
-def test_the_table_of_classes_has_one_row_a_class():
+def test_the_table_of_classes_has_one_row_per_class():
     table = per_class_table({"last": evaluation(0.5)}, data())
     assert table["columns"] == [
         "class", "name", "train_images", "group_by_count", "group_by_index", "last/ensemble", "last/expert0",
@@ -122,7 +122,7 @@ def test_how_different_the_experts_are_is_shown_by_group():
     assert "bias: the class that most experts say is wrong" in text
 
 
-def test_an_evaluation_from_before_is_shown_without_diversity():
+def test_an_old_evaluation_is_shown_without_diversity():
     text = final_table({"last": evaluation(0.5) | {"diversity": diversity(0.25)}, "best": evaluation(0.5)}, data())
     assert next(line for line in text.splitlines() if line.startswith("bias, %")).split()[2:] == ["25.00", "n/a"] * 4
     assert "bias" not in final_table({"last": evaluation(0.5)}, data())
@@ -147,7 +147,7 @@ def test_experts_asked_and_passes_saved_are_shown():
     assert "Per image" not in final_table({"last": evaluation(0.5) | {"per_image": {}}}, data())
 
 
-def test_what_the_ensemble_is_compared_with_has_its_rows():
+def test_members_that_the_ensemble_is_compared_with_have_their_rows():
     routed = evaluation(0.5)
     routed["members"] = {
         "ensemble": routed["members"]["ensemble"],

@@ -1,0 +1,39 @@
+"""Tables of text and numbers in words, by hand."""
+
+from __future__ import annotations
+
+import math
+
+from orchestration.results.text import bytes_, decimals, duration, number, plural, text_table
+
+
+def test_columns_stand_below_each_other_without_trailing_spaces():
+    rows = [["name", "n", "note"], ["a", "12", ""], ["long name", "3", "x"]]
+    assert text_table(rows, left=(0, 2), rule=True) == [
+        "name        n  note",
+        "-------------------",
+        "a          12",
+        "long name   3  x",
+    ]
+
+
+def test_a_heading_over_several_columns_widens_the_last_of_them_first():
+    assert text_table([["", "a", "b"], ["x", "1", "2"]], spans=[("", 1), ("wide one", 2)]) == [
+        "   wide one",
+        "     a    b",
+        "x    1    2",
+    ]
+
+
+def test_numbers_in_words():
+    assert [plural(count, "worker") for count in (0, 1, 1200)] == ["0 workers", "1 worker", "1,200 workers"]
+    assert [number(None), number(12345)] == ["n/a", "12,345"]
+    assert [decimals(value, 100.0, 1) for value in (None, math.nan, 0.5)] == ["n/a", "n/a", "50.0"]
+    assert [bytes_(value) for value in (None, 999, 1500, 2_500_000, 3 * 10**9)] == [
+        "n/a",
+        "999 B",
+        "1.5 KB",
+        "2.5 MB",
+        "3 GB",
+    ]
+    assert [duration(seconds) for seconds in (3, 600, 9000)] == ["3.0 s", "10.0 min", "2.5 h"]
