@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from experts.data.batches import Batch
+from experts.batches import Batch
 from experts.data.keyed_random import permutation
 from experts.flow import Flow, Network, through_shared_head
 from experts.losses.cross_entropy import cross_entropy

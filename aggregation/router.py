@@ -23,7 +23,7 @@ from aggregation.aggregator import (
     Aggregator,
     Outputs,
 )
-from experts.data.batches import Batch
+from experts.batches import Batch
 from experts.flow import Flow, Network, through_shared_head
 from experts.objective import MAX_EXPERTS, NOTHING, Given, Objective, ObjectiveSettings, num_images
 from experts.precision import at_least_float32

@@ -28,7 +28,7 @@ import torchvision
 from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 
-from experts.data.batches import StreamConfig, TrainBatches
+from experts.batches import StreamConfig, TrainBatches
 from experts.data.config import DatasetConfig
 from experts.data.dataset import open_dataset
 from experts.samplers.instance_balanced import InstanceBalanced

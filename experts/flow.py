@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from experts.data.batches import Batch
+from experts.batches import Batch
 from experts.objective import Objective
 from experts.progress import Progress
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from experts.data.batches import Batch
+from experts.batches import Batch
 from experts.flow import Flow, Network, through_shared_head
 from experts.progress import Progress
 from experts.registry import Settings, register

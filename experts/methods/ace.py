@@ -17,8 +17,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from experts.batches import Batch
 from experts.class_groups import GroupRule, nested_targets
-from experts.data.batches import Batch
 from experts.flow import Flow, Network
 from experts.objective import NOTHING, Given, Objective, ObjectiveSettings, num_images
 from experts.precision import at_least_float32

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from experts.data.batches import Batch
+from experts.batches import Batch
 from experts.flow import Flow, Network
 from experts.losses.cross_entropy import cross_entropy
 from experts.objective import NOTHING, Given, Objective, ObjectiveSettings, num_images

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from aggregation.serving import DESCRIPTION, read_description
 from experts.backbones.cost import multiply_adds
-from experts.data.batches import Batch
+from experts.batches import Batch
 from experts.data.keyed_random import key
 from experts.ensemble import Ensemble, EnsembleConfig, build_ensemble, freeze
 from experts.flow import Flow, Result

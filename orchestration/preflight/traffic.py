@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from experts.data.batches import share
+from experts.batches import share
 from orchestration.config.recipe import StageConfig
 from orchestration.config.run_config import RunConfig
 from orchestration.preflight.rehearsal import Load, Norms, TeacherLoad

@@ -40,7 +40,7 @@ from aggregation.weight_learning import (
     settle,
 )
 from experts.augmentation.views import ViewMaker, Views, default_views
-from experts.data.batches import share
+from experts.batches import share
 from experts.data.keyed_random import key, permutation
 from experts.data.label_shift import Distribution, distribution_positions, parse_distribution, published_distributions
 from experts.methods.tade import tade_offsets

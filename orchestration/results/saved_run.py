@@ -18,7 +18,7 @@ from torch import Tensor
 
 from aggregation.aggregator import Outputs
 from aggregation.serving import ServedModel, load_model
-from experts.data.batches import EvalBatches, Replica
+from experts.batches import EvalBatches, Replica
 from experts.data.dataset import Dataset, open_dataset
 from experts.data.images import ImageStore
 from orchestration.config.compose import check, from_yaml, parse

@@ -15,7 +15,7 @@ from torch import Tensor
 from aggregation.aggregator import Outputs
 from aggregation.diversity import Diversity
 from aggregation.metrics import Scores
-from experts.data.batches import EvalBatches, Replica
+from experts.batches import EvalBatches, Replica
 from experts.objective import Given
 from orchestration.training.engine import casting
 from orchestration.training.stage_setup import StageSetup

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from aggregation.aggregator import Aggregator
+from experts.batches import Replica, StreamConfig, TrainBatches
 from experts.class_groups import split_classes
-from experts.data.batches import Replica, StreamConfig, TrainBatches
 from experts.data.dataset import Dataset
 from experts.data.keyed_random import key
 from experts.ensemble import Ensemble, build_ensemble, freeze

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experts.data.batches import Batch
+from experts.batches import Batch
 from experts.objective import Given
 from experts.progress import Progress
 from orchestration.training.engine import NonFiniteGradient

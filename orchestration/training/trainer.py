@@ -28,7 +28,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from experts.data.batches import Batch
+from experts.batches import Batch
 from experts.data.dataset import Dataset
 from orchestration.config.run_config import RunConfig
 from orchestration.storage.checkpoint import FileEntry

@@ -18,7 +18,7 @@ import aggregation
 import experts
 from experts import registry
 from experts.backbones.resnet_cifar import ResNetCifar
-from experts.data.batches import Batch, Mixed
+from experts.batches import Batch, Mixed
 from experts.data.keyed_random import key
 from experts.ensemble import EnsembleConfig, build_ensemble, part_of
 from experts.flow import PARTS

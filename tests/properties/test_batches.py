@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from experts.data.batches import EvalBatches, Replica, StreamConfig, TrainBatches
+from experts.batches import EvalBatches, Replica, StreamConfig, TrainBatches
 from experts.data.config import Augment, DatasetConfig
 from experts.data.dataset import open_dataset
 from experts.progress import Progress

@@ -116,6 +116,17 @@ def test_no_files_import_each_other_in_a_circle():
     assert not graph, f"in or above a circle: {sorted(graph)}"
 
 
+def test_no_folders_of_experts_need_each_other():
+    """Nor does a folder need a file beside the folders that needs it."""
+    graph = {}
+    for path in files("experts"):
+        unit = module_name(path).split(".")[:2][-1]
+        units = {module.split(".")[1] for module in modules(path) if module.startswith("experts.")}
+        graph.setdefault(unit, set()).update(units - {unit, "__version__"})
+    pairs = [(one, other) for one, others in graph.items() for other in others if one in graph.get(other, ())]
+    assert not pairs
+
+
 def test_nobody_imports_a_private_name():
     taken = [
         f"{named(path)}: {module}"

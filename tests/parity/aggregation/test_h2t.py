@@ -15,7 +15,7 @@ from torch import nn
 
 from aggregation.h2t import H2T, MeanCrossEntropy, fuse
 from experts.backbones.resnet_cifar import ResNetCifar
-from experts.data.batches import Batch
+from experts.batches import Batch
 from experts.data.keyed_random import key
 from experts.ensemble import EnsembleConfig, build_ensemble, part_of
 from experts.heads.cosine import CosineHead

@@ -17,7 +17,7 @@ from aggregation.aggregator import Outputs
 from aggregation.router import Final, Hidden, RideRouter, RouterFlow, RouterObjective, gate_targets, running_correct
 from aggregation.router import Router as RouterAggregator
 from experts.backbones.resnet_cifar import ResNetCifar
-from experts.data.batches import Batch
+from experts.batches import Batch
 from experts.data.keyed_random import key
 from experts.ensemble import EnsembleConfig, build_ensemble, part_of
 from experts.heads.cosine import CosineHead

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from experts.data.batches import Batch
+from experts.batches import Batch
 from experts.ensemble import Ensemble, Expert
 from experts.methods.bbn import BBN, Bilateral, BilateralHead, bbn_loss, cumulative_alpha
 from experts.progress import Progress

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from experts.data.batches import StreamConfig, TrainBatches
+from experts.batches import StreamConfig, TrainBatches
 from experts.data.config import Augment, DatasetConfig
 from experts.data.dataset import open_dataset
 from experts.data.decode import UnreadableImage

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from experts.data.batches import StreamConfig, TrainBatches
+from experts.batches import StreamConfig, TrainBatches
 from experts.data.config import Augment, DatasetConfig
 from experts.data.dataset import open_dataset
 from experts.data.decode import decode_file
