@@ -1,9 +1,14 @@
 """Batches as a pure function of (seed, stage, epoch, step, stream).
 
-An epoch is one global sequence of draws from the sampler; step s takes rows [s B, (s + 1) B) of it, and replica d of D
-the d-th contiguous part of those. Every random choice for an image is keyed by (seed, stage, epoch, stream, view) and
-its row in the epoch. So resuming needs no state, an image drawn twice in an epoch gets two crops, and neither replicas
-nor loader processes change a pixel.
+An epoch is one global sequence of draws from the sampler. Step s takes its rows [s B, (s + 1) B), and replica d of D
+takes the d-th contiguous part of those. Every random choice for an image is keyed by (seed, stage, epoch, stream, view)
+and by the image's row in the epoch. So resuming needs no state, an image drawn twice in an epoch gets two crops, and
+neither the number of replicas nor that of loader processes changes a pixel.
+
+    draws     = sampler.draw(epoch)                     # positions of the epoch's images, on every replica alike
+    rows      = this replica's part of step s           # with mixup the whole step: partners come from all of it
+    raw       = pixels at draws[rows]                   # from the device, or decoded from files ahead of time
+    images    = augment(raw, uniforms(key, rows))       # on the device, each image by the draws of its row
 """
 
 from __future__ import annotations
@@ -21,17 +26,17 @@ from experts.data.config import DatasetConfig
 from experts.data.decode import CROP_UNIFORMS
 from experts.data.images import FileImages, ImageStore, ResidentImages
 from experts.data.keyed_random import KeyedRandom, key, permutation, uniforms
-from experts.data.prefetch import Request, Stream, read
+from experts.data.prefetch import Prefetcher, Request, read
 from experts.progress import Progress
 
 
 @dataclass(frozen=True)
 class Mixed:
-    """How the images of a batch were blended with others of it (mixup).
+    """How the images of a batch were blended with others of the same batch (mixup).
 
     Attributes:
-        share: of the image itself, in [0, 1]; the rest is the other's.
-        labels_B, global_labels: as in `Batch`, of the other images.
+        share: weight of the image itself, in [0, 1]; its partner has the rest.
+        labels_B, global_labels: as in `Batch`, of the partners.
     """
 
     share: float
@@ -44,12 +49,12 @@ class Batch:
     """One replica's part of a step.
 
     Attributes:
-        images_B3HW: float; B may be 0 where the global batch has fewer images than there are replicas.
+        images_B3HW: float; B is 0 where the global batch has fewer images than there are replicas.
         labels_B: int64, of these images.
-        global_labels: int64, of the whole batch, in its order: what denominators are computed from.
+        global_labels: int64, of the whole batch, in its order; denominators are computed from them.
         positions_B: rows of the training set, int64.
         partner: a second batch of as many images, paired with this one by row, where the stage has one.
-        mixed: where the stage blends images.
+        mixed: how the images were blended, where the stage does so.
     """
 
     images_B3HW: Tensor
@@ -61,7 +66,10 @@ class Batch:
 
 
 def share(count: int, part: int, parts: int) -> tuple[int, int]:
-    """Bounds of one of `parts` contiguous shares of `count` things, the first ones longer, as np.array_split cuts."""
+    """Return the bounds of one of `parts` contiguous shares of `count` items.
+
+    Shares differ by at most one item and the first ones are the longer ones, as np.array_split cuts.
+    """
     each, more = divmod(count, parts)
     start = part * each + min(part, more)
     return start, start + each + (part < more)
@@ -69,7 +77,7 @@ def share(count: int, part: int, parts: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamConfig:
-    """What a stream of training batches holds, wherever it is made.
+    """Contents of a stream of training batches; the same on every machine.
 
     Attributes:
         seed: of the run.
@@ -94,12 +102,12 @@ class StreamConfig:
 
 @dataclass(frozen=True)
 class Replica:
-    """Where batches are made: one data replica, and what it computes with.
+    """The data replica that batches are made for, and the device and type of its images.
 
     Attributes:
         index: d, from 0.
         count: D, the replicas that share every batch.
-        device: of the images.
+        device: where the images go.
         dtype: of the images.
     """
 
@@ -123,13 +131,13 @@ class TrainBatches:
         config: StreamConfig,
         replica: Replica = Replica(),
     ) -> None:
-        """Move a resident store to the device; start nothing else.
+        """Move a store that is in memory to the device; loader processes start with the first batch.
 
         Args:
             sampler: a built piece of kind "sampler", over the store's labels.
 
         Raises:
-            ValueError: no batch is left when the last partial one is dropped.
+            ValueError: the epoch has no whole batch and partial ones are dropped.
         """
         self.config = config
         self.replica = replica
@@ -146,24 +154,26 @@ class TrainBatches:
             )
         self.steps_per_epoch = -(-self.draws_per_epoch // config.batch_size)
         self._cached: tuple[int, np.ndarray] | None = None
-        self._files: Stream | None = None
+        self._prefetcher: Prefetcher | None = None
         if isinstance(self.store, FileImages):
-            self._files = Stream(self.store, dataset_config.loader_processes, pin_memory=self.device.type == "cuda")
+            self._prefetcher = Prefetcher(
+                self.store, dataset_config.loader_processes, pin_memory=self.device.type == "cuda"
+            )
 
     def positions(self, epoch: int) -> np.ndarray:
-        """The epoch's global sequence of positions in the store, int64 [draws_per_epoch]; epochs count from 1."""
+        """Return the epoch's global sequence of positions in the store, int64 [draws_per_epoch]; epochs start at 1."""
         if self._cached is None or self._cached[0] != epoch:
             progress = Progress(epoch, self.config.epochs, 0, self.steps_per_epoch)
             self._cached = epoch, self.sampler.draw(progress, self._key(epoch, "draws"))[: self.draws_per_epoch]
         return self._cached[1]
 
     def labels(self, epoch: int, step: int) -> np.ndarray:
-        """Labels of the whole batch, int64 [global B], without touching pixels; steps count from 0."""
+        """Return the labels of the whole batch, int64 [global B], without touching pixels; steps start at 0."""
         first, last = self._rows(step)
         return self.store.labels[self.positions(epoch)[first:last]]
 
     def batch(self, epoch: int, step: int) -> Batch:
-        """This replica's part of one batch, made here and now.
+        """Return this replica's part of one batch, decoding in this process.
 
         Raises:
             ValueError: an image file is missing or damaged; names it.
@@ -173,26 +183,26 @@ class TrainBatches:
         return self._finish(images, epoch, step)
 
     def iterate(self, epoch: int, first_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
-        """The batches of steps first_step .. stop_step - 1, files decoded ahead by the loader processes.
+        """Yield the batches of steps first_step .. stop_step - 1; loader processes decode files ahead of them.
 
         Args:
-            stop_step: None is the end of the epoch.
+            stop_step: None goes on to the end of the epoch.
 
         Raises:
             ValueError: an image file is missing or damaged; names it.
         """
         steps = range(first_step, self.steps_per_epoch if stop_step is None else stop_step)
-        if self._files is None:
+        if self._prefetcher is None:
             yield from (self.batch(epoch, step) for step in steps)
             return
         requests = [self._request(epoch, step) for step in steps]
-        for step, images in zip(steps, self._files.read_all(requests), strict=True):
+        for step, images in zip(steps, self._prefetcher.read_all(requests), strict=True):
             yield self._finish(images, epoch, step)
 
     def close(self) -> None:
-        """End the loader processes, if there are any."""
-        if self._files is not None:
-            self._files.close()
+        """Stop the loader processes, if there are any."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
 
     def _key(self, epoch: int, what: str) -> int:
         return key(self.config.seed, self.config.stage, epoch, self.config.stream, what)
@@ -207,7 +217,7 @@ class TrainBatches:
         return first + start, first + stop
 
     def _made_rows(self, step: int) -> tuple[int, int]:
-        """Rows whose pixels this replica needs."""
+        """Return the rows whose pixels this replica makes; with mixup those of the whole step (see above)."""
         return self._local_rows(step) if self.config.mixup_alpha is None else self._rows(step)
 
     def _request(self, epoch: int, step: int) -> Request:
@@ -244,7 +254,7 @@ class TrainBatches:
 
 
 class EvalBatches:
-    """A test or validation set in its own order, one replica's contiguous share of it, as (images, labels)."""
+    """One replica's contiguous share of a test or validation set, in the set's own order, as (images, labels)."""
 
     def __init__(
         self,
@@ -253,7 +263,7 @@ class EvalBatches:
         batch_size: int,
         replica: Replica = Replica(),
     ) -> None:
-        """Copy nothing yet: images go to the device a batch at a time, unless the store given is there already."""
+        """Copy nothing yet: images go to the device a batch at a time, unless the store is there already."""
         self.store = store
         self.config = config
         self.batch_size = batch_size
@@ -262,21 +272,21 @@ class EvalBatches:
         self.start, self.stop = share(len(store.labels), replica.index, replica.count)
 
     def __len__(self) -> int:
-        """Number of batches."""
+        """Return the number of batches."""
         return (self.stop - self.start + self.batch_size - 1) // self.batch_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images [B, 3, S, S] and labels int64 [B], on the device.
+        """Yield images [B, 3, S, S] and labels int64 [B], on the device.
 
         Raises:
             ValueError: an image file is missing or damaged; names it.
         """
         firsts = range(self.start, self.stop, self.batch_size)
         parts = [np.arange(first, min(first + self.batch_size, self.stop)) for first in firsts]
-        stream = None
+        prefetcher = None
         if isinstance(self.store, FileImages):
-            stream = Stream(self.store, self.config.loader_processes, pin_memory=self.device.type == "cuda")
-            pixels = stream.read_all([Request(part) for part in parts])
+            prefetcher = Prefetcher(self.store, self.config.loader_processes, pin_memory=self.device.type == "cuda")
+            pixels = prefetcher.read_all([Request(part) for part in parts])
         else:
             pixels = map(self.store.take, parts)
         try:
@@ -284,5 +294,5 @@ class EvalBatches:
                 labels = torch.from_numpy(self.store.labels[part]).to(self.device)
                 yield prepare_eval(images.to(self.device, non_blocking=True), self.config, self.dtype), labels
         finally:
-            if stream is not None:
-                stream.close()
+            if prefetcher is not None:
+                prefetcher.close()

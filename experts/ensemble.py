@@ -1,6 +1,6 @@
-"""An ensemble: a trunk that experts share, the experts by name, and what lies after all of them.
+"""An ensemble: a trunk that experts share, the experts by name, and the parts after all of them.
 
-Shapes: E experts, e of them held here, B images, D features, C classes.
+Shapes: E experts, e of them on this worker, B images, D features, C classes.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from experts.registry import build
 
-RESERVED = ("ensemble", "all experts", "trunk", "shared", "objective")  # names of other members and of files
+RESERVED = ("ensemble", "all experts", "trunk", "shared", "objective")  # names of other rows and files of a run
 
 
 class Expert(nn.Module):
-    """Late stages and a head. The two are apart, because some methods mix the features of several images.
+    """Late stages and a head. They are separate, because some methods mix the features of several images in between.
 
     Attributes:
         features: trunk output to [B, D].
         head: features to [B, C], or to what the ensemble's shared head takes.
-        gate: features to a router's hidden layer; only where a method has a router, and not in the last expert.
+        gate: features to the hidden layer of a router; None without a router, and in the last expert.
         position: place among all experts, from 0.
     """
 
@@ -37,17 +37,17 @@ class Expert(nn.Module):
         self.position = position
 
     def forward(self, h: Tensor) -> Tensor:
-        """Trunk output to logits [B, C]; `features(h)` gives [B, D], `head` the rest."""
+        """Return the logits [B, C] of a trunk output."""
         return self.head(self.features(h))
 
 
 class Ensemble(nn.Module):
-    """The experts that live in one place, on their own copy of the trunk and of what lies after all experts.
+    """The experts of one worker, with a copy of the trunk and of the parts after all experts.
 
     Attributes:
-        trunk: images [B, 3, H, W] to what every expert starts from.
+        trunk: images [B, 3, H, W] to the input of every expert.
         experts: name to `Expert`, in the order of the logits.
-        shared: "head", where all experts have one head (ResLT), and "router", a router's last layer (RIDE).
+        shared: "head", where all experts share one (ResLT), and "router", the last layer of a router (RIDE).
     """
 
     def __init__(
@@ -60,15 +60,15 @@ class Ensemble(nn.Module):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the experts held, in the order of the logits."""
+        """Names of the experts of this worker, in the order of the logits."""
         return tuple(self.experts)
 
     def members(self) -> list[Expert]:
-        """The experts held, in the order of the logits."""
+        """Return the experts of this worker, in the order of the logits."""
         return list(self.experts.values())  # type: ignore[arg-type]
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
-        """Logits of the experts held, [e, B, C]."""
+        """Return the logits of the experts of this worker, [e, B, C]."""
         h = self.trunk(images_B3HW)
         scores = torch.stack([expert(h) for expert in self.experts.values()])
         return self.shared["head"](scores) if "head" in self.shared else scores
@@ -76,11 +76,11 @@ class Ensemble(nn.Module):
     def outputs(
         self, images_B3HW: Tensor, gather: Callable[[Tensor], Tensor] = lambda own: own
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits [E, B, C] and a router's scores [E, B] (None without a router) of all experts.
+        """Return logits [E, B, C] and router scores [E, B] (None without a router) of all experts.
 
         Args:
             images_B3HW: the images.
-            gather: own experts' [e, ...] to all experts' [E, ...]; where experts live apart, an exchange.
+            gather: [e, ...] of this worker's experts to [E, ...] of all; an exchange where they are on several workers.
         """
         h = self.trunk(images_B3HW)
         features = [expert.features(h) for expert in self.members()]
@@ -91,11 +91,11 @@ class Ensemble(nn.Module):
         return logits_EBC, gather(self.gate_scores(features, logits_EBC))
 
     def gate_scores(self, features: Sequence[Tensor], logits_EBC: Tensor) -> Tensor:
-        """Scores [e, B] of the held experts' gates for asking the next expert; 0 where an expert has none.
+        """Return scores [e, B] of this worker's gates for asking the next expert too; 0 for an expert without a gate.
 
         Args:
-            features: one [B, D] for each expert held.
-            logits_EBC: of all experts; gate k sees the mean of the first k + 1.
+            features: one [B, D] per expert of this worker.
+            logits_EBC: of all experts; gate k takes the mean of the first k + 1.
         """
         scores = []
         for expert, features_BD in zip(self.members(), features, strict=True):
@@ -109,7 +109,7 @@ class Ensemble(nn.Module):
 
 @dataclass(frozen=True)
 class EnsembleConfig:
-    """What an ensemble is made of; with a seed it gives the initial weights.
+    """The parts of an ensemble. Together with a seed it determines the initial weights.
 
     Attributes:
         backbone: config of a registered "model".
@@ -134,8 +134,9 @@ class EnsembleConfig:
 def build_ensemble(config: EnsembleConfig, *, seed: int, only: Sequence[str] | None = None) -> Ensemble:
     """Build the trunk and some or all experts, on the CPU, in float32.
 
-    The weights of the trunk and of each expert are a pure function of the seed and of "trunk" or the expert's name:
-    they depend neither on which other experts are built nor on any generator's state, and leave the latter alone.
+    The weights of the trunk and of each expert are a pure function of the seed and of "trunk" or the expert's name.
+    They depend neither on the other experts that are built nor on the state of a generator, and change no such state.
+    So workers that build their own experts alone have, together, what one worker would have built.
 
     Args:
         config: backbone, heads, experts and classes.
@@ -143,8 +144,8 @@ def build_ensemble(config: EnsembleConfig, *, seed: int, only: Sequence[str] | N
         only: the experts to build, in any order; all if None.
 
     Raises:
-        ValueError: no expert, a name that is used twice or cannot be a key, a name in `only` that is not an expert's,
-            or fewer than 2 classes.
+        ValueError: there is no expert, a name is used twice or cannot be a key, a name in `only` is not an expert's, or
+            there are fewer than 2 classes.
     """
     names = config.expert_names
     check_names(names)
@@ -161,7 +162,7 @@ def build_ensemble(config: EnsembleConfig, *, seed: int, only: Sequence[str] | N
 
 
 class _Builder:
-    """The pieces that an ensemble's parts are made by."""
+    """Builds the parts of an ensemble. Each part draws its weights with a key of its own."""
 
     def __init__(self, config: EnsembleConfig, seed: int) -> None:
         self.config = config
@@ -209,7 +210,7 @@ class _Builder:
 
 
 def part_of(name: str) -> str:
-    """Which of "trunk", "features", "heads" and "gates" a parameter of an `Ensemble` belongs to."""
+    """Return the part that a parameter of an `Ensemble` belongs to: "trunk", "features", "heads" or "gates"."""
     words = name.split(".")
     if words[0] == "trunk":
         return "trunk"
@@ -218,14 +219,14 @@ def part_of(name: str) -> str:
 
 
 def freeze(model: Ensemble, learning: Collection[str]) -> list[nn.Module]:
-    """Make only some parts of an ensemble learn.
+    """Let only some parts of an ensemble learn.
 
     Args:
-        model: gradients of its parameters are switched on and off.
-        learning: of "trunk", "features", "heads" and "gates".
+        model: requires_grad of its parameters is set.
+        learning: the parts that learn, of "trunk", "features", "heads" and "gates".
 
     Returns:
-        Trunk and features, as far as they do not learn; their BatchNorms may have to be kept still.
+        Trunk and features, where they do not learn: their BatchNorm statistics may have to stay as they are.
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in learning)
@@ -236,10 +237,10 @@ def freeze(model: Ensemble, learning: Collection[str]) -> list[nn.Module]:
 
 
 def check_names(expert_names: Sequence[str]) -> None:
-    """Refuse names that cannot tell experts apart in logs and files.
+    """Refuse expert names that would be ambiguous or invalid in logs and files.
 
     Raises:
-        ValueError: no name, a name that is used twice, empty, has a dot or a slash, or is reserved.
+        ValueError: there is no name, or one is used twice, is empty, has a dot or a slash, or is reserved.
     """
     if not expert_names:
         raise ValueError("an ensemble needs at least 1 expert; set method.num_experts to 1 or more")
@@ -254,10 +255,10 @@ def check_names(expert_names: Sequence[str]) -> None:
 
 @contextmanager
 def keyed_draws(seed: int, key: str) -> Iterator[None]:
-    """Inside, torch's CPU draws are a function of (seed, key); outside, the generator is as it was."""
+    """Make torch's CPU draws a function of (seed, key) inside the block, and restore the generator after it."""
     digest = hashlib.sha256(f"initial weights/{seed}/{key}".encode()).digest()
     default_dtype = torch.get_default_dtype()
-    # The CPU generator alone: torch.manual_seed would reach for accelerators, which a driver must not touch.
+    # The CPU generator alone: torch.manual_seed would also seed GPUs, which a driver must not touch.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         torch.set_default_dtype(torch.float32)

@@ -1,1 +1,1 @@
-"""What is done to pixels before an expert sees them, in training and for test-time views."""
+"""Random changes of images before an expert sees them: in training (`augment.py`) and at test time (`views.py`)."""

@@ -1,7 +1,12 @@
-"""Training augmentation on the device: every image its own draws, all of a batch at once.
+"""Training augmentation on the device: a whole batch at once, with draws of its own for every image.
 
-Shapes: B images, S = image_size. Crop, flip and rotation move whole pixels, so they compose into one gather on uint8;
-the pixel arithmetic (jitter, normalise) follows in floating point.
+Transforms that draw once per batch would crop all of its images alike. Here an image's pixels do not depend on the
+batch or the replica that it is in.
+
+Crop, flip and rotation move whole pixels, so they compose into one gather on uint8. The arithmetic on pixels (jitter,
+normalisation) follows in floating point.
+
+Shapes: B images, S = image_size.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from torch import Tensor
 from experts.data.config import Augment, ColorJitter, DatasetConfig
 from experts.data.decode import resized_crop
 
-# Columns of the uniforms of one image.
+# Columns of the uniform draws of one image.
 CROP_TOP, CROP_LEFT, FLIP, ROTATION, BRIGHTNESS, CONTRAST, SATURATION, ORDER = range(NUM_UNIFORMS := 8)
 
 GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # torchvision's, of red, green, blue
@@ -25,12 +30,12 @@ ORDERS = np.array(list(itertools.permutations(range(3))))  # of brightness 0, co
 def augment(
     images_BcHW: Tensor, uniforms_BK: np.ndarray, config: DatasetConfig, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Training images as the network takes them: pad and crop, flip, rotate, scale to 0..1, jitter, normalise.
+    """Pad and crop, flip, rotate, scale to 0..1, jitter and normalise training images.
 
     Args:
         images_BcHW: uint8 [B, 1 or 3, S, S], any device; not written to.
-        uniforms_BK: float64 [B, NUM_UNIFORMS] in [0, 1): the columns named in this module, a row an image. Columns of
-            what is switched off are not used, so switching one thing on leaves the other draws as they were.
+        uniforms_BK: float64 [B, NUM_UNIFORMS] in [0, 1): the columns named in this module, one row per image. A step
+            that is switched off leaves its columns unused, so switching it on changes no draw of another step.
         dtype: of the result and of the arithmetic.
 
     Returns:
@@ -47,7 +52,7 @@ def augment(
 
 
 def prepare_eval(images_BcHW: Tensor, config: DatasetConfig, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Test images as the network takes them: scaled to 0..1, normalised, one channel repeated onto three.
+    """Scale test images to 0..1, normalise them, and repeat one channel onto three.
 
     Args:
         images_BcHW: uint8 [B, 1 or 3, S, S].
@@ -59,7 +64,7 @@ def prepare_eval(images_BcHW: Tensor, config: DatasetConfig, dtype: torch.dtype 
 
 
 def random_resized_crops(images_BcHW: Tensor, uniforms_BK: np.ndarray, scale: tuple[float, float]) -> Tensor:
-    """RandomResizedCrop of resident images, uint8 [B, channels, S, S] to the same shape.
+    """Crop resident images at random and resize them back, uint8 [B, channels, S, S] to the same shape.
 
     Args:
         uniforms_BK: float64 [B, decode.CROP_UNIFORMS].
@@ -72,7 +77,7 @@ def random_resized_crops(images_BcHW: Tensor, uniforms_BK: np.ndarray, scale: tu
 
 
 def _move(images_BcHW: Tensor, uniforms_BK: np.ndarray, config: Augment) -> Tensor:
-    """Crop from a black border, flip, rotate: uint8 in, uint8 out, one gather."""
+    """Crop from a black border, flip and rotate by one gather; uint8 to uint8."""
     if not (config.crop_padding or config.horizontal_flip or config.rotation):
         return images_BcHW
     num_images, channels, height, width = images_BcHW.shape
@@ -83,7 +88,8 @@ def _move(images_BcHW: Tensor, uniforms_BK: np.ndarray, config: Augment) -> Tens
         offset_B2 = (uniforms_BK[:, [CROP_TOP, CROP_LEFT]] * places).astype(np.int64) - config.crop_padding
     flip_B = uniforms_BK[:, FLIP] < config.horizontal_flip
 
-    # Read backwards: where does output pixel (y, x) come from?
+    # Read backwards: from which source pixel does output pixel (y, x) come? Rotation is the last step, so it is undone
+    # first, then the flip, then the crop.
     if config.rotation:
         degrees_B = (2 * uniforms_BK[:, ROTATION] - 1) * config.rotation
         y_BHW, x_BHW = _rotated_from(degrees_B, height, width, device)
@@ -109,19 +115,22 @@ def _move(images_BcHW: Tensor, uniforms_BK: np.ndarray, config: Augment) -> Tens
 
 
 def _rotated_from(degrees_B: np.ndarray, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Source row and column of each pixel of images turned counter-clockwise, int64 [B, H, W] each, maybe outside."""
+    """Return source row and column of each pixel of images turned counter-clockwise, int64 [B, H, W] each.
+
+    They may lie outside the image.
+    """
     angle_B = np.deg2rad(degrees_B)
     cos_B11, sin_B11 = torch.from_numpy(np.stack([np.cos(angle_B), np.sin(angle_B)])).to(device)[:, :, None, None]
     y_H1 = torch.arange(height, device=device, dtype=torch.float64)[:, None] - (height - 1) / 2
     x_W = torch.arange(width, device=device, dtype=torch.float64) - (width - 1) / 2
-    # Separate sums keep the products at [B, H, 1] and [B, 1, W]; only the sums are of full size.
+    # The products have shape [B, H, 1] and [B, 1, W]; only their sums have full size.
     x_BHW = cos_B11 * x_W - sin_B11 * y_H1
     y_BHW = sin_B11 * x_W + cos_B11 * y_H1
     return ((y_BHW + (height - 1) / 2).round_().long(), (x_BHW + (width - 1) / 2).round_().long())
 
 
 def _to_unit(images_BcHW: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scale 0..255 to 0..1 and repeat one channel onto three: a new tensor [B, 3, H, W]."""
+    """Return pixels scaled from 0..255 to 0..1, one channel repeated onto three: a new tensor [B, 3, H, W]."""
     pixels = images_BcHW.to(dtype).div_(255)
     return pixels.repeat(1, 3, 1, 1) if pixels.shape[1] == 1 else pixels
 
@@ -135,10 +144,11 @@ def _normalise(pixels_B3HW: Tensor, config: DatasetConfig) -> Tensor:
 
 
 def _jitter(pixels_B3HW: Tensor, uniforms_BK: np.ndarray, config: ColorJitter) -> Tensor:
-    """Brightness, contrast and saturation in an order drawn per image.
+    """Change brightness, contrast and saturation, in an order drawn per image.
 
-    Each blends the image with a reference and clips to 0..1: black, its mean grey, its own grey. So one round of blends
-    with per-image references does, three times, whatever each image's order asks for.
+    Each of the three blends the image with a reference and clips to 0..1. The references are black, the image's mean
+    grey, and the grey image. So in each of three rounds a single blend does what every image's order asks for: only
+    factor and reference differ from image to image.
     """
     strengths = (config.brightness, config.contrast, config.saturation)
     columns = [BRIGHTNESS, CONTRAST, SATURATION]

@@ -1,10 +1,12 @@
-"""Random views of test images: what learning without labels compares. Every draw is per image and keyed.
+"""Random views of test images, which learning without labels compares. Every draw is per image and keyed.
 
-An image's view is a function of (seed, epoch, view, its position in the test set): not of the batch it is in, nor of
-which other images are asked for.
+An image's view is a function of (seed, epoch, view, position in the test set). It depends neither on the image's batch
+nor on the other images that are asked for.
 
-Shapes: B images, S = image_size. Steps in the published order, the mirroring earlier, with which all others commute:
-crop, mirror, colour jitter, grey, blur, normalise.
+The steps are crop, mirror, colour jitter, grey, blur and normalisation: the published order, except that mirroring
+comes earlier. It commutes with the steps between.
+
+Shapes: B images, S = image_size.
 """
 
 from __future__ import annotations
@@ -29,17 +31,17 @@ from experts.data.keyed_random import key, uniforms
 from experts.registry import Settings
 
 Share = Annotated[float, Field(ge=0, le=1)]
-SMALL_IMAGE = 64  # pixels; up to this, views are those of the published CIFAR script by default
+SMALL_IMAGE = 64  # pixels; up to this size the default views are those of the published CIFAR script
 
-# Columns of the uniforms of one image, after those of `augment`.
+# Columns of the uniform draws of one image, after those of `augment`.
 JITTERED, BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GREYED, BLURRED, SIGMA = range(NUM_UNIFORMS, NUM_UNIFORMS + 9)
 VIEW_UNIFORMS = NUM_UNIFORMS + 9
 
-ORDERS = np.array(list(itertools.permutations(range(4))))  # of brightness 0, contrast 1, saturation 2, hue 3
+ORDERS = np.array(list(itertools.permutations(range(4))))  # brightness 0, contrast 1, saturation 2, hue 3
 
 
 class Views(Settings):
-    """How test images are changed at random. The defaults are those of the published CIFAR script."""
+    """Random changes of test images. The defaults are those of the published CIFAR script."""
 
     random_resized_crop: tuple[float, float] | None = None
     """Least and greatest share of the area that is cropped and resized to image_size; null is off."""
@@ -56,9 +58,9 @@ class Views(Settings):
     saturation: Share = 0.4
     """Factor from [1 - strength, 1 + strength]."""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
-    """Turn of the colour circle from [-strength, strength], 1 is all the way round."""
+    """Turn of the colour circle from [-strength, strength]; 1 is a full turn."""
     grey: Share = 0.2
-    """Probability of taking the colour away."""
+    """Probability of turning the image grey."""
     blur: Share = 0.2
     """Probability of a Gaussian blur."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
@@ -78,10 +80,10 @@ class Views(Settings):
 
 
 def default_views(config: DatasetConfig) -> dict[str, Any]:
-    """Views as published for a dataset, by its kind of images: keys of `Views` that differ from CIFAR's.
+    """Return the published views of a data set, as the keys of `Views` that differ from CIFAR's.
 
     Images above 64 pixels are cropped and resized, by 0.2 to 1 of the area (iNaturalist: 0.08 to 1), and blurred with
-    probability 1/2. No view is mirrored where training mirrors nothing, as with digits.
+    probability 1/2. Nothing is mirrored where training mirrors nothing, as with digits.
     """
     values: dict[str, Any] = {}
     if config.image_size > SMALL_IMAGE:
@@ -93,7 +95,7 @@ def default_views(config: DatasetConfig) -> dict[str, Any]:
 
 
 class ViewMaker:
-    """Views of the images of one store."""
+    """Makes views of the images of one store."""
 
     def __init__(
         self,
@@ -109,7 +111,7 @@ class ViewMaker:
 
         Args:
             store: test images, as evaluation sees them.
-            config: of the dataset: size and normalisation.
+            config: of the data set; gives size and normalisation.
             dtype: of the result and of the arithmetic.
         """
         if isinstance(store, FileImages) and views.random_resized_crop is not None:
@@ -122,19 +124,18 @@ class ViewMaker:
         self._kept: tuple[tuple[int, int], np.ndarray, np.ndarray] | None = None
 
     def make(self, positions: np.ndarray, epoch: int, view: int) -> Tensor:
-        """One view of some images, normalised, [B, 3, S, S] on the device.
+        """Return one view of some images, normalised, [B, 3, S, S] on the device.
 
         Args:
             positions: in the store, int64 [B].
-            epoch: another one gives other views.
-            view: likewise.
+            epoch, view: other numbers give other views.
 
         Raises:
             ValueError: an image file is missing or damaged; names it.
         """
         crops_BK, draws_BK = self._draws(positions, epoch, view)
         if isinstance(self.store, FileImages):
-            images = _read_beside_one_another(self.store, positions, crops_BK).to(self.device)
+            images = _read_on_threads(self.store, positions, crops_BK).to(self.device)
         else:
             images = self.store.take(positions).to(self.device)
             if self.views.random_resized_crop is not None:
@@ -143,7 +144,7 @@ class ViewMaker:
         return normalise(change_colours(pixels, draws_BK, self.views), self._config)
 
     def _draws(self, positions: np.ndarray, epoch: int, view: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of the keyed tables; the tables of the view at hand are kept from batch to batch."""
+        """Return rows of the keyed tables; the tables of the current view are kept from batch to batch."""
         if self._kept is None or self._kept[0] != (epoch, view):
             tables = [
                 uniforms(key(self.seed, "views", epoch, view, what), 0, len(self.store), width)
@@ -154,7 +155,7 @@ class ViewMaker:
 
 
 def change_colours(pixels_B3HW: Tensor, draws_BK: np.ndarray, views: Views) -> Tensor:
-    """Jitter, grey and blur of the images whose draws say so.
+    """Jitter, turn grey and blur the images whose draws say so.
 
     Args:
         pixels_B3HW: 0 to 1; not written to.
@@ -179,13 +180,13 @@ def change_colours(pixels_B3HW: Tensor, draws_BK: np.ndarray, views: Views) -> T
 
 
 def normalise(pixels_B3HW: Tensor, config: DatasetConfig) -> Tensor:
-    """Pixels of 0 to 1 as the network takes them."""
+    """Return pixels of 0 to 1, normalised as the network takes them."""
     mean, std = (torch.tensor(values).to(pixels_B3HW)[:, None, None] for values in (config.mean, config.std))
     return (pixels_B3HW - mean) / std
 
 
 def _jitter(pixels_B3HW: Tensor, draws_BK: np.ndarray, views: Views) -> Tensor:
-    """The four changes, in an order drawn per image, by as many rounds."""
+    """Apply the four changes in four rounds, in an order drawn per image."""
     strengths = np.array([views.brightness, views.contrast, views.saturation])
     factors_B3 = 1 + (2 * draws_BK[:, [BRIGHTNESS, CONTRAST, SATURATION]] - 1) * strengths
     turn_B = (2 * draws_BK[:, HUE] - 1) * views.hue
@@ -203,7 +204,7 @@ def _jitter(pixels_B3HW: Tensor, draws_BK: np.ndarray, views: Views) -> Tensor:
 
 
 def _change(pixels: Tensor, operation: int, amount_B111: Tensor) -> Tensor:
-    """Blend with black, with the mean grey or with the own grey; or turn the hue."""
+    """Blend with black, with the mean grey or with the grey image; or turn the hue."""
     if operation == 3:
         return turn_hue(pixels, amount_B111)
     if operation == 0:
@@ -214,7 +215,7 @@ def _change(pixels: Tensor, operation: int, amount_B111: Tensor) -> Tensor:
 
 
 def turn_hue(pixels_B3HW: Tensor, turn_B111: Tensor) -> Tensor:
-    """Turn the hue of HSV, 1 being all the way round; value and saturation stay.
+    """Turn the hue of HSV, 1 being a full turn; value and saturation stay.
 
     Without going through HSV: with m the least and v the greatest of red, green, blue and h the hue in sixths, each
     channel is v - (v - m) * clip(distance, 0, 1), its distance a fixed piecewise linear function of h.
@@ -244,7 +245,7 @@ def _grey(pixels_B3HW: Tensor, draws_BK: np.ndarray, views: Views) -> Tensor:
 
 
 def _blur(pixels_B3HW: Tensor, draws_BK: np.ndarray, views: Views) -> Tensor:
-    """Gaussian of a standard deviation drawn per image; the border's pixels are repeated outwards."""
+    """Blur with a Gaussian of a standard deviation drawn per image; border pixels are repeated outwards."""
     low, high = views.blur_sigma
     sigma_B = low + (high - low) * draws_BK[:, SIGMA]
     reach = min(math.ceil(3 * high), *pixels_B3HW.shape[-2:])
@@ -261,8 +262,8 @@ def _blur(pixels_B3HW: Tensor, draws_BK: np.ndarray, views: Views) -> Tensor:
     return pixels_B3HW
 
 
-def _read_beside_one_another(store: FileImages, positions: np.ndarray, crops_BK: np.ndarray) -> Tensor:
-    """Decode files on as many threads as there are CPUs: two views of every image are read in each pass."""
+def _read_on_threads(store: FileImages, positions: np.ndarray, crops_BK: np.ndarray) -> Tensor:
+    """Decode files on one thread per CPU: a pass reads two views of every image, so decoding takes most of its time."""
     pieces = [rows for rows in np.array_split(np.arange(len(positions)), usable_cpus()) if len(rows)]
     if len(pieces) < 2:
         return store.read(positions, crops_BK)

@@ -1,4 +1,4 @@
-"""What a forward pass costs, for planning."""
+"""The cost of a forward pass, for planning."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def multiply_adds(module: nn.Module, inputs: Tensor) -> int:
-    """Multiply-adds of convolutions and matrix products in one forward pass in evaluation mode.
+    """Count multiply-adds of convolutions and matrix products in one forward pass in evaluation mode.
 
-    A training step costs about three times as much. The module is run on a copy, so neither its mode nor its BatchNorm
-    statistics change.
+    A training step costs about three times as much. A copy of the module is run, so neither the mode nor the BatchNorm
+    statistics of the module change.
 
     Args:
         module: a trunk, an expert or a whole ensemble.
-        inputs: what it takes, a batch of one for the cost per image.
+        inputs: of the module; a batch of one gives the cost per image.
     """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         copy.deepcopy(module).eval()(inputs)

@@ -1,4 +1,4 @@
-"""ResNet-8, 14, 20 and 32 for small images: the long-tailed benchmarks' CIFAR network, cut as a method needs it.
+"""ResNet-8, 14, 20 and 32 for small images, the CIFAR network of long-tailed benchmarks, cut as a method needs it.
 
 Shapes: B images of H x W pixels, any H and W; D features.
 """
@@ -57,7 +57,7 @@ class ResNetCifar(SplitResNet):
         within 1 / sqrt(D) (BBN, ResLT)."""
 
     def __init__(self, config: Config) -> None:
-        # RIDE makes each expert thinner, so that three cost about twice one network.
+        # RIDE makes each expert thinner, so that three experts cost about twice as much as one network.
         super().__init__(
             blocks=((config.depth - 2) // 6,) * 3, split=config.split, planes=(16, 32, 64), thin_planes=(16, 24, 48)
         )
@@ -73,7 +73,7 @@ class ResNetCifar(SplitResNet):
         return nn.Sequential(OrderedDict(bn=nn.BatchNorm2d(num_features), pool=GlobalMean()))
 
     def initialise(self, module: nn.Module) -> None:
-        """Kaiming-normal weights in convolutions and linear heads; BatchNorm, biases and cosine heads stay as made."""
+        """Draw convolutions and linear heads from a Kaiming normal; BatchNorm, biases and cosine heads stay as made."""
         kinds: tuple[type[nn.Conv2d | nn.Linear], ...] = (nn.Conv2d, nn.Linear)
         if self.head_init == "framework":
             kinds = (nn.Conv2d,)

@@ -1,7 +1,7 @@
-"""ResNet-10, 50, 101 and 152 and ResNeXt-50 and 101 for big images, cut as a method needs it.
+"""ResNet-10, 50, 101 and 152 and ResNeXt-50 and 101 for large images, cut as a method needs it.
 
-Parameters have the names of torchvision's networks, so weights pretrained on ImageNet fit by name. Any image size
-works: the features are a mean over positions.
+Parameters have the names of torchvision's networks, so that weights pretrained on ImageNet fit by name. Images of any
+size work, because the features are a mean over positions.
 
 Shapes: B images of H x W pixels; D features.
 """
@@ -75,7 +75,7 @@ class Bottleneck(nn.Module):
 
 
 def shortcut(in_planes: int, out_planes: int, stride: int) -> nn.Module:
-    """The identity, or a 1x1 convolution and BatchNorm where the shape changes."""
+    """Return the identity, or a 1x1 convolution and BatchNorm where the shape changes."""
     if stride == 1 and in_planes == out_planes:
         return nn.Identity()
     return nn.Sequential(nn.Conv2d(in_planes, out_planes, 1, stride, bias=False), nn.BatchNorm2d(out_planes))
@@ -84,7 +84,7 @@ def shortcut(in_planes: int, out_planes: int, stride: int) -> nn.Module:
 class Branch(nn.Module):
     """ResLT's branch: 1x1 convolution, BatchNorm, ReLU and the mean over positions, [B, D, H, W] -> [B, D].
 
-    Pooling first makes the convolution H * W times cheaper; because of the ReLU it is another function.
+    Pooling first makes the convolution H * W times cheaper. Because of the ReLU it gives another function.
     """
 
     def __init__(self, num_features: int, order: Order, eval_order: Order) -> None:
@@ -123,23 +123,23 @@ class ResNetImageNet(SplitResNet):
         """What each expert owns: ride: stages 3 and 4; last_stage: stage 4; last_block: the last block of stage 4;
         whole: the whole network; branches: a 1x1 convolution on the last map. The rest is the shared trunk."""
         extra_layer: bool = False
-        """A linear layer to 512 features and ReLU before the head, as OLTR and LFME have it; with split whole."""
+        """A linear layer to 512 features and a ReLU before the head, as in OLTR and LFME; needs split whole."""
         branch_order: Order = "conv_first"
-        """With split branches, in training: the branch's convolution before the mean over positions, or after it.
-        Published: conv_first for ResNeXt, pool_first for ResNet-10."""
+        """Order in training of a branch's convolution and its mean over positions, with split branches. Published:
+        conv_first for ResNeXt, pool_first for ResNet-10."""
         branch_order_eval: Order = "pool_first"
-        """The same in evaluation; published: pool_first, which is cheaper and not the same function."""
+        """The order in evaluation. Published: pool_first, which is cheaper and gives another function."""
         init: Literal["published", "framework"] = "published"
         """Initial weights of convolutions: published: normal with variance 2 / (kernel area * output channels);
         framework: PyTorch's uniform ones (BBN)."""
         head_init: Literal["framework"] = "framework"
-        """Linear layers start as PyTorch makes them; a key so that a recipe can ask for it on any backbone."""
+        """Linear layers start as PyTorch makes them. The key exists so that a recipe can set it for every backbone."""
 
         @model_validator(mode="after")
         def _fits(self) -> ResNetImageNet.Config:
             if self.cardinality == 32 and self.depth not in (50, 101):
                 raise ValueError(
-                    f"cardinality = 32 with depth = {self.depth}: ResNeXt 32x4d is there for depth 50 and 101; set "
+                    f"cardinality = 32 with depth = {self.depth}: ResNeXt 32x4d exists for depth 50 and 101; set "
                     f"cardinality = 1, or one of those depths"
                 )
             if self.extra_layer and self.split != "whole":

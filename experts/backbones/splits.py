@@ -1,4 +1,4 @@
-"""Where a residual network is cut: the trunk that experts share, and the stages that each expert owns.
+"""The cuts of a residual network into a trunk that experts share and the stages that each expert owns.
 
     ride        the last two stages are the expert's                                RIDE, TADE
     last_stage  the last stage is the expert's                                      ACE
@@ -24,16 +24,16 @@ Split = Literal["ride", "last_stage", "last_block", "whole", "branches"]
 
 
 class GlobalMean(nn.Module):
-    """The mean over all positions, whatever their number: [B, D, H, W] -> [B, D]."""
+    """The mean over all positions of a map of any size: [B, D, H, W] -> [B, D]."""
 
     def forward(self, h_BDHW: Tensor) -> Tensor:
         return h_BDHW.mean(dim=(2, 3))
 
 
 class SplitResNet(ABC):
-    """Makes the parts of a residual network; every call of a method makes new, untrained ones.
+    """Builds the parts of a residual network; every call of a method builds new, untrained ones.
 
-    A subclass gives `stem`, `block`, `branch` and `initialise`.
+    A subclass defines `stem`, `block`, `branch` and `initialise`.
 
     Args:
         blocks: residual blocks of every stage.
@@ -68,28 +68,28 @@ class SplitResNet(ABC):
 
     @abstractmethod
     def stem(self) -> dict[str, nn.Module]:
-        """What comes before the first residual block, by name."""
+        """Return the layers before the first residual block, by name."""
 
     @abstractmethod
     def block(self, stage: int, index: int, in_planes: int, planes: int) -> nn.Module:
-        """Residual block `index` of a stage, both counted from 0; takes in_planes channels."""
+        """Return residual block `index` of a stage, both counted from 0; the block takes in_planes channels."""
 
     @abstractmethod
     def branch(self, num_features: int) -> nn.Module:
-        """An expert of the split "branches": [B, D, H, W] -> [B, D]."""
+        """Return an expert of the split "branches": [B, D, H, W] -> [B, D]."""
 
     @abstractmethod
     def initialise(self, module: nn.Module) -> None:
         """Draw the initial weights of a trunk, an expert or a head."""
 
     def trunk(self) -> nn.Module:
-        """What experts share: [B, 3, H, W] to the map at the cut."""
+        """Return the part that experts share: [B, 3, H, W] to the map at the cut."""
         if self.split == "whole":
             return nn.Identity()
         return _chain(self.stem() | self._stages(0, self.num_shared_blocks, self.planes))
 
     def late_stages(self, *, reduce_dimension: bool) -> nn.Module:
-        """What an expert owns before its head: the trunk's output to [B, D].
+        """Return the part that an expert owns before its head: the trunk's output to [B, D].
 
         Raises:
             ValueError: `reduce_dimension` with a split whose experts have no stage of their own.
@@ -101,11 +101,11 @@ class SplitResNet(ABC):
         return _chain({**parts, "pool": GlobalMean()})
 
     def num_features(self, *, reduce_dimension: bool) -> int:
-        """D."""
+        """Return D."""
         return self.widths(reduce_dimension)[-1] * self.expansion
 
     def widths(self, reduce_dimension: bool) -> tuple[int, ...]:
-        """Base width of every stage as an expert meets it: the stages in the trunk have their full width.
+        """Return the base width of every stage on the way through an expert; stages in the trunk keep their full width.
 
         Raises:
             ValueError: `reduce_dimension` with a split whose experts have no stage of their own.
@@ -122,7 +122,7 @@ class SplitResNet(ABC):
         return self.planes[:shared] + self.thin_planes[shared:]
 
     def _stages(self, start: int, stop: int, widths: tuple[int, ...]) -> dict[str, nn.Module]:
-        """Residual blocks start to stop - 1 of the network, stage by stage under their names."""
+        """Return residual blocks start to stop - 1 of the network, grouped by stage, under their names."""
         stages: dict[str, dict[str, nn.Module]] = {}
         for stage, index in self.places[start:stop]:
             if index:

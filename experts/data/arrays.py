@@ -1,4 +1,4 @@
-"""Readers of sets that are arrays: scikit-learn's digits and Fashion-MNIST's IDX files."""
+"""Readers of data sets that are stored as arrays: scikit-learn's digits and Fashion-MNIST's IDX files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 
 from experts.data.config import DatasetConfig
-from experts.data.download import locked_root, needs_root
+from experts.data.download import download_lock, require_root
 from experts.data.pools import ArrayPool, RawDataset
 
 FASHION_CLASSES = (
@@ -31,9 +31,9 @@ IDX_UNSIGNED_BYTE = 0x08
 
 
 def open_digits(config: DatasetConfig) -> RawDataset:
-    """The 1,797 handwritten digits that ship inside scikit-learn: 8x8, one channel, values 0..16 spread over 0..255.
+    """Return the 1,797 handwritten digits that scikit-learn ships: 8x8, one channel, values 0..16 scaled to 0..255.
 
-    No test set: dataset.test_per_class images of each class are held out (`imbalance.hold_out`).
+    There is no test set: dataset.test_per_class images of each class are held out (`imbalance.hold_out`).
     """
     table = _digits_table()
     images = np.rint(table[:, :-1].reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
@@ -41,28 +41,28 @@ def open_digits(config: DatasetConfig) -> RawDataset:
 
 
 def _digits_table() -> np.ndarray:
-    """scikit-learn's table of 64 pixels and a label a row, read from its file: importing scikit-learn takes 2 s."""
+    """Read scikit-learn's table, 64 pixels and a label per row, from its file: importing scikit-learn takes 2 s."""
     package = importlib.util.find_spec("sklearn")
     for place in (package.submodule_search_locations or ()) if package else ():
         path = os.path.join(place, "datasets", "data", "digits.csv.gz")
         if os.path.exists(path):
             return np.loadtxt(path, delimiter=",")
-    from sklearn.datasets import load_digits  # another layout than the one tested
+    from sklearn.datasets import load_digits  # a release that keeps the file elsewhere
 
     digits = load_digits()
     return np.column_stack([digits.data, digits.target])
 
 
 def open_fashion_mnist(config: DatasetConfig) -> RawDataset:
-    """Fashion-MNIST from its four IDX files, packed (.gz) or unpacked, in root or root/FashionMNIST/raw.
+    """Read Fashion-MNIST from its four IDX files, packed (.gz) or unpacked, in root or root/FashionMNIST/raw.
 
     Source: Xiao et al. 2017, arXiv:1708.07747.
     """
-    root = needs_root(config, "a folder with train-images-idx3-ubyte.gz and its three companions")
+    root = require_root(config, "a folder with train-images-idx3-ubyte.gz and its three companions")
     if config.download and not all(_places(root, name) for name in FASHION_FILES):
         import torchvision
 
-        with locked_root(root):
+        with download_lock(root):
             torchvision.datasets.FashionMNIST(root, download=True)
     train, test = (
         ArrayPool(_images(root, f"{part}-images-idx3-ubyte"), _labels(root, f"{part}-labels-idx1-ubyte"))
@@ -93,7 +93,7 @@ def _labels(root: str, name: str) -> np.ndarray:
 
 
 def _places(root: str, name: str) -> list[str]:
-    """Where a file is, unpacked or packed, the preferred place first."""
+    """Return the places where a file is, unpacked or packed, the preferred one first."""
     folders = (root, os.path.join(root, "FashionMNIST", "raw"), os.path.join(root, "raw"))
     paths = [os.path.join(folder, name + ending) for folder in folders for ending in ("", ".gz")]
     return [path for path in paths if os.path.isfile(path)]
@@ -110,7 +110,7 @@ def _find(root: str, name: str) -> str:
 
 
 def read_idx(path: str, num_axes: int) -> np.ndarray:
-    """Read an IDX file of unsigned bytes, gzip-packed if its name ends in .gz.
+    """Read an IDX file of unsigned bytes, packed with gzip if its name ends in .gz.
 
     Returns:
         uint8, with `num_axes` axes.

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from experts.data.config import DatasetConfig
-from experts.data.download import locked_root, needs_root
+from experts.data.download import download_lock, require_root
 from experts.data.pickles import read_pickled_fields
 from experts.data.pools import ArrayPool, RawDataset
 
@@ -25,7 +25,7 @@ PIXELS = 3 * 32 * 32
 
 @dataclass(frozen=True)
 class Layout:
-    """File and field names of one of the two sets."""
+    """Names of files and fields of one of the two sets."""
 
     python_folder: str
     binary_folder: str
@@ -61,12 +61,12 @@ LAYOUTS = {
 
 
 def open_cifar(config: DatasetConfig) -> RawDataset:
-    """CIFAR-10 or -100 from root, which is or holds the unpacked folder of either layout.
+    """Read CIFAR-10 or -100 from root, which is or holds the unpacked folder of either layout.
 
-    With download=true missing files are fetched and all are checked against the md5 sums that torchvision lists.
+    With download=true, missing files are fetched and all files are checked against the md5 sums that torchvision lists.
     """
     layout = LAYOUTS[config.source]
-    root = needs_root(config, f"the folder that holds {layout.python_folder} or {layout.binary_folder}")
+    root = require_root(config, f"the folder that holds {layout.python_folder} or {layout.binary_folder}")
     if config.download:
         _fetch(config.source, root)
     for folder in (os.path.join(root, layout.python_folder), root):
@@ -93,7 +93,7 @@ def _fetch(source: str, root: str) -> None:
     published: Any = {"cifar10": CIFAR10, "cifar100": CIFAR100}[source]
     folder = os.path.join(root, published.base_folder)
     files = [*published.train_list, *published.test_list, [published.meta["filename"], published.meta["md5"]]]
-    with locked_root(root):
+    with download_lock(root):
         if not all(check_integrity(os.path.join(folder, name), md5) for name, md5 in files):
             download_and_extract_archive(published.url, root, filename=published.filename, md5=published.tgz_md5)
         for name, md5 in files:
@@ -130,7 +130,7 @@ def _binary_split(folder: str, files: tuple[str, ...], layout: Layout) -> ArrayP
             )
         rows = raw.reshape(-1, row)
         images.append(rows[:, layout.label_bytes :])
-        ids = rows[:, layout.label_bytes - 1].tolist()  # CIFAR-100: coarse, fine
+        ids = rows[:, layout.label_bytes - 1].tolist()  # CIFAR-100 has two bytes per image: coarse, fine
         labels.append(_checked(path, ids, len(rows), layout))
     return ArrayPool(np.concatenate(images).reshape(-1, *SHAPE), np.concatenate(labels))
 

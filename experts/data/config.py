@@ -1,4 +1,4 @@
-"""What can be said about a dataset. `configs/dataset/*.yaml` are instances of `DatasetConfig`."""
+"""The config of a data set. `configs/dataset/*.yaml` are instances of `DatasetConfig`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ColorJitter(Settings):
 
 
 class Augment(Settings):
-    """Training augmentation in the order it is applied. Every draw is per image."""
+    """Training augmentation, in the order in which it is applied. Every image has draws of its own."""
 
     random_resized_crop: tuple[float, float] | None = None
     """Least and greatest share of the image's area that is cropped and resized to image_size (aspect 3/4 to 4/3), e.g.
@@ -53,14 +53,14 @@ class Augment(Settings):
 
 
 class Evaluation(Settings):
-    """How an image is brought to image_size when nothing is random. A centre crop of image_size always follows."""
+    """How an image is brought to image_size in evaluation. A centre crop of image_size always follows."""
 
     resize: Annotated[int, Field(ge=1)] | None = None
     """Pixels of the short side before the centre crop (256 for ImageNet at 224); null follows the small-image rule."""
 
 
 class DatasetConfig(Settings):
-    """A dataset: where its images are, which of them are used, what they look like to the network."""
+    """A data set: where its images are, which of them are used, and what they look like to the network."""
 
     name: str
     """As shown in tables and used to look up schedules, e.g. cifar100_lt."""
@@ -78,7 +78,7 @@ class DatasetConfig(Settings):
     test_list: str | None = None
     """image_list: as train_list; null holds out test_per_class."""
     num_classes: Annotated[int, Field(ge=2)] | None = None
-    """Classes; null takes what is found. Given and found must agree."""
+    """Number of classes; null takes the number found. If set, it must equal that number."""
 
     imbalance_ratio: Annotated[float, Field(ge=1)] | None = None
     """Largest class count over smallest, no unit; 1 is balanced; null keeps the natural counts."""
@@ -95,7 +95,7 @@ class DatasetConfig(Settings):
     test_per_class: Annotated[int, Field(ge=0)] = 0
     """Images of each class held out for the test where the source has no test set (digits, folders, lists)."""
     index_groups: tuple[int, int] | None = None
-    """Many/medium/few by index: where the classes, sorted by falling training count, are cut; null for none."""
+    """Many, medium and few by index: where the classes, sorted by falling training count, are cut; null for none."""
 
     image_size: Annotated[int, Field(ge=8)] = 32
     """Pixels of the square image that the network sees."""
@@ -112,13 +112,13 @@ class DatasetConfig(Settings):
     """Whether image files are decoded once and kept, as uint8 on the device. auto: where a split takes at most
     resident_mib, and the training split is not cropped from whole pictures (random_resized_crop). Arrays always are."""
     resident_mib: Annotated[int, Field(ge=0)] = 512
-    """Limit per split, MiB, at 3 x image_size x image_size bytes an image."""
+    """Limit per split, MiB, at 3 x image_size x image_size bytes per image."""
     loader_processes: Annotated[int, Field(ge=0)] = 0
     """Processes that decode streamed files, per worker; 0 decodes in the worker. Never changes a batch."""
     quarantine: Annotated[int, Field(ge=0)] = 0
-    """Training images that may be left out because they cannot be read; one more refuses the run. Above 0, every file
-    that the run uses is decoded once before training, by one worker; resident sets are in any case. Validation and test
-    images are never left out."""
+    """Number of training images that may be left out because they cannot be read; with more, the run is refused. If
+    above 0, one worker decodes every file of the run once before training; files of resident sets are decoded anyway.
+    Validation and test images are never left out."""
 
     @model_validator(mode="after")
     def _keys_fit_together(self) -> DatasetConfig:

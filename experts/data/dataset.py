@@ -1,4 +1,12 @@
-"""From a config to stores: open the source, cut it, bring it to the network's size."""
+"""From a config to the images of each split.
+
+raw set        every image as published, nothing decoded                    readers.open_raw
+test split     the published one, or images held out of the training pool   imbalance.hold_out
+train, val     the published long-tailed selection, a validation cut        imbalance.select
+quarantine     unreadable training images are left out, if allowed          images.decode_all
+stores         squares of pixels in memory, or files decoded on demand      images.ImageStore
+digest         a hash of the selection; a resumed run must have the same
+"""
 
 from __future__ import annotations
 
@@ -18,13 +26,13 @@ from experts.data.pools import ArrayPool, FilePool, Pool, RawDataset
 from experts.data.readers import open_raw
 
 MIB = 2**20
-NUM_FILES_LOOKED_AT = 16  # to tell whether the images of a set share one shape
+NUM_PROBED_FILES = 16  # enough to tell whether the images of a set share one shape
 _SHOWN = 3  # files in a message
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A training image that cannot be read and that training does without (dataset.quarantine).
+    """An unreadable training image that is left out of training (dataset.quarantine).
 
     Attributes:
         path: relative to dataset.root.
@@ -39,17 +47,17 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset, ready for batches.
+    """A data set, ready for batches.
 
     Attributes:
-        config: what it was opened with.
+        config: the config that it was opened with.
         class_names: C names.
         counts_C: training images per class, int64 [C], each at least 1.
         train, val, test: stores; val is None where there is no validation set.
-        digest: sha256 over what was selected: pixels and labels of arrays; paths and labels of files, whose pixels
-            would all have to be read first.
-        raw_image_shape: (height, width, channels) as the source has them, None if its images differ.
-        left_out: training images that cannot be read. They are in no count, no store and no digest.
+        digest: sha256 of the selection: pixels and labels of arrays; paths and labels of files, since hashing pixels
+            would mean reading every file.
+        raw_image_shape: (height, width, channels) of the published images, None if they differ.
+        left_out: unreadable training images. They are in no count, store or digest.
     """
 
     config: DatasetConfig
@@ -67,10 +75,10 @@ class Dataset:
         return len(self.class_names)
 
     def only(self, classes: np.ndarray) -> Dataset:
-        """The part of it that is of some classes, which are numbered anew in the order given.
+        """Return the part that belongs to some classes, which are renumbered from 0 in the given order.
 
         Raises:
-            ValueError: the test or validation set has no image of them.
+            ValueError: the training, validation or test set has no image of these classes.
         """
         new_ids = np.full(self.num_classes, -1)
         new_ids[classes] = np.arange(len(classes))
@@ -84,7 +92,7 @@ class Dataset:
         )
 
     def train_as_evaluated(self) -> ImageStore:
-        """The training images without anything random, as validation images are read."""
+        """Return the training images as evaluation reads them, with nothing random."""
         if isinstance(self.train, FileImages):
             return replace(self.train, resize=self.config.eval.resize, crop_scale=None)
         return self.train
@@ -106,24 +114,21 @@ def _part(store: ImageStore, new_ids: np.ndarray) -> ImageStore:
 def open_dataset(
     config: DatasetConfig, *, left_out: Sequence[str] | None = None, beat: Callable[[], None] = lambda: None
 ) -> Dataset:
-    """Open a dataset.
-
-    The steps, each a stated rule: hold out a test set where the source has none (`imbalance.hold_out`), choose the
-    training images and cut the validation set (`imbalance.select`), leave out what cannot be read (dataset.quarantine),
-    bring all to image_size (`decode.frame`), and keep them in memory where they fit (dataset.resident).
+    """Open a data set, by the steps at the head of this file.
 
     Args:
-        left_out: training images that were found unreadable when the run began, as `LeftOut.path`: exactly these are
-            left out, and nothing is looked for. None looks, if dataset.quarantine allows any.
+        left_out: paths (`LeftOut.path`) of training images that were unreadable when the run began. Exactly these are
+            left out and no file is checked, so that a resumed run has the same images even if a file was repaired.
+            None checks every file, if dataset.quarantine allows any to be left out.
         beat: called after every file that is decoded here, from any thread.
 
     Raises:
-        ValueError: anything an operator can cause: missing or damaged files, too few images of a class, keys that do
-            not fit together. Names the file or key, what was found, what was needed and what to do.
+        ValueError: missing or damaged files, too few images of a class, or keys that do not fit together. Names the
+            file or key, what was found, what was needed and what to do.
     """
-    source = open_raw(config)
-    train, val, test = _splits(config, source)
-    num_classes = len(source.class_names)
+    raw = open_raw(config)
+    train, val, test = _splits(config, raw)
+    num_classes = len(raw.class_names)
     for name, pool in (("training", train), ("test", test), ("validation", val)):
         if pool is not None and not len(pool.labels):
             raise ValueError(f"dataset {config.name}: the {name} set has no image; check dataset.root = {config.root}")
@@ -131,7 +136,7 @@ def open_dataset(
     if len(empty):
         c = int(empty[0])
         raise ValueError(
-            f"dataset {config.name}: class {c} ('{source.class_names[c]}') has no training image"
+            f"dataset {config.name}: class {c} ('{raw.class_names[c]}') has no training image"
             f"{f', nor have {len(empty) - 1} more' if len(empty) > 1 else ''}; needed at least 1; check "
             f"{'dataset.train_list' if config.train_list else 'the files'} and dataset.num_classes"
         )
@@ -148,12 +153,12 @@ def open_dataset(
         train = train.take(np.setdiff1d(np.arange(len(train.labels)), list(missing)))
     return Dataset(
         config,
-        source.class_names,
-        _counts_left(source.class_names, train, missing),
+        raw.class_names,
+        _counts_left(raw.class_names, train, missing),
         train_store,
         None if val is None else _eval_store(config, val, "validation", search, beat),
         _eval_store(config, test, "test", search, beat),
-        _digest(source.class_names, train, val, test),
+        _digest(raw.class_names, train, val, test),
         _raw_shape(train),
         tuple(missing.values()),
     )
@@ -171,9 +176,9 @@ def _counts_left(class_names: tuple[str, ...], train: Pool, missing: dict[int, L
     return counts_C
 
 
-def _splits(config: DatasetConfig, source: RawDataset) -> tuple[Pool, Pool | None, Pool]:
-    num_classes = len(source.class_names)
-    pool, val, test = source.train, source.val, source.test
+def _splits(config: DatasetConfig, raw: RawDataset) -> tuple[Pool, Pool | None, Pool]:
+    num_classes = len(raw.class_names)
+    pool, val, test = raw.train, raw.val, raw.test
     if test is None:
         if not config.test_per_class:
             raise ValueError(
@@ -215,10 +220,10 @@ def _test_place(config: DatasetConfig) -> str:
 def _train_store(
     config: DatasetConfig, pool: Pool, search: bool, beat: Callable[[], None]
 ) -> tuple[ImageStore, dict[int, LeftOut]]:
-    """The training images, and those of the pool, by position, that had to be left out.
+    """Return the training images, and by position in the pool those that had to be left out.
 
     Raises:
-        ValueError: an image cannot be read and none may be left out, or more than dataset.quarantine cannot.
+        ValueError: more images are unreadable than dataset.quarantine allows.
     """
     if isinstance(pool, ArrayPool):
         return resident_from_array(pool, config.image_size), {}
@@ -231,7 +236,7 @@ def _train_store(
     if problems and not search:
         raise next(iter(problems.values()))
     if len(problems) > config.quarantine:
-        _refuse_so_many(config, pool, problems)
+        _refuse_quarantine(config, pool, problems)
     missing = {
         i: LeftOut(os.fsdecode(pool.paths[i]), int(pool.labels[i]), problem.reason) for i, problem in problems.items()
     }
@@ -241,7 +246,7 @@ def _train_store(
     return replace(files, files=pool.take(kept)) if missing else files, missing
 
 
-def _refuse_so_many(config: DatasetConfig, pool: FilePool, problems: dict[int, UnreadableImage]) -> None:
+def _refuse_quarantine(config: DatasetConfig, pool: FilePool, problems: dict[int, UnreadableImage]) -> None:
     shown = ", ".join(f"{problem.path} ({problem.reason})" for problem in list(problems.values())[:_SHOWN])
     more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     raise ValueError(
@@ -251,10 +256,11 @@ def _refuse_so_many(config: DatasetConfig, pool: FilePool, problems: dict[int, U
 
 
 def _eval_store(config: DatasetConfig, pool: Pool, split: str, search: bool, beat: Callable[[], None]) -> ImageStore:
-    """Validation or test images: all of them, or an error.
+    """Return all validation or test images.
 
     Raises:
-        UnreadableImage: one cannot be read. Streamed files are looked at here only where training files are as well.
+        UnreadableImage: an image cannot be read. Files that are decoded on demand are checked here only where the
+            training files are checked too.
     """
     if isinstance(pool, ArrayPool):
         return resident_from_array(pool, config.image_size, config.eval.resize)
@@ -268,8 +274,10 @@ def _eval_store(config: DatasetConfig, pool: Pool, split: str, search: bool, bea
 
 
 def _memory_for(config: DatasetConfig, files: FileImages) -> torch.Tensor | None:
-    """Room for all images, or None where they are to be streamed: as dataset.resident says and, under auto,
-    dataset.resident_mib allows."""
+    """Return an empty tensor for all images, or None where files are decoded on demand.
+
+    dataset.resident decides; with auto, a split is kept in memory if dataset.resident_mib has room for it.
+    """
     fits = len(files) * 3 * config.image_size**2 / MIB <= config.resident_mib
     if config.resident == "always" or (config.resident == "auto" and fits):
         return torch.empty(len(files), 3, config.image_size, config.image_size, dtype=torch.uint8)
@@ -295,7 +303,7 @@ def _raw_shape(pool: Pool) -> tuple[int, int, int] | None:
     if isinstance(pool, ArrayPool):
         channels, height, width = pool.images.shape[1:]
         return height, width, channels
-    positions = np.linspace(0, len(pool.labels) - 1, NUM_FILES_LOOKED_AT).astype(int)
+    positions = np.linspace(0, len(pool.labels) - 1, NUM_PROBED_FILES).astype(int)
     shapes = {tuple(decode_file(pool.path(int(i))).shape) for i in np.unique(positions)}
     if len(shapes) > 1:
         return None

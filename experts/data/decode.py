@@ -1,9 +1,12 @@
-"""One image file to pixels, and pixels to the square that the network sees.
+"""From an image file to pixels, and from pixels to the square that the network sees.
 
-What a file may hold (`decode_file`): grey, palette and CMYK pixels become RGB; transparency is dropped, the colours
-stay as stored; 16 bits become their upper 8; of several frames the first counts; an EXIF orientation is not applied, as
-in torchvision's ImageFolder. More than MAX_PIXELS pixels, or one side more than MAX_ASPECT times the other, is refused
-before memory is taken for it.
+Kinds of files (`decode_file`): grey, palette and CMYK pixels become RGB. Transparency is dropped and the colours stay
+as stored. Of 16 bits the upper 8 are kept. Of several frames the first is read. An EXIF orientation is not applied, as
+in torchvision's ImageFolder.
+
+Limits: an image of more than MAX_PIXELS pixels, or with one side more than MAX_ASPECT times the other, is refused by
+its header, before memory is taken for its pixels. Otherwise one file of a kilobyte could end a worker that has trained
+for days.
 
 The small-image rule (`frame`): an image whose longer side is at most image_size is enlarged by the largest whole
 factor that fits (bilinear; factor 1 leaves it as it is), then centred on black. Any other image is resized so that
@@ -25,30 +28,32 @@ from torch.nn.functional import interpolate, pad
 with contextlib.suppress(ImportError):
     import torchvision.io  # noqa: F401, it registers the operator below
 
-# Twice as fast as Pillow and, from the same libjpeg, the same pixels. torchvision has announced that it will go; its
-# operator is called past its wrapper, which warns of that for every image. Without it Pillow decodes everything.
+# torchvision's decoder is twice as fast as Pillow's and, from the same libjpeg, gives the same pixels. torchvision has
+# announced its removal and warns of it at every call of the wrapper, so the operator below it is called. Where it is
+# missing, Pillow decodes everything.
 decode_jpeg = getattr(torch.ops.image, "decode_jpeg", None)
-MODE_RGB = 3  # of torchvision.io.ImageReadMode
+MODE_RGB = 3  # torchvision.io.ImageReadMode.RGB
 JPEG_START = b"\xff\xd8\xff"
-MAX_PIXELS = 89_478_485  # Pillow's own limit, 256 MiB as RGB: a file of 1 KB may claim to be of 12 GB
-MAX_ASPECT = 1000  # bringing the short side of a thinner image to image_size takes more memory than the image
-_BARE_MARKERS = {0x01, *range(0xD0, 0xD8)}  # of a JPEG; without a length
+MAX_PIXELS = 89_478_485  # Pillow's own limit, 256 MiB as RGB; a file of 1 KB can claim 12 GB
+MAX_ASPECT = 1000  # of a thinner image, resizing the short side to image_size makes the long one huge
+_BARE_MARKERS = {0x01, *range(0xD0, 0xD8)}  # markers of a JPEG that have no length
 _FRAME_MARKERS = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # followed by the image's size
 _SCAN_MARKERS = {0xD9, 0xDA}
 CROP_ATTEMPTS = 10
-CROP_UNIFORMS = 2 * CROP_ATTEMPTS + 2  # per image: area and aspect of each attempt, then top and left
+CROP_UNIFORMS = 2 * CROP_ATTEMPTS + 2  # per image: area and aspect of every attempt, then top and left
 
 
 class UnreadableImage(ValueError):
     """An image file that cannot be decoded.
 
     Attributes:
-        path: as it was asked for.
-        reason: what is wrong with it, a few words.
+        path: as given to the decoder.
+        reason: what is wrong with the file, in a few words.
+        remedy: what an operator can do.
     """
 
     def __init__(self, path: str, reason: str, remedy: str) -> None:
-        super().__init__(path, reason, remedy)  # its parts: processes hand errors to one another by them
+        super().__init__(path, reason, remedy)  # an error that goes to another process is built again from these
         self.path, self.reason, self.remedy = path, reason, remedy
 
     def __str__(self) -> str:
@@ -61,13 +66,13 @@ _RESTORE = "restore it, take it out of the set, or let dataset.quarantine leave 
 def decode_file(path: str) -> Tensor:
     """Read one image file as RGB.
 
-    Damage that leaves a file decodable, such as a flipped bit in the middle of a JPEG, is not found.
+    Damage that leaves a file decodable, such as a flipped bit in the middle of a JPEG, goes unnoticed.
 
     Returns:
         uint8 [3, H, W].
 
     Raises:
-        UnreadableImage: the file is missing, empty, truncated, too large or no image; names it.
+        UnreadableImage: the file is missing, empty, truncated, too large or not an image; names it.
     """
     try:
         with open(path, "rb") as file:
@@ -82,7 +87,7 @@ def decode_file(path: str) -> Tensor:
             height, width = _size_of_jpeg(data)
             _refuse_size(height, width)
             if height and width:
-                with contextlib.suppress(RuntimeError):  # Pillow decides: it reads rarer kinds and says what is wrong
+                with contextlib.suppress(RuntimeError):  # Pillow reads rarer kinds, and says what is wrong
                     return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), MODE_RGB)
         return _decode_with_pillow(data)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -105,7 +110,7 @@ def _decode_with_pillow(data: bytes) -> Tensor:
 
 
 def _size_of_jpeg(data: bytes) -> tuple[int, int]:
-    """Height and width that the header of a JPEG claims; zeros where that is not plain to see."""
+    """Return height and width as the header of a JPEG states them, without decoding; zeros if it states none."""
     at = 2
     while at + 9 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
@@ -128,7 +133,7 @@ def _refuse_size(height: int, width: int) -> None:
 
 
 def resize(images: Tensor, height: int, width: int) -> Tensor:
-    """Bilinear with anti-aliasing, uint8 [..., channels, H, W] to [..., channels, height, width]."""
+    """Resize bilinearly with anti-aliasing, uint8 [..., channels, H, W] to [..., channels, height, width]."""
     if tuple(images.shape[-2:]) == (height, width):
         return images
     batch = images if images.dim() == 4 else images[None]
@@ -137,7 +142,7 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def frame(images: Tensor, size: int, short_side: int | None = None) -> Tensor:
-    """Bring images to size x size without chance: the small-image rule, or a given short side and a centre crop.
+    """Bring images to size x size with nothing random: the small-image rule, or a short side and a centre crop.
 
     Args:
         images: uint8 [..., channels, H, W].
@@ -166,7 +171,7 @@ def frame(images: Tensor, size: int, short_side: int | None = None) -> Tensor:
 def resized_crop_box(
     height: int, width: int, scale: tuple[float, float], uniforms: np.ndarray
 ) -> tuple[int, int, int, int]:
-    """Where to crop: top, left, height and width in pixels, as torchvision's RandomResizedCrop chooses.
+    """Return where to crop: top, left, height and width in pixels, as torchvision's RandomResizedCrop chooses.
 
     Up to ten attempts at an area share from `scale` and a log-uniform aspect in [3/4, 4/3]; if none fits, the largest
     centred crop of an allowed aspect.

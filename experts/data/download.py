@@ -1,4 +1,4 @@
-"""Where a downloadable set lives, and fetching it once although many workers ask."""
+"""Where a downloadable set lives, and how it is fetched once although many workers ask for it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 from experts.data.config import DatasetConfig
 
 
-def needs_root(config: DatasetConfig, holds: str) -> str:
-    """The folder of a set's files: dataset.root, or a cache folder of its own where it is to be downloaded.
+def require_root(config: DatasetConfig, holds: str) -> str:
+    """Return the folder of a set's files: dataset.root, or a cache folder where it is to be downloaded.
 
     Raises:
-        ValueError: no root is set, or it is no folder; says what it should hold.
+        ValueError: no root is set, or it is not a folder; the message says what it should hold.
     """
     if config.root is None and config.download:
         return str(Path.home() / ".cache" / "expertail" / config.source)
@@ -32,16 +32,16 @@ def needs_root(config: DatasetConfig, holds: str) -> str:
 
 
 @contextlib.contextmanager
-def locked_root(root: str) -> Iterator[None]:
-    """Hold the only permission to download into a folder, made if missing; others on this machine wait.
+def download_lock(root: str) -> Iterator[None]:
+    """Hold the lock of a download folder, which is made if missing; other processes on this machine wait for it.
 
     Raises:
-        ValueError: what is inside fails for lack of a network, or for a file that is not the published one.
+        ValueError: the download inside fails: there is no network, or a file is not the published one.
     """
     try:
         os.makedirs(root, exist_ok=True)
         with open(os.path.join(root, ".download.lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it however the process ends
             yield
     except (OSError, RuntimeError) as error:
         raise ValueError(

@@ -7,20 +7,20 @@ import os
 import numpy as np
 
 from experts.data.config import DatasetConfig
-from experts.data.download import needs_root
+from experts.data.download import require_root
 from experts.data.pools import FilePool, RawDataset
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 
 
 def open_image_folder(config: DatasetConfig) -> RawDataset:
-    """A tree with a folder per class. Classes and files are taken in sorted order of their names.
+    """List a tree with one folder per class. Classes and files are sorted by name.
 
-    root/train and root/test or root/val: those splits; val is the test set where there is no test, and the
-    validation set beside one. No root/train: root itself holds the class folders, and dataset.test_per_class images
-    of each are held out for the test.
+    With root/train, the folders beside it are the other splits: root/test is the test set and root/val the validation
+    set; without root/test, root/val is the test set. Without root/train, root itself holds the class folders, and
+    dataset.test_per_class images of each class are held out as the test set.
     """
-    root = needs_root(config, "a folder with train/<class>/<image> and test/<class>/<image>, or with <class>/<image>")
+    root = require_root(config, "a folder with train/<class>/<image> and test/<class>/<image>, or with <class>/<image>")
     splits = [s for s in ("train", "val", "test") if os.path.isdir(os.path.join(root, s))]
     if "train" not in splits:
         if splits:
@@ -81,17 +81,17 @@ def _images_below(folder: str) -> list[str]:
 
 
 def open_image_list(config: DatasetConfig) -> RawDataset:
-    """A root and text files of `relative/path label` lines, as ImageNet-LT, Places-LT and iNaturalist ship.
+    """List the images of text files of `relative/path label` lines, as published for ImageNet-LT and Places-LT.
 
-    A class is called after the folder of its images where that folder is its own, else by its number.
+    A class is named after the folder of its images if every class has a folder of its own, else by its number.
     """
-    root = needs_root(config, "the folder that the paths in dataset.train_list are relative to")
+    root = require_root(config, "the folder that the paths in dataset.train_list are relative to")
     pools: dict[str, FilePool | None] = {}
     for key in ("train_list", "val_list", "test_list"):
         value = getattr(config, key)
         pools[key] = None if value is None else _read_list(root, key, value, config.num_classes)
     train = pools["train_list"]
-    assert train is not None  # the config refuses a list source without
+    assert train is not None  # DatasetConfig refuses source=image_list without it
     num_classes = config.num_classes or int(train.labels.max()) + 1
     for key, pool in pools.items():
         if pool is not None and pool.labels.max() >= num_classes:
@@ -106,8 +106,8 @@ def _read_list(root: str, key: str, value: str, num_classes: int | None) -> File
     """Read and check one list.
 
     Raises:
-        ValueError: no such file, a line without a path and a whole number, a label out of range, no line at all, or
-            a first image that is not below root; names file and line.
+        ValueError: there is no such file or no line in it, a line is not a path and a whole number, a label is out of
+            range, or the first image is not below root; names file and line.
     """
     places = [os.path.expanduser(value), os.path.join(root, value)]
     path = next((p for p in places if os.path.isfile(p)), None)

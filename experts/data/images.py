@@ -1,6 +1,6 @@
-"""Where a split's images are when batches are made: on the device as uint8, or in their files.
+"""The images of a split, as batches are made of them: in memory (resident) or in files.
 
-Both kinds yield square uint8 images of image_size; what happens to them then (`augment`) is the same.
+Both kinds return square uint8 images of image_size; augmentation treats them alike.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from experts.data.pools import ArrayPool, FilePool
 
 @dataclass(frozen=True)
 class ResidentImages:
-    """A split in memory.
+    """A split in memory, on the device that trains once `to` has moved it.
 
     Attributes:
-        images: uint8 [N, channels, S, S], channels 1 or 3; on the CPU until moved by `to`.
-        labels: int64 [N], always in main memory: samplers read them.
+        images: uint8 [N, channels, S, S], channels 1 or 3.
+        labels: int64 [N], always in main memory, because samplers read them.
     """
 
     images: Tensor
@@ -34,27 +34,27 @@ class ResidentImages:
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> ResidentImages:
-        """The same split with its images on a device."""
+        """Return the same split with its images on a device."""
         return ResidentImages(self.images.to(device), self.labels)
 
     def counts(self, num_classes: int) -> np.ndarray:
-        """Images per class, int64 [C]."""
+        """Return the number of images per class, int64 [C]."""
         return np.bincount(self.labels, minlength=num_classes)
 
     def take(self, positions: np.ndarray) -> Tensor:
-        """The images at these positions, uint8 [B, channels, S, S], on the images' device."""
+        """Return the images at these positions, uint8 [B, channels, S, S], on the images' device."""
         return self.images[torch.from_numpy(np.ascontiguousarray(positions)).to(self.images.device)]
 
 
 @dataclass(frozen=True)
 class FileImages:
-    """A split in files, decoded whenever an image is asked for.
+    """A split in files, each decoded again whenever its image is asked for.
 
     Attributes:
         files: paths and labels.
         image_size: S, pixels.
         resize: short side before the centre crop, pixels; None follows the small-image rule (`decode.frame`).
-        crop_scale: area shares of RandomResizedCrop, for training; None brings images to S without chance.
+        crop_scale: area shares of RandomResizedCrop, for training; None crops nothing at random.
     """
 
     files: FilePool
@@ -64,26 +64,26 @@ class FileImages:
 
     @property
     def labels(self) -> np.ndarray:
-        """Class ids, int64 [N]."""
+        """Return the class ids, int64 [N]."""
         return self.files.labels
 
     def __len__(self) -> int:
         return len(self.files.labels)
 
     def to(self, device: torch.device | str) -> FileImages:
-        """Itself: files have no device, batches go there after decoding."""
+        """Return itself: files have no device, and batches go there after decoding."""
         del device
         return self
 
     def counts(self, num_classes: int) -> np.ndarray:
-        """Images per class, int64 [C]."""
+        """Return the number of images per class, int64 [C]."""
         return np.bincount(self.labels, minlength=num_classes)
 
     def read(self, positions: np.ndarray, crop_uniforms: np.ndarray | None = None) -> Tensor:
-        """Decode the images at these positions.
+        """Return the images at these positions, decoded.
 
         Args:
-            crop_uniforms: [B, CROP_UNIFORMS], one row an image; needed where crop_scale is set.
+            crop_uniforms: [B, CROP_UNIFORMS], one row per image; needed where crop_scale is set.
 
         Returns:
             uint8 [B, 3, S, S], on the CPU.
@@ -106,7 +106,8 @@ ImageStore = ResidentImages | FileImages
 
 
 def resident_from_array(pool: ArrayPool, image_size: int, short_side: int | None = None) -> ResidentImages:
-    """Bring an array of images to image_size (`decode.frame`), 4096 at a time."""
+    """Return an array of images at image_size (`decode.frame`)."""
+    # In pieces, because resizing takes working memory in proportion to the images given.
     pieces = [
         frame(torch.from_numpy(piece.copy()), image_size, short_side)
         for piece in np.array_split(pool.images, -(-len(pool.images) // 4096))
@@ -121,15 +122,15 @@ def decode_all(
     count_all: bool = False,
     beat: Callable[[], None] = lambda: None,
 ) -> dict[int, UnreadableImage]:
-    """Decode every file once, on as many threads as this process may use; JPEG decoding runs beside Python.
+    """Decode every file once, on one thread per usable CPU; decoding a JPEG lets go of Python's lock.
 
     Args:
-        out: uint8 [N, 3, S, S], filled with the images; None only looks whether they can be read.
-        count_all: go on after the first that cannot be read.
+        out: uint8 [N, 3, S, S], filled with the images; None only checks that they can be read.
+        count_all: go on after the first one that cannot be read.
         beat: called after every file, from any of the threads.
 
     Returns:
-        What cannot be read, by position, in ascending order; its rows of `out` are undefined.
+        The errors of unreadable images, by position, ascending; their rows of `out` are undefined.
     """
 
     def decode(positions: np.ndarray) -> dict[int, UnreadableImage]:
@@ -158,5 +159,5 @@ def decode_all(
 
 
 def usable_cpus() -> int:
-    """CPUs that this process may run on."""
+    """Return the number of CPUs that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

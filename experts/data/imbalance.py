@@ -1,4 +1,4 @@
-"""Which images of a full set make its long-tailed variant: the published counts and the published selection.
+"""The long-tailed variant of a full set: the published counts and the published selection of images.
 
 Source: Cao et al. 2019 (LDAM), arXiv:1906.07413, whose selection RIDE, BBN, MiSLAS, SADE and H2T share.
 """
@@ -9,13 +9,13 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-SELECTION_SEED = 0  # of the published selection; the run's seed does not change which images are used
+SELECTION_SEED = 0  # as published; the seed of a run does not change which images are used
 
 
 def long_tailed_counts(
     num_classes: int, max_per_class: int, imbalance_ratio: float, kind: Literal["exp", "step"] = "exp"
 ) -> np.ndarray:
-    """Images per class, int64 [C]: int(n_max * (1 / ratio) ** (i / (C - 1))) in float64, truncated.
+    """Return images per class, int64 [C]: int(n_max * (1 / ratio) ** (i / (C - 1))) in float64, truncated.
 
     `step`: the first C // 2 classes have n_max, the rest int(n_max / ratio).
     """
@@ -29,9 +29,12 @@ def long_tailed_counts(
 
 
 def shuffled_pools(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:
-    """Positions of each class in the published order: one NumPy legacy generator seeded with 0, classes ascending,
-    every class's whole list shuffled in place. So what is kept of one class never changes another, and a smaller
-    ratio's selection contains a larger one's."""
+    """Return the positions of each class in the published order.
+
+    One legacy generator of NumPy, seeded with 0, shuffles the whole list of every class in place, classes ascending.
+    So the number of images taken from one class never changes another class, and the selection of a smaller ratio
+    contains that of a larger one.
+    """
     generator = np.random.RandomState(SELECTION_SEED)
     pools = []
     for c in range(num_classes):
@@ -42,12 +45,12 @@ def shuffled_pools(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:
 
 
 def hold_out(labels: np.ndarray, num_classes: int, per_class: int, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Cut a set from a pool: (positions that stay, positions held out), both in ascending order.
+    """Cut a set from a pool and return (positions that stay, positions held out), both in ascending order.
 
     Rule: the last `per_class` positions of each class's shuffled pool are held out.
 
     Raises:
-        ValueError: a class would have no image left; names `key`, the setting that asked.
+        ValueError: a class would have no image left; names `key`, the setting that asked for it.
     """
     pools = shuffled_pools(labels, num_classes)
     for c, pool in enumerate(pools):
@@ -63,7 +66,7 @@ def hold_out(labels: np.ndarray, num_classes: int, per_class: int, key: str) -> 
 
 
 class Selection(NamedTuple):
-    """Positions in the pool, int64, stored class after class."""
+    """Positions in the pool, int64, one class after the other."""
 
     train: np.ndarray
     val: np.ndarray
@@ -90,7 +93,7 @@ def select(
     Args:
         labels: class ids of the pool, int64 [N].
         imbalance_ratio: n_max / n_min; None for natural counts.
-        max_per_class: n_max; None is the smallest class of the pool (all of it, for natural counts).
+        max_per_class: n_max; None is the size of the smallest class, or no limit with natural counts.
 
     Raises:
         ValueError: a class has too few images, or would be left empty; names the class and the keys to change.
@@ -120,9 +123,9 @@ def select(
     kept = np.minimum(counts, found - val_per_class)
     for c in np.flatnonzero(kept < 1):
         if found[c] == 0:
-            why, remedy = "the source has none of it", "check the files and dataset.num_classes"
+            why, remedy = "the full set has none of it", "check the files and dataset.num_classes"
         elif counts[c] < 1:
-            why = f"dataset.imbalance_ratio = {imbalance_ratio} of at most {counts.max()} images a class leaves it none"
+            why = f"dataset.imbalance_ratio = {imbalance_ratio} with at most {counts.max()} per class leaves it none"
             remedy = "lower dataset.imbalance_ratio or raise dataset.max_per_class"
         else:
             why, remedy = f"dataset.val_per_class = {val_per_class} takes all of its {found[c]}", "lower it"

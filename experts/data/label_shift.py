@@ -1,4 +1,4 @@
-"""Test sets with other class distributions: long-tailed as in training, the other way round, or as they are.
+"""Test sets with other class distributions: long-tailed as in training, reversed, or unchanged.
 
 `forward-50` keeps few images of the classes that are rare in training, `backward-50` few of those that are frequent;
 50 is the ratio of the largest to the smallest class. `uniform` is the whole test set.
@@ -22,7 +22,7 @@ from experts.data.imbalance import long_tailed_counts, shuffled_pools
 RATIOS = (50, 25, 10, 5, 2)
 """Published ratios."""
 RATIOS_BY_DATASET = {"inat18": (3, 2)}
-"""Where the published ratios are others: its test set has 3 images of each class."""
+"""Other published ratios, by data set: iNaturalist's test set has 3 images per class."""
 KINDS = ("forward", "backward", "uniform")
 
 
@@ -31,8 +31,8 @@ class Distribution:
     """A class distribution to test on.
 
     Attributes:
-        kind: whether classes that are frequent in training are frequent ("forward") or rare ("backward") in the test.
-        ratio: largest over smallest class, above 1; 1 for uniform.
+        kind: classes that are frequent in training are frequent ("forward") or rare ("backward") in the test set.
+        ratio: size of the largest class over that of the smallest, above 1; 1 for uniform.
     """
 
     kind: Literal["forward", "backward", "uniform"]
@@ -40,12 +40,12 @@ class Distribution:
 
     @property
     def name(self) -> str:
-        """As on the command line, e.g. "backward-50"."""
+        """The name as on the command line, e.g. "backward-50"."""
         return self.kind if self.kind == "uniform" else f"{self.kind}-{self.ratio:g}"
 
     @property
     def shift(self) -> float:
-        """For sorting from the most forward (negative) to the most backward (positive)."""
+        """A key that sorts from the most forward (negative) to the most backward (positive)."""
         return math.log(self.ratio) * (1 if self.kind == "backward" else -1)
 
 
@@ -53,7 +53,7 @@ UNIFORM = Distribution("uniform")
 
 
 def parse_distribution(text: str) -> Distribution:
-    """A distribution by its name.
+    """Return a distribution by its name.
 
     Raises:
         ValueError: not `uniform`, `forward-<ratio>` or `backward-<ratio>` with a ratio above 1.
@@ -76,14 +76,14 @@ def parse_distribution(text: str) -> Distribution:
 
 
 def published_distributions(dataset: str) -> list[Distribution]:
-    """Those of the published tables, from the most forward over uniform to the most backward."""
+    """Return the distributions of the published tables, from the most forward over uniform to the most backward."""
     ratios = RATIOS_BY_DATASET.get(dataset, RATIOS)
     forward = [Distribution("forward", ratio) for ratio in ratios]
     return [*forward, UNIFORM, *(Distribution("backward", ratio) for ratio in reversed(ratios))]
 
 
 def distribution_counts(distribution: Distribution, train_counts_C: np.ndarray, found_C: np.ndarray) -> np.ndarray:
-    """Test images per class, int64 [C].
+    """Return test images per class, int64 [C].
 
     Rule: n_i = int(n_max * (1 / ratio) ** (i / (C - 1))), truncated, i the rank of a class by falling number of
     TRAINING images, ties by class id (backward: by rising number); n_max the smallest class of the whole test set.
@@ -93,7 +93,7 @@ def distribution_counts(distribution: Distribution, train_counts_C: np.ndarray, 
         found_C: images per class of the whole test set.
 
     Raises:
-        ValueError: a class would be left without an image; names it, and the largest ratio that leaves none empty.
+        ValueError: a class would be left without an image; names it and the largest ratio at which none is.
 
     Source: published totals of CIFAR-100, ImageNet-LT, Places-LT and (ratio 2) iNaturalist are met exactly.
     Differs: the published list of iNaturalist's forward-3 has 3 images of 2 classes, the rule gives them to 1.
@@ -120,10 +120,10 @@ def distribution_counts(distribution: Distribution, train_counts_C: np.ndarray, 
 
 
 def distribution_positions(distribution: Distribution, labels_N: np.ndarray, train_counts_C: np.ndarray) -> np.ndarray:
-    """Which images of the test set make the distribution: positions in ascending order, int64.
+    """Return the images of the test set that make the distribution: positions in ascending order, int64.
 
-    Rule: as training images are chosen: each class's positions are shuffled (`shuffled_pools`, NumPy's legacy generator
-    with seed 0, classes ascending) and the first n_i kept. So larger sets of one kind contain the smaller ones.
+    Rule: as for training images, each class's positions are shuffled (`shuffled_pools`) and the first n_i are kept. So
+    larger sets of one kind contain the smaller ones.
 
     Raises:
         ValueError: a class would be left without an image (`distribution_counts`).

@@ -1,4 +1,4 @@
-"""What a source yields before anything is selected or decoded: labelled arrays, or labelled files."""
+"""A data set as a reader returns it, before anything is selected or decoded: labelled arrays, or labelled files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ArrayPool:
     labels: np.ndarray
 
     def take(self, positions: np.ndarray) -> ArrayPool:
-        """The images at these positions, in this order."""
+        """Return the images at these positions, in this order."""
         return ArrayPool(self.images[positions], self.labels[positions])
 
 
@@ -40,11 +40,11 @@ class FilePool:
     labels: np.ndarray
 
     def take(self, positions: np.ndarray) -> FilePool:
-        """The files at these positions, in this order."""
+        """Return the files at these positions, in this order."""
         return FilePool(self.root, self.paths[positions], self.labels[positions])
 
     def path(self, position: int) -> str:
-        """Where the image of a position is."""
+        """Return the path of the image at a position."""
         return os.path.join(self.root, os.fsdecode(self.paths[position]))
 
 
@@ -53,7 +53,7 @@ Pool = ArrayPool | FilePool
 
 @dataclass(frozen=True)
 class RawDataset:
-    """A full set as it ships: its classes and its splits."""
+    """A full data set as published: its classes and its splits; None where a split is missing."""
 
     class_names: tuple[str, ...]
     train: Pool

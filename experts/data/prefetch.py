@@ -1,4 +1,8 @@
-"""Decoding beside training: batches of files read by loader processes, in order, the same whoever reads them."""
+"""Decoding ahead of training: loader processes read the files of coming batches, and batches arrive in order.
+
+Which process reads a batch changes nothing: a request carries the positions of its images and where their random crops
+are drawn, so no process keeps a generator.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from experts.data.keyed_random import uniforms
 
 
 class Request(NamedTuple):
-    """Images to read: positions in the store, and where their crop draws are."""
+    """Images to read: their positions in the store, and which rows of which stream their crops are drawn from."""
 
     positions: np.ndarray
     crop_key: int = 0
@@ -24,7 +28,7 @@ class Request(NamedTuple):
 
 
 def read(store: FileImages, request: Request) -> Tensor:
-    """Decode what is asked for, uint8 [B, 3, S, S]; crops depend on the request alone.
+    """Return the images of a request, decoded, uint8 [B, 3, S, S]; crops depend on the request alone.
 
     Raises:
         ValueError: an image is missing or damaged; names its file.
@@ -36,8 +40,11 @@ def read(store: FileImages, request: Request) -> Tensor:
 
 
 class _Reader(Dataset):
-    """Runs in a loader process. An error comes back as its message, which the asking side raises without the trace
-    of another process."""
+    """Reads requests in a loader process.
+
+    An error comes back as its message. The training process raises it, so the operator sees one line instead of a
+    traceback of another process.
+    """
 
     def __init__(self, store: FileImages) -> None:
         self.store = store
@@ -50,28 +57,29 @@ class _Reader(Dataset):
 
 
 class _Requests(Sampler):
-    """The requests of one pass, changed between passes so that the processes can stay."""
+    """The requests of one pass. They are replaced between passes, so that the loader processes can stay."""
 
     def __init__(self) -> None:
-        self.of_this_pass: Sequence[Request] = ()
+        self.pass_requests: Sequence[Request] = ()
 
     def __iter__(self) -> Iterator[Request]:
-        return iter(self.of_this_pass)
+        return iter(self.pass_requests)
 
 
-def _as_it_is(item: Any) -> Any:
+def _unchanged(item: Any) -> Any:
+    """Collate nothing: a request is already a batch."""
     return item
 
 
-class Stream:
-    """Reads requests in order, ahead of need where there are loader processes."""
+class Prefetcher:
+    """Reads requests in order, and ahead of time where there are loader processes."""
 
     def __init__(self, store: FileImages, processes: int, *, pin_memory: bool = False) -> None:
         """Start nothing yet.
 
         Args:
-            processes: that decode; 0 decodes when asked, in this process.
-            pin_memory: put batches in page-locked memory, for a GPU to fetch.
+            processes: loader processes; with 0, this process decodes a request when it is asked for.
+            pin_memory: put batches in page-locked memory, from which a GPU can copy while it computes.
         """
         self.store = store
         self.processes = processes
@@ -80,7 +88,7 @@ class Stream:
         self._loader: DataLoader | None = None
 
     def read_all(self, requests: Sequence[Request]) -> Iterator[Tensor]:
-        """Yield the images of each request, uint8 [B, 3, S, S]. May be left early and called again.
+        """Yield the images of each request, uint8 [B, 3, S, S]. A caller may stop early and call again.
 
         Raises:
             ValueError: an image is missing or damaged; names its file.
@@ -90,27 +98,27 @@ class Stream:
                 images = read(self.store, request)
                 yield images.pin_memory() if self.pin_memory else images
             return
-        self._requests.of_this_pass = requests
+        self._requests.pass_requests = requests
         if self._loader is None:
             self._loader = DataLoader(
                 _Reader(self.store),
                 batch_size=None,
                 sampler=self._requests,
                 num_workers=self.processes,
-                collate_fn=_as_it_is,
+                collate_fn=_unchanged,
                 persistent_workers=True,
                 pin_memory=self.pin_memory,
-                generator=torch.Generator().manual_seed(0),  # without one it would advance torch's global generator
+                generator=torch.Generator().manual_seed(0),  # else it advances torch's global generator
             )
         batches = iter(self._loader)
         for _ in requests:
             item = next(batches)
             if isinstance(item, str):
-                del batches  # else the error's traceback keeps the processes alive
+                del batches  # the traceback of the error would keep the processes alive
                 self.close()
                 raise ValueError(item)
             yield item
 
     def close(self) -> None:
-        """End the loader processes."""
+        """Stop the loader processes."""
         self._loader = None

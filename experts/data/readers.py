@@ -1,4 +1,4 @@
-"""Open the source that a config names, whatever its files look like."""
+"""Read the data set that a config names, whatever its files look like."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ READERS: dict[str, Callable[[DatasetConfig], RawDataset]] = {
 
 
 def open_raw(config: DatasetConfig) -> RawDataset:
-    """The full set, nothing selected.
+    """Read the full set, with nothing selected.
 
     Raises:
         ValueError: files are missing or damaged, labels out of range, a class or the whole set empty.
     """
-    source = READERS[config.source](config)
-    if len(source.class_names) < 2:
+    raw = READERS[config.source](config)
+    if len(raw.class_names) < 2:
         raise ValueError(
-            f"dataset.root = {config.root}: found 1 class ('{source.class_names[0]}'), needed at least 2; "
+            f"dataset.root = {config.root}: found 1 class ('{raw.class_names[0]}'), needed at least 2; "
             f"check that root is not one level too high or too low"
         )
-    if config.num_classes not in (None, len(source.class_names)):
+    if config.num_classes not in (None, len(raw.class_names)):
         raise ValueError(
-            f"dataset.num_classes = {config.num_classes}: found {len(source.class_names)} classes in "
-            f"{config.root or config.source}; set dataset.num_classes={len(source.class_names)} or null"
+            f"dataset.num_classes = {config.num_classes}: found {len(raw.class_names)} classes in "
+            f"{config.root or config.source}; set dataset.num_classes={len(raw.class_names)} or null"
         )
-    return source
+    return raw

@@ -1,1 +1,1 @@
-"""Which images an epoch consists of: samplers by name, and the cycle algorithms they are built from."""
+"""Samplers, which choose the images of an epoch, and the draws that they are built from."""

@@ -1,4 +1,4 @@
-"""Every class equally often."""
+"""Sampling in which every class appears equally often."""
 
 from __future__ import annotations
 
@@ -10,11 +10,7 @@ from pydantic import Field
 from experts.data.keyed_random import KeyedRandom
 from experts.progress import Progress
 from experts.registry import Settings, register
-from experts.samplers.draws import (
-    class_aware_draws,
-    per_draw_cycle_draws,
-    positions_by_class,
-)
+from experts.samplers.draws import class_aware_draws, per_draw_cycle_draws, positions_by_class
 from experts.samplers.sampler import WeightedSampler
 
 
@@ -28,10 +24,10 @@ class ClassBalanced(WeightedSampler):
         """class_aware: cycles over classes and images (cRT, LWS, MiSLAS); per_draw_cycle: a random class, then its
         image cycle (RIDE stage 2); multinomial: images with replacement, weight 1 / n (GCL, CMO)."""
         images_per_visit: Annotated[int, Field(ge=1)] = 4
-        """class_aware: consecutive images of a class."""
+        """class_aware: images drawn from a class before the next class."""
         epoch: Literal["images", "largest_class"] = "images"
-        """Draws in an epoch: N, or max(n) * C as class_aware loaders are nominally long; published runs
-        of those stop after N / batch_size batches."""
+        """Draws per epoch: images: N; largest_class: max(n) * C, the nominal length of published class_aware loaders,
+        whose runs nevertheless stop after N / batch_size batches."""
 
     def __init__(self, config: Config, labels: np.ndarray, num_classes: int) -> None:
         super().__init__(labels, num_classes)
@@ -40,17 +36,17 @@ class ClassBalanced(WeightedSampler):
 
     @property
     def draws_per_epoch(self) -> int:
-        """N, or max(n) * C."""
+        """Draws per epoch: N, or max(n) * C."""
         if self.config.epoch == "largest_class":
             return int(self.counts_C.max()) * len(self.counts_C)
         return len(self.labels)
 
     def draw(self, progress: Progress, source_key: int) -> np.ndarray:
-        """Positions of the epoch's images in order, int64 [draws_per_epoch]."""
+        """Return the positions of the epoch's images in order, int64 [draws_per_epoch]."""
         if self.config.form == "multinomial":
             return super().draw(progress, source_key)
         by_class = [p.tolist() for p in positions_by_class(self.labels, len(self.counts_C))]
-        source = KeyedRandom(source_key)
+        generator = KeyedRandom(source_key)
         if self.config.form == "per_draw_cycle":
-            return per_draw_cycle_draws(by_class, self.draws_per_epoch, source)
-        return class_aware_draws(by_class, self.config.images_per_visit, self.draws_per_epoch, source)
+            return per_draw_cycle_draws(by_class, self.draws_per_epoch, generator)
+        return class_aware_draws(by_class, self.config.images_per_visit, self.draws_per_epoch, generator)

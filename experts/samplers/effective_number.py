@@ -1,4 +1,4 @@
-"""Images weighted by the effective number of their class."""
+"""Sampling by the effective number of images of each class."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from experts.samplers.sampler import WeightedSampler
 
 
 def effective_number_weights(counts_C: np.ndarray, beta: float) -> np.ndarray:
-    """Per-image weight (1 - beta) / (1 - beta^n_c), float64 [C].
+    """Return the weight of an image of each class, (1 - beta) / (1 - beta^n_c), float64 [C].
 
     Source: Cui et al. 2019, arXiv:1901.05555, Eq. 4.
     """

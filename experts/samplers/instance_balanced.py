@@ -1,4 +1,4 @@
-"""Every image exactly once per epoch."""
+"""Sampling in which every image appears exactly once per epoch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from experts.samplers.sampler import Sampler
 
 @register("sampler", "instance_balanced")
 class InstanceBalanced(Sampler):
-    """Every image exactly once an epoch, in random order; p_c = n_c / N."""
+    """Every image exactly once per epoch, in random order; p_c = n_c / N."""
 
     class Config(Settings):
         name: Literal["instance_balanced"] = "instance_balanced"
@@ -23,11 +23,11 @@ class InstanceBalanced(Sampler):
         super().__init__(labels, num_classes)
 
     def class_probabilities(self, progress: Progress) -> np.ndarray:
-        """Probability that a draw is of a class, float64 [C]."""
+        """Return the probability of each class at a draw, float64 [C]."""
         del progress
         return self.counts_C / self.counts_C.sum()
 
     def draw(self, progress: Progress, source_key: int) -> np.ndarray:
-        """Positions of the epoch's images in order, int64 [N]."""
+        """Return the positions of the epoch's images in order, int64 [N]."""
         del progress
         return permutation(source_key, len(self.labels))

@@ -1,4 +1,4 @@
-"""Rare classes as often as frequent ones occur."""
+"""Sampling with reversed class frequencies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from experts.samplers.sampler import WeightedSampler
 
 @register("sampler", "reversed")
 class Reversed(WeightedSampler):
-    """Tail classes as often as head classes occur; p_c = (1 / n_c) / sum (1 / n), images with replacement.
+    """Rare classes as often as frequent ones occur in the data; p_c = (1 / n_c) / sum (1 / n), images with replacement.
 
     Source: Zhou et al. 2020 (BBN), arXiv:1912.02413.
     """

@@ -1,8 +1,10 @@
-"""What samplers have in common.
+"""The base of all samplers.
 
-A sampler's epoch is a pure function of (progress, source_key). The published cyclic samplers keep their cycles from
-epoch to epoch; ours begin each epoch with fresh ones, which differs by one partial cycle per class and epoch and needs
-no state to resume. Shapes: C classes, N images; positions are rows of the training set.
+The draws of an epoch are a pure function of (progress, source_key). Published cyclic samplers keep their cycles from
+one epoch to the next. Ours start new cycles every epoch: this differs by one partial cycle per class and epoch, and a
+resumed run needs no state of the sampler.
+
+Shapes: C classes, N images; positions are rows of the training set.
 """
 
 from __future__ import annotations
@@ -11,13 +13,11 @@ import numpy as np
 
 from experts.data.keyed_random import uniforms
 from experts.progress import Progress
-from experts.samplers.draws import (
-    weighted_draws,
-)
+from experts.samplers.draws import weighted_draws
 
 
 class Sampler:
-    """What all samplers share: the training labels."""
+    """Holds the labels of the training images, and refuses a class without any."""
 
     def __init__(self, labels: np.ndarray, num_classes: int) -> None:
         self.labels = labels
@@ -30,22 +30,22 @@ class Sampler:
 
     @property
     def draws_per_epoch(self) -> int:
-        """Images in an epoch; N unless the sampler says otherwise."""
+        """Draws per epoch; N unless the sampler says otherwise."""
         return len(self.labels)
 
 
 class WeightedSampler(Sampler):
-    """Draws images with replacement, an image's weight depending on its class alone."""
+    """Draws images with replacement; the weight of an image depends on its class alone."""
 
     weights_C: np.ndarray
 
     def class_probabilities(self, progress: Progress) -> np.ndarray:
-        """Probability that a draw is of a class, float64 [C]."""
+        """Return the probability of each class at a draw, float64 [C]."""
         del progress
         mass_C = self.counts_C * self.weights_C
         return mass_C / mass_C.sum()
 
     def draw(self, progress: Progress, source_key: int) -> np.ndarray:
-        """Positions of the epoch's images in order, int64 [draws_per_epoch]."""
+        """Return the positions of the epoch's images in order, int64 [draws_per_epoch]."""
         del progress
         return weighted_draws(self.weights_C[self.labels], uniforms(source_key, 0, self.draws_per_epoch, 1)[:, 0])

@@ -1,4 +1,4 @@
-"""Classes in proportion to the square root of their size."""
+"""Sampling in which a class appears in proportion to the square root of its size."""
 
 from __future__ import annotations
 

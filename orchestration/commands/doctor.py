@@ -292,13 +292,13 @@ def _data(config: RunConfig) -> Iterator[Finding]:
 def _data_here(config: RunConfig) -> Iterator[Finding]:
     """Array sets are opened whole, which takes seconds at most; of files only the first are looked for."""
     from experts.data.dataset import open_dataset
-    from experts.data.download import needs_root
+    from experts.data.download import require_root
     from experts.data.readers import open_raw
 
     data = config.dataset
     what = data.name
     if data.download:
-        root = needs_root(data, "")
+        root = require_root(data, "")
         data = data.model_copy(update={"download": False, "root": root})
         try:
             open_raw(data)
@@ -306,7 +306,7 @@ def _data_here(config: RunConfig) -> Iterator[Finding]:
             yield Finding("warn", "data", f"{what}: to be downloaded into {root} when the run starts ({problem})")
             return
     if data.source == "image_folder":
-        yield Finding("ok", "data", _image_folder(needs_root(data, "a folder with train/<class>/<image>")))
+        yield Finding("ok", "data", _image_folder(require_root(data, "a folder with train/<class>/<image>")))
     elif data.source == "image_list":
         source = open_raw(data)
         text = (

@@ -236,12 +236,12 @@ def data_digests(data: dict[str, Any]) -> dict[str, str]:
         ValueError: the folder or a list is missing, or nothing in the folder belongs to the set.
     """
     from experts.data.config import DatasetConfig
-    from experts.data.download import needs_root
+    from experts.data.download import require_root
 
     config = DatasetConfig.model_validate(data)
     if config.source == "digits":
         return {}
-    root = needs_root(config, "the files of the set")
+    root = require_root(config, "the files of the set")
     found = {name: _digest(path) for name, path in _files(config, root) if path.is_file()}
     if config.source == "image_folder":
         found |= _class_folders(Path(root))
