@@ -48,10 +48,10 @@ from experts.precision import at_least_float32
 from experts.registry import Settings
 from orchestration.config.compose import parse
 from orchestration.config.run_config import RunConfig
-from orchestration.results.label_shift_table import COMPARED, distributions_table, draw_distributions
+from orchestration.results.label_shift_table import WEIGHTINGS, distributions_table, draw_distributions
 from orchestration.results.saved_run import SavedRun, open_run, same_threads, save_evaluation
 
-AS_TRAINED, UNIFORM, LEARNT, GIVEN, KNOWN, ORACLE = COMPARED
+AS_TRAINED, UNIFORM, LEARNT, GIVEN, KNOWN, ORACLE = WEIGHTINGS
 RULES = ("uniform", "test-time", "known-prior")
 S = TypeVar("S", bound=Settings)
 CHECK_PASS = 0  # the pass whose views only check the weights; passes that learn count from 1
@@ -189,7 +189,7 @@ def _compare(
         members = {AS_TRAINED: own_NC[part], KNOWN: correct_for_prior(logits_EBC, target_C, trained_EC).mean(dim=0)}
         members |= {rule: combine(torch.tensor(weights_E), logits_EBC) for rule, weights_E in weights.items()}
         alone = {f"{name} alone": z_BC for name, z_BC in zip(description.expert_names, logits_EBC, strict=True)}
-        scores.update({rule: members[rule] for rule in COMPARED if rule in members} | alone, labels_N[part])
+        scores.update({rule: members[rule] for rule in WEIGHTINGS if rule in members} | alone, labels_N[part])
     return {**scores.result(counts, saved.cuts), "test_counts": counts_C.tolist(), "weights": weights}
 
 

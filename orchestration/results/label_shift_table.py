@@ -14,7 +14,7 @@ from orchestration.results.tables import selection_note
 from orchestration.results.text import decimals, text_table
 
 GROUPS = ("all", *tables.GROUPS)
-COMPARED = ("as trained", "uniform", "test-time", "given", "known prior", "oracle")
+WEIGHTINGS = ("as trained", "uniform", "test-time", "given", "known prior", "oracle")
 """All weightings in the order of the table. An evaluation has some of them, and each expert alone."""
 _COLOURS = {
     "as trained": "#8c8c8c", "uniform": "#1b1b1b", "test-time": "#d55e00", "given": "#cc79a7",
@@ -36,7 +36,7 @@ def distributions_table(result: Mapping[str, Any]) -> str:
     rows = [["distribution", "images", "weighting", "weights", *heads]]
     for name, found in result["distributions"].items():
         first = [name, f"{found['num_images']:,}"]
-        for member in (rule for rule in COMPARED if rule in found["members"]):
+        for member in (rule for rule in WEIGHTINGS if rule in found["members"]):
             weights = found["weights"].get(member)
             shown = " ".join(f"{weight:.2f}" for weight in weights) if weights else ""
             top1 = found["members"][member]["top1"]
@@ -142,7 +142,7 @@ def _figure(result: Mapping[str, Any]) -> Any:
 
 def _draw_accuracy(axes: Any, found: Mapping[str, Any], group: str) -> None:
     axes.set_title(f"top-1, {group}, %")
-    for rule in COMPARED:
+    for rule in WEIGHTINGS:
         y = [(f["members"].get(rule) or {"top1": {}})["top1"].get(group) for f in found.values()]
         values = np.array([np.nan if value is None else 100 * value for value in y])
         if np.isfinite(values).any():

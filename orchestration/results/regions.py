@@ -33,7 +33,7 @@ _LIGHT = 0.28  # strength of the colour of a region, 0 to 1
 
 
 @dataclass(frozen=True)
-class Shown:
+class Panels:
     """The content of one pair of panels.
 
     Attributes:
@@ -56,7 +56,7 @@ def draw_regions_if_heads_alone(run_dir: Path) -> Path | None:
         The path of the picture; None for any other run, and after a failure.
     """
     try:
-        if not (run_dir / "config.yaml").is_file() or _misfit(run_dir, from_yaml(run_dir / "config.yaml")):
+        if not (run_dir / "config.yaml").is_file() or _why_no_regions(run_dir, from_yaml(run_dir / "config.yaml")):
             return None
         return _draw(run_dir, None, [])[0]
     except Exception as problem:  # a courtesy to a run that is trained: nothing here may make it fail
@@ -80,8 +80,8 @@ def draw_regions(run: str, classes: str | None, overrides: list[str]) -> str:
             classes, unknown ones, or one without a test image; `open_run` refuses the run.
     """
     folder = expand(run)
-    if (folder / "config.yaml").is_file() and (misfit := _misfit(folder, from_yaml(folder / "config.yaml"))):
-        raise ValueError(f"{folder}: {misfit}")
+    if (folder / "config.yaml").is_file() and (reason := _why_no_regions(folder, from_yaml(folder / "config.yaml"))):
+        raise ValueError(f"{folder}: {reason}")
     picture, result, kept = _draw(folder, classes, overrides)
     rows = [
         ["member", "moment", *(f"{shorten(name)}: {what}" for name in result["classes"] for what in ("area", "right"))]
@@ -99,7 +99,7 @@ def draw_regions(run: str, classes: str | None, overrides: list[str]) -> str:
     return "\n".join([*lines, kept, f"drawn as {picture}"])
 
 
-def _misfit(folder: Path, config: RunConfig) -> str | None:
+def _why_no_regions(folder: Path, config: RunConfig) -> str | None:
     """Return the reason why a run has no regions before and after, or None."""
     from orchestration.storage.files import read_json
 
@@ -157,19 +157,19 @@ def _classes(asked: str | None, data: Mapping[str, Any], test_labels: NDArray[np
     return classes
 
 
-def _start(config: RunConfig) -> ModelSource:
+def _starting_weights(config: RunConfig) -> ModelSource:
     source = config.method.starts_from(config.method.final)
-    assert source is not None, "see _misfit"
+    assert source is not None, "see _why_no_regions"
     return source
 
 
-def _before(saved: SavedRun) -> ServedModel:
+def _starting_model(saved: SavedRun) -> ServedModel:
     """Return the model that the last stage began with, on the device and in the precision of the run."""
     from aggregation.serving import ServedModel, load_model
     from orchestration.storage.checkpoint import Checkpoints
     from orchestration.storage.exports import ensemble_state, weights_of
 
-    method, source = saved.config.method, _start(saved.config)
+    method, source = saved.config.method, _starting_weights(saved.config)
     if source.run is not None:
         model = load_model(expand(source.run) / "export" / source.weights)
     else:
@@ -183,7 +183,7 @@ def _before(saved: SavedRun) -> ServedModel:
     return model
 
 
-def _measure(saved: SavedRun, classes: list[int]) -> tuple[list[Shown], NDArray[np.int64]]:
+def _measure(saved: SavedRun, classes: list[int]) -> tuple[list[Panels], NDArray[np.int64]]:
     """Compute the regions of every member before and after; return them, and each image's place in `classes`.
 
     Both models see each image once. For each member, one plane is fitted to the features of both moments together, so
@@ -197,7 +197,7 @@ def _measure(saved: SavedRun, classes: list[int]) -> tuple[list[Shown], NDArray[
 
     part = saved.dataset.only(np.array(classes))
     size = saved.config.run.evaluation_batch_size
-    models = {"before": _before(saved), "after": saved.model}
+    models = {"before": _starting_model(saved), "after": saved.model}
     found: dict[str, list[list[Any]]] = {moment: [] for moment in models}
     labels = []
     replica = Replica(device=saved.device, dtype=saved.dtype)
@@ -219,13 +219,13 @@ def _measure(saved: SavedRun, classes: list[int]) -> tuple[list[Shown], NDArray[
             moment: decision_regions(model, member, own[moment], labels_N, classes, plane, window, _SIDE)
             for moment, model in models.items()
         }
-        shown.append(Shown(member, window, plane.variance, regions))
+        shown.append(Panels(member, window, plane.variance, regions))
     return shown, labels_N
 
 
-def _numbers(saved: SavedRun, classes: list[int], shown: Sequence[Shown]) -> dict[str, Any]:
+def _numbers(saved: SavedRun, classes: list[int], shown: Sequence[Panels]) -> dict[str, Any]:
     """Return what is saved beside the picture; fractions, None where a class has no image."""
-    method, source = saved.config.method, _start(saved.config)
+    method, source = saved.config.method, _starting_weights(saved.config)
     return {
         **saved.origin(),
         "run": saved.folder.name,
@@ -252,7 +252,7 @@ def _numbers(saved: SavedRun, classes: list[int], shown: Sequence[Shown]) -> dic
     }
 
 
-def _figure(saved: SavedRun, result: Mapping[str, Any], shown: Sequence[Shown], labels_N: NDArray[np.int64]) -> Any:
+def _figure(saved: SavedRun, result: Mapping[str, Any], shown: Sequence[Panels], labels_N: NDArray[np.int64]) -> Any:
     """Draw pairs of panels, before and after, two pairs per row."""
     pairs = min(2, len(shown))
     rows = -(-len(shown) // pairs)
@@ -286,13 +286,13 @@ def _figure(saved: SavedRun, result: Mapping[str, Any], shown: Sequence[Shown], 
 
 
 def _rule(saved: SavedRun, moment: str) -> str:
-    method, source = saved.config.method, _start(saved.config)
+    method, source = saved.config.method, _starting_weights(saved.config)
     if len(method.expert_names) == 1:
         return "its one expert"
     return str(method.aggregator_in(method.final if moment == "after" or not source.stage else source.stage).name)
 
 
-def _draw_regions(axes: Any, one: Shown, regions: Regions, labels_N: NDArray[np.int64], names: Sequence[str]) -> None:
+def _draw_regions(axes: Any, one: Panels, regions: Regions, labels_N: NDArray[np.int64], names: Sequence[str]) -> None:
     from matplotlib.colors import to_rgb
 
     colours = np.array([to_rgb(member_colour(1 + k)) for k in range(len(names))])

@@ -218,10 +218,10 @@ class MlflowSender:
                 for stray in found.keys() - {run_id}:
                     client.delete_run(stray)
             else:
-                made = {"expertail.key": values["key"], "mlflow.user": user_name(), **tags}
-                begun = contents.time_ms(contents.describe_folder(folder)[0], "created")
-                run_id = client.create_run(experiment_id, begun, made, name).info.run_id
-                values["files"] = {}
+                tags = {"expertail.key": values["key"], "mlflow.user": user_name(), **tags}
+                created = contents.time_ms(contents.describe_folder(folder)[0], "created")
+                run_id = client.create_run(experiment_id, created, tags, name).info.run_id
+                values["files"] = {}  # a new run has none of them
             values.update(experiment=self._target.experiment, experiment_id=experiment_id, run_id=run_id)
             state.save()
         return client.get_run(run_id)
@@ -244,7 +244,8 @@ class MlflowSender:
         while time.monotonic() < deadline:
             for record in records:
                 key = contents.metric_key(record.name, record.stage, self._stages)
-                if record.value == record.value and record.step > self._steps.get(key, -1):
+                is_nan = record.value != record.value  # a missing value, as of a group without images
+                if not is_nan and record.step > self._steps.get(key, -1):
                     self._unsent.append(Metric(key, record.value, round(record.time * 1000), record.step))
                     self._steps[key] = record.step
                 if len(self._unsent) == _BATCH:
@@ -299,9 +300,11 @@ class MlflowSender:
         name = contents.model_name(read_config(self._run_dir), self._target.experiment)
         with contextlib.suppress(MlflowException):  # exists; anything else shows at the next call
             self._client.create_registered_model(name)
+
         versions = {}
         for version in self._client.search_model_versions(f"run_id = '{self._run_id}'"):
             versions[version.tags.get("expertail.digest")] = version.version
+
         for which, (folder, digest) in found.items():
             if digest not in versions:
                 model_id = self._send_model(which, folder, digest)
@@ -327,6 +330,7 @@ class MlflowSender:
         logged = found[0] if found else self._client.create_logged_model(
             experiment_id, name=which, source_run_id=self._run_id, tags={"expertail.digest": digest}
         )  # fmt: skip
+
         with tempfile.TemporaryDirectory() as scratch:
             model = Model(
                 artifact_path=logged.artifact_location, run_id=self._run_id,
@@ -335,6 +339,7 @@ class MlflowSender:
             _save_pyfunc(Path(scratch), folder, model)
             self._client.log_model_artifacts(logged.model_id, str(Path(scratch) / "model"))
         self._client.finalize_logged_model(logged.model_id, "READY")
+
         outputs = self._client.get_run(self._run_id).outputs
         if logged.model_id not in {output.model_id for output in outputs.model_outputs}:
             step = int(self._read(f"evaluation/{which}.json").get("step", 0))

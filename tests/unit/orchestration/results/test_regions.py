@@ -13,7 +13,7 @@ from experts.data.dataset import open_dataset
 from orchestration.cli import main
 from orchestration.config.compose import load_config
 from orchestration.results.pictures import write_report
-from orchestration.results.regions import _before, draw_regions_if_heads_alone
+from orchestration.results.regions import _starting_model, draw_regions_if_heads_alone
 from orchestration.results.saved_run import open_run
 from orchestration.storage.checkpoint import Checkpoints, read_tensors
 from orchestration.storage.exports import export
@@ -96,7 +96,7 @@ def test_a_report_has_the_regions_of_every_member_before_and_after(host, request
 def test_before_are_the_weights_that_the_last_stage_began_with(ride):
     """They are those of stage train's checkpoint; heads and BatchNorm's statistics alone have moved since."""
     saved = open_run(str(ride), "last", "test", [])
-    before, after = _before(saved).ensemble.state_dict(), saved.model.ensemble.state_dict()
+    before, after = _starting_model(saved).ensemble.state_dict(), saved.model.ensemble.state_dict()
     trained = {}
     for name in ("trunk", "expert0", "expert1", "expert2"):
         trained |= read_tensors(ride / "checkpoints" / "00-train-00000002", name)
