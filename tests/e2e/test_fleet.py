@@ -11,7 +11,7 @@ import pytest
 from orchestration.cluster.connection import resolve_resources, start_ray
 from orchestration.cluster.failures import WorkerLost
 from orchestration.cluster.fleet import Fleet
-from orchestration.cluster.placement import NoRoom, check_fits, largest_share
+from orchestration.cluster.placement import check_fits
 from orchestration.config.compose import load_config
 from orchestration.training.mesh import mesh_shape
 
@@ -62,15 +62,6 @@ def test_shares_of_cpus_are_found_for_any_number_of_workers(local_ray):
 
 
 @pytest.mark.parametrize(
-    ("workers", "nodes", "share"),
-    [(3, [1, 1], 0.5), (2, [5, 3], 3), (2, [3, 1], 1), (1, [64], 8), (3, [2], 0.66), (6, [2, 2], 0.66)],
-)
-def test_the_largest_share_that_fits_uneven_nodes_is_found(workers, nodes, share):
-    assert largest_share(workers, nodes) == share
-    check_fits(workers, {"CPU": share}, {str(i): {"CPU": float(n)} for i, n in enumerate(nodes)})
-
-
-@pytest.mark.parametrize(
     "text",
     [
         "[../third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:1234: Connection reset by peer",
@@ -89,13 +80,3 @@ def test_a_broken_exchange_is_a_lost_worker(text, local_ray):
     with pytest.raises(ray.exceptions.RayTaskError) as caught:
         ray.get(exchange.remote())
     assert isinstance(fleet._diagnose(caught.value, []), WorkerLost)
-
-
-def test_what_does_not_fit_is_counted_by_node():
-    """Two nodes of 4 CPUs have two places for 3 CPUs, not 8 // 3."""
-    nodes = {"a": {"CPU": 4.0}, "b": {"CPU": 4.0, "GPU": 1.0}}
-    check_fits(2, {"CPU": 3.0}, nodes)
-    with pytest.raises(NoRoom, match="has places for 2"):
-        check_fits(3, {"CPU": 2.5}, nodes)
-    with pytest.raises(NoRoom, match="b: 4 CPUs, 1 GPUs"):
-        check_fits(2, {"CPU": 1.0, "GPU": 1.0}, nodes)

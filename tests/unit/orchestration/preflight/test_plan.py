@@ -7,7 +7,6 @@ import torch
 
 from experts.data.dataset import open_dataset
 from experts.ensemble import build_ensemble
-from orchestration.cluster.placement import pack
 from orchestration.commands.plan import plan_text
 from orchestration.config.compose import load_config
 from orchestration.preflight.plan import expected_counts, plan
@@ -338,24 +337,6 @@ def test_nodes_that_are_too_few_are_refused():
     plan(config, {"a": {"CPU": 4.0}, "b": {"CPU": 2.0}})
     with pytest.raises(ValueError, match="places for 2"):
         describe(config, {"a": {"CPU": 4.0}})
-
-
-def test_workers_are_packed_on_few_nodes_the_emptiest_first():
-    """Left after one worker of 1 CPU: 3 of 4, 1 of 2, 7 of 8. Ray's scheduler takes the largest share first."""
-    nodes = {"a": {"CPU": 4.0}, "b": {"CPU": 2.0}, "c": {"CPU": 8.0}}
-    assert pack(3, {"CPU": 1.0}, nodes).nodes == ("c",)
-    over = pack(10, {"CPU": 1.0}, nodes)
-    assert over.nodes == ("c", "a") and over.on("a") == [8, 9] and over.on("b") == []
-    assert pack(15, {"CPU": 1.0}, nodes) is None
-    assert pack(14, {"CPU": 1.0}, nodes).nodes == ("c", "a", "b")
-
-
-def test_packing_counts_gpus_memory_and_fractions():
-    nodes = {"a": {"CPU": 4.0, "memory": 2e9}, "b": {"CPU": 4.0, "GPU": 2.0, "memory": 9e9}}
-    assert pack(2, {"CPU": 1.0, "GPU": 1.0}, nodes).nodes == ("b",)
-    assert pack(3, {"CPU": 1.0, "GPU": 1.0}, nodes) is None
-    assert pack(3, {"CPU": 1.0, "memory": 3e9}, nodes).nodes == ("b",)
-    assert pack(3, {"CPU": 0.66}, {"one": {"CPU": 2.0}}).node_of == (0, 0, 0)
 
 
 def test_the_picture_shows_every_worker_on_its_node():
