@@ -27,26 +27,18 @@ class Console:
     """Shows progress and messages on one stream; never raises.
 
     Args:
-        total_steps: steps of the whole run, where known before the first `step`.
-        interval_s: seconds between plain lines; a terminal is refreshed at most four times per second whatever it is.
+        interval_s: seconds between plain lines. A terminal is refreshed at most four times per second.
         stream: a terminal gets the live view, a dumb one and anything else plain lines without colour codes.
         label: begins every line. Stages that train side by side have one each, and plain lines even on a terminal.
     """
 
-    def __init__(
-        self,
-        total_steps: int | None = None,
-        *,
-        interval_s: float = 10.0,
-        stream: TextIO | None = None,
-        label: str = "",
-    ) -> None:
+    def __init__(self, *, interval_s: float = 10.0, stream: TextIO | None = None, label: str = "") -> None:
         self._stream = sys.stderr if stream is None else stream
         self._label = label
         self._interval_s = interval_s
         self._pace = _Pace()
         self._line_at = -math.inf
-        self._moment = (0, 0, 0, total_steps or 0)
+        self._moment = (0, 0, 0, 0)
         self._values: dict[str, float] = {}
         self._evaluation: dict[str, Any] = {}
         self._live: Any = None

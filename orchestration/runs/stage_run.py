@@ -245,6 +245,12 @@ class StageRun:
         return min(due, self.step + max(1, int(self._pace * _INTERVAL_S)))
 
     def _note(self, first: int, interval: Interval) -> None:
+        """Write an interval to the journal and show it.
+
+        Args:
+            first: the step before the interval.
+            interval: what rank 0 returned; its losses are those of all workers.
+        """
         if "first_step" not in self.run.marks:
             self.run.marks["first_step"] = time.time()
             self.folder.note(startup_s=_differences(self.run.marks))
