@@ -60,7 +60,7 @@ def module_name(path):
 
 
 @pytest.mark.parametrize(("package", "ours"), [("experts", {"experts"}), ("aggregation", {"aggregation", "experts"})])
-def test_what_experts_and_aggregation_import(package, ours):
+def test_experts_and_aggregation_import_few_libraries(package, ours):
     for path in files(package):
         extra = imported(path) - set(sys.stdlib_module_names) - LIBRARIES - ours
         assert not extra, f"{named(path)} imports {', '.join(sorted(extra))}"

@@ -141,7 +141,7 @@ def test_our_source_runs_nothing_that_it_reads(path):
         "tree['_target_']",
     ],
 )
-def test_the_scan_finds(line):
+def test_the_scan_finds_dangerous_code(line):
     assert unsafe(line, "experts/x.py")
 
 

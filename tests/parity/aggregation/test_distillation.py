@@ -43,13 +43,13 @@ def distilled(distillation, logits, epoch=160, objective=None, teacher=TEACHER):
 
 
 @pytest.mark.parametrize(("epoch", "published"), [(160, 89.170372), (161, 135.161163)])
-def test_total(epoch, published):
+def test_the_total_is_the_published_one(epoch, published):
     loss, terms = distilled(MeanLogits(MeanLogits.Config()), leaf(), epoch)
     close(loss, published)
     close(terms["distillation"], 0.051601)
 
 
-def test_gradient():
+def test_the_gradient_is_the_published_one():
     logits = leaf()
     distilled(MeanLogits(MeanLogits.Config()), logits)[0].backward()
     close(logits.grad[0], [[-1.733399, 1.370367, 0.363032], [0.734077, 0.774952, -1.509029]])

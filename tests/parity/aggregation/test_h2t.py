@@ -81,7 +81,7 @@ def test_ratio_0_is_the_receiver_ratio_1_the_donor_and_inputs_stay_as_they_are()
     assert torch.equal(x2, maps()[1])
 
 
-def test_what_does_not_fit_is_refused():
+def test_inputs_that_do_not_fit_are_refused():
     x1, x2 = maps()
     for receiver, donor, order in ((x1, x2[:1], FIRST), (x1, x2[:, :7], FIRST), (x1, x2, FIRST[:7])):
         with pytest.raises(ValueError, match="one shape"):
@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_refused():
             H2T.Config(ratio=ratio)
 
 
-def test_step():
+def test_one_step_is_the_published_one():
     f1 = torch.tensor([[1.0, 2, 3, 4], [0, 1, 0, 2]], dtype=torch.float64)
     f2 = torch.tensor([[5.0, 6, 7, 8], [1, 1, 1, 1]], dtype=torch.float64)
     fused = fuse(f1, f2, 0.5, torch.tensor([0, 1, 3, 2]))

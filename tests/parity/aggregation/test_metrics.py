@@ -41,7 +41,7 @@ def test_group_sizes_of_cifar10():
     assert sizes(groups_by_index(counts, (3, 7))) == (3, 4, 3)
 
 
-def test_group_accuracies():
+def test_group_accuracies_are_the_published_ones():
     labels = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 3])
     predictions = torch.tensor([0, 0, 1, 1, 0, 2, 2, 3, 2, 0])
     scores = Scores()

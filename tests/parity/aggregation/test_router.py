@@ -60,7 +60,7 @@ def test_running_predictions_and_targets():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_loss(dtype):
+def test_the_loss_is_the_published_one(dtype):
     loss, terms = loss_of(outputs_EBX(dtype))
     assert loss.item() == pytest.approx(14.302207, abs=2e-6)
     assert terms["gate"].sum().item() == pytest.approx(2 * loss.item(), rel=1e-6)

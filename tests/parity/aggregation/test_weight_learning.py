@@ -45,7 +45,7 @@ def softmax(x):
     return e / e.sum(axis=-1, keepdims=True)
 
 
-def test_cosines():
+def test_cosines_are_the_published_ones():
     uniform_E = torch.full((3,), 1 / 3)
     first_BC, second_BC = (combine(uniform_E, view).softmax(dim=1) for view in VIEWS)
     close(cosine_similarity(first_BC, second_BC), [0.985027, 0.986568])

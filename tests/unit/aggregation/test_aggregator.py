@@ -28,16 +28,16 @@ def close(scores, expected, **tolerance):
     torch.testing.assert_close(scores, torch.tensor(expected, dtype=scores.dtype), **tolerance)
 
 
-def test_mean_logits():
+def test_mean_logits_are_right_by_hand():
     """(6 + 0 + 0) / 3 = 2 and (0 + 1 + 1) / 3: class 0."""
     close(rule(MeanLogits)(Outputs(LOGITS)), [[2.0, 2 / 3]])
 
 
-def test_sum_logits():
+def test_summed_logits_are_right_by_hand():
     close(rule(SumLogits)(Outputs(LOGITS)), [[6.0, 2.0]])
 
 
-def test_mean_probabilities():
+def test_mean_probabilities_are_right_by_hand():
     """(0.997527 + 0.268941 + 0.268941) / 3 = 0.511803."""
     log_p = rule(MeanProbabilities)(Outputs(LOGITS))
     close(log_p.exp(), [[0.511803, 0.488197]], atol=1e-6, rtol=0)

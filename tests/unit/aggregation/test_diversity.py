@@ -38,7 +38,7 @@ def saying(*predictions, num_classes=6):
     }
 
 
-def test_results_by_hand():
+def test_results_are_right_by_hand():
     """Five images of classes 0 0 1 (many), 2 (medium), 4 (few).
 
     image   experts say   main   pairs apart   error   main wrong   leave main
@@ -65,7 +65,7 @@ def test_results_by_hand():
     assert pairs == {("expert0", "expert1"): 0, ("expert0", "expert2"): 0.4, ("expert1", "expert2"): 0.4}
 
 
-def test_divergence_by_hand():
+def test_divergence_is_right_by_hand():
     """Logits (ln 9, 0) and (0, 0): their mean is (ln 3, 0), so q = (3/4, 1/4), p = (9/10, 1/10) and (1/2, 1/2)."""
     logits = torch.tensor([[[math.log(9), 0.0]], [[0.0, 0.0]]], dtype=torch.float64)
     first = 3 / 4 * math.log(0.75 / 0.9) + 1 / 4 * math.log(0.25 / 0.1)
@@ -258,7 +258,7 @@ def test_logits_that_are_not_finite_are_refused_by_expert(bad):
     assert diversity.num_images == 0
 
 
-def test_what_does_not_fit_is_refused():
+def test_inputs_that_do_not_fit_are_refused():
     experts, labels = draw()
     diversity = taken(experts, labels)
     one = {"expert0": experts["expert0"]}

@@ -75,7 +75,7 @@ def test_calibration_refuses_what_is_no_confidence(confidence, correct):
         expected_calibration_error(np.array(confidence), np.array(correct, bool))
 
 
-def test_results_by_hand():
+def test_results_are_right_by_hand():
     """Class 0 (many): 1 of 2 right; class 2 (medium): 1 of 1; class 4 (few): 0 of 1; the others have no image.
 
     Scores are log-probabilities of 0.9 for the prediction and 0.02 for the five others.
@@ -182,7 +182,7 @@ def test_scores_that_are_not_finite_are_refused_by_member(bad):
     assert scores.num_images == 0
 
 
-def test_what_does_not_fit_is_refused():
+def test_inputs_that_do_not_fit_are_refused():
     member_logits, labels = draw()
     scores = scored(member_logits, labels)
     with pytest.raises(ValueError, match="cannot take in scores of expert0"):

@@ -31,7 +31,7 @@ def build(**changes):
         ({"num_classes": 1}, "num_classes = 1"),
     ],
 )
-def test_what_cannot_be_built_is_refused(changes, message):
+def test_an_ensemble_that_cannot_be_built_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         build(**changes)
 

@@ -152,7 +152,7 @@ def test_crop_and_mirror_are_exact():
         torch.testing.assert_close(mine, F.normalize(expected.float() / 255, MEAN, STD), atol=1e-6, rtol=0)
 
 
-def test_a_view_is_that_of_its_position_whoever_is_asked_for_with_it():
+def test_a_view_depends_on_its_position_alone():
     whole = maker().make(np.arange(40), 3, 0)
     some = np.array([31, 2, 17])
     assert torch.equal(maker().make(some, 3, 0), whole[some])

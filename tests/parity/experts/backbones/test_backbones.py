@@ -75,7 +75,7 @@ def close(found, published):
     ],
     ids=["reduced", "unreduced"],
 )
-def test_forward(reduce_dimension, logits, features):
+def test_scores_are_the_published_ones(reduce_dimension, logits, features):
     net = resnet32(CosineHead.Config(), num_classes=10, num_experts=3, reduce_dimension=reduce_dimension).double()
     fill_convolutions(net)
     for expert in net.experts.values():
@@ -91,7 +91,7 @@ def test_forward(reduce_dimension, logits, features):
     assert torch.equal(logits_EBC[0], logits_EBC[2])
 
 
-def test_cosine_head_alone():
+def test_the_cosine_head_alone_is_the_published_one():
     head = CosineHead(CosineHead.Config(scale=30), 4, 3)
     head.weight.data = torch.tensor([[1.0, 0, -1], [2, 1, 0], [0, 1, 1], [-1, 0.5, 2]])
     scores = head(torch.tensor([[1.0, 2, 3, 4], [0.5, -1, 0, 2]]))

@@ -32,14 +32,14 @@ def falling(classes):
 
 
 @pytest.mark.parametrize(("ratio", "total"), TOTALS.items())
-def test_cifar100_totals(ratio, total):
+def test_totals_of_cifar100_are_the_published_ones(ratio, total):
     forward, backward = (counts(f"{kind}-{ratio}", CIFAR100_LT, [100] * 100) for kind in ("forward", "backward"))
     assert forward.sum() == backward.sum() == total
     assert (forward == backward[::-1]).all()
     assert counts("uniform", CIFAR100_LT, [100] * 100).sum() == 10_000
 
 
-def test_cifar100_counts():
+def test_counts_of_cifar100_are_the_published_ones():
     forward, backward, slight = (
         counts(name, CIFAR100_LT, [100] * 100) for name in ("forward-50", "backward-50", "forward-2")
     )
@@ -63,7 +63,7 @@ def test_totals_of_the_published_lists(classes, each, name, total):
     assert counts(name, falling(classes), [each] * classes).sum() == total
 
 
-def test_inaturalist_lists():
+def test_lists_of_inaturalist_match_the_published_ones_but_for_one_class():
     assert np.bincount(counts("forward-2", falling(8142), [3] * 8142)).tolist() == [0, 3379, 4762, 1]
     # The published list of ratio 3 has 5136, 3004 and 2 classes; see Differs.
     assert np.bincount(counts("backward-3", falling(8142), [3] * 8142)).tolist() == [0, 5137, 3004, 1]

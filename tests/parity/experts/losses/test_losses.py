@@ -35,12 +35,12 @@ def per_image(loss, logits_BC):
     return torch.cat([loss(logits_BC[None, b : b + 1], LABELS[b : b + 1]) for b in range(len(LABELS))])
 
 
-def test_cross_entropy():
+def test_cross_entropy_is_the_published_one():
     close(cross_entropy(Z[None], LABELS, denominator=IMAGES), [0.860007])
     close(per_image(lambda z, y: cross_entropy(z, y, denominator=ONE), Z), [0.342350, 1.536052, 0.701620])
 
 
-def test_cross_entropy_objective():
+def test_the_cross_entropy_objective_gives_the_published_loss():
     objective, progress = CrossEntropy(CrossEntropy.Config(), COUNTS, 1), Progress(1, 1)
     loss, terms = objective(Z[None], LABELS, objective.denominators(LABELS, progress), progress)
     close(loss, 0.860007)
@@ -57,7 +57,7 @@ def test_cross_entropy_objective():
         (0.0, [1.0, 1.0, 1.0, 1.0]),
     ],
 )
-def test_class_balanced_weights(beta, published):
+def test_class_balanced_weights_are_the_published_ones(beta, published):
     close(effective_number_weights(COUNTS, beta=beta), published)
 
 
@@ -68,7 +68,7 @@ def test_class_balanced_cross_entropy_divides_by_the_sum_of_weights():
     close(cross_entropy(Z[None], LABELS, denominator=IMAGES, weight_C=weight_C), [1.151134])  # the frequent mistake
 
 
-def test_ldam():
+def test_ldam_is_the_published_loss():
     margin_C = ldam_margins(COUNTS, max_margin=0.5)
     close(margin_C, [0.223607, 0.281171, 0.397635, 0.5])
     close(ldam_loss(30 * COSINES[None], LABELS, margin_C=margin_C, scale=30, denominator=IMAGES), [9.477221])

@@ -56,7 +56,7 @@ def at(epoch, epochs=200):
         (90, 90, 0.207900),
     ],
 )
-def test_alpha(epochs, epoch, published):
+def test_alpha_is_the_published_one(epochs, epoch, published):
     close(BBN(BBN.Config(), COUNTS, 2).alpha(at(epoch, epochs)), published)
 
 
@@ -125,7 +125,7 @@ def test_first_epoch_ignores_the_second_branch():
     assert torch.count_nonzero(b.grad) == 0
 
 
-def test_middle_of_training():
+def test_the_middle_of_training_is_as_published():
     ensemble, (a, b), half_EBC, loss, _ = mixed(epoch=101)
     close(half_EBC.detach().sum(dim=0), [[0.925, 0.6, -0.45], [0.65, 0.55, -0.25]])
     close(loss, 1.081180)
@@ -135,7 +135,7 @@ def test_middle_of_training():
     assert ensemble.experts["rebalancing"].head.bias is None
 
 
-def test_last_epoch():
+def test_the_last_epoch_is_as_published():
     _, _, half_EBC, loss, _ = mixed(epoch=200)
     close(half_EBC.detach().sum(dim=0), [[0.554987, -1.028055, -0.005985], [1.242020, -0.042020, 0.786035]])
     close(loss, 1.120739)
@@ -149,7 +149,7 @@ def test_a_trained_model_has_neither_alpha_nor_the_factor():
     close(torch.stack(halves).sum(dim=0).detach(), [[0.8, 0.05, -0.3], [0.85, 0.35, 0.1]])
 
 
-def test_reversed_sampling():
+def test_reversed_sampling_is_as_published():
     sampler = Reversed(Reversed.Config(), np.repeat(np.arange(3), COUNTS.numpy()), 3)
     close(sampler.class_probabilities(Progress(1, 1)), [0.009009, 0.090090, 0.900901], atol=6e-7)
 

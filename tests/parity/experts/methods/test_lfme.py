@@ -57,7 +57,7 @@ def test_a_teacher_that_is_never_right_has_no_weight():
         (90, [1, 1.773585, 1.947826, 1.5]),
     ],
 )
-def test_instance_schedule(epoch, published):
+def test_the_instance_schedule_is_the_published_one(epoch, published):
     u = tensor([1, 12 / 53, 12 / 230, 0.5])
     close(instance_factors(u, Progress(epoch, 90), clamp=False), published)
     close(instance_factors(u, Progress(epoch, 90), clamp=True), np.minimum(published, 1).tolist())
@@ -96,7 +96,7 @@ def call(logits, labels, teachers, groups, weights, factors, **settings):
     )
 
 
-def test_distillation_term():
+def test_the_distillation_term_is_the_published_one():
     """The published value is the mean over elements times the group's size: the sum over classes, mean over images."""
     _, _, kl_T = call(tensor([[2, 0.5], [0.1, 0.3]]), [0, 0], [[[1, 1.5], [-0.4, 0.2]]], [[0, 1]], [1], [1, 1])
     close(kl_T, [0.064019])
@@ -106,7 +106,7 @@ Z, Y = [[2, 0.5, -1, 0.3], [0.1, 0.3, 0.8, -0.2]], [0, 3]
 T_MANY, T_LOW = [[1, 1.5], [-0.4, 0.2]], [[0.3, -0.2], [1.2, -0.7]]
 
 
-def test_total_and_gradient():
+def test_total_and_gradient_are_the_published_ones():
     logits = tensor(Z).requires_grad_()
     weights = teacher_weights(tensor([0.45, 0.1]), tensor([0.6, 0.5]), alpha=0.3)
     close(weights, [0.357143, 1])

@@ -53,11 +53,11 @@ def test_branches_and_their_common_denominator():
 
 
 @pytest.mark.parametrize(("beta", "published"), [(0.995, 0.662944), (0.72, 0.539051)])
-def test_loss(beta, published):
+def test_the_loss_is_the_published_one(beta, published):
     close(evaluate(leaf(), beta=beta)[0], published)
 
 
-def test_gradients():
+def test_gradients_are_the_published_ones():
     logits = leaf()
     evaluate(logits, beta=0.995)[0].backward()
     head = [[-0.035881, 0.029368, 0.006513], [0.039443, 0.047921, -0.087364], [0.044744, -0.066933, 0.022188]]

@@ -46,7 +46,7 @@ def ride(**settings) -> RIDE:
     return RIDE(RIDE.Config(**{"diversity_factor": -0.45, "reweight_epoch": 160} | settings), COUNTS, 3)
 
 
-def test_constants():
+def test_constants_are_the_published_ones():
     objective = ride()
     close(objective.margin_C, [0.158114, 0.281171, 0.5])
     close(objective.weight_C, [0.027159, 0.270369, 2.702472])
@@ -59,7 +59,7 @@ def test_temperatures_of_the_large_sets(factor, published):
     close(class_temperatures(COUNTS, factor=factor), published)
 
 
-def test_before_reweighting():
+def test_the_loss_before_reweighting_is_the_published_one():
     logits = leaf()
     loss, terms = evaluate(ride(), logits, epoch=160)
     loss.backward()
@@ -70,7 +70,7 @@ def test_before_reweighting():
     close(logits.grad[2], [[-0.460702, 0.198575, 0.262127], [0.365593, 0.091273, -0.456866]])
 
 
-def test_after_reweighting():
+def test_the_loss_after_reweighting_is_the_published_one():
     logits = leaf()
     loss, terms = evaluate(ride(), logits, epoch=161)
     loss.backward()
@@ -99,7 +99,7 @@ def test_individual_loss_without_diversity_is_the_sum_of_the_ldam_terms():
 
 
 @pytest.mark.parametrize(("epoch", "published"), [(160, 9.287190), (161, 14.982505)])
-def test_ldam_alone(epoch, published):
+def test_ldam_alone_is_the_published_loss(epoch, published):
     objective = LDAM(LDAM.Config(reweight_epoch=160), COUNTS, 1)
     close(evaluate(objective, leaf()[:1], epoch)[0], published)
 

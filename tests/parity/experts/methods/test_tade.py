@@ -45,7 +45,7 @@ def cifar100_counts(ratio):
     return torch.tensor([int(500 * ratio ** (-c / 99)) for c in range(100)])
 
 
-def test_offsets():
+def test_offsets_are_the_published_ones():
     offset_EC = tade_offsets(COUNTS, tau=1)
     close(offset_EC[0], [0, 0, 0])
     close(offset_EC[1], [-0.104360, -2.406945, -4.709530])
@@ -54,7 +54,7 @@ def test_offsets():
 
 
 @pytest.mark.parametrize(("tau", "inverse", "published"), [(1, 4.959020, 7.184151), (2, 7.258133, 9.483264)])
-def test_loss_and_terms(tau, inverse, published):
+def test_loss_and_terms_are_the_published_ones(tau, inverse, published):
     loss, terms = evaluate(leaf(), tau=tau)
     close(loss, published)
     close(terms["forward"], 0.492366)
@@ -62,7 +62,7 @@ def test_loss_and_terms(tau, inverse, published):
     close(terms["inverse"], inverse)
 
 
-def test_gradients():
+def test_gradients_are_the_published_ones():
     logits = leaf()
     evaluate(logits, tau=1)[0].backward()
     close(logits.grad[0], [[-0.107201, 0.087645, 0.019556], [0.118059, 0.144198, -0.262258]])
@@ -74,7 +74,7 @@ def test_gradients():
 @pytest.mark.parametrize(
     ("counts", "inverse"), [([3, 90, 3, 90, 20], [90, 3, 90, 3, 20]), ([50, 10, 10, 1], [1, 10, 10, 50])]
 )
-def test_inverse_counts(counts, inverse, ties):
+def test_inverse_counts_are_the_published_ones(counts, inverse, ties):
     assert inverse_counts(torch.tensor(counts), ties=ties).tolist() == inverse
 
 

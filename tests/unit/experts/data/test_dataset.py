@@ -81,7 +81,7 @@ def test_what_is_left_is_as_if_the_bad_files_had_never_been_there(tree, tmp_path
 
 
 @RESIDENT_OR_STREAMED
-def test_a_worker_that_is_told_leaves_out_the_same_without_looking(tree, resident):
+def test_a_worker_leaves_out_the_listed_files_without_looking(tree, resident):
     damage(tree, *BAD)
     config = settings(tree, resident=resident, quarantine=3)
     found = open_dataset(config)
@@ -193,7 +193,7 @@ def test_it_is_for_files_alone():
         DatasetConfig(name="tree", source="image_folder", quarantine=-1)
 
 
-def test_what_is_left_out_is_plain_data(tree):
+def test_the_list_of_left_out_files_is_plain_data(tree):
     damage(tree, BAD[0])
     item = open_dataset(settings(tree, quarantine=1)).left_out[0]
     assert json.loads(json.dumps(vars(item))) == {"path": BAD[0], "label": 0, "reason": item.reason}

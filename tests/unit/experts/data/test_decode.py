@@ -54,7 +54,7 @@ def test_an_exif_orientation_is_not_applied(tmp_path, orientation):
     assert plain.shape == (3, 20, 30)
 
 
-def test_of_several_frames_the_first_counts(tmp_path):
+def test_the_first_of_several_frames_counts(tmp_path):
     frames = [Image.fromarray(PIXELS[..., i]) for i in range(3)]
     path = saved(tmp_path / "moving.gif", frames[0], save_all=True, append_images=frames[1:])
     assert torch.equal(decode_file(path)[0], torch.from_numpy(PIXELS[..., 0]))

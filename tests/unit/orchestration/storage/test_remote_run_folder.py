@@ -267,7 +267,7 @@ def test_storage_that_has_lost_its_checkpoints_is_refused(url, tmp_path):
         elsewhere(url, tmp_path)
 
 
-def test_what_was_half_put_is_removed(url, tmp_path):
+def test_half_sent_files_are_removed(url, tmp_path):
     RemoteRunFolder(tmp_path / "here", url).close()
     part = tmp_path / "bucket/runs/one/run.json.part-12345678"
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -290,7 +290,7 @@ def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(url, tmp_path, monke
         elsewhere(url, tmp_path)
 
 
-def test_a_connection_that_failed_is_made_anew(url, tmp_path, monkeypatch):
+def test_a_failed_connection_is_opened_again(url, tmp_path, monkeypatch):
     """As of sftp, whose connection does not come back by itself."""
     kept, opened = UrlStore(url), []
     connect = UrlStore._connect
@@ -314,7 +314,7 @@ def test_a_copy_whose_making_was_cut_off_is_made_again(url, tmp_path, monkeypatc
     other.close()
 
 
-def test_what_was_removed_there_is_begun_anew(url, tmp_path):
+def test_a_run_that_was_removed_there_starts_from_nothing(url, tmp_path):
     put(url, tmp_path)
     shutil.rmtree(tmp_path / "bucket")
     again = RemoteRunFolder(tmp_path / "here", url)
@@ -350,7 +350,7 @@ def test_a_lock_without_a_sign_of_life_is_taken(url, tmp_path, place):
     RemoteRunFolder(tmp_path / "here", url).close()
 
 
-def test_who_lost_the_lock_writes_nothing_more(url, tmp_path):
+def test_a_holder_that_lost_the_lock_writes_nothing_more(url, tmp_path):
     holder = RemoteRunFolder(tmp_path / "here", url)
     train(holder, 4)
     holder.settle(10)
@@ -387,7 +387,7 @@ def test_storage_that_fails_for_a_while_stops_nothing(url, tmp_path, monkeypatch
     other.close()
 
 
-def test_what_could_not_be_put_is_told_with_its_place(url, tmp_path, monkeypatch):
+def test_files_that_could_not_be_sent_are_reported_with_their_place(url, tmp_path, monkeypatch):
     folder = RemoteRunFolder(tmp_path / "here", url)
     monkeypatch.setattr(UrlStore, "write", lambda *_: (_ for _ in ()).throw(StorageProblem("no credentials")))
     train(folder, 4)

@@ -65,7 +65,7 @@ def test_two_processes_that_see_a_folder_first_agree_on_its_key(tmp_path):
     assert (two.values["key"], two.values["run_id"]) == (one.values["key"], "x")
 
 
-def test_what_libraries_print_is_logged_without_secrets(tmp_path):
+def test_library_output_is_logged_without_secrets(tmp_path):
     with open(tmp_path / "log", "w") as file:
         print("Traceback: http://me:s3cret@h/api", file=RedactedStream(file))
     assert (tmp_path / "log").read_text() == "Traceback: http://h/api\n"

@@ -35,7 +35,7 @@ def test_every_divisor_is_a_shape_and_nothing_else(experts):
 
 @pytest.mark.parametrize("experts", EVERY)
 @pytest.mark.parametrize("workers", range(2, 17))
-def test_what_does_not_fit_is_refused_with_the_counts_that_do(experts, workers):
+def test_counts_that_do_not_fit_are_refused_with_those_that_do(experts, workers):
     if workers % experts == 0:
         assert mesh_shape(experts, workers).workers == workers
         return

@@ -72,7 +72,7 @@ def test_a_stage_that_starts_from_another_does_not_begin_with_them(weights):
 
 
 @pytest.mark.parametrize("stage", ["few", "student"])
-def test_every_network_that_begins_anew_begins_with_them(stage, weights):
+def test_every_new_network_starts_from_pretrained_weights(stage, weights):
     """LFME's student, too, comes after other stages but not from their weights."""
     config = load_config([*WORDS, "method=lfme", f"method.backbone_weights={weights}"])
     assert config.method.starts_from(stage) is None
