@@ -1,7 +1,7 @@
-"""The doctor command: what a config needs, against what this machine and its cluster have. Looks, and changes nothing.
+"""`expertail doctor`: compare what a config needs with what this machine and its cluster have. Changes nothing.
 
-The nodes of a cluster are asked in node_checks.py, a tracking store in tracking_checks.py. Every check is a function
-that yields findings. One that fails to look is a finding itself, so the list is always whole.
+Every check is a function that yields findings. A check that raises is a finding too, so the list is always complete.
+The nodes of a cluster are checked in preflight/node_checks.py, a tracking store in preflight/tracking_checks.py.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from orchestration.preflight.checks import Finding, nearest_existing, run_check
 from orchestration.preflight.tracking_checks import check_tracking
 from orchestration.results.text import plural
 
-if TYPE_CHECKING:  # what loads torch is imported where it is used: a torch that does not load is a finding
+if TYPE_CHECKING:  # modules that load torch are imported where they are used: a torch that does not load is a finding
     from orchestration.config.run_config import RunConfig
     from orchestration.training.mesh import MeshShape
 
 _PYTHON = (3, 11)
-_PATIENCE_S = 3.0  # for anything on a network
+_TIMEOUT_S = 3.0  # for anything on a network
 _GIB = 2**30
 _FREE_GIB = 1.0  # room for checkpoints, exports and the journal
 
@@ -43,29 +43,32 @@ def examine(overrides: list[str]) -> tuple[str, bool]:
         overrides: as for training.
 
     Returns:
-        One line per finding, and whether none of them is a FAIL. Nothing is raised.
+        One line per finding, and True if none of them is a FAIL. Nothing is raised.
     """
     findings = [*run_check("python", _python), *run_check("libraries", _libraries)]
     try:
         from orchestration.config.compose import load_config
 
         config = load_config(overrides)
-    except Exception as error:  # whatever it is, it belongs in the list
+    except Exception as error:  # whatever it is, it belongs on the list
         findings.append(Finding("FAIL", "config", str(error)))
-        findings.append(Finding("warn", "config", "cluster, folders, tracking and data were not checked without it"))
+        findings.append(Finding("warn", "config", "without it, cluster, folders, tracking and data were not checked"))
     else:
         title = f"{config.method.name} on {config.dataset.name}, run {config.run_name}"
         findings.append(Finding("ok", "config", title))
         for name, check in CHECKS.items():
             findings += run_check(name, lambda check=check: check(config))  # type: ignore[misc]
+    return _report(findings), all(finding.state != "FAIL" for finding in findings)
+
+
+def _report(findings: list[Finding]) -> str:
     width = max(len(finding.what) for finding in findings)
     indent = "\n" + " " * (width + 8)
     lines = [f"{f.state:<4}  {f.what:<{width}}  {f.text.replace(chr(10), indent)}" for f in findings]
     failures = sum(finding.state == "FAIL" for finding in findings)
     warnings = sum(finding.state == "warn" for finding in findings)
     verdict = "ready" if not failures else "not ready"
-    lines.append(f"{verdict}: {plural(failures, 'failure')}, {plural(warnings, 'warning')}")
-    return "\n".join(lines), not failures
+    return "\n".join([*lines, f"{verdict}: {plural(failures, 'failure')}, {plural(warnings, 'warning')}"])
 
 
 def _python() -> Iterator[Finding]:
@@ -79,7 +82,7 @@ def _python() -> Iterator[Finding]:
 
 
 def _libraries() -> Iterator[Finding]:
-    """Installed versions against what this project asks for, and torch against torchvision."""
+    """Compare the installed versions with those that this project needs, and torch with torchvision."""
     from packaging.requirements import Requirement
 
     good = []
@@ -104,7 +107,7 @@ def _libraries() -> Iterator[Finding]:
 def _requirements() -> list[str]:
     try:
         return importlib.metadata.requires("expertail") or []
-    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+    except importlib.metadata.PackageNotFoundError:  # this checkout is not installed
         with open(code_root() / "pyproject.toml", "rb") as file:
             return tomllib.load(file)["project"]["dependencies"]
 
@@ -129,12 +132,12 @@ def _gpus(config: RunConfig) -> Iterator[Finding]:
 
     found = torch.cuda.device_count()
     wanted = config.cluster.gpus_per_worker * config.cluster.workers
-    text = f"{plural(found, 'GPU')} on this machine, {wanted} wanted"
+    text = f"{plural(found, 'GPU')} on this machine, {wanted} needed"
     if not wanted:
         yield Finding("ok", "gpus", text)
     elif _address(config):
         state = "ok" if found else "warn"
-        hint = "" if found else "; this torch finds none, which is right for a head node without GPUs only"
+        hint = "" if found else "; this torch finds none, which is right only for a head node without GPUs"
         yield Finding(state, "gpus", text + hint)
     elif found < wanted:
         yield Finding(
@@ -146,7 +149,7 @@ def _gpus(config: RunConfig) -> Iterator[Finding]:
 
 def _memory(config: RunConfig) -> Iterator[Finding]:
     if _address(config):
-        return  # workers live on the cluster, whose nodes are asked
+        return  # workers run on the cluster, whose nodes are asked
     from orchestration.preflight.plan import WORKER_GIB
 
     memory = psutil.virtual_memory()
@@ -156,19 +159,20 @@ def _memory(config: RunConfig) -> Iterator[Finding]:
         yield Finding("warn", "memory", f"{text}; needed about {needed:g} GiB for {config.cluster.workers} workers; "
                                         f"use fewer workers, or free some")  # fmt: skip
     else:
-        yield Finding("ok", "memory", f"{text}, about {needed:g} GiB wanted")
+        yield Finding("ok", "memory", f"{text}, about {needed:g} GiB needed")
 
 
 def _run_dir(config: RunConfig) -> Iterator[Finding]:
     from orchestration.config.paths import expand
     from orchestration.storage.url_store import check_url, is_url, try_out
 
-    if is_url(config.run.dir):
-        check_url(config.run.dir)
-        try_out(config.run.dir)
-        yield Finding("ok", "run.dir", f"{config.run.dir}: a file was written, read and removed")
-    key = "run.local_dir" if is_url(config.run.dir) else "run.dir"
-    place = expand(config.run.local_dir if is_url(config.run.dir) else config.run.dir)
+    key, folder = "run.dir", config.run.dir
+    if is_url(folder):
+        check_url(folder)
+        try_out(folder)
+        yield Finding("ok", "run.dir", f"{folder}: a file was written, read and removed")
+        key, folder = "run.local_dir", config.run.local_dir
+    place = expand(folder)
     there = nearest_existing(place.absolute())
     advice = f"choose another with {key}"
     if not there.is_dir():
@@ -189,7 +193,7 @@ def _run_dir(config: RunConfig) -> Iterator[Finding]:
 
 
 def _cluster(config: RunConfig) -> Iterator[Finding]:
-    """The placement against what there is. An address that is named must answer; else this machine is looked at."""
+    """Compare the placement with the cluster that the config names, which must answer, or else with this machine."""
     from experts.data.images import usable_cpus
     from orchestration.training.mesh import mesh_shape
 
@@ -210,11 +214,11 @@ def _cluster(config: RunConfig) -> Iterator[Finding]:
     have["memory"] = float(psutil.virtual_memory().available)
     cpus = wanted.cpus_per_worker or largest_share(shape.workers * config.side_by_side, [have["CPU"]])
     threads = config.engine.threads or max(1, int(cpus))
-    yield from _fits(config, shape, cpus, threads, {"this machine": have}, "a Ray of its own on this machine")
+    yield from _fits(config, shape, cpus, threads, {"this machine": have}, "our own Ray on this machine")
 
 
 def _connected(config: RunConfig, shape: MeshShape, address: str) -> Iterator[Finding]:
-    """What the cluster has, and what its nodes say."""
+    """Compare the placement with the cluster's resources, and its nodes with what the run needs."""
     from orchestration.cluster.connection import node_resources, resolve_resources
     from orchestration.cluster.placement import bundle_of, pack
     from orchestration.config.paths import expand
@@ -251,7 +255,7 @@ def _fits(
         "ok",
         "cluster",
         f"{where}: {plural(len(nodes), 'node')}, {total['CPU']:g} CPUs, {total['GPU']:g} GPUs; "
-        f"wanted {shape.workers} x ({cpus:.3g} CPUs, {cluster.gpus_per_worker} GPUs), {plural(threads, 'thread')} each",
+        f"needed {shape.workers} x ({cpus:.3g} CPUs, {cluster.gpus_per_worker} GPUs), {plural(threads, 'thread')} each",
     )
 
 
@@ -260,12 +264,12 @@ def _weights(config: RunConfig) -> int | None:
 
     try:
         return plan(config).memory
-    except ValueError:  # other checks say what is wrong with the config's data or teachers
+    except ValueError:  # another check reports what is wrong with data or teachers
         return None
 
 
 def _batch_bytes(config: RunConfig, shape: MeshShape) -> int:
-    """Of images that loader processes hand to one worker: two batches each wait there."""
+    """Return the bytes of images that wait for one worker: two batches of each loader process."""
     images = max(-(-stage.batch_size // shape.replicas) for stage in config.method.stages.values())
     return 2 * config.dataset.loader_processes * images * 3 * config.dataset.image_size**2
 
@@ -275,11 +279,11 @@ def _address(config: RunConfig) -> str | None:
 
 
 def _tracking(config: RunConfig) -> Iterator[Finding]:
-    return check_tracking(config, _PATIENCE_S)
+    return check_tracking(config, _TIMEOUT_S)
 
 
 def _data(config: RunConfig) -> Iterator[Finding]:
-    """On this machine; with a cluster it is the workers' nodes that must have the data."""
+    """Look for the data on this machine. With a cluster it is only needed on the workers' nodes."""
     if not _address(config):
         yield from _data_here(config)
         return
@@ -290,7 +294,7 @@ def _data(config: RunConfig) -> Iterator[Finding]:
 
 
 def _data_here(config: RunConfig) -> Iterator[Finding]:
-    """Array sets are opened whole, which takes seconds at most; of files only the first are looked for."""
+    """Open sets of arrays, which takes seconds at most; of sets of files, look for the first ones only."""
     from experts.data.dataset import open_dataset
     from experts.data.download import require_root
     from experts.data.readers import open_raw
@@ -325,7 +329,11 @@ def _data_here(config: RunConfig) -> Iterator[Finding]:
 
 
 def _image_folder(root: str) -> str:
-    """What lies in a tree of class folders, without walking it."""
+    """Describe a tree of class folders without walking it.
+
+    Raises:
+        ValueError: there is no class folder, or the first one has no image.
+    """
     base = os.path.join(root, "train") if os.path.isdir(os.path.join(root, "train")) else root
     with os.scandir(base) as entries:
         classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))

@@ -1,9 +1,16 @@
-"""The sweep command: a run for each value of one key, one after another on one Ray, compared in one table and picture.
+"""`expertail sweep`: train one run per value of a key, one after the other on one Ray, and compare them.
 
-Every run is a whole one, in a folder of its own: the same that `expertail train` with that value makes. What makes a
-sweep cheaper is that a stage which the value cannot touch is trained once: the other runs get its checkpoints, its part
-of the journal and its evaluations before they start, and go on from there as any interrupted run does. run.json says
-so under `stages_taken`. A sweep that is started again goes on: finished runs stay, an interrupted one is resumed.
+Every run is a complete one in its own folder, the same that `expertail train` makes with that value. A sweep is cheaper
+because a stage that the value cannot affect is trained once: the other runs get its checkpoints, its part of the
+journal and its evaluations before they start, and continue like any interrupted run. run.json lists such stages under
+`stages_taken`. A sweep can be started again: finished runs stay, an interrupted one is resumed.
+
+sweep
+    `plan_sweep`          a config per value; refuse what cannot be compared
+    for each unfinished run
+        `take_over_stages`    copy the stages that another run has trained already
+        `train_and_report`    train the rest
+    `_save`               sweep.json and table.txt, after every run
 """
 
 from __future__ import annotations
@@ -28,6 +35,7 @@ from orchestration.config.compose import GROUPS, from_yaml, load_config
 from orchestration.config.identity import difference, identity
 from orchestration.config.run_config import RunConfig, name_problems
 from orchestration.results.sweep_table import draw_sweep, sweep_table
+from orchestration.results.text import plural
 from orchestration.runs.admission import admit
 from orchestration.storage.checkpoint import Checkpoints
 from orchestration.storage.files import DATA, read_json, write_atomic
@@ -53,35 +61,35 @@ class Point:
 
     @property
     def folder(self) -> Path:
-        """Of its run."""
+        """Folder of the run."""
         return run_path(self.config)
 
 
 def sweep(variation: str, words: list[str]) -> int:
-    """Train a run for each value, or what is left of it, and compare them in <run.dir>/<name>-sweep/.
+    """Train one run per value, or what is left of it, and compare them in <run.dir>/<name>-sweep/.
 
-    What runs print goes to stderr; stdout gets the table. A run whose loss is not finite is noted, and the others go
-    on; anything else that ends a run ends the sweep.
+    Output of the runs goes to stderr, the table to stdout. A run whose loss is not finite is recorded as failed and the
+    next one starts; anything else that ends a run ends the sweep.
 
     Args:
         variation: `key=v1,v2,...`.
-        words: overrides that hold for all runs.
+        words: overrides for all runs.
 
     Returns:
         The exit code: 1 when a run failed.
 
     Raises:
-        ValueError: the variation is not one, a config is not valid, or a folder holds something else; all before
-            anything is started.
+        ValueError: the variation is malformed, a config is not valid, or a folder holds another run or sweep. Raised
+            before anything is started.
     """
     key, points, folder = plan_sweep(variation, words)
     for point in points:  # each is admitted again when its turn comes, which may be days later
         admit(point.config)
     left = [point for point in points if not _is_finished(point)]
     problems: dict[str, str] = {}
-    _keep(folder, key, points, problems)
+    _save(folder, key, points, problems)
     if left:
-        with _tracked_when_interrupted(folder, points[0].config), cluster(left[0].config.cluster.address):
+        with _upload_if_interrupted(folder, points[0].config), cluster(left[0].config.cluster.address):
             for number, point in enumerate(left, 1):
                 _say(f"sweep: {key} = {point.value}, run {number} of {len(left)}")
                 try:
@@ -94,10 +102,10 @@ def sweep(variation: str, words: list[str]) -> int:
                     problems[point.value] = str(problem)
                     _say(f"expertail: {problem}")
                 finally:
-                    _keep(folder, key, points, problems)
-    result = _keep(folder, key, points, problems)
+                    _save(folder, key, points, problems)
+    result = _save(folder, key, points, problems)
     print(sweep_table(result))
-    print(f"\nkept in {folder}: {SWEEP}, table.txt, {draw_sweep(folder, result)}", flush=True)
+    print(f"\nsaved in {folder}: {SWEEP}, table.txt, {draw_sweep(folder, result)}", flush=True)
     if (uploader := _uploader(folder, points[0].config)) and (
         incomplete := uploader.finish(points[0].config.tracking.final_wait_s)
     ):
@@ -106,34 +114,37 @@ def sweep(variation: str, words: list[str]) -> int:
 
 
 def _uploader(folder: Path, config: RunConfig) -> Uploader | None:
-    """What sends the sweep's own files to the MLflow run above its runs; None when nothing is tracked."""
+    """Start the uploader of the sweep's own files, to the parent of its runs in MLflow; None if tracking is off."""
     if not config.tracking.enabled:
         return None
     return start_uploader(folder, tracking_uri(config), config.tracking.experiment)
 
 
 @contextlib.contextmanager
-def _tracked_when_interrupted(folder: Path, config: RunConfig) -> Iterator[None]:
-    """A sweep that is stopped leaves its uploader behind, which says so and ends by itself."""
+def _upload_if_interrupted(folder: Path, config: RunConfig) -> Iterator[None]:
+    """Start the uploader when the sweep is stopped. It outlives this process, marks the sweep as stopped and ends."""
     try:
         yield
     except BaseException:
         try:
             _uploader(folder, config)
-        except Exception as problem:  # must not hide what happened first
+        except Exception as problem:  # must not hide what stopped the sweep
             _say(f"sweep: table and picture were not uploaded ({one_line(problem)}); later: expertail sync {folder}")
         raise
 
 
 def plan_sweep(variation: str, words: list[str]) -> tuple[str, list[Point], Path]:
-    """The key that varies, the runs, and the sweep's folder; nothing is started or written.
+    """Plan a sweep; nothing is started or written.
+
+    Returns:
+        The key that varies, the runs, and the sweep's folder.
 
     Raises:
         ValueError: see `sweep`.
     """
     key, values = _values(variation)
     if any(word.split("=")[0] == key for word in words):
-        raise ValueError(f"{key}: given twice, with several values and with one; leave out the second")
+        raise ValueError(f"{key}: set twice, to several values and to one; leave out the second")
     configs, problems = {}, []
     for value in values:
         try:
@@ -144,27 +155,27 @@ def plan_sweep(variation: str, words: list[str]) -> tuple[str, list[Point], Path
         raise ValueError("\n".join(problems))
     first = configs[values[0]]
     points = [
-        Point(value, _named(config, f"{first.run_name}-{_in_a_name(value)}")) for value, config in configs.items()
+        Point(value, _with_name(config, f"{first.run_name}-{_name_part(value)}")) for value, config in configs.items()
     ]
     if is_url(first.run.dir):
         raise ValueError(
             f"run.dir = {first.run.dir}: a sweep compares run folders on disk; needed a folder; set run.dir=/..., or "
-            f"train its runs one by one"
+            f"train the runs one by one"
         )
-    folder = run_path(_named(first, f"{first.run_name}-sweep"))
+    folder = run_path(_with_name(first, f"{first.run_name}-sweep"))
     problems = [problem for point in points for problem in name_problems(point.config)]
-    problems = problems or [*_alike(key, points), *_other_sweep(folder, key, first), *_other_runs(points)]
+    problems = problems or [*_duplicates(key, points), *_other_sweep(folder, key, first), *_other_runs(points)]
     if problems:
         raise ValueError("\n".join(problems))
     return key, points, folder
 
 
-def _named(config: RunConfig, name: str) -> RunConfig:
+def _with_name(config: RunConfig, name: str) -> RunConfig:
     return config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
 
 
 def _values(variation: str) -> tuple[str, list[str]]:
-    """The key and the values, each as text that an override may have."""
+    """Return the key and its values, each as the text of an override."""
     needed = "needed KEY=V1,V2,..., e.g. method.stages.h2t.flow.ratio=0,0.1,0.25,0.5,1"
     try:
         override = OverridesParser.create().parse_override(variation)
@@ -173,19 +184,19 @@ def _values(variation: str) -> tuple[str, list[str]]:
     if not override.is_sweep_override():
         raise ValueError(f"{variation}: one value; {needed}; `expertail train` takes one")
     if override.key_or_group in GROUPS:
-        raise ValueError(f"{variation}: {override.key_or_group} stands for a whole file of keys; {needed}")
+        raise ValueError(f"{variation}: {override.key_or_group} chooses a whole file of keys; {needed}")
     values = list(dict.fromkeys(str(value) for value in override.sweep_string_iterator()))
     if len(values) < 2:
-        raise ValueError(f"{variation}: found {len(values)} different value; {needed}")
+        raise ValueError(f"{variation}: found only {plural(len(values), 'different value')}; {needed}")
     return override.key_or_group, values
 
 
-def _in_a_name(value: str) -> str:
+def _name_part(value: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", value).strip("_")[:_NAME_CHARACTERS] or "_"
 
 
-def _alike(key: str, points: list[Point]) -> list[str]:
-    """Values that would give the same numbers, or share a folder."""
+def _duplicates(key: str, points: list[Point]) -> list[str]:
+    """Return a problem for each pair of values that give the same run, or runs in one folder."""
     problems = []
     for place, point in enumerate(points):
         for other in points[:place]:
@@ -199,7 +210,7 @@ def _alike(key: str, points: list[Point]) -> list[str]:
 
 
 def _without(config: RunConfig, key: str) -> dict[str, Any]:
-    """What the runs of a sweep have in common."""
+    """Return the part of an identity that the runs of a sweep have in common."""
     return {k: value for k, value in identity(config).items() if k != key and not k.startswith(f"{key}.")}
 
 
@@ -213,15 +224,14 @@ def _other_sweep(folder: Path, key: str, first: RunConfig) -> list[str]:
     if not lines:
         return []
     return [
-        f"{folder}: holds a sweep with another config; {len(lines)} difference{'s' if len(lines) > 1 else ''} "
-        f"(old -> new)",
+        f"{folder}: holds a sweep with another config; {plural(len(lines), 'difference')} (old -> new)",
         *(f"  {line}" for line in lines),
         "  give the old values to go on with it, or another run.name",
     ]
 
 
 def _other_runs(points: list[Point]) -> list[str]:
-    """Runs whose folders hold a run of another config."""
+    """Return a problem for each folder that holds a run of another config."""
     problems = []
     for point in points:
         if (point.folder / "config.yaml").exists():
@@ -235,7 +245,7 @@ def _other_runs(points: list[Point]) -> list[str]:
 
 
 def _with_threads(config: RunConfig, stored: RunConfig) -> RunConfig:
-    """The config with the threads that a run was begun with, where it leaves them open."""
+    """Return the config with the threads of a run's first start, if it leaves them open."""
     threads = config.engine.threads or stored.engine.threads
     return config.model_copy(update={"engine": config.engine.model_copy(update={"threads": threads})})
 
@@ -247,13 +257,13 @@ def _is_finished(point: Point) -> bool:
         return folder.started and is_complete(folder, point.config)
 
 
-# Stages trained once
+# Stages that are trained once
 
 
 def untouched_stages(one: RunConfig, other: RunConfig) -> list[str]:
-    """Stages that are bitwise the same in two runs: neither they nor what they begin with or learn from differ.
+    """Return the stages that are bitwise the same in two runs: they, their initial weights and their teachers agree.
 
-    A difference outside the stages, of the seed or the backbone say, touches all of them.
+    A difference outside the stages, in seed or backbone say, affects all of them.
     """
     ours, theirs = identity(one), identity(other)
     changed = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
@@ -271,7 +281,7 @@ def untouched_stages(one: RunConfig, other: RunConfig) -> list[str]:
 
 
 def take_over_stages(point: Point, points: list[Point]) -> dict[str, str]:
-    """Give a run the stages that another run of the sweep has trained for it, where it has not begun them itself.
+    """Copy the stages that another run of the sweep has trained to a run that has not begun them.
 
     Returns:
         Name of the run that each stage was taken from.
@@ -287,7 +297,7 @@ def take_over_stages(point: Point, points: list[Point]) -> dict[str, str]:
 
 
 def _take(donor: Point, point: Point, folder: RunFolder) -> list[str]:
-    """Copy what a run has finished of the stages that are the same. Killed at any moment, it can be done again."""
+    """Copy the finished stages that two runs share. If it is killed at any moment, it can be repeated."""
     stored = from_yaml(donor.folder / "config.yaml")
     config = folder.stored_config() if folder.started else _with_threads(point.config, stored)
     stages = list(config.method.stages)
@@ -313,12 +323,12 @@ def _take(donor: Point, point: Point, folder: RunFolder) -> list[str]:
             shutil.copytree(evaluations, folder.path / "evaluation" / stage, dirs_exist_ok=True)
         if best := newest.state["best"]:
             target.copy_weights(source.folder / best["checkpoint"], best["checkpoint"])
-        target.copy_weights(newest.folder, newest.folder.name)  # the last: from here on the stage is there
+        target.copy_weights(newest.folder, newest.folder.name)  # last: the stage counts as trained from here on
     return list(finished)
 
 
 def _merge_journals(donor: Path, ours: Path, stages: list[str], taken: set[str]) -> None:
-    """Our journal with the donor's lines of the stages taken, in the order of the recipe."""
+    """Merge the donor's lines of the stages taken into our journal, in the order of the recipe."""
     lines: dict[str, list[str]] = {stage: [] for stage in stages}
     for folder, theirs in ((donor, True), (ours, False)):
         for record in read_journal(folder):
@@ -331,8 +341,8 @@ def _merge_journals(donor: Path, ours: Path, stages: list[str], taken: set[str])
 # Results
 
 
-def _keep(folder: Path, key: str, points: list[Point], problems: dict[str, str]) -> dict[str, Any]:
-    """Write what is known so far: sweep.json and table.txt."""
+def _save(folder: Path, key: str, points: list[Point], problems: dict[str, str]) -> dict[str, Any]:
+    """Write sweep.json and table.txt with what is known so far. Returns the content of sweep.json."""
     outcomes = [_outcome(point, problems.get(point.value)) for point in points]
     statuses = {outcome["status"] for outcome in outcomes}
     result = {
@@ -352,17 +362,17 @@ def _keep(folder: Path, key: str, points: list[Point], problems: dict[str, str])
 
 
 def _outcome(point: Point, problem: str | None) -> dict[str, Any]:
-    """What a run has come to: numbers of its last model only once it is finished."""
+    """Summarise a run, with the accuracy of its last model once it is finished."""
     run = read_json(point.folder / "run.json")
     status = "failed" if problem else run.get("status", "not begun")
-    found: dict[str, Any] = {"value": point.value, "run": point.folder.name, "status": status}
-    found["problem"] = problem or (run.get("problem") if status == "failed" else None)
-    found["stages_taken"] = run.get("stages_taken", {})
+    outcome: dict[str, Any] = {"value": point.value, "run": point.folder.name, "status": status}
+    outcome["problem"] = problem or (run.get("problem") if status == "failed" else None)
+    outcome["stages_taken"] = run.get("stages_taken", {})
     if status == "finished":
         evaluation = read_json(point.folder / "evaluation" / "last.json")
-        found |= {k: evaluation.get(k) for k in ("stage", "epoch", "step", "split")}
-        found["top1"] = evaluation["members"]["ensemble"]["top1"]
-    return found
+        outcome |= {k: evaluation.get(k) for k in ("stage", "epoch", "step", "split")}
+        outcome["top1"] = evaluation["members"]["ensemble"]["top1"]
+    return outcome
 
 
 def _group_sizes(folder: Path) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""`expertail sync`: upload to MLflow whatever of a run is not there yet."""
+"""`expertail sync`: upload to MLflow what is still missing of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from orchestration.tracking.target import tracking_uri
 
 
 def sync_run(run: str, uri: str | None) -> str | None:
-    """Upload what the server of a run, or of a sweep and all its runs, does not have yet.
+    """Upload what is missing of a run, or of a sweep and all its runs.
+
+    Args:
+        run: the run folder or its URL, or the folder of a sweep.
+        uri: tracking server; None for the run's own.
 
     Returns:
         None, or what is still missing and why.
@@ -43,10 +47,10 @@ def _sync(path: Path, uri: str | None) -> str | None:
 
 def _sync_sweep(path: Path, uri: str | None) -> str | None:
     runs = [path.parent / run["run"] for run in read_json(path / SWEEP_FILE)["runs"]]
-    begun = [run for run in runs if (run / CONFIG).is_file()]
-    if not begun:
-        raise ValueError(f"{path}: none of its runs was begun; needed one at least, start the sweep again")
-    problems = [sync_run(str(run), uri) for run in begun]
-    config = from_yaml(begun[0] / CONFIG)
+    started = [run for run in runs if (run / CONFIG).is_file()]
+    if not started:
+        raise ValueError(f"{path}: none of its runs has started; needed at least one; start the sweep again")
+    problems = [sync_run(str(run), uri) for run in started]
+    config = from_yaml(started[0] / CONFIG)
     problems.append(sync(path, uri or tracking_uri(config), config.tracking.experiment, path.name))
     return "\n".join(filter(None, problems)) or None

@@ -1,4 +1,11 @@
-"""The train command: a run folder, an uploader beside it, the run, its report."""
+"""`expertail train`: hold the run folder, train with an uploader beside it, write the report.
+
+train_and_report
+    `admit`               refuse a config that cannot work
+    `open_run_folder`     hold the folder; print the table of a finished run and stop
+    `train`               all stages, resumed where they stopped
+    `_report`             models, pictures, table
+"""
 
 from __future__ import annotations
 
@@ -24,17 +31,17 @@ from orchestration.storage.run_folder import RunFolder, read_evaluations
 from orchestration.tracking.target import tracking_uri
 from orchestration.tracking.uploader import Uploader, start_uploader
 
-_SHORT_WAIT_S = 10.0  # for the upload when a run did not end well: the message should not wait for it
-_STOPPED_WAIT_S = 60.0  # for run.dir, then: the newest checkpoint is worth more
+_SHORT_WAIT_S = 10.0  # for the upload after a failure: its message should not wait long
+_STOPPED_WAIT_S = 60.0  # for run.dir after a failure: the newest checkpoint is worth more
 
 
 def train_and_report(config: RunConfig, marks: dict[str, float]) -> int:
-    """Carry out a run and leave report, models and final table. Returns the exit code."""
+    """Train a run or the rest of it, and write its report, models and table. Returns the exit code."""
     admitted = admit(config)
     folder = open_run_folder(config)
     try:
         if folder.started and is_complete(folder, config):
-            print(f"expertail: {folder.path} is finished; set another run.name to train anew", file=sys.stderr)
+            print(f"expertail: {folder.path} is finished; set another run.name to train again", file=sys.stderr)
             print(_stored_table(config, folder))
             folder.settle()
             return 0
@@ -44,6 +51,11 @@ def train_and_report(config: RunConfig, marks: dict[str, float]) -> int:
 
 
 def is_complete(folder: RunFolder, config: RunConfig) -> bool:
+    """Return whether a run folder holds the finished run of a config.
+
+    Raises:
+        ValueError: it holds the finished run of another config.
+    """
     if folder.run().get("status") != "finished":
         return False
     stored = folder.stored_config()
@@ -62,7 +74,7 @@ def _train(admitted: Admission, folder: RunFolder, marks: dict[str, float]) -> i
         _report(config, folder, outcome)
     except BaseException as problem:
         stopped = isinstance(problem, Stopped | Preempted | KeyboardInterrupt)
-        with contextlib.suppress(OSError):  # a full disk must not hide what happened first
+        with contextlib.suppress(OSError):  # a full disk must not hide the first problem
             if (folder.path / CONFIG).exists():
                 folder.note(status="stopped" if stopped else "failed", problem=str(problem))
         try:
@@ -86,7 +98,7 @@ def _train(admitted: Admission, folder: RunFolder, marks: dict[str, float]) -> i
 
 
 def _full(folder: RunFolder, problem: OSError) -> ValueError:
-    """The run folder's disk is full: say so, and give back what was half-written."""
+    """Remove what was half written to a full disk. Returns the error that says so."""
     Checkpoints(folder.path, []).clean()
     disk = shutil.disk_usage(folder.path)
     return ValueError(
@@ -97,14 +109,14 @@ def _full(folder: RunFolder, problem: OSError) -> ValueError:
 
 
 class _Tracking:
-    """The uploader of a run, if it is tracked; begun once there is something to send."""
+    """The uploader of a run, if it is tracked; started when there is something to send."""
 
     def __init__(self, config: RunConfig, folder: RunFolder) -> None:
         self._config, self._folder = config, folder
         self._uploader: Uploader | None = None
 
     def begin(self) -> None:
-        """Start it; once."""
+        """Start the uploader, once."""
         wanted = self._config.tracking
         if wanted.enabled and self._uploader is None:
             self._uploader = start_uploader(
@@ -112,7 +124,7 @@ class _Tracking:
             )
 
     def end(self, status: str, wait_s: float) -> None:
-        """Let it send what is left, and say what could not be sent."""
+        """Let the uploader send the rest, and print what it could not send."""
         if self._uploader is not None and (incomplete := self._uploader.finish(wait_s, status)):
             print(incomplete, file=sys.stderr)
 
@@ -122,7 +134,8 @@ def _report(config: RunConfig, folder: RunFolder, outcome: Outcome) -> None:
 
     stored = folder.stored_config()
     if stored.method.stages[outcome.stage].classes is not None:
-        folder.note(status="stopped", ended=time.time())  # before the last stage; some classes make no table of the run
+        # The run stopped in a stage that knows only some classes, for which there is no model or table.
+        folder.note(status="stopped", ended=time.time())
         return
     export(stored, folder, outcome.stage, outcome.checkpoint)
     if config.run.pictures:

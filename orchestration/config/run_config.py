@@ -37,7 +37,7 @@ class ClusterConfig(Settings):
     """Where a run lives. Never changes what it computes beyond rounding."""
 
     address: str | None = None
-    """Ray's address; 'auto' for the cluster this machine belongs to. Unset: RAY_ADDRESS, else a Ray of its own."""
+    """Ray's address; 'auto' for the cluster this machine belongs to. Unset: RAY_ADDRESS, else its own Ray."""
     workers: Annotated[int, Field(ge=1)] = 1
     experts_per_worker: Annotated[int, Field(ge=1)] | None = None
     """Unset: 1 worker holds all experts (packed); a multiple of the number of experts holds one each (spread)."""

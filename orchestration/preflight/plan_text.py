@@ -192,7 +192,7 @@ def _mesh(config: RunConfig, found: Plan) -> Iterator[str]:
     threads = "as many threads as whole CPUs" if config.engine.threads is None else f"{config.engine.threads} threads"
     zero = f", ZeRO {config.engine.zero_stage}" if config.engine.name == "deepspeed" else ""
     yield f"each: {cpus}, {device}, {threads}; engine {config.engine.name}{zero}, {config.engine.precision}"
-    where = cluster.address or "RAY_ADDRESS if set, else a Ray of its own on this machine"
+    where = cluster.address or "RAY_ADDRESS if set, else its own Ray on this machine"
     yield f"cluster: {where}"
     yield from _waves(found)
     teachers = " and teachers" if any(stage.teachers for stage in found.stages) else ""

@@ -1,8 +1,8 @@
-"""A few real steps of a run, to tell beforehand how long all of it will take and what it will cost.
+"""Take a few real steps of a run, and extrapolate how long the whole run will take and what it will cost.
 
 Workers are placed as the config says, open the data, train some steps of every stage, evaluate once and write one
-checkpoint, in a folder beside the runs that is removed again. Nothing is tracked. What they took is extrapolated: the
-same arithmetic as a run's, with every count known and every duration measured.
+checkpoint, in a folder beside the runs that is removed afterwards. Nothing is tracked. The times of a whole run follow
+from these measured durations and from the known numbers of steps, evaluations and checkpoints.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ from orchestration.storage.url_store import is_url
 
 STEPS = 30
 _WARM_UP = 3  # steps that still allocate memory and open files
-_LEAST = 5
-_LIMIT_S = 60.0  # for the steps of a stage, if there are _LEAST
-_INTERVAL_S = 1.0  # how often a run's driver hears from training
+_LEAST = 5  # steps to time, however long they take
+_LIMIT_S = 60.0  # for the steps of a stage, once _LEAST are timed
+_INTERVAL_S = 1.0  # between two calls of a run's driver to its workers
 
 
 @dataclass(frozen=True)
 class StageProbe:
-    """What was measured of a stage, and how often it will happen.
+    """Measured durations of a stage, and how often each will occur.
 
     Attributes:
         name: of the stage.
         batch_size: images of a full batch.
         step_s: seconds of each full batch that was timed.
-        call_s: seconds that asking the workers for an interval of steps takes on top.
-        begin_s: until the first step, once the workers' libraries are loaded, and what the first steps take longer.
-        evaluation_s, save_s: of one evaluation of all splits, and of one checkpoint.
-        steps: the stage will take.
-        images: it will see; a partial batch counts as its share of a full one.
-        evaluations, saves: it will make.
+        call_s: seconds that one call of the driver adds to an interval of steps.
+        begin_s: seconds from loaded libraries to the first step, plus the extra time of the first steps.
+        evaluation_s, save_s: seconds of one evaluation of all splits, and of one checkpoint.
+        steps: steps of the whole stage.
+        images: images of the whole stage. A partial batch counts as its share of a full one.
+        evaluations, saves: evaluations and checkpoints of the whole stage.
         peak_gib: most memory of a worker so far.
     """
 
@@ -73,13 +73,13 @@ class StageProbe:
     peak_gib: float
 
     def spread(self) -> tuple[float, float, float]:
-        """Mean of the step times, and the bounds that 8 of 10 lie between, and the mean."""
+        """Return the mean step time, and bounds that enclose 8 of 10 step times and the mean."""
         mean = statistics.fmean(self.step_s)
         low, high = np.quantile(self.step_s, [0.1, 0.9])
         return mean, min(mean, float(low)), max(mean, float(high))
 
     def seconds(self, step_s: float) -> float:
-        """Of the whole stage, with this time for a full batch."""
+        """Return the seconds of the whole stage, given the time of a full batch."""
         intervals = self.steps / max(1.0, _INTERVAL_S / step_s)
         training = self.images / self.batch_size * step_s + intervals * self.call_s
         return self.begin_s + training + self.evaluations * self.evaluation_s + self.saves * self.save_s
@@ -87,44 +87,44 @@ class StageProbe:
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured of a run.
+    """Measurements of a run.
 
     Attributes:
         config: with CPUs and threads resolved.
-        startup_s: seconds until workers have loaded their libraries, by what was waited for.
+        startup_s: seconds until workers have loaded their libraries, by phase.
         stages: in the order of the recipe.
-        lanes: stages that the cluster has places for at once.
+        at_once: number of stages that the cluster has room for at the same time.
     """
 
     config: RunConfig
     startup_s: Mapping[str, float]
     stages: tuple[StageProbe, ...]
-    lanes: int
+    at_once: int
 
     def wall_s(self, which: int) -> float:
-        """From the command to the end of the last stage, with the mean (0), low (1) or high (2) step time."""
+        """Return seconds from command to end of the last stage, at the mean (0), low (1) or high (2) step time."""
         seconds = {stage.name: stage.seconds(stage.spread()[which]) for stage in self.stages}
         total = sum(self.startup_s.values())
         for wave in self.config.method.waves():
-            lanes = [0.0] * min(self.lanes, len(wave))
+            busy_s = [0.0] * min(self.at_once, len(wave))  # of each set of workers
             for name in wave:
-                lanes[lanes.index(min(lanes))] += seconds.get(name, 0.0)
-            total += max(lanes)
+                busy_s[busy_s.index(min(busy_s))] += seconds.get(name, 0.0)
+            total += max(busy_s)
         return total
 
     def worker_s(self) -> float:
-        """Seconds that all workers are held, together."""
+        """Return the worker-seconds of the run: the time that each worker is held, summed over workers."""
         training = sum(stage.seconds(stage.spread()[0]) for stage in self.stages)
-        return self.config.cluster.workers * (self.startup_s["libraries"] * self.lanes + training)
+        return self.config.cluster.workers * (self.startup_s["libraries"] * self.at_once + training)
 
 
 def probe(config: RunConfig, begun: float, wanted: int = STEPS) -> Probe:
-    """Try a run.
+    """Take some steps of every stage of a run and measure them.
 
     Args:
-        config: checked.
+        config: validated.
         begun: unix seconds at which the command began.
-        wanted: steps to time in each stage; fewer where they take longer than a minute, or the stage has fewer.
+        wanted: steps to time in each stage; fewer if they take longer than a minute, or the stage has fewer.
 
     Raises:
         ValueError, FloatingPointError, WorkerLost: as for training.
@@ -144,8 +144,7 @@ def probe(config: RunConfig, begun: float, wanted: int = STEPS) -> Probe:
             fleet.start()
             marks.append(time.time())
             with _scratch(config) as folder:
-                trial = _Trial(config, fleet, folder, wanted)
-                stages = tuple(trial.stages())
+                stages = tuple(_ShortRun(config, fleet, folder, wanted).stages())
         finally:
             fleet.close()
     spans = [after - before for before, after in itertools.pairwise(marks)]
@@ -155,7 +154,7 @@ def probe(config: RunConfig, begun: float, wanted: int = STEPS) -> Probe:
 
 @contextlib.contextmanager
 def _scratch(config: RunConfig) -> Iterator[RunFolder]:
-    """A folder on the storage of the runs, gone afterwards; run.dir too, if it was not there."""
+    """Make a run folder beside the runs, and remove it afterwards; run.dir as well, if it did not exist."""
     parent = run_path(config).parent
     missing = [path for path in (parent, *parent.parents) if not path.exists()]
     parent.mkdir(parents=True, exist_ok=True)
@@ -168,45 +167,45 @@ def _scratch(config: RunConfig) -> Iterator[RunFolder]:
             finally:
                 folder.close()
     finally:
-        with contextlib.suppress(OSError):  # somebody else has begun a run there
+        with contextlib.suppress(OSError):  # another process has started a run there
             for path in missing:
                 path.rmdir()
 
 
-class _Trial:
-    """The stages of a run on one fleet, a few steps each."""
+class _ShortRun:
+    """Trains a few steps of every stage of a run, one stage after the other on one fleet."""
 
     def __init__(self, config: RunConfig, fleet: Fleet, folder: RunFolder, wanted: int) -> None:
         self._config, self._fleet, self._folder, self._wanted = config, fleet, folder, wanted
         self._checkpoints = Checkpoints(folder.path, list(config.method.stages))
 
     def stages(self) -> Iterator[StageProbe]:
-        """One after the other, as far as run.max_steps lets a run come."""
+        """Measure the stages that a run reaches within run.max_steps."""
         before, limit = 0, self._config.run.max_steps
         for wave in self._config.method.waves():
             if limit is not None and before >= limit:
                 return
-            found = [self._stage(name, before) for name in wave]
-            before += sum(total for _, total in found)
-            yield from (stage for stage, _ in found)
+            measured = [self._stage(name, before) for name in wave]
+            before += sum(total for _, total in measured)
+            yield from (stage for stage, _ in measured)
 
     def _stage(self, name: str, before: int) -> tuple[StageProbe, int]:
-        """What a stage took, and the steps it has in all."""
+        """Measure a stage. Returns it, and the number of its steps if run.max_steps does not end it."""
         settings, run = self._config.method.stages[name], self._config.run
         begun = time.monotonic()
-        seen = self._begin(name)
+        data = self._begin(name)
         begin_s = time.monotonic() - begun
-        counts = np.array(seen["counts"])[stage_classes(self._config.method, name, seen["counts"])]
+        counts = np.array(data["counts"])[stage_classes(self._config.method, name, data["counts"])]
         images, per_epoch, _ = epoch_of(name, settings, counts)
         total = settings.epochs * per_epoch
         target = total if run.max_steps is None else min(run.max_steps - before, total)
         step_s, call_s, first_s, done = self._steps(total, settings.batch_size)
         evaluation_s = sum(
-            self._timed("evaluate", split)[0] for split in (["val", "test"] if seen["has_val"] else ["test"])
+            self._timed("evaluate", split)[0] for split in (["val", "test"] if data["has_val"] else ["test"])
         )
         save_s = self._save(name, done, total)
         epochs, rest = divmod(target, per_epoch)
-        evaluations, saves = due(target, total, per_epoch, run)
+        evaluations, saves = count_due(target, total, per_epoch, run)
         stage = StageProbe(
             name=name,
             batch_size=settings.batch_size,
@@ -224,7 +223,7 @@ class _Trial:
         return stage, total
 
     def _begin(self, name: str) -> dict[str, Any]:
-        """Build a stage's workers and give them their first weights. Returns what one of them says of the data."""
+        """Build a stage's workers with their initial weights. Returns one worker's description of the data."""
         method = self._config.method
         teachers = {
             teacher: send(
@@ -232,26 +231,26 @@ class _Trial:
             )
             for teacher, source in method.stages[name].teachers.items()
         }
-        seen = self._fleet.build(name, teachers)[0]
-        self._folder.write_data({key: seen[key] for key in ("class_names", "counts", "digest", "image_shape")})
+        data = self._fleet.build(name, teachers)[0]
+        self._folder.write_data({key: data[key] for key in ("class_names", "counts", "digest", "image_shape")})
         source = method.starts_from(name)
         if source is not None and source.stage is not None:
             self._fleet.call("start_from", send(weights_of(self._checkpoints, source), shared=self._folder.shared))
         elif source is not None:
             model = model_folder(self._config, self._folder, self._checkpoints, source)
             self._fleet.call("start_from_model", send(model, shared=self._folder.shared))
-        if seen["prepares"]:
+        if data["prepares"]:
             self._fleet.call("prepare")
-        return seen
+        return data
 
     def _steps(self, total: int, batch_size: int) -> tuple[list[float], float, float, int]:
-        """Take steps.
+        """Take steps one by one and time them.
 
         Returns:
-            Seconds of single steps, those of full batches where there are any; of a call; what the first steps took
-            longer than those; and how many steps were taken.
+            Seconds of each step, of full batches only if there are any; mean seconds of a call; seconds by which the
+            first steps were slower; and the number of steps taken.
         """
-        full, part, calls, done = list[float](), list[float](), list[float](), 0
+        full, partial, calls, done = list[float](), list[float](), list[float](), 0
         first_s = 0.0
         begun = time.monotonic()
         while done < min(total, _WARM_UP + self._wanted):
@@ -262,11 +261,11 @@ class _Trial:
                 continue
             interval = answers[0]
             share = interval.images / batch_size
-            (full if share == 1 else part).append(interval.seconds / share)
+            (full if share == 1 else partial).append(interval.seconds / share)
             calls.append(took_s - interval.seconds)
             if len(calls) >= _LEAST and time.monotonic() - begun > _LIMIT_S:
                 break
-        step_s, call_s = full or part, statistics.fmean(calls)
+        step_s, call_s = full or partial, statistics.fmean(calls)
         expected_s = min(done, _WARM_UP) * (statistics.fmean(step_s) + call_s)
         return step_s, call_s, max(first_s - expected_s, 0.0), done
 
@@ -276,7 +275,7 @@ class _Trial:
         return time.monotonic() - begun, answers
 
     def _save(self, name: str, done: int, total: int) -> float:
-        """Write a checkpoint, which later stages may begin with or learn from. Returns the seconds it took."""
+        """Write a checkpoint, which later stages may start from or learn from. Returns the seconds it took."""
         begun = time.monotonic()
         writing = self._checkpoints.begin()
         answers = self._fleet.call("save", str(writing) if self._folder.shared else None)
@@ -286,32 +285,34 @@ class _Trial:
         return time.monotonic() - begun
 
 
-def due(steps: int, total: int, per_epoch: int, run: RunSettings) -> tuple[int, int]:
-    """Evaluations and checkpoints of a stage on its way to a step, as `StageRun` makes them.
+def count_due(steps: int, total: int, per_epoch: int, run: RunSettings) -> tuple[int, int]:
+    """Count the evaluations and checkpoints that `StageRun` makes in the first steps of a stage.
 
-    A step at which both are due has one checkpoint. A stage that ends where no evaluation is due makes one all the
-    same, and a checkpoint of it.
+    A step at which both are due has one checkpoint. A stage that ends where no evaluation is due makes one
+    nevertheless, and a checkpoint with it.
 
     Args:
-        steps: it takes.
-        total: it would take if run.max_steps did not end it.
-        per_epoch: steps.
-        run: how often is in it.
+        steps: steps that the stage takes.
+        total: steps that it would take if run.max_steps did not end it.
+        per_epoch: steps per epoch.
+        run: says how often to evaluate and save.
     """
     every = run.evaluate_every_epochs * per_epoch
     evaluated = set(range(every, steps + 1, every))
     if steps == total:
         evaluated.add(steps)
     saved = evaluated.union(range(run.checkpoint_every_steps, steps + 1, run.checkpoint_every_steps))
-    at_the_end = steps not in evaluated
-    return len(evaluated) + at_the_end, len(saved) + at_the_end
+    extra = steps not in evaluated
+    return len(evaluated) + extra, len(saved) + extra
 
 
 def time_lines(found: Probe) -> Iterator[str]:
-    """What a run will take, in words and a table."""
+    """Describe how long a run will take, in words and a table."""
     parts = ", ".join(f"{what} {seconds:.1f}" for what, seconds in found.startup_s.items())
     yield f"start-up: {sum(found.startup_s.values()):.1f} s ({parts}), then data, models and engines of the first stage"
-    rows = [["stage", "steps", "s a step", "8 of 10 in", "timed", "images/s", "begin", "evaluated", "checkpoints", ""]]
+    rows = [
+        ["stage", "steps", "s per step", "8 of 10 in", "timed", "images/s", "begin", "evaluations", "checkpoints", ""]
+    ]
     for stage in found.stages:
         mean, low, high = stage.spread()
         rows.append([
@@ -322,12 +323,12 @@ def time_lines(found: Probe) -> Iterator[str]:
         ])  # fmt: skip
     yield from text_table(rows, left=(0,))
     mean, low, high = (found.wall_s(which) for which in range(3))
-    yield f"whole run: {duration(mean)} ({duration(low)} to {duration(high)}, by the spread of the steps)"
+    yield f"whole run: {duration(mean)} ({duration(low)} to {duration(high)}, by the spread of the step times)"
     cluster_config = found.config.cluster
     worker_hours = found.worker_s() / 3600
     gpus = worker_hours * cluster_config.gpus_per_worker
     cpus = worker_hours * (cluster_config.cpus_per_worker or 0)
-    beside = f"; {found.lanes} stages at a time" if found.lanes > 1 else ""
+    beside = f"; {found.at_once} stages at a time" if found.at_once > 1 else ""
     yield f"{gpus:.3g} GPU-hours, {cpus:.3g} CPU-hours of {cluster_config.workers} workers{beside}"
     yield f"peak memory of a worker: {max(stage.peak_gib for stage in found.stages):.2f} GiB (measured)"
-    yield "n/a: export, pictures and upload at the end of the run, which a probe does not make; failures; other load"
+    yield "not included: export, pictures and upload at the end of the run; failures; other load on the machines"

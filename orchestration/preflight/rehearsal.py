@@ -1,7 +1,12 @@
-"""One step of a stage, tried on two blank images in this process: what a worker would compute and hand to the others.
+"""Rehearse one step of a stage on two blank images in this process, and record what a worker computes and exchanges.
 
-The stage's own flow and objective run on the parts that a worker of one slot holds, and what they ask for is noted, so
-that plans know every flow, also one that is written later. Nothing learns, no data is read, nobody else is needed.
+The stage's own flow and objective run on the parts that a worker of one slot holds, and their requests are recorded.
+So a plan covers every flow, also one that is written later. Nothing learns, no data is read, no other process is used.
+
+rehearse
+    build objective, flow and the slot's experts      as the worker would
+    hook every module                                 `_count_work`, `_count_norm`
+    run flow, then objective                          `gather` records what crosses between slots
 
 Shapes: E experts, e in one slot, B = 2 images, C classes, D channels.
 """
@@ -34,13 +39,13 @@ from orchestration.training.engine import casting, lr_groups
 from orchestration.training.mesh import MeshShape
 
 _IMAGES = 2  # BatchNorm cannot train on one value
-_LARGEST = 32  # pixels; what is handed over does not depend on the size of the images
+_LARGEST = 32  # pixels; exchanges do not depend on the size of the images
 _DEVICE = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Multiply-adds per image of one forward pass of trunk, one expert's late stages, a head and a gate."""
+    """Multiply-adds per image in a forward pass of the trunk, of one expert's late stages, of a head and of a gate."""
 
     trunk: int
     features: int
@@ -50,12 +55,12 @@ class Costs:
 
 @dataclass
 class Norms:
-    """BatchNorms that see a batch in a step, a layer as often as it does.
+    """Calls of BatchNorm layers in training mode during one step.
 
     Attributes:
-        layers: calls in training mode.
-        channels: of those.
-        back: channels of the calls that a gradient comes back through.
+        layers: number of calls.
+        channels: sum of their channels.
+        back: sum of the channels that a gradient comes back through.
     """
 
     layers: int = 0
@@ -65,18 +70,18 @@ class Norms:
 
 @dataclass
 class Load:
-    """What one step asks of a worker of one slot.
+    """What one step requires of a worker of one slot.
 
     Attributes:
         parameters: numbers held, by "trunk", "shared" and expert.
-        learning: numbers that learn, by "trunk", "experts" and "shared", for each learning rate.
+        learning: numbers that learn, by "trunk", "experts" and "shared", one entry per learning rate.
         logits: bytes per image of every exchange of outputs between slots.
         norms: BatchNorms in training mode.
-        terms: numbers of the loss and its terms.
-        in_turn: numbers of the trunk's running statistics where trunks that live apart see different images, else 0.
+        terms: numbers in the loss and its terms.
+        in_turn: numbers in the trunk's running statistics if each slot's trunk sees its own images, else 0.
         trunk_work, work: multiply-adds per image in forward passes of the trunk, and of everything. An image and its
-            partner count once.
-        training_work: with backward passes.
+            partner count as one.
+        training_work: the same with backward passes.
     """
 
     parameters: dict[str, int]
@@ -91,24 +96,24 @@ class Load:
 
 
 def rehearse(config: RunConfig, stage: str, counts_C: np.ndarray, shape: MeshShape, slot: int, costs: Costs) -> Load:
-    """Try one step of a stage.
+    """Rehearse one step of a stage.
 
     Args:
-        config: checked.
+        config: validated.
         stage: name of the stage.
         counts_C: training images per class that the stage sees.
         shape: of the mesh.
-        slot: whose experts are held.
-        costs: of `costs_of`.
+        slot: the slot whose experts are held.
+        costs: from `costs_of`.
 
     Raises:
         ValueError: a piece refuses the classes or the number of experts.
     """
-    return _Rehearsal(config, stage, counts_C, shape, slot).carry_out(costs)
+    return _Rehearsal(config, stage, counts_C, shape, slot).run(costs)
 
 
 def costs_of(config: RunConfig, num_classes: int) -> Costs:
-    """Forward passes of the parts of an ensemble, at the size of the run's images."""
+    """Return the cost of each part of an ensemble in a forward pass, at the size of the run's images."""
     names = config.method.expert_names
     model = _ensemble(config, names, num_classes, names[:1])
     expert = model.members()[0]
@@ -132,7 +137,7 @@ def _ensemble(config: RunConfig, names: tuple[str, ...], num_classes: int, only:
 
 
 class _Rehearsal:
-    """A worker's parts of a stage; a `Network` for its flow."""
+    """A worker's parts of a stage, offered to its flow as a `Network`."""
 
     def __init__(self, config: RunConfig, stage: str, counts_C: np.ndarray, shape: MeshShape, slot: int) -> None:
         method, engine = config.method, config.engine
@@ -147,7 +152,7 @@ class _Rehearsal:
             "objective", self.stage.objective, torch.from_numpy(counts_C), len(self.expert_names)
         )
         state = self.objective.state_dict()
-        if "prepared" in state:  # as after its look at the data
+        if "prepared" in state:  # as if it had seen the data
             self.objective.load_state_dict(state | {"prepared": torch.ones_like(state["prepared"])})
         self.objective.to(dtype=self.dtype)
         draws = partial(key, config.seed, stage)
@@ -172,7 +177,7 @@ class _Rehearsal:
             found[part] = [sum(p.numel() for p in group["params"]) for group in groups]
         return found
 
-    # What a flow runs
+    # The `Network` that a flow runs
 
     def trunk(self, run: Callable[[nn.Module], Result]) -> Result:
         return self._run(run, self.model.trunk)
@@ -188,17 +193,17 @@ class _Rehearsal:
             return run(module)
 
     def gather(self, own: Tensor) -> Tensor:
-        """All experts' outputs, the others' 0; notes what a worker would give."""
+        """Return all experts' outputs, zeros for other slots; record the bytes that a worker would contribute."""
         self.load.logits.append(own.numel() * own.element_size() // _IMAGES)
         everyone = own.new_zeros(len(self.expert_names), *own.shape[1:])
         everyone[self.held] = own
         return everyone
 
-    # What is noted
+    # The step and what is recorded of it
 
-    def carry_out(self, costs: Costs) -> Load:
-        """Run the flow and the objective, and say what that took."""
-        self._listen(costs)
+    def run(self, costs: Costs) -> Load:
+        """Run the flow and the objective. Returns what they required."""
+        self._hook(costs)
         if self.flow.own_streams:
             self.load.in_turn = sum(buffer.numel() for buffer in self.model.trunk.buffers())
         batch = self._batch()
@@ -216,7 +221,7 @@ class _Rehearsal:
         images_B3HW = torch.zeros(_IMAGES, 3, size, size, dtype=self.dtype)
         return Batch(images_B3HW, labels_B, labels_B, torch.arange(_IMAGES))
 
-    def _listen(self, costs: Costs) -> None:
+    def _hook(self, costs: Costs) -> None:
         parts: list[tuple[nn.Module, int]] = [(self.model.trunk, costs.trunk)]
         for expert in self.model.members():
             parts.append((expert.features, costs.features))
@@ -227,13 +232,13 @@ class _Rehearsal:
         if "head" in self.model.shared:
             parts.append((self.model.shared["head"], costs.head))
         for part, cost in parts:
-            part.register_forward_hook(partial(self._passed, cost))
+            part.register_forward_hook(partial(self._count_work, cost))
         for module in self.model.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.register_forward_hook(self._normalised)
+                module.register_forward_hook(self._count_norm)
 
-    def _passed(self, cost: int, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        # Scores that go through a shared head are [e, B, D].
+    def _count_work(self, cost: int, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        # Features that go through a shared head are [e, B, D].
         images = inputs[0].shape[0] * (inputs[0].shape[1] if inputs[0].ndim == 3 else 1) / _IMAGES
         learns = any(p.requires_grad for p in module.parameters())
         backward = 1 + learns if output.requires_grad else 0
@@ -242,7 +247,7 @@ class _Rehearsal:
         if module is self.model.trunk:
             self.load.trunk_work += images * cost
 
-    def _normalised(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _count_norm(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if module.training and isinstance(module, nn.BatchNorm2d):
             norms = self.load.norms
             norms.layers += 1
@@ -250,7 +255,7 @@ class _Rehearsal:
             norms.back += module.num_features if output.requires_grad else 0
 
     def _terms(self, outputs_EBX: Tensor, batch: Batch, now: Progress) -> int:
-        """Numbers that the loss's terms are, one for each expert or one for all."""
+        """Count the numbers in the loss's terms; a term has one for all experts or one for each."""
         given = Given(self._scores(), batch.positions_B)
         labels, global_labels = self.flow.labels(batch)
         loss, terms = self.objective(outputs_EBX, labels, self.objective.denominators(global_labels, now), now, given)
@@ -261,7 +266,7 @@ class _Rehearsal:
         return sum(value.numel() for value in terms.values())
 
     def _scores(self) -> dict[str, Tensor]:
-        """Blank scores of every teacher, of the classes that the objective thinks it knows."""
+        """Return blank scores of every teacher, for the classes that the objective expects it to know."""
         known = self.objective.teacher_classes
         return {
             name: torch.zeros(_IMAGES, len(known.get(name, range(self.num_classes))), dtype=self.dtype)
@@ -271,12 +276,12 @@ class _Rehearsal:
 
 @dataclass(frozen=True)
 class TeacherLoad:
-    """What a frozen teacher asks of the workers; its experts are dealt out to the slots.
+    """What a frozen teacher requires of the workers. Its experts are dealt out to the slots.
 
     Attributes:
         num_experts, num_classes: of the teacher.
-        trunk, expert: numbers held by each slot that has experts, and for each of them; a shared head counts with the
-            trunk, a router's gates not at all.
+        trunk, expert: numbers held by each slot with experts, and for each expert. A shared head counts with the
+            trunk; a router's gates do not count.
         trunk_work, expert_work: multiply-adds per image.
         trunk_norms, expert_norms: layers and channels of the BatchNorms that normalise by the batch.
     """
@@ -291,15 +296,15 @@ class TeacherLoad:
     expert_norms: tuple[int, int]
 
     def held(self, experts: int) -> int:
-        """Numbers in a slot with so many experts."""
+        """Return the numbers held in a slot with so many experts."""
         return self.trunk + experts * self.expert if experts else 0
 
     def work(self, experts: int) -> int:
-        """Multiply-adds per image in a slot with so many experts."""
+        """Return the multiply-adds per image in a slot with so many experts."""
         return self.trunk_work + experts * self.expert_work if experts else 0
 
     def norms(self, experts: int) -> Norms:
-        """Of a slot with so many experts."""
+        """Return the BatchNorms of a slot with so many experts."""
         if not experts:
             return Norms()
         layers, channels = (a + experts * b for a, b in zip(self.trunk_norms, self.expert_norms, strict=True))
@@ -307,7 +312,7 @@ class TeacherLoad:
 
 
 def teacher_load(config: RunConfig, teacher: Teacher, num_classes_in: Callable[[str], int]) -> TeacherLoad | None:
-    """What a teacher asks, or None where it is a run that does not exist yet or cannot be read.
+    """Return what a teacher requires, or None if it is a run that is missing or cannot be read.
 
     Args:
         config: of the run that learns.

@@ -162,7 +162,7 @@ def test_gpus_that_are_not_there_are_a_finding(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     text, healthy = examine(["cluster.workers=3", "cluster.gpus_per_worker=1", "cluster.cpus_per_worker=0.1"])
     assert not healthy
-    assert lines(text, "gpus")[0][1].startswith("1 GPU on this machine, 3 wanted; ")
+    assert lines(text, "gpus")[0][1].startswith("1 GPU on this machine, 3 needed; ")
 
 
 def test_a_library_of_another_version_is_named(monkeypatch):

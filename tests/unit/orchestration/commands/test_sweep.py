@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from orchestration.commands.sweep import _merge_journals, _tracked_when_interrupted, plan_sweep, untouched_stages
+from orchestration.commands.sweep import _merge_journals, _upload_if_interrupted, plan_sweep, untouched_stages
 from orchestration.config.compose import load_config
 from orchestration.results.sweep_table import draw_sweep, sweep_table
 from orchestration.storage.journal import Journal, read_journal
@@ -44,12 +44,12 @@ def test_values_that_are_no_words_make_names_that_are(tmp_path):
     ("variation", "words", "message"),
     [
         (f"{RATIO}=0.5", [], "one value; needed KEY=V1,V2"),
-        (f"{RATIO}=0.5,0.50", [], "found 1 different value"),
+        (f"{RATIO}=0.5,0.50", [], "found only 1 different value"),
         ("nothing", [], "needed KEY=V1,V2"),
-        ("method=ride,tade", [], "method stands for a whole file of keys"),
+        ("method=ride,tade", [], "method chooses a whole file of keys"),
         (f"{RATIO}=0,2", [], "less than or equal to 1"),
         ("method.stages.h2t.flow.rato=0,1", [], "did you mean method.stages.h2t.flow.ratio"),
-        (f"{RATIO}=0,1", [f"{RATIO}=0.3"], "given twice"),
+        (f"{RATIO}=0,1", [f"{RATIO}=0.3"], "set twice"),
         ("run.keep_checkpoints=1,2", [], "both runs would compute the same"),
         ("seed=1,2", ["dataset.imbalance_ratio=1,2"], "with one value"),
     ],
@@ -70,7 +70,7 @@ def test_a_name_that_is_too_long_with_its_value_is_refused(tmp_path):
 def test_what_ended_a_sweep_is_told_though_its_uploader_does_not_start(tmp_path, capsys):
     config = plan(f"{RATIO}=0,1", tmp_path)[1][0].config
     missing = tmp_path / "x-sweep"
-    with pytest.raises(FloatingPointError, match="first"), _tracked_when_interrupted(missing, config):
+    with pytest.raises(FloatingPointError, match="first"), _upload_if_interrupted(missing, config):
         raise FloatingPointError("what happened first")
     said = capsys.readouterr().err
     assert "were not uploaded (FileNotFoundError" in said and f"expertail sync {missing}" in said

@@ -8,7 +8,7 @@ import pytest
 
 from orchestration.config.compose import load_config
 from orchestration.config.run_config import RunSettings
-from orchestration.preflight.probe import Probe, StageProbe, due, time_lines
+from orchestration.preflight.probe import Probe, StageProbe, count_due, time_lines
 
 STAGE = StageProbe(
     name="train", batch_size=100, step_s=(0.1,) * 8 + (0.2,) * 2, call_s=0.01, begin_s=2.0, evaluation_s=3.0,
@@ -16,9 +16,9 @@ STAGE = StageProbe(
 )  # fmt: skip
 
 
-def found(*stages, words=(), lanes=1):
+def found(*stages, words=(), at_once=1):
     config = load_config(["cluster.cpus_per_worker=2", *words])
-    return Probe(config, {"Ray": 4.0, "libraries": 6.0}, stages, lanes)
+    return Probe(config, {"Ray": 4.0, "libraries": 6.0}, stages, at_once)
 
 
 def test_a_stage_takes_its_steps_evaluations_and_checkpoints():
@@ -46,15 +46,15 @@ def test_a_run_is_its_start_and_its_stages():
     assert run.worker_s() == pytest.approx(2 * (6 + stage))
     text = "\n".join(time_lines(run))
     assert f"0 GPU-hours, {2 * 2 * (6 + stage) / 3600:.3g} CPU-hours of 2 workers" in text
-    assert "10 x 3.00 s" in text and "0.1 to 0.2" in text and "1.25 GiB (measured)" in text and "n/a: " in text
+    assert "10 x 3.00 s" in text and "0.1 to 0.2" in text and "1.25 GiB (measured)" in text and "not included: " in text
 
 
-def test_stages_side_by_side_share_lanes():
-    """LFME's three experts and its student: one lane takes the sum; two lanes end with the second, which takes two."""
+def test_stages_side_by_side_share_the_workers():
+    """LFME's three experts and its student: one set of workers takes the sum; of two sets, one takes two."""
     stages = [replace(STAGE, name=name) for name in ("many", "medium", "few", "student")]
     one = STAGE.seconds(STAGE.spread()[0])
-    for lanes, in_turn in ((1, 4), (2, 3), (3, 2)):
-        assert found(*stages, words=["method=lfme"], lanes=lanes).wall_s(0) == pytest.approx(10 + in_turn * one)
+    for at_once, in_turn in ((1, 4), (2, 3), (3, 2)):
+        assert found(*stages, words=["method=lfme"], at_once=at_once).wall_s(0) == pytest.approx(10 + in_turn * one)
 
 
 def test_a_stage_that_run_max_steps_leaves_out_takes_nothing():
@@ -75,4 +75,4 @@ def test_a_stage_that_run_max_steps_leaves_out_takes_nothing():
     ],
 )
 def test_what_is_due_at_one_step_is_saved_once(steps, words, evaluations, saves):
-    assert due(steps, 30, 10, RunSettings(**words)) == (evaluations, saves)
+    assert count_due(steps, 30, 10, RunSettings(**words)) == (evaluations, saves)
