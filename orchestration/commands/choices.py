@@ -41,8 +41,9 @@ def choices_text() -> str:
         lines += _row(f"{group}=", _names(group))
     lines.append("schedule=<method>_<dataset>, the one of method= and dataset= unless another is named:")
     schedules = set(_names("schedule"))
+    endings = [ending for name in _names("dataset") for ending in (name, f"{name}_demo")]
     for method in methods:
-        lines += _row(f"  {method + '_':14}", [name for name in _names("dataset") if f"{method}_{name}" in schedules])
+        lines += _row(f"  {method + '_':14}", [ending for ending in endings if f"{method}_{ending}" in schedules])
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 """Every recipe with every schedule it has: what it says fits together, and on digits each of its stages trains.
 
-A recipe is configs/method/<method>.yaml with configs/schedule/<method>_<dataset>.yaml.
+A recipe is configs/method/<method>.yaml with configs/schedule/<method>_<dataset>.yaml, or with the demo's own schedule.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from orchestration.training.trainer import StageTrainer
 def pair_of(schedule):
     """Method and dataset of a schedule, e.g. ride_h2t and cifar10_lt."""
     method = max((name for name in available("method") if schedule.startswith(f"{name}_")), key=len)
-    return method, schedule.removeprefix(f"{method}_")
+    return method, schedule.removeprefix(f"{method}_").removesuffix("_demo")
 
 
 @lru_cache
 def composed(schedule):
     method, dataset = pair_of(schedule)
-    return load_config([f"method={method}", f"dataset={dataset}"])
+    chosen = [f"schedule={schedule}"] if schedule.endswith("_demo") else []  # else it is found by the pair
+    return load_config([f"method={method}", f"dataset={dataset}", *chosen])
 
 
 every_schedule = pytest.mark.parametrize("schedule", available("schedule"))
