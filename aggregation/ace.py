@@ -6,20 +6,25 @@ Shapes: E experts, B images, C classes.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from aggregation.aggregator import (
     Aggregator,
+    AggregatorSettings,
     Outputs,
 )
+from experts.cases import Case
 from experts.class_groups import GroupRule, nested_targets
 from experts.heads.cosine import CosineHead
 from experts.heads.linear import LinearHead
 from experts.precision import at_least_float32
-from experts.registry import Settings, register
+from experts.registry import piece, register
+
+MEASURABLE = (LinearHead, CosineHead)
+"""Heads, with what is made of them, whose scores are those of one row of weights per class."""
 
 
 @register("aggregator", "ace")
@@ -36,21 +41,38 @@ class Ace(Aggregator):
         ValueError: the rule gives an empty group, the head has no rows to measure, or an expert's rows are all zero.
     """
 
-    class Config(Settings):
+    class Config(AggregatorSettings):
         name: Literal["ace"] = "ace"
         groups: GroupRule = GroupRule()
         """Which classes each expert answers for; must be the rule of the stage's objective.groups."""
-        norm_power: float = Field(1.0, gt=0, allow_inf_nan=False)
+        norm_power: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
         """p, the row norms are taken to this power before their mean; sources have 1 and 2."""
 
-        def check_head(self, head: Any) -> None:
-            """Refuse a head whose row norms are not known.
+        @property
+        def group_rule(self) -> GroupRule:
+            """See `AggregatorSettings.group_rule`."""
+            return self.groups
 
-            Raises:
-                ValueError: names the key and what to set.
-            """
-            if head.name not in ("linear", "cosine"):
+        def check_head(self, head: Any) -> None:
+            """Refuse a head whose row norms are not known."""
+            if not issubclass(piece("head", head.name), MEASURABLE):
                 raise ValueError(_unknown_head(f"method.head.name = {head.name}"))
+
+        def check_objective(self, objective: Any) -> None:
+            """Refuse an objective whose experts learn other groups of classes than they answer for."""
+            learnt = objective.group_rule
+            if learnt is not None and learnt != self.groups:
+                raise ValueError(
+                    f"objective.groups = {learnt}, aggregator.groups = {self.groups}; needed the same; set both"
+                )
+
+    by_place: ClassVar[str] = "an expert answers for the classes of its place"
+
+    @classmethod
+    def cases(cls, expert_names: tuple[str, ...]) -> list[Case]:
+        """See `Aggregator.cases`; any number of experts needs groups of equal size."""
+        del expert_names
+        return [Case(cls.Config(groups=GroupRule(rule="equal")))]
 
     def __init__(self, config: Config, counts_C: Tensor, expert_names: tuple[str, ...]) -> None:
         super().__init__(config, counts_C, expert_names)
@@ -59,10 +81,10 @@ class Ace(Aggregator):
     def describe(self, expert: nn.Module) -> Tensor:
         """Norms of the head's rows, one for each class, [C]; all equal to the scale where a head normalises them."""
         head: Any = getattr(expert, "head", None)
+        if not isinstance(head, MEASURABLE):
+            raise ValueError(_unknown_head(f"an expert's head is a {type(head).__name__}"))
         if isinstance(head, CosineHead):
             return head.weight.detach().new_full((head.weight.shape[1],), head.scale)
-        if type(head) not in (nn.Linear, LinearHead):
-            raise ValueError(_unknown_head(f"an expert's head is a {type(head).__name__}"))
         return at_least_float32(head.weight.detach()).norm(dim=1)
 
     def scales(self, norms_EC: Tensor) -> Tensor:

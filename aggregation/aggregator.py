@@ -9,12 +9,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import field_validator
 from torch import Tensor, nn
 
+from experts.cases import Case
+from experts.class_groups import GroupRule
 from experts.precision import at_least_float32
 from experts.registry import Settings, register
 
@@ -38,8 +40,52 @@ class Outputs:
     gates_EB: Tensor | None = None
 
 
+class AggregatorSettings(Settings):
+    """Base of the aggregators' configs; most rules take any head, objective and experts."""
+
+    def check_head(self, head: Any) -> None:
+        """Refuse a head, by its config, that the rule cannot work with.
+
+        Raises:
+            ValueError: names the key, what was found and what was needed.
+        """
+
+    def check_objective(self, objective: Any) -> None:
+        """Refuse an objective, by its config, whose experts learn other things than the rule believes.
+
+        Raises:
+            ValueError: names both keys and what to set.
+        """
+
+    @property
+    def group_rule(self) -> GroupRule | None:
+        """How the classes are cut into groups for the experts; None where they are not cut."""
+        return None
+
+    def check_experts(self, names: Sequence[str]) -> None:
+        """Refuse an ensemble of other experts than the rule is for.
+
+        Raises:
+            ValueError: names the key, what was found and what was needed.
+        """
+
+
 class Aggregator(ABC):
     """One rule. Built with the training images per class, int64 [C], and the experts' names."""
+
+    needs_router: ClassVar[bool] = False
+    """Whether it reads a router's scores, which a stage must have trained."""
+    by_place: ClassVar[str] = ""
+    """Why an expert's place or name matters to the rule; empty where it does not."""
+    adds: ClassVar[str] = ""
+    """Why experts that agree are surer together than each alone; empty where they are not."""
+    Config: ClassVar[Any]
+
+    @classmethod
+    def cases(cls, expert_names: tuple[str, ...]) -> list[Case]:
+        """Return what the contract tests try with experts of these names."""
+        del expert_names
+        return [Case(cls.Config())]
 
     def __init__(self, config: Any, counts_C: Tensor, expert_names: tuple[str, ...]) -> None:
         self.config = config
@@ -66,7 +112,7 @@ class Aggregator(ABC):
 class MeanLogits(Aggregator):
     """Mean over experts of the logits: the normalised product of their probabilities. RIDE's rule."""
 
-    class Config(Settings):
+    class Config(AggregatorSettings):
         name: Literal["mean_logits"] = "mean_logits"
 
     def __call__(self, outputs: Outputs) -> Tensor:
@@ -78,8 +124,10 @@ class MeanLogits(Aggregator):
 class SumLogits(Aggregator):
     """Sum over experts of the logits, where each gives a part of one score: BBN's halves, ResLT's branches."""
 
-    class Config(Settings):
+    class Config(AggregatorSettings):
         name: Literal["sum_logits"] = "sum_logits"
+
+    adds: ClassVar[str] = "experts give parts of one score"
 
     def __call__(self, outputs: Outputs) -> Tensor:
         """See `Aggregator.__call__`."""
@@ -93,7 +141,7 @@ class MeanProbabilities(Aggregator):
     Computed as a log of a sum of exponentials, so that small probabilities do not become log 0.
     """
 
-    class Config(Settings):
+    class Config(AggregatorSettings):
         name: Literal["mean_probabilities"] = "mean_probabilities"
 
     def __call__(self, outputs: Outputs) -> Tensor:
@@ -112,7 +160,7 @@ class Weighted(Aggregator):
         ValueError: a weight is negative, they do not sum to 1, or they are not of exactly the ensemble's experts.
     """
 
-    class Config(Settings):
+    class Config(AggregatorSettings):
         name: Literal["weighted"] = "weighted"
         weights: dict[str, float]
         """Share of each expert by name, no unit: 0 or more, together 1."""
@@ -131,16 +179,20 @@ class Weighted(Aggregator):
             return weights
 
         def check_experts(self, names: Sequence[str]) -> None:
-            """Refuse an ensemble of other experts than there are weights for.
-
-            Raises:
-                ValueError: names the key, what was found and what was needed.
-            """
+            """Refuse an ensemble of other experts than there are weights for."""
             if set(self.weights) != set(names):
                 raise ValueError(
                     f"method.aggregator.weights: found weights of {', '.join(self.weights)}; needed one for each of "
                     f"{', '.join(names)} and nobody else"
                 )
+
+    by_place: ClassVar[str] = "every expert has its own weight"
+
+    @classmethod
+    def cases(cls, expert_names: tuple[str, ...]) -> list[Case]:
+        """See `Aggregator.cases`; few weights are powers of 2, so that sums must be right."""
+        total = sum(range(len(expert_names) + 1))
+        return [Case(cls.Config(weights={name: (k + 1) / total for k, name in enumerate(expert_names)}))]
 
     def __init__(self, config: Config, counts_C: Tensor, expert_names: tuple[str, ...]) -> None:
         super().__init__(config, counts_C, expert_names)
@@ -161,21 +213,24 @@ class Only(Aggregator):
         ValueError: the ensemble has no expert of that name.
     """
 
-    class Config(Settings):
+    class Config(AggregatorSettings):
         name: Literal["only"] = "only"
         expert: str
         """Name of the expert that answers."""
 
         def check_experts(self, names: Sequence[str]) -> None:
-            """Refuse an ensemble without that expert.
-
-            Raises:
-                ValueError: names the key, what was found and what was needed.
-            """
+            """Refuse an ensemble without that expert."""
             if self.expert not in names:
                 raise ValueError(
                     f"method.aggregator.expert = {self.expert}: no such expert; needed one of {', '.join(names)}"
                 )
+
+    by_place: ClassVar[str] = "the answer is one expert's, found by its name"
+
+    @classmethod
+    def cases(cls, expert_names: tuple[str, ...]) -> list[Case]:
+        """See `Aggregator.cases`."""
+        return [Case(cls.Config(expert=expert_names[-1]))]
 
     def __init__(self, config: Config, counts_C: Tensor, expert_names: tuple[str, ...]) -> None:
         super().__init__(config, counts_C, expert_names)

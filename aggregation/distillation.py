@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
+from experts.objective import num_images
 from experts.precision import at_least_float32
 from experts.progress import Progress
 from experts.registry import Settings, register
@@ -63,9 +63,6 @@ class Distillation(ABC):
     pieces' losses and terms add up to the whole.
     """
 
-    couples: ClassVar[bool]
-    """Whether an expert's gradient depends on the other experts' logits."""
-
     def __init__(self, config: DistillationSettings) -> None:
         self.config = config
 
@@ -75,8 +72,7 @@ class Distillation(ABC):
 
     def denominators(self, labels_B: Tensor) -> dict[str, Tensor]:
         """`images`: of this piece, a float64 scalar to be summed over pieces. Labels are [B], or [2, B] of pairs."""
-        images = float(labels_B.shape[-1])
-        return {"images": torch.full((), images, dtype=torch.float64, device=labels_B.device)}
+        return {"images": num_images(labels_B)}
 
     def __call__(
         self,
@@ -148,8 +144,6 @@ class MeanLogits(Distillation):
     class Config(DistillationSettings):
         name: Literal["mean_logits"] = "mean_logits"
 
-    couples: ClassVar[bool] = True
-
     def student_scores(self, logits_EBC: Tensor) -> Tensor:
         """The mean over experts, [1, B, C]."""
         return logits_EBC.mean(dim=0, keepdim=True)
@@ -164,8 +158,6 @@ class SumLogits(Distillation):
         repeat: Repeat = 1
         """See `DistillationSettings`; once, as nothing was published."""
 
-    couples: ClassVar[bool] = True
-
     def student_scores(self, logits_EBC: Tensor) -> Tensor:
         """The sum over experts, [1, B, C]."""
         return logits_EBC.sum(dim=0, keepdim=True)
@@ -179,8 +171,6 @@ class EachExpert(Distillation):
         name: Literal["each_expert"] = "each_expert"
         repeat: Repeat = 1
         """See `DistillationSettings`; once, as nothing was published."""
-
-    couples: ClassVar[bool] = False
 
     def student_scores(self, logits_EBC: Tensor) -> Tensor:
         """As they are, [E, B, C]."""

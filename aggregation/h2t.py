@@ -10,20 +10,21 @@ Shapes: E experts, e of them held here, B images, C classes, D features.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from experts.batches import Batch
+from experts.cases import Case
 from experts.data.keyed_random import permutation
-from experts.flow import Flow, Network, through_shared_head
-from experts.losses.cross_entropy import cross_entropy
-from experts.objective import NOTHING, Given, Objective, ObjectiveSettings, num_images
+from experts.flow import Flow, FlowSettings, Network, through_shared_head
+from experts.losses.cross_entropy import CrossEntropy, cross_entropy
+from experts.objective import Objective, ObjectiveSettings, StepContext
 from experts.precision import at_least_float32
 from experts.progress import Progress
-from experts.registry import Settings, register
+from experts.registry import register
 
 
 def fuse(receiver_BD: Tensor, donor_BD: Tensor, ratio: float, permutation_D: Tensor) -> Tensor:
@@ -58,6 +59,24 @@ def fuse(receiver_BD: Tensor, donor_BD: Tensor, ratio: float, permutation_D: Ten
     return fused_BD
 
 
+@register("objective", "mean_cross_entropy")
+class MeanCrossEntropy(Objective):
+    """Cross-entropy of the mean of the experts' logits. H2T's other loss; "cross_entropy" is its default.
+
+    Source: published code of H2T, which has a criterion of the classifier's output, the mean over its heads.
+    """
+
+    class Config(ObjectiveSettings):
+        name: Literal["mean_cross_entropy"] = "mean_cross_entropy"
+
+    def forward(self, logits_EBC: Tensor, labels_B: Tensor, now: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean per image; term `cross_entropy`, a scalar. See `Objective.forward`."""
+        self.check_shapes(logits_EBC, labels_B)
+        mean_1BC = at_least_float32(logits_EBC).mean(dim=0, keepdim=True)
+        loss = cross_entropy(mean_1BC, labels_B, denominator=now.denominators["images"])[0]
+        return loss, {"cross_entropy": loss.detach()}
+
+
 @register("flow", "h2t")
 class H2T(Flow):
     """The batch receives, its partner gives; labels are the receiver's. Only heads learn.
@@ -66,13 +85,19 @@ class H2T(Flow):
     (`frozen_batchnorm: train`, as published), running statistics move in this order.
     """
 
-    class Config(Settings):
+    class Config(FlowSettings):
         name: Literal["h2t"] = "h2t"
-        ratio: float = Field(0.25, ge=0, le=1)
+        ratio: Annotated[float, Field(ge=0, le=1)] = 0.25
         """Share of the channels that come from the donor, no unit; published 0.25 (CIFAR-100-LT)."""
 
     learns: ClassVar[frozenset[str]] = frozenset({"heads"})
     needs_partner: ClassVar[bool] = True
+
+    @classmethod
+    def cases(cls) -> list[Case]:
+        """See `Flow.cases`."""
+        shared = Case(cls.Config(ratio=0.5), objective=MeanCrossEntropy.Config(), shared_head=True)
+        return [Case(cls.Config(), objective=CrossEntropy.Config()), shared]
 
     def channels(self, expert: str, num_features: int, progress: Progress) -> Tensor:
         """This step's order of an expert's channels, int64 [D] on the CPU; every replica draws the same."""
@@ -103,34 +128,3 @@ class H2T(Flow):
             return torch.stack(scores)
 
         return gather(through_shared_head(network, network.experts(heads)))
-
-
-@register("objective", "mean_cross_entropy")
-class MeanCrossEntropy(Objective):
-    """Cross-entropy of the mean of the experts' logits. H2T's other loss; "cross_entropy" is its default.
-
-    Source: published code of H2T, which has a criterion of the classifier's output, the mean over its heads.
-    """
-
-    class Config(ObjectiveSettings):
-        name: Literal["mean_cross_entropy"] = "mean_cross_entropy"
-
-    couples: ClassVar[bool] = True
-
-    def denominators(self, labels_B: Tensor, progress: Progress) -> dict[str, Tensor]:
-        """`images`."""
-        return {"images": num_images(labels_B)}
-
-    def forward(
-        self,
-        logits_EBC: Tensor,
-        labels_B: Tensor,
-        denominators: dict[str, Tensor],
-        progress: Progress,
-        given: Given = NOTHING,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean per image; term `cross_entropy`, a scalar. See `Objective.forward`."""
-        self.check_shapes(logits_EBC, labels_B)
-        mean_1BC = at_least_float32(logits_EBC).mean(dim=0, keepdim=True)
-        loss = cross_entropy(mean_1BC, labels_B, denominator=denominators["images"])[0]
-        return loss, {"cross_entropy": loss.detach()}

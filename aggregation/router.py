@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from aggregation.aggregator import (
     ALL_EXPERTS,
     Aggregator,
+    AggregatorSettings,
     Outputs,
 )
 from experts.batches import Batch
-from experts.flow import Flow, Network, through_shared_head
-from experts.objective import MAX_EXPERTS, NOTHING, Given, Objective, ObjectiveSettings, num_images
+from experts.cases import Case
+from experts.flow import Flow, FlowSettings, Network, through_shared_head
+from experts.objective import MAX_EXPERTS, Objective, ObjectiveSettings, StepContext
 from experts.precision import at_least_float32
 from experts.progress import Progress
 from experts.registry import Settings, register
@@ -102,6 +104,62 @@ class RideRouter:
         return Final(min(self.config.top_k, num_classes), self.config.width)
 
 
+def running_correct(logits_EBC: Tensor, labels_B: Tensor) -> Tensor:
+    """Whether the mean logits of the first i experts are right, bool [E, B]; of equal logits the first counts."""
+    own_C = torch.arange(logits_EBC.shape[-1], device=labels_B.device)
+    known_B = own_C.gather(0, labels_B)  # the labels; one out of range is an error here, without waiting for a device
+    return logits_EBC.cumsum(dim=0).argmax(dim=-1) == known_B
+
+
+def gate_targets(correct_EB: Tensor) -> Tensor:
+    """What each gate should say, bool [G, B]: the prediction so far is wrong, and becomes right with some later expert.
+
+    Source: published code of arXiv:2010.01809.
+    """
+    later_EB = correct_EB.flip(0).long().cumsum(dim=0).flip(0) > 0
+    return ~correct_EB[:-1] & later_EB[1:]
+
+
+@register("objective", "router")
+class RouterObjective(Objective):
+    """Binary cross-entropy of the gates; the experts' logits only say what a gate should have said."""
+
+    class Config(ObjectiveSettings):
+        name: Literal["router"] = "router"
+        pos_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
+        """What the loss of an image that needs another expert is multiplied with, no unit; published 100."""
+
+    extra_outputs: ClassVar[int] = 1
+    num_experts_allowed: ClassVar[tuple[int, ...]] = tuple(range(2, MAX_EXPERTS + 1))
+    last_expert_learns: ClassVar[bool] = False  # it has no gate
+    roles: ClassVar[str] = "a router chooses between them"
+    flow: ClassVar[str | None] = "router"
+
+    def forward(self, logits_EBC: Tensor, labels_B: Tensor, now: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean over gates of the mean per image.
+
+        Args:
+            logits_EBC: [E, B, C + 1], the score of each expert's gate last; that of the last expert is not looked at.
+            labels_B, denominators, progress, given: see `Objective.forward`.
+
+        Returns:
+            The loss and its terms: `gate` [E], each gate's mean (0 for the last expert, which has none), and `wanted`
+            and `asked` [E], the shares of images that need the next expert, and that the gate alone would pass on.
+        """
+        self.check_shapes(logits_EBC, labels_B)
+        outputs = at_least_float32(logits_EBC)
+        images = now.denominators["images"].to(outputs.dtype)
+        score_GB = outputs[:-1, :, -1]
+        target_GB = gate_targets(running_correct(outputs[..., :-1].detach(), labels_B)).to(outputs.dtype)
+        bce_GB = F.binary_cross_entropy_with_logits(
+            score_GB, target_GB, reduction="none", pos_weight=outputs.new_tensor(self.config.pos_weight)
+        )
+        gate_G = bce_GB.sum(dim=1) / images
+        asked_G = (score_GB.detach() > 0).to(outputs.dtype).sum(dim=1) / images
+        terms = {"gate": gate_G.detach(), "wanted": target_GB.sum(dim=1) / images, "asked": asked_G}
+        return gate_G.sum() / (self.num_experts - 1), {name: F.pad(term_G, (0, 1)) for name, term_G in terms.items()}
+
+
 @register("flow", "router")
 class RouterFlow(Flow):
     """Outputs are the experts' logits, without gradient, and after them a column with the score of each one's gate.
@@ -109,10 +167,17 @@ class RouterFlow(Flow):
     The last expert has no gate: its column is 0.
     """
 
-    class Config(Settings):
+    class Config(FlowSettings):
         name: Literal["router"] = "router"
 
+    recipe: ClassVar[str | None] = "ride_router"
+    takes: ClassVar[type[Objective] | None] = RouterObjective
     learns: ClassVar[frozenset[str]] = frozenset({"gates"})
+
+    @classmethod
+    def cases(cls) -> list[Case]:
+        """See `Flow.cases`."""
+        return [Case(cls.Config(), objective=RouterObjective.Config(), router=RideRouter.Config())]
 
     def __call__(
         self, network: Network, batch: Batch, progress: Progress, gather: Callable[[Tensor], Tensor]
@@ -150,78 +215,6 @@ class RouterFlow(Flow):
         return torch.cat([logits_EBC, gather(network.shared(gates))], dim=-1)
 
 
-def running_correct(logits_EBC: Tensor, labels_B: Tensor) -> Tensor:
-    """Whether the mean logits of the first i experts are right, bool [E, B]; of equal logits the first counts."""
-    own_C = torch.arange(logits_EBC.shape[-1], device=labels_B.device)
-    known_B = own_C.gather(0, labels_B)  # the labels; one out of range is an error here, without waiting for a device
-    return logits_EBC.cumsum(dim=0).argmax(dim=-1) == known_B
-
-
-def gate_targets(correct_EB: Tensor) -> Tensor:
-    """What each gate should say, bool [G, B]: the prediction so far is wrong, and becomes right with some later expert.
-
-    Source: published code of arXiv:2010.01809.
-    """
-    later_EB = correct_EB.flip(0).long().cumsum(dim=0).flip(0) > 0
-    return ~correct_EB[:-1] & later_EB[1:]
-
-
-@register("objective", "router")
-class RouterObjective(Objective):
-    """Binary cross-entropy of the gates; the experts' logits only say what a gate should have said."""
-
-    class Config(ObjectiveSettings):
-        name: Literal["router"] = "router"
-        pos_weight: float = Field(100.0, gt=0, allow_inf_nan=False)
-        """What the loss of an image that needs another expert is multiplied with, no unit; published 100."""
-
-    couples: ClassVar[bool] = True
-    extra_outputs: ClassVar[int] = 1
-    num_experts_allowed: ClassVar[tuple[int, ...]] = tuple(range(2, MAX_EXPERTS + 1))
-
-    def __init__(self, config: Config, counts_C: Tensor, num_experts: int) -> None:
-        super().__init__(config, counts_C, num_experts)
-        if num_experts < 2:
-            raise ValueError(
-                f"objective 'router': method.num_experts = {num_experts}; a router chooses between 2 or more experts"
-            )
-
-    def denominators(self, labels_B: Tensor, progress: Progress) -> dict[str, Tensor]:
-        """`images`."""
-        return {"images": num_images(labels_B)}
-
-    def forward(
-        self,
-        logits_EBC: Tensor,
-        labels_B: Tensor,
-        denominators: dict[str, Tensor],
-        progress: Progress,
-        given: Given = NOTHING,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean over gates of the mean per image.
-
-        Args:
-            logits_EBC: [E, B, C + 1], the score of each expert's gate last; that of the last expert is not looked at.
-            labels_B, denominators, progress, given: see `Objective.forward`.
-
-        Returns:
-            The loss and its terms: `gate` [E], each gate's mean (0 for the last expert, which has none), and `wanted`
-            and `asked` [E], the shares of images that need the next expert, and that the gate alone would pass on.
-        """
-        self.check_shapes(logits_EBC, labels_B)
-        outputs = at_least_float32(logits_EBC)
-        images = denominators["images"].to(outputs.dtype)
-        score_GB = outputs[:-1, :, -1]
-        target_GB = gate_targets(running_correct(outputs[..., :-1].detach(), labels_B)).to(outputs.dtype)
-        bce_GB = F.binary_cross_entropy_with_logits(
-            score_GB, target_GB, reduction="none", pos_weight=outputs.new_tensor(self.config.pos_weight)
-        )
-        gate_G = bce_GB.sum(dim=1) / images
-        asked_G = (score_GB.detach() > 0).to(outputs.dtype).sum(dim=1) / images
-        terms = {"gate": gate_G.detach(), "wanted": target_GB.sum(dim=1) / images, "asked": asked_G}
-        return gate_G.sum() / (self.num_experts - 1), {name: F.pad(term_G, (0, 1)) for name, term_G in terms.items()}
-
-
 @register("aggregator", "router")
 class Router(Aggregator):
     """Every image goes through the first expert, and on to the next as long as the gates ask; mean of the used ones.
@@ -234,8 +227,11 @@ class Router(Aggregator):
         ValueError: the ensemble has no gates, or their scores are not finite.
     """
 
-    class Config(Settings):
+    class Config(AggregatorSettings):
         name: Literal["router"] = "router"
+
+    needs_router: ClassVar[bool] = True
+    by_place: ClassVar[str] = "experts are asked in their order"
 
     def experts_used(self, outputs: Outputs) -> Tensor:
         """1 to E for each image, int64 [B]."""

@@ -173,10 +173,12 @@ class BareLoop:
     def run(self, steps: int) -> None:
         import torch
 
+        from experts.objective import StepContext
+
         torch.set_num_threads(self.threads)
         for _ in range(steps):
-            denominators = self.objective.denominators(self.labels, self.progress)
-            loss, _ = self.objective(self.model(self.images), self.labels, denominators, self.progress)
+            now = StepContext(self.objective.denominators(self.labels, self.progress), self.progress)
+            loss, _ = self.objective(self.model(self.images), self.labels, now)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()

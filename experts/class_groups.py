@@ -31,6 +31,9 @@ class GroupRule(Settings):
     """index: places in the sorted list where a new group begins, one less than there are groups; published for ResLT
     35, 70 (CIFAR-100), 2, 4 (CIFAR-10), 175, 780 (ImageNet-LT), 1542 (iNaturalist 2018, two branches)."""
 
+    def __str__(self) -> str:
+        return " ".join(f"{key}={value}" for key, value in self.model_dump().items() if value is not None)
+
 
 def split_classes(counts_C: Tensor | np.ndarray, num_groups: int, rule: GroupRule) -> list[np.ndarray]:
     """Cut the classes into groups from head to tail.

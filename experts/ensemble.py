@@ -63,6 +63,11 @@ class Ensemble(nn.Module):
         """Names of the experts of this worker, in the order of the logits."""
         return tuple(self.experts)
 
+    @property
+    def has_router(self) -> bool:
+        """Whether a router may ask fewer than all experts."""
+        return "router" in self.shared
+
     def members(self) -> list[Expert]:
         """Return the experts of this worker, in the order of the logits."""
         return list(self.experts.values())  # type: ignore[arg-type]
@@ -86,7 +91,7 @@ class Ensemble(nn.Module):
         features = [expert.features(h) for expert in self.members()]
         scores = torch.stack([x.head(f) for x, f in zip(self.members(), features, strict=True)])
         logits_EBC = gather(self.shared["head"](scores) if "head" in self.shared else scores)
-        if "router" not in self.shared:
+        if not self.has_router:
             return logits_EBC, None
         return logits_EBC, gather(self.gate_scores(features, logits_EBC))
 

@@ -16,8 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from experts.batches import Batch
+from experts.cases import Case
+from experts.losses.cross_entropy import CrossEntropy
 from experts.objective import Objective
 from experts.progress import Progress
+from experts.registry import Settings, piece, registered_name, registered_names
 
 Result = Any
 PARTS = ("trunk", "features", "heads", "gates")
@@ -49,6 +52,15 @@ class Network(Protocol):
         ...
 
 
+class FlowSettings(Settings):
+    """Base of the flows' configs."""
+
+    @property
+    def skips_images(self) -> bool:
+        """Whether experts may leave out some images, so that a step computes at most what a blank one does."""
+        return False
+
+
 class Flow(ABC):
     """One way from images to outputs.
 
@@ -58,22 +70,58 @@ class Flow(ABC):
         expert_names: of all experts, in the order of the logits.
         draws: makes the key of a random choice from words and numbers that say which (`keyed_random.key` with
             seed and stage filled in), so that choices are the same on every worker and after a restart.
+
+    Raises:
+        ValueError: the objective is meant for another flow, or the flow for another objective.
     """
 
+    Config: ClassVar[Any]
+    takes: ClassVar[type[Objective] | None] = None
+    """The class of the objectives that it works with; None: any that is not meant for another flow."""
     learns: ClassVar[frozenset[str]] = frozenset({"trunk", "features", "heads"})
-    """Of PARTS, what the outputs carry gradients to; the rest is frozen whatever the recipe says."""
+    """Those of PARTS that the outputs carry gradients to; the rest is frozen whatever the recipe says."""
     needs_partner: ClassVar[bool] = False
     """Whether a second batch, paired by row, must come with every batch (`stages.<stage>.partner_sampler`)."""
+    needs_own_heads: ClassVar[bool] = False
+    """Whether every expert must have a head of its own."""
     own_streams: ClassVar[bool] = False
     """Whether expert k sees the k-th of the paired batches only, so that trunks that live apart see different ones."""
+    recipe: ClassVar[str | None] = None
+    """A recipe that has the flow, for messages to point at."""
 
     def __init__(
         self, config: Any, objective: Objective, expert_names: Sequence[str], draws: Callable[..., int]
     ) -> None:
+        problem = self.pairing_problem(type(objective))
+        if problem is not None:
+            raise ValueError(problem)
         self.config = config
         self.objective = objective
         self.expert_names = tuple(expert_names)
         self.draws = draws
+
+    @classmethod
+    def cases(cls) -> list[Case]:
+        """Return what the contract tests try: the defaults, with cross-entropy or what the flow takes."""
+        objective = cls.takes or CrossEntropy
+        return [Case(cls.Config(), objective.num_experts_allowed[0], objective=objective.Config())]
+
+    @classmethod
+    def pairing_problem(cls, objective: type[Objective]) -> str | None:
+        """Return why a stage cannot have this flow with that objective, and what to set; None where it can."""
+        own, its = registered_name(cls), registered_name(objective)
+        refused = f"objective '{its}' and flow '{own}' do not fit"
+        if cls.takes is not None and not issubclass(objective, cls.takes):
+            others = [name for name in registered_names("objective") if issubclass(piece("objective", name), cls.takes)]
+            return f"{refused}; flow '{own}' goes with objective {_or(others)}: set objective.name, or flow.name"
+        if objective.flow not in (None, own):
+            return f"{refused}; objective '{its}' goes with flow '{objective.flow}': set flow.name={objective.flow}"
+        if objective.label_sets == 2 and not cls.needs_partner:
+            others = [name for name in registered_names("flow") if piece("flow", name).needs_partner]
+            return (
+                f"{refused}; the objective wants the labels of two batches, which flow {_or(others)} has: set flow.name"
+            )
+        return None
 
     @abstractmethod
     def __call__(
@@ -104,3 +152,7 @@ class Flow(ABC):
 def through_shared_head(network: Network, scores: Tensor) -> Tensor:
     """What experts' own heads gave, [e, B, X], through the head they share, if they do."""
     return network.shared(lambda shared: shared["head"](scores) if "head" in shared else scores)
+
+
+def _or(names: Sequence[str]) -> str:
+    return " or ".join(f"'{name}'" for name in names)

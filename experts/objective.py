@@ -13,14 +13,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from experts.cases import Case
+from experts.class_groups import GroupRule
 from experts.progress import Progress
-from experts.registry import Settings
+from experts.registry import Settings, registered_name
 
 MAX_EXPERTS = 8
 
 
 class ObjectiveSettings(Settings):
-    """Base of the objectives' configs."""
+    """Base of the objectives' configs, with what follows from a config before any data is read."""
 
     def check_head(self, head: Any) -> None:
         """Refuse a head that the objective cannot work with; most objectives take any.
@@ -34,13 +36,41 @@ class ObjectiveSettings(Settings):
 
     @property
     def teacher_names(self) -> tuple[str, ...] | None:
-        """The teachers that the objective learns from, all of them needed; None where it asks for none by name."""
+        """Names of the teachers that the objective needs, all of them; None where it asks for none by name."""
         return None
+
+    @property
+    def group_rule(self) -> GroupRule | None:
+        """How the classes are cut into groups for the experts or teachers; None where they are not cut."""
+        return None
+
+    @property
+    def switches(self) -> Mapping[str, int]:
+        """Epochs (1-based) after which the loss changes for good, by the key of the config that sets them."""
+        return {}
+
+    def trained_log_prior(
+        self, counts_C: Tensor, log_share_C: Tensor, num_experts: int
+    ) -> tuple[Tensor, tuple[str, ...]]:
+        """Return the class distribution that each expert's softmax is trained for.
+
+        Most objectives aim at a balanced test set; the base class takes them at their word.
+
+        Args:
+            counts_C: training images per class.
+            log_share_C: logs of each class's share of the training images, float64.
+            num_experts: E.
+
+        Returns:
+            Its logs, float64 [E, C], up to a constant per expert, and a word or two for each expert.
+        """
+        del counts_C
+        return torch.zeros_like(log_share_C).repeat(num_experts, 1), ("uniform",) * num_experts
 
 
 @dataclass(frozen=True)
 class Given:
-    """What a stage gives some objectives beside logits and labels.
+    """Inputs that a stage has for some objectives beside logits and labels.
 
     Attributes:
         teachers: scores [B, C_t] of frozen teachers by name, without gradient; a teacher may know fewer classes.
@@ -51,44 +81,65 @@ class Given:
     positions_B: Tensor | None = None
 
 
-NOTHING = Given()
+@dataclass(frozen=True)
+class StepContext:
+    """What holds for one step of one piece of the batch, whatever the objective.
+
+    Attributes:
+        denominators: of the objective, summed over the global batch.
+        progress: where training stands; everything that changes with time follows from it.
+        given: teachers' scores and rows of the training set, for objectives that ask for them.
+    """
+
+    denominators: Mapping[str, Tensor]
+    progress: Progress
+    given: Given = field(default_factory=Given)
 
 
 class Objective(nn.Module, ABC):
     """The loss of the whole ensemble, in a form that adds up over the pieces of a batch.
 
-    A worker sees a piece of the global batch, possibly an empty one. It asks for `denominators` of its own labels,
-    these are summed over all pieces, and `forward` divides the piece's numerators by the sums. The losses, gradients
-    and terms of the pieces then add up to those of the whole batch. Logits of experts that live elsewhere come in
-    detached: the value is still the whole loss, and the gradient exactly the loss's for the attached slots.
+    A worker sees a piece of the global batch, possibly an empty one. It asks for `denominators` of the global batch's
+    labels, and `forward` divides the piece's numerators by them. The losses, gradients and terms of the pieces then add
+    up to those of the whole batch. Logits of experts that live elsewhere come in detached: the value is still the whole
+    loss, and the gradient exactly the loss's for the attached slots.
 
     Args:
         config: the `Config` of the class.
         counts_C: training images per class, int64.
-        num_experts: E, 1 to 8.
+        num_experts: E, one of `num_experts_allowed`.
+
+    Raises:
+        ValueError: another number of experts, or counts that are not a list of 2 or more classes.
     """
 
-    couples: ClassVar[bool]
-    """Whether an expert's gradient depends on the other experts' logits."""
+    Config: ClassVar[Any]
+    num_experts_allowed: ClassVar[tuple[int, ...]] = tuple(range(1, MAX_EXPERTS + 1))
+    """Numbers of experts that it takes."""
+    roles: ClassVar[str] = ""
+    """What the experts are to each other, for the message that refuses another number of them."""
+    flow: ClassVar[str | None] = None
+    """The one flow whose outputs the loss is meant for; None: any flow that takes the objective."""
     label_sets: ClassVar[int] = 1
     """2 where labels are [2, B], of the two batches of a pair; denominators still count pairs once."""
     extra_outputs: ClassVar[int] = 0
     """Outputs of an expert beyond its C scores, which come first."""
-    num_experts_allowed: ClassVar[tuple[int, ...] | None] = None
-    """Numbers of experts that it takes, where not every one from 1 to 8."""
     prepares: ClassVar[bool] = False
     """Whether `prepare` has something to do, which needs teachers and a validation split."""
     observes: ClassVar[bool] = False
     """Whether `observe` has something to do, which needs a validation split."""
+    last_expert_learns: ClassVar[bool] = True
+    """False where the loss does not look at what only the last expert gives."""
+    variants: ClassVar[tuple[Mapping[str, Any], ...]] = ()
+    """Settings beside the defaults that take another path through the code, for `cases`."""
     teacher_classes: Mapping[str, Any]
     """Class ids that a teacher knows, by its name, int64 [C_t]; teachers not named know all."""
 
     def __init__(self, config: Any, counts_C: Tensor, num_experts: int) -> None:
         super().__init__()
-        if not 1 <= num_experts <= MAX_EXPERTS:
-            raise ValueError(
-                f"objective '{config.name}': method.num_experts = {num_experts}; it takes 1 to {MAX_EXPERTS} experts"
-            )
+        problem = self.number_problem(num_experts)
+        if problem is not None:
+            raise ValueError(problem)
         if counts_C.ndim != 1 or len(counts_C) < 2:
             raise ValueError(
                 f"objective '{config.name}': needs training images per class for 2 or more classes, "
@@ -99,27 +150,51 @@ class Objective(nn.Module, ABC):
         self.num_classes = len(counts_C)
         self.teacher_classes = {}
 
-    @abstractmethod
+    @classmethod
+    def number_problem(cls, num_experts: int) -> str | None:
+        """Return why the objective does not take so many experts, and what to set; None where it does."""
+        allowed = cls.num_experts_allowed
+        if num_experts in allowed:
+            return None
+        least, most = min(allowed), max(allowed)
+        every = len(allowed) > 2 and set(allowed) == set(range(least, most + 1))
+        takes = f"{least} to {most}" if every else " or ".join(map(str, allowed))
+        roles = f" ({cls.roles})" if cls.roles else ""
+        nearest = min(allowed, key=lambda number: abs(number - num_experts))
+        return (
+            f"objective '{registered_name(cls)}': method.num_experts = {num_experts}; it takes {takes}{roles}; "
+            f"set method.num_experts={nearest}"
+        )
+
+    @classmethod
+    def cases(cls) -> list[Case]:
+        """Return what the contract tests try: the defaults and every variant, at up to three numbers of experts."""
+        allowed = cls.num_experts_allowed
+        numbers = allowed if len(allowed) <= 3 else (allowed[0], allowed[2])
+        return [Case(cls.Config(**settings), number) for settings in ({}, *cls.variants) for number in numbers]
+
+    @property
+    def detached(self) -> str:
+        """Say what the loss holds constant while it differentiates, so that its gradient is not its value's; "" where
+        nothing."""
+        return ""
+
     def denominators(self, labels_B: Tensor, progress: Progress) -> dict[str, Tensor]:
-        """This piece's share of what the loss is divided by: float64 scalars, to be summed over all pieces."""
+        """Return what the loss is divided by: float64 scalars that add up over the pieces of a batch.
+
+        By default `images`, the number of images, or of pairs where labels are [2, B].
+        """
+        del progress
+        return {"images": num_images(labels_B)}
 
     @abstractmethod
-    def forward(
-        self,
-        logits_EBC: Tensor,
-        labels_B: Tensor,
-        denominators: dict[str, Tensor],
-        progress: Progress,
-        given: Given = NOTHING,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """This piece's share of the loss.
+    def forward(self, logits_EBC: Tensor, labels_B: Tensor, now: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return this piece's share of the loss.
 
         Args:
             logits_EBC: scores, any float type; half types are computed in float32.
             labels_B: class ids, int64, in [0, C).
-            denominators: the sums over the global batch.
-            progress: where training stands; everything that changes with time follows from it.
-            given: teachers' scores and rows of the training set, for objectives that ask for them.
+            now: denominators, progress, and inputs that only some objectives use.
 
         Returns:
             The loss (scalar, nats) and its terms, detached, each a scalar or [E] with one value per expert.
@@ -127,7 +202,7 @@ class Objective(nn.Module, ABC):
 
     @property
     def lr_factors(self) -> tuple[float, ...]:
-        """What each expert's learning rate is multiplied with; the trunk's and shared heads' never is."""
+        """Factors of the experts' learning rates; the trunk and shared heads have none."""
         return (1.0,) * self.num_experts
 
     def prepare(self, batches: Callable[[str], Iterable[tuple[Given, Tensor]]]) -> None:
@@ -138,18 +213,22 @@ class Objective(nn.Module, ABC):
                 scores (with `positions_B` for "train") and the labels [B].
         """
 
+    def assume_prepared(self) -> None:
+        """Go on as after `prepare`, without its findings, so that a plan can try a step without any data."""
+
     def observe(self, per_class_top1: Sequence[float | None]) -> None:
         """Take note of how the ensemble does on the validation split.
 
         Args:
-            per_class_top1: fractions, one a class; None where the split has no image of a class.
+            per_class_top1: fractions, one per class; None where the split has no image of a class.
         """
 
     def check_shapes(self, logits_EBC: Tensor, labels_B: Tensor) -> None:
         """Refuse logits and labels that do not belong together.
 
         Raises:
-            ValueError: logits are not [num_experts, B, num_classes], or labels are not [B].
+            ValueError: logits are not [num_experts, B, num_classes + extra_outputs], or labels are not [B] ([2, B] with
+                two label sets).
         """
         name = self.config.name
         if logits_EBC.ndim != 3 or len(logits_EBC) != self.num_experts:
@@ -168,24 +247,6 @@ class Objective(nn.Module, ABC):
 
 
 def num_images(labels_B: Tensor) -> Tensor:
-    """Number of images as a float64 scalar on the labels' device."""
+    """Return the number of images, or of pairs, as a float64 scalar on the labels' device; labels are [B] or [2, B]."""
     # A fill, not a copy from the host, which would make an accelerator wait.
-    return torch.full((), float(len(labels_B)), dtype=torch.float64, device=labels_B.device)
-
-
-def check_same_scale(objective: Any, head: Any) -> None:
-    """A margin is meant in units of a cosine: the objective must multiply it with the scale that the head applies.
-
-    Raises:
-        ValueError: the two scales differ.
-    """
-    if objective.scale != head.scale:
-        fix = (
-            "set method.head.name = 'cosine', or objective.scale = 1"
-            if head.name == "linear"
-            else f"set both to the same number (published 30), here objective.scale = {head.scale:g}"
-        )
-        raise ValueError(
-            f"objective.scale = {objective.scale:g}: objective '{objective.name}' multiplies its margins with it, but "
-            f"head '{head.name}' has head.scale = {head.scale:g}; {fix}"
-        )
+    return torch.full((), float(labels_B.shape[-1]), dtype=torch.float64, device=labels_B.device)

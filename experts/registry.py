@@ -45,7 +45,7 @@ def register(kind: str, name: str) -> Callable[[P], P]:
     return claim
 
 
-def names(kind: str) -> list[str]:
+def registered_names(kind: str) -> list[str]:
     """Registered names of one kind, sorted."""
     return sorted(_PIECES.get(kind, {}))
 
@@ -59,9 +59,16 @@ def piece(kind: str, name: str) -> Any:
     try:
         return _PIECES[kind][name]
     except KeyError:
-        near = difflib.get_close_matches(name, names(kind), n=1)
+        near = difflib.get_close_matches(name, registered_names(kind), n=1)
         hint = f", did you mean '{near[0]}'" if near else ""
-        raise ValueError(f"no {kind} is called '{name}'{hint}; known: {', '.join(names(kind)) or 'none'}") from None
+        raise ValueError(
+            f"no {kind} is called '{name}'{hint}; known: {', '.join(registered_names(kind)) or 'none'}"
+        ) from None
+
+
+def registered_name(cls: Any) -> str:
+    """Return the name that a piece is registered under, as its `Config` says it."""
+    return str(get_args(cls.Config.model_fields["name"].annotation)[0])
 
 
 def build(kind: str, config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -71,7 +78,7 @@ def build(kind: str, config: Any, *args: Any, **kwargs: Any) -> Any:
 
 def choice(kind: str) -> Any:
     """The annotation of a field that holds the config of any piece of one kind, told apart by `name`."""
-    configs = [_PIECES[kind][name].Config for name in names(kind)]
+    configs = [_PIECES[kind][name].Config for name in registered_names(kind)]
     if len(configs) == 1:
         return configs[0]
     return Annotated[functools.reduce(operator.or_, configs), Field(discriminator="name")]

@@ -29,6 +29,15 @@ class Milestone(Settings):
     """Of the base rate, not of the rate before: x0.01 twice is 0.01 and 0.0001."""
 
 
+class ScheduleSettings(Settings):
+    """Base of the learning-rate schedules' configs."""
+
+    @property
+    def drops(self) -> tuple[int, ...]:
+        """Epochs (1-based) after which the rate changes at once."""
+        return ()
+
+
 @register("lr_schedule", "steps")
 class Steps:
     """Constant, with a warm-up and drops at given epochs; without either, a constant rate.
@@ -37,7 +46,7 @@ class Steps:
     0.1 and 0.01 there; TDE and LADE: warm-up 5 from 1/3, 0.01 after 119, 0.0001 after 159.
     """
 
-    class Config(Settings):
+    class Config(ScheduleSettings):
         name: Literal["steps"] = "steps"
         warmup_epochs: int = Field(0, ge=0)
         """Epochs of linear warm-up, stepped per epoch; the last of them has the full rate."""
@@ -57,6 +66,11 @@ class Steps:
                     f"{self.warmup_epochs} epochs; move it to {self.warmup_epochs} or later, or shorten warmup_epochs"
                 )
             return self
+
+        @property
+        def drops(self) -> tuple[int, ...]:
+            """See `ScheduleSettings.drops`."""
+            return tuple(milestone.after_epoch for milestone in self.milestones)
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -81,7 +95,7 @@ class Cosine:
     beyond the end: ResLT on ImageNet-LT.
     """
 
-    class Config(Settings):
+    class Config(ScheduleSettings):
         name: Literal["cosine"] = "cosine"
         unit: Literal["epoch", "step"] = "epoch"
         """Whether the rate changes per epoch or per optimiser step."""

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experts.backbones.splits import GlobalMean, Split, SplitResNet
+from experts.cases import Case
 from experts.registry import Settings, register
 
 
@@ -55,6 +56,11 @@ class ResNetCifar(SplitResNet):
         head_init: Literal["kaiming", "framework"] = "kaiming"
         """Initial weights of a linear head: kaiming: normal with variance 2 / D (RIDE, LDAM, H2T); framework: uniform
         within 1 / sqrt(D) (BBN, ResLT)."""
+
+    @classmethod
+    def cases(cls) -> list[Case]:
+        """Return what the contract tests try: the cheapest depth, and one with several blocks in a stage."""
+        return [Case(cls.Config(depth=depth), image_size=12) for depth in (8, 14)]
 
     def __init__(self, config: Config) -> None:
         # RIDE makes each expert thinner, so that three experts cost about twice as much as one network.

@@ -16,6 +16,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from experts.backbones.splits import GlobalMean, Split, SplitResNet
+from experts.cases import Case
 from experts.registry import Settings, register
 
 BLOCKS = {10: (1, 1, 1, 1), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -147,6 +148,11 @@ class ResNetImageNet(SplitResNet):
                     f"extra_layer = true with split = '{self.split}': needed split = 'whole', or extra_layer = false"
                 )
             return self
+
+    @classmethod
+    def cases(cls) -> list[Case]:
+        """Return what the contract tests try: the cheapest depth, and one with several blocks in a stage."""
+        return [Case(cls.Config(depth=depth), image_size=40) for depth in (10, 50)]
 
     def __init__(self, config: Config) -> None:
         super().__init__(

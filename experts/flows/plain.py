@@ -12,17 +12,25 @@ import torch
 from torch import Tensor
 
 from experts.batches import Batch
-from experts.flow import Flow, Network, through_shared_head
+from experts.cases import Case
+from experts.flow import Flow, FlowSettings, Network, through_shared_head
+from experts.losses.cross_entropy import CrossEntropy
 from experts.progress import Progress
-from experts.registry import Settings, register
+from experts.registry import register
 
 
 @register("flow", "plain")
 class Plain(Flow):
     """Every expert scores every image of the batch."""
 
-    class Config(Settings):
+    class Config(FlowSettings):
         name: Literal["plain"] = "plain"
+
+    @classmethod
+    def cases(cls) -> list[Case]:
+        """See `Flow.cases`."""
+        loss = CrossEntropy.Config()
+        return [Case(cls.Config(), objective=loss), Case(cls.Config(), objective=loss, shared_head=True)]
 
     def __call__(
         self, network: Network, batch: Batch, progress: Progress, gather: Callable[[Tensor], Tensor]

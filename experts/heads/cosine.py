@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from experts.heads.head import Head
 from experts.precision import at_least_float32
 from experts.registry import Settings, register
 
 
 @register("head", "cosine")
-class CosineHead(nn.Module):
+class CosineHead(Head):
     """Scores s cos(x, w_c), without bias; weight [D, C], a column per class.
 
     Norms below 1e-12 count as 1e-12, so a feature vector of zeros scores 0 for every class. Computed outside autocast:

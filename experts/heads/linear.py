@@ -9,11 +9,12 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
+from experts.heads.head import Head
 from experts.registry import Settings, register
 
 
 @register("head", "linear")
-class LinearHead(nn.Linear):
+class LinearHead(nn.Linear, Head):
     """Scores x W^T + b; weight [C, D]."""
 
     class Config(Settings):

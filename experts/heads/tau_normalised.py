@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from experts.heads.head import Head
 from experts.precision import at_least_float32
 from experts.registry import Settings, register
 
 
 @register("head", "tau_normalised")
-class TauNormalisedHead(nn.Linear):
+class TauNormalisedHead(nn.Linear, Head):
     """Linear in training; in evaluation x W'^T with every row of W divided by its norm to a power, and no bias.
 
     Frequent classes end training with longer rows; dividing takes that advantage away. A row of zeros scores 0.

@@ -5,13 +5,12 @@ Shapes: E experts, B images, C classes.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
-from experts.objective import NOTHING, Given, Objective, ObjectiveSettings, num_images
+from experts.objective import Objective, ObjectiveSettings, StepContext
 from experts.precision import at_least_float32
-from experts.progress import Progress
 from experts.registry import register
 
 
@@ -50,21 +49,15 @@ class CrossEntropy(Objective):
     class Config(ObjectiveSettings):
         name: Literal["cross_entropy"] = "cross_entropy"
 
-    couples: ClassVar[bool] = False
+        def trained_log_prior(
+            self, counts_C: Tensor, log_share_C: Tensor, num_experts: int
+        ) -> tuple[Tensor, tuple[str, ...]]:
+            """The training distribution for every expert. See `ObjectiveSettings.trained_log_prior`."""
+            del counts_C
+            return log_share_C.repeat(num_experts, 1), ("train",) * num_experts
 
-    def denominators(self, labels_B: Tensor, progress: Progress) -> dict[str, Tensor]:
-        """`images`."""
-        return {"images": num_images(labels_B)}
-
-    def forward(
-        self,
-        logits_EBC: Tensor,
-        labels_B: Tensor,
-        denominators: dict[str, Tensor],
-        progress: Progress,
-        given: Given = NOTHING,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, logits_EBC: Tensor, labels_B: Tensor, now: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum over experts of the mean per image; term `cross_entropy` [E]. See `Objective.forward`."""
         self.check_shapes(logits_EBC, labels_B)
-        loss_E = cross_entropy(logits_EBC, labels_B, denominator=denominators["images"])
+        loss_E = cross_entropy(logits_EBC, labels_B, denominator=now.denominators["images"])
         return loss_E.sum(), {"cross_entropy": loss_E.detach()}

@@ -5,6 +5,8 @@ Shapes: E experts, B images, C classes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,3 +63,25 @@ def ldam_loss(
     shift_B1 = (scale * margin_C).to(logits_EBC.dtype)[labels_B].unsqueeze(-1)
     shift_BC = torch.zeros_like(logits_EBC[0]).scatter(-1, labels_B.unsqueeze(-1), shift_B1)
     return cross_entropy(logits_EBC - shift_BC, labels_B, denominator=denominator, weight_C=weight_C)
+
+
+def check_same_scale(objective: Any, head: Any) -> None:
+    """Refuse an objective that multiplies its margins with another scale than the head multiplies its cosines with.
+
+    Margins are in units of a cosine, so both must be scaled alike.
+
+    Args:
+        objective: config with a `scale`.
+        head: config of the head.
+
+    Raises:
+        ValueError: the two scales differ.
+    """
+    if objective.scale != head.scale:
+        fix = f"set both to the same number (published 30), here objective.scale = {head.scale:g}"
+        if "scale" not in type(head).model_fields:  # a head that has no scale to set multiplies with 1
+            fix = f"set method.head.name = 'cosine', or objective.scale = {head.scale:g}"
+        raise ValueError(
+            f"objective.scale = {objective.scale:g}: objective '{objective.name}' multiplies its margins with it, but "
+            f"head '{head.name}' has head.scale = {head.scale:g}; {fix}"
+        )

@@ -10,20 +10,21 @@ Shapes: E experts, e of them held here, B images, b of them seen by an expert, C
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from experts.batches import Batch
+from experts.cases import Case
 from experts.class_groups import GroupRule, nested_targets
-from experts.flow import Flow, Network
-from experts.objective import NOTHING, Given, Objective, ObjectiveSettings, num_images
+from experts.flow import Flow, FlowSettings, Network
+from experts.objective import Objective, ObjectiveSettings, StepContext, num_images
 from experts.precision import at_least_float32
 from experts.progress import Progress
-from experts.registry import Settings, register
+from experts.registry import register
 
 
 def ace_loss(
@@ -99,21 +100,33 @@ class ACE(Objective):
         of few images, as CIFAR-10-LT."""
         scale_lr: bool = True
         """Whether an expert's learning rate is multiplied with the share of training images in its classes."""
-        min_rows: int = Field(1, ge=1)
+        min_rows: Annotated[int, Field(ge=1)] = 1
         """Images of the global batch that an expert must see, otherwise it skips the step; 2 where its maps shrink to
         1 x 1, since BatchNorm cannot train on one value."""
 
-    couples: ClassVar[bool] = False
+        @property
+        def group_rule(self) -> GroupRule:
+            """See `ObjectiveSettings.group_rule`."""
+            return self.groups
+
+    flow: ClassVar[str | None] = "ace"
     num_experts_allowed: ClassVar[tuple[int, ...]] = (2, 3, 4)
+    roles: ClassVar[str] = "published 3 and 4"
+    variants: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"softmax_over": "target", "com_reduction": "mean"},
+        {"com_batch": "all", "groups": {"rule": "equal"}},
+        {"min_rows": 2},
+    )
     targets_EC: Tensor
+
+    @classmethod
+    def cases(cls) -> list[Case]:
+        """See `Objective.cases`; 4 experts need another rule of groups than the default."""
+        some = [case for case in super().cases() if case.num_experts < 4]
+        return [*some, Case(cls.Config(groups=GroupRule(rule="equal")), 4)]
 
     def __init__(self, config: Config, counts_C: Tensor, num_experts: int) -> None:
         super().__init__(config, counts_C, num_experts)
-        if num_experts not in self.num_experts_allowed:
-            raise ValueError(
-                f"objective 'ace': method.num_experts = {num_experts}; it takes 2 to 4 experts, published 3 and 4: set "
-                f"one of these, or objective.name = 'cross_entropy' for one expert"
-            )
         targets_EC = nested_targets(counts_C, num_experts, config.groups)
         images_E = (targets_EC * counts_C).sum(dim=-1, dtype=torch.float64)
         self._shares = tuple((images_E / images_E[0]).tolist())
@@ -134,14 +147,7 @@ class ACE(Objective):
         rows_E = self.rows_EB(labels_B).sum(dim=-1, dtype=torch.float64)
         return {"images": num_images(labels_B), **{f"rows_{k}": rows for k, rows in enumerate(rows_E)}}
 
-    def forward(
-        self,
-        logits_EBC: Tensor,
-        labels_B: Tensor,
-        denominators: dict[str, Tensor],
-        progress: Progress,
-        given: Given = NOTHING,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, logits_EBC: Tensor, labels_B: Tensor, now: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
         """See `ace_loss` and `Objective.forward`."""
         self.check_shapes(logits_EBC, labels_B)
         config = self.config
@@ -152,8 +158,8 @@ class ACE(Objective):
             softmax_over=config.softmax_over,
             com_batch=config.com_batch,
             com_reduction=config.com_reduction,
-            rows_E=torch.stack([denominators[f"rows_{k}"] for k in range(self.num_experts)]),
-            images=denominators["images"],
+            rows_E=torch.stack([now.denominators[f"rows_{k}"] for k in range(self.num_experts)]),
+            images=now.denominators["images"],
             min_rows=config.min_rows,
         )
 
@@ -180,23 +186,27 @@ class OwnClasses(Flow):
     that have a part of its classes.
     """
 
-    class Config(Settings):
+    class Config(FlowSettings):
         name: Literal["ace"] = "ace"
         select: Literal["before", "after"] = "before"
         """Whether images of other classes are left out "before" the expert, so that its BatchNorm never sees them, or
         "after" it; the paper does not say."""
 
+        @property
+        def skips_images(self) -> bool:
+            """See `FlowSettings.skips_images`."""
+            return self.select == "before"
+
+    takes: ClassVar[type[Objective] | None] = ACE
+    needs_own_heads: ClassVar[bool] = True
     objective: ACE
 
-    def __init__(
-        self, config: Config, objective: Objective, expert_names: Sequence[str], draws: Callable[..., int]
-    ) -> None:
-        if not isinstance(objective, ACE):
-            raise ValueError(
-                f"flow 'ace' shows experts their own classes, which objective 'ace' knows, the stage has objective "
-                f"'{objective.config.name}'; set the stage's objective.name = 'ace', or its flow.name = 'plain'"
-            )
-        super().__init__(config, objective, expert_names, draws)
+    @classmethod
+    def cases(cls) -> list[Case]:
+        """See `Flow.cases`."""
+        plain = Case(cls.Config(), objective=ACE.Config())
+        everything = Case(cls.Config(), objective=ACE.Config(com_batch="all"))
+        return [plain, Case(cls.Config(select="after"), objective=ACE.Config()), everything]
 
     def __call__(
         self, network: Network, batch: Batch, progress: Progress, gather: Callable[[Tensor], Tensor]

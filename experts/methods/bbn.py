@@ -13,7 +13,7 @@ D features.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -22,9 +22,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from experts.batches import Batch
-from experts.flow import Flow, Network
+from experts.cases import Case
+from experts.flow import Flow, FlowSettings, Network
+from experts.heads.head import Head
 from experts.losses.cross_entropy import cross_entropy
-from experts.objective import NOTHING, Given, Objective, ObjectiveSettings, num_images
+from experts.objective import Objective, ObjectiveSettings, StepContext
 from experts.precision import at_least_float32
 from experts.progress import Progress
 from experts.registry import Settings, register
@@ -79,17 +81,11 @@ class BBN(Objective):
         """Epochs after which alpha would be 0: "stage": those of the stage (paper); "published": the same, but 200 for
         a stage of 180 epochs and 100 for one of 90 (code); or a number, at least the stage's epochs less 1."""
 
-    couples: ClassVar[bool] = True
+    flow: ClassVar[str | None] = "bilateral"
     num_experts_allowed: ClassVar[tuple[int, ...]] = (2,)
+    roles: ClassVar[str] = "the conventional and the re-balancing branch"
     label_sets: ClassVar[int] = 2
-
-    def __init__(self, config: Config, counts_C: Tensor, num_experts: int) -> None:
-        super().__init__(config, counts_C, num_experts)
-        if num_experts not in self.num_experts_allowed:
-            raise ValueError(
-                f"objective 'bbn': method.num_experts = {num_experts}; it needs exactly 2, the conventional and the "
-                f"re-balancing branch: set 2"
-            )
+    variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({"alpha_epochs": "stage"}, {"alpha_epochs": 7})
 
     def alpha(self, progress: Progress) -> float:
         """Weight of the conventional branch, constant within an epoch; see `cumulative_alpha`.
@@ -109,25 +105,14 @@ class BBN(Objective):
             )
         return cumulative_alpha(progress.epoch, span)
 
-    def denominators(self, labels_B: Tensor, progress: Progress) -> dict[str, Tensor]:
-        """`images`: the pairs. Labels are [2, B]."""
-        return {"images": num_images(labels_B[0])}
-
-    def forward(
-        self,
-        logits_EBC: Tensor,
-        labels_B: Tensor,
-        denominators: dict[str, Tensor],
-        progress: Progress,
-        given: Given = NOTHING,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, logits_EBC: Tensor, labels_B: Tensor, now: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
         """See `bbn_loss` and `Objective.forward`. Labels are [2, B]."""
         self.check_shapes(logits_EBC, labels_B)
-        return bbn_loss(logits_EBC, labels_B, alpha=self.alpha(progress), images=denominators["images"])
+        return bbn_loss(logits_EBC, labels_B, alpha=self.alpha(now.progress), images=now.denominators["images"])
 
 
 @register("head", "bilateral")
-class BilateralHead(nn.Module):
+class BilateralHead(Head):
     """One branch's half of a linear layer over both branches' features: x W^T, weight [C, D]; the first adds the bias.
 
     Drawn as the whole layer of 2 D inputs would be: uniform within 1 / sqrt(2 D).
@@ -137,6 +122,7 @@ class BilateralHead(nn.Module):
         name: Literal["bilateral"] = "bilateral"
         scale: ClassVar[float] = 1.0
 
+    flow: ClassVar[str | None] = "bilateral"
     bias: nn.Parameter | None
 
     def __init__(self, config: Config, num_features: int, num_classes: int, position: int = 0) -> None:
@@ -162,24 +148,22 @@ class Bilateral(Flow):
     with scale 2 is alpha = 1/2.
     """
 
-    class Config(Settings):
+    class Config(FlowSettings):
         name: Literal["bilateral"] = "bilateral"
-        scale: float = Field(2.0, gt=0, allow_inf_nan=False)
+        scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
         """What weighted features are multiplied with, no unit; published 2 (code), 1 (paper)."""
 
+    takes: ClassVar[type[Objective] | None] = BBN
     needs_partner: ClassVar[bool] = True
+    needs_own_heads: ClassVar[bool] = True
     own_streams: ClassVar[bool] = True
     objective: BBN
 
-    def __init__(
-        self, config: Config, objective: Objective, expert_names: Sequence[str], draws: Callable[..., int]
-    ) -> None:
-        if not isinstance(objective, BBN):
-            raise ValueError(
-                f"flow 'bilateral' weights features by the alpha of objective 'bbn', the stage has objective "
-                f"'{objective.config.name}'; set the stage's objective.name = 'bbn', or its flow.name = 'plain'"
-            )
-        super().__init__(config, objective, expert_names, draws)
+    @classmethod
+    def cases(cls) -> list[Case]:
+        """See `Flow.cases`."""
+        half = Case(cls.Config(), 2, objective=BBN.Config(), head=BilateralHead.Config())
+        return [half, Case(cls.Config(scale=1.0), 2, objective=BBN.Config())]
 
     def __call__(
         self, network: Network, batch: Batch, progress: Progress, gather: Callable[[Tensor], Tensor]

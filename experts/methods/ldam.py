@@ -8,6 +8,7 @@ Shapes: E experts, B images, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,8 +16,8 @@ from pydantic import Field
 from torch import Tensor
 
 from experts.losses.class_balanced import effective_number_weights
-from experts.losses.ldam import ldam_loss, ldam_margins
-from experts.objective import NOTHING, Given, Objective, ObjectiveSettings, check_same_scale
+from experts.losses.ldam import check_same_scale, ldam_loss, ldam_margins
+from experts.objective import Objective, ObjectiveSettings, StepContext
 from experts.progress import Progress
 from experts.registry import register
 
@@ -44,7 +45,12 @@ class LDAM(Objective):
             """See `check_same_scale`."""
             check_same_scale(self, head)
 
-    couples: ClassVar[bool] = False
+        @property
+        def switches(self) -> dict[str, int]:
+            """See `ObjectiveSettings.switches`."""
+            return {} if self.reweight_epoch is None else {"reweight_epoch": self.reweight_epoch}
+
+    variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({"reweight_epoch": 1},)
     margin_C: Tensor
     weight_C: Tensor
     no_weight_C: Tensor
@@ -66,14 +72,7 @@ class LDAM(Objective):
         """`class_weight`: sum of the labels' weights, which is the number of images before the switch."""
         return {"class_weight": self.weights_at(progress)[labels_B].sum(dtype=torch.float64)}
 
-    def forward(
-        self,
-        logits_EBC: Tensor,
-        labels_B: Tensor,
-        denominators: dict[str, Tensor],
-        progress: Progress,
-        given: Given = NOTHING,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, logits_EBC: Tensor, labels_B: Tensor, now: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum over experts of the weighted mean; term `ldam` [E]. See `Objective.forward`."""
         self.check_shapes(logits_EBC, labels_B)
         loss_E = ldam_loss(
@@ -81,7 +80,7 @@ class LDAM(Objective):
             labels_B,
             margin_C=self.margin_C,
             scale=self.config.scale,
-            denominator=denominators["class_weight"],
-            weight_C=self.weights_at(progress),
+            denominator=now.denominators["class_weight"],
+            weight_C=self.weights_at(now.progress),
         )
         return loss_E.sum(), {"ldam": loss_E.detach()}

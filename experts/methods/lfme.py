@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from experts.class_groups import GroupRule, split_classes
-from experts.objective import NOTHING, Given, Objective, ObjectiveSettings, num_images
+from experts.objective import Given, Objective, ObjectiveSettings, StepContext
 from experts.precision import at_least_float32
 from experts.progress import Progress
 from experts.registry import register
@@ -157,10 +157,16 @@ class LFME(Objective):
             """Teachers that the stage must have."""
             return TEACHERS
 
-    couples: ClassVar[bool] = False
+        @property
+        def group_rule(self) -> GroupRule:
+            """See `ObjectiveSettings.group_rule`."""
+            return self.groups
+
     prepares: ClassVar[bool] = True
     observes: ClassVar[bool] = True
     num_experts_allowed: ClassVar[tuple[int, ...]] = (1,)
+    roles: ClassVar[str] = "the student"
+    variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({"instance_on": "loss", "clamp": True},)
     lowest_C: Tensor
     instance_u_N: Tensor
     teacher_accuracy_T: Tensor
@@ -169,8 +175,6 @@ class LFME(Objective):
 
     def __init__(self, config: Config, counts_C: Tensor, num_experts: int) -> None:
         super().__init__(config, counts_C, num_experts)
-        if num_experts != 1:
-            raise ValueError(f"objective 'lfme': method.num_experts = {num_experts}; it trains 1 student; set it to 1")
         counts = counts_C.cpu()
         self.teacher_classes = dict(zip(TEACHERS, split_classes(counts, len(TEACHERS), config.groups), strict=True))
         """Class ids of each teacher's scores, in their order."""
@@ -237,6 +241,10 @@ class LFME(Objective):
         self.student_accuracy_T.zero_()
         self.prepared.fill_(True)
 
+    def assume_prepared(self) -> None:
+        """See `Objective.assume_prepared`."""
+        self.prepared.fill_(True)
+
     def observe(self, per_class_top1: Sequence[float | None]) -> None:
         """Take note of the student's accuracy on the validation split, from which its teachers' weights follow.
 
@@ -281,18 +289,7 @@ class LFME(Objective):
 
     # The loss
 
-    def denominators(self, labels_B: Tensor, progress: Progress) -> dict[str, Tensor]:
-        """`images`."""
-        return {"images": num_images(labels_B)}
-
-    def forward(
-        self,
-        logits_EBC: Tensor,
-        labels_B: Tensor,
-        denominators: dict[str, Tensor],
-        progress: Progress,
-        given: Given = NOTHING,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, logits_EBC: Tensor, labels_B: Tensor, now: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
         """See `lfme_loss` and `Objective.forward`.
 
         Returns:
@@ -305,10 +302,10 @@ class LFME(Objective):
         self.check_shapes(logits_EBC, labels_B)
         self._check_prepared()
         config = self.config
-        scores = self._teacher_scores(given.teachers, len(labels_B))
-        factor_B = instance_factors(self.instance_u_N[self._rows(given)], progress, clamp=config.clamp)
+        scores = self._teacher_scores(now.given.teachers, len(labels_B))
+        factor_B = instance_factors(self.instance_u_N[self._rows(now.given)], now.progress, clamp=config.clamp)
         weight_T = teacher_weights(self.student_accuracy_T, self.teacher_accuracy_T, alpha=config.alpha)
-        images = denominators["images"]
+        images = now.denominators["images"]
         loss, ce, kl_T = lfme_loss(
             logits_EBC[0],
             labels_B,

@@ -10,7 +10,8 @@ Shapes: E branches (experts), B images, C classes.
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from experts.class_groups import GroupRule, nested_targets
 from experts.losses.cross_entropy import cross_entropy
-from experts.objective import NOTHING, Given, Objective, ObjectiveSettings, num_images
+from experts.objective import Objective, ObjectiveSettings, StepContext, num_images
 from experts.precision import at_least_float32
 from experts.progress import Progress
 from experts.registry import register
@@ -95,17 +96,21 @@ class ResLT(Objective):
         groups: GroupRule = GroupRule()
         """Classes of the branches; with two branches and rule "count", the second learns medium and few."""
 
-    couples: ClassVar[bool] = True
+        @property
+        def group_rule(self) -> GroupRule:
+            """See `ObjectiveSettings.group_rule`."""
+            return self.groups
+
     num_experts_allowed: ClassVar[tuple[int, ...]] = (3, 2)
+    roles: ClassVar[str] = "branches for all classes, for medium and few, and with 3 for few alone"
+    variants: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"beta": 0.5, "fused": "guarded"},
+        {"log_guard": 0.0, "groups": {"rule": "equal"}},
+    )
     targets_EC: Tensor
 
     def __init__(self, config: Config, counts_C: Tensor, num_experts: int) -> None:
         super().__init__(config, counts_C, num_experts)
-        if num_experts not in self.num_experts_allowed:
-            raise ValueError(
-                f"objective 'reslt': method.num_experts = {num_experts}; it has 3 branches (all, medium and few, few), "
-                f"or 2 (all, medium and few): set 3 or 2"
-            )
         # Not persistent: it follows from config and counts, and an old checkpoint must not bring another.
         self.register_buffer("targets_EC", nested_targets(counts_C, num_experts, config.groups), persistent=False)
 
@@ -114,14 +119,7 @@ class ResLT(Objective):
         branch_images = self.targets_EC[:, labels_B].sum(dtype=torch.float64)
         return {"images": num_images(labels_B), "branch_images": branch_images}
 
-    def forward(
-        self,
-        logits_EBC: Tensor,
-        labels_B: Tensor,
-        denominators: dict[str, Tensor],
-        progress: Progress,
-        given: Given = NOTHING,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, logits_EBC: Tensor, labels_B: Tensor, now: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
         """See `reslt_loss` and `Objective.forward`."""
         self.check_shapes(logits_EBC, labels_B)
         config = self.config
@@ -132,6 +130,6 @@ class ResLT(Objective):
             beta=config.beta,
             log_guard=config.log_guard,
             fused=config.fused,
-            images=denominators["images"],
-            branch_images=denominators["branch_images"],
+            images=now.denominators["images"],
+            branch_images=now.denominators["branch_images"],
         )

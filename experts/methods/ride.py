@@ -10,6 +10,7 @@ Shapes: E experts, B images, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from experts.losses.class_balanced import effective_number_weights
 from experts.losses.counts import positive_counts
-from experts.losses.ldam import ldam_loss, ldam_margins
-from experts.objective import NOTHING, Given, Objective, ObjectiveSettings, check_same_scale, num_images
+from experts.losses.ldam import check_same_scale, ldam_loss, ldam_margins
+from experts.objective import Objective, ObjectiveSettings, StepContext, num_images
 from experts.precision import at_least_float32
 from experts.progress import Progress
 from experts.registry import register
@@ -161,7 +162,18 @@ class RIDE(Objective):
             """See `check_same_scale`."""
             check_same_scale(self, head)
 
-    couples: ClassVar[bool] = True
+        @property
+        def switches(self) -> dict[str, int]:
+            """See `ObjectiveSettings.switches`."""
+            return {} if self.reweight_epoch is None else {"reweight_epoch": self.reweight_epoch}
+
+    variants: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"reweight_epoch": 1},
+        {"reweight_epoch": 1, "temp_norm": "subtract", "base_temperature": 2.0},
+        {"reweight_epoch": 0, "diversity_reference": "pairwise"},
+        {"diversity_factor": 0.0, "base_on": "published"},
+        {"diversity_factor": 0.0},
+    )
     margin_C: Tensor
     weight_C: Tensor
     temperature_C: Tensor
@@ -187,17 +199,10 @@ class RIDE(Objective):
         weight_C = self.weight_C if self.reweighting(progress) else self.no_weight_C
         return {"images": num_images(labels_B), "class_weight": weight_C[labels_B].sum(dtype=torch.float64)}
 
-    def forward(
-        self,
-        logits_EBC: Tensor,
-        labels_B: Tensor,
-        denominators: dict[str, Tensor],
-        progress: Progress,
-        given: Given = NOTHING,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, logits_EBC: Tensor, labels_B: Tensor, now: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
         """See `ride_loss` and `Objective.forward`."""
         self.check_shapes(logits_EBC, labels_B)
-        late = self.reweighting(progress)
+        late = self.reweighting(now.progress)
         config = self.config
         return ride_loss(
             logits_EBC,
@@ -207,8 +212,8 @@ class RIDE(Objective):
             temperature_C=config.base_temperature * (self.temperature_C if late else self.no_weight_C),
             scale=config.scale,
             diversity_factor=config.diversity_factor,
-            class_weight=denominators["class_weight"],
-            images=denominators["images"],
+            class_weight=now.denominators["class_weight"],
+            images=now.denominators["images"],
             diversity_reference=config.diversity_reference,
             base_on=config.base_on,
         )

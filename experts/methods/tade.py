@@ -10,7 +10,8 @@ Shapes: E experts, B images, C classes.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -18,9 +19,8 @@ from torch import Tensor
 
 from experts.losses.counts import positive_counts
 from experts.losses.cross_entropy import cross_entropy
-from experts.objective import NOTHING, Given, Objective, ObjectiveSettings, num_images
+from experts.objective import Objective, ObjectiveSettings, StepContext
 from experts.precision import at_least_float32
-from experts.progress import Progress
 from experts.registry import register
 
 
@@ -109,33 +109,28 @@ class TADE(Objective):
         log_guard: float = Field(1e-9, ge=0, allow_inf_nan=False)
         """Added to frequencies inside logs, no unit; published 1e-9."""
 
-    couples: ClassVar[bool] = False
+        def offsets(self, counts_C: Tensor) -> Tensor:
+            """See `tade_offsets`."""
+            return tade_offsets(counts_C, tau=self.tau, ties=self.inverse, log_guard=self.log_guard)
+
+        def trained_log_prior(
+            self, counts_C: Tensor, log_share_C: Tensor, num_experts: int
+        ) -> tuple[Tensor, tuple[str, ...]]:
+            """The scores with their offsets are for the training distribution, so the scores alone are for that
+            distribution less the offsets. See `ObjectiveSettings.trained_log_prior`."""
+            return log_share_C - self.offsets(counts_C), ("train", "uniform", f"inverse (tau {self.tau:g})")
+
     num_experts_allowed: ClassVar[tuple[int, ...]] = (3,)
+    roles: ClassVar[str] = "forward, balanced, inverse"
+    variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({"tau": 1.0, "inverse": "stable", "log_guard": 0.0},)
     offset_EC: Tensor
 
     def __init__(self, config: Config, counts_C: Tensor, num_experts: int) -> None:
         super().__init__(config, counts_C, num_experts)
-        if num_experts not in self.num_experts_allowed:
-            raise ValueError(
-                f"objective 'tade': method.num_experts = {num_experts}; it needs exactly 3 (forward, balanced, "
-                f"inverse): set 3, or objective.name = 'ride', which takes any number"
-            )
-        offset_EC = tade_offsets(counts_C, tau=config.tau, ties=config.inverse, log_guard=config.log_guard)
         # Not persistent: it follows from config and counts, and an old checkpoint must not bring another.
-        self.register_buffer("offset_EC", offset_EC, persistent=False)
+        self.register_buffer("offset_EC", config.offsets(counts_C), persistent=False)
 
-    def denominators(self, labels_B: Tensor, progress: Progress) -> dict[str, Tensor]:
-        """`images`."""
-        return {"images": num_images(labels_B)}
-
-    def forward(
-        self,
-        logits_EBC: Tensor,
-        labels_B: Tensor,
-        denominators: dict[str, Tensor],
-        progress: Progress,
-        given: Given = NOTHING,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, logits_EBC: Tensor, labels_B: Tensor, now: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
         """See `tade_loss` and `Objective.forward`."""
         self.check_shapes(logits_EBC, labels_B)
-        return tade_loss(logits_EBC, labels_B, offset_EC=self.offset_EC, images=denominators["images"])
+        return tade_loss(logits_EBC, labels_B, offset_EC=self.offset_EC, images=now.denominators["images"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -18,6 +18,8 @@ class InstanceBalanced(Sampler):
 
     class Config(Settings):
         name: Literal["instance_balanced"] = "instance_balanced"
+
+    keeps_distribution: ClassVar[bool] = True
 
     def __init__(self, config: Config, labels: np.ndarray, num_classes: int) -> None:
         super().__init__(labels, num_classes)

@@ -9,6 +9,8 @@ Shapes: C classes, N images; positions are rows of the training set.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 
 from experts.data.keyed_random import uniforms
@@ -18,6 +20,9 @@ from experts.samplers.draws import weighted_draws
 
 class Sampler:
     """Holds the labels of the training images, and refuses a class without any."""
+
+    keeps_distribution: ClassVar[bool] = False
+    """Whether classes are drawn as often as the training set has images of them."""
 
     def __init__(self, labels: np.ndarray, num_classes: int) -> None:
         self.labels = labels

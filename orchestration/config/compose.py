@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from experts.registry import names, piece
+from experts.registry import piece, registered_names
 from orchestration.config.paths import expand
 from orchestration.config.recipe import PieceOf
 from orchestration.config.run_config import RunConfig
@@ -251,7 +251,7 @@ def _known(keys: list[Any], tree: Any) -> list[str]:
         of = next((m for m in field.metadata if isinstance(m, PieceOf)), None)
         if of is not None:
             name = tree.get("name") if isinstance(tree, dict) else None
-            model = piece(of.kind, name).Config if name in names(of.kind) else None
+            model = piece(of.kind, name).Config if name in registered_names(of.kind) else None
         else:
             model = field.annotation
             if not hasattr(model, "model_fields"):

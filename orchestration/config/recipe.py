@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -14,7 +14,7 @@ import experts
 from experts.class_groups import GroupRule, split_classes
 from experts.ensemble import check_names
 from experts.flows.plain import Plain
-from experts.registry import Settings, choice, import_pieces, piece
+from experts.registry import Settings, choice, import_pieces, piece, registered_names
 
 import_pieces(experts, aggregation)  # the fields below take the config of any registered piece
 
@@ -244,7 +244,7 @@ def recipe_problems(method: MethodConfig) -> Iterator[str]:
         yield from _rule_problems(name, method, earlier)
         earlier.append(name)
     if method.router is not None and not any(_trains_router(stage) for stage in method.stages.values()):
-        yield "router: no stage trains it; add one with flow 'router', as method=ride_router has it, or set it to null"
+        yield f"router: no stage trains it; add one with {_router_flow()}, or set it to null"
     if method.backbone_weights is not None and all(method.starts_from(name) for name in method.stages):
         yield "backbone_weights: every stage has start_from, no network begins anew; set it to null"
 
@@ -261,19 +261,36 @@ def _names_problems(key: str, names: tuple[str, ...] | None, num_experts: int) -
 
 
 def _rule_problems(name: str, method: MethodConfig, earlier: list[str]) -> Iterator[str]:
-    """What of the rule that combines a stage's experts does not fit the experts."""
+    """Yield why the rule that combines a stage's experts does not fit the experts."""
     rule = method.aggregator_in(name)
-    for check, against in (("check_head", method.head), ("check_experts", method.names_in(name))):
-        if hasattr(rule, check):
-            try:
-                getattr(rule, check)(against)
-            except ValueError as problem:
-                yield str(problem)
-    if rule.name == "router" and not any(_trains_router(method.stages[stage]) for stage in (*earlier, name)):
+    yield from _refusal(rule.check_head, method.head)
+    yield from _refusal(rule.check_experts, method.names_in(name))
+    needs_router = piece("aggregator", rule.name).needs_router
+    if needs_router and not any(_trains_router(method.stages[stage]) for stage in (*earlier, name)):
         yield (
-            f"stages.{name}.aggregator = router: no router is trained by then; needed a stage with flow 'router', as "
-            f"method=ride_router has it; set aggregator.name=mean_logits"
+            f"stages.{name}.aggregator = {rule.name}: no router is trained by then; needed a stage with "
+            f"{_router_flow()}; set aggregator.name={_one_of('aggregator', lambda other: not other.needs_router)}"
         )
+
+
+def _refusal(check: Callable[[Any], None], against: Any) -> Iterator[str]:
+    """Yield what a piece's own check says against another piece."""
+    try:
+        check(against)
+    except ValueError as problem:
+        yield str(problem)
+
+
+def _one_of(kind: str, fits: Callable[[Any], bool] = lambda piece: True) -> str:
+    """List the pieces of a kind that would do."""
+    return " or ".join(name for name in registered_names(kind) if fits(piece(kind, name)))
+
+
+def _router_flow() -> str:
+    """Name the flow that trains a router, and a recipe that has it."""
+    flows = {name: piece("flow", name) for name in registered_names("flow")}
+    name, flow = next((name, flow) for name, flow in flows.items() if "gates" in flow.learns)
+    return f"flow '{name}'" + (f", as method={flow.recipe} has it" if flow.recipe else "")
 
 
 def _trains_router(stage: StageConfig) -> bool:
@@ -281,10 +298,7 @@ def _trains_router(stage: StageConfig) -> bool:
 
 
 def _stage_problems(name: str, stage: StageConfig, method: MethodConfig, earlier: list[str]) -> Iterator[str]:
-    try:
-        stage.objective.check_head(method.head)
-    except ValueError as problem:
-        yield str(problem)
+    yield from _refusal(stage.objective.check_head, method.head)
     yield from _names_problems("experts", stage.experts, method.num_experts)
     yield from _flow_problems(stage, method)
     yield from _teacher_problems(stage, method)
@@ -298,42 +312,34 @@ def _stage_problems(name: str, stage: StageConfig, method: MethodConfig, earlier
 
 def _flow_problems(stage: StageConfig, method: MethodConfig) -> Iterator[str]:
     flow, objective = piece("flow", stage.flow.name), piece("objective", stage.objective.name)
-    flow_is, objective_is = f"flow '{stage.flow.name}'", f"objective '{stage.objective.name}'"
+    flow_is = f"flow '{stage.flow.name}'"
     if flow.needs_partner and stage.partner_sampler is None:
         yield f"partner_sampler: not set; {flow_is} pairs every batch with a second one; set a sampler"
     if not flow.needs_partner and stage.partner_sampler is not None:
         yield f"partner_sampler = {stage.partner_sampler.name}: {flow_is} takes one batch only; set it to null"
-    if objective.label_sets == 2 and not flow.own_streams:
-        yield f"{objective_is} wants the labels of two batches, {flow_is} shows experts one; set flow.name=bilateral"
-    if (objective.extra_outputs > 0) != ("gates" in flow.learns):
-        yield f"{objective_is} and {flow_is} do not fit; a router is trained by objective 'router' and flow 'router'"
+    pairing = flow.pairing_problem(objective)
+    if pairing is not None:
+        yield pairing
     if "gates" in flow.learns and (method.router is None or method.num_experts < 2):
         yield (
             f"{flow_is}: the ensemble has no router to train; needed method.router and 2 experts or more, found "
             f"method.router {'unset' if method.router is None else 'set'} and method.num_experts = "
-            f"{method.num_experts}; set method.router.name=ride"
+            f"{method.num_experts}; set method.router.name={_one_of('router')}"
         )
-    partner = {"ace": "ace", "bbn": "bilateral"}  # the objective's loss is meant for what this flow shows its experts
-    if partner.get(stage.objective.name, stage.flow.name) != stage.flow.name or (
-        stage.flow.name in partner.values() and stage.objective.name not in partner
-    ):
-        yield f"{objective_is} and {flow_is} do not fit; ace goes with flow 'ace', bbn with flow 'bilateral'"
-    if method.head.name == "bilateral" and stage.flow.name != "bilateral":
-        yield f"{flow_is}: method.head.name = bilateral is for flow 'bilateral'; set method.head.name=linear"
-    if stage.flow.name in partner.values() and method.shared_head:
+    head = piece("head", method.head.name)
+    if head.flow not in (None, stage.flow.name):
+        yield (
+            f"{flow_is}: method.head.name = {method.head.name} is for flow '{head.flow}'; set method.head.name to "
+            f"{_one_of('head', lambda other: other.flow is None)}"
+        )
+    if flow.needs_own_heads and method.shared_head:
         yield f"{flow_is}: method.shared_head = true; needed a head in each expert; set method.shared_head=false"
-    rule = stage.aggregator or method.aggregator
-    ours, theirs = getattr(rule, "groups", None), getattr(stage.objective, "groups", None)
-    if ours is not None and theirs is not None and ours != theirs:
-        yield f"objective.groups = {_rule(theirs)}, aggregator.groups = {_rule(ours)}; needed the same; set both"
+    yield from _refusal((stage.aggregator or method.aggregator).check_objective, stage.objective)
     if stage.mixup is not None and flow.needs_partner:
         yield f"mixup: {flow_is} pairs batches already; set mixup=null"
-    allowed = objective.num_experts_allowed
-    if allowed is not None and method.num_experts not in allowed:
-        yield (
-            f"{objective_is}: method.num_experts = {method.num_experts}; it takes {' or '.join(map(str, allowed))}; "
-            f"set method.num_experts={allowed[0]}"
-        )
+    number = objective.number_problem(method.num_experts)
+    if number is not None:
+        yield number
 
 
 def _learning_problems(name: str, stage: StageConfig, method: MethodConfig) -> Iterator[str]:
@@ -353,20 +359,17 @@ def _learning_problems(name: str, stage: StageConfig, method: MethodConfig) -> I
         )
 
 
-def _rule(groups: Any) -> str:
-    return " ".join(f"{key}={value}" for key, value in groups.model_dump().items() if value is not None)
-
-
 def _teacher_problems(stage: StageConfig, method: MethodConfig) -> Iterator[str]:
     wanted = stage.objective.teacher_names
     if wanted is not None:
         for name, teacher in stage.teachers.items():
             source = method.stages.get(teacher.stage) if teacher.stage else None
             subset = source.classes if source else None
-            if subset is not None and subset.rule != stage.objective.groups:
+            rule = stage.objective.group_rule
+            if subset is not None and subset.rule != rule:
                 yield (
-                    f"objective.groups = {_rule(stage.objective.groups)}, but its teacher's stage has "
-                    f"stages.{teacher.stage}.classes.rule = {_rule(subset.rule)}; needed the same; set both"
+                    f"objective.groups = {rule}, but its teacher's stage has stages.{teacher.stage}.classes.rule = "
+                    f"{subset.rule}; needed the same; set both"
                 )
             if teacher.mode == "train":
                 yield f"teachers.{name}.mode = train: its scores would depend on the batch; set it to eval"
@@ -376,6 +379,6 @@ def _teacher_problems(stage: StageConfig, method: MethodConfig) -> Iterator[str]
                 f"teachers.<name>.run or .stage for each"
             )
     elif stage.teachers and stage.distillation is None:
-        yield "teachers: nothing learns from them; set distillation.name=mean_logits, or remove them"
+        yield (f"teachers: nothing learns from them; set distillation.name={_one_of('distillation')}, or remove them")
     elif stage.distillation is not None and not stage.teachers:
         yield "distillation: there is no teacher; set teachers.teacher.run=<folder of a finished run>"

@@ -237,7 +237,7 @@ def _rule(config: RunConfig, stage: StageConfig) -> GroupRule:
     """Return the rule that groups a stage's classes, or the default one."""
     if stage.classes is not None:
         return stage.classes.rule
-    rules = (getattr(part, "groups", None) for part in (stage.objective, config.method.aggregator))
+    rules = (part.group_rule for part in (stage.objective, config.method.aggregator))
     return next((rule for rule in rules if rule is not None), GroupRule())
 
 

@@ -172,12 +172,8 @@ def _rates(stage: StageConfig, steps: int | None) -> Iterator[str]:
 
 def _never_reached(stage: StageConfig) -> list[str]:
     """List what a schedule or objective does only after the stage's last epoch, as happens in a shortened run."""
-    after = [m.after_epoch for m in getattr(stage.lr_schedule, "milestones", ())]
-    late = [f"the learning rate's drop after epoch {n}" for n in after if n >= stage.epochs]
-    switch = getattr(stage.objective, "reweight_epoch", None)
-    if isinstance(switch, int) and switch >= stage.epochs:
-        late.append(f"objective.reweight_epoch = {switch}")
-    return late
+    late = [f"the learning rate's drop after epoch {n}" for n in stage.lr_schedule.drops if n >= stage.epochs]
+    return late + [f"objective.{key} = {n}" for key, n in stage.objective.switches.items() if n >= stage.epochs]
 
 
 def _mesh(config: RunConfig, found: Plan) -> Iterator[str]:
@@ -302,7 +298,7 @@ def _step(config: RunConfig, found: Plan) -> Iterator[str]:
 def _work(settings: StageConfig, stage: StagePlan, found: Plan) -> Iterator[str]:
     """Describe what a training step computes per image, and what spreading adds to it."""
     pair = " and its partner" if settings.partner_sampler is not None else ""
-    most = "at most " if getattr(settings.flow, "select", None) == "before" else ""  # experts skip foreign images
+    most = "at most " if settings.flow.skips_images else ""
     number = "n/a" if stage.work is None else f"{most}{stage.work:,.0f}"
     flops = "" if stage.work is None else f" ({most}{2 * stage.work:,.0f} FLOPs)"
     yield f"{number} multiply-adds for each image{pair}, forward and back{flops}"

@@ -29,7 +29,7 @@ from experts.batches import Batch
 from experts.data.keyed_random import key
 from experts.ensemble import Ensemble, EnsembleConfig, build_ensemble, freeze
 from experts.flow import Flow, Result
-from experts.objective import Given, Objective
+from experts.objective import Given, Objective, StepContext
 from experts.progress import Progress
 from experts.registry import build, piece
 from orchestration.config.paths import expand
@@ -151,9 +151,7 @@ class _Rehearsal:
         self.objective: Objective = build(
             "objective", self.stage.objective, torch.from_numpy(counts_C), len(self.expert_names)
         )
-        state = self.objective.state_dict()
-        if "prepared" in state:  # as if it had seen the data
-            self.objective.load_state_dict(state | {"prepared": torch.ones_like(state["prepared"])})
+        self.objective.assume_prepared()
         self.objective.to(dtype=self.dtype)
         draws = partial(key, config.seed, stage)
         self.flow: Flow = build("flow", self.stage.flow, self.objective, self.expert_names, draws)
@@ -258,7 +256,8 @@ class _Rehearsal:
         """Count the numbers in the loss's terms; a term has one for all experts or one for each."""
         given = Given(self._scores(), batch.positions_B)
         labels, global_labels = self.flow.labels(batch)
-        loss, terms = self.objective(outputs_EBX, labels, self.objective.denominators(global_labels, now), now, given)
+        context = StepContext(self.objective.denominators(global_labels, now), now, given)
+        loss, terms = self.objective(outputs_EBX, labels, context)
         if self.stage.distillation is not None:
             distillation = build("distillation", self.stage.distillation)
             denominators = distillation.denominators(batch.global_labels)

@@ -43,9 +43,8 @@ from experts.augmentation.views import ViewMaker, Views, default_views
 from experts.batches import share
 from experts.data.keyed_random import key, permutation
 from experts.data.label_shift import Distribution, distribution_positions, parse_distribution, published_distributions
-from experts.methods.tade import tade_offsets
 from experts.precision import at_least_float32
-from experts.registry import Settings
+from experts.registry import Settings, piece
 from orchestration.config.compose import parse
 from orchestration.config.run_config import RunConfig
 from orchestration.results.label_shift_table import WEIGHTINGS, distributions_table, draw_distributions
@@ -294,9 +293,8 @@ def _view_logits(saved: SavedRun, maker: ViewMaker, number: int, positions: np.n
 def trained_priors(config: RunConfig, known: KnownPrior, counts: list[int]) -> tuple[np.ndarray, list[str]]:
     """Return the class distribution that each expert's softmax is trained for.
 
-    With auto, the objective of the last stage decides. Plain cross-entropy on instance-balanced batches learns the
-    training distribution. TADE's experts learn it from scores with an offset each, so that the scores alone are for the
-    training distribution less the offset. All other objectives aim at a balanced test set: uniform.
+    With auto, the objective of the last stage decides. Most objectives aim at a balanced test set and are taken at
+    their word. One that learns the training distribution on every expert does so only from a sampler that keeps it.
 
     Returns:
         Log priors, float64 [E, C] up to a constant, and a word for each expert.
@@ -307,15 +305,13 @@ def trained_priors(config: RunConfig, known: KnownPrior, counts: list[int]) -> t
     num_experts = len(config.method.expert_names)
     stage = list(config.method.stages.values())[-1]
     log_train_C = np.log(class_prior(np.asarray(counts)))
-    if known.trained == "auto" and stage.objective.name == "tade":
-        settings = stage.objective
-        offset_EC = tade_offsets(
-            torch.tensor(counts), tau=settings.tau, ties=settings.inverse, log_guard=settings.log_guard
-        )
-        return log_train_C - offset_EC.numpy(), ["train", "uniform", f"inverse (tau {settings.tau:g})"]
     if known.trained == "auto":
-        plain = stage.objective.name == "cross_entropy" and stage.sampler.name == "instance_balanced"
-        words = ["train" if plain else "uniform"] * num_experts
+        found_EC, of_each = stage.objective.trained_log_prior(
+            torch.tensor(counts), torch.from_numpy(log_train_C), num_experts
+        )
+        if set(of_each) != {"train"} or piece("sampler", stage.sampler.name).keeps_distribution:
+            return found_EC.numpy(), list(of_each)
+        words = ["uniform"] * num_experts
     elif isinstance(known.trained, str):
         words = [known.trained] * num_experts
     else:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from experts.batches import Batch
-from experts.objective import Given
+from experts.objective import Given, StepContext
 from experts.progress import Progress
 from orchestration.training.engine import NonFiniteGradient
 from orchestration.training.stage_setup import StageSetup
@@ -72,8 +72,8 @@ class TrainingStep:
             parts = [(batch.mixed.share, *parts[0][1:]), (rest, batch.mixed.labels_B, batch.mixed.global_labels)]
         total, terms = outputs_EBX.new_zeros(()), dict[str, Tensor]()
         for share, labels, global_labels in parts:
-            denominators = setup.objective.denominators(global_labels, now)
-            loss, found = setup.objective(outputs_EBX, labels, denominators, now, given)
+            context = StepContext(setup.objective.denominators(global_labels, now), now, given)
+            loss, found = setup.objective(outputs_EBX, labels, context)
             total = total + share * loss
             terms = {name: share * value + terms.get(name, 0.0) for name, value in found.items()}
         if setup.distillation is not None:

@@ -55,7 +55,7 @@ class Teachers:
             names = model.description.expert_names
             numbers_EK = torch.stack([model.aggregator.describe(e) for e in model.ensemble.experts.values()])
             rule = model.aggregator
-            if "router" in model.ensemble.shared:  # it stops early to save work; a teacher is asked in full
+            if model.ensemble.has_router:  # it stops early to save work; a teacher is asked in full
                 rule = MeanLogits(MeanLogits.Config(), torch.tensor(model.description.counts), names)
             self._rules[name] = rule, numbers_EK.to(mesh.device), len(names), model.description.num_classes
             self._places[name] = [(unit + i) % slots for i in range(len(names))]

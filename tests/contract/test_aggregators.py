@@ -9,34 +9,21 @@ from torch import nn
 import aggregation
 from aggregation.aggregator import Outputs
 from experts import registry
+from experts.cases import cases_of
 from experts.ensemble import Expert
 from experts.heads.linear import LinearHead
 
 registry.import_pieces(aggregation)
-every_aggregator = pytest.mark.parametrize("name", registry.names("aggregator"))
+every_aggregator = pytest.mark.parametrize("name", registry.registered_names("aggregator"))
 
 COUNTS = torch.tensor([200, 101, 50, 20, 5, 1])
 NUM_CLASSES = len(COUNTS)
 
-# Settings of the rules that have no default for them; weights that are no power of 2, so that sums must be right.
-SETTINGS = {
-    "weighted": lambda names: {"weights": {name: (k + 1) / sum(range(len(names) + 1)) for k, name in enumerate(names)}},
-    "only": lambda names: {"expert": names[-1]},
-    "ace": lambda names: {"groups": {"rule": "equal"}},
-}
-BY_PLACE = {
-    "ace": "an expert answers for the classes of its place",
-    "only": "the answer is one expert's, found by its name",
-    "router": "experts are asked in their order",
-    "weighted": "every expert has its own weight",
-}
-ADDS = {"sum_logits": "experts give parts of one score, so that several of one mind are surer than one"}
-
 
 def aggregator(name, num_experts, counts=COUNTS):
     names = tuple(f"expert{k}" for k in range(num_experts))
-    cls = registry.piece("aggregator", name)
-    return cls(cls.Config.model_validate({"name": name, **SETTINGS.get(name, lambda names: {})(names)}), counts, names)
+    (case,) = cases_of("aggregator", name, names)
+    return registry.build("aggregator", case.config, counts, names)
 
 
 def outputs(rule, num_experts=3, dtype=torch.float64, images=6):
@@ -59,7 +46,7 @@ def with_logits(given, logits_EBC):
 
 def test_the_aggregators_of_the_recipes_are_registered():
     needed = {"mean_logits", "sum_logits", "mean_probabilities", "weighted", "only", "ace", "router"}
-    assert needed <= set(registry.names("aggregator"))
+    assert needed <= set(registry.registered_names("aggregator"))
 
 
 @every_aggregator
@@ -102,7 +89,7 @@ def test_experts_of_one_mind_are_believed(name):
     rule = aggregator(name, 4)
     given = outputs(rule, 4)
     copies = with_logits(given, given.logits_EBC[:1].expand(4, -1, -1))
-    expected = copies.logits_EBC[0] * (4 if name in ADDS else 1)
+    expected = copies.logits_EBC[0] * (4 if rule.adds else 1)
     torch.testing.assert_close(rule(copies).softmax(dim=1), expected.softmax(dim=1))
 
 
@@ -112,7 +99,7 @@ def test_order_of_experts_does_not_matter_but_where_it_must(name):
     given = outputs(rule)
     turned = rule(Outputs(given.logits_EBC.flip(0), given.numbers_EK.flip(0), given.gates_EB))
     same = torch.allclose(turned, rule(given), atol=1e-12, rtol=1e-12)
-    assert same == (name not in BY_PLACE)
+    assert same == (not rule.by_place)
 
 
 @every_aggregator

@@ -13,7 +13,7 @@ from experts import registry
 from experts.progress import Progress
 
 registry.import_pieces(aggregation)
-every = pytest.mark.parametrize("name", registry.names("distillation"))
+every = pytest.mark.parametrize("name", registry.registered_names("distillation"))
 NOW = Progress(epoch=2, epochs=4)
 LABELS = torch.tensor([0, 3, 1, 0, 2])
 
@@ -33,7 +33,7 @@ def add(piece, logits, teacher, *, loss=0.5, rows=slice(None), whole=LABELS):
 
 
 def test_the_distillations_of_the_main_job_are_registered():
-    assert {"mean_logits", "sum_logits", "each_expert"} <= set(registry.names("distillation"))
+    assert {"mean_logits", "sum_logits", "each_expert"} <= set(registry.registered_names("distillation"))
 
 
 @every
@@ -88,18 +88,6 @@ def test_slots_evaluated_apart_give_the_whole_loss_and_their_own_gradient(name):
         value.backward()
         assert torch.equal(value, loss)
         assert torch.equal(slot.grad, whole.grad[own])
-
-
-@every
-def test_couples_says_whether_gradients_need_the_other_experts(name):
-    piece, teacher, gradients = distillation(name), scores(5, 4, seed=1), []
-    for shift in (0, 1):
-        logits = scores(3, 5, 4)
-        logits[-1] += shift * torch.arange(4)
-        logits.requires_grad_()
-        add(piece, logits, teacher)[0].backward()
-        gradients.append(logits.grad[0])
-    assert torch.equal(*gradients) != piece.couples
 
 
 @every

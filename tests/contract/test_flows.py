@@ -6,7 +6,7 @@ Shapes: E experts, B images, C classes, X outputs of an expert.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,11 +19,15 @@ import experts
 from experts import registry
 from experts.backbones.resnet_cifar import ResNetCifar
 from experts.batches import Batch, Mixed
+from experts.cases import Case, cases_of
 from experts.data.keyed_random import key
 from experts.ensemble import EnsembleConfig, build_ensemble, part_of
 from experts.flow import PARTS
-from experts.methods.ace import ACE
-from experts.methods.bbn import BBN
+from experts.flows.plain import Plain
+from experts.heads.linear import LinearHead
+from experts.methods.ace import ACE, OwnClasses
+from experts.methods.bbn import BBN, Bilateral, BilateralHead
+from experts.objective import StepContext
 from experts.progress import Progress
 
 registry.import_pieces(experts, aggregation)
@@ -35,19 +39,22 @@ NOW = Progress(epoch=2, epochs=4, step=1, steps_per_epoch=3)
 
 
 @dataclass(frozen=True)
-class Case:
+class Try:
+    """One case of one flow."""
+
     flow: str
-    objective: str = "cross_entropy"
-    num_experts: int = 3
-    settings: dict[str, Any] = field(default_factory=dict)
-    objective_settings: dict[str, Any] = field(default_factory=dict)
-    head: str = "linear"
-    shared_head: bool = False
-    router: str | None = None
+    case: Case
 
     def label(self) -> str:
-        more = [f"{k}={v}" for k, v in (self.settings | self.objective_settings).items() if isinstance(v, str | float)]
-        return "-".join([self.flow, self.objective, *more, *(["shared_head"] if self.shared_head else [])])
+        settings = self.case.config.model_dump(exclude_unset=True) | self.case.objective.model_dump(exclude_unset=True)
+        more = [f"{key}={value}" for key, value in settings.items()]
+        return "-".join(
+            [self.flow, self.case.objective.name, *more, *(["shared_head"] if self.case.shared_head else [])]
+        )
+
+    @property
+    def num_experts(self) -> int:
+        return self.case.num_experts
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -57,21 +64,20 @@ class Case:
         return registry.piece("flow", self.flow)
 
     def build_flow(self, **changes: Any) -> Any:
-        objective = registry.piece("objective", self.objective)
-        loss = objective(objective.Config(**self.objective_settings | changes), COUNTS, self.num_experts)
-        config = self.cls().Config(**self.settings)
-        return registry.build("flow", config, loss, self.names, partial(key, 0, "train"))
+        config = self.case.objective.model_copy(update=changes)
+        loss = registry.build("objective", config, COUNTS, self.num_experts)
+        return registry.build("flow", self.case.config, loss, self.names, partial(key, 0, "train"))
 
     def ensemble(self, only=None):
         net = build_ensemble(
             EnsembleConfig(
                 ResNetCifar.Config(depth=8),
-                registry.piece("head", self.head).Config(),
+                self.case.head or LinearHead.Config(),
                 num_classes=len(COUNTS),
                 expert_names=self.names,
                 reduce_dimension=False,
-                shared_head=self.shared_head,
-                router=self.router and registry.piece("router", self.router).Config(),
+                shared_head=self.case.shared_head,
+                router=self.case.router,
             ),
             seed=0,
             only=only,
@@ -79,25 +85,19 @@ class Case:
         return net.double()
 
 
-CASES = [
-    Case("plain"),
-    Case("plain", "reslt", shared_head=True),
-    Case("bilateral", "bbn", 2, head="bilateral"),
-    Case("bilateral", "bbn", 2, settings={"scale": 1.0}),
-    Case("ace", "ace"),
-    Case("ace", "ace", settings={"select": "after"}),
-    Case("ace", "ace", objective_settings={"com_batch": "all"}),
-    Case("h2t"),
-    Case("h2t", "reslt", settings={"ratio": 0.5}, shared_head=True),
-    Case("router", "router", router="ride"),
-]
+def on_the_plain_flow() -> list[Try]:
+    """Every objective that is meant for no other flow and asks for no teacher, at its defaults."""
+    found = []
+    for name in registry.registered_names("objective"):
+        cls, case = registry.piece("objective", name), cases_of("objective", name)[-1]
+        if cls.flow is None and case.config.teacher_names is None:
+            found.append(Try("plain", Case(Plain.Config(), case.num_experts, objective=cls.Config())))
+    return found
 
 
-def some_cases(wanted):
-    return pytest.mark.parametrize("case", list(filter(wanted, CASES)), ids=Case.label)
-
-
-every_case = some_cases(lambda case: True)
+OWN = [Try(name, case) for name in registry.registered_names("flow") for case in cases_of("flow", name)]
+CASES = list({case.label(): case for case in [*OWN, *on_the_plain_flow()]}.values())
+every_case = pytest.mark.parametrize("case", CASES, ids=Try.label)
 
 
 class Network:
@@ -163,7 +163,7 @@ def step(case, network, batch, gather, now=NOW, flow=None):
     flow = flow or case.build_flow()
     outputs_EBX = flow(network, batch, now, gather)
     labels, global_labels = flow.labels(batch)
-    loss, _ = flow.objective(outputs_EBX, labels, flow.objective.denominators(global_labels, now), now)
+    loss, _ = flow.objective(outputs_EBX, labels, StepContext(flow.objective.denominators(global_labels, now), now))
     if loss.requires_grad:
         loss.backward()
     return outputs_EBX.detach(), loss.detach()
@@ -174,8 +174,7 @@ def gradients(ensemble) -> dict[str, Tensor]:
 
 
 def test_the_flows_of_the_published_systems_are_registered_and_tested():
-    assert {"plain", "bilateral", "ace", "h2t", "router"} <= set(registry.names("flow"))
-    assert {case.flow for case in CASES} == set(registry.names("flow"))
+    assert {"plain", "bilateral", "ace", "h2t", "router"} <= set(registry.registered_names("flow"))
 
 
 @every_case
@@ -293,13 +292,16 @@ def test_partner_images_matter_where_the_flow_says_it_needs_them_and_to_one_expe
 
 # What only one flow promises
 
+BBN_CASE = Try("bilateral", Case(Bilateral.Config(), 2, objective=BBN.Config(), head=BilateralHead.Config()))
+ACE_CASE = Try("ace", Case(OwnClasses.Config(), objective=ACE.Config()))
+
 
 def statistics(module):
     return {name: value.clone() for name, value in module.named_buffers()}
 
 
 def test_bilateral_trunk_statistics_are_those_of_two_steps_in_turn():
-    case = Case("bilateral", "bbn", 2, head="bilateral")
+    case = BBN_CASE
     ensemble, batch = case.ensemble(), batch_of(case)
     step(case, Network(ensemble), batch, Packed())
     in_turn = case.ensemble().trunk
@@ -312,7 +314,7 @@ def test_bilateral_trunk_statistics_are_those_of_two_steps_in_turn():
 
 
 def test_a_bilateral_branch_alone_runs_its_own_stream_only():
-    case = Case("bilateral", "bbn", 2, head="bilateral")
+    case = BBN_CASE
     batch, gather = batch_of(case), Packed()
     step(case, Network(case.ensemble()), batch, gather)
     for place, stream in enumerate((batch, batch.partner)):
@@ -325,7 +327,7 @@ def test_a_bilateral_branch_alone_runs_its_own_stream_only():
 
 def test_the_bilateral_sum_is_one_linear_layer_over_both_features():
     """At epoch 2 of 4 alpha is 15/16; features count 2 alpha and 2 (1 - alpha) times, the bias once."""
-    case = Case("bilateral", "bbn", 2, head="bilateral")
+    case = BBN_CASE
     ensemble, batch = case.ensemble().eval(), batch_of(case)
     outputs_EBX, _ = step(case, Network(ensemble), batch, Packed())
     first, second = ensemble.members()
@@ -336,7 +338,6 @@ def test_the_bilateral_sum_is_one_linear_layer_over_both_features():
     torch.testing.assert_close(outputs_EBX.sum(dim=0), whole.detach(), atol=1e-12, rtol=1e-12)
 
 
-ACE_CASE = Case("ace", "ace")
 NO_FEW = torch.tensor([0, 1, 1, 0, 0, 1, 0])
 
 
@@ -344,7 +345,7 @@ def test_ace_experts_score_images_of_their_own_classes_and_leave_zeros_elsewhere
     outputs_EBX, _ = step(ACE_CASE, Network(ACE_CASE.ensemble()), batch_of(ACE_CASE), Packed())
     scored = (outputs_EBX != 0).any(dim=-1)
     assert torch.equal(scored, torch.stack([LABELS >= 0, LABELS >= 1, LABELS >= 2]))
-    everywhere = Case("ace", "ace", objective_settings={"com_batch": "all"})
+    everywhere = Try("ace", Case(OwnClasses.Config(), objective=ACE.Config(com_batch="all")))
     outputs_EBX, _ = step(everywhere, Network(everywhere.ensemble()), batch_of(everywhere), Packed())
     assert (outputs_EBX != 0).any(dim=-1).all()
 
@@ -375,7 +376,7 @@ def test_ace_worker_without_the_first_expert_builds_no_graph_of_the_trunk():
 
 @pytest.mark.parametrize(("select", "rows"), [("before", LABELS >= 2), ("after", LABELS >= 0)])
 def test_ace_batchnorm_sees_own_images_or_the_whole_batch_as_set(select, rows):
-    case = Case("ace", "ace", settings={"select": select})
+    case = Try("ace", Case(OwnClasses.Config(select=select), objective=ACE.Config()))
     ensemble, batch, other = case.ensemble(), batch_of(case), case.ensemble()
     step(case, Network(ensemble), batch, Packed())
     last = other.members()[2]
@@ -387,7 +388,7 @@ def test_ace_batchnorm_sees_own_images_or_the_whole_batch_as_set(select, rows):
 @pytest.mark.parametrize("select", ["before", "after"])
 def test_ace_expert_without_images_in_the_global_batch_is_not_run(select):
     """Its scores are zeros, its gradients too, its BatchNorm does not move; the others learn as ever."""
-    case = Case("ace", "ace", settings={"select": select})
+    case = Try("ace", Case(OwnClasses.Config(select=select), objective=ACE.Config()))
     ensemble, untouched = case.ensemble(), statistics(case.ensemble().members()[2])
     outputs_EBX, loss = step(case, Network(ensemble), batch_of(case, labels=NO_FEW), Packed())
     assert torch.isfinite(loss)
@@ -437,8 +438,25 @@ def test_ace_with_one_image_on_maps_of_one_pixel_says_what_to_set():
     assert torch.count_nonzero(outputs_EBX[2]) == 0
 
 
-@pytest.mark.parametrize(("flow", "needed"), [("bilateral", BBN), ("ace", ACE)])
-def test_flows_that_ask_their_objective_refuse_another(flow, needed):
-    name = needed.Config().name
-    with pytest.raises(ValueError, match=rf"flow '{flow}'.*objective '{name}'.*'cross_entropy'.*objective\.name"):
-        Case(flow, "cross_entropy", 2).build_flow()
+@pytest.mark.parametrize("flow", registry.registered_names("flow"))
+@pytest.mark.parametrize("objective", registry.registered_names("objective"))
+def test_a_flow_and_an_objective_that_do_not_fit_are_refused_by_both_names(flow, objective):
+    """They fit if each is meant for the other, or for any."""
+    flow_cls, cls = registry.piece("flow", flow), registry.piece("objective", objective)
+    fits = cls.flow in (None, flow) and (flow_cls.takes is None or issubclass(cls, flow_cls.takes))
+    number = cls.num_experts_allowed[-1]
+    case = Try(flow, Case(cases_of("flow", flow)[0].config, min(number, 3), objective=cls.Config()))
+    if fits:
+        case.build_flow()
+        return
+    with pytest.raises(ValueError, match=rf"objective '{objective}' and flow '{flow}' do not fit; .*: set ") as refusal:
+        case.build_flow()
+    wanted = cls.flow if flow_cls.takes is None else flow_cls.takes.Config().name
+    assert wanted in str(refusal.value).rpartition(";")[2]
+
+
+def test_every_pair_that_a_piece_declares_exists_and_fits():
+    for kind in ("objective", "head"):
+        for name in registry.registered_names(kind):
+            flow = registry.piece(kind, name).flow
+            assert flow is None or flow in registry.registered_names("flow"), name

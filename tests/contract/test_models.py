@@ -11,20 +11,18 @@ from torch import nn
 import experts
 from experts import registry
 from experts.backbones import resnet_imagenet
+from experts.cases import cases_of
 from experts.ensemble import Ensemble, EnsembleConfig, Expert, build_ensemble
 from experts.registry import build
 
 registry.import_pieces(experts)
 
 NAMES = [f"expert{k}" for k in range(8)]
-# The cheapest settings of a model; a new one is tested at its defaults.
-TINY = {"resnet_cifar": {"depth": 8}, "resnet_imagenet": {"depth": 10}}
-# Height and width of its images: large enough that a BatchNorm sees more than two values per channel, of which it
-# would make +1 and -1 whatever the weights are.
-SIZES = {"resnet_cifar": 12, "resnet_imagenet": 40}
+# The cheapest case of a model comes first, a deeper one last. Images are large enough that a BatchNorm sees more than
+# two values per channel, of which it would make +1 and -1 whatever the weights are.
 CUTS = ["ride", "last_stage", "last_block", "whole", "branches"]
-every_model = pytest.mark.parametrize("model", registry.names("model"))
-every_head = pytest.mark.parametrize("head", registry.names("head"))
+every_model = pytest.mark.parametrize("model", registry.registered_names("model"))
+every_head = pytest.mark.parametrize("head", registry.registered_names("head"))
 every_cut = pytest.mark.parametrize("split", CUTS)
 
 
@@ -40,8 +38,8 @@ def tiny(
 ) -> Ensemble:
     return build_ensemble(
         EnsembleConfig(
-            registry.piece("model", model).Config(**TINY.get(model, {}) | options),
-            registry.piece("head", head).Config(),
+            cases_of("model", model)[0].config.model_copy(update=options),
+            cases_of("head", head)[0].config,
             num_classes=5,
             expert_names=NAMES[:num_experts],
             reduce_dimension=reduce_dimension,
@@ -57,7 +55,8 @@ def pixels(height, width, batch=2):
 
 
 def images(model, batch=2):
-    return pixels(SIZES.get(model, 40), SIZES.get(model, 40), batch)
+    size = cases_of("model", model)[0].image_size
+    return pixels(size, size, batch)
 
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:
@@ -66,8 +65,8 @@ def same_weights(a: nn.Module, b: nn.Module) -> bool:
 
 
 def test_the_pieces_of_the_main_job_are_registered():
-    assert {"resnet_cifar", "resnet_imagenet"} <= set(registry.names("model"))
-    assert {"linear", "cosine", "tau_normalised"} <= set(registry.names("head"))
+    assert {"resnet_cifar", "resnet_imagenet"} <= set(registry.registered_names("model"))
+    assert {"linear", "cosine", "tau_normalised"} <= set(registry.registered_names("head"))
 
 
 @every_model
@@ -220,9 +219,9 @@ def test_a_cut_changes_neither_the_names_of_weights_nor_what_the_network_compute
 @every_model
 def test_what_experts_own_shrinks_from_cut_to_cut(model):
     """Deeper networks, so that a stage has more than one block."""
-    deeper = {"resnet_cifar": {"depth": 14}, "resnet_imagenet": {"depth": 50}}.get(model, {})
+    deeper = cases_of("model", model)[-1].config.model_dump(exclude={"name"})
     order = ["whole", "ride", "last_stage", "last_block", "branches"]
-    parts = [tiny(model, **deeper, num_experts=1, reduce_dimension=False, split=split) for split in order]
+    parts = [tiny(model, **deeper | {"split": split}, num_experts=1, reduce_dimension=False) for split in order]
     owned = [sum(p.numel() for p in net.experts["expert0"].features.parameters()) for net in parts]
     assert owned == sorted(set(owned), reverse=True)
     assert owned[-1] > 0
@@ -321,14 +320,14 @@ def test_a_linear_head_of_small_images_networks_starts_as_the_config_says():
 
 @every_head
 def test_no_images_give_no_scores(head):
-    config = registry.piece("head", head).Config()
+    config = cases_of("head", head)[0].config
     scores = registry.build("head", config, 6, 4)(torch.zeros(0, 6))
     assert scores.shape == (0, 4)
 
 
 @every_head
 def test_features_of_zero_give_finite_scores_and_gradients(head):
-    config = registry.piece("head", head).Config()
+    config = cases_of("head", head)[0].config
     features_BD = torch.zeros(2, 6, requires_grad=True)
     scores = registry.build("head", config, 6, 4)(features_BD)
     scores.sum().backward()

@@ -73,7 +73,7 @@ class TestBeforeRay:
         [
             (["method=tade", "method.num_experts=2"], ["objective 'tade'", "it takes 3", "method.num_experts=3"]),
             (["method=bbn", "method.num_experts=3"], ["objective 'bbn'", "it takes 2"]),
-            (["method=ace", "method.num_experts=5"], ["objective 'ace'", "it takes 2 or 3 or 4"]),
+            (["method=ace", "method.num_experts=5"], ["objective 'ace'", "it takes 2 to 4"]),
             (["method=reslt", "method.num_experts=4"], ["objective 'reslt'", "it takes 3 or 2"]),
             (["method=lfme", "method.num_experts=2"], ["stages.student.objective 'lfme'", "it takes 1"]),
             (["method=ride_router", "method.num_experts=1"], ["flow 'router'", "2 experts or more"]),

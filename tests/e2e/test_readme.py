@@ -134,7 +134,7 @@ def test_every_choice_and_piece_named_exists(name):
     for text in backticked(DOCUMENTS[name]):
         for kind, choice in re.findall(r"(?:^|\s)(\w+)=(\w+)(?=\s|$)", text):
             if kind in PIECES:
-                assert choice in registry.names(kind), f"{name}: {text}"
+                assert choice in registry.registered_names(kind), f"{name}: {text}"
             elif kind in ("method", "dataset", "backbone"):
                 assert choice in available(kind), f"{name}: {text}"
 

@@ -13,6 +13,7 @@ from experts.losses.cross_entropy import CrossEntropy
 from experts.losses.ldam import ldam_margins
 from experts.methods.ldam import LDAM
 from experts.methods.ride import RIDE, class_temperatures
+from experts.objective import StepContext
 from experts.progress import Progress
 
 every_seed = pytest.mark.parametrize("seed", range(5))
@@ -39,7 +40,7 @@ def draw(seed, num_experts=3, num_images=8, num_classes=6):
 def loss_of(name, logits_EBC, labels_B, counts_C, **more):
     cls, settings = OBJECTIVES[name]
     objective = cls(cls.Config(**settings, **more), counts_C, len(logits_EBC))
-    return objective(logits_EBC, labels_B, objective.denominators(labels_B, NOW), NOW)
+    return objective(logits_EBC, labels_B, StepContext(objective.denominators(labels_B, NOW), NOW))
 
 
 def close(a, b):

@@ -16,6 +16,7 @@ from experts.methods.ace import ACE
 from experts.methods.bbn import BBN
 from experts.methods.reslt import ResLT
 from experts.methods.tade import TADE, inverse_counts, tade_offsets
+from experts.objective import StepContext
 from experts.progress import Progress
 
 every_seed = pytest.mark.parametrize("seed", range(5))
@@ -53,7 +54,7 @@ def build(name, counts_C, **more):
 
 def loss_of(name, logits_EBC, labels_B, counts_C, now=MIDDLE, **more):
     objective = build(name, counts_C, **more)
-    return objective(logits_EBC, labels_B, objective.denominators(labels_B, now), now)
+    return objective(logits_EBC, labels_B, StepContext(objective.denominators(labels_B, now), now))
 
 
 def plain(logits_BC, labels_B):

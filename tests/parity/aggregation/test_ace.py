@@ -15,6 +15,7 @@ from aggregation.ace import Ace
 from aggregation.aggregator import Outputs
 from experts.class_groups import GroupRule
 from experts.ensemble import Expert
+from experts.heads.linear import LinearHead
 
 COUNTS = torch.tensor([500, 50, 5])
 NAMES = ("all", "medium_few", "few")
@@ -31,7 +32,7 @@ HEADS = [
 
 
 def expert(weight):
-    head = nn.Linear(2, 3)
+    head = LinearHead(LinearHead.Config(), 2, 3)
     head.weight = nn.Parameter(torch.tensor(weight, dtype=torch.float64))
     return Expert(nn.Identity(), head)
 

@@ -13,6 +13,7 @@ import torch
 from aggregation.distillation import EachExpert, MeanLogits, SumLogits, distillation_loss
 from experts.losses.cross_entropy import CrossEntropy
 from experts.methods.ride import RIDE
+from experts.objective import StepContext
 from experts.progress import Progress
 
 COUNTS = torch.tensor([100, 10, 1])
@@ -38,7 +39,7 @@ def distilled(distillation, logits, epoch=160, objective=None, teacher=TEACHER):
     objective = objective or RIDE(RIDE.Config(diversity_factor=-0.45, reweight_epoch=160), COUNTS, 3)
     now = Progress(epoch=epoch, epochs=200)
     denominators = objective.denominators(LABELS, now) | distillation.denominators(LABELS)
-    loss, _ = objective(logits, LABELS, denominators, now)
+    loss, _ = objective(logits, LABELS, StepContext(denominators, now))
     return distillation(loss, logits, {"teacher": torch.tensor(teacher)}, denominators, now)
 
 
@@ -97,7 +98,7 @@ def test_total_equals_the_equation_in_float64(piece, seed):
     labels_B, now = torch.tensor(labels), Progress(1, 1)
     objective, distillation = CrossEntropy(CrossEntropy.Config(), COUNTS, 4), piece(config)
     logits, denominators = torch.tensor(z), objective.denominators(labels_B, now)
-    loss, _ = objective(logits, labels_B, denominators, now)
+    loss, _ = objective(logits, labels_B, StepContext(denominators, now))
     total, _ = distillation(loss, logits, {"any": torch.tensor(teacher)}, denominators, now)
     assert total.item() == pytest.approx(2 * expected, rel=1e-12)
 

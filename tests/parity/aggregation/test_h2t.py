@@ -21,6 +21,7 @@ from experts.ensemble import EnsembleConfig, build_ensemble, part_of
 from experts.heads.cosine import CosineHead
 from experts.heads.linear import LinearHead
 from experts.losses.cross_entropy import CrossEntropy
+from experts.objective import StepContext
 from experts.progress import Progress
 from experts.samplers.class_balanced import ClassBalanced
 from experts.samplers.instance_balanced import InstanceBalanced
@@ -105,7 +106,7 @@ def test_one_step_is_the_published_one():
     close(z.detach(), [[2.25, 3.35, 0.7], [0.15, 1.15, 0.2]])
     labels = torch.tensor([2, 0])
     objective = CrossEntropy(CrossEntropy.Config(), torch.tensor([3, 2, 1]), 1)
-    loss, _ = objective(z[None], labels, objective.denominators(labels, NOW), NOW)
+    loss, _ = objective(z[None], labels, StepContext(objective.denominators(labels, NOW), NOW))
     loss.backward()
     close(loss.detach(), 2.275619)
     close(bias.grad, [-0.276584, 0.641209, -0.364624])
@@ -258,7 +259,7 @@ def test_mean_cross_entropy_and_its_gradient_are_the_closed_forms(seed):
     z, labels = rng.normal(size=(3, 5, 4)) * 4, rng.integers(0, 4, size=5)
     leaf, labels_B = torch.tensor(z, requires_grad=True), torch.tensor(labels)
     objective = MeanCrossEntropy(MeanCrossEntropy.Config(), COUNTS, 3)
-    loss, terms = objective(leaf, labels_B, objective.denominators(labels_B, NOW), NOW)
+    loss, terms = objective(leaf, labels_B, StepContext(objective.denominators(labels_B, NOW), NOW))
     loss.backward()
     mean = z.mean(axis=0)
     p = np.exp(mean) / np.exp(mean).sum(axis=1, keepdims=True)

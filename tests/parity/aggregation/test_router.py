@@ -22,6 +22,7 @@ from experts.data.keyed_random import key
 from experts.ensemble import EnsembleConfig, build_ensemble, part_of
 from experts.heads.cosine import CosineHead
 from experts.heads.linear import LinearHead
+from experts.objective import StepContext
 from experts.progress import Progress
 from tests.networks import run_apart, run_together
 
@@ -47,7 +48,7 @@ def objective(num_experts=3, **settings):
 
 def loss_of(outputs, labels=LABELS, **settings):
     router = objective(len(outputs), **settings)
-    return router(outputs, labels, router.denominators(labels, NOW), NOW)
+    return router(outputs, labels, StepContext(router.denominators(labels, NOW), NOW))
 
 
 # Targets and loss
@@ -108,8 +109,8 @@ def test_gradient_is_the_closed_form_and_none_goes_to_logits():
 def test_pieces_of_a_batch_add_up_and_an_empty_one_is_zero():
     router, whole = objective(), outputs_EBX()
     denominators = router.denominators(LABELS, NOW)
-    loss, terms = router(whole, LABELS, denominators, NOW)
-    pieces = [router(whole[:, rows], LABELS[rows], denominators, NOW) for rows in ([0, 2], [], [3, 1])]
+    loss, terms = router(whole, LABELS, StepContext(denominators, NOW))
+    pieces = [router(whole[:, rows], LABELS[rows], StepContext(denominators, NOW)) for rows in ([0, 2], [], [3, 1])]
     assert pieces[1][0] == 0
     torch.testing.assert_close(sum(piece[0] for piece in pieces), loss, atol=1e-12, rtol=1e-12)
     for name, term in terms.items():
@@ -125,7 +126,7 @@ def test_a_wrong_number_of_experts_is_refused_by_name(num_experts):
 def test_outputs_without_a_column_of_scores_and_wrong_labels_are_refused():
     router = objective()
     with pytest.raises(ValueError, match="objective 'router'"):
-        router(torch.tensor(LOGITS), LABELS, router.denominators(LABELS, NOW), NOW)
+        router(torch.tensor(LOGITS), LABELS, StepContext(router.denominators(LABELS, NOW), NOW))
     for label in (4, -1):
         with pytest.raises((IndexError, RuntimeError)):
             loss_of(outputs_EBX(), torch.tensor([0, 2, label, 3]))
@@ -222,7 +223,7 @@ def learn(net):
     router = objective(pos_weight=1.0)
     outputs, _ = run_together(flow(), net, batch(), NOW)
     labels = batch().labels_B
-    loss, _ = router(outputs, labels, router.denominators(labels, NOW), NOW)
+    loss, _ = router(outputs, labels, StepContext(router.denominators(labels, NOW), NOW))
     loss.backward()
     return loss
 
@@ -256,7 +257,7 @@ def test_experts_apart_give_the_same_outputs_and_their_gradients_sum_to_the_whol
     router = objective()
     labels = batch().labels_B
     outputs, gathered = run_together(flow(), net, batch(), NOW)
-    router(outputs, labels, router.denominators(labels, NOW), NOW)[0].backward()
+    router(outputs, labels, StepContext(router.denominators(labels, NOW), NOW))[0].backward()
     whole = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
 
     net.zero_grad()
@@ -265,7 +266,7 @@ def test_experts_apart_give_the_same_outputs_and_their_gradients_sum_to_the_whol
         if own == slot:
             assert torch.equal(apart, outputs)
         # Also the last expert's worker, which has no gate, has a graph to go back through.
-        router(apart, labels, router.denominators(labels, NOW), NOW)[0].backward()
+        router(apart, labels, StepContext(router.denominators(labels, NOW), NOW))[0].backward()
     for name, p in net.named_parameters():
         if name in whole:
             torch.testing.assert_close(p.grad, whole[name], atol=1e-14, rtol=1e-12)

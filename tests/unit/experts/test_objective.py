@@ -10,6 +10,7 @@ from experts.losses.cross_entropy import CrossEntropy
 from experts.losses.ldam import ldam_margins
 from experts.methods.ldam import LDAM
 from experts.methods.ride import RIDE, class_temperatures
+from experts.objective import StepContext
 from experts.progress import Progress
 
 COUNTS = torch.tensor([50, 5, 1])
@@ -86,13 +87,12 @@ def test_the_switch_comes_after_its_epoch_for_weights_and_temperatures_alike(epo
     assert images == 2
     assert (class_weight != 2) == late
     logits = torch.tensor([[[3.0, 1, 0], [0, 1, 2]], [[1.0, 0, 0], [0, 2, 0]]])
+    now = StepContext({"images": images, "class_weight": class_weight}, progress)
     by_switch = {
-        on: RIDE(RIDE.Config(reweight_epoch=0 if on else None), COUNTS, 2)(
-            logits, labels, {"images": images, "class_weight": class_weight}, progress
-        )[1]
+        on: RIDE(RIDE.Config(reweight_epoch=0 if on else None), COUNTS, 2)(logits, labels, now)[1]
         for on in (True, False)
     }
-    terms = objective(logits, labels, {"images": images, "class_weight": class_weight}, progress)[1]
+    terms = objective(logits, labels, now)[1]
     for name, value in terms.items():
         assert torch.equal(value, by_switch[late][name]), name
 
@@ -102,9 +102,9 @@ def test_losses_of_half_logits_are_computed_in_float32_under_autocast():
     progress, labels = Progress(1, 1), torch.tensor([0, 1])
     logits = torch.tensor([[[3.0, 1, 0], [0, 1, 2]], [[1.0, 0, 0], [0, 2, 0]]]).bfloat16()
     denominators = objective.denominators(labels, progress)
-    plain = objective(logits.float(), labels, denominators, progress)[0]
+    plain = objective(logits.float(), labels, StepContext(denominators, progress))[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(objective(logits, labels, denominators, progress)[0], plain)
+        assert torch.equal(objective(logits, labels, StepContext(denominators, progress))[0], plain)
 
 
 def test_large_scores_do_not_overflow():
@@ -112,6 +112,6 @@ def test_large_scores_do_not_overflow():
     logits = torch.tensor([[[0.0, 1e4, -1e4]]])
     objective, progress = CrossEntropy(CrossEntropy.Config(), COUNTS, 1), Progress(1, 1)
     labels = torch.tensor([2])
-    assert objective(logits, labels, objective.denominators(labels, progress), progress)[0] == 2e4
+    assert objective(logits, labels, StepContext(objective.denominators(labels, progress), progress))[0] == 2e4
     ride = RIDE(RIDE.Config(), COUNTS, 1)
-    assert torch.isfinite(ride(logits, labels, ride.denominators(labels, progress), progress)[0])
+    assert torch.isfinite(ride(logits, labels, StepContext(ride.denominators(labels, progress), progress))[0])

@@ -14,6 +14,7 @@ from experts.losses.class_balanced import effective_number_weights
 from experts.losses.cross_entropy import CrossEntropy, cross_entropy
 from experts.losses.ldam import ldam_loss, ldam_margins
 from experts.methods.ldam import LDAM
+from experts.objective import StepContext
 from experts.progress import Progress
 
 COUNTS = torch.tensor([100, 40, 10, 4])
@@ -42,7 +43,7 @@ def test_cross_entropy_is_the_published_one():
 
 def test_the_cross_entropy_objective_gives_the_published_loss():
     objective, progress = CrossEntropy(CrossEntropy.Config(), COUNTS, 1), Progress(1, 1)
-    loss, terms = objective(Z[None], LABELS, objective.denominators(LABELS, progress), progress)
+    loss, terms = objective(Z[None], LABELS, StepContext(objective.denominators(LABELS, progress), progress))
     close(loss, 0.860007)
     close(terms["cross_entropy"], [0.860007])
 
@@ -79,14 +80,14 @@ def test_ldam_is_the_published_loss():
 @pytest.mark.parametrize(("epoch", "published"), [(1, 9.477221), (160, 9.477221), (161, 11.647861), (200, 11.647861)])
 def test_ldam_drw_switches_after_its_epoch(epoch, published):
     objective, progress = LDAM(LDAM.Config(reweight_epoch=160), COUNTS, 1), Progress(epoch, 200)
-    loss, terms = objective(30 * COSINES[None], LABELS, objective.denominators(LABELS, progress), progress)
+    loss, terms = objective(30 * COSINES[None], LABELS, StepContext(objective.denominators(LABELS, progress), progress))
     close(loss, published)
     close(terms["ldam"], [published])
 
 
 def test_ldam_without_a_switch_never_reweights():
     objective, progress = LDAM(LDAM.Config(), COUNTS, 1), Progress(10_000, 10_000)
-    loss, _ = objective(30 * COSINES[None], LABELS, objective.denominators(LABELS, progress), progress)
+    loss, _ = objective(30 * COSINES[None], LABELS, StepContext(objective.denominators(LABELS, progress), progress))
     close(loss, 9.477221)
 
 
@@ -118,7 +119,7 @@ def test_ldam_equals_the_equation_in_float64(beta, seed):
     objective, progress = LDAM(config, torch.tensor(counts), 1), Progress(1, 1)
     labels_B = torch.tensor(labels)
     logits_EBC = 30 * torch.tensor(cosines)[None]
-    loss, _ = objective(logits_EBC, labels_B, objective.denominators(labels_B, progress), progress)
+    loss, _ = objective(logits_EBC, labels_B, StepContext(objective.denominators(labels_B, progress), progress))
     rel = 1e-10 if beta == 0.9999 else 1e-12
     assert loss.item() == pytest.approx(ldam_in_numpy(cosines, labels, counts, beta=beta), rel=rel)
 
@@ -127,7 +128,7 @@ def test_gradient_of_weighted_ldam_is_the_closed_form():
     """dL/dz_b = w_{y_b} (softmax(z_b - s m on y_b) - onehot(y_b)) / sum of w."""
     logits = (30 * COSINES[None]).double().requires_grad_()
     objective, progress = LDAM(LDAM.Config(reweight_epoch=0), COUNTS, 1), Progress(1, 1)
-    objective(logits, LABELS, objective.denominators(LABELS, progress), progress)[0].backward()
+    objective(logits, LABELS, StepContext(objective.denominators(LABELS, progress), progress))[0].backward()
     onehot = torch.nn.functional.one_hot(LABELS, 4).double()
     weight_B1 = objective.weight_C[LABELS][:, None]
     shifted = logits.detach()[0] - 30 * objective.margin_C * onehot

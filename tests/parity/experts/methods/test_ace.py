@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from experts.methods.ace import ACE
+from experts.objective import StepContext
 from experts.progress import Progress
 
 # Class 0 is many, class 1 medium, class 2 few: experts learn {0, 1, 2}, {1, 2} and {2}.
@@ -35,7 +36,7 @@ def close(found, published) -> None:
 
 def evaluate(logits_EBC, labels_B=LABELS, counts_C=COUNTS, **settings):
     objective = ACE(ACE.Config(**settings), counts_C, len(logits_EBC))
-    return objective(logits_EBC, labels_B, objective.denominators(labels_B, NOW), NOW)
+    return objective(logits_EBC, labels_B, StepContext(objective.denominators(labels_B, NOW), NOW))
 
 
 def leaf():

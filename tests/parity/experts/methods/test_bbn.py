@@ -15,6 +15,7 @@ from torch import nn
 from experts.batches import Batch
 from experts.ensemble import Ensemble, Expert
 from experts.methods.bbn import BBN, Bilateral, BilateralHead, bbn_loss, cumulative_alpha
+from experts.objective import StepContext
 from experts.progress import Progress
 from experts.samplers.reversed import Reversed
 
@@ -111,7 +112,7 @@ def mixed(epoch, scale=2.0):
     half_EBC = flow(Alone(ensemble), batch, at(epoch), lambda own: own)
     labels, global_labels = flow.labels(batch)
     assert torch.equal(labels, LABELS)
-    loss, terms = objective(half_EBC, labels, objective.denominators(global_labels, at(epoch)), at(epoch))
+    loss, terms = objective(half_EBC, labels, StepContext(objective.denominators(global_labels, at(epoch)), at(epoch)))
     loss.backward()
     return ensemble, features, half_EBC, loss, terms
 
@@ -189,7 +190,7 @@ def test_flow_head_and_objective_equal_the_equations_in_float64(scale, seed):
     flow = Bilateral(Bilateral.Config(scale=scale), objective, ("a", "b"), lambda *words: 0)
     now = at(epoch=7, epochs=20)
     half_EBC = flow(Alone(Ensemble(nn.Identity(), experts)), batch, now, lambda own: own)
-    loss, _ = objective(half_EBC, labels, objective.denominators(labels, now), now)
+    loss, _ = objective(half_EBC, labels, StepContext(objective.denominators(labels, now), now))
     alpha = 1 - (6 / 20) ** 2
     assert loss.item() == pytest.approx(bbn_in_numpy(f_a, f_b, weight, bias, y_a, y_b, alpha, scale), rel=1e-12)
 
@@ -225,5 +226,5 @@ def test_alpha_is_the_parabola():
 
 @pytest.mark.parametrize("num_experts", [1, 3])
 def test_other_numbers_of_branches_are_refused(num_experts):
-    with pytest.raises(ValueError, match=rf"'bbn': method\.num_experts = {num_experts}; it needs exactly 2"):
+    with pytest.raises(ValueError, match=rf"'bbn': method\.num_experts = {num_experts}; it takes 2"):
         BBN(BBN.Config(), COUNTS, num_experts)

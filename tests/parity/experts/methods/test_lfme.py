@@ -15,7 +15,7 @@ import torch
 
 from experts.class_groups import GroupRule
 from experts.methods.lfme import LFME, TEACHERS, instance_factors, lfme_loss, scaled_confidences, teacher_weights
-from experts.objective import Given
+from experts.objective import Given, StepContext
 from experts.progress import Progress
 from experts.samplers.class_balanced import ClassBalanced
 from experts.samplers.draws import class_aware_draws, positions_by_class
@@ -251,7 +251,7 @@ def test_order_and_size_of_the_batches_do_not_matter():
 
 def loss_of(objective, split, rows, logits, now=NOW):
     given, labels = split.given("train", rows)
-    return objective(logits, labels, objective.denominators(labels, now), now, given)
+    return objective(logits, labels, StepContext(objective.denominators(labels, now), now, given))
 
 
 @pytest.mark.parametrize("settings", [{}, {"instance_on": "loss", "clamp": True, "alpha": 0.0, "temperature": 4.0}])
@@ -300,7 +300,7 @@ def test_pieces_of_a_batch_add_up_and_an_empty_one_is_zero():
     pieces = []
     for own in ([0, 3], [], [4, 1, 2]):
         given, labels = split.given("train", np.array(rows)[own].astype(np.int64))
-        pieces.append(objective(z[:, own], labels, denominators, NOW, given))
+        pieces.append(objective(z[:, own], labels, StepContext(denominators, NOW, given)))
     assert pieces[1][0] == 0
     torch.testing.assert_close(sum(piece[0] for piece in pieces), whole, atol=1e-12, rtol=1e-12)
     for name, term in terms.items():
@@ -326,7 +326,7 @@ def test_a_loss_without_preparation_or_positions_is_refused():
     given, labels = split.given("train", [3, 4])
     objective = prepared(split)
     with pytest.raises(ValueError, match=r"'lfme'.*positions"):
-        objective(z, labels, objective.denominators(labels, NOW), NOW, Given(given.teachers))
+        objective(z, labels, StepContext(objective.denominators(labels, NOW), NOW, Given(given.teachers)))
 
 
 def test_teachers_that_are_missing_or_of_other_classes_are_refused():
@@ -336,7 +336,9 @@ def test_teachers_that_are_missing_or_of_other_classes_are_refused():
     fewer = {name: given.teachers[name] for name in ("many", "few")}
     for teachers in ({}, fewer, dict(given.teachers) | {"medium": given.teachers["many"][:, :1]}):
         with pytest.raises(ValueError, match=r"'lfme'.*teachers\.many"):
-            objective(z, labels, objective.denominators(labels, NOW), NOW, Given(teachers, given.positions_B))
+            objective(
+                z, labels, StepContext(objective.denominators(labels, NOW), NOW, Given(teachers, given.positions_B))
+            )
 
 
 def test_a_training_image_that_is_missing_twice_there_or_has_no_finite_score_is_refused():

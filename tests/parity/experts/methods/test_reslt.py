@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from experts.methods.reslt import ResLT, guarded_nll
+from experts.objective import StepContext
 from experts.progress import Progress
 
 # By these counts class 0 is many, class 1 medium, class 2 few: branch M learns 1 and 2, branch T learns 2.
@@ -36,7 +37,7 @@ def close(found, published) -> None:
 
 def evaluate(logits_EBC, labels_B=LABELS, counts_C=COUNTS, **settings):
     objective = ResLT(ResLT.Config(**settings), counts_C, len(logits_EBC))
-    return objective(logits_EBC, labels_B, objective.denominators(labels_B, NOW), NOW)
+    return objective(logits_EBC, labels_B, StepContext(objective.denominators(labels_B, NOW), NOW))
 
 
 def leaf(dtype=torch.float32):
@@ -175,7 +176,7 @@ def test_an_impossible_label_has_a_finite_gradient_with_and_without_guard():
 
 @pytest.mark.parametrize("num_experts", [1, 4])
 def test_other_numbers_of_branches_are_refused(num_experts):
-    with pytest.raises(ValueError, match=rf"'reslt': method\.num_experts = {num_experts}; it has 3 branches.*or 2"):
+    with pytest.raises(ValueError, match=rf"'reslt': method\.num_experts = {num_experts}; it takes 3 or 2"):
         ResLT(ResLT.Config(), torch.tensor([500, 50, 5, 4, 3]), num_experts)
 
 

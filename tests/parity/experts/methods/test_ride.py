@@ -13,6 +13,7 @@ import torch
 from experts.losses.cross_entropy import CrossEntropy
 from experts.methods.ldam import LDAM
 from experts.methods.ride import RIDE, class_temperatures
+from experts.objective import StepContext
 from experts.progress import Progress
 
 COUNTS = torch.tensor([100, 10, 1])
@@ -35,7 +36,7 @@ def close(found, published) -> None:
 
 def evaluate(objective, logits_EBC, epoch):
     progress = Progress(epoch=epoch, epochs=200)
-    return objective(logits_EBC, LABELS, objective.denominators(LABELS, progress), progress)
+    return objective(logits_EBC, LABELS, StepContext(objective.denominators(LABELS, progress), progress))
 
 
 def leaf(dtype=torch.float32):
@@ -156,7 +157,8 @@ def test_loss_equals_the_equations_in_float64(variant, late, seed):
     )
     progress = Progress(epoch=2 if late else 1, epochs=2)
     labels_B = torch.tensor(labels)
-    loss, _ = objective(torch.tensor(logits), labels_B, objective.denominators(labels_B, progress), progress)
+    now = StepContext(objective.denominators(labels_B, progress), progress)
+    loss, _ = objective(torch.tensor(logits), labels_B, now)
     expected = ride_in_numpy(
         logits,
         labels,

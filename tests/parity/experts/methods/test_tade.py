@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from experts.methods.tade import TADE, inverse_counts, tade_offsets
+from experts.objective import StepContext
 from experts.progress import Progress
 
 COUNTS = torch.tensor([100, 10, 1])
@@ -34,7 +35,7 @@ def close(found, published, atol=2e-6) -> None:
 
 def evaluate(logits_EBC, labels_B=LABELS, counts_C=COUNTS, **settings):
     objective = TADE(TADE.Config(**settings), counts_C, 3)
-    return objective(logits_EBC, labels_B, objective.denominators(labels_B, NOW), NOW)
+    return objective(logits_EBC, labels_B, StepContext(objective.denominators(labels_B, NOW), NOW))
 
 
 def leaf(dtype=torch.float32):
@@ -140,7 +141,7 @@ def test_without_the_guard_offsets_move_by_no_more_than_its_share_of_the_rarest_
 
 @pytest.mark.parametrize("num_experts", [1, 2, 4])
 def test_other_numbers_of_experts_are_refused(num_experts):
-    with pytest.raises(ValueError, match=rf"'tade': method\.num_experts = {num_experts}; it needs exactly 3"):
+    with pytest.raises(ValueError, match=rf"'tade': method\.num_experts = {num_experts}; it takes 3"):
         TADE(TADE.Config(), COUNTS, num_experts)
 
 

@@ -17,7 +17,7 @@ from experts.data.dataset import open_dataset
 from experts.data.keyed_random import key, permutation
 from experts.data.label_shift import distribution_positions, parse_distribution
 from experts.ensemble import build_ensemble
-from experts.methods.tade import tade_offsets
+from experts.methods.tade import TADE, tade_offsets
 from orchestration.cli import main
 from orchestration.commands.evaluate import reevaluate
 from orchestration.config.compose import load_config
@@ -292,7 +292,7 @@ def test_tades_experts_are_trained_for_forward_uniform_and_inverse():
     The third, with tau 1, is for the reversed counts, up to a constant."""
 
     class Stage:
-        objective = type("O", (), {"name": "tade", "tau": 1.0, "inverse": "flip", "log_guard": 0.0})
+        objective = TADE.Config(tau=1.0, log_guard=0.0)
 
     class Config:
         method = type("M", (), {"expert_names": NAMES, "stages": {"train": Stage}})
