@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from experts.backbones.resnet_imagenet import BLOCKS, ResNetImageNet
 from experts.ensemble import Ensemble, Expert
-from experts.registry import Settings, build
+from experts.registry import Settings, build, registered_name
 
 FORMAT = "1"
+MODEL = registered_name(ResNetImageNet)
 _SHOWN = 5  # names of one kind in a message
 _HEADS = ("fc.",)
 _COUNTER = "num_batches_tracked"  # converted Caffe files lack it; without momentum = None BatchNorm never reads it
@@ -90,7 +91,7 @@ def import_weights(source: str | os.PathLike[str], target: str | os.PathLike[str
         kept[name] = tensor.to(wanted[name].dtype).clone(memory_format=torch.contiguous_format)
     metadata = {
         "format": FORMAT,
-        "model": "resnet_imagenet",
+        "model": MODEL,
         "depth": str(depth),
         "cardinality": str(cardinality),
         "source": source.name,
@@ -280,10 +281,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error}); import the weights again") from None
-    if metadata.get("model") != "resnet_imagenet" or metadata.get("format") != FORMAT:
+    if metadata.get("model") != MODEL or metadata.get("format") != FORMAT:
         raise ValueError(
             f"{path}: found model {metadata.get('model')!r}, format {metadata.get('format')!r}; needed "
-            f"'resnet_imagenet', format '{FORMAT}': import the weights again"
+            f"'{MODEL}', format '{FORMAT}': import the weights again"
         )
     return tensors, metadata
 
