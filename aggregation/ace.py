@@ -1,4 +1,4 @@
-"""How ACE combines its experts: each scores the classes of its group.
+"""ACE's rule at test time: each expert scores the classes of its groups.
 
 Shapes: E experts, B images, C classes.
 """
@@ -24,7 +24,7 @@ from experts.precision import at_least_float32
 from experts.registry import piece, register
 
 MEASURABLE = (LinearHead, CosineHead)
-"""Heads, with what is made of them, whose scores are those of one row of weights per class."""
+"""Heads, and their subclasses, that score each class with one row of weights."""
 
 
 @register("aggregator", "ace")
@@ -44,7 +44,7 @@ class Ace(Aggregator):
     class Config(AggregatorSettings):
         name: Literal["ace"] = "ace"
         groups: GroupRule = GroupRule()
-        """Which classes each expert answers for; must be the rule of the stage's objective.groups."""
+        """The classes that each expert answers for; must be the rule of the stage's objective.groups."""
         norm_power: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
         """p, the row norms are taken to this power before their mean; sources have 1 and 2."""
 
@@ -79,7 +79,7 @@ class Ace(Aggregator):
         self._targets_EC = nested_targets(counts_C.cpu(), len(expert_names), config.groups)
 
     def describe(self, expert: nn.Module) -> Tensor:
-        """Norms of the head's rows, one for each class, [C]; all equal to the scale where a head normalises them."""
+        """Return the norms of the head's rows, [C]; all equal to the scale where a head normalises them."""
         head: Any = getattr(expert, "head", None)
         if not isinstance(head, MEASURABLE):
             raise ValueError(_unknown_head(f"an expert's head is a {type(head).__name__}"))
@@ -88,7 +88,7 @@ class Ace(Aggregator):
         return at_least_float32(head.weight.detach()).norm(dim=1)
 
     def scales(self, norms_EC: Tensor) -> Tensor:
-        """a_1 / a_i for every expert i, [E].
+        """Return a_1 / a_i for every expert i, [E].
 
         Raises:
             ValueError: an expert's rows are zero or not finite.
@@ -107,7 +107,7 @@ class Ace(Aggregator):
     def __call__(self, outputs: Outputs) -> Tensor:
         """See `Aggregator.__call__`."""
         if outputs.numbers_EK is None:
-            raise ValueError("method.aggregator 'ace': found no row norms of the experts' heads, needed one a class")
+            raise ValueError("method.aggregator 'ace': found no row norms of the experts' heads, needed one per class")
         logits_EBC = at_least_float32(outputs.logits_EBC)
         scale_E11 = self.scales(outputs.numbers_EK).to(logits_EBC)[:, None, None]
         targets_EC = self._targets_EC.to(logits_EBC.device)

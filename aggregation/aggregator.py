@@ -1,6 +1,6 @@
-"""How the experts' outputs become the ensemble's: pieces of kind "aggregator".
+"""Rules that combine the experts' outputs into the ensemble's: pieces of kind "aggregator".
 
-Shapes: E experts, B images, C classes, K numbers an expert.
+Shapes: E experts, B images, C classes, K numbers per expert.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from experts.precision import at_least_float32
 from experts.registry import Settings, register
 
 ALL_EXPERTS = "all experts"
-"""A router's second member: what the ensemble would say if every image went to every expert."""
+"""A router's second member: the ensemble's scores if every image went to every expert."""
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What all experts say of some images.
+    """Outputs of all experts for some images.
 
     Attributes:
         logits_EBC: scores.
-        numbers_EK: what `Aggregator.describe` said of every expert; K may be 0.
+        numbers_EK: `Aggregator.describe` of every expert; K may be 0.
         gates_EB: a router's score for asking the next expert after expert k (a probability above 1/2 is a score above
             0); the last row means nothing. None without a router.
     """
@@ -51,7 +51,7 @@ class AggregatorSettings(Settings):
         """
 
     def check_objective(self, objective: Any) -> None:
-        """Refuse an objective, by its config, whose experts learn other things than the rule believes.
+        """Refuse an objective, by its config, whose experts learn other classes than the rule assumes.
 
         Raises:
             ValueError: names both keys and what to set.
@@ -92,19 +92,19 @@ class Aggregator(ABC):
         self.expert_names = expert_names
 
     def describe(self, expert: nn.Module) -> Tensor:
-        """Numbers of one expert's weights that the rule needs, float [K]; none by default."""
+        """Return numbers of one expert's weights that the rule needs, float [K]; none by default."""
         return torch.zeros(0)
 
     @abstractmethod
     def __call__(self, outputs: Outputs) -> Tensor:
-        """The ensemble's scores [B, C]: argmax gives the class, softmax the probabilities."""
+        """Return the ensemble's scores [B, C]: argmax gives the class, softmax the probabilities."""
 
     def members(self, outputs: Outputs) -> dict[str, Tensor]:
-        """Scores [B, C] to be measured by name: "ensemble" first, then what it should be compared with."""
+        """Return scores [B, C] to be measured, by name: "ensemble" first, then those to compare it with."""
         return {"ensemble": self(outputs)}
 
     def experts_used(self, outputs: Outputs) -> Tensor | None:
-        """How many experts each image was shown to, [B]; None where it is always all."""
+        """Return how many experts each image was shown to, [B]; None where it is always all."""
         return None
 
 
@@ -145,7 +145,7 @@ class MeanProbabilities(Aggregator):
         name: Literal["mean_probabilities"] = "mean_probabilities"
 
     def __call__(self, outputs: Outputs) -> Tensor:
-        """Log-probabilities; see `Aggregator.__call__`."""
+        """Return log-probabilities; see `Aggregator.__call__`."""
         log_p_EBC = at_least_float32(outputs.logits_EBC).log_softmax(dim=-1)
         return log_p_EBC.logsumexp(dim=0) - math.log(len(log_p_EBC))
 

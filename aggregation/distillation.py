@@ -1,4 +1,4 @@
-"""What an ensemble learns from a frozen teacher, beside its own objective: pieces of kind "distillation".
+"""Terms by which an ensemble learns from a frozen teacher beside its own objective: pieces of kind "distillation".
 
 The teacher is any trained ensemble; it comes as its aggregated scores of the same augmented images.
 Shapes: E experts, B images of this piece of the batch, C classes, S student scores (1 or E).
@@ -22,7 +22,7 @@ Repeat = Literal["num_experts"] | Annotated[int, Field(ge=1)]
 
 
 def distillation_loss(student_SBC: Tensor, teacher_BC: Tensor, *, temperature: float, images: Tensor) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)) of every student score, summed over images / `images`.
+    """Return T^2 KL(softmax(teacher / T) || softmax(student / T)) of each student score, summed over images / `images`.
 
     Args:
         student_SBC: scores; half types are computed in float32.
@@ -48,10 +48,10 @@ class DistillationSettings(Settings):
     temperature: float = Field(1.5, gt=0, allow_inf_nan=False)
     """T, divides student's and teacher's scores, no unit; published 1.5 (RIDE)."""
     weight: float = Field(1.0, ge=0, allow_inf_nan=False)
-    """What the distillation term is multiplied with, no unit; published 1."""
+    """Weight of the distillation term, no unit; published 1."""
     repeat: Repeat = "num_experts"
-    """How often objective and distillation are counted. Published code goes round its experts and adds both each time,
-    so "num_experts" times: it acts as a larger learning rate. 1 counts them once."""
+    """How often objective and distillation are counted. Published code loops over its experts and adds both each time,
+    so "num_experts" times: this acts as a larger learning rate. 1 counts them once."""
     teacher: str | None = None
     """Name of the teacher where the stage has several."""
 
@@ -68,10 +68,10 @@ class Distillation(ABC):
 
     @abstractmethod
     def student_scores(self, logits_EBC: Tensor) -> Tensor:
-        """What is compared with the teacher, [S, B, C]."""
+        """Return the scores that are compared with the teacher's, [S, B, C]."""
 
     def denominators(self, labels_B: Tensor) -> dict[str, Tensor]:
-        """`images`: of this piece, a float64 scalar to be summed over pieces. Labels are [B], or [2, B] of pairs."""
+        """Return `images`, a float64 scalar that adds up over pieces of a batch. Labels are [B], or [2, B] of pairs."""
         return {"images": num_images(labels_B)}
 
     def __call__(
@@ -82,7 +82,7 @@ class Distillation(ABC):
         denominators: Mapping[str, Tensor],
         progress: Progress,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The stage's whole loss.
+        """Return the stage's whole loss.
 
         Args:
             loss: this piece's share of the objective.
@@ -118,7 +118,7 @@ class Distillation(ABC):
 
     @property
     def name(self) -> str:
-        """As registered."""
+        """The registered name."""
         return str(getattr(self.config, "name", type(self).__name__))
 
     def _chosen(self, teachers: Mapping[str, Tensor]) -> Tensor:
@@ -145,7 +145,7 @@ class MeanLogits(Distillation):
         name: Literal["mean_logits"] = "mean_logits"
 
     def student_scores(self, logits_EBC: Tensor) -> Tensor:
-        """The mean over experts, [1, B, C]."""
+        """Return the mean over experts, [1, B, C]."""
         return logits_EBC.mean(dim=0, keepdim=True)
 
 
@@ -159,7 +159,7 @@ class SumLogits(Distillation):
         """See `DistillationSettings`; once, as nothing was published."""
 
     def student_scores(self, logits_EBC: Tensor) -> Tensor:
-        """The sum over experts, [1, B, C]."""
+        """Return the sum over experts, [1, B, C]."""
         return logits_EBC.sum(dim=0, keepdim=True)
 
 
@@ -173,5 +173,5 @@ class EachExpert(Distillation):
         """See `DistillationSettings`; once, as nothing was published."""
 
     def student_scores(self, logits_EBC: Tensor) -> Tensor:
-        """As they are, [E, B, C]."""
+        """Return the scores as they are, [E, B, C]."""
         return logits_EBC

@@ -1,4 +1,4 @@
-"""How different the experts of an ensemble are, and what their mistakes are made of.
+"""How much the experts of an ensemble differ, and how their errors split into bias and variance.
 
 All of it compares the experts' own logits, whatever rule combines them. Where experts give parts of one score (BBN's
 halves, ResLT's branches) a part is no prediction, and these numbers say how the parts differ, not how good they are.
@@ -27,8 +27,8 @@ class Diversity:
     """Predictions of every expert, image by image, to be merged and summarised.
 
     Kept per image: its label, the experts' main prediction, and for every expert its prediction and its divergence from
-    the mean: 12 bytes and 12 an expert. Pieces of a split can be taken in apart and merged in any order: the summary is
-    the same to the last bit.
+    the mean: 12 bytes, and 12 per expert. Pieces of a split can be added separately and merged in any order: the
+    summary is the same to the last bit.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Diversity:
         return sum(map(len, self._labels))
 
     def update(self, expert_logits: Mapping[str, Tensor], labels_B: Tensor) -> None:
-        """Take in one batch, which may be empty.
+        """Add one batch, which may be empty.
 
         Args:
             expert_logits: logits [B, C] by expert, the same experts in every call. Equal largest scores count as the
@@ -104,7 +104,7 @@ class Diversity:
                 kept[key].append(values[key])
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Everything as arrays, for another process: `labels`, `main` and `<expert>/<prediction|divergence>`."""
+        """Return everything as arrays, for another process: `labels`, `main` and `<expert>/<prediction|divergence>`."""
         arrays: dict[str, NDArray[Any]] = {
             "labels": np.concatenate([np.empty(0, np.int64), *self._labels]),
             _MAIN: np.concatenate([np.empty(0, np.int32), *self._main]),
@@ -116,7 +116,7 @@ class Diversity:
 
     @classmethod
     def from_state(cls, arrays: Mapping[str, NDArray[Any]]) -> Diversity:
-        """What `state` was taken from."""
+        """Rebuild the object that `state` was taken from."""
         diversity = cls()
         experts: dict[str, dict[str, NDArray[Any]]] = {}
         for name, values in arrays.items():
@@ -128,7 +128,7 @@ class Diversity:
         return diversity
 
     def result(self, counts_C: Sequence[int] | NDArray[Any], cuts: Sequence[int] | None) -> dict[str, Any]:
-        """Summary as plain numbers, fit for JSON; the key `diversity` of an evaluation.
+        """Return a summary as plain numbers, fit for JSON; the key `diversity` of an evaluation.
 
         Args:
             counts_C: TRAINING images per class, which make the groups.
@@ -140,7 +140,7 @@ class Diversity:
             has no image of the group.
             `disagreement`: share of images on which two experts predict different classes, mean over the pairs; None in
             every group for a single expert, which has no pair.
-            `agreement`: share of images on which all experts predict the same class; None likewise.
+            `agreement`: share of images on which all experts predict the same class; None for a single expert too.
             `pairs`: a list of `experts` (two names) and their `disagreement`.
             `divergence`: by expert, mean of KL(softmax(mean logits) || softmax(its logits)), nats: the direction of
             RIDE's diversity term, at temperature 1. `mean_divergence`: mean over the experts.
@@ -152,7 +152,7 @@ class Diversity:
         of the others it is the share of experts that are wrong, 1 less those that depart to the right class.
 
         Raises:
-            ValueError: no image was taken in, or a label is not in [0, C).
+            ValueError: no image was added, or a label is not in [0, C).
 
         Source: Domingos 2000, "A unified bias-variance decomposition and its applications", for the 0-1 loss.
         Differs: there, as in RIDE (arXiv:2010.01809), predictions come from models trained on resampled training sets;
@@ -190,7 +190,7 @@ class Diversity:
 
 
 def main_predictions(prediction_EB: Tensor, mean_logits_BC: Tensor) -> Tensor:
-    """The class that most experts predict, int64 [B]; equal votes go to the class of the largest mean logit.
+    """Return the class that most experts predict, int64 [B]; equal votes go to the class of the largest mean logit.
 
     Neither the order of experts nor, but for equal mean logits, the order of classes matters.
     """
@@ -201,14 +201,14 @@ def main_predictions(prediction_EB: Tensor, mean_logits_BC: Tensor) -> Tensor:
 
 
 def divergence_from_mean(logits_EBC: Tensor) -> Tensor:
-    """KL(softmax(mean logits) || softmax(logits of k)) of every expert k and image, nats, [E, B], at least 0."""
+    """Return KL(softmax(mean logits) || softmax(logits of k)) of every expert k and image, nats, [E, B], at least 0."""
     log_p_EBC = logits_EBC.log_softmax(dim=2)
     log_q_BC = logits_EBC.mean(dim=0).log_softmax(dim=1)
     return (log_q_BC.exp() * (log_q_BC - log_p_EBC)).sum(dim=2).clamp(min=0)
 
 
 def metrics(result: Mapping[str, Any]) -> dict[str, float]:
-    """A result as numbers for the journal, by name after the split: `ensemble/few/disagreement` and
+    """Return a result as numbers for the journal, by name after the split: `ensemble/few/disagreement` and
     `expert0/few/divergence`; what is None is left out, and so are single pairs and groups by index."""
     found: dict[str, float] = {}
     for key in ("disagreement", "agreement", "mean_divergence", "error", "bias", "variance"):
@@ -224,7 +224,7 @@ def _shown(group: str, value: float | None) -> bool:
 
 
 def _mean(results: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
-    """Mean of several results of the same images, group by group."""
+    """Return the mean of several results of the same images, group by group."""
     means: dict[str, float | None] = {}
     for group in results[0]:
         values = [value for one in results if (value := one[group]) is not None]

@@ -70,7 +70,7 @@ class MeanCrossEntropy(Objective):
         name: Literal["mean_cross_entropy"] = "mean_cross_entropy"
 
     def forward(self, logits_EBC: Tensor, labels_B: Tensor, now: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean per image; term `cross_entropy`, a scalar. See `Objective.forward`."""
+        """Return the mean per image, and the term `cross_entropy`, a scalar. See `Objective.forward`."""
         self.check_shapes(logits_EBC, labels_B)
         mean_1BC = at_least_float32(logits_EBC).mean(dim=0, keepdim=True)
         loss = cross_entropy(mean_1BC, labels_B, denominator=now.denominators["images"])[0]
@@ -100,7 +100,7 @@ class H2T(Flow):
         return [Case(cls.Config(), objective=CrossEntropy.Config()), shared]
 
     def channels(self, expert: str, num_features: int, progress: Progress) -> Tensor:
-        """This step's order of an expert's channels, int64 [D] on the CPU; every replica draws the same."""
+        """Return this step's order of an expert's channels, int64 [D] on the CPU; every replica draws the same."""
         order = permutation(self.draws("h2t channels", expert, progress.epoch, progress.step), num_features)
         return torch.from_numpy(order)
 

@@ -1,4 +1,4 @@
-"""How good predictions are: top-1 by class and group, negative log-likelihood, calibration.
+"""Quality of predictions: top-1 by class and group, negative log-likelihood, calibration.
 
 Shapes: N images of a split, B images of one update, C classes.
 """
@@ -22,7 +22,7 @@ _EXTRA = "per_image:"  # before the names of extra numbers in a state; a member'
 
 
 def groups_by_count(counts_C: Sequence[int] | NDArray[Any]) -> dict[str, NDArray[np.int64]]:
-    """Classes with more than 100 (many), 20 to 100 (medium) and fewer than 20 (few) training images.
+    """Return the classes with more than 100 (many), 20 to 100 (medium) and fewer than 20 (few) training images.
 
     Source: Liu et al. 2019, arXiv:1904.05160 (OLTR) and those who follow it, RIDE among them.
     """
@@ -32,7 +32,7 @@ def groups_by_count(counts_C: Sequence[int] | NDArray[Any]) -> dict[str, NDArray
 
 
 def groups_by_index(counts_C: Sequence[int] | NDArray[Any], cuts: Sequence[int]) -> dict[str, NDArray[np.int64]]:
-    """Classes sorted by decreasing training count (ties: by class id), cut at two fixed places.
+    """Return the classes sorted by falling training count (ties: by class id), cut at two fixed places.
 
     Args:
         counts_C: training images per class.
@@ -53,14 +53,14 @@ def groups_by_index(counts_C: Sequence[int] | NDArray[Any], cuts: Sequence[int])
 
 
 def all_groups(counts_C: Sequence[int] | NDArray[Any], cuts: Sequence[int] | None) -> dict[str, NDArray[np.int64]]:
-    """The groups of both rules: `many`, `medium`, `few` and, empty without `cuts`, the same `_by_index`."""
+    """Return the groups of both rules: `many`, `medium`, `few` and, empty without `cuts`, the same `_by_index`."""
     no_class = dict.fromkeys(GROUPS, np.empty(0, np.int64))
     by_index = groups_by_index(counts_C, cuts) if cuts is not None else no_class
     return groups_by_count(counts_C) | {f"{group}_by_index": ids for group, ids in by_index.items()}
 
 
 def class_means(values_N: NDArray[Any], labels_N: NDArray[np.int64], num_classes: int) -> NDArray[np.float64]:
-    """Mean of a number over the images of each class, [C], NaN where there is none; their order does not matter."""
+    """Return the mean over the images of each class, [C], NaN without images; their order does not matter."""
     order = np.lexsort((values_N, labels_N))  # fixes the order of the sums
     size_C = np.bincount(labels_N, minlength=num_classes)
     total_C = np.bincount(labels_N[order], values_N[order].astype(np.float64), num_classes)
@@ -70,7 +70,7 @@ def class_means(values_N: NDArray[Any], labels_N: NDArray[np.int64], num_classes
 def group_means(
     values_N: NDArray[Any], labels_N: NDArray[np.int64], groups: Mapping[str, NDArray[np.int64]], num_classes: int
 ) -> dict[str, float | None]:
-    """A number per image summarised the way accuracies are.
+    """Summarise a number per image as accuracies are summarised.
 
     Args:
         values_N: the number, at least one.
@@ -93,7 +93,7 @@ def group_means(
 def expected_calibration_error(
     confidence_N: NDArray[Any], correct_N: NDArray[Any], bins: int = CALIBRATION_BINS
 ) -> tuple[float, float]:
-    """How far confidence is from accuracy, over equal-width bins (low, high] of confidence.
+    """Return how far confidence is from accuracy, over equal-width bins (low, high] of confidence.
 
     Args:
         confidence_N: largest predicted probability per image, in [0, 1].
@@ -128,8 +128,8 @@ class Scores:
     """Results per image of the members of an evaluation, to be merged and summarised.
 
     Kept per image: its label and, for every member, whether it was right, how sure it was and its negative
-    log-likelihood: 17 bytes a member; and any extra numbers, as how many experts a router asked. Pieces of a split can
-    be scored apart and merged in any order: the summary is the same to the last bit.
+    log-likelihood: 17 bytes per member; and any extra numbers, such as how many experts a router asked. Pieces of a
+    split can be scored separately and merged in any order: the summary is the same to the last bit.
     """
 
     def __init__(self) -> None:
@@ -208,7 +208,7 @@ class Scores:
                 kept[key].append(values[key])
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Everything as arrays, for another process: `labels`, `<member>/<correct|confidence|nll>` and
+        """Return everything as arrays, for another process: `labels`, `<member>/<correct|confidence|nll>` and
         `per_image:<name>`."""
         arrays: dict[str, NDArray[Any]] = {"labels": np.concatenate([np.empty(0, np.int64), *self._labels])}
         for member, kept in self._members.items():
@@ -218,7 +218,7 @@ class Scores:
 
     @classmethod
     def from_state(cls, arrays: Mapping[str, NDArray[Any]]) -> Scores:
-        """The scores that `state` was taken from."""
+        """Rebuild the scores that `state` was taken from."""
         scores = cls()
         members: dict[str, dict[str, NDArray[Any]]] = {}
         extras: dict[str, NDArray[np.float64]] = {}
@@ -233,7 +233,7 @@ class Scores:
         return scores
 
     def result(self, counts_C: Sequence[int] | NDArray[Any], cuts: Sequence[int] | None) -> dict[str, Any]:
-        """Summary as plain numbers, fit for JSON.
+        """Return a summary as plain numbers, fit for JSON.
 
         Args:
             counts_C: TRAINING images per class, which make the groups.
@@ -275,7 +275,7 @@ class Scores:
 
 
 def _measure(member: str, logits_BC: Tensor, labels_B: Tensor) -> dict[str, NDArray[Any]]:
-    """One batch, image by image; in float64, because float32 rounds confidences across the edges of bins."""
+    """Measure one batch, image by image; in float64, because float32 rounds confidences across the edges of bins."""
     bad = int((~torch.isfinite(logits_BC)).any(dim=1).sum())
     if bad:
         raise ValueError(

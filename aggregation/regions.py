@@ -1,4 +1,4 @@
-"""Decision regions: which class a classifier gives to every point of a plane through the experts' features.
+"""Decision regions: the class that a classifier gives to every point of a plane through the experts' features.
 
 The plane is that of the two strongest principal components of the features of some images. A point of it stands for the
 features there: what the plane does not show is at its mean. Features of several experts are laid end to end, so one
@@ -40,11 +40,11 @@ class Plane:
     variance: float
 
     def places(self, features_ND: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Where features fall on the plane, [N, 2]."""
+        """Return the places of features on the plane, [N, 2]."""
         return (features_ND - self.mean_D) @ self.axes_2D.T
 
     def features(self, places_N2: NDArray[np.floating]) -> NDArray[np.float64]:
-        """The features that places of the plane stand for, [N, D]."""
+        """Return the features that places of the plane stand for, [N, D]."""
         return self.mean_D + places_N2[:, :1] * self.axes_2D[0] + places_N2[:, 1:] * self.axes_2D[1]
 
 
@@ -70,7 +70,7 @@ class Regions:
 
 
 def fit_plane(features_ND: NDArray[np.floating]) -> Plane:
-    """The plane of the two strongest principal components.
+    """Return the plane of the two strongest principal components.
 
     The sign of an axis is chosen so that its largest entry is positive.
 
@@ -96,14 +96,14 @@ def fit_plane(features_ND: NDArray[np.floating]) -> Plane:
 
 @torch.no_grad()
 def features_of(model: ServedModel, images_B3HW: Tensor) -> list[Tensor]:
-    """What the experts' heads see of some images: [B, D] for each expert."""
+    """Return the features that the experts' heads get of some images: [B, D] for each expert."""
     h = model.ensemble.trunk(images_B3HW)
     return [expert.features(h) for expert in model.ensemble.members()]
 
 
 @torch.no_grad()
 def scores_of(model: ServedModel, member: str, features: Sequence[Tensor]) -> Tensor:
-    """Scores [B, C] of the ensemble's rule or of one expert, from features.
+    """Return the scores [B, C] of the ensemble's rule or of one expert, from features.
 
     Args:
         model: on the device of the features.
@@ -118,7 +118,7 @@ def scores_of(model: ServedModel, member: str, features: Sequence[Tensor]) -> Te
     logits_EBC = ensemble.shared["head"](scores) if "head" in ensemble.shared else scores
     if member != ENSEMBLE:
         return logits_EBC[0]
-    gates_EB = ensemble.gate_scores(features, logits_EBC) if "router" in ensemble.shared else None
+    gates_EB = ensemble.gate_scores(features, logits_EBC) if ensemble.has_router else None
     numbers_EK = torch.stack([model.aggregator.describe(expert) for expert in chosen])
     return model.aggregator(Outputs(logits_EBC, numbers_EK, gates_EB))
 
@@ -142,7 +142,7 @@ def decision_regions(
         labels_N: places of the images' classes in `classes`.
         classes: K ids, at least 2; scores of all others are left out.
         plane: through the features laid end to end.
-        window: left, right, bottom, top of the part that is looked at.
+        window: left, right, bottom, top of the part that is classified.
         side: G.
     """
     widths = [own_ND.shape[1] for own_ND in features]
@@ -174,12 +174,12 @@ def decision_regions(
 
 
 def laid_end_to_end(features: Sequence[Tensor]) -> NDArray[np.float64]:
-    """Features of several experts as one row an image, [N, D]."""
+    """Return the features of several experts as one row per image, [N, D]."""
     return torch.cat(list(features), dim=1).double().cpu().numpy()
 
 
 def window_of(places: Sequence[NDArray[np.floating]], margin: float = 0.06) -> tuple[float, float, float, float]:
-    """Left, right, bottom and top of a rectangle that holds all places with room to spare."""
+    """Return left, right, bottom and top of a rectangle that holds all places with room to spare."""
     all_N2 = np.concatenate(list(places))
     low, high = all_N2.min(axis=0), all_N2.max(axis=0)
     room = np.maximum(margin * (high - low), 1e-6)

@@ -1,4 +1,4 @@
-"""RIDE's router: after each expert a gate says, from its features and the mean logits so far, whether to ask the next.
+"""RIDE's router: after each expert a gate decides, by its features and the mean logits so far, whether to ask the next.
 
 A last stage on a trained ensemble, of which nothing but the gates learns. A gate is a layer of its own for each expert
 but the last, and a layer that all gates share.
@@ -34,7 +34,7 @@ from experts.registry import Settings, register
 
 
 def gate_score(final: nn.Linear, hidden_BH: Tensor, running_BC: Tensor) -> Tensor:
-    """Score for asking the next expert: the shared layer over the largest mean logits and a gate's hidden layer.
+    """Return the score for asking the next expert: the shared layer over largest mean logits and a gate's hidden layer.
 
     Args:
         final: k + H inputs, one output; k follows from its size.
@@ -75,14 +75,14 @@ class Final(nn.Module):
         return gate_score(self.linear, hidden_BH, running_BC)
 
     def zeros(self, images: int) -> Tensor:
-        """A score of 0 for each image, with a gradient of zero for this layer."""
+        """Return a score of 0 for each image, with a gradient of zero for this layer."""
         weight = self.linear.weight
         return 0 * self.linear(weight.new_zeros(images, self.linear.in_features)).squeeze(1)
 
 
 @register("router", "ride")
 class RideRouter:
-    """Makes the layers of the gates; every call of a method makes new, untrained ones."""
+    """Builds the layers of the gates; every call of a method builds new, untrained ones."""
 
     class Config(Settings):
         name: Literal["ride"] = "ride"
@@ -96,23 +96,23 @@ class RideRouter:
         self.config = config
 
     def hidden(self, num_features: int) -> Hidden:
-        """A gate's own layer, for features [B, num_features]."""
+        """Build a gate's own layer, for features [B, num_features]."""
         return Hidden(num_features, self.config.width)
 
     def final(self, num_classes: int) -> Final:
-        """The layer that all gates share."""
+        """Build the layer that all gates share."""
         return Final(min(self.config.top_k, num_classes), self.config.width)
 
 
 def running_correct(logits_EBC: Tensor, labels_B: Tensor) -> Tensor:
-    """Whether the mean logits of the first i experts are right, bool [E, B]; of equal logits the first counts."""
+    """Return whether the mean logits of the first i experts are right, bool [E, B]; the first of equals counts."""
     own_C = torch.arange(logits_EBC.shape[-1], device=labels_B.device)
     known_B = own_C.gather(0, labels_B)  # the labels; one out of range is an error here, without waiting for a device
     return logits_EBC.cumsum(dim=0).argmax(dim=-1) == known_B
 
 
 def gate_targets(correct_EB: Tensor) -> Tensor:
-    """What each gate should say, bool [G, B]: the prediction so far is wrong, and becomes right with some later expert.
+    """Return the gates' targets, bool [G, B]: the prediction so far is wrong, and a later expert makes it right.
 
     Source: published code of arXiv:2010.01809.
     """
@@ -122,12 +122,12 @@ def gate_targets(correct_EB: Tensor) -> Tensor:
 
 @register("objective", "router")
 class RouterObjective(Objective):
-    """Binary cross-entropy of the gates; the experts' logits only say what a gate should have said."""
+    """Binary cross-entropy of the gates; the experts' logits only set the targets."""
 
     class Config(ObjectiveSettings):
         name: Literal["router"] = "router"
         pos_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
-        """What the loss of an image that needs another expert is multiplied with, no unit; published 100."""
+        """Factor of the loss of an image that needs another expert, no unit; published 100."""
 
     extra_outputs: ClassVar[int] = 1
     num_experts_allowed: ClassVar[tuple[int, ...]] = tuple(range(2, MAX_EXPERTS + 1))
@@ -136,11 +136,11 @@ class RouterObjective(Objective):
     flow: ClassVar[str | None] = "router"
 
     def forward(self, logits_EBC: Tensor, labels_B: Tensor, now: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean over gates of the mean per image.
+        """Return the mean over gates of the mean per image.
 
         Args:
-            logits_EBC: [E, B, C + 1], the score of each expert's gate last; that of the last expert is not looked at.
-            labels_B, denominators, progress, given: see `Objective.forward`.
+            logits_EBC: [E, B, C + 1], the score of each expert's gate last; that of the last expert is ignored.
+            labels_B, now: see `Objective.forward`.
 
         Returns:
             The loss and its terms: `gate` [E], each gate's mean (0 for the last expert, which has none), and `wanted`
@@ -234,7 +234,7 @@ class Router(Aggregator):
     by_place: ClassVar[str] = "experts are asked in their order"
 
     def experts_used(self, outputs: Outputs) -> Tensor:
-        """1 to E for each image, int64 [B]."""
+        """Return 1 to E for each image, int64 [B]."""
         gates_EB = outputs.gates_EB
         if gates_EB is None:
             raise ValueError(
@@ -257,5 +257,5 @@ class Router(Aggregator):
         return logits_EBC.where(shown_EB[..., None], 0).sum(dim=0) / used_B[:, None]
 
     def members(self, outputs: Outputs) -> dict[str, Tensor]:
-        """The routed scores, and what the mean of all experts would have said."""
+        """Return the routed scores, and the mean over all experts."""
         return {"ensemble": self(outputs), ALL_EXPERTS: at_least_float32(outputs.logits_EBC).mean(dim=0)}

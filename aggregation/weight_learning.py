@@ -1,8 +1,8 @@
 """Weights of experts for a test set whose class distribution is unknown, learnt from its images without their labels.
 
 An expert that fits the test distribution agrees with itself on two random views of an image. So E numbers are learnt
-that make the weighted ensemble agree with itself; the networks stay as they are. Beside it what it must be compared
-with: the best weights that labels would give (the oracle), and the correction for a test distribution that is known.
+that make the weighted ensemble agree with itself; the networks stay as they are. Two things to compare it with lie
+here too: the best weights that labels would give (the oracle), and the correction for a known test distribution.
 
 Source: Zhang et al. 2022, arXiv:2107.09249 (TADE, SADE), section 4.3 and the published scripts.
 
@@ -52,7 +52,7 @@ class WeightLearning(Settings):
     stop_below: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """No further pass once a weight, rounded to 2 decimals, is below this; 0 never stops early."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the views and of the order of the images."""
+    """Seed of the views and of the order of the images."""
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -66,13 +66,13 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 def combine(weights_E: Tensor, logits_EBC: Tensor) -> Tensor:
-    """Weighted sum of the experts' logits, [B, C]."""
+    """Return the weighted sum of the experts' logits, [B, C]."""
     logits_EBC = at_least_float32(logits_EBC)
     return torch.einsum("e,ebc->bc", weights_E.to(logits_EBC), logits_EBC)
 
 
 def disagreement(weights_E: Tensor, views_2EBC: Tensor, entropy: float = 0.0) -> Tensor:
-    """What is minimised: how little the ensemble's probabilities agree between two views, image by image.
+    """Return the quantity to minimise: how little the ensemble's probabilities agree between two views of an image.
 
     Per image, with p' and p'' the softmax of the weighted logits of its two views:
     - cos(p', p'') + entropy * (mean over classes of p' log p' + the same of p'').
@@ -131,7 +131,7 @@ class Learner:
         return self.numbers_E.softmax(dim=0)
 
     def step(self, views_2EBC: Tensor) -> float:
-        """One step on a batch of views; returns the loss before it.
+        """Take one step on a batch of views and return the loss before it.
 
         Raises:
             FloatingPointError: the loss is not finite.
@@ -157,14 +157,14 @@ class Learner:
 
 @dataclass(frozen=True)
 class Settled:
-    """What came of the learning for one test set.
+    """The result of learning for one test set.
 
     Attributes:
-        weights: to be used, on the simplex.
-        learnt: what was learnt; other than `weights` where that was refused.
+        weights: those to use, on the simplex.
+        learnt: those that were learnt; they differ from `weights` where they were refused.
         loss_uniform, loss_learnt: mean `disagreement` on views that were not learnt from.
         fallback: why uniform weights are used instead; None where they are not.
-        warnings: what makes the weights doubtful.
+        warnings: reasons to doubt the weights.
     """
 
     weights: list[float]
@@ -176,7 +176,7 @@ class Settled:
 
 
 def settle(learner: Learner, loss_uniform: float, loss_learnt: float, num_classes: int) -> Settled:
-    """Guard what was learnt: uniform weights where it does not even reach its own aim on new views.
+    """Accept the learnt weights, or return uniform ones where they miss even their own aim on new views.
 
     Args:
         learner: at its end.
@@ -203,7 +203,7 @@ def settle(learner: Learner, loss_uniform: float, loss_learnt: float, num_classe
 
 
 def simplex_grid(num_experts: int, max_points: int = MAX_GRID) -> np.ndarray:
-    """Evenly spread weightings, float64 [G, E], nearest to uniform first; the first is uniform.
+    """Return evenly spread weightings, float64 [G, E], nearest to uniform first; the first is uniform.
 
     All multiples of 1/s that sum to 1, s as large as max_points allows, at most 100.
     """
@@ -219,7 +219,7 @@ def simplex_grid(num_experts: int, max_points: int = MAX_GRID) -> np.ndarray:
 
 
 def correct_counts(weights_GE: np.ndarray, logits_ENC: Tensor, labels_N: Tensor) -> np.ndarray:
-    """How many images each of G weightings classifies rightly, int64 [G].
+    """Count the images that each of G weightings classifies rightly, int64 [G].
 
     Only images on which the experts disagree are computed: a class that every expert puts first is first in every
     weighting that has no negative weight.
@@ -237,10 +237,10 @@ def correct_counts(weights_GE: np.ndarray, logits_ENC: Tensor, labels_N: Tensor)
 
 
 def oracle_weights(logits_ENC: Tensor, labels_N: Tensor, also: Iterable[Sequence[float]] = ()) -> list[float]:
-    """The weights with the highest top-1 that were found with the labels: what learning without them could reach.
+    """Return the best weights found with the labels: an upper bound for learning without them.
 
     A grid over the simplex, and from its best point moves of weight between two experts, ever smaller down to 0.005.
-    Of equally good weights those nearest to uniform win on the grid. At least as good as uniform and as `also`.
+    Among equally good weights on the grid, those nearest to uniform win. At least as good as uniform and as `also`.
 
     Args:
         logits_ENC: of the test images, N at least 1.
@@ -264,7 +264,7 @@ def oracle_weights(logits_ENC: Tensor, labels_N: Tensor, also: Iterable[Sequence
 
 
 def _moved(weights_E: np.ndarray, move: float) -> np.ndarray:
-    """All weightings that give `move`, or what there is of it, from one expert to another, [G, E]."""
+    """Return all weightings that move `move`, or as much as there is, from one expert to another, [G, E]."""
     moved = []
     for giver, taker in itertools.permutations(range(len(weights_E)), 2):
         given = min(move, weights_E[giver])
@@ -277,7 +277,7 @@ def _moved(weights_E: np.ndarray, move: float) -> np.ndarray:
 
 
 def class_prior(counts_C: np.ndarray) -> np.ndarray:
-    """Class frequencies, float64 [C], none below 1e-12: a class without an image is all but ruled out.
+    """Return class frequencies, float64 [C], none below 1e-12: a class without an image is all but ruled out.
 
     Raises:
         ValueError: there is no image at all.
@@ -289,7 +289,7 @@ def class_prior(counts_C: np.ndarray) -> np.ndarray:
 
 
 def correct_for_prior(logits_EBC: Tensor, target_C: np.ndarray, trained_log_EC: np.ndarray) -> Tensor:
-    """Logits for a test set whose class distribution is known: z + log p_test - log p_trained, [E, B, C].
+    """Return the logits for a test set whose class distribution is known: z + log p_test - log p_trained, [E, B, C].
 
     Args:
         logits_EBC: scores of experts, each for the class distribution that it was trained for.

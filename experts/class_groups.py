@@ -1,4 +1,4 @@
-"""Which classes are many, medium and few for a method: groups of classes from head to tail.
+"""Groups of classes from head to tail: the classes that are many, medium and few to a method.
 
 These groups say what an expert learns (ACE, ResLT) or which images it is given (LFME). Tables of results have their own
 fixed rule. Shapes: C classes.
@@ -44,7 +44,7 @@ def split_classes(counts_C: Tensor | np.ndarray, num_groups: int, rule: GroupRul
         rule: how; error messages call it `groups`, the key it has in a method's config.
 
     Returns:
-        Class ids, one int64 array a group, by falling count inside and across groups; every class is in one group.
+        Class ids, one int64 array per group, by falling count inside and across groups; every class is in one group.
 
     Raises:
         ValueError: a rule that cannot give that many groups, cuts that do not fit, or a group without a class.
@@ -64,9 +64,10 @@ def split_classes(counts_C: Tensor | np.ndarray, num_groups: int, rule: GroupRul
 
 
 def nested_targets(counts_C: Tensor, num_groups: int, rule: GroupRule) -> Tensor:
-    """Classes that each of several experts is for, bool [num_groups, C], on the counts' device.
+    """Return the classes that each of several experts is for: all, all but the first group, ..., the last group alone.
 
-    All classes, then all but the first group, and so on to the last group alone.
+    Returns:
+        Bool [num_groups, C], on the counts' device.
 
     Raises:
         ValueError: see `split_classes`.

@@ -1,4 +1,4 @@
-"""How the images of a step become what the objective sees: a piece of kind "flow" for every stage.
+"""Flows take the images of a step to the outputs that the objective sees: one piece of kind "flow" per stage.
 
 A worker holds a copy of the trunk, some of the experts, and a copy of whatever lies after all experts. A flow computes
 its experts' outputs; the other experts' come in detached. The same flow serves one process and many workers.
@@ -24,7 +24,7 @@ from experts.registry import Settings, piece, registered_name, registered_names
 
 Result = Any
 PARTS = ("trunk", "features", "heads", "gates")
-"""What can learn: the shared trunk, the experts' late stages, all heads (the shared one too), a router."""
+"""Parts that can learn: the shared trunk, the experts' late stages, all heads (the shared one too), a router."""
 
 
 class Network(Protocol):
@@ -40,15 +40,15 @@ class Network(Protocol):
     same_order: bool
 
     def trunk(self, run: Callable[[nn.Module], Result]) -> Result:
-        """`run(trunk)`; call it once a step."""
+        """Return `run(trunk)`; called once per step."""
         ...
 
     def experts(self, run: Callable[[nn.ModuleDict], Result]) -> Result:
-        """`run(experts)`, of the experts held here by name; each has `features`, `head` and perhaps `gate`."""
+        """Return `run(experts)`, the experts held here by name; each has `features`, `head` and perhaps `gate`."""
         ...
 
     def shared(self, run: Callable[[nn.ModuleDict], Result]) -> Result:
-        """`run(shared)`, of the modules after all experts: "head" and "router", where a method has them."""
+        """Return `run(shared)`, the modules after all experts: "head" and "router", where a method has them."""
         ...
 
 
@@ -127,7 +127,7 @@ class Flow(ABC):
     def __call__(
         self, network: Network, batch: Batch, progress: Progress, gather: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """Outputs of all experts, float [E, B, X]; X is C unless the objective says otherwise.
+        """Return the outputs of all experts, float [E, B, X]; X is C unless the objective says otherwise.
 
         Args:
             network: this worker's modules.
@@ -138,8 +138,10 @@ class Flow(ABC):
         """
 
     def labels(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What the objective compares with, of this replica's images and of the global batch: [B], or [2, B] where it
-        wants those of both batches of a pair."""
+        """Return the labels of this replica's images and of the global batch.
+
+        Both are [B], or [2, B] where the objective wants those of both batches of a pair.
+        """
         if self.objective.label_sets == 1:
             return batch.labels_B, batch.global_labels
         assert batch.partner is not None
@@ -150,7 +152,7 @@ class Flow(ABC):
 
 
 def through_shared_head(network: Network, scores: Tensor) -> Tensor:
-    """What experts' own heads gave, [e, B, X], through the head they share, if they do."""
+    """Return the scores of the experts' own heads, [e, B, X], after the head that they share, if there is one."""
     return network.shared(lambda shared: shared["head"](scores) if "head" in shared else scores)
 
 

@@ -1,4 +1,4 @@
-"""What every objective of an ensemble has in common.
+"""The base of all objectives: the losses of a whole ensemble.
 
 Shapes: E experts, B images of this piece of the batch, C classes.
 """
@@ -83,7 +83,7 @@ class Given:
 
 @dataclass(frozen=True)
 class StepContext:
-    """What holds for one step of one piece of the batch, whatever the objective.
+    """Everything beside logits and labels that an objective may read in one step.
 
     Attributes:
         denominators: of the objective, summed over the global batch.
@@ -117,7 +117,7 @@ class Objective(nn.Module, ABC):
     num_experts_allowed: ClassVar[tuple[int, ...]] = tuple(range(1, MAX_EXPERTS + 1))
     """Numbers of experts that it takes."""
     roles: ClassVar[str] = ""
-    """What the experts are to each other, for the message that refuses another number of them."""
+    """The experts' parts in the method, for the message that refuses another number of them."""
     flow: ClassVar[str | None] = None
     """The one flow whose outputs the loss is meant for; None: any flow that takes the objective."""
     label_sets: ClassVar[int] = 1
@@ -175,8 +175,8 @@ class Objective(nn.Module, ABC):
 
     @property
     def detached(self) -> str:
-        """Say what the loss holds constant while it differentiates, so that its gradient is not its value's; "" where
-        nothing."""
+        """The quantity that the loss holds constant while it differentiates, so that its gradient is not that of its
+        value; "" where there is none."""
         return ""
 
     def denominators(self, labels_B: Tensor, progress: Progress) -> dict[str, Tensor]:

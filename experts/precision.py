@@ -1,4 +1,4 @@
-"""Which float type a loss or a score is computed in."""
+"""The float type that losses and scores are computed in."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """Half types become float32, everything else stays: a softmax over thousands of classes needs the bits."""
+    """Return half types as float32, everything else as it is: a softmax over thousands of classes needs the bits."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

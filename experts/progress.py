@@ -1,4 +1,4 @@
-"""Where training stands: the only time that schedules, samplers and objectives may depend on."""
+"""The moment of training: the only time that schedules, samplers and objectives may depend on."""
 
 from __future__ import annotations
 

@@ -46,12 +46,12 @@ def register(kind: str, name: str) -> Callable[[P], P]:
 
 
 def registered_names(kind: str) -> list[str]:
-    """Registered names of one kind, sorted."""
+    """Return the registered names of one kind, sorted."""
     return sorted(_PIECES.get(kind, {}))
 
 
 def piece(kind: str, name: str) -> Any:
-    """The class registered under a name.
+    """Return the class registered under a name.
 
     Raises:
         ValueError: no such name; the message lists the known ones and the nearest.
@@ -77,7 +77,7 @@ def build(kind: str, config: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def choice(kind: str) -> Any:
-    """The annotation of a field that holds the config of any piece of one kind, told apart by `name`."""
+    """Return the annotation of a field that holds the config of any piece of one kind, told apart by `name`."""
     configs = [_PIECES[kind][name].Config for name in registered_names(kind)]
     if len(configs) == 1:
         return configs[0]

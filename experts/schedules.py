@@ -16,7 +16,7 @@ from experts.registry import Settings, register
 
 
 def warmup_factor(n: int, length: int, start: float) -> float:
-    """Factor of the n-th unit (from 1) of a warm-up, n <= length."""
+    """Return the factor of the n-th unit (from 1) of a warm-up, n <= length."""
     return start + (1 - start) * n / length
 
 
@@ -26,7 +26,7 @@ class Milestone(Settings):
     after_epoch: int = Field(ge=0)
     """Last epoch (1-based) with the old rate."""
     factor: float = Field(ge=0, allow_inf_nan=False)
-    """Of the base rate, not of the rate before: x0.01 twice is 0.01 and 0.0001."""
+    """A factor of the base rate, not of the rate before: x0.01 twice is written 0.01 and 0.0001."""
 
 
 class ScheduleSettings(Settings):
@@ -51,7 +51,7 @@ class Steps:
         warmup_epochs: int = Field(0, ge=0)
         """Epochs of linear warm-up, stepped per epoch; the last of them has the full rate."""
         warmup_start: float = Field(0.0, ge=0, le=1)
-        """Where the warm-up's line starts, as a factor of the base rate, one epoch before the first."""
+        """Factor of the base rate from which the warm-up rises, one epoch before the first."""
         milestones: tuple[Milestone, ...] = ()
         """Drops, by increasing epoch."""
 
@@ -76,7 +76,7 @@ class Steps:
         self.config = config
 
     def factor(self, progress: Progress) -> float:
-        """What the base rate is multiplied with, the same for all steps of an epoch."""
+        """Return the factor of the base rate, the same for all steps of an epoch."""
         if progress.epoch <= self.config.warmup_epochs:
             return warmup_factor(progress.epoch, self.config.warmup_epochs, self.config.warmup_start)
         passed = [m.factor for m in self.config.milestones if progress.epoch > m.after_epoch]
@@ -107,13 +107,13 @@ class Cosine:
         warmup: int = Field(0, ge=0)
         """Length of the linear warm-up, in units."""
         warmup_start: float = Field(0.0, ge=0, le=1)
-        """Where the warm-up's line starts, as a factor of the base rate, one unit before the first."""
+        """Factor of the base rate from which the warm-up rises, one unit before the first."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
     def factor(self, progress: Progress) -> float:
-        """What the base rate is multiplied with.
+        """Return the factor of the base rate.
 
         Raises:
             ValueError: the warm-up is not shorter than the stage.

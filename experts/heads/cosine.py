@@ -30,7 +30,7 @@ class CosineHead(Head):
     class Config(Settings):
         name: Literal["cosine"] = "cosine"
         scale: float = Field(30.0, gt=0, allow_inf_nan=False)
-        """s, what the cosines are multiplied with, no unit; objectives with margins need the same number."""
+        """s, the factor of the cosines, no unit; objectives with margins need the same number."""
 
     def __init__(self, config: Config, num_features: int, num_classes: int, position: int = 0) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What all heads share.
+"""The base of all heads.
 
 Shapes: B images, D features, C classes.
 """

@@ -11,7 +11,7 @@ from experts.losses.counts import positive_counts
 
 
 def effective_number_weights(counts_C: Tensor, *, beta: float) -> Tensor:
-    """Weights inverse to the effective number of images per class, (1 - beta^n) / (1 - beta), with sum C.
+    """Return weights inverse to the effective number of images per class, (1 - beta^n) / (1 - beta), with sum C.
 
     Args:
         counts_C: training images n per class, each at least 1.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def positive_counts(counts_C: Tensor) -> Tensor:
-    """Counts in float64, refused where a class has no image: every weight and margin below would be infinite.
+    """Return counts in float64; refuse a class without an image, whose weight and margin would be infinite.
 
     Raises:
         ValueError: a class has no training image; names the first such classes.

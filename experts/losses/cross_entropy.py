@@ -17,7 +17,7 @@ from experts.registry import register
 def cross_entropy(
     logits_EBC: Tensor, labels_B: Tensor, *, denominator: Tensor, weight_C: Tensor | None = None
 ) -> Tensor:
-    """Cross-entropy of each expert: sum_b w_{y_b} (logsumexp_c z_bc - z_{b,y_b}) / denominator.
+    """Return the cross-entropy of each expert: sum_b w_{y_b} (logsumexp_c z_bc - z_{b,y_b}) / denominator.
 
     Args:
         logits_EBC: scores z, any float type; half types are computed in float32.
@@ -52,12 +52,12 @@ class CrossEntropy(Objective):
         def trained_log_prior(
             self, counts_C: Tensor, log_share_C: Tensor, num_experts: int
         ) -> tuple[Tensor, tuple[str, ...]]:
-            """The training distribution for every expert. See `ObjectiveSettings.trained_log_prior`."""
+            """Return the training distribution for every expert. See `ObjectiveSettings.trained_log_prior`."""
             del counts_C
             return log_share_C.repeat(num_experts, 1), ("train",) * num_experts
 
     def forward(self, logits_EBC: Tensor, labels_B: Tensor, now: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum over experts of the mean per image; term `cross_entropy` [E]. See `Objective.forward`."""
+        """Return the sum over experts of the mean per image; term `cross_entropy` [E]. See `Objective.forward`."""
         self.check_shapes(logits_EBC, labels_B)
         loss_E = cross_entropy(logits_EBC, labels_B, denominator=now.denominators["images"])
         return loss_E.sum(), {"cross_entropy": loss_E.detach()}

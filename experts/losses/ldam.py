@@ -16,7 +16,7 @@ from experts.precision import at_least_float32
 
 
 def ldam_margins(counts_C: Tensor, *, max_margin: float) -> Tensor:
-    """Margins m_c = max_margin * n_c^(-1/4) / max_j n_j^(-1/4), in units of a cosine.
+    """Return margins m_c = max_margin * n_c^(-1/4) / max_j n_j^(-1/4), in units of a cosine.
 
     Args:
         counts_C: training images n per class, each at least 1.
@@ -43,7 +43,7 @@ def ldam_loss(
     denominator: Tensor,
     weight_C: Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy of each expert after lowering the label's score by its margin.
+    """Return the cross-entropy of each expert after lowering the label's score by its margin.
 
     Args:
         logits_EBC: scores z = scale * cosine, as a cosine head of that scale gives them; half types in float32.

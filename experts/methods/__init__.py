@@ -1,1 +1,1 @@
-"""Published systems, one a file: what an expert minimises, and what only that system uses."""
+"""Published systems, one per file: the loss, and every piece that only this system uses."""

@@ -1,7 +1,7 @@
 """ACE: experts for ever rarer classes, each silent on the classes that are not its own.
 
 The first expert learns all classes and the trunk; the others learn from images of their own classes alone, leave the
-trunk as it is, and learn the slower the fewer images they see.
+trunk as it is, and learn more slowly the fewer images they see.
 Paper: Cai et al. 2021, "ACE: Ally Complementary Experts for Solving Long-Tailed Recognition in One-Shot",
 arXiv:2108.02385. No code was published: what the paper leaves open is an option.
 
@@ -39,7 +39,7 @@ def ace_loss(
     images: Tensor,
     min_rows: int = 1,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum over experts of the cross-entropy of images of their classes and of their squared scores for other classes.
+    """Return the sum over experts of the cross-entropy on their classes and of their squared scores for all others.
 
     Args:
         logits_EBC: scores; half types are computed in float32. Rows of an expert that do not enter may hold anything.
@@ -96,7 +96,7 @@ class ACE(Objective):
         com_reduction: Literal["sum", "mean"] = "sum"
         """Over those scores' squares; the sources differ."""
         groups: GroupRule = GroupRule()
-        """Which classes an expert leaves out; 4 experts need rule "equal" or "index", and so do sets without a class
+        """The classes that an expert leaves out; 4 experts need rule "equal" or "index", and so do sets without a class
         of few images, as CIFAR-10-LT."""
         scale_lr: bool = True
         """Whether an expert's learning rate is multiplied with the share of training images in its classes."""
@@ -135,15 +135,15 @@ class ACE(Objective):
 
     @property
     def lr_factors(self) -> tuple[float, ...]:
-        """Share of the training images, not of the classes, that each expert learns from."""
+        """The share of the training images, not of the classes, that each expert learns from."""
         return self._shares if self.config.scale_lr else super().lr_factors
 
     def rows_EB(self, labels_B: Tensor) -> Tensor:
-        """Which images are of an expert's own classes, bool [E, B]."""
+        """Return where images are of an expert's own classes, bool [E, B]."""
         return self.targets_EC[:, labels_B]
 
     def denominators(self, labels_B: Tensor, progress: Progress) -> dict[str, Tensor]:
-        """`images`, and `rows_<k>`: images of the own classes of the k-th expert (from 0), perhaps none."""
+        """Return `images`, and `rows_<k>`: images of the own classes of the k-th expert (from 0), perhaps none."""
         rows_E = self.rows_EB(labels_B).sum(dim=-1, dtype=torch.float64)
         return {"images": num_images(labels_B), **{f"rows_{k}": rows for k, rows in enumerate(rows_E)}}
 
@@ -165,7 +165,7 @@ class ACE(Objective):
 
 
 class _Silent(torch.autograd.Function):
-    """Its input; zeros come back, through the same graph and in the same order as a gradient would."""
+    """Pass the input on; send zeros back, through the same graph and in the same order as a gradient."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ class OwnClasses(Flow):
     ) -> Tensor:
         """See `Flow.__call__`."""
         held = [self.expert_names.index(name) for name in network.names]
-        enough, rows_EB, num_rows = self._who_sees_what(batch)
+        enough, rows_EB, num_rows = self._own_rows(batch)
 
         def early(trunk: nn.Module) -> Tensor:
             # The trunk learns from the first expert alone: without it, no graph is kept where none is waited for.
@@ -243,8 +243,8 @@ class OwnClasses(Flow):
 
         return gather(network.experts(late))
 
-    def _who_sees_what(self, batch: Batch) -> tuple[list[bool], Tensor, list[int]]:
-        """Of each expert: whether the global batch has enough images for it, which rows are its own, how many."""
+    def _own_rows(self, batch: Batch) -> tuple[list[bool], Tensor, list[int]]:
+        """Return for each expert whether the global batch has enough images for it, its rows here, and their number."""
         rows_EB = self.objective.rows_EB(batch.labels_B)
         global_rows_EB = self.objective.rows_EB(batch.global_labels)
         if batch.mixed is not None:

@@ -33,7 +33,7 @@ from experts.registry import Settings, register
 
 
 def cumulative_alpha(epoch: int, span: int) -> float:
-    """Weight of the conventional branch: alpha = 1 - ((epoch - 1) / span)^2.
+    """Return the weight of the conventional branch: alpha = 1 - ((epoch - 1) / span)^2.
 
     Args:
         epoch: counted from 1, at most span + 1, beyond which alpha would be negative.
@@ -48,11 +48,11 @@ def cumulative_alpha(epoch: int, span: int) -> float:
 def bbn_loss(
     logits_EBC: Tensor, labels_2B: Tensor, *, alpha: float, images: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """alpha CE(z, labels of the conventional batch) + (1 - alpha) CE(z, labels of the other), z the sum of the halves.
+    """Return alpha CE(z, y) + (1 - alpha) CE(z, y'), z the sum of the halves, y and y' the labels of the two batches.
 
     Args:
         logits_EBC: half scores of the two branches, of images paired by row; half types are computed in float32.
-        labels_2B: class ids of both batches, int64, in [0, C).
+        labels_2B: class ids of the conventional and of the re-balancing batch, int64, in [0, C).
         alpha: in [0, 1].
         images: scalar, pairs of the global batch.
 
@@ -88,7 +88,7 @@ class BBN(Objective):
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({"alpha_epochs": "stage"}, {"alpha_epochs": 7})
 
     def alpha(self, progress: Progress) -> float:
-        """Weight of the conventional branch, constant within an epoch; see `cumulative_alpha`.
+        """Return the weight of the conventional branch, constant within an epoch; see `cumulative_alpha`.
 
         Raises:
             ValueError: alpha would become negative in this stage.
@@ -151,7 +151,7 @@ class Bilateral(Flow):
     class Config(FlowSettings):
         name: Literal["bilateral"] = "bilateral"
         scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
-        """What weighted features are multiplied with, no unit; published 2 (code), 1 (paper)."""
+        """Factor of the weighted features, no unit; published 2 (code), 1 (paper)."""
 
     takes: ClassVar[type[Objective] | None] = BBN
     needs_partner: ClassVar[bool] = True

@@ -35,7 +35,7 @@ class LDAM(Objective):
         max_margin: float = Field(0.5, ge=0, allow_inf_nan=False)
         """Margin of the rarest class, in units of a cosine; published 0.5 (CIFAR), 0.3 (ImageNet-LT)."""
         scale: float = Field(30.0, gt=0, allow_inf_nan=False)
-        """What the head multiplies its cosines with; must equal head.scale (1 for a linear head)."""
+        """Scale of the head's cosines; must equal head.scale (1 for a linear head)."""
         reweight_epoch: int | None = Field(None, ge=0)
         """Class weights are on in epochs after this one (1-based); published 160 of 200; null: never (plain LDAM)."""
         reweight_beta: float = Field(0.9999, ge=0, lt=1)
@@ -64,16 +64,16 @@ class LDAM(Objective):
         self.register_buffer("no_weight_C", torch.ones_like(weight_C), persistent=False)
 
     def weights_at(self, progress: Progress) -> Tensor:
-        """Class weights of this epoch, [C]."""
+        """Return the class weights of this epoch, [C]."""
         switch = self.config.reweight_epoch
         return self.weight_C if switch is not None and progress.epoch > switch else self.no_weight_C
 
     def denominators(self, labels_B: Tensor, progress: Progress) -> dict[str, Tensor]:
-        """`class_weight`: sum of the labels' weights, which is the number of images before the switch."""
+        """Return `class_weight`, the sum of the labels' weights; before the switch, the number of images."""
         return {"class_weight": self.weights_at(progress)[labels_B].sum(dtype=torch.float64)}
 
     def forward(self, logits_EBC: Tensor, labels_B: Tensor, now: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum over experts of the weighted mean; term `ldam` [E]. See `Objective.forward`."""
+        """Return the sum over experts of the weighted mean, and the term `ldam` [E]. See `Objective.forward`."""
         self.check_shapes(logits_EBC, labels_B)
         loss_E = ldam_loss(
             logits_EBC,

@@ -6,7 +6,7 @@ images that the experts find hard come in gradually.
 Paper: Xiang et al. 2020, "Learning From Multiple Experts: Self-paced Knowledge Distillation for Long-tailed
 Classification", arXiv:2001.01536. Where paper and published code differ, the default is the published code.
 
-Shapes: B images, C classes, T teachers (one a group), C_t classes of a group, N training images.
+Shapes: B images, C classes, T teachers (one per group), C_t classes of a group, N training images.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TEACHERS = ("many", "medium", "few")
 
 
 def teacher_weights(student_T: Tensor, teacher_T: Tensor, *, alpha: float) -> Tensor:
-    """Weight of each teacher's term: 1 while the student is far behind, falling to 0 where it draws level.
+    """Return the weight of each teacher's term: 1 while the student is far behind, falling to 0 where it draws level.
 
     1 where s < alpha a, else max(0, (a - s) / (a (1 - alpha))); 0 where a = 0, as there is nothing to learn.
 
@@ -45,7 +45,7 @@ def teacher_weights(student_T: Tensor, teacher_T: Tensor, *, alpha: float) -> Te
 
 
 def scaled_confidences(confidence_N: Tensor, labels_N: Tensor, lowest_C: Tensor) -> Tensor:
-    """Confidences brought, class by class, to the range from the class's lowest value to 1.
+    """Return the confidences scaled, class by class, to the range from the class's lowest value to 1.
 
     With p an image's confidence: (p - min) / (max - min) * (1 - lowest) + lowest; 1 where all of a class are equal.
 
@@ -69,7 +69,7 @@ def scaled_confidences(confidence_N: Tensor, labels_N: Tensor, lowest_C: Tensor)
 
 
 def instance_factors(u_B: Tensor, progress: Progress, *, clamp: bool) -> Tensor:
-    """v = u + (1 - u) e / (half the epochs), at epoch e counted from 1: all images count alike half-way.
+    """Return v = u + (1 - u) e / (half the epochs), at epoch e counted from 1: half-way all images count alike.
 
     Args:
         u_B: scaled confidences.
@@ -92,7 +92,7 @@ def lfme_loss(
     images: Tensor,
     instance_on: Literal["logits", "loss"] = "logits",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy, and for each teacher w KL(softmax(t / T) || softmax(z / T over the group's classes)).
+    """Return cross-entropy plus, for each teacher, w KL(softmax(t / T) || softmax(z / T over the group's classes)).
 
     Args:
         logits_BC: the student's scores; half types are computed in float32.
@@ -132,20 +132,20 @@ def lfme_loss(
 class LFME(Objective):
     """The student's objective. `prepare` must be called before the first step, `observe` after each validation.
 
-    What they found is kept in the module's state: `instance_u_N`, `teacher_accuracy_T` and `student_accuracy_T`.
+    Their results are kept in the module's state: `instance_u_N`, `teacher_accuracy_T` and `student_accuracy_T`.
     """
 
     class Config(ObjectiveSettings):
         name: Literal["lfme"] = "lfme"
         groups: GroupRule = GroupRule(rule="count", many_above=99, few_below=21)
-        """Which classes each teacher knows; must be what the teachers were trained with. Published: many has 100 images
-        or more, few has 20 or fewer."""
+        """The classes that each teacher knows, by the rule that it was trained with. Published: many has 100 images or
+        more, few has 20 or fewer."""
         temperature: float = Field(2.0, gt=0, allow_inf_nan=False)
         """T of the teachers' terms, no unit; published 2."""
         alpha: float = Field(0.3, ge=0, lt=1)
         """Share of a teacher's accuracy at which its weight begins to fall, no unit; published 0.3."""
         instance_on: Literal["logits", "loss"] = "logits"
-        """What an image's schedule multiplies: its "logits" (code) or its cross-entropy "loss" (paper)."""
+        """The factor of an image multiplies its "logits" (code) or its cross-entropy "loss" (paper)."""
         clamp: bool = False
         """Keep the factors of images at 1 in the second half of training, where published code lets them grow on."""
         mean_shots: tuple[float, float, float] | None = None
@@ -154,7 +154,7 @@ class LFME(Objective):
 
         @property
         def teacher_names(self) -> tuple[str, ...]:
-            """Teachers that the stage must have."""
+            """Names of the groups: a stage needs a teacher for each."""
             return TEACHERS
 
         @property
@@ -198,7 +198,7 @@ class LFME(Objective):
         self._known_prepared = False  # a copy of `prepared` that costs no wait for the device
 
     def groups(self) -> list[Tensor]:
-        """Class ids of each teacher, on the module's device."""
+        """Return the class ids of each teacher, on the module's device."""
         return [getattr(self, f"classes_{name}") for name in TEACHERS]
 
     # Before training and between epochs
@@ -249,10 +249,10 @@ class LFME(Objective):
         """Take note of the student's accuracy on the validation split, from which its teachers' weights follow.
 
         Args:
-            per_class_top1: fractions, one a class; None where the split has no image of a class.
+            per_class_top1: fractions, one per class; None where the split has no image of a class.
 
         Raises:
-            ValueError: not one number a class, a number outside [0, 1], or a group without a validation image.
+            ValueError: not one number per class, a number outside [0, 1], or a group without a validation image.
         """
         if len(per_class_top1) != self.num_classes or any(v is not None and not 0 <= v <= 1 for v in per_class_top1):
             raise ValueError(
@@ -275,7 +275,7 @@ class LFME(Objective):
         return torch.tensor(means, dtype=torch.float64)
 
     def _true_class(self, given: Given, labels_B: Tensor) -> tuple[Tensor, Tensor]:
-        """By the teacher of each image's group: probability of the true class, and whether it is the largest."""
+        """Return the true class's probability by the teacher of each image's group, and whether it is the largest."""
         scores = self._teacher_scores(given.teachers, len(labels_B))
         probability_B = torch.zeros(len(labels_B), dtype=torch.float64, device=labels_B.device)
         correct_B = torch.zeros_like(probability_B, dtype=torch.bool)

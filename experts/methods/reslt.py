@@ -26,7 +26,7 @@ from experts.registry import register
 
 
 def guarded_nll(logits_EBC: Tensor, labels_B: Tensor, guard: float) -> Tensor:
-    """-log(softmax(z)_y + guard) for every expert and image, [E, B], nats; at most -log(guard).
+    """Return -log(softmax(z)_y + guard) for every expert and image, [E, B], nats; at most -log(guard).
 
     Source: published code of arXiv:2101.10633 (crossEntropy), where the guard is 1e-7.
     """
@@ -47,7 +47,7 @@ def reslt_loss(
     images: Tensor,
     branch_images: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """beta times the branches' own loss plus (1 - beta) times the loss of the summed scores.
+    """Return beta times the branches' own loss plus (1 - beta) times the loss of the summed scores.
 
     Args:
         logits_EBC: scores of the branches; half types are computed in float32.
@@ -115,7 +115,7 @@ class ResLT(Objective):
         self.register_buffer("targets_EC", nested_targets(counts_C, num_experts, config.groups), persistent=False)
 
     def denominators(self, labels_B: Tensor, progress: Progress) -> dict[str, Tensor]:
-        """`images`, and `branch_images`: how many branches learn from an image, summed over images."""
+        """Return `images`, and `branch_images`: the number of branches that learn from an image, summed over images."""
         branch_images = self.targets_EC[:, labels_B].sum(dtype=torch.float64)
         return {"images": num_images(labels_B), "branch_images": branch_images}
 

@@ -27,7 +27,7 @@ from experts.registry import register
 
 
 def class_temperatures(counts_C: Tensor, *, factor: float, norm: Literal["divide", "subtract"] = "divide") -> Tensor:
-    """Temperature per class: 1 for the most frequent class, a little less for rare ones.
+    """Return a temperature per class: 1 for the most frequent class, a little less for rare ones.
 
     With u_c = factor * C * p_c + 1 - factor and p the class frequencies: u / max u, or u + 1 - max u.
 
@@ -72,7 +72,7 @@ def ride_loss(
     diversity_reference: Literal["mean", "pairwise"] = "mean",
     base_on: Literal["individual", "published"] = "individual",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum over experts of LDAM and of diversity_factor * mean(T)^2 * KL.
+    """Return the sum over experts of LDAM and of diversity_factor * mean(T)^2 * KL.
 
     Args:
         logits_EBC: scores z, already multiplied with the head's scale; half types are computed in float32.
@@ -85,7 +85,7 @@ def ride_loss(
         class_weight: scalar, sum of weight_C[labels] over the global batch: denominator of the LDAM term.
         images: scalar, images of the global batch: denominator of the KL term, also after re-weighting.
         diversity_reference: see `divergence_from_mean` and `pairwise_divergence`.
-        base_on: "individual": the LDAM term of expert k is of z_k. "published": likewise, except that at
+        base_on: "individual": the LDAM term of expert k is of z_k. "published": the same, except that at
             diversity_factor = 0 the published code takes the mean logits for every expert.
 
     Returns:
@@ -107,7 +107,7 @@ def ride_loss(
 
 
 def divergence_from_mean(logits_EBC: Tensor, temperature_C: Tensor) -> Tensor:
-    """Sum over images of KL(softmax(mean logits / T) || softmax(z_k / T)) for every expert k, [E].
+    """Sum over images KL(softmax(mean logits / T) || softmax(z_k / T)) for every expert k, [E].
 
     The mean is detached, as published. That saves work and changes nothing in the sum over experts: softmax(mean) is
     where the sum of these divergences is least, so its gradient through the mean is zero.
@@ -118,7 +118,7 @@ def divergence_from_mean(logits_EBC: Tensor, temperature_C: Tensor) -> Tensor:
 
 
 def pairwise_divergence(logits_EBC: Tensor, temperature_C: Tensor) -> Tensor:
-    """Sum over images of the mean over j != k of KL(softmax(z_k / T) || softmax(z_j / T)), [E].
+    """Return the sum over images of the mean over j != k of KL(softmax(z_k / T) || softmax(z_j / T)), [E].
 
     Gradients reach both experts of a pair. A single expert has no pair: 0.
     """
@@ -140,7 +140,7 @@ class RIDE(Objective):
         max_margin: float = Field(0.5, ge=0, allow_inf_nan=False)
         """LDAM margin of the rarest class, in units of a cosine."""
         scale: float = Field(30.0, gt=0, allow_inf_nan=False)
-        """What the head multiplies its cosines with; multiplies the margins; must equal head.scale (linear: 1)."""
+        """Scale of the head's cosines; multiplies the margins; must equal head.scale (linear: 1)."""
         reweight_epoch: int | None = Field(None, ge=0)
         """Class weights and temperatures are on in epochs after this one (1-based); published 160 of 200 (CIFAR), 80
         of 100 (ImageNet-LT, iNat); null: never."""
@@ -153,7 +153,7 @@ class RIDE(Objective):
         temp_norm: Literal["divide", "subtract"] = "divide"
         """How class temperatures are brought to at most 1: "divide" by the largest (code), "subtract" (paper)."""
         diversity_reference: Literal["mean", "pairwise"] = "mean"
-        """What an expert is pushed away from: the detached "mean" of all (code), or each other expert (paper)."""
+        """Experts are pushed away from the detached "mean" of all (code), or from each other expert (paper)."""
         base_on: Literal["individual", "published"] = "individual"
         """At diversity_factor = 0 only: "individual" keeps each expert's own LDAM loss, an honest ablation;
         "published" takes that of the mean logits, E times, as the published code does."""
@@ -191,11 +191,11 @@ class RIDE(Objective):
         self.register_buffer("no_weight_C", torch.ones_like(weight_C), persistent=False)
 
     def reweighting(self, progress: Progress) -> bool:
-        """Whether this epoch comes after the switch."""
+        """Say whether this epoch comes after the switch."""
         return self.config.reweight_epoch is not None and progress.epoch > self.config.reweight_epoch
 
     def denominators(self, labels_B: Tensor, progress: Progress) -> dict[str, Tensor]:
-        """`images`, and `class_weight`: sum of the labels' weights, the number of images before the switch."""
+        """Return `images`, and `class_weight`: the sum of the labels' weights, before the switch their number."""
         weight_C = self.weight_C if self.reweighting(progress) else self.no_weight_C
         return {"images": num_images(labels_B), "class_weight": weight_C[labels_B].sum(dtype=torch.float64)}
 

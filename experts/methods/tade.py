@@ -25,7 +25,7 @@ from experts.registry import register
 
 
 def inverse_counts(counts_C: Tensor, *, ties: Literal["flip", "stable"] = "flip") -> Tensor:
-    """Counts given out in reverse: the rarest class gets the largest count, and so on.
+    """Return the counts in reverse order of rank: the rarest class gets the largest count, and so on.
 
     Args:
         counts_C: training images per class.
@@ -48,7 +48,7 @@ def inverse_counts(counts_C: Tensor, *, ties: Literal["flip", "stable"] = "flip"
 def tade_offsets(
     counts_C: Tensor, *, tau: float = 2.0, ties: Literal["flip", "stable"] = "flip", log_guard: float = 1e-9
 ) -> Tensor:
-    """What is added to each expert's scores in training: 0, log p, and log p - tau log q.
+    """Return the numbers added to each expert's scores in training: 0, log p, and log p - tau log q.
 
     p are the class frequencies, q the same numbers in reverse order of rank.
 
@@ -75,7 +75,7 @@ def tade_offsets(
 def tade_loss(
     logits_EBC: Tensor, labels_B: Tensor, *, offset_EC: Tensor, images: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum over the three experts of the cross-entropy of their shifted scores.
+    """Return the sum over the three experts of the cross-entropy of their shifted scores.
 
     Args:
         logits_EBC: scores z, already multiplied with the head's scale; half types are computed in float32.
@@ -116,8 +116,8 @@ class TADE(Objective):
         def trained_log_prior(
             self, counts_C: Tensor, log_share_C: Tensor, num_experts: int
         ) -> tuple[Tensor, tuple[str, ...]]:
-            """The scores with their offsets are for the training distribution, so the scores alone are for that
-            distribution less the offsets. See `ObjectiveSettings.trained_log_prior`."""
+            """Return the training distribution less the offsets, since scores with their offsets are for that
+            distribution. See `ObjectiveSettings.trained_log_prior`."""
             return log_share_C - self.offsets(counts_C), ("train", "uniform", f"inverse (tau {self.tau:g})")
 
     num_experts_allowed: ClassVar[tuple[int, ...]] = (3,)
