@@ -64,7 +64,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from experts.data.batches import Batch
+from experts.batches import Batch
 from experts.flow import Flow, FlowSettings, Network, through_shared_head
 from experts.heads.head import Head
 from experts.objective import Objective, ObjectiveSettings, StepContext
