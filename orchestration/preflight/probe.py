@@ -311,7 +311,8 @@ def time_lines(found: Probe) -> Iterator[str]:
     parts = ", ".join(f"{what} {seconds:.1f}" for what, seconds in found.startup_s.items())
     yield f"start-up: {sum(found.startup_s.values()):.1f} s ({parts}), then data, models and engines of the first stage"
     rows = [[
-        "stage", "all steps", "s per step", "8 of 10 in", "timed", "images/s", "begin", "evaluations", "checkpoints", "",
+        "stage", "all steps", "s per step", "8 of 10 in", "timed", "images/s",
+        "begin", "evaluations", "checkpoints", "",
     ]]  # fmt: skip
     for stage in found.stages:
         mean, low, high = stage.spread()
