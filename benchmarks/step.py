@@ -82,8 +82,8 @@ def overhead(folder: RunFolder, options: argparse.Namespace) -> dict[str, Any]:
     """Compare ours, with everything on, with the bare loop."""
     words = [*COMMON, "engine.threads=2", "cluster.cpus_per_worker=1"]
     config = load_config(words)
-    folder.write(config)
-    folder.describe(config, [], {})
+    folder.write_config(config)
+    folder.record_start(config, [], {})
     uploader = start_uploader(folder.path, default_uri(folder.path.parent), "benchmark", "step")
     fleet = Fleet(config, mesh_shape(config.method.num_experts, 1))
     fleet.start()
@@ -209,8 +209,8 @@ def in_turn(a: Callable[[int], None], b: Callable[[int], None], options: argpars
 
 def host_of(folder: RunFolder) -> dict[str, Any]:
     """Return hardware and versions behind the numbers."""
-    folder.describe(load_config([]), [], {})
-    run = folder.run()
+    folder.record_start(load_config([]), [], {})
+    run = folder.read_run()
     return {"host": run["host"], "versions": versions(), "commit": run["commit"]}
 
 

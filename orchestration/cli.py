@@ -230,9 +230,9 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _regions(options: argparse.Namespace) -> int:
     from orchestration.results.regions import draw_regions
-    from orchestration.storage.location import run_at_hand
+    from orchestration.storage.location import local_run
 
-    with run_at_hand(options.run) as run:
+    with local_run(options.run) as run:
         print(draw_regions(run, options.classes, options.overrides))
     return 0
 

@@ -164,12 +164,12 @@ def _memory(config: RunConfig) -> Iterator[Finding]:
 
 def _run_dir(config: RunConfig) -> Iterator[Finding]:
     from orchestration.config.paths import expand
-    from orchestration.storage.url_store import check_url, is_url, try_out
+    from orchestration.storage.url_store import check_access, check_url, is_url
 
     key, folder = "run.dir", config.run.dir
     if is_url(folder):
         check_url(folder)
-        try_out(folder)
+        check_access(folder)
         yield Finding("ok", "run.dir", f"{folder}: a file was written, read and removed")
         key, folder = "run.local_dir", config.run.local_dir
     place = expand(folder)

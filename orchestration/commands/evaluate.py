@@ -15,7 +15,7 @@ from orchestration.results.saved_run import (
     same_threads,
     save_evaluation,
 )
-from orchestration.storage.location import run_at_hand
+from orchestration.storage.location import local_run
 
 
 def evaluate(
@@ -43,7 +43,7 @@ def evaluate(
                 f"--weights {weights} --model {model}: two models; --weights {weights} is --model {weights}"
             )
         weights, model = None, weights
-    with run_at_hand(run) as folder:
+    with local_run(run) as folder:
         if weights is None and distribution is None:
             return reevaluate(folder, model, split, overrides)
         from orchestration.results.label_shift import evaluate_distributions

@@ -95,7 +95,7 @@ def sweep(variation: str, words: list[str]) -> int:
                 try:
                     with contextlib.redirect_stdout(sys.stderr):
                         with contextlib.closing(RunFolder(point.folder)) as run:
-                            run.note(study=folder.name)
+                            run.update_run(study=folder.name)
                         take_over_stages(point, points)
                         train_and_report(point.config, {"start": time.time()})
                 except FloatingPointError as problem:
@@ -238,7 +238,7 @@ def _other_runs(points: list[Point]) -> list[str]:
             with contextlib.closing(RunFolder(point.folder)) as folder:
                 if folder.started:
                     try:
-                        folder.check_same(_with_threads(point.config, folder.stored_config()))
+                        folder.check_same_config(_with_threads(point.config, folder.stored_config()))
                     except ValueError as problem:
                         problems.append(str(problem))
     return problems
@@ -312,10 +312,10 @@ def _take(donor: Point, point: Point, folder: RunFolder) -> list[str]:
     if not finished:
         return []
     if not folder.started:
-        folder.write(config)
+        folder.write_config(config)
         write_atomic(folder.path / DATA, (donor.folder / DATA).read_text())
-    taken = folder.run().get("stages_taken", {})
-    folder.note(stages_taken=taken | dict.fromkeys(finished, donor.folder.name))
+    taken = folder.read_run().get("stages_taken", {})
+    folder.update_run(stages_taken=taken | dict.fromkeys(finished, donor.folder.name))
     _merge_journals(donor.folder, folder.path, stages, set(finished))
     for stage, newest in finished.items():
         evaluations = donor.folder / "evaluation" / stage

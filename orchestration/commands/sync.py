@@ -7,7 +7,7 @@ from pathlib import Path
 
 from orchestration.config.compose import from_yaml
 from orchestration.storage.files import CONFIG, read_json
-from orchestration.storage.location import run_at_hand
+from orchestration.storage.location import local_run
 from orchestration.storage.run_folder import RunFolder
 from orchestration.storage.url_store import is_url
 from orchestration.tracking.contents import SWEEP_FILE
@@ -29,7 +29,7 @@ def sync_run(run: str, uri: str | None) -> str | None:
         ValueError: there is no such run, or its folder is damaged.
     """
     if is_url(run):
-        with run_at_hand(run) as copy:
+        with local_run(run) as copy:
             return _sync(Path(copy), uri)
     path = Path(run)
     if (path / SWEEP_FILE).is_file():

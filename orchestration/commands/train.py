@@ -43,7 +43,7 @@ def train_and_report(config: RunConfig, marks: dict[str, float]) -> int:
         if folder.started and is_complete(folder, config):
             print(f"expertail: {folder.path} is finished; set another run.name to train again", file=sys.stderr)
             print(_stored_table(config, folder))
-            folder.settle()
+            folder.wait_until_stored()
             return 0
         return _train(admitted, folder, marks)
     finally:
@@ -56,11 +56,13 @@ def is_complete(folder: RunFolder, config: RunConfig) -> bool:
     Raises:
         ValueError: it holds the finished run of another config.
     """
-    if folder.run().get("status") != "finished":
+    if folder.read_run().get("status") != "finished":
         return False
     stored = folder.stored_config()
     threads = config.engine.threads or stored.engine.threads
-    folder.check_same(config.model_copy(update={"engine": config.engine.model_copy(update={"threads": threads})}))
+    folder.check_same_config(
+        config.model_copy(update={"engine": config.engine.model_copy(update={"threads": threads})})
+    )
     return True
 
 
@@ -76,9 +78,9 @@ def _train(admitted: Admission, folder: RunFolder, marks: dict[str, float]) -> i
         stopped = isinstance(problem, Stopped | Preempted | KeyboardInterrupt)
         with contextlib.suppress(OSError):  # a full disk must not hide the first problem
             if (folder.path / CONFIG).exists():
-                folder.note(status="stopped" if stopped else "failed", problem=str(problem))
+                folder.update_run(status="stopped" if stopped else "failed", problem=str(problem))
         try:
-            folder.settle(_STOPPED_WAIT_S)
+            folder.wait_until_stored(_STOPPED_WAIT_S)
         except ValueError as left:
             print(f"expertail: {left}", file=sys.stderr)
         uploader.end("KILLED" if stopped else "FAILED", wait_s=min(_SHORT_WAIT_S, config.tracking.final_wait_s))
@@ -93,7 +95,7 @@ def _train(admitted: Admission, folder: RunFolder, marks: dict[str, float]) -> i
             file=sys.stderr,
         )
     uploader.end("FINISHED", wait_s=config.tracking.final_wait_s)
-    folder.settle()
+    folder.wait_until_stored()
     return 0
 
 
@@ -135,14 +137,14 @@ def _report(config: RunConfig, folder: RunFolder, outcome: Outcome) -> None:
     stored = folder.stored_config()
     if stored.method.stages[outcome.stage].classes is not None:
         # The run stopped in a stage that knows only some classes, for which there is no model or table.
-        folder.note(status="stopped", ended=time.time())
+        folder.update_run(status="stopped", ended=time.time())
         return
     export(stored, folder, outcome.stage, outcome.checkpoint)
     if config.run.pictures:
         write_report(folder.path)
     (folder.path / "report").mkdir(exist_ok=True)
     write_atomic(folder.path / "report" / "table.txt", _stored_table(config, folder) + "\n")
-    folder.note(status="finished" if outcome.finished else "stopped", ended=time.time())
+    folder.update_run(status="finished" if outcome.finished else "stopped", ended=time.time())
 
 
 def _stored_table(config: RunConfig, folder: RunFolder) -> str:

@@ -57,8 +57,8 @@ def train(
         admitted = admitted.on(node_resources(), stored.engine.threads if stored is not None else None)
         config = admitted.config
         if folder.started:
-            folder.check_same(config)
-        folder.write(config)
+            folder.check_same_config(config)
+        folder.write_config(config)
         fleet = Fleet(config, admitted.shape)
         try:
             fleet.reserve()

@@ -96,10 +96,10 @@ class Run:
             self._workers[id(fleet)] = [host | {"stage": stage} for host in fleet.hosts]
             workers = [host for hosts in self._workers.values() for host in hosts]
             if self._described:
-                self.folder.note(workers=workers)
+                self.folder.update_run(workers=workers)
                 return
             self._described = True
-            self.folder.describe(
+            self.folder.record_start(
                 self.config,
                 workers,
                 {"slots": shape.slots, "replicas": shape.replicas, "experts_per_worker": shape.experts_per_worker},
@@ -147,7 +147,7 @@ class Run:
             ) from loss
         with self._changing:
             failure = {"time": time.time(), "stage": stage, "what": str(loss)}
-            self.folder.note(failures=self.folder.run().get("failures", 0) + 1, last_failure=failure)
+            self.folder.update_run(failures=self.folder.read_run().get("failures", 0) + 1, last_failure=failure)
         self.console.message(
             f"{loss}; starting the workers of stage {stage} again (failure {failures} of at most {limit} without a new "
             f"checkpoint between)"
@@ -170,8 +170,8 @@ class Run:
                 self.preemptions += 1
                 self._preempted_nodes |= nodes
                 happened = {"time": time.time(), "stage": stage, "what": str(notice)}
-                counted = self.folder.run().get("preemptions", 0) + 1
-                self.folder.note(preemptions=counted, last_preemption=happened)
+                counted = self.folder.read_run().get("preemptions", 0) + 1
+                self.folder.update_run(preemptions=counted, last_preemption=happened)
         if self.preemptions > limit:
             raise Preempted(
                 f"{notice}; cluster.max_preemptions = {limit}; the newest checkpoint is kept: the same command "
@@ -191,7 +191,7 @@ class Run:
         """
         with self._changing:
             recovery = {"time": time.time(), "stage": stage, "steps_again": again, "seconds": seconds}
-            self.folder.note(recoveries=[*self.folder.run().get("recoveries", []), recovery])
+            self.folder.update_run(recoveries=[*self.folder.read_run().get("recoveries", []), recovery])
         spans = ", ".join(f"{name} {span:.1f}" for name, span in seconds.items() if name != "total")
         self.console.message(
             f"stage {stage} trains again after {seconds['total']:.1f} s ({spans}); {again} steps taken again"
@@ -205,7 +205,7 @@ class Cost:
         self._folder = folder
         self._per_worker = {"worker": 1.0, "cpu": config.cluster.cpus_per_worker or 0.0}
         self._per_worker["gpu"] = float(config.cluster.gpus_per_worker)
-        self._earlier: dict[str, float] = folder.run().get("cost", {})
+        self._earlier: dict[str, float] = folder.read_run().get("cost", {})
         self._workers, self._hours, self._since = 0, 0.0, time.monotonic()
         self._changing = threading.Lock()
 
@@ -228,4 +228,4 @@ class Cost:
                 f"{what}_hours": round(self._earlier.get(f"{what}_hours", 0.0) + self._hours * share, 4)
                 for what, share in self._per_worker.items()
             }
-        self._folder.note(cost=cost, **more)
+        self._folder.update_run(cost=cost, **more)

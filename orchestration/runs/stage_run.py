@@ -253,7 +253,7 @@ class StageRun:
         """
         if "first_step" not in self.run.marks:
             self.run.marks["first_step"] = time.time()
-            self.folder.note(startup_s=_differences(self.run.marks))
+            self.folder.update_run(startup_s=_differences(self.run.marks))
         for step, loss in enumerate(interval.losses, first + 1):
             self.journal.append(self.stage, (step - 1) // self.steps_per_epoch + 1, step, {"train/loss": loss})
         self._epoch_images += interval.images
@@ -323,7 +323,7 @@ class StageRun:
         folder = self.checkpoints.complete(writing, self.checkpoints.name(self.stage, self.step), entries, state)
         if self.best and self.best["step"] == self.step:
             self.checkpoints.copy_weights(folder, self.best["checkpoint"])
-        self.checkpoints.tidy(self.stage, self.config.run.keep_checkpoints)
+        self.checkpoints.prune(self.stage, self.config.run.keep_checkpoints)
         self.run.cost.note()
         self.folder.announce_checkpoint()
 

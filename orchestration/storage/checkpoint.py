@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestration.storage.files import file_sha256, sync_folder
+
 FORMAT = 2
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -108,13 +110,13 @@ class Checkpoints:
         entries = [*entries, write_file(writing, STATE, json.dumps(state, indent=1).encode())]
         files = {e.name: {"size": e.size, "sha256": e.sha256} for e in sorted(entries, key=lambda e: e.name)}
         write_file(writing, MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1).encode())
-        _sync(writing)
+        sync_folder(writing)
         final, old = self.folder / name, self.folder / f"{_REPLACED}{name}"
         if final.exists():  # written at this step before; it stays until the new one has its name
             shutil.rmtree(old, ignore_errors=True)
             os.rename(final, old)
         os.rename(writing, final)
-        _sync(self.folder)
+        sync_folder(self.folder)
         shutil.rmtree(old, ignore_errors=True)
         return final
 
@@ -173,7 +175,7 @@ class Checkpoints:
         for folder in self.folder.glob(".writing-*"):
             shutil.rmtree(folder, ignore_errors=True)
 
-    def tidy(self, stage: str, keep: int) -> None:
+    def prune(self, stage: str, keep: int) -> None:
         """Remove all but the newest checkpoints of a stage, and its weights that none of those calls best."""
         complete = self._of(stage)
         for folder in complete[keep:]:
@@ -203,8 +205,7 @@ def verify(folder: Path) -> dict[str, Any]:
             raise DamagedCheckpoint(f"{path}: missing; needed {entry['size']} bytes")
         if path.stat().st_size != entry["size"]:
             raise DamagedCheckpoint(f"{path}: {path.stat().st_size} bytes; needed {entry['size']}")
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = file_sha256(path)
         if found != entry["sha256"]:
             raise DamagedCheckpoint(f"{path}: sha256 {found[:12]}...; needed {entry['sha256'][:12]}...")
     return _state(folder / STATE)
@@ -241,11 +242,3 @@ def _manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
         raise DamagedCheckpoint(f"{path}: format {manifest.get('format')!r}; this version reads {FORMAT}")
     return manifest
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

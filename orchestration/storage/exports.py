@@ -101,7 +101,7 @@ def weights_of(checkpoints: Checkpoints, source: ModelSource) -> Path:
 
 def export_stage(config: RunConfig, folder: RunFolder, stage: str, checkpoint: Path, target: Path) -> None:
     """Write the ensemble of a stage's checkpoint as a served folder."""
-    data = folder.data()
+    data = folder.read_data()
     ids = stage_classes(config.method, stage, data["counts"])
     method = config.method
     export_model(

@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from orchestration.storage.files import sync_folder
+
 FILE_NAME = "metrics.jsonl"
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 
@@ -143,7 +145,7 @@ class Journal:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-        _sync_folder(self.path.parent)
+        sync_folder(self.path.parent)
         os.close(self._file)
         self._file = os.open(self.path, _APPEND, 0o666)
         return dropped
@@ -227,15 +229,6 @@ def series(run_dir: str | os.PathLike[str]) -> dict[str, dict[str, Series]]:
     return found
 
 
-def latest(run_dir: str | os.PathLike[str], names: Collection[str] | None = None) -> dict[str, Record]:
-    """The newest record of each name, of all names when none are given; a name never written is left out.
-
-    Raises:
-        ValueError: the journal is corrupt.
-    """
-    return {record.name: record for record in read_journal(run_dir) if names is None or record.name in names}
-
-
 def _lines(path: Path) -> Iterator[tuple[int, bytes, Record]]:
     if not path.exists():
         return
@@ -262,11 +255,3 @@ def _drop_partial_line(path: Path) -> None:
             position = start
         if position < end:
             file.truncate(position)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

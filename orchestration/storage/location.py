@@ -14,7 +14,7 @@ from orchestration.config.run_config import RunConfig, RunSettings
 from orchestration.storage.files import CONFIG
 from orchestration.storage.remote_run_folder import RemoteRunFolder
 from orchestration.storage.run_folder import RunFolder
-from orchestration.storage.url_store import UrlStore, check_url, copy_of, is_url
+from orchestration.storage.url_store import UrlStore, check_url, copy_folder, is_url
 
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for what `ray job submit` starts
 
@@ -23,7 +23,7 @@ def run_path(config: RunConfig) -> Path:
     """The folder a config's run lives in, absolute: workers may have been started elsewhere. Of a run that is kept at a
     URL, the copy on this node."""
     if is_url(config.run.dir):
-        return copy_of(config.run.dir, expand(config.run.local_dir)) / config.run_name
+        return copy_folder(config.run.dir, expand(config.run.local_dir)) / config.run_name
     return Path(os.path.abspath(expand(config.run.dir))) / config.run_name
 
 
@@ -48,7 +48,7 @@ def check_run_dir(config: RunConfig, nodes: int = 1) -> None:
     if is_url(config.run.dir):
         check_url(config.run.dir)
         if config.tracking.enabled:
-            check_tracked(config)
+            check_tracking(config)
         return
     if Path(expand(config.run.dir)).is_absolute():
         return
@@ -62,7 +62,7 @@ def check_run_dir(config: RunConfig, nodes: int = 1) -> None:
         )
 
 
-def check_tracked(config: RunConfig) -> None:
+def check_tracking(config: RunConfig) -> None:
     """Refuse to track a run on the node that trains when it may go on from another.
 
     Raises:
@@ -77,7 +77,7 @@ def check_tracked(config: RunConfig) -> None:
 
 
 @contextlib.contextmanager
-def run_at_hand(run: str) -> Iterator[str]:
+def local_run(run: str) -> Iterator[str]:
     """The folder of a run that is given by its path or by its URL; of a URL the copy, and what is new there is put.
 
     Raises:
@@ -91,10 +91,10 @@ def run_at_hand(run: str) -> Iterator[str]:
     config = UrlStore(run).read(CONFIG)
     if config is None:
         raise ValueError(f"{run}: no run there (no {CONFIG}); needed the URL of one, as {place}/<run.name>")
-    folder = RemoteRunFolder(copy_of(place, expand(_local_dir(config))) / name, run)
+    folder = RemoteRunFolder(copy_folder(place, expand(_local_dir(config))) / name, run)
     try:
         yield str(folder.path)
-        folder.settle()
+        folder.wait_until_stored()
     finally:
         folder.close()
 

@@ -7,7 +7,6 @@ stages into each expert. Names are those of the whole network ("layer3.4.conv1.w
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from experts.backbones.resnet_imagenet import BLOCKS, ResNetImageNet
 from experts.ensemble import Ensemble, Expert
 from experts.registry import Settings, build, registered_name
+from orchestration.storage.files import file_sha256
 
 FORMAT = "1"
 MODEL = registered_name(ResNetImageNet)
@@ -95,7 +95,7 @@ def import_weights(source: str | os.PathLike[str], target: str | os.PathLike[str
         "depth": str(depth),
         "cardinality": str(cardinality),
         "source": source.name,
-        "source_sha256": _sha256(source),
+        "source_sha256": file_sha256(source),
     }
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}.new")
@@ -291,8 +291,3 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _is_statistic(name: str) -> bool:
     return name.endswith((_COUNTER, "running_mean", "running_var"))
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -94,7 +94,7 @@ class RemoteRunFolder(UnsharedRunFolder):
             self._wanted += 1
             self._change.notify_all()
 
-    def settle(self, wait_s: float | None = None) -> None:
+    def wait_until_stored(self, wait_s: float | None = None) -> None:
         """Wait until everything is put, at most this long, or five minutes.
 
         Raises:

@@ -80,7 +80,7 @@ class RunFolder:
     def announce_checkpoint(self) -> None:
         """A checkpoint is complete."""
 
-    def settle(self, wait_s: float | None = None) -> None:
+    def wait_until_stored(self, wait_s: float | None = None) -> None:
         """Wait until all that was written is where it is kept."""
 
     @property
@@ -98,7 +98,7 @@ class RunFolder:
         """
         return from_yaml(self.path / CONFIG)
 
-    def check_same(self, config: RunConfig) -> None:
+    def check_same_config(self, config: RunConfig) -> None:
         """Refuse to go on with a config that would give other numbers.
 
         Raises:
@@ -113,13 +113,13 @@ class RunFolder:
                 + "\n  give the old values to resume it, or another run.name to start a new run"
             )
 
-    def write(self, config: RunConfig) -> None:
+    def write_config(self, config: RunConfig) -> None:
         """Store the resolved config, without the password that tracking.uri may hold."""
         uri = None if config.tracking.uri is None else redact(config.tracking.uri)
         kept = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
         write_atomic(self.path / CONFIG, to_yaml(kept))
 
-    def describe(self, config: RunConfig, hosts: list[dict[str, Any]], shape: dict[str, int]) -> None:
+    def record_start(self, config: RunConfig, hosts: list[dict[str, Any]], shape: dict[str, int]) -> None:
         """Add this start to run.json: command, versions, host, mesh."""
         found = {
             "command": redact(shlex.join(["expertail", *sys.argv[1:]])),
@@ -139,11 +139,11 @@ class RunFolder:
             "workers": hosts,
         }
         with self._changing:
-            run = self.run()
+            run = self.read_run()
             run.setdefault("created", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
             self._write_json(RUN, run | found | {"starts": run.get("starts", 0) + 1})
 
-    def run(self) -> dict[str, Any]:
+    def read_run(self) -> dict[str, Any]:
         """What run.json says; {} before the first start."""
         path = self.path / RUN
         try:
@@ -154,12 +154,12 @@ class RunFolder:
                 f"to have it written anew"
             ) from error
 
-    def note(self, **values: Any) -> None:
+    def update_run(self, **values: Any) -> None:
         """Set values in run.json; from any thread."""
         with self._changing:
-            self._write_json(RUN, self.run() | values)
+            self._write_json(RUN, self.read_run() | values)
 
-    def data(self) -> dict[str, Any]:
+    def read_data(self) -> dict[str, Any]:
         """What data.json says of the run's dataset."""
         return json.loads((self.path / DATA).read_text())
 

@@ -53,7 +53,7 @@ def check_url(place: str, key: str = "run.dir") -> None:
         ) from None
 
 
-def copy_of(url: str, local_dir: Path) -> Path:
+def copy_folder(url: str, local_dir: Path) -> Path:
     """Where the working copies of what is below a URL are, absolute."""
     digest = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:12]
     return Path(os.path.abspath(local_dir)) / digest
@@ -194,7 +194,7 @@ class UrlStore:
             self._made.add(parent)
 
 
-def try_out(url: str) -> None:
+def check_access(url: str) -> None:
     """Write a file below a URL, read it and remove it.
 
     Raises:

@@ -15,7 +15,7 @@ from typing import Any
 
 from orchestration.config.secrets import redact
 from orchestration.results.tables import per_class_table
-from orchestration.storage.files import evaluations, read_config, read_json
+from orchestration.storage.files import evaluations, file_sha256, read_config, read_json
 
 PER_CLASS_FILE = "per_class.json"
 SWEEP_FILE = "sweep.json"
@@ -145,8 +145,7 @@ def digest(content: str | Path) -> str:
     """Return the SHA-256 of a text or of a file, hexadecimal."""
     if isinstance(content, str):
         return hashlib.sha256(content.encode()).hexdigest()
-    with open(content, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(content)
 
 
 def exported_models(run_dir: Path) -> dict[str, tuple[Path, str]]:

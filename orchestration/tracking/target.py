@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from orchestration.config.paths import expand
 from orchestration.config.run_config import RunConfig
-from orchestration.storage.location import check_tracked
+from orchestration.storage.location import check_tracking
 from orchestration.tracking.uri import default_uri
 
 
@@ -15,5 +15,5 @@ def tracking_uri(config: RunConfig) -> str:
         ValueError: the run folders are at a URL, and no URI is given.
     """
     if config.tracking.uri is None:
-        check_tracked(config)
+        check_tracking(config)
     return config.tracking.uri or default_uri(expand(config.run.dir))

@@ -195,7 +195,7 @@ for step in range(1, 100000):
         again = checkpoints.begin()
         entries = [write_file(again, n, step.to_bytes(8, "big") * 100_000) for n in ("trunk", "expert0")]
         checkpoints.complete(again, checkpoints.name("train", step), entries, state)
-    checkpoints.tidy("train", 1)
+    checkpoints.prune("train", 1)
 """
 
 
@@ -212,7 +212,7 @@ def test_a_kill_while_checkpoints_are_written_always_leaves_a_whole_one(rounds, 
         folder = tmp_path / str(kill)
         process = subprocess.Popen([sys.executable, "-c", WRITER, str(folder)], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
-        process.stdout.readline()
+        assert process.stdout.readline() == "ready\n"
         time.sleep(0.05 + 0.126 * kill / rounds)
         process.kill()
         process.wait()

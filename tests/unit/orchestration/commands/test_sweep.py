@@ -80,7 +80,7 @@ def test_folders_that_hold_something_else_are_refused_and_all_named(tmp_path):
     _, points, folder = plan(f"{RATIO}=0,1", tmp_path, "run.name=x")
     other = load_config([*H2T, f"{RATIO}=1", "method.stages.train.epochs=7", "engine.threads=1"])
     run = RunFolder(points[1].folder)
-    run.write(other)
+    run.write_config(other)
     run.close()
     with Journal(points[1].folder) as journal:
         journal.append("train", 1, 1, {"train/loss": 1.0})

@@ -41,7 +41,7 @@ def save_run(path, *words):
                 parameter.mul_(1 + 0.5 * index)
     counts = dataset.counts_C.tolist()
     folder = RunFolder(path)
-    folder.write(config)
+    folder.write_config(config)
     folder.write_data({
         "dataset": config.dataset.name, "class_names": list(dataset.class_names), "counts": counts,
         "total": sum(counts), "digest": dataset.digest, "image_shape": dataset.raw_image_shape,

@@ -31,8 +31,8 @@ def train(path, method, *, stages=2):
     config = load_config([f"method={method}", *WORDS])
     dataset, folder = open_dataset(config.dataset), RunFolder(path)
     counts = dataset.counts_C.tolist()
-    folder.write(config)
-    folder.describe(config, [], {})
+    folder.write_config(config)
+    folder.record_start(config, [], {})
     folder.write_data({
         "dataset": config.dataset.name, "class_names": list(dataset.class_names), "counts": counts,
         "total": sum(counts), "digest": dataset.digest, "image_shape": dataset.raw_image_shape, "groups": {},

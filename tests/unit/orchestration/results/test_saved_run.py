@@ -37,8 +37,8 @@ def train(path, *words):
         when = {"split": split, "selected_on": "val", "stage": "train", "epoch": 1, "step": STEPS}
         evaluations[split] = {**when, **scores}
     folder = RunFolder(path)
-    folder.write(config)
-    folder.describe(config, [], {})
+    folder.write_config(config)
+    folder.record_start(config, [], {})
     plain = [
         {name: ids.tolist() for name, ids in groups.items()}
         for groups in (groups_by_count(counts), groups_by_index(counts, cuts))
@@ -56,7 +56,7 @@ def train(path, *words):
     for name in ("last", "best"):
         folder.write_evaluation(name, evaluations["test"])
     export(config, folder, "train", saved)
-    folder.note(status="finished")
+    folder.update_run(status="finished")
     folder.close()
     trainer.close()
     return evaluations

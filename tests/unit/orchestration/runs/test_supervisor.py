@@ -156,7 +156,7 @@ def test_failures_without_a_new_checkpoint_end_the_run_at_the_limit(make_run, mo
         supervise(driver)
     begun = [e for e in events if e.endswith("main")]
     assert begun == ["start main", "replace lost main", "start main"], "survivors are kept after the first loss only"
-    assert driver.run.folder.run()["failures"] == 2
+    assert driver.run.folder.read_run()["failures"] == 2
 
 
 def test_a_new_checkpoint_refills_the_failures_that_are_allowed(make_run, monkeypatch, events):
@@ -170,7 +170,7 @@ def test_a_new_checkpoint_refills_the_failures_that_are_allowed(make_run, monkey
     driver = make_run({"many": [*deaths(6), None]})
     at(monkeypatch, driver, [None, None, 4, 4, 8, 8])
     assert supervise(driver).finished
-    assert driver.run.folder.run()["failures"] == 6
+    assert driver.run.folder.read_run()["failures"] == 6
 
 
 def test_a_restart_waits_for_a_lost_node(make_run, events):
@@ -194,7 +194,7 @@ def test_a_restart_waits_until_ray_knows_of_a_dead_node(make_run, events):
     driver.fleet.unreachable = [["node b"], ["node b"]]
     assert supervise(driver).finished
     assert events == ["start main", "train many", "unreachable", "unreachable", "room?", *RESTARTED]
-    assert driver.run.folder.run()["failures"] == 1
+    assert driver.run.folder.read_run()["failures"] == 1
 
 
 def test_a_network_that_is_mended_in_time_costs_a_wait(make_run, events):
@@ -206,7 +206,7 @@ def test_a_network_that_is_mended_in_time_costs_a_wait(make_run, events):
     assert events == ["start main", "train many", "room?", "replace lost main", *waited, "train many"]
     assert shown.getvalue().count("nodes node a and node b do not reach each other, though Ray reaches both") == 1
     assert "waiting up to 0.1 s for the network" in shown.getvalue()
-    assert driver.run.folder.run()["failures"] == 1
+    assert driver.run.folder.read_run()["failures"] == 1
 
 
 def test_nodes_that_never_reach_each_other_end_the_run_and_are_named(make_run, events):
@@ -281,13 +281,13 @@ def test_out_of_memory_is_tried_once_more_and_not_for_ever(make_run):
     driver = make_run({"many": [WorkerLost("full", "memory") for _ in range(3)]})
     with pytest.raises(WorkerLost, match="out of memory 2 times in a row; use larger nodes"):
         supervise(driver)
-    assert driver.run.folder.run()["failures"] == 1
+    assert driver.run.folder.read_run()["failures"] == 1
 
 
 def test_out_of_memory_after_a_death_is_the_first_time(make_run):
     driver = make_run({"many": [WorkerLost("died"), WorkerLost("full", "memory"), None]})
     assert supervise(driver).finished
-    assert driver.run.folder.run()["failures"] == 2
+    assert driver.run.folder.read_run()["failures"] == 2
 
 
 def test_preemptions_have_a_budget_of_their_own(make_run, events):
@@ -295,8 +295,8 @@ def test_preemptions_have_a_budget_of_their_own(make_run, events):
     words = [*LFME, "cluster.max_preemptions=2"]
     driver = make_run({"many": [PreemptionNotice("node a"), WorkerLost("node b", "preemption"), None]}, words=words)
     assert supervise(driver).finished
-    assert driver.run.folder.run()["preemptions"] == 2
-    assert "failures" not in driver.run.folder.run()
+    assert driver.run.folder.read_run()["preemptions"] == 2
+    assert "failures" not in driver.run.folder.read_run()
 
     driver = make_run({"many": [PreemptionNotice("node a") for _ in range(3)]}, words=words)
     with pytest.raises(Preempted, match=r"cluster.max_preemptions = 2") as ended:
@@ -309,7 +309,7 @@ def test_one_node_that_is_taken_from_several_stages_counts_once(make_run):
     driver.run.record_preemption(PreemptionNotice("node a"), "many", {"a"})
     driver.run.record_preemption(PreemptionNotice("nodes a and b"), "medium", {"a", "b"})
     driver.run.record_preemption(PreemptionNotice("node b"), "few", {"b"})
-    assert driver.run.folder.run()["preemptions"] == 2
+    assert driver.run.folder.read_run()["preemptions"] == 2
     driver.run.record_preemption(WorkerLost("a worker died", "preemption"), "few", set())
     assert driver.run.preemptions == 3
 
@@ -370,7 +370,7 @@ def test_run_json_lists_the_workers_of_every_living_fleet_with_their_stage(make_
     driver.run.announce_start(one, "many")
     driver.run.announce_start(two, "medium")
     driver.run.announce_start(one, "few")
-    stored = driver.run.folder.run()
+    stored = driver.run.folder.read_run()
     assert stored["workers"] == [{"pid": "main", "stage": "few"}, {"pid": "further", "stage": "medium"}]
     assert stored["starts"] == 1
 

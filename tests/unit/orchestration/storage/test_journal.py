@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from orchestration.storage.journal import FILE_NAME, Journal, Record, latest, parse_line, read_journal, series
+from orchestration.storage.journal import FILE_NAME, Journal, parse_line, read_journal, series
 
 
 def fill(run_dir, moments):
@@ -85,7 +85,6 @@ def test_a_corrupt_line_in_the_middle_names_file_and_line(tmp_path, line):
 
 def test_a_missing_journal_is_empty(tmp_path):
     assert list(read_journal(tmp_path)) == []
-    assert latest(tmp_path) == {}
 
 
 def test_rewind_drops_later_steps_of_the_stages_named_only(tmp_path):
@@ -139,13 +138,12 @@ def test_a_journal_that_cannot_be_written_says_so(tmp_path):
         Journal(tmp_path / "file")
 
 
-def test_series_and_latest_read_the_same_lines(tmp_path):
+def test_series_are_grouped_by_stage_and_name(tmp_path):
     fill(tmp_path, [("a", 1), ("b", 1), ("b", 2)])
     lines = series(tmp_path)
     assert list(lines) == ["a", "b"]
     assert lines["b"]["train/loss"].steps == [1, 2]
     assert lines["b"]["train/loss"].values == [0.1, 0.2]
-    assert latest(tmp_path, ["train/lr"]) == {"train/lr": Record(1002.0, "b", 1, 2, "train/lr", 0.1)}
 
 
 def test_parse_line_names_the_place():

@@ -17,9 +17,9 @@ from orchestration.storage import remote_run_folder as storage
 from orchestration.storage import url_lock
 from orchestration.storage import url_store as store
 from orchestration.storage.checkpoint import Checkpoints, verify, write_file
-from orchestration.storage.location import check_run_dir, run_at_hand, run_path
+from orchestration.storage.location import check_run_dir, local_run, run_path
 from orchestration.storage.remote_run_folder import RemoteRunFolder
-from orchestration.storage.url_store import StorageProblem, UrlStore, try_out
+from orchestration.storage.url_store import StorageProblem, UrlStore, check_access
 
 
 @pytest.fixture(autouse=True)
@@ -48,13 +48,13 @@ def train(folder, step, keep=2):
     complete = kept.complete(writing, kept.name("train", step), entries, {"step": step, "best": best})
     if step % 8 == 0:
         kept.copy_weights(complete, best["checkpoint"])
-    kept.tidy("train", keep)
+    kept.prune("train", keep)
 
 
 def finish(folder):
     (folder.path / "export").mkdir(exist_ok=True)
     (folder.path / "export" / "model").write_text("trained")
-    folder.note(status="finished")
+    folder.update_run(status="finished")
 
 
 def steps(folder):
@@ -76,7 +76,7 @@ def put(url, tmp_path):
     """A run that was trained to step 4 here, and put."""
     folder = RemoteRunFolder(tmp_path / "here", url)
     train(folder, 4)
-    folder.settle(10)
+    folder.wait_until_stored(10)
     folder.close()
 
 
@@ -90,7 +90,7 @@ def test_what_is_put_is_what_another_node_gets(url, tmp_path):
         train(folder, step)
         folder.announce_checkpoint()
     finish(folder)
-    folder.settle(10)
+    folder.wait_until_stored(10)
     folder.close()
     other = elsewhere(url, tmp_path)
     assert contents(other.path) == contents(folder.path)
@@ -135,7 +135,7 @@ class Budget:
         """Whether all was put before it was cut off."""
         while not self.cut.is_set():
             with contextlib.suppress(StorageProblem):
-                folder.settle(0.02)
+                folder.wait_until_stored(0.02)
                 return True
         return False
 
@@ -150,10 +150,10 @@ def lost_and_found(folder, url, tmp_path, budget):
     other = elsewhere(url, tmp_path)
     step, journal = steps(other)
     assert journal >= step
-    finished = other.run().get("status") == "finished"
+    finished = other.read_run().get("status") == "finished"
     if finished:
         assert (other.path / "export" / "model").read_text() == "trained"
-    other.settle(10)
+    other.wait_until_stored(10)
     other.close()
     return step, finished
 
@@ -168,7 +168,7 @@ def test_cut_off_at_any_moment_the_newest_checkpoint_has_its_journal(scheme, tmp
         url = f"{scheme}://{tmp_path}/bucket/runs/{moment}"
         folder = RemoteRunFolder(tmp_path / "here", url)
         train(folder, 4)
-        folder.settle(10)
+        folder.wait_until_stored(10)
         budget.begin(moment)
         for step in (8, 12, 16, 20):
             train(folder, step)
@@ -192,10 +192,10 @@ def test_what_training_does_meanwhile_breaks_no_promise(further, tmp_path, monke
     for moment in range(1, 12):
         url = f"memory://{tmp_path}/bucket/runs/{moment}"
         folder = RemoteRunFolder(tmp_path / "here", url)
-        folder.note(status="running")
+        folder.update_run(status="running")
         (folder.path / "a").write_text("first")
         train(folder, 4, keep=1)
-        folder.settle(10)
+        folder.wait_until_stored(10)
         (folder.path / "a").write_text("second")
 
         def meanwhile(folder=folder):
@@ -215,12 +215,12 @@ def test_the_copy_that_goes_on_from_what_is_there_is_kept(url, tmp_path):
     """Killed before its last checkpoint was put: on the same node nothing is lost."""
     folder = RemoteRunFolder(tmp_path / "here", url)
     train(folder, 4)
-    folder.settle(10)
+    folder.wait_until_stored(10)
     train(folder, 8)
     folder.close()
     again = RemoteRunFolder(tmp_path / "here", url)
     assert steps(again) == (8, 8)
-    again.settle(10)
+    again.wait_until_stored(10)
     again.close()
     other = elsewhere(url, tmp_path)
     assert steps(other) == (8, 8)
@@ -230,12 +230,12 @@ def test_the_copy_that_goes_on_from_what_is_there_is_kept(url, tmp_path):
 def test_a_copy_that_is_older_than_what_is_there_is_made_new(url, tmp_path, capsys):
     folder = RemoteRunFolder(tmp_path / "here", url)
     train(folder, 4)
-    folder.settle(10)
+    folder.wait_until_stored(10)
     train(folder, 8)  # never put
     folder.close()
     other = elsewhere(url, tmp_path)
     train(other, 6)
-    other.settle(10)
+    other.wait_until_stored(10)
     other.close()
     back = RemoteRunFolder(tmp_path / "here", url)
     assert steps(back) == (6, 6)
@@ -249,11 +249,11 @@ def test_looking_at_a_run_makes_no_copy_old(url, tmp_path):
     """Killed before its last checkpoint was put; somebody reads the run elsewhere meanwhile."""
     folder = RemoteRunFolder(tmp_path / "here", url)
     train(folder, 4)
-    folder.settle(10)
+    folder.wait_until_stored(10)
     train(folder, 8)
     folder.close()
     other = elsewhere(url, tmp_path)
-    other.settle(10)
+    other.wait_until_stored(10)
     other.close()
     again = RemoteRunFolder(tmp_path / "here", url)
     assert steps(again) == (8, 8)
@@ -326,7 +326,7 @@ def test_files_of_others_beside_the_run_are_left_alone(url, tmp_path):
     folder = RemoteRunFolder(tmp_path / "here", url)
     (tmp_path / "bucket/runs/one/notes.txt").write_text("ours")
     train(folder, 4)
-    folder.settle(10)
+    folder.wait_until_stored(10)
     folder.close()
     assert (tmp_path / "bucket/runs/one/notes.txt").read_text() == "ours"
 
@@ -353,13 +353,13 @@ def test_a_lock_without_a_sign_of_life_is_taken(url, tmp_path, place):
 def test_a_holder_that_lost_the_lock_writes_nothing_more(url, tmp_path):
     holder = RemoteRunFolder(tmp_path / "here", url)
     train(holder, 4)
-    holder.settle(10)
+    holder.wait_until_stored(10)
     lock = tmp_path / "bucket/runs/one/lock.json"
     lock.write_text(json.dumps({"token": "another", "holder": "process 1 on elsewhere"}))
     before = contents(tmp_path / "bucket")
     train(holder, 8)
     with pytest.raises(ValueError, match=r"taken over by process 1 on elsewhere|not there yet"):
-        holder.settle(1)
+        holder.wait_until_stored(1)
     with pytest.raises(ValueError, match="taken over by process 1 on elsewhere"):
         holder.announce_checkpoint()
     holder.close()
@@ -379,7 +379,7 @@ def test_storage_that_fails_for_a_while_stops_nothing(url, tmp_path, monkeypatch
     monkeypatch.setattr(UrlStore, "write", failing)
     train(folder, 4)
     folder.announce_checkpoint()
-    folder.settle(10)
+    folder.wait_until_stored(10)
     folder.close()
     assert capsys.readouterr().err.count("away; training goes on") == 1
     other = elsewhere(url, tmp_path)
@@ -392,7 +392,7 @@ def test_files_that_could_not_be_sent_are_reported_with_their_place(url, tmp_pat
     monkeypatch.setattr(UrlStore, "write", lambda *_: (_ for _ in ()).throw(StorageProblem("no credentials")))
     train(folder, 4)
     with pytest.raises(ValueError, match=rf"not there yet \(no credentials\); it is in {folder.path}"):
-        folder.settle(0.3)
+        folder.wait_until_stored(0.3)
     folder.close()
 
 
@@ -400,7 +400,7 @@ def test_a_checkpoint_that_is_damaged_there_is_found(url, tmp_path):
     folder = RemoteRunFolder(tmp_path / "here", url)
     for step in (4, 8):
         train(folder, step)
-        folder.settle(10)
+        folder.wait_until_stored(10)
     folder.close()
     (tmp_path / "bucket/runs/one/checkpoints/00-train-00000008/trunk.safetensors").write_bytes(b"00000009")
     other = elsewhere(url, tmp_path)
@@ -445,25 +445,25 @@ def test_commands_take_the_url_of_a_run_and_put_back_what_they_write(url, tmp_pa
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = RemoteRunFolder(tmp_path / "here", url)
     (folder.path / "config.yaml").write_text("a run's")
-    folder.settle(10)
+    folder.wait_until_stored(10)
     folder.close()
-    with run_at_hand(url) as copy:
+    with local_run(url) as copy:
         assert copy.startswith(str(tmp_path / ".cache"))
         with open(f"{copy}/found.json", "w") as file:
             file.write("{}")
     assert (tmp_path / "bucket/runs/one/found.json").read_text() == "{}"
     with (
         pytest.raises(ValueError, match=r"no run there \(no config.yaml\); needed the URL of one"),
-        run_at_hand(f"{url}x"),
+        local_run(f"{url}x"),
     ):
         pass
     assert not (tmp_path / "bucket/runs/onex").exists()
-    with run_at_hand("runs/of/a/path") as same:
+    with local_run("runs/of/a/path") as same:
         assert same == "runs/of/a/path"
 
 
 def test_the_doctor_leaves_nothing_behind(tmp_path):
-    try_out(f"file://{tmp_path}/bucket")
+    check_access(f"file://{tmp_path}/bucket")
     assert list((tmp_path / "bucket").iterdir()) == []
 
 
