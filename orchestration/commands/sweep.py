@@ -305,9 +305,8 @@ def _take(donor: Point, point: Point, folder: RunFolder) -> list[str]:
     target.clean()
     finished = {}
     for stage in untouched_stages(stored, config):
-        newest = source.newest(stage, _say)
-        done = newest is not None and newest.state["step"] >= newest.state["total_steps"]
-        if newest is not None and done and target.newest(stage, _say) is None:
+        newest = source.newest_finished(stage, _say)
+        if newest is not None and target.newest(stage, _say) is None:
             finished[stage] = newest
     if not finished:
         return []

@@ -100,9 +100,10 @@ class Driver:
             stages: that do not wait for each other.
             before: optimiser steps of earlier waves.
         """
-        done = {stage: self._finished(stage) for stage in stages}
         # The last of a run is begun again even if it is trained: its evaluations may not have been written.
-        left = [stage for stage in stages if done[stage] is None or stage == self.run.checkpoints.stages[-1]]
+        last = self.run.checkpoints.stages[-1]
+        done = {stage: None if stage == last else self._finished(stage) for stage in stages}
+        left = [stage for stage in stages if done[stage] is None]
         fleets = self._fleets(len(left))
         try:
             if len(left) == 1:
@@ -118,8 +119,8 @@ class Driver:
 
     def _finished(self, stage: str) -> Outcome | None:
         """Return how a stage ended at an earlier start, None if it did not. Write what that start was killed before."""
-        newest = self.run.checkpoints.newest(stage, self.run.console.message)
-        if newest is None or newest.state["step"] < newest.state["total_steps"]:
+        newest = self.run.checkpoints.newest_finished(stage, self.run.console.message)
+        if newest is None:
             return None
         best = newest.state["best"]
         if (

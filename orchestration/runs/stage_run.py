@@ -77,7 +77,7 @@ class StageRun:
             WorkerLost: as `Fleet.call`.
         """
         run, settings = self.run, self.config.method.stages[self.stage]
-        newest = self.checkpoints.newest(self.stage, self.console.message)
+        newest = self.checkpoints.newest_verified(self.stage, self.console.message)
         self.journal.rewind({self.stage: newest.state["step"] if newest else 0}, self.checkpoints.stages)
 
         teachers = {name: self._send(run.model(source)) for name, source in settings.teachers.items()}

@@ -8,8 +8,13 @@
         manifest.json                                           format, size and sha256 of every other file
     checkpoints/best-00-train-00000480/  the same without momentum
 
-Everything is written to a folder `.writing-*`, flushed to disk, and renamed. Tensors are whole, so a checkpoint loads
-on any mesh. Nothing is unpickled.
+Writing. Everything goes to a folder `.writing-*`, is flushed to disk, and the folder is renamed: a checkpoint under its
+final name is complete. Tensors are whole, so it loads on any mesh.
+
+Reading. A file may have been damaged since. Looking for the newest checkpoint compares names, sizes and the hash of
+state.json with the manifest. Before tensors are loaded, the driver hashes every byte, once: a checkpoint that does not
+hold what it should is named and passed over, and the one before it loads, before any worker has read a part of it.
+Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -51,6 +56,11 @@ class Checkpoint:
 
     folder: Path
     state: dict[str, Any]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the stage was trained to its end."""
+        return bool(self.state["step"] >= self.state["total_steps"])
 
 
 def write_tensors(folder: Path, name: str, tensors: Mapping[str, Any]) -> FileEntry:
@@ -135,7 +145,7 @@ class Checkpoints:
         listed = _manifest(source)["files"]
         entries = []
         for file, entry in listed.items():
-            if file != STATE and ".momentum." not in file:
+            if file != STATE and not _is_momentum(file):
                 copied = write_file(writing, file, (source / file).read_bytes())
                 if copied.sha256 != entry["sha256"]:
                     raise DamagedCheckpoint(f"{source / file}: changed since it was written; see {MANIFEST}")
@@ -143,15 +153,38 @@ class Checkpoints:
         return self.complete(writing, name, entries, json.loads((source / STATE).read_text()))
 
     def newest(self, stage: str, report: Callable[[str], None]) -> Checkpoint | None:
-        """The newest complete checkpoint of a stage; damaged ones are reported and passed over.
+        """Look for the newest checkpoint of a stage; damaged ones are reported and passed over.
+
+        It looks at manifests, sizes and state.json alone. Before tensors are loaded, `newest_verified` reads the rest.
 
         Raises:
-            ValueError: there are checkpoints, and none is whole.
+            ValueError: there are checkpoints, and all are damaged.
         """
+        return self._newest(stage, report, inspect)
+
+    def newest_verified(self, stage: str, report: Callable[[str], None]) -> Checkpoint | None:
+        """Choose the checkpoint to load: the newest whose every byte is as its manifest says. See `newest`."""
+        return self._newest(stage, report, verify)
+
+    def newest_finished(self, stage: str, report: Callable[[str], None]) -> Checkpoint | None:
+        """Return the last checkpoint of a stage that was trained to its end, verified; None if there is none yet.
+
+        Raises:
+            ValueError: there are checkpoints, and all are damaged.
+        """
+        looked_at = self.newest(stage, lambda _: None)
+        if looked_at is None or not looked_at.finished:
+            return None  # it will be trained on, and verified when it is loaded
+        newest = self.newest_verified(stage, report)
+        return newest if newest is not None and newest.finished else None
+
+    def _newest(
+        self, stage: str, report: Callable[[str], None], check: Callable[[Path], dict[str, Any]]
+    ) -> Checkpoint | None:
         damaged = []
         for folder in self._of(stage):
             try:
-                return Checkpoint(folder, verify(folder))
+                return Checkpoint(folder, check(folder))
             except DamagedCheckpoint as problem:
                 damaged.append(str(problem))
                 report(f"damaged checkpoint passed over: {problem}")
@@ -193,22 +226,48 @@ class Checkpoints:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """Check every byte of a checkpoint against its manifest and return its state.
+def inspect(folder: Path) -> dict[str, Any]:
+    """Check that a checkpoint has its files in their sizes, and return its state. Of the rest no byte is read.
 
     Raises:
         DamagedCheckpoint: names the file, what was found and what was needed.
     """
-    for name, entry in _manifest(folder)["files"].items():
+    files = _manifest(folder)["files"]
+    for name, entry in files.items():
         path = folder / name
         if not path.is_file():
             raise DamagedCheckpoint(f"{path}: missing; needed {entry['size']} bytes")
         if path.stat().st_size != entry["size"]:
             raise DamagedCheckpoint(f"{path}: {path.stat().st_size} bytes; needed {entry['size']}")
-        found = file_sha256(path)
-        if found != entry["sha256"]:
-            raise DamagedCheckpoint(f"{path}: sha256 {found[:12]}...; needed {entry['sha256'][:12]}...")
+    _check_hash(folder / STATE, files[STATE])
     return _state(folder / STATE)
+
+
+def verify(folder: Path, *, momentum: bool = True) -> dict[str, Any]:
+    """Check a checkpoint against its manifest, byte by byte, and return its state.
+
+    Args:
+        folder: of the checkpoint.
+        momentum: whether momentum will be loaded too; only the sizes of its files are checked if not.
+
+    Raises:
+        DamagedCheckpoint: names the file, what was found and what was needed.
+    """
+    state = inspect(folder)
+    for name, entry in _manifest(folder)["files"].items():
+        if name != STATE and (momentum or not _is_momentum(name)):
+            _check_hash(folder / name, entry)
+    return state
+
+
+def _check_hash(path: Path, entry: dict[str, Any]) -> None:
+    found = file_sha256(path)
+    if found != entry["sha256"]:
+        raise DamagedCheckpoint(f"{path}: sha256 {found[:12]}...; needed {entry['sha256'][:12]}...")
+
+
+def _is_momentum(file: str) -> bool:
+    return ".momentum." in file
 
 
 def _state(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from aggregation.serving import DESCRIPTION, export_model, preprocessing_problem
 from orchestration.config.paths import expand
 from orchestration.config.recipe import ModelSource, stage_classes
 from orchestration.config.run_config import RunConfig
-from orchestration.storage.checkpoint import Checkpoints, read_tensors, verify
+from orchestration.storage.checkpoint import Checkpoints, inspect, read_tensors, verify
 from orchestration.storage.files import RUN
 from orchestration.storage.pretrained import check_pretrained
 from orchestration.storage.run_folder import RunFolder
@@ -93,10 +93,9 @@ def weights_of(checkpoints: Checkpoints, source: ModelSource) -> Path:
     if newest is None:
         raise ValueError(f"{checkpoints.folder}: stage {source.stage} has no checkpoint; needed a finished stage")
     best = newest.state.get("best")
-    if source.weights == "last" or not best:
-        return newest.folder
-    verify(newest.folder.parent / best["checkpoint"])
-    return newest.folder.parent / best["checkpoint"]
+    folder = newest.folder.parent / best["checkpoint"] if source.weights == "best" and best else newest.folder
+    verify(folder, momentum=False)
+    return folder
 
 
 def export_stage(config: RunConfig, folder: RunFolder, stage: str, checkpoint: Path, target: Path) -> None:
@@ -131,8 +130,9 @@ def ensemble_state(config: RunConfig, stage: str, checkpoint: Path) -> dict[str,
 
 def export(config: RunConfig, folder: RunFolder, stage: str, checkpoint: Path) -> None:
     """Write export/last and export/best: the ensemble of a stage, ready to serve."""
-    best = verify(checkpoint).get("best")
+    best = inspect(checkpoint).get("best")
     sources = {"last": checkpoint, "best": checkpoint.parent / best["checkpoint"] if best else checkpoint}
+    for source in set(sources.values()):
+        verify(source, momentum=False)
     for name, source in sources.items():
-        verify(source)
         export_stage(config, folder, stage, source, folder.path / "export" / name)
