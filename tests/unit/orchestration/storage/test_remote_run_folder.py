@@ -59,7 +59,7 @@ def finish(folder):
 
 def steps(folder):
     """Steps of the newest checkpoint that is whole, and of the journal."""
-    newest = Checkpoints(folder.path, ["train"]).newest("train", lambda _: None)
+    newest = Checkpoints(folder.path, ["train"]).newest_verified("train", lambda _: None)
     if newest and newest.state["best"] and newest.state["best"]["step"] != newest.state["step"]:  # else made again
         verify(folder.path / "checkpoints" / newest.state["best"]["checkpoint"])
     journal = folder.path / "metrics.jsonl"
