@@ -108,7 +108,7 @@ def test_loader_processes_change_nothing_even_when_left_early(tree, processes):
     here = batches(settings(tree, **STREAMED))
     there = batches(settings(tree, **STREAMED, loader_processes=processes))
     try:
-        next(there.iterate(3))  # abandoned, with batches on their way
+        next(there.iterate(3))  # stopped early, while batches are being decoded
         for epoch in (1, 2):
             for a, b in zip(here.iterate(epoch), there.iterate(epoch), strict=True):
                 assert same(a, b)
@@ -150,7 +150,7 @@ def test_a_partial_last_batch_is_kept_or_dropped(tree):
         batches(config, drop_last=True, batch_size=64)
 
 
-def test_resident_and_streamed_evaluation_agree_and_shares_join(tree):
+def test_resident_and_streamed_evaluation_agree_and_shares_make_the_whole(tree):
     kept, streamed = (open_dataset(settings(tree, resident=r)) for r in ("always", "never"))
     whole = list(EvalBatches(kept.test, kept.config, 4))
     assert [len(y) for _, y in whole] == [4, 2]
@@ -177,7 +177,7 @@ def test_a_samplers_epoch_is_pure_complete_and_in_range(config):
 
 @pytest.mark.parametrize("config", SAMPLERS, ids=str)
 def test_draws_have_the_promised_class_probabilities(config):
-    """15,400 draws: a share of p has a standard error below 0.0041; within 5 of them."""
+    """15,400 draws: a share has a standard error below 0.0041, and 5 of these are allowed."""
     labels = np.repeat(np.arange(4), [10000, 4000, 1000, 400])
     sampler = build("sampler", config, labels, 4)
     progress = Progress(3, 5)

@@ -21,7 +21,7 @@ def test_any_chunking_gives_the_same_rows(seed):
 
 
 def test_uniforms_are_uniform():
-    """A million numbers: mean 1/2 +- 5 * 0.00029, each tenth +- 5 * 300, rows uncorrelated to 0.01."""
+    """A million numbers: mean 1/2 +- 5 * 0.00029, each tenth +- 5 * 300, correlation of rows below 0.01."""
     numbers = uniforms(key("uniform"), 0, 125_000, 8)
     assert numbers.min() >= 0
     assert numbers.max() < 1
@@ -30,20 +30,20 @@ def test_uniforms_are_uniform():
     assert np.abs(np.corrcoef(numbers.T) - np.eye(8)).max() < 0.015
 
 
-def test_keys_are_stable_and_apart():
+def test_keys_are_stable_and_distinct():
     """The first value pins the hash: a change would silently change every run."""
     assert key(0, "train", 1, "main", "draws") == 0xC1CCF0C604C0E8CA60075130F2604864
     assert len({key(0, "a", 1), key(0, "a", 2), key(0, "b", 1), key(1, "a", 1), key(0, "a1"), key(0, "a", "1")}) == 6
 
 
 def test_numbers_are_pinned():
-    """NumPy promises Philox's raw words; these numbers would show a broken promise, or a changed rule of ours."""
+    """NumPy promises that Philox's raw words stay the same. A change there, or of our rule, fails here."""
     expected = [0.2933897082214907, 0.20900774825194157, 0.09393503922798041, 0.2848738728460688, 0.08191016477112045]
     assert uniforms(1, 7, 1, 5)[0].tolist() == expected
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 5, 1000])
-def test_a_permutation_is_one(n):
+def test_a_permutation_has_every_number_once(n):
     assert sorted(permutation(key("p", n), n).tolist()) == list(range(n))
 
 

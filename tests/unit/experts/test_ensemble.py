@@ -1,4 +1,4 @@
-"""Names, choices and shapes of an ensemble; contract/test_models.py has what every model must do."""
+"""Names, choice of experts and shapes of an ensemble; contract/test_models.py checks every model."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_keyed_draws_are_a_function_of_seed_and_key_and_survive_an_error():
 
 
 def test_initial_weights_are_these_numbers():
-    """A change of these numbers makes every saved run irreproducible from its seed: change them knowingly."""
+    """If these numbers change, no saved run can be reproduced from its seed any more."""
     net = build()
     found = torch.cat([net.trunk.conv1.weight.flatten()[:3], net.experts["b"].head.weight.flatten()[:3]])
     expected = torch.tensor([-0.472900, -0.012762, -0.048086, -0.319011, -0.225907, -0.038911])
@@ -69,7 +69,7 @@ def test_initial_weights_are_these_numbers():
 @pytest.mark.parametrize(("in_planes", "planes"), [(16, 24), (24, 48), (16, 32), (32, 64)])
 @pytest.mark.parametrize("size", [(8, 8), (7, 7), (5, 8)])
 def test_shortcut_takes_every_second_pixel_and_pads_channels_on_both_sides(in_planes, planes, size):
-    """With convolutions of zero the block is ReLU of the shortcut: 16 -> 24 channels is 4 of zeros, x, 4 of zeros."""
+    """With zero convolutions a block is the ReLU of its shortcut: 16 -> 24 channels are 4 of zeros, x, 4 of zeros."""
     block = BasicBlock(in_planes, planes, stride=2)
     for parameter in block.parameters():
         parameter.data.zero_()

@@ -98,7 +98,7 @@ def test_inputs_are_not_written_to():
         {"rotation": 15, "color_jitter": ColorJitter(contrast=0.4)},
     ],
 )
-def test_an_empty_share_gives_no_rows(steps):
+def test_an_empty_batch_gives_no_rows(steps):
     empty = augment(images(0), uniforms(0, 0, 0, NUM_UNIFORMS), config(**steps))
     assert empty.shape == (0, 3, 32, 32)
 
@@ -113,7 +113,7 @@ def test_a_gpu_gives_the_same_images():
 
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (400, 300), (30, 400)])
 def test_random_crops_are_distributed_as_torchvisions(height, width):
-    """Mean area and mean left edge of 2000 crops of each, to 5 standard errors of the difference."""
+    """Mean area and mean left edge of 2000 crops by each, equal within 5 standard errors of the difference."""
     from torchvision.transforms import RandomResizedCrop
 
     torch.manual_seed(0)
@@ -129,7 +129,7 @@ def test_random_crops_are_distributed_as_torchvisions(height, width):
 
 
 def test_evaluation_frames_are_torchvisions_resize_and_centre_crop():
-    """Same rule of sizes, same filter; ours works on bytes throughout, which may round to the next one."""
+    """Same rule for sizes, same filter. Ours works on bytes throughout, so a value may round to the next one."""
     picture = images(1, size=97)[:, :, :60]
     expected = F.center_crop(F.resize(picture, 40, antialias=True), [32, 32])
     assert (frame(picture, 32, 40).int() - expected.int()).abs().max() <= 1

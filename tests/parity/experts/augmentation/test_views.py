@@ -1,4 +1,4 @@
-"""Random views against torchvision's and Pillow's functions, image by image; their keys."""
+"""Random views against torchvision's and Pillow's functions, image by image, and the keys of their draws."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def maker(images=None, seed=0, **views):
 def test_hue_is_torchvisions():
     """Tolerance 1e-5 on the scale of pixels: torchvision goes through HSV in float32."""
     image = pictures(30).float() / 255
-    image[0], image[1, 0], image[2, 1:] = 0.25, 1.0, 0.0  # grey, two greatest alike, pure red
+    image[0], image[1, 0], image[2, 1:] = 0.25, 1.0, 0.0  # grey, two equal maxima, pure red
     for turn in (-0.5, -0.1, 0.0, 0.03, 0.1, 0.37):
         found = turn_hue(image, torch.full((30, 1, 1, 1), turn))
         torch.testing.assert_close(found, F.adjust_hue(image, turn), atol=1e-5, rtol=0)
@@ -97,7 +97,7 @@ def test_grey_is_torchvisions():
 
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 1.3, 2.0])
 def test_blur_is_a_gaussian(sigma):
-    """Against torchvision's on the inside, where both see the same pixels; and its border is replicated."""
+    """Against torchvision's away from the border, where both see the same pixels; the border is replicated."""
     views = Views(**ALWAYS | {"blur": 1.0}, blur_sigma=(sigma, sigma))
     images = pictures(3).double() / 255
     found = change_colours(images, draws(3), views)
@@ -110,8 +110,8 @@ def test_blur_is_a_gaussian(sigma):
 
 @pytest.mark.parametrize("sigma", [0.6, 1.0, 2.0])
 def test_blur_is_near_pillows(sigma):
-    """Pillow repeats a box blur, which is coarse for a small width, and rounds. On white noise, the worst case, they
-    differ on average by less than a tenth of what the blur changes."""
+    """Pillow repeats a box blur, which is coarse for a small width, and rounds. On white noise, the worst case, the
+    mean difference is less than a tenth of what the blur changes."""
     picture = pictures(1, size=64)[0]
     pillow = np.asarray(Image.fromarray(picture.permute(1, 2, 0).numpy()).filter(ImageFilter.GaussianBlur(sigma)))
     views = Views(**ALWAYS | {"blur": 1.0}, blur_sigma=(sigma, sigma))
@@ -129,10 +129,12 @@ def test_the_width_of_the_blur_is_drawn_between_its_bounds():
     place = torch.arange(21) - 10.0
     sigma = (found * place**2).sum(dim=1).sqrt().numpy()
     wide = 0.1 + 1.9 * rows[:, SIGMA]
-    np.testing.assert_allclose(sigma[wide > 0.8], wide[wide > 0.8], rtol=0.02)  # a narrower one is less than a pixel
+    np.testing.assert_allclose(
+        sigma[wide > 0.8], wide[wide > 0.8], rtol=0.02
+    )  # a narrower Gaussian is less than a pixel wide
 
 
-def test_every_step_happens_as_often_as_asked():
+def test_every_step_happens_with_its_probability():
     rows = draws(4000)
     for column, probability in ((JITTERED, 0.8), (GREYED, 0.2), (BLURRED, 0.2)):
         assert abs((rows[:, column] < probability).mean() - probability) < 0.03
@@ -184,7 +186,7 @@ def test_resized_crops_of_resident_images():
 
 
 def test_files_are_cropped_from_the_whole_picture(tmp_path):
-    """The same keyed crops as `FileImages.read` gives, however the reading is cut up."""
+    """The same keyed crops as from `FileImages.read`, however the images are divided among threads."""
     paths = []
     for index, picture in enumerate(pictures(7, size=90)):
         paths.append(str(tmp_path / f"{index}.png"))

@@ -116,8 +116,8 @@ def test_parameter_counts_with_full_widths(head, num_experts, published):
     assert num_parameters(net) == published
 
 
-def test_bbn_f5_the_last_block_is_the_branch():
-    """The features are those of the whole network: cutting changes nothing (the same numbers as F6, unreduced)."""
+def test_a_branch_of_bbn_is_the_last_block():
+    """The features are those of the uncut network at full width: cutting changes nothing."""
     parts = ResNetCifar(ResNetCifar.Config(depth=32, split="last_block"))
     trunk, branches = parts.trunk().double(), [parts.late_stages(reduce_dimension=False).double() for _ in range(2)]
     for part in (trunk, *branches):
@@ -131,7 +131,7 @@ def test_bbn_f5_the_last_block_is_the_branch():
     close(features_BD[0, :4], [1.415200, 1.243507, 1.369112, 1.397825])
 
 
-def test_reslt_f4_three_batchnorms_on_one_network():
+def test_three_batchnorms_of_reslt_on_one_network():
     net = build_ensemble(
         EnsembleConfig(
             ResNetCifar.Config(depth=32, split="branches"),
@@ -167,7 +167,7 @@ F3_TRAINING = [[3.099985, 0.668748, 0.137498], [3.149985, 0.937496, -0.724998], 
 
 
 def reslt_f3(eval_order: str) -> tuple[list[Branch], TauNormalisedHead, torch.Tensor]:
-    """Branches with fresh BatchNorm statistics, in evaluation mode so that those are used; the head is as built."""
+    """Branches in evaluation mode, so that new BatchNorm statistics are used; the head is as built."""
     branches = [Branch(2, "conv_first", eval_order).double().eval() for _ in range(3)]
     for branch, rows in zip(branches, F3_CONV, strict=True):
         branch.conv.weight.data = torch.tensor(rows, dtype=torch.float64)[:, :, None, None]
@@ -177,7 +177,7 @@ def reslt_f3(eval_order: str) -> tuple[list[Branch], TauNormalisedHead, torch.Te
     return branches, head, torch.tensor([F3_MAP], dtype=torch.float64)
 
 
-def test_reslt_f3_evaluation_pools_first_and_normalises_the_head():
+def test_reslt_in_evaluation_pools_first_and_normalises_the_head():
     branches, head, h = reslt_f3("pool_first")
     with torch.no_grad():
         scores = torch.cat([head.eval()(branch(h)) for branch in branches])
@@ -185,14 +185,14 @@ def test_reslt_f3_evaluation_pools_first_and_normalises_the_head():
     close(scores.sum(dim=0), [1.209810, 0.517788, 0.027918])
 
 
-def test_reslt_f3_training_convolves_first_and_has_a_bias():
+def test_reslt_in_training_convolves_first_and_has_a_bias():
     branches, head, h = reslt_f3("conv_first")
     with torch.no_grad():
         scores = torch.cat([head.train()(branch(h)) for branch in branches])
     close(scores, F3_TRAINING)
 
 
-def test_reslt_f3_in_numpy():
+def test_reslt_in_numpy():
     """ReLU(K x / sqrt(1 + eps)) before or after the mean; W x + b in training, (W_c / |W_c|^gamma) x in evaluation."""
     x, kernels = np.array(F3_MAP).reshape(2, 4), np.array(F3_CONV)
     weight, bias, gamma = np.array(F3_HEAD), np.array(F3_BIAS), 0.7
@@ -220,7 +220,7 @@ def test_a_branch_follows_its_order_in_training_and_the_other_in_evaluation(trai
 
 
 def counts(config, *, reduce_dimension: bool, num_classes: int, head=CosineHead) -> tuple[int, int, int]:
-    """Parameters of the trunk, of an expert's features and of a head, without their memory."""
+    """Count parameters of the trunk, of an expert's features and of a head, without allocating them."""
     parts = build("model", config)
     with torch.device("meta"):
         features = parts.late_stages(reduce_dimension=reduce_dimension)
@@ -310,7 +310,7 @@ def test_one_expert_of_any_cut_is_torchvisions_network(split, depth, cardinality
     ids=["resnet10", "resnet50", "resnext50"],
 )
 def test_features_are_those_of_torchvisions_network_with_the_same_weights(config, torchvision_net):
-    """float64, BatchNorm in training mode, 9 values per channel and more; our weights into their network."""
+    """float64, BatchNorm in training mode with at least 9 values per channel, our weights in their network."""
     parts = build("model", config)
     ours = parts.late_stages(reduce_dimension=False).double()
     with torch.device("meta"):

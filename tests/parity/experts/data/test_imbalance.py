@@ -1,4 +1,4 @@
-"""Counts and selection of the published long-tailed sets, against the fixtures of PROTOCOL 1.1 and 1.2."""
+"""Counts and selection of long-tailed sets against the published ones, compared exactly."""
 
 import numpy as np
 import pytest
@@ -146,7 +146,7 @@ def test_cifar100_counts_are_the_published_ones():
         (10, (69, 31, 0)),
     ],
 )
-def test_cifar100_group_sizes_follow(ratio, sizes):
+def test_cifar100_groups_have_the_published_sizes(ratio, sizes):
     counts = long_tailed_counts(100, 500, ratio)
     assert ((counts > 100).sum(), ((counts >= 20) & (counts <= 100)).sum(), (counts < 20).sum()) == sizes
 
@@ -182,7 +182,7 @@ def test_step_has_two_sizes():
     ],
 )
 def test_selected_images_are_the_published_ones(num_classes, per_class, first_five, ratio):
-    """CIFAR is not needed: what is selected depends on the labels alone. Ranks are within the class, in file order."""
+    """The selection depends on labels alone, so CIFAR is not needed. Ranks are within a class, in file order."""
     labels = np.random.default_rng(1).permutation(np.repeat(np.arange(num_classes), per_class))
     train = select(labels, num_classes, imbalance_ratio=ratio, max_per_class=per_class).train
     starts = np.concatenate([[0], np.cumsum(long_tailed_counts(num_classes, per_class, ratio))])
@@ -192,7 +192,7 @@ def test_selected_images_are_the_published_ones(num_classes, per_class, first_fi
         assert np.searchsorted(np.flatnonzero(labels == c), chosen).tolist() == expected[: len(chosen)]
 
 
-def test_a_smaller_ratio_contains_a_larger_ones_images():
+def test_the_selection_of_a_smaller_ratio_contains_that_of_a_larger_one():
     labels = np.repeat(np.arange(10), 50)
     small, large = (set(select(labels, 10, imbalance_ratio=r, max_per_class=50).train.tolist()) for r in (5, 25))
     assert large < small
@@ -205,14 +205,14 @@ def test_balanced_cifar100_has_108_images_of_each_class():
     assert np.bincount(labels[train]).tolist() == [108] * 100
 
 
-def test_a_balanced_set_beyond_the_full_one_is_refused():
+def test_a_balanced_set_that_needs_more_images_than_there_are_is_refused():
     """(60 + 20) / 2 = 40 images of class 1 are needed, 20 exist."""
     labels = np.repeat([0, 1], [60, 20])
     with pytest.raises(ValueError, match=r"dataset.balanced = true .total 80. needs 40 images of class 1, found 20"):
         select(labels, 2, balanced=True)
 
 
-def test_the_validation_cut_is_the_same_for_every_ratio_and_apart_from_training():
+def test_the_validation_set_is_the_same_for_every_ratio_and_disjoint_from_training():
     labels = np.repeat(np.arange(4), 30)
     cuts = [select(labels, 4, imbalance_ratio=r, max_per_class=30, val_per_class=5) for r in (1, 3, 10)]
     for cut in cuts:
@@ -249,7 +249,7 @@ def test_natural_counts_may_be_capped():
     assert np.bincount(labels[select(labels, 3, max_per_class=5).train]).tolist() == [5, 5, 2]
 
 
-def test_a_held_out_test_takes_as_many_of_each_class_and_nothing_twice():
+def test_a_held_out_test_set_has_equal_classes_and_no_training_image():
     labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [9, 5, 4]))
     stay, out = hold_out(labels, 3, 3, "test_per_class")
     assert np.bincount(labels[out]).tolist() == [3, 3, 3]

@@ -1,4 +1,4 @@
-"""Long-tailed test sets against the published counts and totals, and what is refused.
+"""Long-tailed test sets against the published counts and totals, and the errors.
 
 Origin of the numbers: the CIFAR loader of Vanint/SADE-AgnosticLT @ cba11b8, and the totals of the lists that it and
 LADE ship for ImageNet-LT, Places-LT and iNaturalist 2018. All are whole numbers and compared exactly.
@@ -70,7 +70,7 @@ def test_lists_of_inaturalist_match_the_published_ones_but_for_one_class():
 
 
 def test_the_cifar_subset_is_that_of_the_published_generator():
-    """The published constructor, transcribed: seed 0, classes ascending, the whole list shuffled, its head kept."""
+    """The published constructor, transcribed: seed 0, classes ascending, the whole list shuffled, the first n kept."""
     labels = np.random.default_rng(5).permutation(np.repeat(np.arange(100), 100))
     for name in ("forward-10", "backward-50"):
         np.random.seed(0)

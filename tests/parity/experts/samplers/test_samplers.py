@@ -1,4 +1,4 @@
-"""Samplers against the fixtures of the sampler card: sequences with an injected source, and exact probabilities.
+"""Samplers against published code: sequences from a given generator, and exact probabilities.
 
 Origin: classifier-balancing @f162ade, RIDE @ab8be5c, GCLLoss @c2a6233, BBN, executed on CPython 3.11 with Python's and
 torch's generators seeded 0; toy counts 100, 40, 10, 4. Sequences are compared exactly, probabilities to the 6 decimals
@@ -46,8 +46,8 @@ def test_per_draw_cycles_match():
 
 
 def test_balanced_multinomial_matches_torch():
-    """torch.multinomial spends one double a draw; from the same doubles we draw the same images. The card's ten are
-    draws 11 to 20 of the seed: its ten draws were made twice."""
+    """torch.multinomial uses one double per draw; from the same doubles we draw the same images. The ten recorded draws
+    are numbers 11 to 20 of the seed, because the recording script drew ten before them."""
     weights = 1.0 / TOY[LABELS]
     generator = torch.Generator().manual_seed(0)
     doubles = torch.rand(20, dtype=torch.float64, generator=generator).numpy()

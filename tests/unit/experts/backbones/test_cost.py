@@ -1,4 +1,4 @@
-"""Costs one can do by hand."""
+"""Costs against sums done by hand."""
 
 from __future__ import annotations
 
@@ -56,6 +56,6 @@ def test_pooling_before_a_branch_costs_one_position_instead_of_all():
         assert multiply_adds(branch, h) == positions * 512 * 512
 
 
-def test_a_trunk_that_hands_the_images_on_costs_nothing():
+def test_a_trunk_that_passes_the_images_on_costs_nothing():
     trunk = ResNetCifar(ResNetCifar.Config(depth=8, split="whole")).trunk()
     assert multiply_adds(trunk, torch.zeros(1, 3, 32, 32)) == 0

@@ -1,4 +1,4 @@
-"""Digits and Fashion-MNIST: what they give, and what damaged files say."""
+"""Digits and Fashion-MNIST: their images and labels, and the errors of damaged files."""
 
 import gzip
 import struct
@@ -36,7 +36,7 @@ def fashion(root, **more):
     return DatasetConfig(name="fashion", source="fashion_mnist", root=str(root), **more)
 
 
-def test_digits_come_with_a_held_out_test_that_ratios_do_not_change():
+def test_digits_hold_out_a_test_set_that_is_the_same_for_every_ratio():
     chosen = DatasetConfig(name="digits", source="digits", test_per_class=50, imbalance_ratio=20, max_per_class=120)
     dataset = open_dataset(chosen)
     assert dataset.counts_C.tolist() == [120, 86, 61, 44, 31, 22, 16, 11, 8, 6]
@@ -52,14 +52,14 @@ def test_digits_come_with_a_held_out_test_that_ratios_do_not_change():
     assert open_dataset(chosen).digest == dataset.digest
 
 
-def test_digits_without_a_test_are_refused():
+def test_digits_without_a_held_out_test_set_are_refused():
     with pytest.raises(ValueError, match=r"dataset.test_per_class = 0: digits has no test set"):
         open_dataset(DatasetConfig(name="digits", source="digits"))
 
 
 @pytest.mark.parametrize("place", ["", "FashionMNIST/raw", "raw"])
 @pytest.mark.parametrize("pack", [True, False])
-def test_fashion_is_read_packed_or_not_wherever_torchvision_puts_it(tmp_path, place, pack):
+def test_fashion_is_read_packed_or_unpacked_from_every_place_of_torchvision(tmp_path, place, pack):
     write_fashion(tmp_path / place, pack=pack)
     dataset = open_dataset(fashion(tmp_path, imbalance_ratio=2, max_per_class=6))
     assert dataset.class_names == FASHION_CLASSES

@@ -1,4 +1,4 @@
-"""CIFAR without unpickling: both layouts, both Pythons' files, damage, and a file that would like to run something."""
+"""CIFAR: both layouts, the pickles of both Pythons, damaged files, and pickles that try to run something."""
 
 import os
 import pickle
@@ -18,7 +18,7 @@ PER_BATCH = 4
 
 
 def content(start, num_classes, labels_key):
-    """Four images whose every byte tells which image it is."""
+    """Four images; every byte of an image is its number."""
     rows = np.arange(start, start + PER_BATCH)
     data = np.repeat(rows[:, None], PIXELS, axis=1).astype(np.uint8)
     return {
@@ -183,7 +183,7 @@ TEXT = b"U\x01a"
 @pytest.mark.parametrize(
     ("program", "reason"),
     [
-        # names: of functions, behind attributes, of Python 2, by every instruction that looks up a name
+        # names: of functions, behind attributes, of Python 2, by every instruction that looks a name up
         (b"cos\nsystem\n(U\x04truetR.", "asks for os.system"),
         (b"cbuiltins\neval\n(U\x041+1tR.", "asks for builtins.eval"),
         (b"c__builtin__\neval\n.", "asks for __builtin__.eval"),
@@ -224,15 +224,15 @@ TEXT = b"U\x01a"
         (b"\xff.", "opcode"),
     ],
 )
-def test_what_is_no_data_is_refused(tmp_path, program, reason):
+def test_anything_that_would_be_run_or_is_damaged_is_refused(tmp_path, program, reason):
     refused(tmp_path, b"\x80\x02" + program, reason)
 
 
 @pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
 @pytest.mark.parametrize("state", [b"}U\x05valueK\x01s", b"N}U\x05valueK\x01s\x86", b"(K\x01)NNNt"])
 @pytest.mark.parametrize("name", [b"numpy\ndtype", b"_codecs\nencode", None])
-def test_no_file_changes_what_the_next_one_means(tmp_path, name, state, module):
-    """BUILD on a stand-in itself: as `__setstate__`, as attributes, as slots."""
+def test_no_file_changes_how_the_next_one_is_read(tmp_path, name, state, module):
+    """The instruction BUILD on a stand-in class itself: by `__setstate__`, by attributes and by slots."""
     name = name or module.encode() + b"\n_reconstruct"
     refused(tmp_path, b"\x80\x02c" + name + b"\n" + state + b"b.", "__setstate__")
     (tmp_path / "next").write_bytes(python2_file(content(0, 10, "labels")))
@@ -308,7 +308,7 @@ def test_a_label_out_of_range_is_named(tmp_path):
 
 
 def nested(depth):
-    """Lists in lists, each twice in the next: 2^depth things for whoever unfolds them."""
+    """Return lists in lists, each twice in the next: unfolded, they hold 2^depth numbers."""
     value = [1]
     for _ in range(depth):
         value = [value, value]
@@ -326,7 +326,7 @@ def nested(depth):
         (nested(40), r"\(list\)"),
     ],
 )
-def test_a_label_that_is_no_class_is_named_without_being_unfolded(tmp_path, label, found):
+def test_a_label_that_is_not_a_class_is_named_without_writing_it_out(tmp_path, label, found):
     values = content(0, 10, "labels") | {"labels": [0, 1, 2, label]}
     (tmp_path / "data_batch_1").write_bytes(pickle.dumps(values, protocol=2))
     with pytest.raises(ValueError, match=rf"data_batch_1: label {found} of image 3 is out of range; needed 0 to 9"):
@@ -334,7 +334,7 @@ def test_a_label_that_is_no_class_is_named_without_being_unfolded(tmp_path, labe
 
 
 @pytest.mark.parametrize("names", [None, [], ["a"] * 9, ["a"] * 9 + [nested(40)], {"a": 1}])
-def test_class_names_are_texts_one_for_each_class(tmp_path, names):
+def test_class_names_must_be_one_text_per_class(tmp_path, names):
     for name in splits("cifar10")[0]:
         (tmp_path / name).write_bytes(pickle.dumps(content(0, 10, "labels"), protocol=2))
     (tmp_path / "batches.meta").write_bytes(pickle.dumps({"label_names": names}, protocol=2))
@@ -342,7 +342,7 @@ def test_class_names_are_texts_one_for_each_class(tmp_path, names):
         open_raw(config(tmp_path))
 
 
-def test_a_missing_companion_and_the_wrong_set_are_named(layouts):
+def test_a_missing_file_and_the_wrong_set_are_named(layouts):
     source, root = layouts
     files = splits(source)[0]
     other = "cifar100" if source == "cifar10" else "cifar10"

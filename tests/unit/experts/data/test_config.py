@@ -1,4 +1,4 @@
-"""The presets are valid and say what their headers promise; bad combinations of keys are refused together."""
+"""The presets are valid and have the totals of their headers; bad combinations of keys are reported together."""
 
 from pathlib import Path
 

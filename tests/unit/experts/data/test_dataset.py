@@ -34,7 +34,7 @@ def tree(tmp_path):
 
 
 def damage(tree, *names):
-    """The first is cut off, the second empty, the third no image, and so on."""
+    """Cut the first file off, empty the second, replace the third by text, and so on."""
     for i, name in enumerate(names):
         data = (tree / name).read_bytes()
         (tree / name).write_bytes((data[:200], b"", b"hello")[i % 3])
@@ -52,7 +52,7 @@ def pixels_of_an_epoch(dataset, sampler=InstanceBalanced):
 
 
 @RESIDENT_OR_STREAMED
-def test_what_is_left_is_as_if_the_bad_files_had_never_been_there(tree, tmp_path_factory, resident):
+def test_the_rest_is_as_if_the_bad_files_had_never_existed(tree, tmp_path_factory, resident):
     """Counts, digest, samplers and every pixel of an epoch."""
     other = tmp_path_factory.mktemp("clean")
     for path in tree.rglob("*.jpg"):
@@ -85,12 +85,12 @@ def test_a_worker_leaves_out_the_listed_files_without_looking(tree, resident):
     damage(tree, *BAD)
     config = settings(tree, resident=resident, quarantine=3)
     found = open_dataset(config)
-    told = open_dataset(config, left_out=[item.path for item in found.left_out])
-    assert told.digest == found.digest
-    assert told.left_out == ()
-    for mine, theirs in zip(pixels_of_an_epoch(told), pixels_of_an_epoch(found), strict=True):
+    given = open_dataset(config, left_out=[item.path for item in found.left_out])
+    assert given.digest == found.digest
+    assert given.left_out == ()
+    for mine, theirs in zip(pixels_of_an_epoch(given), pixels_of_an_epoch(found), strict=True):
         assert torch.equal(mine[0], theirs[0])
-    damage(tree, "train/class0/0.jpg")  # after the look: an error when it is read, never a second quarantine
+    damage(tree, "train/class0/0.jpg")  # damaged after the check: an error when it is read, never a second quarantine
     with pytest.raises(UnreadableImage, match=r"class0/0.jpg"):
         pixels_of_an_epoch(open_dataset(config, left_out=list(BAD)))
 
@@ -119,8 +119,8 @@ def test_without_a_quarantine_the_first_bad_file_is_the_error(tree):
 
 @RESIDENT_OR_STREAMED
 @pytest.mark.parametrize("split", ["test", "val"])
-def test_no_image_that_is_measured_on_is_ever_left_out(tree, resident, split):
-    """Also streamed: an operator who expects bad files hears of those at the start, not at the first evaluation."""
+def test_no_test_or_validation_image_is_ever_left_out(tree, resident, split):
+    """Streamed files too: an operator who expects bad files learns of them at the start, not at an evaluation."""
     if split == "val":
         (tree / "test").rename(tree / "val")
         for c in range(len(COUNTS)):
@@ -132,7 +132,7 @@ def test_no_image_that_is_measured_on_is_ever_left_out(tree, resident, split):
         open_dataset(settings(tree, resident=resident, quarantine=100))
 
 
-def test_a_class_of_which_nothing_can_be_read_is_named(tree):
+def test_a_class_without_a_readable_image_is_named(tree):
     names = [f"train/class2/{i}.jpg" for i in range(4)]
     damage(tree, *names)
     with pytest.raises(
@@ -141,9 +141,9 @@ def test_a_class_of_which_nothing_can_be_read_is_named(tree):
         open_dataset(settings(tree, quarantine=10))
 
 
-def test_only_images_that_the_run_uses_are_looked_at(tree):
-    """The long-tailed choice of a set comes first, and stays what it is: a bad file that it does not use costs nothing,
-    and one that it uses is missing from it rather than replaced."""
+def test_only_images_of_the_run_are_checked(tree):
+    """The long-tailed selection comes first and is never refilled: a bad file outside it costs nothing, and one inside
+    it is missing."""
     chosen = settings(tree, imbalance_ratio=2, max_per_class=4, quarantine=19, resident="never")
     whole = open_dataset(chosen)
     used = {str(path) for path in np.char.decode(whole.train.files.paths)}
@@ -157,7 +157,7 @@ def test_only_images_that_the_run_uses_are_looked_at(tree):
     assert [item.path for item in found.left_out] == [victim]
 
 
-def test_another_set_of_bad_files_is_other_data(tree):
+def test_other_bad_files_give_another_digest(tree):
     damage(tree, BAD[0])
     one = open_dataset(settings(tree, quarantine=3))
     damage(tree, BAD[1])
@@ -186,7 +186,7 @@ def test_a_missing_file_of_a_list_is_left_out_too_and_random_crops_stay_the_same
         assert torch.equal(mine[0], theirs[0])
 
 
-def test_it_is_for_files_alone():
+def test_only_sets_of_files_have_a_quarantine():
     with pytest.raises(ValidationError, match="quarantine = 3: digits has no image files; set quarantine=0"):
         DatasetConfig(name="digits", source="digits", quarantine=3)
     with pytest.raises(ValidationError, match="greater than or equal to 0"):
@@ -199,7 +199,7 @@ def test_the_list_of_left_out_files_is_plain_data(tree):
     assert json.loads(json.dumps(vars(item))) == {"path": BAD[0], "label": 0, "reason": item.reason}
 
 
-def test_every_file_that_is_looked_at_gives_a_beat(tree):
+def test_every_checked_file_gives_a_beat(tree):
     beats = []
     open_dataset(settings(tree, quarantine=1, resident="never"), beat=lambda: beats.append(None))
     assert len(beats) == 2 * sum(COUNTS)

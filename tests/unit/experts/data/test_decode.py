@@ -28,7 +28,7 @@ def as_tensor(array):
 
 
 def test_transparency_is_dropped_and_colours_stay_as_stored(tmp_path):
-    """Fully transparent pixels keep the colour that the file has under them: neither black nor white is mixed in."""
+    """Fully transparent pixels keep their stored colour; neither black nor white is mixed in."""
     alpha = np.zeros((20, 30, 1), np.uint8)
     rgba = Image.fromarray(np.concatenate([PIXELS, alpha], axis=2))
     assert torch.equal(decode_file(saved(tmp_path / "rgba.png", rgba)), as_tensor(PIXELS))
@@ -46,7 +46,7 @@ def test_a_transparent_palette_gives_its_colours(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_an_exif_orientation_is_not_applied(tmp_path, orientation):
-    """As torchvision's ImageFolder, which published training code reads through: pixels as they are stored."""
+    """Pixels as stored, as in torchvision's ImageFolder, which published training code uses."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     plain = decode_file(saved(tmp_path / "plain.jpg", Image.fromarray(PIXELS)))
@@ -70,7 +70,7 @@ def test_pixels_of_32_bits_are_refused_where_pillow_would_clip_them(tmp_path, mo
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("prefix", [b"", b"\xff" * 5], ids=["plain", "filled"])
 def test_a_jpeg_that_claims_to_be_huge_is_refused_by_its_header(tmp_path, progressive, prefix):
-    """A file of 1 KB, whose decoding would take 12 GB."""
+    """A file of 1 KB that would take 12 GB to decode."""
     file = io.BytesIO()
     Image.fromarray(PIXELS).save(file, "jpeg", progressive=progressive)
     data = file.getvalue()
@@ -104,8 +104,8 @@ def test_other_huge_files_are_refused_before_their_pixels_are_unpacked(tmp_path,
             decode_file(str(tmp_path / f"huge.{ending}"))
 
 
-def test_a_thread_of_pixels_is_refused(tmp_path):
-    """Brought to a short side of 224 it would take 224 x 224 x 2000 x 3 bytes; the greatest that is read still fits."""
+def test_an_extremely_thin_image_is_refused(tmp_path):
+    """Resized to a short side of 224 it would take 224 x 224 x 2000 x 3 bytes; the thinnest image that is read fits."""
     with pytest.raises(UnreadableImage, match="2000 x 1 pixels, one side more than 1000 times the other"):
         decode_file(saved(tmp_path / "wide.png", Image.new("RGB", (2 * MAX_ASPECT, 1))))
     with pytest.raises(UnreadableImage, match="one side more than"):
@@ -116,8 +116,8 @@ def test_a_thread_of_pixels_is_refused(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("kind", ["jpeg", "png", "gif", "bmp", "tiff", "webp"])
-def test_whatever_bytes_are_wrong_there_is_one_error(tmp_path, kind):
-    """60 files of each kind with a few bytes changed, or cut off: an image or `UnreadableImage`, nothing else."""
+def test_any_damage_gives_an_image_or_one_kind_of_error(tmp_path, kind):
+    """60 files of each kind, with a few bytes changed or the end cut off."""
     rng = np.random.default_rng(0)
     file = io.BytesIO()
     Image.fromarray(PIXELS).save(file, kind)

@@ -1,4 +1,4 @@
-"""Folders and lists of images: what they give, what every kind of damage says, and files of every kind."""
+"""Folders and lists of images: their contents, the errors of every kind of damage, and every kind of file."""
 
 import io
 import tarfile
@@ -67,7 +67,7 @@ def test_a_folder_per_class_is_read_in_sorted_order(tmp_path, splits, val):
     assert torch.equal(dataset.train.images, torch.stack(expected))
 
 
-def test_a_folder_without_splits_holds_a_test_out(tmp_path):
+def test_a_folder_without_splits_holds_out_a_test_set(tmp_path):
     tree(tmp_path, ("",), (6, 5))
     dataset = open_dataset(folder(tmp_path, test_per_class=2))
     assert dataset.counts_C.tolist() == [4, 3]
@@ -87,7 +87,7 @@ def test_sets_are_resident_or_streamed_as_asked(tmp_path):
     assert isinstance(open_dataset(folder(tmp_path, augment=crop, resident="always")).train, ResidentImages)
 
 
-def test_differing_shapes_have_no_one_shape(tmp_path):
+def test_images_of_different_shapes_have_no_common_shape(tmp_path):
     picture(tree(tmp_path) / "train" / "class0" / "0.jpg", size=(20, 30))
     assert open_dataset(folder(tmp_path)).raw_image_shape is None
 
@@ -133,7 +133,9 @@ def test_an_empty_root_and_a_wrong_number_of_classes_are_refused(tmp_path):
 def test_a_damaged_image_is_named_wherever_it_is_decoded(tmp_path, damage, resident, processes):
     if processes and resident == "always":
         pytest.skip("resident sets use no loader process")
-    victim = tree(tmp_path, counts=(4, 18)) / "train" / "class1" / "10.jpg"  # not among those that are looked at first
+    victim = (
+        tree(tmp_path, counts=(4, 18)) / "train" / "class1" / "10.jpg"
+    )  # not among the files that are opened for their shape
     victim.write_bytes(damage(victim.read_bytes()))
     chosen = folder(tmp_path, resident=resident, loader_processes=processes)
     with pytest.raises(ValueError, match=r"class1/10.jpg") as raised:
@@ -255,7 +257,7 @@ def test_a_bad_list_names_file_and_line_or_key(tmp_path, train, test, more, mess
 
 @pytest.mark.skipif(not LOCAL_CIFAR10.is_file(), reason="optional local data is not there")
 def test_real_jpegs_open_as_a_folder(tmp_path):
-    """The archive's first twelve pictures, split by hand into two classes and a test."""
+    """The first twelve pictures of the archive, split by hand into two classes and a test set."""
     with tarfile.open(LOCAL_CIFAR10) as archive:
         members = [m for m, _ in zip((m for m in archive if m.isfile()), range(12), strict=False)]
         for i, member in enumerate(members):
