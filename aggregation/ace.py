@@ -48,11 +48,6 @@ class Ace(Aggregator):
         norm_power: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
         """p, the row norms are taken to this power before their mean; sources have 1 and 2."""
 
-        @property
-        def group_rule(self) -> GroupRule:
-            """See `AggregatorSettings.group_rule`."""
-            return self.groups
-
         def check_head(self, head: Any) -> None:
             """Refuse a head whose row norms are not known."""
             if not issubclass(piece("head", head.name), MEASURABLE):

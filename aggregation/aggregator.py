@@ -59,8 +59,8 @@ class AggregatorSettings(Settings):
 
     @property
     def group_rule(self) -> GroupRule | None:
-        """How the classes are cut into groups for the experts; None where they are not cut."""
-        return None
+        """The rule that cuts the classes into groups for the experts: the field `groups`, if there is one."""
+        return getattr(self, "groups", None)
 
     def check_experts(self, names: Sequence[str]) -> None:
         """Refuse an ensemble of other experts than the rule is for.

@@ -57,7 +57,7 @@ class FlowSettings(Settings):
 
     @property
     def skips_images(self) -> bool:
-        """Whether experts may leave out some images, so that a step computes at most what a blank one does."""
+        """Whether experts may leave out some images, so that a step costs at most what `plan` counts."""
         return False
 
 

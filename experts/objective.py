@@ -41,8 +41,8 @@ class ObjectiveSettings(Settings):
 
     @property
     def group_rule(self) -> GroupRule | None:
-        """How the classes are cut into groups for the experts or teachers; None where they are not cut."""
-        return None
+        """The rule that cuts the classes into groups for experts or teachers: the field `groups`, if there is one."""
+        return getattr(self, "groups", None)
 
     @property
     def switches(self) -> Mapping[str, int]:

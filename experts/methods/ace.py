@@ -104,11 +104,6 @@ class ACE(Objective):
         """Images of the global batch that an expert must see, otherwise it skips the step; 2 where its maps shrink to
         1 x 1, since BatchNorm cannot train on one value."""
 
-        @property
-        def group_rule(self) -> GroupRule:
-            """See `ObjectiveSettings.group_rule`."""
-            return self.groups
-
     flow: ClassVar[str | None] = "ace"
     num_experts_allowed: ClassVar[tuple[int, ...]] = (2, 3, 4)
     roles: ClassVar[str] = "published 3 and 4"

@@ -157,11 +157,6 @@ class LFME(Objective):
             """Names of the groups: a stage needs a teacher for each."""
             return TEACHERS
 
-        @property
-        def group_rule(self) -> GroupRule:
-            """See `ObjectiveSettings.group_rule`."""
-            return self.groups
-
     prepares: ClassVar[bool] = True
     observes: ClassVar[bool] = True
     num_experts_allowed: ClassVar[tuple[int, ...]] = (1,)

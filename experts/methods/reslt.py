@@ -96,11 +96,6 @@ class ResLT(Objective):
         groups: GroupRule = GroupRule()
         """Classes of the branches; with two branches and rule "count", the second learns medium and few."""
 
-        @property
-        def group_rule(self) -> GroupRule:
-            """See `ObjectiveSettings.group_rule`."""
-            return self.groups
-
     num_experts_allowed: ClassVar[tuple[int, ...]] = (3, 2)
     roles: ClassVar[str] = "branches for all classes, for medium and few, and with 3 for few alone"
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = (
