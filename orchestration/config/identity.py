@@ -1,4 +1,4 @@
-"""What makes two runs the same: the keys that a resume must find unchanged."""
+"""The identity of a run: the keys that must not change between its start and a resume."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from orchestration.config.run_config import (
-    RunConfig,
-)
+from orchestration.config.run_config import RunConfig
 
 MAY_CHANGE = (
     "cluster",
@@ -22,12 +20,12 @@ MAY_CHANGE = (
     "dataset.download",
     "dataset.loader_processes",
 )
-"""What a resume may say differently; `run.evaluate_every_epochs` and `run.select_on` may not (`identity`). Other data
-under a moved root or list is found by its digest."""
+"""Keys that a resume may change, except `run.evaluate_every_epochs` and `run.select_on` (see `identity`). Other data
+under a moved root or list is detected by its digest."""
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
-    """The part of a config that decides the numbers, as one flat mapping of dotted keys."""
+    """Return the part of a config that determines the results, as a flat mapping of dotted keys."""
     flat = flatten(config.model_dump(mode="json"))
     kept = {key: value for key, value in flat.items() if not _covered(key, MAY_CHANGE)}
     for key in ("run.evaluate_every_epochs", "run.select_on"):
@@ -36,12 +34,12 @@ def identity(config: RunConfig) -> dict[str, Any]:
 
 
 def config_hash(config: RunConfig) -> str:
-    """Twelve hexadecimal digits that name the identity of a run."""
+    """Return twelve hexadecimal digits that name the identity of a run."""
     return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Lines 'key: old -> new' for every key in which two identities differ."""
+    """Return a line 'key: old -> new' for every key in which two identities differ."""
     absent = object()
     lines = []
     for key in sorted(old.keys() | new.keys()):
@@ -52,7 +50,7 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def published(config: RunConfig) -> str | None:
-    """One line with the published result, or None where there is none for exactly this config."""
+    """Return one line with the published result, or None if there is none for exactly this config."""
     expected = config.method.expected
     if expected is None:
         return None
@@ -64,7 +62,7 @@ def published(config: RunConfig) -> str | None:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys for a nested mapping; lists and empty mappings are values."""
+    """Flatten a nested mapping to dotted keys; lists and empty mappings count as values."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:

@@ -9,10 +9,10 @@ import orchestration
 
 
 def expand(path: str) -> Path:
-    """An operator's path: ~ and environment variables resolved."""
+    """Return an operator's path with ~ and environment variables replaced."""
     return Path(os.path.expandvars(os.path.expanduser(path)))
 
 
 def code_root() -> Path:
-    """The folder that our packages lie in: a checkout, or site-packages."""
+    """Return the folder of our packages: a checkout, or site-packages."""
     return Path(orchestration.__file__).resolve().parents[1]

@@ -1,4 +1,8 @@
-"""The schema of a recipe, and what of one does not fit together: stages, flows, objectives, teachers, names."""
+"""The schema of a recipe, and the checks that its parts fit together.
+
+First the schema, from optimiser to method. Then `recipe_problems`, which validates a `MethodConfig`:
+names of experts, flow and objective, teachers, what learns, order of stages.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +20,11 @@ from experts.ensemble import check_names
 from experts.flows.plain import Plain
 from experts.registry import Settings, choice, import_pieces, piece, registered_names
 
-import_pieces(experts, aggregation)  # the fields below take the config of any registered piece
+import_pieces(experts, aggregation)  # the fields below accept the config of any registered piece
 
 
 class PieceOf:
-    """Marks a field that holds the config of any registered piece of one kind, told apart by its `name`."""
+    """Marks a field for the config of any registered piece of one kind; its `name` says which."""
 
     def __init__(self, kind: str, *, optional: bool = False) -> None:
         self.kind = kind
@@ -32,14 +36,14 @@ class PieceOf:
 
 
 class OptimizerConfig(Settings):
-    """SGD, as every method of the field uses it."""
+    """SGD, the optimiser of every published method here."""
 
     lr: Annotated[float, Field(gt=0)]
-    """Base learning rate; the stage's lr_schedule multiplies it."""
+    """Base learning rate, multiplied by the stage's lr_schedule."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """L2 penalty on every trainable parameter, BatchNorm's included, as published."""
+    """L2 penalty on every trainable parameter including BatchNorm's, as published."""
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> OptimizerConfig:
@@ -49,14 +53,14 @@ class OptimizerConfig(Settings):
 
 
 class ModelSource(Settings):
-    """A trained ensemble: of a stage of this run, or of another run."""
+    """A trained ensemble, from a stage of this run or from another run."""
 
     stage: str | None = None
-    """A stage of this run that comes earlier."""
+    """An earlier stage of this run."""
     run: str | None = None
     """Folder of a finished run."""
     weights: Literal["last", "best"] = "last"
-    """Which of its models."""
+    """Which of its two models."""
 
     @model_validator(mode="after")
     def _one_of_both(self) -> ModelSource:
@@ -76,29 +80,29 @@ class Teacher(ModelSource):
 
 
 class ClassSubset(Settings):
-    """Some of the classes, and nothing of the others: a stage's data and label space."""
+    """The classes that a stage knows: its images and its logits are of these alone."""
 
     group: Literal["many", "medium", "few"]
     rule: GroupRule = GroupRule()
-    """What makes the three groups."""
+    """How classes are divided into the three groups."""
 
 
 class Mixup(Settings):
-    """Blends every training image with another of its batch; the loss is blended likewise.
+    """Blends every training image with another one of its batch, and their losses with the same weights.
 
     Source: Zhang et al. 2018, arXiv:1710.09412.
     """
 
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """Of the Beta(alpha, alpha) that the share of the first image is drawn from, once a batch."""
+    """The share of the first image is drawn from Beta(alpha, alpha), once per batch."""
 
 
 Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class LrFactors(Settings):
-    """What the learning rate of each part of the ensemble is multiplied with, no unit. Objectives may have factors for
-    each expert besides; the two are multiplied."""
+    """Factors of the learning rate for each part of the ensemble, no unit. An objective may have a further factor for
+    each expert; the two are multiplied."""
 
     trunk: Factor = 1.0
     features: Factor = 1.0
@@ -116,65 +120,65 @@ class StageConfig(Settings):
     sampler: Annotated[Any, PieceOf("sampler")]
     objective: Annotated[Any, PieceOf("objective")]
     drop_last: bool = False
-    """Leave out the partial last batch of an epoch. Published CIFAR code keeps it."""
+    """Leave out the partial last batch of every epoch. Published CIFAR code keeps it."""
     flow: Annotated[Any, PieceOf("flow")] = Plain.Config()
-    """How images become outputs."""
+    """How images become the outputs that the objective sees."""
     partner_sampler: Annotated[Any, PieceOf("sampler", optional=True)] = None
-    """Of a second batch, paired with the first by row, for flows that need one (bilateral, h2t)."""
+    """Sampler of a second batch, paired with the first row by row, for flows that need one."""
     mixup: Mixup | None = None
     freeze: tuple[Literal["trunk", "features", "heads"], ...] = ()
-    """What does not learn in this stage."""
+    """Parts that do not learn in this stage."""
     lr_factors: LrFactors = LrFactors()
-    """Published for Places-LT from pretrained weights: trunk and features at a tenth of the heads' rate."""
+    """Published for Places-LT with pretrained weights: trunk and features at a tenth of the heads' rate."""
     frozen_batchnorm: Literal["eval", "train"] = "eval"
-    """BatchNorm of what is frozen: "eval" uses its running statistics; "train" those of the batch, and moves them."""
+    """BatchNorm of frozen parts: "eval" uses running statistics, "train" the batch's and updates the running ones."""
     teachers: dict[str, Teacher] = Field(default_factory=dict)
-    """By name; objectives and distillations that learn from them say which names they know."""
+    """By name. An objective or a distillation that learns from teachers says which names it knows."""
     distillation: Annotated[Any, PieceOf("distillation", optional=True)] = None
     after: tuple[str, ...] | None = None
-    """Stages that must have ended before. Unset: the one before in the recipe. Stages that wait for none of each other
-    run side by side where the cluster has places, each on workers of its own."""
+    """Stages that must end before this one starts. Unset: the previous one. Stages that do not wait for each other
+    train side by side if the cluster has room, each on its own workers."""
     start_from: ModelSource | None = None
-    """Weights to begin with. Unset: those of the stage before in the recipe, if `after` is unset, else new ones."""
+    """Initial weights. Unset: those of the previous stage if `after` is unset, otherwise new ones."""
     classes: ClassSubset | None = None
-    """Unset: all."""
+    """Classes that the stage knows. Unset: all."""
     aggregator: Annotated[Any, PieceOf("aggregator", optional=True)] = None
-    """How the experts are combined once this stage has begun. Unset: the method's rule."""
+    """How the experts are combined from this stage on. Unset: the method's rule."""
     experts: tuple[str, ...] | None = None
-    """Names of this stage's experts where they are not the method's: another ensemble, of the same make."""
+    """Names of this stage's experts if they are not the method's: another ensemble of the same architecture."""
 
 
 class Expected(Settings):
-    """A published result, and what it holds for. Shown beside a run only where the run meets every condition."""
+    """A published result and its conditions. Shown beside a run only if the run meets every condition."""
 
     top1: dict[str, float]
-    """Percent, by group."""
+    """Top-1 accuracy in percent, by group."""
     remark: str
-    """What made the number: source, epoch chosen on which split, what the recipe here lacks."""
+    """Where the number comes from: source, the split that chose the epoch, what the recipe here lacks."""
     conditions: dict[str, Any] = Field(default_factory=dict)
-    """Dotted keys of the config and the values they must have."""
+    """Dotted keys of the config and the values that they must have."""
 
 
 class MethodConfig(Settings):
-    """A recipe: experts, their stages in order, how they are combined at test time."""
+    """A recipe: the experts, the stages that train them, and how they are combined at test time."""
 
     name: str
     num_experts: Annotated[int, Field(ge=1, le=8)]
     reduce_dimension: bool = False
-    """RIDE's thinner late stages (24 and 48 channels in place of 32 and 64)."""
+    """Thinner late stages as in RIDE: 24 and 48 channels instead of 32 and 64."""
     head: Annotated[Any, PieceOf("head")]
     aggregator: Annotated[Any, PieceOf("aggregator")]
     experts: tuple[str, ...] | None = None
     """Names of the experts, in the order of the logits. Unset: expert0, expert1, ..."""
     shared_head: bool = False
-    """One head for all experts, as ResLT has it."""
+    """One head for all experts, as in ResLT."""
     router: Annotated[Any, PieceOf("router", optional=True)] = None
-    """Decides per image how many experts to ask, once a stage has trained it."""
+    """Decides for each image how many experts to run, once a stage has trained it."""
     backbone_weights: str | None = None
-    """Pretrained weights, written by `expertail import-weights`, that new networks begin with. Unset: random ones."""
+    """Pretrained weights for new networks, a file written by `expertail import-weights`. Unset: random weights."""
     stages: Annotated[dict[str, StageConfig], Field(min_length=1)]
     expected: Expected | None = None
-    """What was published for this recipe on this data; for the report only."""
+    """The published result of this recipe on this data; used by reports only."""
 
     @model_validator(mode="after")
     def _pieces_fit(self) -> MethodConfig:
@@ -188,27 +192,27 @@ class MethodConfig(Settings):
         return self.experts or tuple(f"expert{i}" for i in range(self.num_experts))
 
     def names_in(self, stage: str) -> tuple[str, ...]:
-        """Names of the experts that a stage trains."""
+        """Return the names of the experts that a stage trains."""
         return self.stages[stage].experts or self.expert_names
 
     def aggregator_in(self, stage: str) -> Any:
-        """The rule that combines a stage's experts."""
+        """Return the rule that combines a stage's experts."""
         return self.stages[stage].aggregator or self.aggregator
 
     @property
     def final(self) -> str:
-        """The stage that makes what the run is for."""
+        """The stage that trains the run's result: the last."""
         return list(self.stages)[-1]
 
     def waits_for(self, stage: str) -> tuple[str, ...]:
-        """Stages that must have ended before a stage begins."""
+        """Return the stages that must end before a stage starts."""
         names = list(self.stages)
         place = names.index(stage)
         after = self.stages[stage].after
         return tuple(names[place - 1 : place]) if after is None else after
 
     def starts_from(self, stage: str) -> ModelSource | None:
-        """The weights that a stage begins with; None for new ones."""
+        """Return the initial weights of a stage; None for new ones."""
         config = self.stages[stage]
         before = self.waits_for(stage)
         if config.start_from is None and config.after is None and before:
@@ -216,7 +220,7 @@ class MethodConfig(Settings):
         return config.start_from
 
     def waves(self) -> list[list[str]]:
-        """Stages that may run side by side, wave after wave."""
+        """Group stages into waves: those of one wave may train side by side, once the waves before have ended."""
         waves: list[list[str]] = []
         done: set[str] = set()
         while len(done) < len(self.stages):
@@ -226,7 +230,7 @@ class MethodConfig(Settings):
 
 
 def stage_classes(method: MethodConfig, stage: str, counts: list[int]) -> list[int]:
-    """Class ids that a stage knows, in the order of its logits."""
+    """Return the class ids that a stage knows, in the order of its logits."""
     subset = method.stages[stage].classes
     if subset is None:
         return list(range(len(counts)))
@@ -235,7 +239,7 @@ def stage_classes(method: MethodConfig, stage: str, counts: list[int]) -> list[i
 
 
 def recipe_problems(method: MethodConfig) -> Iterator[str]:
-    """What does not fit, in words that begin with the key, which is one of `method`."""
+    """Yield every problem of a recipe. A problem begins with its key, relative to `method`."""
     yield from _names_problems("experts", method.experts, method.num_experts)
     earlier: list[str] = []
     for name, stage in method.stages.items():

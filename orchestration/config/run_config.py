@@ -1,7 +1,7 @@
-"""The schema of a run: everything a command can say, checked once, every problem in one message.
+"""The schema of a run: every key of the command line, validated once.
 
-`RunConfig` is what a run means. Keys under `cluster`, `tracking` and most of `run` say where and how it is carried
-out; they may change between a start and a resume. All others are the run's identity (`identity`).
+Keys under `cluster`, `tracking` and most of `run` say where and how a run is carried out; they may change between a
+start and a resume. All other keys are the run's identity (identity.py).
 """
 
 from __future__ import annotations
@@ -19,49 +19,49 @@ from orchestration.config.recipe import MethodConfig, PieceOf
 
 
 class EngineConfig(Settings):
-    """What carries out a step."""
+    """How a training step is computed."""
 
     name: Literal["deepspeed", "torch"] = "deepspeed"
-    """'torch' is the control run that tests compare DeepSpeed with."""
+    """'torch' is the control that tests compare DeepSpeed with."""
     zero_stage: Literal[1, 2] = 1
     precision: Literal["float32", "float64", "autocast"] = "float32"
     """'autocast' computes the network in bfloat16 and keeps weights in float32."""
     threads: Annotated[int, Field(ge=1)] | None = None
-    """CPU threads per worker. Changes results in the last bits, so the number found at the first start is kept in the
-    run's config.yaml. Unset: the whole CPUs of a worker, at least 1."""
+    """CPU threads per worker. They change results in the last bits, so the number of the first start is stored in the
+    run's config.yaml. Unset: as many as a worker has whole CPUs, at least 1."""
     sync_batchnorm: bool = True
-    """BatchNorm over the global batch when one expert's batch is split over several workers."""
+    """Use statistics of the global batch where an expert's batch is split over several workers."""
 
 
 class ClusterConfig(Settings):
-    """Where a run lives. Never changes what it computes beyond rounding."""
+    """Where a run is carried out. Never changes its results beyond rounding."""
 
     address: str | None = None
-    """Ray's address; 'auto' for the cluster this machine belongs to. Unset: RAY_ADDRESS, else its own Ray."""
+    """Ray's address; 'auto' for the cluster of this machine. Unset: RAY_ADDRESS, else its own Ray."""
     workers: Annotated[int, Field(ge=1)] = 1
     experts_per_worker: Annotated[int, Field(ge=1)] | None = None
-    """Unset: 1 worker holds all experts (packed); a multiple of the number of experts holds one each (spread)."""
+    """Unset: 1 worker holds all experts (packed); with a multiple of the number of experts, each holds one (spread)."""
     cpus_per_worker: Annotated[float, Field(gt=0)] | None = None
-    """Share of CPUs, may be a fraction. Unset: the cluster's CPUs divided by the workers."""
+    """CPUs of a worker, which may be a fraction. Unset: the cluster's CPUs divided by the workers."""
     gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0
-    """0 computes on CPU with gloo, 1 on one GPU with NCCL."""
+    """0 computes on the CPU with gloo, 1 on one GPU with NCCL."""
     placement_timeout_s: Annotated[float, Field(gt=0)] = 8.0
-    """How long to wait for resources that exist but are taken."""
+    """Seconds to wait for resources that exist but are in use."""
     heartbeat_timeout_s: Annotated[float, Field(gt=0)] = 300.0
-    """A worker that finishes no step, image batch or file for this long is taken to hang."""
+    """A worker that finishes no step, image batch or file for this many seconds counts as hanging."""
     side_by_side: Annotated[int, Field(ge=1)] | None = None
-    """Stages that may train at once, each on workers of its own. Unset: as many as the recipe has and the cluster has
-    places for."""
+    """The most stages that may train at once, each on its own workers. Unset: as many as the recipe allows and the
+    cluster has room for."""
     max_failures: Annotated[int, Field(ge=0)] = 5
-    """Restarts in a row after a worker died, without a new checkpoint of the stage between, before the run gives up."""
+    """Restarts after a worker died, in a row without a new checkpoint of the stage, before the run gives up."""
     max_preemptions: Annotated[int, Field(ge=0)] = 100
-    """Times that nodes may be taken away from one start of the command before it ends with exit status 75."""
+    """How often nodes may be taken away during one start before the command ends with exit code 75."""
     standby: Annotated[int, Field(ge=0, le=8)] = 0
-    """Spare worker processes kept warm, libraries loaded and data opened, so that a dead worker is replaced in seconds.
-    Each holds about as much memory as a worker before training. CPU only."""
+    """Spare worker processes with libraries loaded and data opened, so that a dead worker is replaced in seconds. Each
+    holds about as much memory as a worker before training. CPU only."""
     memory_gib_per_worker: Annotated[float, Field(gt=0)] | None = None
-    """Memory of a worker's process, GiB: asked of Ray when workers are placed, and a limit above which the run ends
-    with a message. Unset: whatever there is."""
+    """Memory of a worker's process, GiB: requested from Ray for its placement, and a limit above which the run ends
+    with a message. Unset: no limit."""
 
     @model_validator(mode="after")
     def _spares_on_cpu(self) -> ClusterConfig:
@@ -74,45 +74,45 @@ class ClusterConfig(Settings):
 
 
 class RunSettings(Settings):
-    """The run folder and what is written to it when."""
+    """The run folder, and what is written to it and when."""
 
     name: str | None = None
     """Folder below run.dir. Unset: method-dataset-seed."""
     dir: str = "runs"
-    """A folder that all nodes share, or a URL that fsspec opens, as s3://bucket/runs."""
+    """A folder that all nodes share, or a URL that fsspec can open, e.g. s3://bucket/runs."""
     local_dir: str = "~/.cache/expertail/runs"
-    """Where the driver works while run.dir is a URL."""
+    """The driver's working folder if run.dir is a URL."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
-    """Stop after this many optimiser steps of the last stage reached, evaluate, exit 0."""
+    """Stop after this many optimiser steps, counted over all stages; evaluate and exit 0."""
     evaluate_every_epochs: Annotated[int, Field(ge=1)] = 1
-    """Every evaluation is a chance to be 'best'. The last epoch is always evaluated."""
+    """The 'best' model is chosen among the evaluated epochs. The last epoch is always evaluated."""
     evaluation_batch_size: Annotated[int, Field(ge=1)] = 256
     select_on: Literal["auto", "val", "test"] = "auto"
-    """The split that chooses 'best'. auto: val where there is one, else test, named as such in every table."""
+    """The split that chooses the 'best' model. auto: val if there is one, else test; every table names it."""
     checkpoint_every_steps: Annotated[int, Field(ge=1)] = 500
-    """Besides one at the end of every evaluated epoch."""
+    """In addition to one at the end of every evaluated epoch."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     pictures: bool = True
-    """Draw report/*.png at the end; some seconds a run. report/table.txt is written in any case."""
+    """Draw report/*.png at the end, which takes some seconds. report/table.txt is always written."""
     log_interval_s: Annotated[float, Field(gt=0)] = 10.0
     """Seconds between plain progress lines."""
 
 
 class TrackingConfig(Settings):
-    """MLflow. The run folder is the truth; this is its mirror."""
+    """MLflow. The run folder is the original; MLflow has a copy."""
 
     enabled: bool = True
     uri: str | None = None
     """Tracking server or store. Unset: a SQLite file in run.dir."""
     experiment: str = "expertail"
     final_wait_s: Annotated[float, Field(ge=0)] = 60.0
-    """How long the end of a run may wait for the upload to finish."""
+    """Seconds that the end of a run may wait for the upload to finish."""
     log_model: bool = True
     """Upload the trained ensembles, last and best, as MLflow models."""
 
 
 class RunConfig(Settings):
-    """Everything one run is made of."""
+    """The whole config of a run."""
 
     seed: Annotated[int, Field(ge=0)] = 0
     method: MethodConfig
@@ -132,7 +132,7 @@ class RunConfig(Settings):
 
     @property
     def side_by_side(self) -> int:
-        """The most stages that train at once, where the cluster has places."""
+        """The most stages that train at once if the cluster has room."""
         widest = max(map(len, self.method.waves()))
         return min(widest, self.cluster.side_by_side or widest)
 
@@ -157,22 +157,22 @@ _LONGEST_NAME = 200  # bytes of a folder's name; file systems allow 255
 
 
 def name_problems(config: RunConfig) -> Iterator[str]:
-    """Names that become names of files and folders, and would lie elsewhere or be no such name."""
+    """Yield a problem for each name that cannot name a file or folder, or would put it elsewhere."""
     name = config.run_name
-    fits = name.isprintable() and len(name.encode()) <= _LONGEST_NAME  # what cannot be encoded is not printable
+    fits = name.isprintable() and len(name.encode()) <= _LONGEST_NAME  # printable text can always be encoded
     if not fits or name.startswith(".") or set("/\\") & set(name):
-        whence = "" if config.run.name else " (made of method.name, dataset.name and seed)"
+        origin = "" if config.run.name else " (made of method.name, dataset.name and seed)"
         yield (
-            f"run.name = {name!r}{whence}: needed the name of one folder, of at most {_LONGEST_NAME} bytes, "
+            f"run.name = {name!r}{origin}: needed the name of one folder, of at most {_LONGEST_NAME} bytes, "
             f"without / and not beginning with a dot; where that folder lies is run.dir"
         )
     for stage in config.method.stages:
         if not re.fullmatch(r"[\w-]+", stage):
-            yield f"method.stages: {stage!r} is no name of a stage; needed letters, digits, _ and - alone"
+            yield f"method.stages: {stage!r} is no name of a stage; needed letters, digits, _ and - only"
 
 
 def data_problems(config: RunConfig) -> Iterator[str]:
-    """What of the data does not fit the recipe, as far as the config says."""
+    """Yield a problem for each stage that needs other data, as far as the config tells."""
     data = config.dataset
     if data.val_per_class or data.val_list or data.source == "image_folder":  # a folder may have val/ beside test/
         return
