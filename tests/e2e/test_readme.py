@@ -173,6 +173,17 @@ def test_tables_of_systems_are_what_was_measured(document, first, data):
         assert [method, *numbers] in table
 
 
+def test_the_output_of_the_demo_is_what_was_measured():
+    """For seed 0, the one of `make demo`."""
+    measured = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())["seeds"]["0"]
+    shown = re.findall(r"^(ensemble|expert\d)((?: +\d+\.\d\d){8})$", DOCUMENTS["README.md"], re.MULTILINE)
+    groups = ("all", "many", "medium", "few")
+    assert {member: [float(number) for number in numbers.split()] for member, numbers in shown} == {
+        member: [measured[which]["top1"][member][group] for group in groups for which in ("last", "best")]
+        for member in measured["last"]["top1"]
+    }
+
+
 HOLE = "\x00"
 OTHERS = {
     "Authentication token is missing or incorrect", "Command failed", "Failed to download runtime_env file package",
