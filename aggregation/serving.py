@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ DESCRIPTION = "model.json"
 
 
 class Preprocessing(Settings):
-    """What of a dataset's config decides how its images reach the network."""
+    """The part of a dataset's config that decides how its images reach the network."""
 
     name: str
     image_size: int
@@ -51,7 +52,7 @@ class Preprocessing(Settings):
     eval: Evaluation
 
     def dataset_config(self) -> DatasetConfig:
-        """As the data side wants it; the source only says who reads files, and here nobody does."""
+        """Return it as a dataset's config; its source, which says who reads files, is not used here."""
         return DatasetConfig(
             name=self.name, source="image_folder", image_size=self.image_size, mean=self.mean, std=self.std,
             eval=self.eval,
@@ -82,76 +83,55 @@ class Description(Settings):
     """Of model.safetensors."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """The data that an ensemble was trained on, as far as serving it needs to know.
+
+    Attributes:
+        dataset: config of the dataset, for the preprocessing.
+        class_names: C names.
+        counts: training images per class.
+        image_shape: height, width, channels of the raw images; None if they differ.
+    """
+
+    dataset: DatasetConfig
+    class_names: Sequence[str]
+    counts: Sequence[int]
+    image_shape: Sequence[int] | None
+
+
 def export_model(
     folder: str | os.PathLike[str],
     state: Mapping[str, Tensor],
-    *,
-    backbone: Settings,
-    head: Settings,
+    config: EnsembleConfig,
     aggregator: Settings,
-    dataset: DatasetConfig,
-    expert_names: Sequence[str],
-    reduce_dimension: bool,
-    class_names: Sequence[str],
-    counts: Sequence[int],
-    image_shape: Sequence[int] | None,
-    shared_head: bool = False,
-    router: Settings | None = None,
+    data: TrainingData,
 ) -> None:
     """Write a trained ensemble; a folder that exists is replaced once the new one is complete.
 
     Args:
         folder: such as `runs/<name>/export/best`.
         state: `Ensemble.state_dict()` of the whole ensemble, on any device; floating tensors are kept as float32.
-        backbone: config of the "model" piece.
-        head: config of the "head" piece.
+        config: what the ensemble was built from, all its experts.
         aggregator: config of the "aggregator" piece.
-        dataset: config of the dataset, for the preprocessing.
-        expert_names: of all experts, in the order of the logits.
-        reduce_dimension: as the ensemble was built.
-        class_names: C names.
-        counts: training images per class.
-        image_shape: height, width, channels of the raw images; None if they differ.
-        shared_head: whether all experts have one head.
-        router: config of the "router" piece, if there is one.
+        data: what it was trained on.
 
     Raises:
         ValueError: the tensors do not fit the description.
     """
     folder = Path(folder)
-    tensors = {}
-    for name, tensor in state.items():
-        value = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype)
-        tensors[name] = value.clone(memory_format=torch.contiguous_format)  # shared memory cannot be saved
     scratch = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
-        save_file(tensors, scratch / TENSORS)
-        description = Description(
-            format=FORMAT,
-            backbone=backbone.model_dump(mode="json"),
-            head=head.model_dump(mode="json"),
-            aggregator=aggregator.model_dump(mode="json"),
-            expert_names=tuple(expert_names),
-            reduce_dimension=reduce_dimension,
-            shared_head=shared_head,
-            router=None if router is None else router.model_dump(mode="json"),
-            num_classes=len(class_names),
-            class_names=tuple(class_names),
-            counts=tuple(counts),
-            preprocessing=Preprocessing(
-                name=dataset.name, image_size=dataset.image_size, mean=dataset.mean, std=dataset.std, eval=dataset.eval
-            ),
-            image_shape=(None, None, 3) if image_shape is None else (image_shape[0], image_shape[1], image_shape[2]),
-            tensors_sha256=_sha256(scratch / TENSORS),
-        )
+        save_file(_stored_tensors(state), scratch / TENSORS)
+        description = _describe(config, aggregator, data, _sha256(scratch / TENSORS))
         (scratch / DESCRIPTION).write_text(json.dumps(description.model_dump(mode="json"), indent=1) + "\n")
         load_model(scratch)  # refuse what could not be served
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    old = folder.with_name(f".{folder.name}.old")
+    old = folder.with_name(f".{folder.name}.old")  # a folder cannot be renamed onto another one that has files
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.rename(folder, old)
@@ -159,12 +139,42 @@ def export_model(
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _stored_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    tensors = {}
+    for name, tensor in state.items():
+        value = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype)
+        tensors[name] = value.clone(memory_format=torch.contiguous_format)  # shared memory cannot be saved
+    return tensors
+
+
+def _describe(config: EnsembleConfig, aggregator: Settings, data: TrainingData, sha256: str) -> Description:
+    dataset, shape = data.dataset, data.image_shape
+    return Description(
+        format=FORMAT,
+        backbone=config.backbone.model_dump(mode="json"),
+        head=config.head.model_dump(mode="json"),
+        aggregator=aggregator.model_dump(mode="json"),
+        expert_names=tuple(config.expert_names),
+        reduce_dimension=config.reduce_dimension,
+        shared_head=config.shared_head,
+        router=None if config.router is None else config.router.model_dump(mode="json"),
+        num_classes=len(data.class_names),
+        class_names=tuple(data.class_names),
+        counts=tuple(data.counts),
+        preprocessing=Preprocessing(
+            name=dataset.name, image_size=dataset.image_size, mean=dataset.mean, std=dataset.std, eval=dataset.eval
+        ),
+        image_shape=(None, None, 3) if shape is None else (shape[0], shape[1], shape[2]),
+        tensors_sha256=sha256,
+    )
+
+
 def load_model(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> ServedModel:
     """Build the ensemble that a folder describes, in evaluation mode.
 
     Raises:
         ValueError: a file is missing or damaged, was written in another format, or a tensor is missing, unknown or of
-            another shape. Names the file.
+            another shape; names the file.
     """
     folder = Path(folder)
     description = read_description(folder / DESCRIPTION)
@@ -173,7 +183,7 @@ def load_model(folder: str | os.PathLike[str], device: torch.device | str = "cpu
         raise ValueError(f"{path}: missing; export the model again, or copy the whole folder")
     if _sha256(path) != description.tensors_sha256:
         raise ValueError(
-            f"{path}: damaged: its SHA-256 is not the one in {DESCRIPTION}; export the model again, or copy it anew"
+            f"{path}: damaged: its SHA-256 is not the one in {DESCRIPTION}; export the model again, or copy it again"
         )
     try:
         tensors = load_file(path)
@@ -242,7 +252,7 @@ class ServedModel:
         return np.concatenate(rows)
 
     def outputs(self, images_B3HW: Tensor) -> Outputs:
-        """What the experts say of images that are normalised already; gradients are off only if the caller says so."""
+        """Return the experts' outputs for images that are normalised already. The caller decides about gradients."""
         logits_EBC, gates_EB = self.ensemble.outputs(images_B3HW)
         return Outputs(logits_EBC, self._numbers_EK.to(logits_EBC.device), gates_EB)
 
@@ -265,12 +275,12 @@ class ServedModel:
 
 
 def _load_pyfunc(path: str) -> ServedModel:
-    """What MLflow calls: the exported folder -> an object with `predict`."""
+    """Load an exported folder for MLflow, which needs an object with `predict`."""
     return load_model(path)
 
 
 def read_description(path: Path) -> Description:
-    """What a model.json says.
+    """Read a model.json.
 
     Raises:
         ValueError: it is missing or damaged, or was written in another format. Names the file.
@@ -323,12 +333,13 @@ def _check_tensors(path: Path, found: Mapping[str, Tensor], needed: Mapping[str,
 
 
 def _sha256(path: Path) -> str:
+    # orchestration/storage/files.py has the same two lines: a served model must work without orchestration.
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def preprocessing_problem(theirs: Preprocessing, ours: DatasetConfig) -> str | None:
-    """What makes the images of a run unfit for a model of another run, if anything does."""
+    """Return what makes the images of a run unfit for a model of another run; None if they fit."""
     for key in ("image_size", "mean", "std"):
         found, needed = getattr(theirs, key), getattr(ours, key)
         if found != needed:

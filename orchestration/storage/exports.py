@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aggregation.serving import DESCRIPTION, export_model, preprocessing_problem, read_description
+from aggregation.serving import DESCRIPTION, TrainingData, export_model, preprocessing_problem, read_description
 from orchestration.config.paths import expand
 from orchestration.config.recipe import ModelSource, stage_classes
 from orchestration.config.run_config import RunConfig
@@ -100,24 +100,16 @@ def weights_of(checkpoints: Checkpoints, source: ModelSource) -> Path:
 
 def export_stage(config: RunConfig, folder: RunFolder, stage: str, checkpoint: Path, target: Path) -> None:
     """Write the ensemble of a stage's checkpoint as a served folder."""
-    data = folder.read_data()
-    ids = stage_classes(config.method, stage, data["counts"])
-    method = config.method
-    export_model(
-        target,
-        ensemble_state(config, stage, checkpoint),
-        backbone=config.backbone,
-        head=method.head,
-        aggregator=method.aggregator_in(stage),
+    data, method = folder.read_data(), config.method
+    ids = stage_classes(method, stage, data["counts"])
+    trained_on = TrainingData(
         dataset=config.dataset,
-        expert_names=method.names_in(stage),
-        reduce_dimension=method.reduce_dimension,
         class_names=[data["class_names"][c] for c in ids],
         counts=[data["counts"][c] for c in ids],
         image_shape=data["image_shape"],
-        shared_head=method.shared_head,
-        router=method.router,
     )
+    ensemble = config.ensemble(method.names_in(stage), len(ids))
+    export_model(target, ensemble_state(config, stage, checkpoint), ensemble, method.aggregator_in(stage), trained_on)
 
 
 def ensemble_state(config: RunConfig, stage: str, checkpoint: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from aggregation.metrics import Scores
-from aggregation.serving import export_model
+from aggregation.serving import TrainingData, export_model
 from experts import ensemble
 from experts.data.dataset import open_dataset
 from experts.ensemble import build_ensemble, part_of
@@ -114,21 +114,14 @@ def whole(config, stage, num_classes, names=None):
 
 def export(folder, config, stage, dataset, model):
     """A served folder as a finished stage or run leaves it."""
-    export_model(
-        folder,
-        model.state_dict(),
-        backbone=config.backbone,
-        head=config.method.head,
-        aggregator=config.method.aggregator_in(stage),
+    data = TrainingData(
         dataset=config.dataset,
-        expert_names=model.names,
-        reduce_dimension=config.method.reduce_dimension,
         class_names=dataset.class_names,
         counts=dataset.counts_C.tolist(),
         image_shape=dataset.raw_image_shape,
-        shared_head=config.method.shared_head,
-        router=config.method.router,
     )
+    ensemble = config.ensemble(model.names, dataset.num_classes)
+    export_model(folder, model.state_dict(), ensemble, config.method.aggregator_in(stage), data)
     return str(folder)
 
 

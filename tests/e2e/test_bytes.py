@@ -11,8 +11,8 @@ from collections import Counter
 import pytest
 import ray
 
-from aggregation.serving import export_model
-from experts.ensemble import EnsembleConfig, build_ensemble
+from aggregation.serving import TrainingData, export_model
+from experts.ensemble import build_ensemble
 from orchestration.cluster.fleet import Fleet
 from orchestration.config.compose import load_config
 from orchestration.config.recipe import stage_classes
@@ -162,17 +162,18 @@ def test_two_learning_rates_are_filled_up_and_measured_apart(warm):
 
 def exported(config, stage, folder, names=None):
     """Export an untrained ensemble of a stage."""
-    method = config.method
-    names = names or method.names_in(stage)
+    names = names or config.method.names_in(stage)
     counts = plan(config).counts
     ids = stage_classes(config.method, stage, list(counts))
-    arguments = {"expert_names": names, "reduce_dimension": method.reduce_dimension, "shared_head": method.shared_head}
-    model = build_ensemble(EnsembleConfig(config.backbone, method.head, num_classes=len(ids), **arguments), seed=1)
-    export_model(
-        folder, model.state_dict(), backbone=config.backbone, head=method.head,
-        aggregator=load_config(["method=ride"]).method.aggregator, dataset=config.dataset,
-        class_names=[str(c) for c in ids], counts=[counts[c] for c in ids], image_shape=(8, 8, 1), **arguments,
-    )  # fmt: skip
+    ensemble = config.ensemble(names, len(ids))
+    state = build_ensemble(ensemble, seed=1).state_dict()
+    data = TrainingData(
+        dataset=config.dataset,
+        class_names=[str(c) for c in ids],
+        counts=[counts[c] for c in ids],
+        image_shape=(8, 8, 1),
+    )
+    export_model(folder, state, ensemble, load_config(["method=ride"]).method.aggregator, data)
     return str(folder)
 
 

@@ -61,7 +61,7 @@ def add_models(folder):
     import torch
 
     from aggregation.aggregator import MeanLogits
-    from aggregation.serving import export_model
+    from aggregation.serving import TrainingData, export_model
     from experts.backbones.resnet_cifar import ResNetCifar
     from experts.data.config import DatasetConfig
     from experts.ensemble import EnsembleConfig, build_ensemble
@@ -69,15 +69,12 @@ def add_models(folder):
 
     torch.set_num_threads(1)
     backbone, head, names = ResNetCifar.Config(depth=8), CosineHead.Config(), ("expert0", "expert1")
+    config = EnsembleConfig(backbone, head, num_classes=3, expert_names=names, reduce_dimension=False)
+    dataset = DatasetConfig(name="tiny", source="digits")
+    data = TrainingData(dataset=dataset, class_names=("a", "b", "c"), counts=COUNTS, image_shape=(8, 8, 1))
     for seed, which in enumerate(("last", "best")):
-        ensemble = build_ensemble(
-            EnsembleConfig(backbone, head, num_classes=3, expert_names=names, reduce_dimension=False), seed=seed
-        )
-        export_model(
-            folder / "export" / which, ensemble.state_dict(), backbone=backbone, head=head,
-            aggregator=MeanLogits.Config(), dataset=DatasetConfig(name="tiny", source="digits"), expert_names=names,
-            reduce_dimension=False, class_names=("a", "b", "c"), counts=COUNTS, image_shape=(8, 8, 1),
-        )  # fmt: skip
+        state = build_ensemble(config, seed=seed).state_dict()
+        export_model(folder / "export" / which, state, config, MeanLogits.Config(), data)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from aggregation.ace import Ace
 from aggregation.aggregator import MeanLogits, MeanProbabilities, Outputs, Weighted
-from aggregation.serving import DESCRIPTION, TENSORS, _load_pyfunc, _sha256, export_model, load_model
+from aggregation.serving import DESCRIPTION, TENSORS, TrainingData, _load_pyfunc, _sha256, export_model, load_model
 from experts.augmentation.augment import prepare_eval
 from experts.backbones.resnet_cifar import ResNetCifar
 from experts.class_groups import GroupRule
@@ -31,26 +31,23 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def config_of(head=CosineHead, names=NAMES):
+    return EnsembleConfig(
+        ResNetCifar.Config(depth=8), head.Config(), num_classes=4, expert_names=names, reduce_dimension=True
+    )
+
+
 def ensemble(head=CosineHead):
     torch.manual_seed(0)
-    built = build_ensemble(
-        EnsembleConfig(
-            ResNetCifar.Config(depth=8), head.Config(), num_classes=4, expert_names=NAMES, reduce_dimension=True
-        ),
-        seed=1,
-    )
+    built = build_ensemble(config_of(head), seed=1)
     built(torch.randn(8, 3, 16, 16))  # running statistics that are not those of a new network
     return built.eval()
 
 
-def export(folder, dataset=GREY, image_shape=(8, 8, 1), aggregator=None, **changes):
-    arguments = {
-        "backbone": ResNetCifar.Config(depth=8), "head": CosineHead.Config(),
-        "aggregator": aggregator or MeanLogits.Config(), "dataset": dataset, "expert_names": NAMES,
-        "reduce_dimension": True, "class_names": ("a", "b", "c", "d"), "counts": COUNTS, "image_shape": image_shape,
-    }  # fmt: skip
-    state = changes.pop("state", None) or ensemble().state_dict()
-    export_model(folder, state, **(arguments | changes))
+def export(folder, dataset=GREY, image_shape=(8, 8, 1), aggregator=None, head=CosineHead, names=NAMES, state=None):
+    data = TrainingData(dataset=dataset, class_names=("a", "b", "c", "d"), counts=COUNTS, image_shape=image_shape)
+    state = state or ensemble().state_dict()
+    export_model(folder, state, config_of(head, names), aggregator or MeanLogits.Config(), data)
     return folder
 
 
@@ -69,7 +66,7 @@ def pixels(*shape):
 )
 def test_served_probabilities_are_those_of_evaluation(tmp_path, aggregator, config, head):
     images, network = pixels(5, 8, 8), ensemble(head)
-    folder = export(tmp_path / "m", aggregator=config, head=head.Config(), state=network.state_dict())
+    folder = export(tmp_path / "m", aggregator=config, head=head, state=network.state_dict())
     found = load_model(folder).predict(images)
     prepared = prepare_eval(frame(torch.from_numpy(images)[:, None], 32), GREY)
     rule = aggregator(config, torch.tensor(COUNTS), NAMES)
@@ -178,6 +175,6 @@ def test_an_ensemble_that_could_not_be_served_is_not_exported(tmp_path):
     export(tmp_path / "m")
     before = (tmp_path / "m" / TENSORS).read_bytes()
     with pytest.raises(ValueError, match=r"expert2.* is missing"):
-        export(tmp_path / "m", expert_names=(*NAMES, "expert2"))
+        export(tmp_path / "m", names=(*NAMES, "expert2"))
     assert (tmp_path / "m" / TENSORS).read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["m"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from aggregation.metrics import groups_by_count
-from aggregation.serving import export_model, load_model
+from aggregation.serving import TrainingData, export_model, load_model
 from aggregation.weight_learning import Learner, WeightLearning, class_prior
 from experts.augmentation.augment import prepare_eval
 from experts.augmentation.views import ViewMaker, Views, default_views
@@ -47,13 +47,15 @@ def save_run(path, *words):
         "total": sum(counts), "digest": dataset.digest, "image_shape": dataset.raw_image_shape,
         "groups": {"by_count": {name: ids.tolist() for name, ids in groups_by_count(counts).items()}},
     })  # fmt: skip
+    data = TrainingData(
+        dataset=config.dataset,
+        class_names=dataset.class_names,
+        counts=counts,
+        image_shape=dataset.raw_image_shape,
+    )
     for which in ("best", "last"):
-        export_model(
-            path / "export" / which, ensemble.state_dict(), backbone=config.backbone, head=config.method.head,
-            aggregator=config.method.aggregator, dataset=config.dataset, expert_names=names,
-            reduce_dimension=config.method.reduce_dimension, class_names=dataset.class_names, counts=counts,
-            image_shape=dataset.raw_image_shape,
-        )  # fmt: skip
+        target = path / "export" / which
+        export_model(target, ensemble.state_dict(), config.ensemble(names, 10), config.method.aggregator, data)
     folder.close()
     return path
 
