@@ -2,9 +2,9 @@
 
     ray submit CLUSTER.yaml deploy/launch.py -- train method=ride dataset=cifar100_lt dataset.root=/data/cifar
 
-The run uses the Ray of that node, unless RAY_ADDRESS or cluster.address names another. Where expertail is not installed
-on the nodes, its checkout is looked for beside this file's folder, in EXPERTAIL_ROOT and in the current folder; it must
-lie at the same path on every node.
+The run uses the Ray of that node, unless RAY_ADDRESS or cluster.address names another. If expertail is not installed on
+the nodes, a checkout is looked for in the parent of this file's folder, in EXPERTAIL_ROOT and in the current folder. It
+must have the same path on every node.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
             )
             return 1
         sys.path.insert(0, str(root))
-        # Ray's workers and the uploader are processes of their own.
+        # Ray's workers and the uploader are other processes, which find it through PYTHONPATH.
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     from orchestration.cli import main as expertail
 

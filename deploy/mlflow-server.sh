@@ -1,6 +1,6 @@
 #!/bin/sh
 # Starts MLflow's server with PostgreSQL, served artefacts and passwords; compose.yaml runs it in a container.
-# SECRETS is a folder with the files db_password, admin_password and flask_secret; none has a default.
+# SECRETS is a folder with the files db_password, admin_password and flask_secret. None of them has a default.
 set -eu
 
 secrets=${SECRETS:-/run/secrets}
@@ -18,7 +18,7 @@ MLFLOW_FLASK_SERVER_SECRET_KEY=$(secret flask_secret)
 case $db_password in
     *[!A-Za-z0-9_-]*) refuse "db_password: only letters, digits, _ and - can stand in a URI" ;;
 esac
-# In the environment rather than on the command line, which every process of the machine may read.
+# In the environment and not on the command line, which every process of the machine can read.
 MLFLOW_BACKEND_STORE_URI=postgresql+psycopg2://${DB_USER:-mlflow}:$db_password@${DB_HOST:-db}:${DB_PORT:-5432}/${DB_NAME:-mlflow}
 
 umask 077

@@ -250,7 +250,7 @@ def recipe_problems(method: MethodConfig) -> Iterator[str]:
     if method.router is not None and not any(_trains_router(stage) for stage in method.stages.values()):
         yield f"router: no stage trains it; add one with {_router_flow()}, or set it to null"
     if method.backbone_weights is not None and all(method.starts_from(name) for name in method.stages):
-        yield "backbone_weights: every stage has start_from, no network begins anew; set it to null"
+        yield "backbone_weights: every stage has start_from, so no network starts from it; set it to null"
 
 
 def _names_problems(key: str, names: tuple[str, ...] | None, num_experts: int) -> Iterator[str]:
