@@ -1,1 +1,1 @@
-"""What each `expertail` command does."""
+"""The commands of `expertail`, one per file."""

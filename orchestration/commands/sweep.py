@@ -265,8 +265,8 @@ def untouched_stages(one: RunConfig, other: RunConfig) -> list[str]:
 
     A difference outside the stages, in seed or backbone say, affects all of them.
     """
-    ours, theirs = identity(one), identity(other)
-    changed = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
+    a, b = identity(one), identity(other)
+    changed = [key for key in a.keys() | b.keys() if a.get(key) != b.get(key)]
     stages = list(one.method.stages)
     prefixes = {stage: f"method.stages.{stage}." for stage in stages}
     if stages != list(other.method.stages) or not all(key.startswith(tuple(prefixes.values())) for key in changed):
@@ -329,9 +329,9 @@ def _take(donor: Point, point: Point, folder: RunFolder) -> list[str]:
 def _merge_journals(donor: Path, ours: Path, stages: list[str], taken: set[str]) -> None:
     """Merge the donor's lines of the stages taken into our journal, in the order of the recipe."""
     lines: dict[str, list[str]] = {stage: [] for stage in stages}
-    for folder, theirs in ((donor, True), (ours, False)):
+    for folder, is_donor in ((donor, True), (ours, False)):
         for record in read_journal(folder):
-            if (record.stage in taken) == theirs:
+            if (record.stage in taken) == is_donor:
                 value = record.value if record.value == record.value else None
                 lines[record.stage].append(json.dumps(record._asdict() | {"value": value}) + "\n")
     write_atomic(ours / JOURNAL, "".join(line for own in lines.values() for line in own))

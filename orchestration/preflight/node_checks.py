@@ -41,7 +41,7 @@ _DRIVER = "the driver"
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run needs from the nodes.
+    """The requirements of a run on the nodes.
 
     Attributes:
         config: validated.

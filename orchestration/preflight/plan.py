@@ -1,4 +1,4 @@
-"""Where a run's experts and images would lie, what crosses the network, what it costs: a pure function of its config.
+"""Plan a run: which worker holds what, what crosses the network, what it costs. A pure function of the config.
 
 Nothing is started and no data is read, so the sizes of sets that list or scan files stay open (None). The work of one
 step is measured by rehearsing it on blank images (rehearsal.py) and distributed over the mesh here. plan_text.py prints

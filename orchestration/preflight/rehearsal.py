@@ -70,7 +70,7 @@ class Norms:
 
 @dataclass
 class Load:
-    """What one step requires of a worker of one slot.
+    """The load of one step on a worker of one slot.
 
     Attributes:
         parameters: numbers held, by "trunk", "shared" and expert.
@@ -275,7 +275,7 @@ class _Rehearsal:
 
 @dataclass(frozen=True)
 class TeacherLoad:
-    """What a frozen teacher requires of the workers. Its experts are dealt out to the slots.
+    """The load of a frozen teacher on the workers. Its experts are dealt out to the slots.
 
     Attributes:
         num_experts, num_classes: of the teacher.
