@@ -221,7 +221,7 @@ def _line(problem: Any, tree: dict[str, Any]) -> str:
 
 
 def _nearest(key: str, known: list[str]) -> list[str]:
-    """Return the known key that was probably meant, if any: a longer one that starts with it, or one that looks alike."""
+    """Return the known key that was probably meant: a longer one that starts with it, or one that looks alike."""
     longer = [name for name in known if name.startswith(f"{key}_")]
     return longer[:1] or difflib.get_close_matches(key, known, 1)
 
