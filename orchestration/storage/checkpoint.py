@@ -38,7 +38,7 @@ _REPLACED = ".replaced-"
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint that does not hold what its manifest says."""
+    """A checkpoint is not as its manifest says."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint: its folder and what its state.json says."""
+    """A complete checkpoint: its folder and the contents of its state.json."""
 
     folder: Path
     state: dict[str, Any]
@@ -71,10 +71,10 @@ def write_tensors(folder: Path, name: str, tensors: Mapping[str, Any]) -> FileEn
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, Any]:
-    """Tensors of `<folder>/<name>.safetensors`, on the CPU; {} when there is no such file.
+    """Read the tensors of `<folder>/<name>.safetensors` to the CPU; {} if there is no such file.
 
     Raises:
-        DamagedCheckpoint: the file holds something else.
+        DamagedCheckpoint: it is not a file of tensors.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -98,18 +98,18 @@ def write_file(folder: Path, name: str, data: bytes) -> FileEntry:
 
 
 class Checkpoints:
-    """The checkpoints of one run. One writer at a time: the run's lock sees to it."""
+    """The checkpoints of one run. The run's lock ensures that one process at a time writes them."""
 
     def __init__(self, run_dir: Path, stages: list[str]) -> None:
         self.folder = run_dir / "checkpoints"
         self.stages = stages
 
     def name(self, stage: str, step: int) -> str:
-        """Folder name; names sort in the order of training."""
+        """Return a folder name; names sort in the order of training."""
         return f"{self.stages.index(stage):02d}-{stage}-{step:08d}"
 
     def begin(self) -> Path:
-        """A fresh folder that workers write their files to."""
+        """Make a new folder for workers to write their files to."""
         self.folder.mkdir(parents=True, exist_ok=True)
         folder = self.folder / f".writing-{uuid.uuid4().hex[:12]}"
         folder.mkdir()
@@ -122,7 +122,7 @@ class Checkpoints:
         write_file(writing, MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1).encode())
         sync_folder(writing)
         final, old = self.folder / name, self.folder / f"{_REPLACED}{name}"
-        if final.exists():  # written at this step before; it stays until the new one has its name
+        if final.exists():  # saved at this step before; set aside, since a folder cannot be renamed onto one with files
             shutil.rmtree(old, ignore_errors=True)
             os.rename(final, old)
         os.rename(writing, final)
@@ -140,7 +140,11 @@ class Checkpoints:
                 os.rename(old, self.folder / name)
 
     def copy_weights(self, source: Path, name: str) -> Path:
-        """Keep the weights of a complete checkpoint under another name."""
+        """Copy the weights and the state of a complete checkpoint under another name.
+
+        Raises:
+            DamagedCheckpoint: a file has changed since it was written.
+        """
         writing = self.begin()
         listed = _manifest(source)["files"]
         entries = []
@@ -200,8 +204,10 @@ class Checkpoints:
         return sorted(self.folder.glob(f"{self.stages.index(stage):02d}-{stage}-" + "[0-9]" * 8), reverse=True)
 
     def clean(self) -> None:
-        """Undo what a killed writer left: half-written folders and a replacement between its two renames. Nobody may
-        be writing."""
+        """Undo what a killed writer left: half-written folders, and a replacement between its two renames.
+
+        Call it only while no process is writing.
+        """
         if not self.folder.is_dir():
             return
         self.recover()
@@ -209,7 +215,7 @@ class Checkpoints:
             shutil.rmtree(folder, ignore_errors=True)
 
     def prune(self, stage: str, keep: int) -> None:
-        """Remove all but the newest checkpoints of a stage, and its weights that none of those calls best."""
+        """Remove all but the newest checkpoints of a stage, and best weights that none of those names."""
         complete = self._of(stage)
         for folder in complete[keep:]:
             shutil.rmtree(folder, ignore_errors=True)
@@ -218,7 +224,7 @@ class Checkpoints:
             try:
                 best = json.loads((folder / STATE).read_text()).get("best")
             except (OSError, ValueError):
-                return  # damaged: `newest` will say so; until then nothing it may need is removed
+                return  # damaged: `newest` will report it; until then nothing is removed that a repair may need
             if best:
                 wanted.add(best["checkpoint"])
         for folder in self.folder.glob(f"best-{self.stages.index(stage):02d}-{stage}-" + "[0-9]" * 8):
@@ -283,7 +289,7 @@ def _state(path: Path) -> dict[str, Any]:
 
 
 def _is_plain(name: Any) -> bool:
-    """Whether a name is that of something in the folder at hand, and no path out of it."""
+    """Whether a name is a plain file name, not a path that leads out of the folder."""
     return isinstance(name, str) and name == Path(name).name and name.isprintable() and name[:1] not in ("", ".")
 
 

@@ -1,7 +1,7 @@
-"""Trained ensembles that a stage begins with or learns from: stages of this run, and other runs, by name.
+"""Trained ensembles that a stage begins with or learns from: earlier stages of this run, and other runs.
 
-A stage is a served folder (aggregation/serving.py) like any exported model, so teachers need not know where they are
-from. Nothing is unpickled.
+Either is an exported model (aggregation/serving.py), so a teacher is loaded the same way wherever it comes from.
+Checkpoints are verified before they are exported. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from orchestration.storage.run_folder import RunFolder
 
 
 def check_sources(config: RunConfig) -> None:
-    """Refuse other runs and files that are named but cannot serve, before anything is started.
+    """Refuse runs and files that the config names but that cannot be used, before anything is started.
 
     Raises:
-        ValueError: every run that is missing, unfinished or of other images, and pretrained weights that do not fit.
+        ValueError: names every run that is missing, unfinished or of other images, and pretrained weights that do not
+            fit.
     """
     problems = []
     for key, source in _named(config):
@@ -69,7 +70,7 @@ def _problem(folder: Path, weights: str, config: RunConfig) -> str | None:
 
 
 def model_folder(config: RunConfig, folder: RunFolder, checkpoints: Checkpoints, source: ModelSource) -> Path:
-    """Where the exported model of a source is; a stage of this run is exported when asked for.
+    """Return the folder of a source's exported model. A stage of this run is exported first.
 
     Raises:
         ValueError: a checkpoint is damaged.
@@ -83,7 +84,7 @@ def model_folder(config: RunConfig, folder: RunFolder, checkpoints: Checkpoints,
 
 
 def weights_of(checkpoints: Checkpoints, source: ModelSource) -> Path:
-    """The checkpoint of a finished stage of this run: its last, or that of its best evaluation.
+    """Return the checkpoint of a finished stage of this run, its weights verified: the last, or the best evaluation's.
 
     Raises:
         ValueError: there is none, or it is damaged.
@@ -113,7 +114,7 @@ def export_stage(config: RunConfig, folder: RunFolder, stage: str, checkpoint: P
 
 
 def ensemble_state(config: RunConfig, stage: str, checkpoint: Path) -> dict[str, Any]:
-    """`Ensemble.state_dict()` of all parts of a stage's ensemble, from a checkpoint of any mesh."""
+    """Read the `state_dict` of a stage's whole ensemble from a checkpoint, saved by any mesh."""
     state: dict[str, Any] = {}
     for name in ("trunk", "shared", *config.method.names_in(stage)):
         state |= read_tensors(checkpoint, name)

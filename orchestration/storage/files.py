@@ -13,7 +13,7 @@ CONFIG, RUN, DATA, LOCK = "config.yaml", "run.json", "data.json", ".lock"
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a whole file or nothing: to a neighbour, flushed to disk, renamed."""
+    """Write a whole file or nothing: to a scratch file beside it, flushed to disk, then renamed onto it."""
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         with open(scratch, "w", encoding="utf-8") as file:
@@ -41,7 +41,7 @@ def file_sha256(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file; empty when the file is missing.
+    """Read an object from a JSON file; {} if the file is missing.
 
     Raises:
         ValueError: the file is damaged.
@@ -58,7 +58,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
-    """The resolved config of a run; empty when there is none yet."""
+    """Read the resolved config of a run; {} if there is none yet."""
     import yaml
 
     path = run_dir / "config.yaml"
@@ -66,6 +66,6 @@ def read_config(run_dir: Path) -> dict[str, Any]:
 
 
 def evaluations(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """The evaluations that exist, of "last" and "best"."""
+    """Read the evaluations of "last" and "best" that exist."""
     found = {which: read_json(run_dir / "evaluation" / f"{which}.json") for which in ("last", "best")}
     return {which: evaluation for which, evaluation in found.items() if evaluation}

@@ -1,6 +1,6 @@
 """The journal of a run, `metrics.jsonl`: the local truth about every number that training produced.
 
-One JSON object a line, one number an object, appended in the order in which things happened:
+One JSON object per line, one number per object, appended in the order in which things happened:
 
     {"time": 1760000000.123, "stage": "train", "epoch": 3, "step": 57, "name": "train/loss", "value": 1.25}
 
@@ -9,7 +9,7 @@ is not finite is written as null, because JSON has no word for it, and read back
 
 Nothing here knows of a server. A reader (the uploader, a person with `tail -f`) may follow the file while it grows: a
 line counts once its newline is there. When a run is resumed the journal is rewound to the checkpoint, so that no point
-is there twice: a rewound journal is a new file under the old name, never a file cut short under a reader's hands.
+appears twice. A rewound journal is a new file under the old name: a reader that has the old one open can finish it.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Journal:
             ) from error
 
     def append(self, stage: str, epoch: int, step: int, values: Mapping[str, float], time: float | None = None) -> None:
-        """Note numbers of one moment.
+        """Record numbers of one moment.
 
         Args:
             stage: name of the stage.
@@ -92,7 +92,7 @@ class Journal:
                 self.flush()
 
     def flush(self, *, sync: bool = False) -> None:
-        """Write what was noted so far; with `sync`, also wait until the disk has it."""
+        """Write the lines recorded so far; with `sync`, also wait until they are on disk."""
         with self._lock:
             data = memoryview("".join(self._lines).encode())
             while data:  # a write may be short
@@ -103,7 +103,7 @@ class Journal:
                 os.fsync(self._file)
 
     def rewind(self, kept_steps: Mapping[str, int], known: Collection[str]) -> int:
-        """Forget what came after a moment of some stages, so that a resumed run writes it anew; all at once.
+        """Drop the lines after the checkpoints of some stages, so that a resumed run can write them again; atomic.
 
         Args:
             kept_steps: by stage, the optimiser steps done at its checkpoint; lines of later steps are dropped. Stages
@@ -151,7 +151,7 @@ class Journal:
         return dropped
 
     def close(self) -> None:
-        """Write the rest and wait until the disk has it. Closing twice does nothing."""
+        """Write the rest and wait until it is on disk. A second call does nothing."""
         if self._file >= 0:
             self.flush(sync=True)
             os.close(self._file)
@@ -215,7 +215,7 @@ class Series:
 
 
 def series(run_dir: str | os.PathLike[str]) -> dict[str, dict[str, Series]]:
-    """Everything in a run's journal, by stage in the order of appearance, then by name.
+    """Read a run's whole journal, by stage in the order of appearance, then by name.
 
     Raises:
         ValueError: the journal is corrupt.
@@ -239,7 +239,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, Record]]:
 
 
 def _drop_partial_line(path: Path) -> None:
-    """Cut what a killed writer left behind the last newline; otherwise the next line would be glued to it."""
+    """Cut what a killed writer left after the last newline; otherwise the next line would be appended to it."""
     if not path.exists():
         return
     with open(path, "rb+") as file:

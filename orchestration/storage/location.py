@@ -20,15 +20,14 @@ _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for what `ray job submit` st
 
 
 def run_path(config: RunConfig) -> Path:
-    """The folder a config's run lives in, absolute: workers may have been started elsewhere. Of a run that is kept at a
-    URL, the copy on this node."""
+    """Return a run's folder, absolute as workers may start elsewhere; for a URL, the copy on this node."""
     if is_url(config.run.dir):
         return copy_folder(config.run.dir, expand(config.run.local_dir)) / config.run_name
     return Path(os.path.abspath(expand(config.run.dir))) / config.run_name
 
 
 def open_run_folder(config: RunConfig) -> RunFolder:
-    """Hold a config's run folder.
+    """Open and lock a config's run folder.
 
     Raises:
         ValueError: it cannot be read or written, or another process holds it.
@@ -78,7 +77,7 @@ def check_tracking(config: RunConfig) -> None:
 
 @contextlib.contextmanager
 def local_run(run: str) -> Iterator[str]:
-    """The folder of a run that is given by its path or by its URL; of a URL the copy, and what is new there is put.
+    """Yield the local folder of a run given by path or URL. For a URL it is a copy; changes are stored at the end.
 
     Raises:
         ValueError: there is no run at the URL, or it cannot be read or written, or another process holds it.
@@ -100,7 +99,7 @@ def local_run(run: str) -> Iterator[str]:
 
 
 def _local_dir(config: bytes) -> str:
-    """Where a stored config has its copies."""
+    """Return the folder for copies that a stored config names."""
     try:
         return str(yaml.safe_load(config)["run"]["local_dir"])
     except (yaml.YAMLError, KeyError, TypeError):

@@ -1,15 +1,16 @@
-"""Run folders at a URL: whatever fsspec opens, s3://, gs://, abfs://, sftp:// and so on, under the name of the run.
+"""Run folders at a URL: any that fsspec opens (s3://, gs://, abfs://, sftp:// ...), under the name of the run.
 
-The run works in a copy on the node of its driver, and workers of other nodes hand their files to it through Ray: no
-folder need be shared. A thread of its own puts what changed after each checkpoint; training does not wait for it.
+The run works in a copy on the driver's node, and workers on other nodes send their files to it through Ray, so no
+folder need be shared. A thread uploads changes after each checkpoint; training does not wait for it.
 
-    open    lock.json at the URL; then the copy is made new from there, unless it is what was last put there
-    put     metrics.jsonl, each new checkpoint with its manifest last, the other files, run.json, storage.json
-    close   put the rest, unlock
+    open    write lock.json at the URL; download the run, unless the local copy is current or ahead
+    upload  metrics.jsonl, each new checkpoint with its manifest last, the other files, run.json, storage.json
+    close   upload the rest, unlock
 
-So the newest checkpoint that is whole there has its journal beside it whenever the driver or its node dies, and
-`finished` is written after what was finished. Training goes on meanwhile: run.json is read before anything else is
-looked at, checkpoints are held by links before the journal is read. What is there is never appended to.
+The order is a promise. Whenever the driver or its node dies, the newest whole checkpoint at the URL has its journal
+beside it, and the status `finished` arrives after everything that it promises. Training goes on during an upload: so
+run.json is read first, and checkpoints are hard-linked before the journal is read, because training may remove them.
+No file at the URL is ever appended to.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class RemoteRunFolder(UnsharedRunFolder):
     """The working copy of a run folder that is kept at a URL; held by one process on all nodes.
 
     Args:
-        path: the copy; made if missing, made new if it is not what was last put there.
+        path: the local copy; the run is downloaded unless the copy is current or ahead.
         url: of the run.
 
     Raises:
@@ -72,8 +73,8 @@ class RemoteRunFolder(UnsharedRunFolder):
             super().close()
             raise
         self.url = self._store.url
-        self._files: dict[str, str] = dict(self._index.get("files", {}))  # sha256 of what is there, by name
-        self._kept: dict[str, str] = dict(self._index.get("checkpoints", {}))  # of the manifest, likewise
+        self._files: dict[str, str] = dict(self._index.get("files", {}))  # sha256 of the files at the URL, by name
+        self._kept: dict[str, str] = dict(self._index.get("checkpoints", {}))  # of manifests
         self._seen: dict[str, tuple[int, int]] = {}
         self._wanted, self._put = 0, 0
         self._problem: str | None = None
@@ -83,7 +84,7 @@ class RemoteRunFolder(UnsharedRunFolder):
         self._sender.start()
 
     def announce_checkpoint(self) -> None:
-        """Have put what is new; returns at once.
+        """Let the thread upload changes; returns at once.
 
         Raises:
             ValueError: another process has taken the run over.
@@ -95,10 +96,10 @@ class RemoteRunFolder(UnsharedRunFolder):
             self._change.notify_all()
 
     def wait_until_stored(self, wait_s: float | None = None) -> None:
-        """Wait until everything is put, at most this long, or five minutes.
+        """Wait until everything is uploaded, at most this long, or five minutes.
 
         Raises:
-            ValueError: it could not be in this time; says why and where it lies.
+            ValueError: it took longer or failed; says why, and where the files are.
         """
         wait_s = _CLOSE_S if wait_s is None else wait_s
         self.announce_checkpoint()
@@ -120,10 +121,10 @@ class RemoteRunFolder(UnsharedRunFolder):
         self._remote_lock.release()
         super().close()
 
-    # From there
+    # Download
 
     def _fetch(self) -> dict[str, Any]:
-        """Make the copy new, unless it is what was last put there or goes on from it. Returns the index."""
+        """Download the run unless the local copy is current or ahead. Returns the index at the URL."""
         index = _json(self._store.read(INDEX))
         state = index.get("state", _NOTHING)
         record = self.path / _RECORD
@@ -137,7 +138,7 @@ class RemoteRunFolder(UnsharedRunFolder):
                     f"{self._store.url}/{INDEX}: lists {len(index['checkpoints'])} checkpoints, and none is whole "
                     f"there; needed one; restore them, or remove the run there to start it anew"
                 )
-            self._record([])  # cut off from here on, the copy is worth nothing
+            self._record([])  # an interrupted download leaves a copy that must not be taken for current
             self._set_aside()
             for name in names:
                 if not name.startswith("checkpoints/") or name.rpartition("/")[0] in whole:
@@ -156,7 +157,7 @@ class RemoteRunFolder(UnsharedRunFolder):
         write_atomic(self.path / _RECORD, json.dumps({"states": states}) + "\n")
 
     def _set_aside(self) -> None:
-        """Make room for what is there. A copy that may hold more than was put is kept, the last of its kind."""
+        """Make room for the download. A copy that may hold more than the URL is kept beside it, one at most."""
         aside = self.path.with_name(f".{self.path.name}.replaced")
         found = [path for path in self.path.iterdir() if path.name not in (".lock", _RECORD)]
         if any(self.path.glob(f"checkpoints/[0-9]*/{MANIFEST}")):
@@ -176,10 +177,10 @@ class RemoteRunFolder(UnsharedRunFolder):
             else:
                 path.unlink()
 
-    # There
+    # Upload
 
     def _send(self) -> None:
-        told = None
+        reported = None
         while True:
             with self._change:
                 self._change.wait_for(lambda: self._closing or self._wanted > self._put)
@@ -188,25 +189,25 @@ class RemoteRunFolder(UnsharedRunFolder):
                 asked = self._wanted
             try:
                 self._synchronise()
-            except Exception as problem:  # whatever it is, what is there is whole, and the next time may do better
+            except Exception as problem:  # the files at the URL are whole whatever it was, and a later try may succeed
                 self._problem = str(problem) or type(problem).__name__
                 with self._change:
                     self._change.notify_all()
                     if self._remote_lock.lost:
                         return
-                if told != self._problem:
-                    told = self._problem
-                    print(f"expertail: {told}; training goes on, and it is tried again", file=sys.stderr, flush=True)
+                if reported != self._problem:
+                    reported = self._problem
+                    print(f"expertail: {reported}; training goes on; trying again", file=sys.stderr, flush=True)
                 with self._change:
                     self._change.wait_for(lambda: self._closing, timeout=_RETRY_S)
                 continue
-            self._problem = told = None
+            self._problem = reported = None
             with self._change:
                 self._put = asked
                 self._change.notify_all()
 
     def _synchronise(self) -> None:
-        """Put what changed. The order is the promise: see the head of this file."""
+        """Upload changes. The order is the promise at the head of this file."""
         self._remote_lock.check()
         run = self.path / RUN
         said = run.read_bytes() if run.exists() else None
@@ -234,28 +235,28 @@ class RemoteRunFolder(UnsharedRunFolder):
         self._store.remove([*gone, *sorted(old if names else [], key=_end_first)])
 
     def _put_index(self, index: dict[str, Any]) -> None:
-        """Say there what there is, under a name that the copy knows."""
+        """Write the index, under a new state that the local copy remembers as its own."""
         self._remote_lock.check()
-        self._states.append(index["state"])  # written or not, as far as a failing answer tells
+        self._states.append(index["state"])  # before the write: one that fails may still have arrived
         self._record(self._states)
         self._store.write(INDEX, (json.dumps(index, indent=1) + "\n").encode())
         self._index, self._states = index, [index["state"]]
         self._record(self._states)
 
     def _hold(self) -> list[Path]:
-        """Links to all complete checkpoints, which training may tidy away; best weights before those that name them."""
+        """Link all complete checkpoints, which training may remove; best weights before those that name them."""
         held = self.path / _HELD
         while True:
             shutil.rmtree(held, ignore_errors=True)
             try:
                 of_steps = sorted((self.path / "checkpoints").glob(f"[0-9]*/{MANIFEST}"))
-                best = sorted((self.path / "checkpoints").glob(f"best-*/{MANIFEST}"))  # second: has all of theirs
+                best = sorted((self.path / "checkpoints").glob(f"best-*/{MANIFEST}"))  # second: has all they name
                 return [_linked(manifest.parent, held) for manifest in best + of_steps]
-            except FileNotFoundError:  # tidied away, or written anew: look again
+            except FileNotFoundError:  # removed or replaced meanwhile: look again
                 continue
 
     def _names(self) -> Iterator[str]:
-        """The files of the copy that are put, but those of checkpoints."""
+        """Yield the files to upload, without those of checkpoints."""
         for folder, folders, names in os.walk(self.path):
             below = Path(folder).relative_to(self.path)
             folders[:] = [n for n in folders if not n.startswith(".") and (below / n).as_posix() != "checkpoints"]
@@ -264,7 +265,7 @@ class RemoteRunFolder(UnsharedRunFolder):
                     yield (below / name).as_posix()
 
     def _put_file(self, name: str) -> None:
-        """Put a file of the copy if it changed."""
+        """Upload a file if it changed."""
         path = self.path / name
         try:
             status = path.stat()
@@ -284,7 +285,7 @@ class RemoteRunFolder(UnsharedRunFolder):
             self._files[name] = digest
 
     def _put_checkpoint(self, folder: Path) -> None:
-        """Put a held checkpoint, unless it is there."""
+        """Upload a linked checkpoint, unless it is there. Without its manifest, which comes last, it is not whole."""
         manifest = (folder / MANIFEST).read_bytes()
         digest = hashlib.sha256(manifest).hexdigest()
         if self._kept.get(folder.name) == digest:
@@ -299,10 +300,10 @@ class RemoteRunFolder(UnsharedRunFolder):
 
 
 def _linked(folder: Path, below: Path) -> Path:
-    """A checkpoint's files once more, as they are.
+    """Link a checkpoint's files into another folder.
 
     Raises:
-        FileNotFoundError: it was taken away or exchanged meanwhile.
+        FileNotFoundError: it was removed or replaced meanwhile.
     """
     target = below / folder.name
     target.mkdir(parents=True)
@@ -320,7 +321,7 @@ def _linked(folder: Path, below: Path) -> Path:
 
 
 def _end_first(name: str) -> tuple[bool, bool]:
-    """In which order files of checkpoints are removed: none may look whole, or lack its best weights."""
+    """Order the removal of checkpoints' files: manifests first, so that none looks whole; best weights last."""
     return name.split("/")[1].startswith("best-"), not name.endswith(f"/{MANIFEST}")
 
 

@@ -1,4 +1,4 @@
-"""The folder of one run: who may write it, what it holds, whether it belongs to the config at hand."""
+"""The folder of one run: who may write it, what it holds, whether a config belongs to it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class RunFolder:
     Attributes:
         path: the folder.
         shared: whether workers of all nodes read and write it themselves.
-        token: in its lock file as long as this process holds it, for whoever wants to know whether he sees the same.
+        token: in the lock file while this process holds it. Workers read it to check that they see the same folder.
 
     Args:
         path: the folder; made if missing.
@@ -51,7 +51,7 @@ class RunFolder:
         self._changing = threading.Lock()
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(path / LOCK, "a+")  # noqa: SIM115  (held for as long as the run lasts)
+            self._lock = open(path / LOCK, "a+")  # noqa: SIM115  (stays open while the run lasts: closing unlocks)
         except OSError as error:
             raise ValueError(
                 f"{path}: the run folder cannot be written ({error.strerror}); "
@@ -71,27 +71,27 @@ class RunFolder:
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {platform.node()}\n{self.token}\n")
         self._lock.flush()
-        os.fsync(self._lock)  # NFS keeps to itself what is written to an open file, and workers look for the token
+        os.fsync(self._lock)  # else NFS may keep the token on this node, and workers on others look for it
 
     def close(self) -> None:
         """Let another process hold the folder."""
         self._lock.close()
 
     def announce_checkpoint(self) -> None:
-        """A checkpoint is complete."""
+        """Take note of a complete checkpoint. Nothing to do here; a subclass stores it elsewhere."""
 
     def wait_until_stored(self, wait_s: float | None = None) -> None:
-        """Wait until all that was written is where it is kept."""
+        """Wait until everything written has reached the place where the run is kept; here it has."""
 
     @property
     def started(self) -> bool:
-        """Whether training was begun here before. A start that was refused, for its data say, does not count."""
+        """Whether an earlier start trained here. A start that was refused, for its data say, does not count."""
         journal = self.path / "metrics.jsonl"
         trained = (journal.exists() and journal.stat().st_size > 0) or any(self.path.glob("checkpoints/[0-9]*"))
         return trained and (self.path / CONFIG).exists()
 
     def stored_config(self) -> RunConfig:
-        """The config the run was begun with.
+        """Read the config that the run was started with.
 
         Raises:
             ValueError: it cannot be read.
@@ -99,7 +99,7 @@ class RunFolder:
         return from_yaml(self.path / CONFIG)
 
     def check_same_config(self, config: RunConfig) -> None:
-        """Refuse to go on with a config that would give other numbers.
+        """Refuse to continue with a config that would give other numbers.
 
         Raises:
             ValueError: every key that differs, old and new.
@@ -144,7 +144,7 @@ class RunFolder:
             self._write_json(RUN, run | found | {"starts": run.get("starts", 0) + 1})
 
     def read_run(self) -> dict[str, Any]:
-        """What run.json says; {} before the first start."""
+        """Read run.json; {} before the first start."""
         path = self.path / RUN
         try:
             return json.loads(path.read_text()) if path.exists() else {}
@@ -155,16 +155,16 @@ class RunFolder:
             ) from error
 
     def update_run(self, **values: Any) -> None:
-        """Set values in run.json; from any thread."""
+        """Set values in run.json. Any thread may call it."""
         with self._changing:
             self._write_json(RUN, self.read_run() | values)
 
     def read_data(self) -> dict[str, Any]:
-        """What data.json says of the run's dataset."""
+        """Read data.json, the description of the run's dataset."""
         return json.loads((self.path / DATA).read_text())
 
     def write_data(self, data: dict[str, Any]) -> None:
-        """Store what the run's dataset is.
+        """Write data.json, the description of the run's dataset.
 
         Raises:
             ValueError: an earlier start of this run saw other data.
@@ -181,7 +181,7 @@ class RunFolder:
         self._write_json(DATA, data)
 
     def write_evaluation(self, name: str, evaluation: dict[str, Any]) -> None:
-        """Store evaluation/<name>.json; a name may have a folder in it."""
+        """Write evaluation/<name>.json; the name may contain a folder."""
         (self.path / "evaluation" / name).parent.mkdir(parents=True, exist_ok=True)
         self._write_json(f"evaluation/{name}.json", evaluation)
 
@@ -190,7 +190,7 @@ class RunFolder:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of this project and of the libraries that make the numbers."""
+    """Return the versions of Python, of this project and of the libraries that affect the numbers."""
     found = {"python": platform.python_version(), "expertail": __version__}
     for name in _LIBRARIES:
         try:
@@ -201,10 +201,10 @@ def versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this code runs from, with '+' when it has changes; None for an installed wheel.
+    """Return the commit this code runs from, with '+' if it has local changes; None for an installed wheel.
 
-    What `ray job submit` uploads has no .git: there it is EXPERTAIL_COMMIT, or else the name of the package, which is a
-    digest of its files.
+    The files that `ray job submit` uploads have no .git: there it is EXPERTAIL_COMMIT, or else the name of the package,
+    which is a digest of its files.
     """
     folder = code_root()
     if not (folder / ".git").exists():
@@ -230,5 +230,5 @@ def _processor() -> str:
 
 
 def read_evaluations(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """The evaluations a run folder holds, by name."""
+    """Read the evaluations of a run folder, by name."""
     return {path.stem: json.loads(path.read_text()) for path in sorted((run_dir / "evaluation").glob("*.json"))}

@@ -23,14 +23,14 @@ _SETTLE_S = 1.0
 
 
 class UrlLock:
-    """Who may write what is below a URL: a file there that its holder writes anew every few seconds.
+    """A lock file at a URL. Its holder rewrites it every few seconds; a lock that stays unchanged is taken over.
 
     Args:
-        store: of its own; the lock is kept from a thread of its own.
-        folder: the working copy, locked by this process: a holder with the same one on this machine is gone.
+        store: used by this lock alone, because a thread rewrites the file while others transfer files.
+        folder: the working copy, which this process has locked. So another holder with the same copy is dead.
 
     Attributes:
-        lost: whether another process has taken it.
+        lost: whether another process has taken it over.
     """
 
     def __init__(self, store: UrlStore, folder: Path) -> None:
@@ -51,26 +51,26 @@ class UrlLock:
         found = self._read()
         if found is not None and found.get("place") != self._content["place"]:
             print(
-                f"expertail: {self._store.url}: locked by {found.get('holder')}; seeing for {STALE_S:g} s whether it "
-                f"is alive",
+                f"expertail: {self._store.url}: locked by {found.get('holder')}; waiting {STALE_S:g} s for it "
+                f"to answer",
                 file=sys.stderr,
                 flush=True,
             )
             end = time.monotonic() + STALE_S
             while time.monotonic() < end:
                 time.sleep(1.0)
-                if self._went_on(found):
+                if self._is_gone(found):
                     break
-        self._went_on(found)
+        self._is_gone(found)
         self._write(0)
-        time.sleep(_SETTLE_S)  # whoever saw the same stale lock has written his by now
+        time.sleep(_SETTLE_S)  # another that saw the same stale lock has written too by now; the later wins
         self.check()
 
-    def _went_on(self, found: dict[str, Any] | None) -> bool:
-        """Whether nobody holds it any more.
+    def _is_gone(self, found: dict[str, Any] | None) -> bool:
+        """Whether the lock file is gone.
 
         Raises:
-            ValueError: somebody has written it anew.
+            ValueError: a holder has rewritten it.
         """
         now = self._read()
         if now is not None and now != found:
@@ -106,11 +106,11 @@ class UrlLock:
             holder = (found or {}).get("holder", "another process")
             raise ValueError(
                 f"{self._store.url}: taken over by {holder}, which saw no sign of this process for {STALE_S:g} s; "
-                f"needed one process a run; this one stops, and its copy is made new from there at the next start"
+                f"needed one process per run; this one stops, and the next start here downloads the run again"
             )
 
     def release(self) -> None:
-        """Let others have it."""
+        """Stop rewriting the lock and remove it, unless another process has taken it."""
         self._stop.set()
         self._thread.join(timeout=BEAT_S)
         with contextlib.suppress(ValueError):
@@ -120,7 +120,7 @@ class UrlLock:
 
 
 def _place(folder: Path) -> str:
-    """A working copy on this machine, until it is started again: who has locked its file is alone with it."""
+    """Identify a working copy on this machine until it reboots; only one process can hold the lock of its file."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     status = (folder / ".lock").stat()
     return f"{boot.read_text().strip() if boot.exists() else ''} {platform.node()} {status.st_dev}:{status.st_ino}"

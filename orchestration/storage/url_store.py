@@ -1,4 +1,4 @@
-"""What fsspec opens at a URL, s3://, gs://, abfs://, sftp:// and so on: files by name, and who may write them."""
+"""Files at any URL that fsspec opens (s3://, gs://, abfs://, sftp:// ...), read and written by name."""
 
 from __future__ import annotations
 
@@ -13,12 +13,22 @@ from typing import Any
 from urllib.parse import urlsplit
 
 _SILENT_S, _KEEP_ALIVE_S = 60.0, 15
-_WHOLE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss"}  # a file that is put there is whole or absent
+_WHOLE = {
+    "s3",
+    "s3a",
+    "gs",
+    "gcs",
+    "abfs",
+    "abfss",
+    "az",
+    "adl",
+    "oss",
+}  # a put file is whole or absent
 _PART = ".part-"
 
 
 class StorageProblem(ValueError):
-    """What is at a URL cannot be read or written; says why and what to do."""
+    """Files at a URL cannot be read or written; says why and what to do."""
 
 
 def is_url(place: str) -> bool:
@@ -54,19 +64,19 @@ def check_url(place: str, key: str = "run.dir") -> None:
 
 
 def copy_folder(url: str, local_dir: Path) -> Path:
-    """Where the working copies of what is below a URL are, absolute."""
+    """Return the absolute folder for working copies of runs below a URL."""
     digest = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:12]
     return Path(os.path.abspath(local_dir)) / digest
 
 
 class UrlStore:
-    """Files below a URL, by relative names; from any thread, one at a time. A connection that failed is made anew.
+    """Files below a URL, by relative names. Any thread may use it, one at a time. A failed connection is opened again.
 
     Args:
         url: of the folder.
 
     Raises:
-        StorageProblem: here and in every method, when the file system says no.
+        StorageProblem: here and in every method, if the file system fails.
     """
 
     def __init__(self, url: str) -> None:
@@ -82,7 +92,7 @@ class UrlStore:
         import fsspec
 
         self._opened, self._root = fsspec.core.url_to_fs(self.url, skip_instance_cache=True)
-        if hasattr(self._opened, "ftp"):  # paramiko waits for ever where nobody says that the connection is gone
+        if hasattr(self._opened, "ftp"):  # by itself paramiko waits for ever on a connection that vanished
             self._opened.ftp.get_channel().settimeout(_SILENT_S)
             self._opened.client.get_transport().set_keepalive(_KEEP_ALIVE_S)
 
@@ -113,11 +123,11 @@ class UrlStore:
         return f"{self._root}/{name}"
 
     def names(self) -> list[str]:
-        """All files, without those that are half put."""
+        """List all files, without those that were put in part."""
         return [name for name in self._all() if _PART not in name]
 
     def clean(self) -> None:
-        """Remove what was half put. Nobody may be writing."""
+        """Remove files that were put in part. Call it only while no process is writing."""
         self.remove([name for name in self._all() if _PART in name])
 
     def _all(self) -> list[str]:
@@ -140,7 +150,7 @@ class UrlStore:
                 yield entry["name"]
 
     def read(self, name: str) -> bytes | None:
-        """A file's content; None if there is no such file."""
+        """Read a file; None if there is no such file."""
         with self._explained("read", name):
             try:
                 return bytes(self._fs.cat_file(self._path(name)))
@@ -164,19 +174,19 @@ class UrlStore:
                 raise
 
     def put(self, source: Path, name: str) -> None:
-        """Put a file that may be large; cut off, it may be there in part."""
+        """Upload a file that may be large; if interrupted, a part of it may be there."""
         with self._explained("written", name):
             self._make_parent(name)
             self._fs.put_file(str(source), self._path(name))
 
     def get(self, name: str, target: Path) -> None:
-        """Copy a file from there."""
+        """Download a file."""
         target.parent.mkdir(parents=True, exist_ok=True)
         with self._explained("read", name):
             self._fs.get_file(self._path(name), str(target))
 
     def remove(self, names: list[str]) -> None:
-        """Remove files, in this order, and folders below the URL that they leave empty; others are passed over."""
+        """Remove files in this order, and folders that become empty; files that do not exist are skipped."""
         for name in names:
             with self._explained("removed", name), contextlib.suppress(FileNotFoundError):
                 self._fs.rm_file(self._path(name))
@@ -187,7 +197,7 @@ class UrlStore:
                     self._made.discard(parent)
 
     def _make_parent(self, name: str) -> None:
-        """Folders, where the file system has some."""
+        """Make the folder of a file, where the file system has folders."""
         parent = self._path(name).rpartition("/")[0]
         if not self._whole and parent not in self._made:
             self._fs.makedirs(parent, exist_ok=True)

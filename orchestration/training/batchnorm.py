@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def momenta_of(norm: nn.BatchNorm2d) -> tuple[float, float, float]:
-    """Of mean, variance and batch counter, in the order of the buffers; a counter forgets nothing."""
+    """Return the momenta of mean, variance and batch counter, in the order of the buffers; 0 for the counter."""
     momentum = 0.1 if norm.momentum is None else norm.momentum
     return momentum, momentum, 0.0
 
@@ -66,6 +66,9 @@ class _GlobalBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values, weight_D, mean_D, inverse_D, count = ctx.saved_tensors
         grad = grads[0].to(values.dtype)
+        # With n the normalised values and N the global count, dL/dx = weight / std * (g - sum(g) / N - n sum(g n) / N).
+        # The two sums run over all workers: mean and variance depend on every worker's images. The gradients of weight
+        # and bias stay local, since the engine sums those of all parameters.
         normal = (values - mean_D[:, None, None]) * inverse_D[:, None, None]
         grad_bias_D = grad.sum((0, 2, 3))
         grad_weight_D = (grad * normal).sum((0, 2, 3))
@@ -83,7 +86,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
 
 
 def _combine(shares: Tensor, num_channels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, sum of squared deviations and count of the union of shares (Chan, Golub, LeVeque 1983)."""
+    """Return mean, sum of squared deviations and count of the union of shares (Chan, Golub, LeVeque 1983)."""
     counts = shares[:, -1:]
     count = counts.sum()
     means, squares = shares[:, :num_channels], shares[:, num_channels:-1]

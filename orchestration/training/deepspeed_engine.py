@@ -88,9 +88,9 @@ class _Axis:
 class _Part(nn.Module):
     """One part of an ensemble, for a flow to run.
 
-    It enters autocast by itself, because DeepSpeed switches off what its caller has entered. And it returns, beside the
-    result, a zero that depends on all its parameters: ZeRO waits for a gradient of each in every step, also where a
-    batch has no image for an expert, or an expert's loss does not reach the trunk.
+    It enters autocast itself, because DeepSpeed leaves the autocast of its caller. Beside the result it returns a zero
+    that depends on all its parameters: ZeRO waits for a gradient of each in every step, even if a batch has no image
+    for an expert or an expert's loss does not reach the trunk.
     """
 
     def __init__(self, module: nn.Module, config: EngineConfig, device: torch.device) -> None:
@@ -197,7 +197,7 @@ class DeepSpeedEngine:
 
     def restore(self, momentum: dict[str, Tensor]) -> None:
         for engine in self._engines.values():
-            engine.optimizer.refresh_fp32_params()  # else the next step starts from the weights of before
+            engine.optimizer.refresh_fp32_params()  # else the next step starts from the weights before loading
         for zero, i in self._groups():
             layout = self._layout(zero, i)
             if not all(name in momentum for name, _, _ in layout):
@@ -211,13 +211,13 @@ class DeepSpeedEngine:
             zero.optimizer.state[partition]["momentum_buffer"] = own.clone()
 
     def _groups(self) -> Iterator[tuple[Any, int]]:
-        """Every ZeRO optimiser with the number of each of its groups of one learning rate."""
+        """Yield every ZeRO optimiser with the index of each of its groups; a group has one learning rate."""
         for engine in self._engines.values():
             for i in range(len(engine.optimizer.param_groups)):
                 yield engine.optimizer, i
 
     def _layout(self, zero: Any, i: int) -> list[tuple[str, slice, torch.Size]]:
-        """Where each parameter lies in the flat buffer of a group of a ZeRO optimiser."""
+        """Return where each parameter lies in the flat buffer of a ZeRO optimiser's group."""
         return [
             (self._names[id(p)], slice(start, start + p.numel()), p.shape)
             for p, start in zip(zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i], strict=True)
@@ -233,7 +233,7 @@ class DeepSpeedEngine:
 
 
 def _settings(config: EngineConfig) -> dict[str, Any]:
-    """DeepSpeed's dictionary. Written in full where a default changed between releases or would change results."""
+    """Return DeepSpeed's config. Values are written out where a default changed between releases or changes results."""
     return {
         "train_micro_batch_size_per_gpu": 1,  # never used: batches come from our own loader
         "gradient_accumulation_steps": 1,
@@ -288,7 +288,7 @@ def _float64() -> Iterator[None]:
 
 
 def _forget_world() -> None:
-    """Drop what DeepSpeed keeps about the torch world in module variables, so that the next mesh starts afresh."""
+    """Reset what DeepSpeed keeps about the torch world in module variables, so that the next mesh can start."""
     from deepspeed.comm import comm
     from deepspeed.utils import groups
 

@@ -1,7 +1,7 @@
-"""What carries out a step: forward, backward, sums over the mesh, SGD. Two engines behind one small interface.
+"""Engines take a step: forward, backward, sums over the mesh, SGD. Two of them behind one small interface.
 
 `TorchEngine` is the control run: plain PyTorch, every sum written out. `DeepSpeedEngine` (deepspeed_engine.py) does the
-same with ZeRO. Tests hold one against the other.
+same with ZeRO. Tests compare the two.
 
 Gradients. Every worker differentiates the whole ensemble's loss, as its share of the global batch, through its own
 experts only. So a parameter's gradient is the *sum* of what the workers that hold it computed: over all workers for
@@ -41,20 +41,20 @@ class Engine(Network, Protocol):
         ...
 
     def momentum(self) -> dict[str, Tensor]:
-        """Whole momentum tensors by parameter name, on CPU; empty before the first step. Every worker must call it."""
+        """Return whole momentum tensors by parameter name, on the CPU; {} before the first step. All must call it."""
         ...
 
     def restore(self, momentum: dict[str, Tensor]) -> None:
-        """Take over the module's weights, just loaded, and these momentum tensors (all or none)."""
+        """Take over the weights just loaded into the module, and these momentum tensors (all or none)."""
         ...
 
     def close(self) -> None:
-        """Let go of hooks and buffers; the process lives on."""
+        """Free hooks and buffers; the process serves another stage."""
         ...
 
 
 def casting(config: EngineConfig, device: torch.device) -> AbstractContextManager[Any]:
-    """The context a network computes in: bfloat16 where engine.precision = autocast, else as its weights are."""
+    """Return the context a network computes in: bfloat16 if engine.precision = autocast, else its weights' type."""
     if config.precision == "autocast":
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()
@@ -64,11 +64,11 @@ class TorchEngine:
     """Plain PyTorch. Sums gradients of all parameters of a group in one flat exchange.
 
     Args:
-        model: whose parameters that require gradients are to learn.
+        model: its parameters that require gradients learn.
         mesh: this worker's place.
         optimizer, config: as in the run's config.
-        lr_factors: what an expert's learning rate is multiplied with, by name; 1 where it has none.
-        part_factors: the same for "trunk", "features", "heads" and "gates", of all experts.
+        lr_factors: factor of an expert's learning rate, by name; 1 if missing.
+        part_factors: the same for "trunk", "features", "heads" and "gates" of all experts.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class TorchEngine:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         for p in self.parameters.values():
-            if p.grad is None:  # nothing of this batch reached it here; other workers count on its share
+            if p.grad is None:  # this batch did not reach it here; other workers wait for its share
                 p.grad = torch.zeros_like(p)
         if self.mesh.shape.workers > 1:
             self._sum_gradients()
@@ -143,7 +143,7 @@ class TorchEngine:
 
 
 def sgd(groups: Sequence[dict[str, Any]], config: OptimizerConfig) -> torch.optim.SGD:
-    """The optimiser of a stage, over `lr_groups`. Its learning rate is set before every step, by `set_lr`."""
+    """Return the optimiser of a stage over `lr_groups`. `set_lr` sets its learning rate before every step."""
     return torch.optim.SGD(
         list(groups),
         lr=config.lr,
@@ -157,7 +157,7 @@ def sgd(groups: Sequence[dict[str, Any]], config: OptimizerConfig) -> torch.opti
 def lr_groups(
     parameters: Iterable[tuple[str, Tensor]], lr_factors: Mapping[str, float], part_factors: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """Parameters by name in groups of one learning rate each, in the order of their first parameter.
+    """Group parameters by learning rate, in the order of their first parameter.
 
     Args:
         lr_factors: of experts by name; what belongs to no expert has the factor 1.
@@ -172,7 +172,7 @@ def lr_groups(
 
 
 def set_lr(optimizer: Any, lr: float) -> None:
-    """The base learning rate of the next step."""
+    """Set the learning rates of the next step from the base rate."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_factor"]
 

@@ -95,7 +95,7 @@ class Mesh:
         shape: the whole mesh.
         rank: of this worker in the torch world.
         device: where tensors live; 'cuda' exchanges with NCCL, 'cpu' with gloo.
-        timeout_s: how long an exchange may wait for a partner.
+        timeout_s: seconds that an exchange may wait for another worker.
     """
 
     def __init__(self, shape: MeshShape, rank: int = 0, device: str = "cpu", timeout_s: float = 600.0) -> None:
@@ -112,7 +112,7 @@ class Mesh:
         return self.shape.experts_of(self.slot)
 
     def _axes(self, limit: timedelta) -> tuple[Any, Any]:
-        """Every rank creates every group, in the same order, as torch asks; own ones are kept."""
+        """Create the groups of both axes and return this worker's. Torch wants every rank to create all, in order."""
         shape, own_data, own_expert = self.shape, None, None
         for slot in range(shape.slots):
             ranks = [slot * shape.replicas + d for d in range(shape.replicas)]
@@ -125,7 +125,7 @@ class Mesh:
         return own_data, own_expert
 
     def gather(self, own_e: Tensor) -> Tensor:
-        """What all experts say, in their order: own values [e, ...] as they are, with their graph; others' detached.
+        """Gather values of all experts, in their order: own ones [e, ...] keep their graph, the others come detached.
 
         Returns:
             [E, ...] on every worker of this replica index.
@@ -138,7 +138,7 @@ class Mesh:
         return torch.cat([own_e if s == self.slot else other for s, other in enumerate(slots)])
 
     def statistics_before(self, module: nn.Module) -> list[Tensor]:
-        """A copy of a module's buffers, for `statistics_in_turn`."""
+        """Copy a module's buffers, for `statistics_in_turn`."""
         return [buffer.detach().clone() for buffer in module.buffers()]
 
     def statistics_in_turn(self, module: nn.Module, before: list[Tensor]) -> None:

@@ -23,7 +23,7 @@ from orchestration.training.mesh import Mesh
 
 
 class Teachers:
-    """All teachers of a stage, this worker's share of them.
+    """This worker's share of a stage's teachers.
 
     Args:
         configs: by name.
@@ -55,7 +55,7 @@ class Teachers:
             names = model.description.expert_names
             numbers_EK = torch.stack([model.aggregator.describe(e) for e in model.ensemble.experts.values()])
             rule = model.aggregator
-            if model.ensemble.has_router:  # it stops early to save work; a teacher is asked in full
+            if model.ensemble.has_router:  # a router stops early to save work; a teacher uses all its experts
                 rule = MeanLogits(MeanLogits.Config(), torch.tensor(model.description.counts), names)
             self._rules[name] = rule, numbers_EK.to(mesh.device), len(names), model.description.num_classes
             self._places[name] = [(unit + i) % slots for i in range(len(names))]
@@ -77,7 +77,7 @@ class Teachers:
 
     @torch.no_grad()
     def __call__(self, images_B3HW: Tensor) -> dict[str, Tensor]:
-        """Scores [B, C] of every teacher by name."""
+        """Return the scores [B, C] of every teacher by name."""
         scores = {}
         for name, (rule, numbers_EK, num_experts, num_classes) in self._rules.items():
             most = max(self._places[name].count(slot) for slot in range(self._mesh.shape.slots))
@@ -95,7 +95,7 @@ class Teachers:
 
 
 def check_teacher(key: str, model: ServedModel, dataset: Dataset, folder: str | Path) -> None:
-    """Refuse a model that was made for something else.
+    """Refuse a model that was trained for other classes or images.
 
     Args:
         key: of the config, that names it.

@@ -1,4 +1,4 @@
-"""The torch world of a mesh: where its workers meet, over which network, and how one leaves it."""
+"""The torch world of a mesh: where its workers meet, over which network, and how a worker leaves it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 
 def use_network_of(address: str) -> None:
-    """Let gloo's exchanges of this process use the network that an address of this machine belongs to.
+    """Make gloo use the network interface that has this address of the machine.
 
     Left alone, gloo takes the address of the host's name, on many machines 127.0.0.1, where no other node answers.
     GLOO_SOCKET_IFNAME in the environment comes first.
@@ -61,7 +61,7 @@ class Rendezvous:
         """Enter the torch world of a mesh.
 
         Args:
-            timeout_s: how long an exchange may wait for a partner.
+            timeout_s: seconds that an exchange may wait for another worker.
         """
         limit = timedelta(seconds=math.ceil(timeout_s))
         backend = "nccl" if gpu else "gloo"
