@@ -1,6 +1,6 @@
-# make setup   the environment, in .venv
-# make demo    train RIDE on an embedded real data set
-# make test    all tests but the long fault drills
+# make setup   make the environment in .venv
+# make demo    train RIDE on a small real data set that scikit-learn ships
+# make test    run all tests but the long fault drills
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,7 +11,7 @@ unexport PYTHONPATH
 
 setup: $(STAMP)
 
-# Standard builds from the package index, pinned. Compiled to bytecode at once: libraries then load in half the time.
+# Standard builds from the package index, pinned. Compiled to bytecode here, so that libraries load in half the time.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"expertail needs Python 3.11 or later, found {sys.version.split()[0]}; set PYTHON=/path/to/python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/expertail train method=ride dataset=digits_lt schedule=ride_digits_lt_demo run.name=demo
 	@echo
-	@echo "report:  runs/demo/report/      pictures and this table"
+	@echo "report:  runs/demo/report/      this table and pictures"
 	@echo "MLflow:  $(BIN)/mlflow server --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1 --port 5000"
 
 test: setup
@@ -44,7 +44,7 @@ types: setup
 bench: setup
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/startup.py
-	@echo 'with data at hand: benchmarks/loader.py, benchmarks/learning_check.py'
+	@echo 'longer, or with data: benchmarks/demo.py, loader.py, learning_check.py, systems.py, soak.py'
 
 audit: setup
 	$(BIN)/python .ci/audit.py

@@ -133,7 +133,7 @@ class Server:
 
 @pytest.fixture
 def server(cluster, tmp_path):
-    pytest.importorskip("paramiko")
+    pytest.importorskip("paramiko", reason="needs paramiko; pip install expertail[sftp]")
     program = shutil.which("sshd") or "/usr/sbin/sshd"
     if os.geteuid() != 0 or not Path(program).exists():
         pytest.skip("no sshd, or no right to start it; needed root and: apt-get install openssh-server")

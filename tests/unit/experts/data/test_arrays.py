@@ -110,7 +110,7 @@ def test_a_label_beyond_the_classes_is_refused(tmp_path):
         open_dataset(fashion(tmp_path))
 
 
-@pytest.mark.skipif(not LOCAL_FASHION.is_dir(), reason="optional local data is not there")
+@pytest.mark.skipif(not LOCAL_FASHION.is_dir(), reason=f"needs Fashion-MNIST in {LOCAL_FASHION}")
 def test_the_real_fashion_mnist_has_its_published_counts():
     source = open_raw(fashion(LOCAL_FASHION))
     assert np.bincount(source.train.labels).tolist() == [6000] * 10
