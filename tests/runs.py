@@ -32,6 +32,15 @@ LONG = [
 ]
 
 
+class _Driver(subprocess.Popen[str]):
+    """A driver's process. Its pipe closes with it, so that a test may kill it and forget it."""
+
+    def __del__(self) -> None:
+        if self.stdout is not None:
+            self.stdout.close()
+        super().__del__()
+
+
 def train(folder: Path, *words: str, common: Sequence[str] = SMALL) -> int:
     """Run `expertail train` in this process; the run is `folder`."""
     return main(["train", *common, f"run.dir={folder.parent}", f"run.name={folder.name}", *words])
@@ -45,7 +54,7 @@ def start(
 
     command = [sys.executable, "-m", "orchestration", "train", *common]
     environment = os.environ | {"RAY_ADDRESS": address or ray.get_runtime_context().gcs_address}
-    return subprocess.Popen(
+    return _Driver(
         [*command, f"run.dir={folder.parent}", f"run.name={folder.name}", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
