@@ -216,6 +216,7 @@ def test_a_kill_while_checkpoints_are_written_always_leaves_a_whole_one(rounds, 
         time.sleep(0.05 + 0.126 * kill / rounds)
         process.kill()
         process.wait()
+        process.stdout.close()
         checkpoints = Checkpoints(folder, ["train"])
         reported: list[str] = []
         begun = any((folder / "checkpoints").glob("[0-9]*")) or any((folder / "checkpoints").glob(".replaced-*"))

@@ -243,6 +243,7 @@ def test_uploaders_share_a_new_file_and_end_with_their_drivers(tmp_path):
     assert uploader.finish(120) is None
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
+    driver.stdout.close()
     wait_until(lambda: not Path(f"/proc/{pid}").exists(), 60)
     assert history(uri, "done") == expected(range(1, 401))
     assert the_run(uri, "done").info.status == "FINISHED"
