@@ -153,8 +153,9 @@ class Worker:
         Returns:
             Where; None where this machine does not have the address that the node is known by.
         """
-        if self._listener is None:
-            self._listener = listen(ray.util.get_node_ip_address(), gpu=self.gpu)
+        if self._listener is not None:  # nobody accepts from it, so connections of earlier tries would fill its queue
+            self._listener.close()
+        self._listener = listen(ray.util.get_node_ip_address(), gpu=self.gpu)
         return None if self._listener is None else self._listener.getsockname()[:2]
 
     def unreachable_from_here(self, listeners: Mapping[str, Address]) -> list[str]:

@@ -53,6 +53,7 @@ class StageRun:
         step: optimiser steps done.
         best: the best evaluation so far that counts, with its step, value and checkpoint.
         last: the newest evaluation, with its step.
+        checkpoint: the one that this start loaded, or wrote last; None before either.
         built: what `Worker.build` returned, in the order of ranks.
     """
 
@@ -66,6 +67,7 @@ class StageRun:
         self.step = 0
         self.best: dict[str, Any] | None = None
         self.last: dict[str, Any] | None = None
+        self.checkpoint: Path | None = None
         self._epoch_images, self._epoch_seconds = 0, 0.0
         self._pace = 0.0  # steps per second of the last interval
 
@@ -143,6 +145,7 @@ class StageRun:
         sent = self._send(checkpoint.folder)
         self.fleet.call("load", sent, {"step": state["step"], "sums": state["sums"]})
         self.step, self.best, self.last = state["step"], state["best"], state["last"]
+        self.checkpoint = checkpoint.folder
         if self.best and self.best["step"] == self.step:
             self.checkpoints.copy_weights(checkpoint.folder, self.best["checkpoint"])  # may have been cut off
         elif self.best:
@@ -180,9 +183,8 @@ class StageRun:
             self._save()
         write_evaluations(self.folder, self.config, self.stage, {"best": self.best, "last": self.last})
         self.run.cost.note(peak_memory_gib=[round(gib, 2) for gib in self.fleet.call("peak_memory_gib")])
-        newest = self.checkpoints.newest(self.stage, self.console.message)
-        assert newest is not None
-        return Outcome(self.stage, self.step >= self.total_steps, self.total_steps, newest.folder)
+        assert self.checkpoint is not None
+        return Outcome(self.stage, self.step >= self.total_steps, self.total_steps, self.checkpoint)
 
     def _advance(self, target: int) -> None:
         """Train one interval, note it, and evaluate and save if it is due at its end.
@@ -323,7 +325,8 @@ class StageRun:
         folder = self.checkpoints.complete(writing, self.checkpoints.name(self.stage, self.step), entries, state)
         if self.best and self.best["step"] == self.step:
             self.checkpoints.copy_weights(folder, self.best["checkpoint"])
-        self.checkpoints.prune(self.stage, self.config.run.keep_checkpoints)
+        self.checkpoint = folder
+        self.checkpoints.prune(self.stage, folder, self.config.run.keep_checkpoints)
         self.run.cost.note()
         self.folder.announce_checkpoint()
 

@@ -214,13 +214,25 @@ class Checkpoints:
         for folder in self.folder.glob(".writing-*"):
             shutil.rmtree(folder, ignore_errors=True)
 
-    def prune(self, stage: str, keep: int) -> None:
-        """Remove all but the newest checkpoints of a stage, and best weights that none of those names."""
+    def prune(self, stage: str, written: Path, keep: int) -> None:
+        """Remove all but some checkpoints of a stage, and best weights that none of those names.
+
+        Args:
+            stage: its name.
+            written: the checkpoint just written.
+            keep: how many stay: this one and those before it.
+        """
         complete = self._of(stage)
-        for folder in complete[keep:]:
-            shutil.rmtree(folder, ignore_errors=True)
+        # A newer one was found damaged when the stage resumed, or training would have gone on from it. If it counted
+        # among those that stay, it could push out the last whole one.
+        newest = complete.index(written)
+        kept = complete[newest : newest + keep]
+        for folder in complete:
+            if folder not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
+
         wanted = set()
-        for folder in complete[:keep]:
+        for folder in kept:
             try:
                 best = json.loads((folder / STATE).read_text()).get("best")
             except (OSError, ValueError):

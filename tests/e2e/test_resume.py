@@ -195,7 +195,7 @@ for step in range(1, 100000):
         again = checkpoints.begin()
         entries = [write_file(again, n, step.to_bytes(8, "big") * 100_000) for n in ("trunk", "expert0")]
         checkpoints.complete(again, checkpoints.name("train", step), entries, state)
-    checkpoints.prune("train", 1)
+    checkpoints.prune("train", final, 1)
 """
 
 

@@ -1,10 +1,13 @@
-"""A config reaches workers as it is: Ray pickles it, and nothing is dumped or validated again."""
+"""The worker's shell: it takes the config as it is, and listens for other workers."""
 
 from __future__ import annotations
 
 import pytest
+import ray
 from ray import cloudpickle
 
+from orchestration.cluster.reachability import unreachable_from_here
+from orchestration.cluster.worker import Worker
 from orchestration.config.compose import available, load_config
 from orchestration.config.identity import identity
 from orchestration.training.mesh import MeshShape
@@ -12,6 +15,7 @@ from orchestration.training.mesh import MeshShape
 
 @pytest.mark.parametrize("method", [*available("method")[:3], "ride", "lfme"])
 def test_a_config_that_was_sent_equals_the_original(method):
+    """Ray pickles it, and nothing is dumped or validated again."""
     config = load_config([f"method={method}"])
     sent = cloudpickle.loads(cloudpickle.dumps((config, config.dataset, MeshShape(3, 1))))
     assert sent == (config, config.dataset, MeshShape(3, 1))
@@ -19,3 +23,14 @@ def test_a_config_that_was_sent_equals_the_original(method):
     assert all(type(a) is type(b) for (_, a), (_, b) in zip(sent[0].method, config.method, strict=True))
     with pytest.raises(ValueError, match="frozen"):
         sent[0].seed = 1
+
+
+def test_every_try_to_reach_a_worker_finds_a_new_listener(monkeypatch):
+    """Nobody accepts connections, so a listener that served all tries of a large mesh would be full in the end."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    worker = Worker.__ray_metadata__.modified_class(gpu=False, threads=1)
+    first, second = worker.listen(), worker.listen()
+    assert unreachable_from_here({"first": first, "second": second}) == ["first"]
+    worker.leave()
+    assert unreachable_from_here({"second": second}) == ["second"]

@@ -19,11 +19,11 @@ from orchestration.storage.run_folder import RunFolder
 TOTAL = 8
 
 
-def save(checkpoints, step, best=None):
+def save(checkpoints, step, best=None, last=None):
     writing = checkpoints.begin()
     names = ("trunk", "trunk.momentum", "expert0", "expert0.momentum")
     entries = [write_tensors(writing, name, {f"{name}.weight": torch.full((50,), float(step))}) for name in names]
-    state = {"stage": "train", "step": step, "total_steps": TOTAL, "sums": {}, "best": best, "last": None}
+    state = {"stage": "train", "step": step, "total_steps": TOTAL, "sums": {}, "best": best, "last": last}
     return checkpoints.complete(writing, checkpoints.name("train", step), entries, state)
 
 
@@ -141,6 +141,25 @@ def test_a_damaged_checkpoint_is_not_copied_as_the_best(checkpoints):
         checkpoints.copy_weights(folder, f"best-{folder.name}")
 
 
+def test_a_damaged_checkpoint_is_not_counted_among_those_kept(checkpoints):
+    """Training goes on from step 4 and saves after 6; the newest by name is damaged and must not push that one out."""
+    flip(checkpoints.newest("train", pytest.fail).folder / "trunk.safetensors")
+    written = save(checkpoints, 6)
+    checkpoints.prune("train", written, keep=1)
+    assert [folder.name for folder in checkpoints.folder.iterdir()] == [written.name]
+    assert checkpoints.newest_verified("train", pytest.fail).folder == written
+
+
+def test_older_checkpoints_stay_and_best_weights_that_they_name(checkpoints):
+    names = [checkpoints.name("train", step) for step in (4, 6, TOTAL)]
+    checkpoints.copy_weights(checkpoints.folder / names[0], f"best-{names[0]}")
+    checkpoints.copy_weights(checkpoints.folder / names[0], f"best-{names[1]}")
+    save(checkpoints, 6, best={"step": 6, "checkpoint": f"best-{names[1]}"})
+    checkpoints.prune("train", checkpoints.folder / names[2], keep=2)
+    left = {folder.name for folder in checkpoints.folder.glob("*train*")}
+    assert left == {names[1], names[2], f"best-{names[1]}"}
+
+
 class FakeFleet:
     """One worker that remembers what it was told to load."""
 
@@ -156,6 +175,7 @@ class FakeFleet:
 
     def call(self, name, *args):
         self.calls.append((name, *args))
+        return [0.5] if name == "peak_memory_gib" else [None]
 
 
 def test_a_stage_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, checkpoints, hashed):
@@ -176,3 +196,17 @@ def test_a_stage_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, chec
     assert fleet.calls == [("load", str(folder), {"step": 4, "sums": {}})]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
     assert len(hashed) == len(set(hashed)), "each file at most once"
+
+
+def test_a_stage_ends_with_the_checkpoint_that_it_loaded_when_a_newer_one_is_damaged(tmp_path, checkpoints):
+    """run.max_steps ends the stage where it resumes, so nothing is written over the damaged one."""
+    evaluation = {"step": 4, "evaluation": {"split": "test"}}
+    whole = save(checkpoints, 4, last=evaluation)
+    flip(checkpoints.newest("train", pytest.fail).folder / "expert0.safetensors")
+    with contextlib.closing(RunFolder(tmp_path)) as held:
+        words = ["method=ce", "dataset.root=/data", "run.max_steps=4"]
+        run = Run(load_config(words), held, Console(stream=None), StopSignals(), {}, lambda: None)
+        with run.journal:
+            stage = StageRun(run, "train", FakeFleet(), run.console)
+            stage.prepare()
+            assert stage.carry_out().checkpoint == whole

@@ -48,7 +48,7 @@ def train(folder, step, keep=2):
     complete = kept.complete(writing, kept.name("train", step), entries, {"step": step, "best": best})
     if step % 8 == 0:
         kept.copy_weights(complete, best["checkpoint"])
-    kept.prune("train", keep)
+    kept.prune("train", complete, keep)
 
 
 def finish(folder):
