@@ -115,7 +115,7 @@ def scores_of(model: ServedModel, member: str, features: Sequence[Tensor]) -> Te
         expert for name, expert in zip(ensemble.names, ensemble.members(), strict=True) if member in (name, ENSEMBLE)
     ]
     scores = torch.stack([expert.head(own_BD) for expert, own_BD in zip(chosen, features, strict=True)])
-    logits_EBC = ensemble.shared["head"](scores) if "head" in ensemble.shared else scores
+    logits_EBC = ensemble.through_shared_head(scores)
     if member != ENSEMBLE:
         return logits_EBC[0]
     gates_EB = ensemble.gate_scores(features, logits_EBC) if ensemble.has_router else None

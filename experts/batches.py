@@ -51,7 +51,8 @@ class Batch:
     Attributes:
         images_B3HW: float; B is 0 where the global batch has fewer images than there are replicas.
         labels_B: int64, of these images.
-        global_labels: int64, of the whole batch, in its order; denominators are computed from them.
+        global_labels: int64, of the whole batch, in its order. Every replica has them, so each computes the
+            denominators of the global batch without asking the others.
         positions_B: rows of the training set, int64.
         partner: a second batch of as many images, paired with this one by row, where the stage has one.
         mixed: how the images were blended, where the stage does so.
@@ -68,11 +69,11 @@ class Batch:
 def share(count: int, part: int, parts: int) -> tuple[int, int]:
     """Return the bounds of one of `parts` contiguous shares of `count` items.
 
-    Shares differ by at most one item and the first ones are the longer ones, as np.array_split cuts.
+    Shares differ by at most one item; the longer ones come first, as in np.array_split.
     """
-    each, more = divmod(count, parts)
-    start = part * each + min(part, more)
-    return start, start + each + (part < more)
+    each, longer = divmod(count, parts)
+    start = part * each + min(part, longer)
+    return start, start + each + (part < longer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,7 @@ class StreamConfig:
         epochs: of the stage; samplers may depend on it.
         batch_size: images of the global batch; the last one of an epoch may be smaller, unless dropped.
         drop_last: leave out the last batch of an epoch where it is smaller.
-        view: another value gives other augmentation of the same images.
+        view: another value augments the same images differently.
         mixup_alpha: blend every image with another of the global batch, the share of the first one drawn per batch
             from Beta(alpha, alpha); None blends nothing.
     """
@@ -152,8 +153,8 @@ class TrainBatches:
                 f"batch_size = {config.batch_size} with drop_last: an epoch has {draws} images, no whole "
                 f"batch; lower batch_size"
             )
-        self.steps_per_epoch = -(-self.draws_per_epoch // config.batch_size)
-        self._cached: tuple[int, np.ndarray] | None = None
+        self.steps_per_epoch = -(-self.draws_per_epoch // config.batch_size)  # rounded up
+        self._cached: tuple[int, np.ndarray] | None = None  # the draws of the current epoch, which every step reads
         self._prefetcher: Prefetcher | None = None
         if isinstance(self.store, FileImages):
             self._prefetcher = Prefetcher(
@@ -163,6 +164,7 @@ class TrainBatches:
     def positions(self, epoch: int) -> np.ndarray:
         """Return the epoch's global sequence of positions in the store, int64 [draws_per_epoch]; epochs start at 1."""
         if self._cached is None or self._cached[0] != epoch:
+            # Step 0 whatever the step: an epoch is drawn as a whole, so a sampler may depend on the epoch alone.
             progress = Progress(epoch, self.config.epochs, 0, self.steps_per_epoch)
             self._cached = epoch, self.sampler.draw(progress, self._key(epoch, "draws"))[: self.draws_per_epoch]
         return self._cached[1]
@@ -216,12 +218,12 @@ class TrainBatches:
         start, stop = share(last - first, self.replica.index, self.replica.count)
         return first + start, first + stop
 
-    def _made_rows(self, step: int) -> tuple[int, int]:
+    def _pixel_rows(self, step: int) -> tuple[int, int]:
         """Return the rows whose pixels this replica makes; with mixup those of the whole step (see above)."""
         return self._local_rows(step) if self.config.mixup_alpha is None else self._rows(step)
 
     def _request(self, epoch: int, step: int) -> Request:
-        first, last = self._made_rows(step)
+        first, last = self._pixel_rows(step)
         return Request(self.positions(epoch)[first:last], self._key(epoch, f"crop/{self.config.view}"), first)
 
     def _take(self, store: ResidentImages, request: Request) -> Tensor:
@@ -233,14 +235,18 @@ class TrainBatches:
         return random_resized_crops(images, draws, scale)
 
     def _finish(self, raw: Tensor, epoch: int, step: int) -> Batch:
-        first, last = self._made_rows(step)
+        first, last = self._pixel_rows(step)
         draws = uniforms(self._key(epoch, f"pixels/{self.config.view}"), first, last - first, NUM_UNIFORMS)
         images = augment(raw.to(self.device, non_blocking=True), draws, self.dataset_config, self.replica.dtype)
         labels = torch.from_numpy(self.labels(epoch, step)).to(self.device)
+
+        # Rows count from the start of the epoch; these two from the start of the step.
         start, stop = (row - step * self.config.batch_size for row in self._local_rows(step))
         positions = torch.from_numpy(self.positions(epoch)[slice(*self._local_rows(step))]).to(self.device)
+
         mixed = None
         if self.config.mixup_alpha is not None:
+            # Share and order have keys without the replica, so all replicas blend the same pairs.
             share_ = self._mixup_share(epoch, step)
             order = torch.from_numpy(permutation(self._key(epoch, f"mixup order/{step}"), len(labels))).to(self.device)
             images = share_ * images[start:stop] + (1 - share_) * images[order[start:stop]]
@@ -283,6 +289,7 @@ class EvalBatches:
         """
         firsts = range(self.start, self.stop, self.batch_size)
         parts = [np.arange(first, min(first + self.batch_size, self.stop)) for first in firsts]
+
         prefetcher = None
         if isinstance(self.store, FileImages):
             prefetcher = Prefetcher(self.store, self.config.loader_processes, pin_memory=self.device.type == "cuda")

@@ -1,4 +1,4 @@
-"""Cases that the contract tests try a piece at. Each piece names its own, in its own file."""
+"""The configurations that the contract tests try a piece with. Each piece names its own, in its own file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from experts.registry import Settings, piece
 
 @dataclass(frozen=True)
 class Case:
-    """One way to set up a piece; a kind reads the fields that it needs.
+    """One way to set up a piece. The tests of a kind read only the fields that the kind needs.
 
     Attributes:
         config: of the piece.

@@ -1,7 +1,9 @@
-"""Groups of classes from head to tail: the classes that are many, medium and few to a method.
+"""Groups of classes from head to tail, as methods cut them: many, medium and few.
 
-These groups say what an expert learns (ACE, ResLT) or which images it is given (LFME). Tables of results have their own
-fixed rule. Shapes: C classes.
+They decide which classes an expert learns (ACE, ResLT) or which images it trains on (LFME). Tables of results follow a
+fixed rule of their own (`aggregation/metrics.py`).
+
+Shapes: C classes.
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ from experts.registry import Settings
 
 
 class GroupRule(Settings):
-    """How classes are cut into groups, after sorting them by falling count; ties go by class id."""
+    """How classes are cut into groups, after sorting them by falling count and, at equal counts, by class id."""
 
     rule: Literal["count", "equal", "index"] = "count"
-    """count: by training images, into three groups (into two: many and the rest); equal: groups of as many classes,
-    the first ones one longer; index: at `cuts`."""
+    """count: by training images, into three groups, or into two (many and the rest); equal: into groups of equal size,
+    of which the first may have one class more; index: at `cuts`."""
     many_above: Annotated[int, Field(ge=0)] = 100
     """count: a class with more training images is many; published 100, LFME 99 (100 is many)."""
     few_below: Annotated[int, Field(ge=0)] = 20
@@ -50,7 +52,9 @@ def split_classes(counts_C: Tensor | np.ndarray, num_groups: int, rule: GroupRul
         ValueError: a rule that cannot give that many groups, cuts that do not fit, or a group without a class.
     """
     counts = np.asarray(counts_C)
-    order_C = np.argsort(-counts, kind="stable")
+    order_C = np.argsort(
+        -counts, kind="stable"
+    )  # an unstable sort would order ties differently from machine to machine
     if rule.rule == "equal":
         groups = np.array_split(order_C, num_groups)
     elif rule.rule == "index":
@@ -59,12 +63,12 @@ def split_classes(counts_C: Tensor | np.ndarray, num_groups: int, rule: GroupRul
         groups = _by_count(counts, order_C, num_groups, rule)
     for place, group in enumerate(groups):
         if not len(group):
-            raise ValueError(_no_class(place, counts, num_groups, rule))
+            raise ValueError(_empty_group(place, counts, num_groups, rule))
     return [group.astype(np.int64) for group in groups]
 
 
 def nested_targets(counts_C: Tensor, num_groups: int, rule: GroupRule) -> Tensor:
-    """Return the classes that each of several experts is for: all, all but the first group, ..., the last group alone.
+    """Return the classes that each expert learns: all, all but the first group, ..., the last group alone.
 
     Returns:
         Bool [num_groups, C], on the counts' device.
@@ -89,7 +93,7 @@ def _by_count(counts_C: np.ndarray, order_C: np.ndarray, num_groups: int, rule: 
             f"groups.few_below = {rule.few_below} and groups.many_above = {rule.many_above}: a class between the two "
             f"would be many and few; few_below must be at most many_above + 1"
         )
-    sorted_C = counts_C[order_C]
+    sorted_C = counts_C[order_C]  # falling, so the number of classes above a bound is the place where they end
     first_medium = int((sorted_C > rule.many_above).sum())
     first_few = int((sorted_C >= rule.few_below).sum())
     return np.split(order_C, [first_medium, first_few] if num_groups == 3 else [first_medium])
@@ -106,7 +110,7 @@ def _checked_cuts(cuts: tuple[int, ...] | None, num_groups: int, num_classes: in
     return edges[1:-1]
 
 
-def _no_class(place: int, counts_C: np.ndarray, num_groups: int, rule: GroupRule) -> str:
+def _empty_group(place: int, counts_C: np.ndarray, num_groups: int, rule: GroupRule) -> str:
     if rule.rule == "equal":
         return f"groups.rule = 'equal': {len(counts_C)} classes do not fill {num_groups} groups; use fewer experts"
     many = f"many (more than groups.many_above = {rule.many_above} images)"

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from experts.registry import build
 
-RESERVED = ("ensemble", "all experts", "trunk", "shared", "objective")  # names of other rows and files of a run
+RESERVED = ("ensemble", "all experts", "trunk", "shared", "objective")
+"""Names that a run gives to other rows of its tables and to other files, so that no expert may have them."""
 
 
 class Expert(nn.Module):
@@ -75,7 +76,10 @@ class Ensemble(nn.Module):
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """Return the logits of the experts of this worker, [e, B, C]."""
         h = self.trunk(images_B3HW)
-        scores = torch.stack([expert(h) for expert in self.experts.values()])
+        return self.through_shared_head(torch.stack([expert(h) for expert in self.experts.values()]))
+
+    def through_shared_head(self, scores: Tensor) -> Tensor:
+        """Return the scores of the experts' own heads, [e, B, X], after the head that they share, if there is one."""
         return self.shared["head"](scores) if "head" in self.shared else scores
 
     def outputs(
@@ -90,7 +94,7 @@ class Ensemble(nn.Module):
         h = self.trunk(images_B3HW)
         features = [expert.features(h) for expert in self.members()]
         scores = torch.stack([x.head(f) for x, f in zip(self.members(), features, strict=True)])
-        logits_EBC = gather(self.shared["head"](scores) if "head" in self.shared else scores)
+        logits_EBC = gather(self.through_shared_head(scores))
         if not self.has_router:
             return logits_EBC, None
         return logits_EBC, gather(self.gate_scores(features, logits_EBC))
@@ -189,12 +193,14 @@ class _Builder:
 
     def expert(self, position: int, name: str) -> Expert:
         with keyed_draws(self.seed, f"expert/{name}"):
+            # Layers draw weights when they are made, and `initialise` draws again: another order is another seed.
             features = self.backbone.late_stages(reduce_dimension=self.config.reduce_dimension)
             head = nn.Identity() if self.config.shared_head else self.head(position)
             expert = Expert(features, head, position=position)
             self.backbone.initialise(expert)
         last = position == len(self.config.expert_names) - 1  # after it there is no expert to ask
         if self.router is not None and not last:
+            # A key of its own: a router stage starts from experts that were built without a router.
             with keyed_draws(self.seed, f"gate/{name}"):
                 expert.gate = self.router.hidden(self.num_features)
         return expert
@@ -216,7 +222,7 @@ class _Builder:
 
 def part_of(name: str) -> str:
     """Return the part that a parameter of an `Ensemble` belongs to: "trunk", "features", "heads" or "gates"."""
-    words = name.split(".")
+    words = name.split(".")  # trunk.<...>, experts.<name>.<part>.<...> or shared.<part>.<...>
     if words[0] == "trunk":
         return "trunk"
     kind = words[1] if words[0] == "shared" else words[2]
@@ -231,7 +237,7 @@ def freeze(model: Ensemble, learning: Collection[str]) -> list[nn.Module]:
         learning: the parts that learn, of "trunk", "features", "heads" and "gates".
 
     Returns:
-        Trunk and features, where they do not learn: their BatchNorm statistics may have to stay as they are.
+        The trunk and features that do not learn, whose BatchNorm statistics may have to stay as they are.
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in learning)
@@ -265,6 +271,7 @@ def keyed_draws(seed: int, key: str) -> Iterator[None]:
     default_dtype = torch.get_default_dtype()
     # The CPU generator alone: torch.manual_seed would also seed GPUs, which a driver must not touch.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        # 63 bits: a seed of 64 would be negative wherever it is read as a signed number.
         torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         torch.set_default_dtype(torch.float32)
         try:

@@ -1,4 +1,4 @@
-"""Flows take the images of a step to the outputs that the objective sees: one piece of kind "flow" per stage.
+"""Flows take the images of a step to the outputs that the objective reads: one piece of kind "flow" per stage.
 
 A worker holds a copy of the trunk, some of the experts, and a copy of whatever lies after all experts. A flow computes
 its experts' outputs; the other experts' come in detached. The same flow serves one process and many workers.
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from experts.batches import Batch
 from experts.cases import Case
-from experts.losses.cross_entropy import CrossEntropy
 from experts.objective import Objective
 from experts.progress import Progress
 from experts.registry import Settings, piece, registered_name, registered_names
@@ -87,7 +86,7 @@ class Flow(ABC):
     own_streams: ClassVar[bool] = False
     """Whether expert k sees the k-th of the paired batches only, so that trunks that live apart see different ones."""
     recipe: ClassVar[str | None] = None
-    """A recipe that has the flow, for messages to point at."""
+    """A recipe that uses the flow, for messages to name."""
 
     def __init__(
         self, config: Any, objective: Objective, expert_names: Sequence[str], draws: Callable[..., int]
@@ -102,9 +101,12 @@ class Flow(ABC):
 
     @classmethod
     def cases(cls) -> list[Case]:
-        """Return what the contract tests try: the defaults, with cross-entropy or what the flow takes."""
-        objective = cls.takes or CrossEntropy
-        return [Case(cls.Config(), objective.num_experts_allowed[0], objective=objective.Config())]
+        """Return what the contract tests try: the defaults, with the objective that the flow takes.
+
+        A flow that takes any objective defines its own cases, so that this frame imports no particular loss.
+        """
+        assert cls.takes is not None, f"flow '{registered_name(cls)}' takes any objective: its `cases` must name one"
+        return [Case(cls.Config(), cls.takes.num_experts_allowed[0], objective=cls.takes.Config())]
 
     @classmethod
     def pairing_problem(cls, objective: type[Objective]) -> str | None:
@@ -133,8 +135,8 @@ class Flow(ABC):
             network: this worker's modules.
             batch: this replica's part of the batch, with its partner if one is needed.
             progress: where training stands.
-            gather: own outputs [e, B, X] to all experts' [E, B, X], the others' detached. Every worker must call it
-                as often as the others.
+            gather: takes own outputs [e, B, X] to those of all experts [E, B, X], the others' detached. Workers
+                exchange outputs in it, so all of them must call it equally often.
         """
 
     def labels(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ class ObjectiveSettings(Settings):
         """Refuse a head that the objective cannot work with; most objectives take any.
 
         Args:
-            head: config of the head; its `scale` is what the head multiplies its scores with (1 for a linear head).
+            head: config of the head; its `scale` is the factor of the head's scores (1 for a linear head).
 
         Raises:
             ValueError: names both keys, `objective.<key>` and `head.<key>`, and what to set.
@@ -54,7 +54,7 @@ class ObjectiveSettings(Settings):
     ) -> tuple[Tensor, tuple[str, ...]]:
         """Return the class distribution that each expert's softmax is trained for.
 
-        Most objectives aim at a balanced test set; the base class takes them at their word.
+        Most objectives aim at a balanced test set, so the base class returns the uniform distribution.
 
         Args:
             counts_C: training images per class.
@@ -62,15 +62,15 @@ class ObjectiveSettings(Settings):
             num_experts: E.
 
         Returns:
-            Its logs, float64 [E, C], up to a constant per expert, and a word or two for each expert.
+            Its logs, float64 [E, C], up to a constant per expert, and a short name of it for each expert.
         """
         del counts_C
         return torch.zeros_like(log_share_C).repeat(num_experts, 1), ("uniform",) * num_experts
 
 
 @dataclass(frozen=True)
-class Given:
-    """Inputs that a stage has for some objectives beside logits and labels.
+class ExtraInputs:
+    """Inputs beside logits and labels that only some objectives read.
 
     Attributes:
         teachers: scores [B, C_t] of frozen teachers by name, without gradient; a teacher may know fewer classes.
@@ -88,12 +88,12 @@ class StepContext:
     Attributes:
         denominators: of the objective, summed over the global batch.
         progress: where training stands; everything that changes with time follows from it.
-        given: teachers' scores and rows of the training set, for objectives that ask for them.
+        extra: teachers' scores and rows of the training set, for objectives that need them.
     """
 
     denominators: Mapping[str, Tensor]
     progress: Progress
-    given: Given = field(default_factory=Given)
+    extra: ExtraInputs = field(default_factory=ExtraInputs)
 
 
 class Objective(nn.Module, ABC):
@@ -102,7 +102,7 @@ class Objective(nn.Module, ABC):
     A worker sees a piece of the global batch, possibly an empty one. It asks for `denominators` of the global batch's
     labels, and `forward` divides the piece's numerators by them. The losses, gradients and terms of the pieces then add
     up to those of the whole batch. Logits of experts that live elsewhere come in detached: the value is still the whole
-    loss, and the gradient exactly the loss's for the attached slots.
+    loss, and the attached slots get exactly the gradient of the whole loss.
 
     Args:
         config: the `Config` of the class.
@@ -129,7 +129,7 @@ class Objective(nn.Module, ABC):
     observes: ClassVar[bool] = False
     """Whether `observe` has something to do, which needs a validation split."""
     last_expert_learns: ClassVar[bool] = True
-    """False where the loss does not look at what only the last expert gives."""
+    """False where the loss ignores whatever the last expert alone computes."""
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ()
     """Settings beside the defaults that take another path through the code, for `cases`."""
     teacher_classes: Mapping[str, Any]
@@ -157,8 +157,8 @@ class Objective(nn.Module, ABC):
         if num_experts in allowed:
             return None
         least, most = min(allowed), max(allowed)
-        every = len(allowed) > 2 and set(allowed) == set(range(least, most + 1))
-        takes = f"{least} to {most}" if every else " or ".join(map(str, allowed))
+        consecutive = len(allowed) > 2 and set(allowed) == set(range(least, most + 1))
+        takes = f"{least} to {most}" if consecutive else " or ".join(map(str, allowed))
         roles = f" ({cls.roles})" if cls.roles else ""
         nearest = min(allowed, key=lambda number: abs(number - num_experts))
         return (
@@ -170,6 +170,7 @@ class Objective(nn.Module, ABC):
     def cases(cls) -> list[Case]:
         """Return what the contract tests try: the defaults and every variant, at up to three numbers of experts."""
         allowed = cls.num_experts_allowed
+        # Of a long range, two numbers are enough: the smallest, and one that makes sums over experts visible.
         numbers = allowed if len(allowed) <= 3 else (allowed[0], allowed[2])
         return [Case(cls.Config(**settings), number) for settings in ({}, *cls.variants) for number in numbers]
 
@@ -205,8 +206,8 @@ class Objective(nn.Module, ABC):
         """Factors of the experts' learning rates; the trunk and shared heads have none."""
         return (1.0,) * self.num_experts
 
-    def prepare(self, batches: Callable[[str], Iterable[tuple[Given, Tensor]]]) -> None:
-        """Look at the data, once before the first step of a stage.
+    def prepare(self, batches: Callable[[str], Iterable[tuple[ExtraInputs, Tensor]]]) -> None:
+        """Pass over the data once, before the first step of a stage.
 
         Args:
             batches: for "train" and "val", all images of the split as they are evaluated, in any order: the teachers'
@@ -214,10 +215,10 @@ class Objective(nn.Module, ABC):
         """
 
     def assume_prepared(self) -> None:
-        """Go on as after `prepare`, without its findings, so that a plan can try a step without any data."""
+        """Act as if `prepare` had run, without its results, so that a plan can try a step without any data."""
 
     def observe(self, per_class_top1: Sequence[float | None]) -> None:
-        """Take note of how the ensemble does on the validation split.
+        """Record the ensemble's accuracy on the validation split.
 
         Args:
             per_class_top1: fractions, one per class; None where the split has no image of a class.

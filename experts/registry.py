@@ -30,7 +30,12 @@ _PIECES: dict[str, dict[str, Any]] = {}
 
 
 def register(kind: str, name: str) -> Callable[[P], P]:
-    """Claim `name` for a class among the pieces of one kind. A second claim is an error."""
+    """Claim `name` for a class among the pieces of one kind.
+
+    Raises:
+        TypeError: the class has no `Config` whose field `name` is the literal.
+        ValueError: another class has claimed the name.
+    """
 
     def claim(cls: P) -> P:
         config = getattr(cls, "Config", None)
@@ -77,8 +82,9 @@ def build(kind: str, config: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def choice(kind: str) -> Any:
-    """Return the annotation of a field that holds the config of any piece of one kind, told apart by `name`."""
+    """Return the annotation of a field that holds the config of any piece of one kind, distinguished by `name`."""
     configs = [_PIECES[kind][name].Config for name in registered_names(kind)]
+    # pydantic accepts a discriminator on a union only, and a union of one class is that class.
     if len(configs) == 1:
         return configs[0]
     return Annotated[functools.reduce(operator.or_, configs), Field(discriminator="name")]

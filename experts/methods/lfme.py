@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from experts.class_groups import GroupRule, split_classes
-from experts.objective import Given, Objective, ObjectiveSettings, StepContext
+from experts.objective import ExtraInputs, Objective, ObjectiveSettings, StepContext
 from experts.precision import at_least_float32
 from experts.progress import Progress
 from experts.registry import register
@@ -199,7 +199,7 @@ class LFME(Objective):
     # Before training and between epochs
 
     @torch.no_grad()
-    def prepare(self, batches: Callable[[str], Iterable[tuple[Given, Tensor]]]) -> None:
+    def prepare(self, batches: Callable[[str], Iterable[tuple[ExtraInputs, Tensor]]]) -> None:
         """Ask the teachers, once: how sure they are of each training image, and how good they are on validation images.
 
         Args:
@@ -207,15 +207,15 @@ class LFME(Objective):
                 scores (with `positions_B` for "train") and the labels [B].
 
         Raises:
-            ValueError: a training image is missing or given twice, a group has no validation image, or teachers are
+            ValueError: a training image is missing or comes twice, a group has no validation image, or teachers are
                 missing or of other classes.
         """
         confidence_N = torch.full_like(self.instance_u_N, torch.nan)
         labels_N = torch.zeros(len(confidence_N), dtype=torch.int64, device=confidence_N.device)
         seen = 0
-        for given, labels_B in batches("train"):
-            rows_B = self._rows(given)
-            confidence_N[rows_B] = self._true_class(given, labels_B)[0].to(confidence_N)
+        for extra, labels_B in batches("train"):
+            rows_B = self._rows(extra)
+            confidence_N[rows_B] = self._true_class(extra, labels_B)[0].to(confidence_N)
             labels_N[rows_B] = labels_B.to(labels_N.device)
             seen += len(labels_B)
         missing = int(confidence_N.isnan().sum())
@@ -226,8 +226,8 @@ class LFME(Objective):
             )
         right_C = torch.zeros(self.num_classes, dtype=torch.float64, device=confidence_N.device)
         size_C = torch.zeros_like(right_C)
-        for given, labels_B in batches("val"):
-            correct_B = self._true_class(given, labels_B)[1]
+        for extra, labels_B in batches("val"):
+            correct_B = self._true_class(extra, labels_B)[1]
             right_C.index_add_(0, labels_B.to(right_C.device), correct_B.to(right_C))
             size_C.index_add_(0, labels_B.to(right_C.device), torch.ones_like(correct_B).to(right_C))
         accuracy_C = [r / n if n else None for r, n in zip(right_C.tolist(), size_C.tolist(), strict=True)]
@@ -269,9 +269,9 @@ class LFME(Objective):
             means.append(sum(known) / len(known))
         return torch.tensor(means, dtype=torch.float64)
 
-    def _true_class(self, given: Given, labels_B: Tensor) -> tuple[Tensor, Tensor]:
+    def _true_class(self, extra: ExtraInputs, labels_B: Tensor) -> tuple[Tensor, Tensor]:
         """Return the true class's probability by the teacher of each image's group, and whether it is the largest."""
-        scores = self._teacher_scores(given.teachers, len(labels_B))
+        scores = self._teacher_scores(extra.teachers, len(labels_B))
         probability_B = torch.zeros(len(labels_B), dtype=torch.float64, device=labels_B.device)
         correct_B = torch.zeros_like(probability_B, dtype=torch.bool)
         for scores_BCt, group in zip(scores, self.groups(), strict=True):
@@ -297,8 +297,8 @@ class LFME(Objective):
         self.check_shapes(logits_EBC, labels_B)
         self._check_prepared()
         config = self.config
-        scores = self._teacher_scores(now.given.teachers, len(labels_B))
-        factor_B = instance_factors(self.instance_u_N[self._rows(now.given)], now.progress, clamp=config.clamp)
+        scores = self._teacher_scores(now.extra.teachers, len(labels_B))
+        factor_B = instance_factors(self.instance_u_N[self._rows(now.extra)], now.progress, clamp=config.clamp)
         weight_T = teacher_weights(self.student_accuracy_T, self.teacher_accuracy_T, alpha=config.alpha)
         images = now.denominators["images"]
         loss, ce, kl_T = lfme_loss(
@@ -327,10 +327,10 @@ class LFME(Objective):
                 "the state of a run"
             )
 
-    def _rows(self, given: Given) -> Tensor:
-        if given.positions_B is None:
+    def _rows(self, extra: ExtraInputs) -> Tensor:
+        if extra.positions_B is None:
             raise ValueError("objective 'lfme' needs to know which training images a batch has; got no positions")
-        return given.positions_B.to(self.instance_u_N.device)
+        return extra.positions_B.to(self.instance_u_N.device)
 
     def _teacher_scores(self, teachers: Mapping[str, Tensor], images: int) -> list[Tensor]:
         found = {name: tuple(scores.shape) for name, scores in teachers.items()}

@@ -29,7 +29,7 @@ from experts.batches import Batch
 from experts.data.keyed_random import key
 from experts.ensemble import Ensemble, EnsembleConfig, build_ensemble, freeze
 from experts.flow import Flow, Result
-from experts.objective import Given, Objective, StepContext
+from experts.objective import ExtraInputs, Objective, StepContext
 from experts.progress import Progress
 from experts.registry import build, piece
 from orchestration.config.paths import expand
@@ -254,14 +254,14 @@ class _Rehearsal:
 
     def _terms(self, outputs_EBX: Tensor, batch: Batch, now: Progress) -> int:
         """Count the numbers in the loss's terms; a term has one for all experts or one for each."""
-        given = Given(self._scores(), batch.positions_B)
+        extra = ExtraInputs(self._scores(), batch.positions_B)
         labels, global_labels = self.flow.labels(batch)
-        context = StepContext(self.objective.denominators(global_labels, now), now, given)
+        context = StepContext(self.objective.denominators(global_labels, now), now, extra)
         loss, terms = self.objective(outputs_EBX, labels, context)
         if self.stage.distillation is not None:
             distillation = build("distillation", self.stage.distillation)
             denominators = distillation.denominators(batch.global_labels)
-            terms = terms | distillation(loss, outputs_EBX, given.teachers, denominators, now)[1]
+            terms = terms | distillation(loss, outputs_EBX, extra.teachers, denominators, now)[1]
         return sum(value.numel() for value in terms.values())
 
     def _scores(self) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from aggregation.aggregator import Outputs
 from aggregation.diversity import Diversity
 from aggregation.metrics import Scores
 from experts.batches import EvalBatches, Replica
-from experts.objective import Given
+from experts.objective import ExtraInputs
 from orchestration.training.engine import casting
 from orchestration.training.stage_setup import StageSetup
 
@@ -81,7 +81,7 @@ def prepare_objective(setup: StageSetup, beat: Callable[[], None]) -> None:
 
 
 @torch.no_grad()
-def _teacher_scores(setup: StageSetup, split: str, beat: Callable[[], None]) -> Iterator[tuple[Given, Tensor]]:
+def _teacher_scores(setup: StageSetup, split: str, beat: Callable[[], None]) -> Iterator[tuple[ExtraInputs, Tensor]]:
     """Yield teachers' scores and the labels of a whole split, the same on every worker.
 
     Args:
@@ -100,6 +100,6 @@ def _teacher_scores(setup: StageSetup, split: str, beat: Callable[[], None]) -> 
     batches = EvalBatches(images, setup.dataset.config, size, Replica(device=setup.mesh.device, dtype=setup.dtype))
     for images_B3HW, labels_B in batches:
         positions_B = torch.arange(row, row + len(labels_B), device=setup.mesh.device)
-        yield Given(setup.teachers(images_B3HW), positions_B), labels_B
+        yield ExtraInputs(setup.teachers(images_B3HW), positions_B), labels_B
         row += len(labels_B)
         beat()

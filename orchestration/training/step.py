@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from experts.batches import Batch
-from experts.objective import Given, StepContext
+from experts.objective import ExtraInputs, StepContext
 from experts.progress import Progress
 from orchestration.training.engine import NonFiniteGradient
 from orchestration.training.stage_setup import StageSetup
@@ -65,20 +65,20 @@ class TrainingStep:
     def _loss(self, outputs_EBX: Tensor, batch: Batch, now: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         """Return this replica's share of the loss and its terms; with mixup, blended from both sets of labels."""
         setup = self._setup
-        given = Given(setup.teachers(batch.images_B3HW) if setup.teachers else {}, batch.positions_B)
+        extra = ExtraInputs(setup.teachers(batch.images_B3HW) if setup.teachers else {}, batch.positions_B)
         parts = [(1.0, *setup.flow.labels(batch))]
         if batch.mixed is not None:
             rest = 1 - batch.mixed.share
             parts = [(batch.mixed.share, *parts[0][1:]), (rest, batch.mixed.labels_B, batch.mixed.global_labels)]
         total, terms = outputs_EBX.new_zeros(()), dict[str, Tensor]()
         for share, labels, global_labels in parts:
-            context = StepContext(setup.objective.denominators(global_labels, now), now, given)
+            context = StepContext(setup.objective.denominators(global_labels, now), now, extra)
             loss, found = setup.objective(outputs_EBX, labels, context)
             total = total + share * loss
             terms = {name: share * value + terms.get(name, 0.0) for name, value in found.items()}
         if setup.distillation is not None:
             denominators = setup.distillation.denominators(batch.global_labels)
-            total, found = setup.distillation(total, outputs_EBX, given.teachers, denominators, now)
+            total, found = setup.distillation(total, outputs_EBX, extra.teachers, denominators, now)
             terms |= found
         return total, terms
 

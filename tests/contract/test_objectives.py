@@ -20,7 +20,7 @@ from experts.cases import Case, cases_of
 from experts.ensemble import EnsembleConfig, build_ensemble
 from experts.heads.cosine import CosineHead
 from experts.heads.linear import LinearHead
-from experts.objective import MAX_EXPERTS, Given, Objective, StepContext
+from experts.objective import MAX_EXPERTS, ExtraInputs, Objective, StepContext
 from experts.progress import Progress
 
 registry.import_pieces(experts, aggregation)
@@ -40,7 +40,7 @@ def prepare(objective) -> None:
 
     def batches(split):
         labels = torch.arange(len(COUNTS)).repeat_interleave(COUNTS if split == "train" else 2)
-        yield Given(teachers_of(objective, len(labels)), torch.arange(len(labels))), labels
+        yield ExtraInputs(teachers_of(objective, len(labels)), torch.arange(len(labels))), labels
 
     if objective.prepares:
         objective.prepare(batches)
@@ -89,8 +89,8 @@ class Try:
     def now(self, objective, images: Any = slice(None), labels=None) -> StepContext:
         """What the objective needs to know of some images, with the denominators of all."""
         teachers = {name: scores[images] for name, scores in teachers_of(objective, len(LABELS)).items()}
-        given = Given(teachers, (torch.arange(len(LABELS)) * 50)[images])
-        return StepContext(objective.denominators(self.labels() if labels is None else labels, NOW), NOW, given)
+        extra = ExtraInputs(teachers, (torch.arange(len(LABELS)) * 50)[images])
+        return StepContext(objective.denominators(self.labels() if labels is None else labels, NOW), NOW, extra)
 
     def loss(self, objective, logits_EBC):
         return objective(logits_EBC, self.labels(), self.now(objective))
@@ -197,9 +197,9 @@ def test_inputs_are_unchanged_and_the_same_inputs_give_the_same_loss(case):
     assert torch.equal(logits, case.logits())
     assert torch.equal(labels, case.labels())
     assert now.denominators == fresh.denominators
-    assert torch.equal(now.given.positions_B, fresh.given.positions_B)
-    for name, scores in fresh.given.teachers.items():
-        assert torch.equal(now.given.teachers[name], scores)
+    assert torch.equal(now.extra.positions_B, fresh.extra.positions_B)
+    for name, scores in fresh.extra.teachers.items():
+        assert torch.equal(now.extra.teachers[name], scores)
     assert torch.equal(case.loss(objective, logits)[0], first)
     assert torch.equal(case.loss(case.objective(), logits)[0], first)
 

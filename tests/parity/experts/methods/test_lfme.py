@@ -15,7 +15,7 @@ import torch
 
 from experts.class_groups import GroupRule
 from experts.methods.lfme import LFME, TEACHERS, instance_factors, lfme_loss, scaled_confidences, teacher_weights
-from experts.objective import Given, StepContext
+from experts.objective import ExtraInputs, StepContext
 from experts.progress import Progress
 from experts.samplers.class_balanced import ClassBalanced
 from experts.samplers.draws import class_aware_draws, positions_by_class
@@ -183,7 +183,9 @@ class Split:
 
     def given(self, split, rows):
         scores = {name: torch.tensor(self.scores[split][name][rows]) for name in TEACHERS}
-        return Given(scores, torch.tensor(rows) if split == "train" else None), torch.tensor(self.labels[split][rows])
+        return ExtraInputs(scores, torch.tensor(rows) if split == "train" else None), torch.tensor(
+            self.labels[split][rows]
+        )
 
     def batches(self, split, size=37, seed=1):
         order = np.random.default_rng(seed).permutation(len(self.labels[split]))
@@ -326,7 +328,7 @@ def test_a_loss_without_preparation_or_positions_is_refused():
     given, labels = split.given("train", [3, 4])
     objective = prepared(split)
     with pytest.raises(ValueError, match=r"'lfme'.*positions"):
-        objective(z, labels, StepContext(objective.denominators(labels, NOW), NOW, Given(given.teachers)))
+        objective(z, labels, StepContext(objective.denominators(labels, NOW), NOW, ExtraInputs(given.teachers)))
 
 
 def test_teachers_that_are_missing_or_of_other_classes_are_refused():
@@ -337,7 +339,9 @@ def test_teachers_that_are_missing_or_of_other_classes_are_refused():
     for teachers in ({}, fewer, dict(given.teachers) | {"medium": given.teachers["many"][:, :1]}):
         with pytest.raises(ValueError, match=r"'lfme'.*teachers\.many"):
             objective(
-                z, labels, StepContext(objective.denominators(labels, NOW), NOW, Given(teachers, given.positions_B))
+                z,
+                labels,
+                StepContext(objective.denominators(labels, NOW), NOW, ExtraInputs(teachers, given.positions_B)),
             )
 
 
