@@ -1,1 +1,1 @@
-"""What an expert computes: methods, losses, heads, flows, samplers, backbones, data. Knows not where it runs."""
+"""What an expert computes: methods, losses, heads, flows, samplers, backbones, data. It does not know where it runs."""

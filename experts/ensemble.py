@@ -193,7 +193,8 @@ class _Builder:
 
     def expert(self, position: int, name: str) -> Expert:
         with keyed_draws(self.seed, f"expert/{name}"):
-            # Layers draw weights when they are made, and `initialise` draws again: another order is another seed.
+            # Layers draw weights when they are made, and `initialise` draws again. In another order, the same seed
+            # would give other weights.
             features = self.backbone.late_stages(reduce_dimension=self.config.reduce_dimension)
             head = nn.Identity() if self.config.shared_head else self.head(position)
             expert = Expert(features, head, position=position)

@@ -130,5 +130,6 @@ class Cosine:
             )
         if n <= config.warmup:
             return warmup_factor(n, config.warmup, config.warmup_start)
+        # "after": the rate of the n-th unit was set when n - 1 units were done.
         done = n - config.warmup - (config.stepped == "after")
         return (1 + math.cos(math.pi * done / (total + config.beyond - config.warmup))) / 2

@@ -23,7 +23,7 @@ from experts.data.decode import resized_crop
 # Columns of the uniform draws of one image.
 CROP_TOP, CROP_LEFT, FLIP, ROTATION, BRIGHTNESS, CONTRAST, SATURATION, ORDER = range(NUM_UNIFORMS := 8)
 
-GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # torchvision's, of red, green, blue
+GREY_WEIGHTS = (0.2989, 0.587, 0.114)  # torchvision's, of red, green, blue
 ORDERS = np.array(list(itertools.permutations(range(3))))  # of brightness 0, contrast 1, saturation 2
 
 
@@ -98,12 +98,15 @@ def _move(images_BcHW: Tensor, uniforms_BK: np.ndarray, config: Augment) -> Tens
         y_BHW = torch.arange(height, device=device)[None, :, None]
         x_BHW = torch.arange(width, device=device)[None, None, :]
         valid_BHW = None
+
     # Per image, x -> a + b x undoes flip and crop together.
     sign_B = np.where(flip_B, -1, 1)
     start_B = np.where(flip_B, width - 1, 0) + offset_B2[:, 1]
     line_3B11 = torch.from_numpy(np.stack([sign_B, start_B, offset_B2[:, 0]])).to(device)[:, :, None, None]
     x_BHW = x_BHW * line_3B11[0] + line_3B11[1]
     y_BHW = y_BHW + line_3B11[2]
+
+    # The gather must stay inside the image, so indices are clamped; the last line blackens what was outside.
     inside_BHW = ((y_BHW >= 0) & (y_BHW < height)) & ((x_BHW >= 0) & (x_BHW < width))
     if valid_BHW is not None:
         inside_BHW &= valid_BHW
@@ -140,6 +143,7 @@ def _normalise(pixels_B3HW: Tensor, config: DatasetConfig) -> Tensor:
         torch.tensor(v, dtype=pixels_B3HW.dtype, device=pixels_B3HW.device)[:, None, None]
         for v in (config.mean, config.std)
     )
+    # In place: `_to_unit` and `_jitter` return new tensors.
     return pixels_B3HW.sub_(mean).div_(std).contiguous()
 
 
@@ -157,13 +161,15 @@ def _jitter(pixels_B3HW: Tensor, uniforms_BK: np.ndarray, config: ColorJitter) -
     rows_B = np.arange(len(order_B3))
     for turn in range(3):
         operation_B = order_B3[:, turn]
+        # One table, so that factors and masks go to the device in one transfer.
         table_3B = np.stack([factors_B3[rows_B, operation_B], operation_B == 1, operation_B == 2])
         factor, is_contrast, is_saturation = torch.from_numpy(table_3B).to(pixels_B3HW.device, pixels_B3HW.dtype)[
             :, :, None, None, None
         ]
+
         red, green, blue = pixels_B3HW.unbind(1)
-        gray_B1HW = (GRAY_WEIGHTS[0] * red + GRAY_WEIGHTS[1] * green + GRAY_WEIGHTS[2] * blue)[:, None]
-        mean_B111 = gray_B1HW.mean((1, 2, 3), keepdim=True)
-        reference = is_saturation * gray_B1HW + is_contrast * mean_B111
+        grey_B1HW = (GREY_WEIGHTS[0] * red + GREY_WEIGHTS[1] * green + GREY_WEIGHTS[2] * blue)[:, None]
+        mean_B111 = grey_B1HW.mean((1, 2, 3), keepdim=True)
+        reference = is_saturation * grey_B1HW + is_contrast * mean_B111
         pixels_B3HW = (factor * pixels_B3HW + (1 - factor) * reference).clamp_(0, 1)
     return pixels_B3HW

@@ -1,4 +1,4 @@
-"""Random views of test images, which learning without labels compares. Every draw is per image and keyed.
+"""Random views of test images, compared when weights are learnt without labels. Every draw is keyed and per image.
 
 An image's view is a function of (seed, epoch, view, position in the test set). It depends neither on the image's batch
 nor on the other images that are asked for.
@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import pad
 
-from experts.augmentation.augment import GRAY_WEIGHTS, NUM_UNIFORMS, augment, random_resized_crops
+from experts.augmentation.augment import GREY_WEIGHTS, NUM_UNIFORMS, augment, random_resized_crops
 from experts.data.config import Augment, DatasetConfig
 from experts.data.decode import CROP_UNIFORMS
 from experts.data.images import FileImages, ImageStore, usable_cpus
@@ -119,9 +119,10 @@ class ViewMaker:
         self.store, self.views = store, views
         self.seed, self.device, self.dtype = seed, torch.device(device), dtype
         self._config = config
+        # `augment` only crops and mirrors here: colours change after it, and normalising must come last.
         moves = Augment(crop_padding=views.crop_padding, horizontal_flip=views.horizontal_flip)
         self._moves = config.model_copy(update={"augment": moves, "mean": (0.0,) * 3, "std": (1.0,) * 3})
-        self._kept: tuple[tuple[int, int], np.ndarray, np.ndarray] | None = None
+        self._tables: tuple[tuple[int, int], np.ndarray, np.ndarray] | None = None
 
     def make(self, positions: np.ndarray, epoch: int, view: int) -> Tensor:
         """Return one view of some images, normalised, [B, 3, S, S] on the device.
@@ -144,14 +145,15 @@ class ViewMaker:
         return normalise(change_colours(pixels, draws_BK, self.views), self._config)
 
     def _draws(self, positions: np.ndarray, epoch: int, view: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return rows of the keyed tables; the tables of the current view are kept from batch to batch."""
-        if self._kept is None or self._kept[0] != (epoch, view):
+        """Return rows of the keyed tables; the tables of the current view are cached from batch to batch."""
+        if self._tables is None or self._tables[0] != (epoch, view):
+            # A row for every image of the store, so that a draw does not depend on the images asked for with it.
             tables = [
                 uniforms(key(self.seed, "views", epoch, view, what), 0, len(self.store), width)
                 for what, width in (("crop", CROP_UNIFORMS), ("pixels", VIEW_UNIFORMS))
             ]
-            self._kept = (epoch, view), tables[0], tables[1]
-        return self._kept[1][positions], self._kept[2][positions]
+            self._tables = (epoch, view), tables[0], tables[1]
+        return self._tables[1][positions], self._tables[2][positions]
 
 
 def change_colours(pixels_B3HW: Tensor, draws_BK: np.ndarray, views: Views) -> Tensor:
@@ -192,9 +194,9 @@ def _jitter(pixels_B3HW: Tensor, draws_BK: np.ndarray, views: Views) -> Tensor:
     turn_B = (2 * draws_BK[:, HUE] - 1) * views.hue
     order_B4 = ORDERS[(draws_BK[:, ORDER] * len(ORDERS)).astype(np.int64)]
     pixels = pixels_B3HW
-    for round_ in range(4):
+    for turn in range(4):
         for operation in range(4):
-            chosen = np.flatnonzero(order_B4[:, round_] == operation)
+            chosen = np.flatnonzero(order_B4[:, turn] == operation)
             if not len(chosen):
                 continue
             rows = torch.from_numpy(chosen).to(pixels.device)
@@ -222,9 +224,11 @@ def turn_hue(pixels_B3HW: Tensor, turn_B111: Tensor) -> Tensor:
 
     Source: torchvision's adjust_hue, to rounding.
     """
+    # The brightest channel (0 red, 1 green, 2 blue) gives the hue to within a sixth of a turn either way.
     most, brightest = pixels_B3HW.max(dim=1, keepdim=True)
     span = most - pixels_B3HW.min(dim=1, keepdim=True).values
     red, green, blue = pixels_B3HW.split(1, dim=1)
+    # Grey pixels have span 0 and no hue: the least divisor gives them 0 / tiny = 0, and span 0 keeps them grey.
     sixths = torch.where(
         brightest == 0, green - blue, torch.where(brightest == 1, blue - red, red - green)
     ) / span.clamp(min=torch.finfo(span.dtype).tiny) + 2 * brightest.to(span.dtype)
@@ -236,7 +240,7 @@ def turn_hue(pixels_B3HW: Tensor, turn_B111: Tensor) -> Tensor:
 
 def _grey_B1HW(pixels_B3HW: Tensor) -> Tensor:
     red, green, blue = pixels_B3HW.split(1, dim=1)
-    return GRAY_WEIGHTS[0] * red + GRAY_WEIGHTS[1] * green + GRAY_WEIGHTS[2] * blue
+    return GREY_WEIGHTS[0] * red + GREY_WEIGHTS[1] * green + GREY_WEIGHTS[2] * blue
 
 
 def _grey(pixels_B3HW: Tensor, draws_BK: np.ndarray, views: Views) -> Tensor:
@@ -248,10 +252,12 @@ def _blur(pixels_B3HW: Tensor, draws_BK: np.ndarray, views: Views) -> Tensor:
     """Blur with a Gaussian of a standard deviation drawn per image; border pixels are repeated outwards."""
     low, high = views.blur_sigma
     sigma_B = low + (high - low) * draws_BK[:, SIGMA]
-    reach = min(math.ceil(3 * high), *pixels_B3HW.shape[-2:])
+    reach = min(math.ceil(3 * high), *pixels_B3HW.shape[-2:])  # 3 standard deviations hold 99.7 % of a Gaussian
     taps_T = np.arange(-reach, reach + 1)
     kernel_BT = np.exp(-0.5 * (taps_T / sigma_B[:, None]) ** 2)
     kernel_TB = torch.from_numpy((kernel_BT / kernel_BT.sum(axis=1, keepdims=True)).T.copy()).to(pixels_B3HW)
+
+    # A Gaussian over the plane is one over columns, then one over rows.
     for axis in (2, 3):
         edges = (0, 0, reach, reach) if axis == 2 else (reach, reach, 0, 0)
         padded = pad(pixels_B3HW, edges, mode="replicate")

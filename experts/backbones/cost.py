@@ -21,4 +21,4 @@ def multiply_adds(module: nn.Module, inputs: Tensor) -> int:
     """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         copy.deepcopy(module).eval()(inputs)
-    return counter.get_total_flops() // 2
+    return counter.get_total_flops() // 2  # the counter takes a multiply-add for two operations

@@ -32,6 +32,7 @@ class BasicBlock(nn.Module):
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         if self.stride != 1 or self.new_planes:
+            # Every second pixel, and the new channels as zeros, half of them before and half after the old ones.
             half = self.new_planes // 2
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, half))
         return F.relu(out + x)

@@ -125,6 +125,7 @@ class SplitResNet(ABC):
         """Return residual blocks start to stop - 1 of the network, grouped by stage, under their names."""
         stages: dict[str, dict[str, nn.Module]] = {}
         for stage, index in self.places[start:stop]:
+            # Later blocks continue their own stage, a first block the stage before, and the very first block the stem.
             if index:
                 in_planes = widths[stage] * self.expansion
             else:

@@ -44,18 +44,26 @@ class Layout:
 
 LAYOUTS = {
     "cifar10": Layout(
-        "cifar-10-batches-py",
-        "cifar-10-batches-bin",
-        tuple(f"data_batch_{i}" for i in range(1, 6)),
-        ("test_batch",),
-        "labels",
-        "batches.meta",
-        "label_names",
-        10,
-        1,
+        python_folder="cifar-10-batches-py",
+        binary_folder="cifar-10-batches-bin",
+        train=tuple(f"data_batch_{i}" for i in range(1, 6)),
+        test=("test_batch",),
+        labels="labels",
+        meta="batches.meta",
+        names="label_names",
+        num_classes=10,
+        label_bytes=1,
     ),
     "cifar100": Layout(
-        "cifar-100-python", "cifar-100-binary", ("train",), ("test",), "fine_labels", "meta", "fine_label_names", 100, 2
+        python_folder="cifar-100-python",
+        binary_folder="cifar-100-binary",
+        train=("train",),
+        test=("test",),
+        labels="fine_labels",
+        meta="meta",
+        names="fine_label_names",
+        num_classes=100,
+        label_bytes=2,
     ),
 }
 
@@ -104,7 +112,7 @@ def _fetch(source: str, root: str) -> None:
 def _python_split(folder: str, files: tuple[str, ...], layout: Layout) -> ArrayPool:
     images, labels = [], []
     for name in files:
-        path = _present(folder, name)
+        path = _require_file(folder, name)
         fields = read_pickled_fields(path)
         data, ids = fields.get("data"), fields.get(layout.labels)
         if not isinstance(data, np.ndarray) or data.shape[1:] != (PIXELS,) or not isinstance(ids, list):
@@ -113,7 +121,7 @@ def _python_split(folder: str, files: tuple[str, ...], layout: Layout) -> ArrayP
                 f"'{layout.labels}'; is this the other CIFAR? check dataset.root"
             )
         images.append(data)
-        labels.append(_checked(path, ids, len(data), layout))
+        labels.append(_class_ids(path, ids, len(data), layout))
     return ArrayPool(np.concatenate(images).reshape(-1, *SHAPE), np.concatenate(labels))
 
 
@@ -121,28 +129,28 @@ def _binary_split(folder: str, files: tuple[str, ...], layout: Layout) -> ArrayP
     images, labels = [], []
     row = layout.label_bytes + PIXELS
     for name in files:
-        path = _present(folder, f"{name}.bin")
+        path = _require_file(folder, f"{name}.bin")
         raw = np.fromfile(path, dtype=np.uint8)
         if not raw.size or raw.size % row:
             raise ValueError(
                 f"{path}: {raw.size} bytes, needed a multiple of {row} ({layout.label_bytes} of labels "
-                f"and {PIXELS} of pixels an image); fetch the file again"
+                f"and {PIXELS} of pixels per image); fetch the file again"
             )
         rows = raw.reshape(-1, row)
         images.append(rows[:, layout.label_bytes :])
         ids = rows[:, layout.label_bytes - 1].tolist()  # CIFAR-100 has two bytes per image: coarse, fine
-        labels.append(_checked(path, ids, len(rows), layout))
+        labels.append(_class_ids(path, ids, len(rows), layout))
     return ArrayPool(np.concatenate(images).reshape(-1, *SHAPE), np.concatenate(labels))
 
 
-def _present(folder: str, name: str) -> str:
+def _require_file(folder: str, name: str) -> str:
     path = os.path.join(folder, name)
     if not os.path.isfile(path):
         raise ValueError(f"{path}: missing, though its companions are there; unpack the published archive again")
     return path
 
 
-def _checked(path: str, labels: list[Any], num_images: int, layout: Layout) -> np.ndarray:
+def _class_ids(path: str, labels: list[Any], num_images: int, layout: Layout) -> np.ndarray:
     if len(labels) != num_images:
         raise ValueError(f"{path}: {num_images} images but {len(labels)} labels; fetch the file again")
     for image, label in enumerate(labels):

@@ -86,9 +86,9 @@ class Dataset:
             self,
             class_names=tuple(self.class_names[c] for c in classes),
             counts_C=self.counts_C[classes],
-            train=_part(self.train, new_ids),
-            val=None if self.val is None else _part(self.val, new_ids),
-            test=_part(self.test, new_ids),
+            train=_subset(self.train, new_ids),
+            val=None if self.val is None else _subset(self.val, new_ids),
+            test=_subset(self.test, new_ids),
         )
 
     def train_as_evaluated(self) -> ImageStore:
@@ -98,7 +98,7 @@ class Dataset:
         return self.train
 
 
-def _part(store: ImageStore, new_ids: np.ndarray) -> ImageStore:
+def _subset(store: ImageStore, new_ids: np.ndarray) -> ImageStore:
     kept = np.flatnonzero(new_ids[store.labels] >= 0)
     if not len(kept):
         raise ValueError(
@@ -128,6 +128,7 @@ def open_dataset(
     """
     raw = open_raw(config)
     train, val, test = _splits(config, raw)
+
     num_classes = len(raw.class_names)
     for name, pool in (("training", train), ("test", test), ("validation", val)):
         if pool is not None and not len(pool.labels):
@@ -145,19 +146,21 @@ def open_dataset(
             f"dataset.index_groups = {list(config.index_groups)}: found {num_classes} classes; the second "
             f"cut must be smaller, or index_groups null"
         )
-    search = config.quarantine > 0 and left_out is None
+
+    find_unreadable = config.quarantine > 0 and left_out is None
     if left_out and isinstance(train, FilePool):
         train = train.take(np.flatnonzero(~np.isin(train.paths, [os.fsencode(path) for path in left_out])))
-    train_store, missing = _train_store(config, train, search, beat)
+    train_store, missing = _train_store(config, train, find_unreadable, beat)
     if missing:
         train = train.take(np.setdiff1d(np.arange(len(train.labels)), list(missing)))
+
     return Dataset(
         config,
         raw.class_names,
         _counts_left(raw.class_names, train, missing),
         train_store,
-        None if val is None else _eval_store(config, val, "validation", search, beat),
-        _eval_store(config, test, "test", search, beat),
+        None if val is None else _eval_store(config, val, "validation", find_unreadable, beat),
+        _eval_store(config, test, "test", find_unreadable, beat),
         _digest(raw.class_names, train, val, test),
         _raw_shape(train),
         tuple(missing.values()),
@@ -197,7 +200,9 @@ def _splits(config: DatasetConfig, raw: RawDataset) -> tuple[Pool, Pool | None, 
             f"dataset.val_per_class = {config.val_per_class}: {config.name} has a validation set of its "
             f"own; set dataset.val_per_class=0"
         )
-    if config.imbalance_ratio is config.max_per_class is None and not (config.balanced or config.val_per_class):
+
+    natural = config.imbalance_ratio is None and config.max_per_class is None
+    if natural and not (config.balanced or config.val_per_class):
         return pool, val, test
     chosen = select(
         pool.labels,
@@ -218,7 +223,7 @@ def _test_place(config: DatasetConfig) -> str:
 
 
 def _train_store(
-    config: DatasetConfig, pool: Pool, search: bool, beat: Callable[[], None]
+    config: DatasetConfig, pool: Pool, find_unreadable: bool, beat: Callable[[], None]
 ) -> tuple[ImageStore, dict[int, LeftOut]]:
     """Return the training images, and by position in the pool those that had to be left out.
 
@@ -232,11 +237,16 @@ def _train_store(
         crop_scale = None
     files = FileImages(pool, config.image_size, crop_scale=crop_scale)
     images = _memory_for(config, files) if crop_scale is None else None
-    problems = {} if images is None and not search else decode_all(files, images, count_all=search, beat=beat)
-    if problems and not search:
+    problems = (
+        {}
+        if images is None and not find_unreadable
+        else decode_all(files, images, count_all=find_unreadable, beat=beat)
+    )
+    if problems and not find_unreadable:
         raise next(iter(problems.values()))
     if len(problems) > config.quarantine:
         _refuse_quarantine(config, pool, problems)
+
     missing = {
         i: LeftOut(os.fsdecode(pool.paths[i]), int(pool.labels[i]), problem.reason) for i, problem in problems.items()
     }
@@ -255,7 +265,9 @@ def _refuse_quarantine(config: DatasetConfig, pool: FilePool, problems: dict[int
     )
 
 
-def _eval_store(config: DatasetConfig, pool: Pool, split: str, search: bool, beat: Callable[[], None]) -> ImageStore:
+def _eval_store(
+    config: DatasetConfig, pool: Pool, split: str, find_unreadable: bool, beat: Callable[[], None]
+) -> ImageStore:
     """Return all validation or test images.
 
     Raises:
@@ -266,7 +278,7 @@ def _eval_store(config: DatasetConfig, pool: Pool, split: str, search: bool, bea
         return resident_from_array(pool, config.image_size, config.eval.resize)
     files = FileImages(pool, config.image_size, config.eval.resize)
     images = _memory_for(config, files)
-    if images is not None or search:
+    if images is not None or find_unreadable:
         for problem in decode_all(files, images, beat=beat).values():
             remedy = f"restore it: no {split} image is left out, dataset.quarantine is for training images alone"
             raise UnreadableImage(problem.path, problem.reason, remedy)
@@ -285,6 +297,7 @@ def _memory_for(config: DatasetConfig, files: FileImages) -> torch.Tensor | None
 
 
 def _digest(class_names: tuple[str, ...], *pools: Pool | None) -> str:
+    # Runs record this hash and compare it when they resume: any change here makes them refuse to go on.
     digest = hashlib.sha256("\n".join(class_names).encode("utf-8", "surrogateescape"))
     for pool in pools:
         if pool is None:

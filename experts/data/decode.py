@@ -1,8 +1,8 @@
 """From an image file to pixels, and from pixels to the square that the network sees.
 
 Kinds of files (`decode_file`): grey, palette and CMYK pixels become RGB. Transparency is dropped and the colours stay
-as stored. Of 16 bits the upper 8 are kept. Of several frames the first is read. An EXIF orientation is not applied, as
-in torchvision's ImageFolder.
+as stored. 16-bit values lose their lower 8 bits. A file of several frames gives its first. An EXIF orientation is not
+applied, as in torchvision's ImageFolder.
 
 Limits: an image of more than MAX_PIXELS pixels, or with one side more than MAX_ASPECT times the other, is refused by
 its header, before memory is taken for its pixels. Otherwise one file of a kilobyte could end a worker that has trained
@@ -159,6 +159,7 @@ def frame(images: Tensor, size: int, short_side: int | None = None) -> Tensor:
             return images
         top, left = (size - factor * height) // 2, (size - factor * width) // 2
         return pad(images, (left, size - factor * width - left, top, size - factor * height - top))
+
     short = short_side or size
     if height <= width:
         images = resize(images, short, short * width // height)

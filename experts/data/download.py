@@ -41,7 +41,7 @@ def download_lock(root: str) -> Iterator[None]:
     try:
         os.makedirs(root, exist_ok=True)
         with open(os.path.join(root, ".download.lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it however the process ends
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the system releases it however the process ends
             yield
     except (OSError, RuntimeError) as error:
         raise ValueError(

@@ -122,7 +122,7 @@ def decode_all(
     count_all: bool = False,
     beat: Callable[[], None] = lambda: None,
 ) -> dict[int, UnreadableImage]:
-    """Decode every file once, on one thread per usable CPU; decoding a JPEG lets go of Python's lock.
+    """Decode every file once, on one thread per usable CPU; decoding a JPEG releases Python's global lock.
 
     Args:
         out: uint8 [N, 3, S, S], filled with the images; None only checks that they can be read.

@@ -88,7 +88,7 @@ def select(
     set; the training set is its first min(n_i, pool - val_per_class) positions, with n_i the published count. So the
     validation set is the same for every ratio, and a training set only shrinks where the validation cut reaches it.
     Natural counts: n_i is the pool, at most max_per_class. `balanced`: n_i = round(N / C), N the sum of the counts
-    that the other arguments give, nothing shrinks.
+    that the other arguments give; a pool with fewer images is refused instead of shrinking its class.
 
     Args:
         labels: class ids of the pool, int64 [N].
@@ -99,6 +99,7 @@ def select(
         ValueError: a class has too few images, or would be left empty; names the class and the keys to change.
     """
     pools = shuffled_pools(labels, num_classes)
+
     found = np.array([len(pool) for pool in pools], dtype=np.int64)
     if imbalance_ratio is None:
         counts = found if max_per_class is None else np.minimum(found, max_per_class)
@@ -110,6 +111,7 @@ def select(
             f"dataset.imbalance_ratio = {imbalance_ratio:g}",
             "lower dataset.max_per_class or raise dataset.imbalance_ratio",
         )
+
     if balanced:
         total = int(counts.sum())
         counts = np.full(num_classes, round(total / num_classes), dtype=np.int64)
@@ -120,6 +122,7 @@ def select(
             "lower dataset.max_per_class or dataset.val_per_class, or raise dataset.imbalance_ratio; a set "
             "with natural counts needs a balanced list of its own in dataset.train_list",
         )
+
     kept = np.minimum(counts, found - val_per_class)
     for c in np.flatnonzero(kept < 1):
         if found[c] == 0:

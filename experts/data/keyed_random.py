@@ -88,7 +88,7 @@ class KeyedRandom(random.Random):
         value = 0
         for _ in range(-(-k // 64)):
             value = value << 64 | self._word()
-        return value >> (-k % 64)
+        return value >> (-k % 64)  # drop the bits beyond k
 
     def _randbelow(self, n: int) -> int:
         return self._word() * n >> 64  # bias below n / 2^64

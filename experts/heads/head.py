@@ -13,7 +13,7 @@ from torch import nn
 class Head(nn.Module):
     """Features [B, D] to scores [B, C]; built with its config, D, C and the expert's place among all, from 0.
 
-    The config has `scale`, the number that the scores are multiplied with: a field, or 1 as a constant of the class.
+    The config has `scale`, the factor of the scores: a field, or 1 as a constant of the class.
     """
 
     flow: ClassVar[str | None] = None

@@ -1,1 +1,1 @@
-"""Losses as pure functions, shared by the objectives; each file is named after what it computes."""
+"""Losses as pure functions, which objectives share, and cross-entropy as an objective of its own."""

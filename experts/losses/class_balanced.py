@@ -28,8 +28,9 @@ def effective_number_weights(counts_C: Tensor, *, beta: float) -> Tensor:
     if not 0 <= beta < 1:
         raise ValueError(f"reweight_beta = {beta}: needs 0 <= beta < 1; published 0.9999")
     counts_C = positive_counts(counts_C)
-    if beta == 0:
+    if beta == 0:  # log(0) below is an error; the effective number is then 1 for every class
         return torch.ones_like(counts_C)
-    # 1 - beta^n loses half its digits where n (1 - beta) is small, expm1 does not.
+
+    # 1 - beta^n loses half its digits where n (1 - beta) is small; expm1 does not.
     inverse_C = 1 / -torch.expm1(counts_C * math.log(beta))
     return len(counts_C) * inverse_C / inverse_C.sum()

@@ -22,8 +22,8 @@ def cross_entropy(
     Args:
         logits_EBC: scores z, any float type; half types are computed in float32.
         labels_B: class ids, int64, in [0, C).
-        denominator: scalar; over the global batch the number of images, or with weights the sum of w_{y_b} (the
-            weighted mean), not the number of images.
+        denominator: scalar, over the global batch: the number of images or, with weights, the sum of w_{y_b}, which
+            makes a weighted mean.
         weight_C: w, or None for ones.
 
     Returns:

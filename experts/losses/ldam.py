@@ -60,13 +60,14 @@ def ldam_loss(
     Differs: the paper's s (cos - m) is applied to unscaled cosines; here the head scales, which is the same number.
     """
     logits_EBC = at_least_float32(logits_EBC)
+    # Only the label's score is lowered; scattering into zeros leaves the other classes as they are.
     shift_B1 = (scale * margin_C).to(logits_EBC.dtype)[labels_B].unsqueeze(-1)
     shift_BC = torch.zeros_like(logits_EBC[0]).scatter(-1, labels_B.unsqueeze(-1), shift_B1)
     return cross_entropy(logits_EBC - shift_BC, labels_B, denominator=denominator, weight_C=weight_C)
 
 
 def check_same_scale(objective: Any, head: Any) -> None:
-    """Refuse an objective that multiplies its margins with another scale than the head multiplies its cosines with.
+    """Refuse an objective whose margins have another scale than the head's cosines.
 
     Margins are in units of a cosine, so both must be scaled alike.
 
@@ -79,9 +80,9 @@ def check_same_scale(objective: Any, head: Any) -> None:
     """
     if objective.scale != head.scale:
         fix = f"set both to the same number (published 30), here objective.scale = {head.scale:g}"
-        if "scale" not in type(head).model_fields:  # a head that has no scale to set multiplies with 1
+        if "scale" not in type(head).model_fields:  # its scale is 1 and cannot be set
             fix = f"set method.head.name = 'cosine', or objective.scale = {head.scale:g}"
         raise ValueError(
-            f"objective.scale = {objective.scale:g}: objective '{objective.name}' multiplies its margins with it, but "
+            f"objective.scale = {objective.scale:g}: objective '{objective.name}' multiplies its margins by it, but "
             f"head '{head.name}' has head.scale = {head.scale:g}; {fix}"
         )

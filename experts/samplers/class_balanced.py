@@ -32,6 +32,7 @@ class ClassBalanced(WeightedSampler):
     def __init__(self, config: Config, labels: np.ndarray, num_classes: int) -> None:
         super().__init__(labels, num_classes)
         self.config = config
+        # n images of weight 1 / n give every class the mass 1.
         self.weights_C = 1.0 / self.counts_C
 
     @property

@@ -23,7 +23,7 @@ def class_aware_draws(
     """Visit the classes in shuffled cycles; each visit takes some images of the class's own shuffled cycle.
 
     Within C * images_per_visit aligned draws every class appears exactly images_per_visit times. A cycle is shuffled
-    each time it starts, also the first time. A class with fewer images than a visit takes repeats them within it.
+    each time it starts, including the first. A class with fewer images than images_per_visit repeats them in a visit.
 
     Args:
         by_class: positions of each class.
@@ -73,6 +73,7 @@ def per_draw_cycle_draws(by_class: Sequence[Sequence[int]], num_draws: int, gene
         cycle, at = images[c], upcoming[c]
         draws.append(cycle[at])
         if at + 1 == len(cycle):
+            # Now, not at the next visit: another order of calls to the generator gives other draws than published.
             generator.shuffle(cycle)
             at = -1
         upcoming[c] = at + 1
@@ -106,4 +107,5 @@ def weighted_draws(weights_N: np.ndarray, uniforms_M: np.ndarray) -> np.ndarray:
         Indices, int64 [M], in [0, N).
     """
     cumulative = np.cumsum(weights_N)
+    # The last share is 1, above every number: whatever passes the others falls to the last index.
     return np.searchsorted(cumulative[:-1] / cumulative[-1], uniforms_M, side="left")

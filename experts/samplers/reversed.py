@@ -22,4 +22,5 @@ class Reversed(WeightedSampler):
 
     def __init__(self, config: Config, labels: np.ndarray, num_classes: int) -> None:
         super().__init__(labels, num_classes)
+        # n images of weight n^-2 give a class the mass 1 / n.
         self.weights_C = self.counts_C**-2.0

@@ -19,4 +19,5 @@ class SquareRoot(WeightedSampler):
 
     def __init__(self, config: Config, labels: np.ndarray, num_classes: int) -> None:
         super().__init__(labels, num_classes)
+        # n images of weight n^-1/2 give a class the mass sqrt(n).
         self.weights_C = self.counts_C**-0.5

@@ -77,7 +77,7 @@ def test_a_misspelt_key_is_told_its_neighbour(word, hint):
         ("dataset.download=perhaps", "input should be a valid boolean"),
         ("backbone.depth=50", "backbone.depth = 50: needed 8, 14, 20 or 32"),
         ("method.aggregator.name=median", "method.aggregator.name = median: unknown; needed one of"),
-        ("method.stages.train.objective.scale=20", "objective 'ride' multiplies its margins with it"),
+        ("method.stages.train.objective.scale=20", "objective 'ride' multiplies its margins by it"),
         ("dataset.test_list=a.txt", "only for source=image_list"),
     ],
 )
