@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from orchestration import __version__
 
@@ -48,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     if given and "=" in given[0] and not given[0].startswith("-"):
         parser.error(f"{given[0]}: needed a command first, e.g. expertail train {' '.join(given)}")
+
+    # argparse takes only the words before the first option as `overrides`; those behind it come back as unknown words.
     options, words = parser.parse_known_args(given)
     words = [word for word in words if word != "--"]
     takes_keys = hasattr(options, "overrides")
@@ -57,10 +60,12 @@ def main(argv: list[str] | None = None) -> int:
             hint += ", or keys as a.b=value without dashes, e.g. dataset.root=/data"
         parser.error(f"unrecognized arguments: {' '.join(words)}{hint}")
     if words:
-        options.overrides += words  # argparse gives only the words before the first option to `overrides`
+        options.overrides += words
+
     if options.command is None:
         parser.print_help()
         return 2
+
     try:
         return int(options.carry_out(options) or 0)
     except KeyboardInterrupt:
@@ -76,8 +81,9 @@ def _explain(error: Exception, full: bool) -> int:
     if code is not None:
         print(f"expertail: {error}", file=sys.stderr)
         return int(code)
-    ours = not isinstance(error, ValueError | FloatingPointError | OSError) and type(error).__name__ != "WorkerLost"
-    if full or ours:
+    # By name, because importing WorkerLost would load Ray.
+    expected = isinstance(error, ValueError | FloatingPointError | OSError) or type(error).__name__ == "WorkerLost"
+    if full or not expected:
         traceback.print_exception(error)
     else:
         print(f"expertail: {error}", file=sys.stderr)
@@ -85,72 +91,31 @@ def _explain(error: Exception, full: bool) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="expertail",
-        description="Trains ensembles of experts for long-tailed image recognition on a Ray cluster.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    look: dict[str, Any] = {"epilog": _EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    about = "Trains ensembles of experts for long-tailed image recognition on a Ray cluster."
+    parser = argparse.ArgumentParser(prog="expertail", description=about, **look)
     parser.add_argument("--version", action="version", version=f"expertail {__version__}")
     parser.set_defaults(command=None, traceback=False)
+
     commands = parser.add_subparsers(metavar="COMMAND")
-
-    def command(name: str, carry_out: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            name, help=text, description=text, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        sub.set_defaults(command=name, carry_out=carry_out)
+    for name, command in _COMMANDS.items():
+        sub = commands.add_parser(name, help=command.about, description=command.about, **look)
+        sub.set_defaults(command=name, carry_out=command.carry_out)
         sub.add_argument("--traceback", action="store_true", help="show where an error was raised")
-        return sub
-
-    overrides = {"nargs": "*", "metavar": "KEY=VALUE", "help": "changes to the defaults"}
-    sub = command("train", _train, "Train a run, or resume it where it stopped.")
-    sub.add_argument("overrides", **overrides)  # type: ignore[arg-type]
-    sub.add_argument("--list", action="store_true", help="list the choices of every group and exit")
-    sub = command(
-        "sweep", _sweep, "Train one run for each value of a key and compare them; repeat the command to resume."
-    )
-    sub.add_argument("variation", metavar="KEY=V1,V2,...", help="e.g. method.stages.h2t.flow.ratio=0,0.1,0.25,0.5,1")
-    sub.add_argument("overrides", **overrides)  # type: ignore[arg-type]
-    sub = command("plan", _plan, "Show placement, sizes, steps and cost of a run; without --probe nothing is started.")
-    sub.add_argument("overrides", **overrides)  # type: ignore[arg-type]
-    sub.add_argument(
-        "--probe", action="store_true", help="take a few steps on real workers and estimate the hours from them"
-    )
-    sub = command("evaluate", _evaluate, "Measure a saved run again and print its table.")
-    sub.add_argument("run", metavar="RUN", help="run folder or its URL, e.g. runs/ride-digits_lt-s0")
-    sub.add_argument(
-        "--model", choices=("best", "last"), help="which of its models (default: both; with --distribution: best)"
-    )
-    sub.add_argument(
-        "--weights",
-        metavar="RULE",
-        help="how experts are weighted on other test distributions: uniform, test-time (learnt without labels), "
-        "known-prior, or numbers, e.g. 0.2,0.3,0.5 (best and last mean --model)",
-    )
-    sub.add_argument(
-        "--distribution",
-        metavar="D[,D...]",
-        help="uniform, forward-<ratio>, backward-<ratio>, or published for all the published ones (default: uniform)",
-    )
-    sub.add_argument("--split", choices=("test", "val"), default="test", help="the split to measure on (default: test)")
-    places = {"help": "where the data is now, e.g. dataset.root=..., or test_time.lr=..., views.blur=..."}
-    sub.add_argument("overrides", **overrides | places)  # type: ignore[arg-type]
-    sub = command("regions", _regions, "Draw decision regions before and after a last stage that trains only heads.")
-    sub.add_argument("run", metavar="RUN", help="run folder or its URL, e.g. runs/ride_h2t-digits_lt-s0")
-    sub.add_argument(
-        "--classes", metavar="A,B[,...]", help="ids or names (default: the most frequent class and the rarest)"
-    )
-    sub.add_argument("overrides", **overrides | {"help": "where the data is now, e.g. dataset.root=..."})  # type: ignore[arg-type]
-    sub = command("import-weights", _import_weights, "Convert a PyTorch file of a ResNet or ResNeXt to safetensors.")
-    sub.add_argument("source", metavar="SOURCE", help="state dict from torchvision, or from Caffe converted to PyTorch")
-    sub.add_argument("target", metavar="TARGET", help="the .safetensors file to write, for method.backbone_weights")
-    sub = command("doctor", _doctor, "Compare what a config needs with what this machine and its cluster have.")
-    sub.add_argument("overrides", **overrides)  # type: ignore[arg-type]
-    sub = command("sync", _sync, "Upload to MLflow what is still missing of a run.")
-    sub.add_argument("run", metavar="RUN", help="run folder or its URL, or the folder of a sweep for all its runs")
-    sub.add_argument("--uri", help="tracking server (default: the run's own)")
+        command.add_options(sub)
     return parser
+
+
+def _add_overrides(parser: argparse.ArgumentParser, text: str = "changes to the defaults") -> None:
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=text)
+
+
+# One pair of functions per command: its options, and what it does. Each imports its own libraries, which take seconds.
+
+
+def _train_options(parser: argparse.ArgumentParser) -> None:
+    _add_overrides(parser)
+    parser.add_argument("--list", action="store_true", help="list the choices of every group and exit")
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -200,10 +165,21 @@ def _process_start() -> float:
     return psutil.Process().create_time()
 
 
+def _sweep_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("variation", metavar="KEY=V1,V2,...", help="e.g. method.stages.h2t.flow.ratio=0,0.1,0.25,0.5,1")
+    _add_overrides(parser)
+
+
 def _sweep(options: argparse.Namespace) -> int:
     from orchestration.commands.sweep import sweep
 
     return sweep(options.variation, options.overrides)
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    _add_overrides(parser)
+    text = "take a few steps on real workers and estimate the hours from them"
+    parser.add_argument("--probe", action="store_true", help=text)
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -220,12 +196,42 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _evaluate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run folder or its URL, e.g. runs/ride-digits_lt-s0")
+    parser.add_argument(
+        "--model", choices=("best", "last"), help="which of its models (default: both; with --distribution: best)"
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="RULE",
+        help="how experts are weighted on other test distributions: uniform, test-time (learnt without labels), "
+        "known-prior, or numbers, e.g. 0.2,0.3,0.5 (best and last mean --model)",
+    )
+    parser.add_argument(
+        "--distribution",
+        metavar="D[,D...]",
+        help="uniform, forward-<ratio>, backward-<ratio>, or published for all the published ones (default: uniform)",
+    )
+    parser.add_argument(
+        "--split", choices=("test", "val"), default="test", help="the split to measure on (default: test)"
+    )
+    _add_overrides(parser, "where the data is now, e.g. dataset.root=..., or test_time.lr=..., views.blur=...")
+
+
 def _evaluate(options: argparse.Namespace) -> int:
     from orchestration.commands.evaluate import evaluate
 
     text = evaluate(options.run, options.weights, options.model, options.distribution, options.split, options.overrides)
     print(text)
     return 0
+
+
+def _regions_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run folder or its URL, e.g. runs/ride_h2t-digits_lt-s0")
+    parser.add_argument(
+        "--classes", metavar="A,B[,...]", help="ids or names (default: the most frequent class and the rarest)"
+    )
+    _add_overrides(parser, "where the data is now, e.g. dataset.root=...")
 
 
 def _regions(options: argparse.Namespace) -> int:
@@ -235,6 +241,13 @@ def _regions(options: argparse.Namespace) -> int:
     with local_run(options.run) as run:
         print(draw_regions(run, options.classes, options.overrides))
     return 0
+
+
+def _import_weights_options(parser: argparse.ArgumentParser) -> None:
+    text = "state dict from torchvision, or from Caffe converted to PyTorch"
+    parser.add_argument("source", metavar="SOURCE", help=text)
+    text = "the .safetensors file to write, for method.backbone_weights"
+    parser.add_argument("target", metavar="TARGET", help=text)
 
 
 def _import_weights(options: argparse.Namespace) -> int:
@@ -252,9 +265,45 @@ def _doctor(options: argparse.Namespace) -> int:
     return 0 if healthy else 1
 
 
+def _sync_options(parser: argparse.ArgumentParser) -> None:
+    text = "run folder or its URL, or the folder of a sweep for all its runs"
+    parser.add_argument("run", metavar="RUN", help=text)
+    parser.add_argument("--uri", help="tracking server (default: the run's own)")
+
+
 def _sync(options: argparse.Namespace) -> int:
     from orchestration.commands.sync import sync_run
 
     problem = sync_run(options.run, options.uri)
-    print(problem or "tracking: everything of this run is there")
+    print(problem or "tracking: the server has everything of this run")
     return 1 if problem else 0
+
+
+class _Command(NamedTuple):
+    """One command: a line about it, its options, and the function that carries it out and returns its exit code."""
+
+    about: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    carry_out: Callable[[argparse.Namespace], int]
+
+
+_COMMANDS = {
+    "train": _Command("Train a run, or resume it where it stopped.", _train_options, _train),
+    "sweep": _Command(
+        "Train one run for each value of a key and compare them; repeat the command to resume.", _sweep_options, _sweep
+    ),
+    "plan": _Command(
+        "Show placement, sizes, steps and cost of a run; without --probe nothing is started.", _plan_options, _plan
+    ),
+    "evaluate": _Command("Measure a saved run again and print its table.", _evaluate_options, _evaluate),
+    "regions": _Command(
+        "Draw decision regions before and after a last stage that trains only heads.", _regions_options, _regions
+    ),
+    "import-weights": _Command(
+        "Convert a PyTorch file of a ResNet or ResNeXt to safetensors.", _import_weights_options, _import_weights
+    ),
+    "doctor": _Command(
+        "Compare what a config needs with what this machine and its cluster have.", _add_overrides, _doctor
+    ),
+    "sync": _Command("Upload to MLflow what is still missing of a run.", _sync_options, _sync),
+}
