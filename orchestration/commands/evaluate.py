@@ -9,12 +9,7 @@ import torch
 from aggregation.diversity import Diversity
 from aggregation.metrics import Scores
 from orchestration.results.run_table import run_table
-from orchestration.results.saved_run import (
-    SavedRun,
-    open_run,
-    same_threads,
-    save_evaluation,
-)
+from orchestration.results.saved_run import SavedRun, open_run, same_threads, save_evaluation
 from orchestration.storage.location import local_run
 
 
@@ -40,12 +35,14 @@ def evaluate(
     if weights in ("best", "last"):
         if model not in (None, weights):
             raise ValueError(
-                f"--weights {weights} --model {model}: two models; --weights {weights} is --model {weights}"
+                f"--weights {weights} --model {model}: two models; --weights {weights} means --model {weights}"
             )
         weights, model = None, weights
+
     with local_run(run) as folder:
         if weights is None and distribution is None:
             return reevaluate(folder, model, split, overrides)
+        # Matplotlib and the learning of weights are loaded only where they are needed.
         from orchestration.results.label_shift import evaluate_distributions
 
         return evaluate_distributions(
@@ -69,19 +66,19 @@ def reevaluate(run: str, which: str | None, split: str, overrides: list[str]) ->
         ValueError: there is no such run, it has no model yet, a file is damaged, an override would change what is
             measured, or the data is not the run's.
     """
-    shown, kept = {}, []
+    shown, saved_as = {}, []
     for name in ("last", "best") if which is None else (which,):
         saved = open_run(run, name, split, overrides)
         with same_threads(saved.config):
             evaluation = saved.origin() | _score(saved)
         shown[name] = _shown(evaluation)
-        kept.append(save_evaluation(saved.folder, f"again-{name}-{split}", evaluation))
-    return "\n".join([run_table(saved.config, saved.data, shown), "", *kept])
+        saved_as.append(save_evaluation(saved.folder, f"again-{name}-{split}", evaluation))
+    return "\n".join([run_table(saved.config, saved.data, shown), "", *saved_as])
 
 
 @torch.no_grad()
 def _score(saved: SavedRun) -> dict[str, Any]:
-    """Score as `StageTrainer.evaluate` does on one worker."""
+    """Score as a worker does during training, so that an unchanged run gives its own numbers again."""
     model, names = saved.model, saved.model.description.expert_names
     scores, diversity = Scores(), Diversity()
     for images_B3HW, labels_B in saved.batches():

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from orchestration.config.compose import load_config
 from orchestration.config.run_config import RunConfig
-from orchestration.preflight.plan_text import describe, names_cluster
+from orchestration.preflight.plan_text import describe
 
 
 def plan_text(overrides: list[str]) -> str:
@@ -39,14 +39,14 @@ def probe_text(overrides: list[str], begun: float) -> str:
     from orchestration.preflight.probe import probe, time_lines
 
     config = load_config(overrides)
-    with cluster(config.cluster.address):
+    with cluster(config.cluster.address):  # one connection for the steps and for the nodes that are shown
         found = probe(config, begun)
         return describe(found.config, node_resources(), time_lines(found))
 
 
 def _nodes_of(config: RunConfig) -> Mapping[str, Mapping[str, float]] | str | None:
     """Return the resources by node of a run's cluster, or a text that says why they are unknown; None without one."""
-    if not names_cluster(config):
+    if config.cluster.named_address is None:
         return None
     from orchestration.cluster.connection import cluster, node_resources
 

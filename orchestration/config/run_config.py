@@ -6,6 +6,7 @@ start and a resume. All other keys are the run's identity (identity.py).
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
@@ -62,6 +63,11 @@ class ClusterConfig(Settings):
     memory_gib_per_worker: Annotated[float, Field(gt=0)] | None = None
     """Memory of a worker's process, GiB: requested from Ray for its placement, and a limit above which the run ends
     with a message. Unset: no limit."""
+
+    @property
+    def named_address(self) -> str | None:
+        """Address of the cluster that the config, or else RAY_ADDRESS, names; None for our own Ray on this machine."""
+        return self.address or os.environ.get("RAY_ADDRESS") or None
 
     @model_validator(mode="after")
     def _spares_on_cpu(self) -> ClusterConfig:
