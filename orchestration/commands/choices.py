@@ -31,7 +31,7 @@ _WIDTH = 120
 
 
 def choices_text() -> str:
-    """Return the choices of every group: methods by family, and the data sets that each has a schedule for."""
+    """Return the choices of every group: methods by family, and the data sets that each method has a schedule for."""
     methods = _names("method")
     lines = ["method="]
     for family in (*FAMILIES, _NO_FAMILY):
@@ -39,7 +39,9 @@ def choices_text() -> str:
             lines += _row(f"  {family:40}", members)
     for group in ("dataset", "backbone", "cluster"):
         lines += _row(f"{group}=", _names(group))
-    lines.append("schedule=<method>_<dataset>, the one of method= and dataset= unless another is named:")
+    lines.append("schedule=<method>_<dataset>, by default the one of method= and dataset=:")
+
+    # Methods and data sets have underscores in their names, so a schedule's name cannot simply be split.
     schedules = set(_names("schedule"))
     endings = [ending for name in _names("dataset") for ending in (name, f"{name}_demo")]
     for method in methods:

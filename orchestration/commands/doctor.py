@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # modules that load torch are imported where they are used: a
     from orchestration.training.mesh import MeshShape
 
 _PYTHON = (3, 11)
-_TIMEOUT_S = 3.0  # for anything on a network
+_TIMEOUT_S = 3.0  # for an answer of the tracking server
 _GIB = 2**30
 _FREE_GIB = 1.0  # room for checkpoints, exports and the journal
 
@@ -62,6 +62,7 @@ def examine(overrides: list[str]) -> tuple[str, bool]:
 
 
 def _report(findings: list[Finding]) -> str:
+    # Columns for state and subject; further lines of a text are indented below its first.
     width = max(len(finding.what) for finding in findings)
     indent = "\n" + " " * (width + 8)
     lines = [f"{f.state:<4}  {f.what:<{width}}  {f.text.replace(chr(10), indent)}" for f in findings]
@@ -77,7 +78,7 @@ def _python() -> Iterator[Finding]:
         yield Finding("ok", "python", found)
     else:
         yield Finding(
-            "FAIL", "python", f"found {found}; needed 3.11 or later; make the environment with a newer Python"
+            "FAIL", "python", f"found {found}; needed 3.11 or later; create the environment with a newer Python"
         )
 
 
@@ -90,6 +91,7 @@ def _libraries() -> Iterator[Finding]:
         needed = Requirement(line)
         if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
             continue
+
         advice = f"needed {needed.specifier or 'any'}; make setup, or pip install '{line}'"
         try:
             found = importlib.metadata.version(needed.name)
@@ -121,7 +123,7 @@ def _torch_pair() -> Iterator[Finding]:
             "FAIL",
             "torch",
             f"torch and torchvision cannot be loaded together ({str(error).splitlines()[0]}); needed builds of one "
-            f"release and one index (both CPU or both CUDA); install both again from the same index",
+            f"release and one index (both CPU or both CUDA); reinstall both from the same index",
         )
         return
     yield Finding("ok", "torch", f"torch {torch.__version__} and torchvision {torchvision.__version__} load together")
@@ -135,9 +137,9 @@ def _gpus(config: RunConfig) -> Iterator[Finding]:
     text = f"{plural(found, 'GPU')} on this machine, {wanted} needed"
     if not wanted:
         yield Finding("ok", "gpus", text)
-    elif _address(config):
+    elif config.cluster.named_address:
         state = "ok" if found else "warn"
-        hint = "" if found else "; this torch finds none, which is right only for a head node without GPUs"
+        hint = "" if found else "; this torch finds none, which is right only on a head node without GPUs"
         yield Finding(state, "gpus", text + hint)
     elif found < wanted:
         yield Finding(
@@ -148,7 +150,7 @@ def _gpus(config: RunConfig) -> Iterator[Finding]:
 
 
 def _memory(config: RunConfig) -> Iterator[Finding]:
-    if _address(config):
+    if config.cluster.named_address:
         return  # workers run on the cluster, whose nodes are asked
     from orchestration.preflight.plan import WORKER_GIB
 
@@ -157,7 +159,7 @@ def _memory(config: RunConfig) -> Iterator[Finding]:
     needed = WORKER_GIB[1] * config.cluster.workers
     if memory.available < needed * _GIB:
         yield Finding("warn", "memory", f"{text}; needed about {needed:g} GiB for {config.cluster.workers} workers; "
-                                        f"use fewer workers, or free some")  # fmt: skip
+                                        f"use fewer workers, or free some memory")  # fmt: skip
     else:
         yield Finding("ok", "memory", f"{text}, about {needed:g} GiB needed")
 
@@ -172,6 +174,7 @@ def _run_dir(config: RunConfig) -> Iterator[Finding]:
         check_access(folder)
         yield Finding("ok", "run.dir", f"{folder}: a file was written, read and removed")
         key, folder = "run.local_dir", config.run.local_dir
+
     place = expand(folder)
     there = nearest_existing(place.absolute())
     advice = f"choose another with {key}"
@@ -184,6 +187,7 @@ def _run_dir(config: RunConfig) -> Iterator[Finding]:
     except OSError as error:
         yield Finding("FAIL", key, f"{place}: {there} cannot be written ({error.strerror}); {advice}")
         return
+
     free = shutil.disk_usage(there).free / _GIB
     text = f"{place}: writable, {free:.1f} GiB free"
     if free < _FREE_GIB:
@@ -199,15 +203,18 @@ def _cluster(config: RunConfig) -> Iterator[Finding]:
 
     wanted = config.cluster
     shape = mesh_shape(config.method.num_experts, wanted.workers, wanted.experts_per_worker)
-    yield Finding("ok", "mesh", f"{shape.workers} workers = {shape.slots} expert slots x {shape.replicas} replicas")
+    sizes = (plural(shape.workers, "worker"), plural(shape.slots, "expert slot"), plural(shape.replicas, "replica"))
+    yield Finding("ok", "mesh", "{} = {} x {}".format(*sizes))
+
     from orchestration.cluster.connection import cluster
     from orchestration.cluster.placement import largest_share
 
-    address = _address(config)
+    address = config.cluster.named_address
     if address:
         with cluster(address):
             yield from _connected(config, shape, address)
         return
+
     import torch
 
     have = {"CPU": float(usable_cpus()), "GPU": float(torch.cuda.device_count())}
@@ -233,6 +240,8 @@ def _connected(config: RunConfig, shape: MeshShape, address: str) -> Iterator[Fi
         check_run_dir(config, len(nodes))
     except ValueError as problem:
         yield Finding("FAIL", "run.dir", str(problem))
+
+    # As many stages side by side as the run would train; where they do not fit, they wait for each other.
     bundle = bundle_of(config.cluster, cpus)
     placement = pack(shape.workers * config.side_by_side, bundle, nodes) or pack(shape.workers, bundle, nodes)
     run_dir = None if is_url(config.run.dir) else Path(os.path.abspath(expand(config.run.dir)))
@@ -274,17 +283,13 @@ def _batch_bytes(config: RunConfig, shape: MeshShape) -> int:
     return 2 * config.dataset.loader_processes * images * 3 * config.dataset.image_size**2
 
 
-def _address(config: RunConfig) -> str | None:
-    return config.cluster.address or os.environ.get("RAY_ADDRESS") or None
-
-
 def _tracking(config: RunConfig) -> Iterator[Finding]:
     return check_tracking(config, _TIMEOUT_S)
 
 
 def _data(config: RunConfig) -> Iterator[Finding]:
     """Look for the data on this machine. With a cluster it is only needed on the workers' nodes."""
-    if not _address(config):
+    if not config.cluster.named_address:
         yield from _data_here(config)
         return
     try:
@@ -303,12 +308,13 @@ def _data_here(config: RunConfig) -> Iterator[Finding]:
     what = data.name
     if data.download:
         root = require_root(data, "")
-        data = data.model_copy(update={"download": False, "root": root})
+        data = data.model_copy(update={"download": False, "root": root})  # the doctor downloads nothing
         try:
             open_raw(data)
         except ValueError as problem:
-            yield Finding("warn", "data", f"{what}: to be downloaded into {root} when the run starts ({problem})")
+            yield Finding("warn", "data", f"{what}: will be downloaded into {root} when the run starts ({problem})")
             return
+
     if data.source == "image_folder":
         yield Finding("ok", "data", _image_folder(require_root(data, "a folder with train/<class>/<image>")))
     elif data.source == "image_list":
@@ -324,7 +330,7 @@ def _data_here(config: RunConfig) -> Iterator[Finding]:
             "ok",
             "data",
             f"{what}: {counts.sum():,} training images of {len(counts):,} classes, {counts.max():,} to "
-            f"{counts.min():,} a class; {len(opened.test.labels):,} test images",
+            f"{counts.min():,} per class; {len(opened.test.labels):,} test images",
         )
 
 
@@ -344,7 +350,7 @@ def _image_folder(root: str) -> str:
     with os.scandir(os.path.join(base, classes[0])) as entries:
         if next(entries, None) is None:
             raise ValueError(
-                f"{os.path.join(base, classes[0])}: class '{classes[0]}' has no image; add some or remove it"
+                f"{os.path.join(base, classes[0])}: class '{classes[0]}' has no image; add images or remove the folder"
             )
     return f"{base}: {len(classes):,} class folders; images are counted when the run starts"
 

@@ -30,7 +30,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from orchestration.cluster.connection import cluster
-from orchestration.commands.train import is_complete, train_and_report
+from orchestration.commands.train import is_complete, train_and_report, with_threads
 from orchestration.config.compose import GROUPS, from_yaml, load_config
 from orchestration.config.identity import difference, identity
 from orchestration.config.run_config import RunConfig, name_problems
@@ -83,6 +83,7 @@ def sweep(variation: str, words: list[str]) -> int:
             before anything is started.
     """
     key, points, folder = plan_sweep(variation, words)
+
     for point in points:  # each is admitted again when its turn comes, which may be days later
         admit(point.config)
     left = [point for point in points if not _is_finished(point)]
@@ -94,6 +95,7 @@ def sweep(variation: str, words: list[str]) -> int:
                 _say(f"sweep: {key} = {point.value}, run {number} of {len(left)}")
                 try:
                     with contextlib.redirect_stdout(sys.stderr):
+                        # The folder is locked here and again by `train_and_report`, so it is released in between.
                         with contextlib.closing(RunFolder(point.folder)) as run:
                             run.update_run(study=folder.name)
                         take_over_stages(point, points)
@@ -103,6 +105,7 @@ def sweep(variation: str, words: list[str]) -> int:
                     _say(f"expertail: {problem}")
                 finally:
                     _save(folder, key, points, problems)
+
     result = _save(folder, key, points, problems)
     print(sweep_table(result))
     print(f"\nsaved in {folder}: {SWEEP}, table.txt, {draw_sweep(folder, result)}", flush=True)
@@ -145,6 +148,8 @@ def plan_sweep(variation: str, words: list[str]) -> tuple[str, list[Point], Path
     key, values = _values(variation)
     if any(word.split("=")[0] == key for word in words):
         raise ValueError(f"{key}: set twice, to several values and to one; leave out the second")
+
+    # Every config is composed as `expertail train` would do it; all that are refused are reported together.
     configs, problems = {}, []
     for value in values:
         try:
@@ -153,6 +158,7 @@ def plan_sweep(variation: str, words: list[str]) -> tuple[str, list[Point], Path
             problems.append(str(problem))
     if problems:
         raise ValueError("\n".join(problems))
+
     first = configs[values[0]]
     points = [
         Point(value, _with_name(config, f"{first.run_name}-{_name_part(value)}")) for value, config in configs.items()
@@ -238,16 +244,10 @@ def _other_runs(points: list[Point]) -> list[str]:
             with contextlib.closing(RunFolder(point.folder)) as folder:
                 if folder.started:
                     try:
-                        folder.check_same_config(_with_threads(point.config, folder.stored_config()))
+                        folder.check_same_config(with_threads(point.config, folder.stored_config()))
                     except ValueError as problem:
                         problems.append(str(problem))
     return problems
-
-
-def _with_threads(config: RunConfig, stored: RunConfig) -> RunConfig:
-    """Return the config with the threads of a run's first start, if it leaves them open."""
-    threads = config.engine.threads or stored.engine.threads
-    return config.model_copy(update={"engine": config.engine.model_copy(update={"threads": threads})})
 
 
 def _is_finished(point: Point) -> bool:
@@ -261,7 +261,7 @@ def _is_finished(point: Point) -> bool:
 
 
 def untouched_stages(one: RunConfig, other: RunConfig) -> list[str]:
-    """Return the stages that are bitwise the same in two runs: they, their initial weights and their teachers agree.
+    """Return the stages that are bitwise equal in two runs: they, their initial weights and their teachers agree.
 
     A difference outside the stages, in seed or backbone say, affects all of them.
     """
@@ -298,11 +298,13 @@ def take_over_stages(point: Point, points: list[Point]) -> dict[str, str]:
 
 def _take(donor: Point, point: Point, folder: RunFolder) -> list[str]:
     """Copy the finished stages that two runs share. If it is killed at any moment, it can be repeated."""
+    # The donor's stored config has the threads that it computed with, which are part of what is compared.
     stored = from_yaml(donor.folder / "config.yaml")
-    config = folder.stored_config() if folder.started else _with_threads(point.config, stored)
+    config = folder.stored_config() if folder.started else with_threads(point.config, stored)
     stages = list(config.method.stages)
     source, target = Checkpoints(donor.folder, stages), Checkpoints(folder.path, stages)
     target.clean()
+
     finished = {}
     for stage in untouched_stages(stored, config):
         newest = source.newest_finished(stage, _say)
@@ -310,6 +312,8 @@ def _take(donor: Point, point: Point, folder: RunFolder) -> list[str]:
             finished[stage] = newest
     if not finished:
         return []
+
+    # The order makes it repeatable: a stage counts as trained once its checkpoint is there, which is written last.
     if not folder.started:
         folder.write_config(config)
         write_atomic(folder.path / DATA, (donor.folder / DATA).read_text())
@@ -332,7 +336,7 @@ def _merge_journals(donor: Path, ours: Path, stages: list[str], taken: set[str])
     for folder, is_donor in ((donor, True), (ours, False)):
         for record in read_journal(folder):
             if (record.stage in taken) == is_donor:
-                value = record.value if record.value == record.value else None
+                value = record.value if record.value == record.value else None  # NaN is null in the journal
                 lines[record.stage].append(json.dumps(record._asdict() | {"value": value}) + "\n")
     write_atomic(ours / JOURNAL, "".join(line for own in lines.values() for line in own))
 

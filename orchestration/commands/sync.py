@@ -31,12 +31,13 @@ def sync_run(run: str, uri: str | None) -> str | None:
     if is_url(run):
         with local_run(run) as copy:
             return _sync(Path(copy), uri)
+
     path = Path(run)
     if (path / SWEEP_FILE).is_file():
         return _sync_sweep(path, uri)
     if not (path / CONFIG).is_file():
         raise ValueError(f"{path}: not a run folder (no {CONFIG}); needed one that `expertail train` made")
-    with contextlib.closing(RunFolder(path)):
+    with contextlib.closing(RunFolder(path)):  # refuses a run that is training: its own uploader sends it
         return _sync(path, uri)
 
 
@@ -50,6 +51,8 @@ def _sync_sweep(path: Path, uri: str | None) -> str | None:
     started = [run for run in runs if (run / CONFIG).is_file()]
     if not started:
         raise ValueError(f"{path}: none of its runs has started; needed at least one; start the sweep again")
+
+    # The runs first, then the sweep's own files, which go to the parent of the runs in MLflow.
     problems = [sync_run(str(run), uri) for run in started]
     config = from_yaml(started[0] / CONFIG)
     problems.append(sync(path, uri or tracking_uri(config), config.tracking.experiment, path.name))

@@ -47,7 +47,7 @@ def train_and_report(config: RunConfig, marks: dict[str, float]) -> int:
             return 0
         return _train(admitted, folder, marks)
     finally:
-        folder.close()
+        folder.close()  # releases the lock of the folder
 
 
 def is_complete(folder: RunFolder, config: RunConfig) -> bool:
@@ -58,12 +58,14 @@ def is_complete(folder: RunFolder, config: RunConfig) -> bool:
     """
     if folder.read_run().get("status") != "finished":
         return False
-    stored = folder.stored_config()
-    threads = config.engine.threads or stored.engine.threads
-    folder.check_same_config(
-        config.model_copy(update={"engine": config.engine.model_copy(update={"threads": threads})})
-    )
+    folder.check_same_config(with_threads(config, folder.stored_config()))
     return True
+
+
+def with_threads(config: RunConfig, stored: RunConfig) -> RunConfig:
+    """Return the config with the threads of a run's first start, if it leaves them open."""
+    threads = config.engine.threads or stored.engine.threads
+    return config.model_copy(update={"engine": config.engine.model_copy(update={"threads": threads})})
 
 
 def _train(admitted: Admission, folder: RunFolder, marks: dict[str, float]) -> int:
@@ -75,6 +77,7 @@ def _train(admitted: Admission, folder: RunFolder, marks: dict[str, float]) -> i
             outcome = train(admitted, folder, console, marks, uploader.begin)
         _report(config, folder, outcome)
     except BaseException as problem:
+        # Record how the run ended, save what it has, and end the uploader, each even if the one before fails.
         stopped = isinstance(problem, Stopped | Preempted | KeyboardInterrupt)
         with contextlib.suppress(OSError):  # a full disk must not hide the first problem
             if (folder.path / CONFIG).exists():
@@ -87,11 +90,13 @@ def _train(admitted: Admission, folder: RunFolder, marks: dict[str, float]) -> i
         if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _full(folder, problem) from problem
         raise
+
     print(_stored_table(config, folder), flush=True)
     if not outcome.finished:
         print(
             f"expertail: run.max_steps = {config.run.max_steps} ended this start before the end of training (stage "
-            f"{outcome.stage}: {outcome.total_steps} steps in all); the same command with more, or without it, goes on",
+            f"{outcome.stage}: {outcome.total_steps} steps in all); the same command with a larger limit, or none, "
+            "goes on",
             file=sys.stderr,
         )
     uploader.end("FINISHED", wait_s=config.tracking.final_wait_s)
@@ -101,12 +106,12 @@ def _train(admitted: Admission, folder: RunFolder, marks: dict[str, float]) -> i
 
 def _full(folder: RunFolder, problem: OSError) -> ValueError:
     """Remove what was half written to a full disk. Returns the error that says so."""
-    Checkpoints(folder.path, []).clean()
+    Checkpoints(folder.path, []).clean()  # before the message, which says how much is free then
     disk = shutil.disk_usage(folder.path)
     return ValueError(
         f"{problem.filename or folder.path}: {problem.strerror}; {disk.free / 2**20:.1f} of {disk.total / 2**20:.1f} "
-        f"MiB are free where {folder.path} lies; the newest checkpoint is whole; make room there (run.keep_checkpoints "
-        f"says how many are kept), and the same command continues from it"
+        f"MiB are free where {folder.path} lies; the newest checkpoint is complete; make room there "
+        f"(run.keep_checkpoints limits how many are kept), and the same command continues from it"
     )
 
 
@@ -132,13 +137,14 @@ class _Tracking:
 
 
 def _report(config: RunConfig, folder: RunFolder, outcome: Outcome) -> None:
-    from orchestration.results.pictures import write_report
+    from orchestration.results.pictures import write_report  # loads Matplotlib
 
     stored = folder.stored_config()
     if stored.method.stages[outcome.stage].classes is not None:
         # The run stopped in a stage that knows only some classes, for which there is no model or table.
         folder.update_run(status="stopped", ended=time.time())
         return
+
     export(stored, folder, outcome.stage, outcome.checkpoint)
     if config.run.pictures:
         write_report(folder.path)

@@ -1,4 +1,4 @@
-"""A finding of the doctor, and what its checks share."""
+"""The findings of `expertail doctor`, and what its checks have in common."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Finding:
 
     Attributes:
         state: "ok", "warn" (a run may still work) or "FAIL" (it cannot, or not as configured).
-        what: the subject, as "memory".
-        text: what was found, what is needed, what to do.
+        what: the subject, e.g. "memory".
+        text: what was found, what was needed, what to do.
     """
 
     state: str
@@ -29,7 +29,7 @@ def run_check(what: str, check: Callable[[], Iterable[Finding]]) -> list[Finding
     """Return the findings of a check; if it raises, the error is the last one."""
     found: list[Finding] = []
     try:
-        found.extend(check())
+        found.extend(check())  # a generator: what it yields before an error is kept
     except Exception as error:
         text = redact(str(error).strip()) or "no message"
         found.append(

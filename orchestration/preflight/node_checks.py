@@ -81,6 +81,7 @@ def check_nodes(needs: Needs) -> Iterator[Finding]:
     """Compare the nodes of the connected cluster that are alive with each other and with what a run needs."""
     nodes = {f"{n['NodeManagerAddress']}/{n['NodeID'][:6]}": n for n in ray.nodes() if n["Alive"]}
     survey = Survey(resources={name: dict(node["Resources"]) for name, node in nodes.items()})
+    # soft=False: an actor that Ray put on another node would answer for the wrong one.
     started = {
         name: NodeReporter.options(  # type: ignore[attr-defined]
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
@@ -88,6 +89,7 @@ def check_nodes(needs: Needs) -> Iterator[Finding]:
         for name, node in nodes.items()
     }
     try:
+        # First ask all nodes about themselves; those that do not answer take part in no later check.
         data = needs.config.dataset.model_dump(mode="json")
         begun = time.monotonic()
         survey.reports, problems = _wait_for({name: r.report.remote(data) for name, r in started.items()}, START_S)
@@ -99,6 +101,7 @@ def check_nodes(needs: Needs) -> Iterator[Finding]:
         yield Finding(
             "ok", "nodes", f"{len(survey.reporters)} of {len(nodes)} answered in {time.monotonic() - begun:.0f} s"
         )
+
         ids = {name: node["NodeID"] for name, node in nodes.items()}
         checks: dict[str, Callable[[], Iterator[Finding]]] = {
             "versions": lambda: _software(survey, needs, software()),
@@ -126,8 +129,8 @@ def _wait_for(refs: Mapping[str, Any], limit_s: float) -> tuple[dict[str, Any], 
     for name, ref in refs.items():
         if ref not in done:
             problems[name] = (
-                f"has not answered for {limit_s:g} s; its raylet may hang, or it cannot start processes; look at "
-                f"`ray status` and the node's raylet.out, or take it out of the cluster"
+                f"has not answered for {limit_s:g} s; its raylet may hang, or be unable to start processes; look at "
+                f"`ray status` and at raylet.out on the node, or remove the node from the cluster"
             )
             continue
         try:
@@ -138,6 +141,7 @@ def _wait_for(refs: Mapping[str, Any], limit_s: float) -> tuple[dict[str, Any], 
 
 
 def _explain(error: RayError) -> str:
+    # Ray wraps an error of the actor in a traceback; the last line says what happened, unless an import failed.
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     missing = next((line for line in reversed(lines) if "No module named" in line), None)
     if missing is not None:
@@ -154,7 +158,7 @@ def _unknowns(survey: Survey) -> Iterator[Finding]:
         for key, what, words in (("room", "memory", "memory and /dev/shm"), ("token", "auth", "Ray's authentication")):
             if isinstance(report[key], str):
                 yield Finding(
-                    "warn", what, f"{name}: {words} could not be looked at ({report[key]}); look there by hand"
+                    "warn", what, f"{name}: {words} could not be determined ({report[key]}); check it on that node"
                 )
 
 
@@ -173,12 +177,12 @@ def _software(survey: Survey, needs: Needs, here: Mapping[str, Any]) -> Iterator
     problem = _difference({who: report["code"] for who, report in everyone.items()})
     if problem:
         same = False
-        text = f"the code of expertail differs: {problem}; needed one checkout, or one wheel, on all of them"
+        text = f"the code of expertail differs: {problem}; needed the same checkout or wheel on all of them"
         yield Finding("FAIL", "versions", text)
     pythons = {who: report["versions"]["python"] for who, report in everyone.items()}
     if problem := _difference(pythons):
         same = False
-        yield Finding("warn", "versions", f"Python: {problem}; Ray asks for one version on all nodes")
+        yield Finding("warn", "versions", f"Python: {problem}; Ray needs one version on all nodes")
     if same:
         versions = ", ".join(f"{what} {version}" for what, version in here["versions"].items())
         yield Finding("ok", "versions", f"the same on all nodes and here: {versions}; code {here['code']}")
@@ -191,7 +195,7 @@ def _arithmetic(survey: Survey, needs: Needs) -> Iterator[Finding]:
     for name, report in survey.reports.items():
         found = report["torch"]
         if isinstance(found, str):
-            yield Finding("FAIL", "torch", f"{name}: torch cannot be loaded ({found}); install it again there")
+            yield Finding("FAIL", "torch", f"{name}: torch cannot be loaded ({found}); reinstall it there")
             continue
         kinds[name] = f"{report['machine']}, {found['arithmetic']}"
         if gpus and survey.resources[name].get("GPU") and found["cuda"] is None:
@@ -227,7 +231,7 @@ def worker_gib(config: RunConfig, weights: int | None) -> tuple[float, float]:
     data = config.dataset
     files = data.source in ("image_folder", "image_list") and data.resident != "never"
     held = 2 * data.resident_mib / 1024 if files else 0.0
-    limit = config.cluster.memory_gib_per_worker
+    limit = config.cluster.memory_gib_per_worker  # a worker above it is ended, so it never holds more
     return WORKER_GIB[0] + most, limit if limit is not None else WORKER_GIB[1] + most + held
 
 
@@ -249,6 +253,7 @@ def _memory(survey: Survey, needs: Needs) -> Iterator[Finding]:
             f"{total:.1f} GiB free"
         )
         advice = "use fewer workers per node (cluster.cpus_per_worker), cluster.memory_gib_per_worker, or larger nodes"
+        # Too little even for the least is certain to fail; too little for the most may do.
         if total < low * workers:
             yield Finding("FAIL", "memory", f"{text}; {advice}")
         elif free < high * workers:
@@ -267,18 +272,19 @@ def _shared_memory(survey: Survey, needs: Needs) -> Iterator[Finding]:
             continue
         shm, free = room["shm"], room["shm_free"]
         if shm is None:
-            yield Finding("warn", "/dev/shm", f"{name}: there is none, so Ray keeps objects in files")
+            yield Finding("warn", "/dev/shm", f"{name}: there is none, so Ray keeps objects in files, which is slower")
             continue
         store = survey.resources[name].get("object_store_memory", 0.0)
         workers = len(needs.placement.on(name)) if needs.placement else 0
         batches = needs.batch_bytes * workers
         text = f"{name}: {shm / _GIB:.2g} GiB, {free / _GIB:.2g} free; object store {store / _GIB:.2g} GiB"
+        advice = "enlarge it (docker: --shm-size), or"
         if shm < store:
-            yield Finding("warn", "/dev/shm", f"{text}; needed as much as the object store; enlarge it (docker: "
-                                              f"--shm-size), or start Ray with --object-store-memory")  # fmt: skip
+            text += f"; needed at least the size of the object store; {advice} start Ray with --object-store-memory"
+            yield Finding("warn", "/dev/shm", text)
         elif free < batches:
-            yield Finding("warn", "/dev/shm", f"{text}; loader processes hand over up to {batches / _GIB:.2g} GiB "
-                                              f"there; enlarge it, or lower dataset.loader_processes")  # fmt: skip
+            text += f"; loader processes hand over up to {batches / _GIB:.2g} GiB there; {advice} lower "
+            yield Finding("warn", "/dev/shm", f"{text}dataset.loader_processes")
         else:
             fine.append(text)
     if fine:
@@ -301,26 +307,31 @@ def _storage(survey: Survey, run_dir: Path | None, ids: Mapping[str, str]) -> It
         yield Finding("ok", "storage", "run.dir is a URL: nodes share no folder, and workers send files through Ray")
         return
     there = nearest_existing(run_dir)
-    advice = "needed one folder that all nodes share at the same path; mount it everywhere, or set run.dir to one"
+    advice = "needed one folder that all nodes share at the same path; mount it everywhere, or choose another run.dir"
     try:
         folder = Path(tempfile.mkdtemp(prefix=".expertail-doctor-", dir=there))
     except OSError as error:
         yield Finding("FAIL", "storage", f"run.dir = {run_dir}: {there} cannot be written here ({error.strerror})")
         return
     try:
+        # fsync and a lock, as a run uses them: some network file systems have no locks.
         nonce = secrets.token_hex(16)
         with open(folder / "asked", "w") as file:
             file.write(nonce)
             file.flush()
             os.fsync(file.fileno())
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
         answers, problems = survey.ask(lambda name, node: node.share.remote(str(folder), nonce, ids[name]))
         problems |= {name: problem for name, problem in answers.items() if problem}
+
+        # A node that read our file has written its own, which must appear here in time.
         left = {name for name, problem in answers.items() if problem is None}
         end = time.monotonic() + _STORAGE_S
         while left and time.monotonic() < end:
             left -= {name for name in left if _contains(folder / ids[name], nonce)}
             time.sleep(0.2 if left else 0)
+
         missing = f"it reads what is written here, but the file it wrote did not appear here within {_STORAGE_S:g} s"
         problems |= dict.fromkeys(left, missing)
         for name, problem in problems.items():
@@ -329,7 +340,7 @@ def _storage(survey: Survey, run_dir: Path | None, ids: Mapping[str, str]) -> It
             yield Finding("ok", "storage", f"{there}: {plural(len(answers), 'node')} read and wrote there")
     except OSError as error:
         text = f"run.dir = {run_dir}: files in {there} cannot be written and locked ({error.strerror or error})"
-        yield Finding("FAIL", "storage", f"{text}; set run.dir to a file system that has locks")
+        yield Finding("FAIL", "storage", f"{text}; set run.dir to a folder on a file system with locks")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -357,9 +368,9 @@ def _data(survey: Survey, config: RunConfig) -> Iterator[Finding]:
     ]
     differ = [(file, problem) for file, problem in differ if problem]
     if differ:
-        file, problem = differ[0]
-        more = f"; and {len(differ) - 1} more files" if len(differ) > 1 else ""
-        text = f"{file} (bytes, digest): {problem}{more}; needed the same data on every node below dataset.root"
+        file, problem = differ[0]  # the first is example enough; a wrong mount differs in all of them
+        more = f"; and {plural(len(differ) - 1, 'more file')}" if len(differ) > 1 else ""
+        text = f"{file} (size, digest): {problem}{more}; needed the same data on every node below dataset.root"
         yield Finding("FAIL", "data", text)
     elif files:
         text = (
@@ -367,14 +378,14 @@ def _data(survey: Survey, config: RunConfig) -> Iterator[Finding]:
         )
         yield Finding("ok", "data", text)
     elif digests:
-        yield Finding("warn", "data", f"{config.dataset.name}: to be downloaded on every node when the run starts")
+        yield Finding("warn", "data", f"{config.dataset.name}: will be downloaded on every node when the run starts")
 
 
 # Network
 
 
 def _ports(survey: Survey) -> Iterator[Finding]:
-    """Connect every node to every other on a port that the system finds free, as gloo and NCCL do."""
+    """Connect every node to every other on a free port that the operating system picks, as gloo and NCCL do."""
     if len(survey.reporters) < 2:
         return
     nonce = secrets.token_hex(8)
@@ -390,7 +401,7 @@ def _ports(survey: Survey) -> Iterator[Finding]:
     broken += [f"{name}: {problem}" for name, problem in silent.items()]
     untried = [f"{name}: no time was left to connect to {_names(left)}" for name, (_, left) in answers.items() if left]
     if broken or untried:
-        advice = "workers exchange gradients on ports that the system finds free; open those from 1024 between nodes"
+        advice = "workers exchange gradients on ports that the system picks; open ports 1024 and above between nodes"
         yield Finding("FAIL", "ports", "\n".join([*_shortened(broken), *_shortened(untried), advice]))
     elif not problems:
         pairs = len(ports) * (len(ports) - 1)
@@ -400,7 +411,7 @@ def _ports(survey: Survey) -> Iterator[Finding]:
 def _clocks(survey: Survey) -> Iterator[Finding]:
     offsets = {}
     for name, reporter in survey.reporters.items():
-        before = time.time()
+        before = time.time()  # the answer was given between the two times, on average half way
         answers, _ = _wait_for({name: reporter.clock.remote()}, _CLOCK_S)
         after = time.time()
         if name in answers:
@@ -413,15 +424,15 @@ def _clock_findings(offsets: Mapping[str, float]) -> Iterator[Finding]:
     far = {name: offset for name, offset in offsets.items() if abs(offset) > _CLOCK_S}
     for name, offset in far.items():
         way = "ahead of" if offset > 0 else "behind"
-        text = f"{name}: {abs(offset):.1f} s {way} this one; needed {_CLOCK_S:g} s or less; run NTP on every node"
+        text = f"{name}: {abs(offset):.1f} s {way} this machine; needed {_CLOCK_S:g} s or less; run NTP on every node"
         yield Finding("warn", "clock", text)
     if offsets and not far:
         most = max(map(abs, offsets.values()))
-        yield Finding("ok", "clock", f"{plural(len(offsets), 'node')} at most {most:.2f} s from this one")
+        yield Finding("ok", "clock", f"{plural(len(offsets), 'node')} at most {most:.2f} s off this machine's clock")
 
 
 def _exposure(survey: Survey) -> Iterator[Finding]:
-    """Check who may run code on the cluster."""
+    """Check who may run code on the cluster: anyone who reaches a port of Ray, unless Ray asks for a token."""
     without = [name for name, report in survey.reports.items() if report["token"] is False]
     asking = [name for name, report in survey.reports.items() if report["token"] is True]
     exposed, dashboards, hidden = set(), set(), []
@@ -439,14 +450,14 @@ def _exposure(survey: Survey) -> Iterator[Finding]:
         yield Finding(
             "warn",
             "auth",
-            f"Ray on {_names(without)} asks nobody for a token, and {', '.join(sorted(exposed))} can be reached from "
-            f"other machines, so anyone there can run code here; start every node with RAY_AUTH_MODE=token and "
-            f"one token",
+            f"Ray on {_names(without)} asks for no token, and {', '.join(sorted(exposed))} can be reached from "
+            f"other machines, so anyone there can run code on the cluster; start every node with "
+            f"RAY_AUTH_MODE=token and one token",
         )
     elif without:
-        reach = "its ports could not be listed" if hidden else "Ray listens on loopback addresses only"
+        reach = "its ports could not be listed" if hidden else "it listens on loopback addresses only"
         state = "warn" if hidden else "ok"
-        yield Finding(state, "auth", f"no token is asked for on {_names(without)}; {reach}")
+        yield Finding(state, "auth", f"Ray on {_names(without)} asks for no token; {reach}")
     elif asking:
         yield Finding("ok", "auth", f"token authentication is on, on {plural(len(asking), 'node')}")
     for place in sorted(dashboards):

@@ -66,6 +66,7 @@ class NodeReporter:
 
     def listen(self, nonce: str) -> tuple[str, int]:
         """Send the nonce to everyone who connects to a free port of this node. Returns address and port."""
+        # The address by which Ray knows the node, since workers of a run connect to it, too.
         address = ray.util.get_node_ip_address()
         server = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
         threading.Thread(target=serve_nonce, args=(server, nonce.encode()), daemon=True).start()
@@ -192,7 +193,7 @@ def room() -> dict[str, Any]:
 
 def _container_memory() -> tuple[int, int]:
     """Return the limit of a container's control group, and how much of it is used; bytes."""
-    for limit, used in (
+    for limit, used in (  # version 2, version 1
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
     ):
@@ -207,6 +208,8 @@ def _container_memory() -> tuple[int, int]:
 
 def listening() -> list[tuple[str, str, int]]:
     """Return the ports that this node's Ray processes listen on: process, address, port."""
+    # A machine may run several Rays, e.g. of other users. Ours are the processes that name this node, the children of
+    # our raylet, which is our parent, and the dashboard of the same session.
     node_id = ray.get_runtime_context().get_node_id()
     session = re.search(r"session_[\w-]+", " ".join(psutil.Process(os.getppid()).cmdline()))
     found = set()
@@ -247,7 +250,7 @@ def data_digests(data: dict[str, Any]) -> dict[str, str]:
         found |= _class_folders(Path(root))
     if not found and not config.download:
         raise ValueError(
-            f"dataset.root = {config.root}: no file of {config.name} is there; check that it is not one level too "
+            f"dataset.root = {config.root}: found no file of {config.name}; needed its folder; it may be one level too "
             f"high or too low"
         )
     return found
@@ -289,22 +292,27 @@ def _lists(config: Any, root: str) -> Iterator[tuple[str, Path]]:
         if path is None:
             raise ValueError(f"dataset.{key} = {value}: no such file, here or in dataset.root = {root}")
         yield f"dataset.{key}", path
+
+        # The first and the last image show whether dataset.root is the folder that the list means.
         lines = [line for line in path.read_text("utf-8", "surrogateescape").splitlines() if line.strip()]
         for line in lines[:1] + lines[1:][-1:]:
             image = line.rstrip().rpartition(" ")[0].strip()
             if not Path(root, image).is_file():
-                raise ValueError(f"dataset.root = {root}: {image} of {path} is not there")
+                raise ValueError(f"dataset.root = {root}: {image}, listed in {path}, is missing")
             yield image, Path(root, image)
 
 
 def _class_folders(root: Path) -> dict[str, str]:
     """Return digests of the class folders' names, and of the first image of the first and of the last class."""
     found = {}
+    # Without split folders the classes lie in the root itself, which the empty name stands for.
     for split in [s for s in ("train", "val", "test") if (root / s).is_dir()] or [""]:
         classes = sorted(entry.name for entry in os.scandir(root / split) if entry.is_dir())
         classes = [name for name in classes if not name.startswith(".")]
         if not classes:
-            raise ValueError(f"dataset.root = {root}: no class folder in {split or 'it'}; needed one for each class")
+            raise ValueError(f"dataset.root = {root}: no class folder in {split or 'it'}; needed one per class")
+
+        # Names are compared as one digest, and only two images are read: a tree may have thousands and millions.
         names = hashlib.sha256("\n".join(classes).encode("utf-8", "surrogateescape")).hexdigest()[:12]
         found[f"class folders of {split or 'root'}"] = f"{len(classes)} {names}"
         for name in classes[:1] + classes[1:][-1:]:
@@ -317,6 +325,7 @@ def _class_folders(root: Path) -> dict[str, str]:
 
 def _digest(path: Path) -> str:
     """Return size in bytes and a digest: of a whole list, or of the first MiB of another file."""
+    # A data file may have gigabytes; another copy or another version differs in size or at the beginning.
     with open(path, "rb") as file:
         start = file.read() if path.suffix == ".txt" else file.read(_START_BYTES)
     return f"{path.stat().st_size} {hashlib.sha256(start).hexdigest()[:12]}"

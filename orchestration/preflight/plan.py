@@ -150,6 +150,8 @@ def plan(config: RunConfig, nodes: Mapping[str, Mapping[str, float]] | None = No
     num_classes = _num_classes(config)
     counts = expected_counts(config, num_classes)
     waves = tuple(tuple(wave) for wave in config.method.waves())
+
+    # The cost of a forward pass depends on the number of classes alone, so stages share it.
     costs: dict[int, Costs] = {}
     return Plan(
         shape=shape,
@@ -175,6 +177,8 @@ def expected_counts(config: RunConfig, num_classes: int | None) -> np.ndarray | 
             return None
         assert num_classes is not None and ratio is not None and largest is not None
         return long_tailed_counts(num_classes, largest, ratio, data.imbalance_type)
+
+    # The counts do not depend on which images there are: select from labels alone, as `open_dataset` does from images.
     labels = np.repeat(np.arange(num_classes), available)
     if data.test_per_class:
         labels = labels[hold_out(labels, num_classes, data.test_per_class, "test_per_class")[0]]
@@ -334,6 +338,7 @@ def _work(
         assert teacher is not None
         spread += sum(teacher.work(experts) for experts in held[name])
         packed += teacher.work(teacher.num_experts)
+
     trunks = [load.trunk_work for load in loads]
     here = sum(load.work for load in loads)
     # Packed, one trunk sees every stream. Spread, every slot has a trunk: all see the same images, which repeats its
@@ -357,6 +362,8 @@ def _memory(
         total: float = sum(load.parameters.values())
         total += sum(teacher.held(held[name][slot]) for name, teacher in teachers.items() if teacher)
         for part, groups in load.learning.items():
+            # Weights are counted above. Torch adds gradients and momentum. ZeRO splits master weights and momentum, and
+            # at stage 2 gradients too, over the workers that share the parameters.
             among = shape.replicas if part == "experts" else shape.workers
             if engine.name == "torch":
                 copies = 1.0 + momentum

@@ -1,4 +1,8 @@
-"""Print a plan: the text of `expertail plan`."""
+"""The text of `expertail plan`: a section for each of run, mesh, nodes, size, step, exchanges, time and folder.
+
+An operator reads it before a start, so every number carries its unit, and what only the data can say is n/a with the
+reason. A section is a generator of lines; `describe` puts them together.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +29,6 @@ from orchestration.storage.url_store import is_url
 from orchestration.tracking.uri import default_uri
 
 _SHOWN_WORKERS = 16
-
-
-def names_cluster(config: RunConfig) -> bool:
-    return bool(config.cluster.address or os.environ.get("RAY_ADDRESS"))
 
 
 def describe(
@@ -65,17 +65,17 @@ def describe(
 
 def _run(config: RunConfig, found: Plan) -> Iterator[str]:
     method, data = config.method, config.dataset
-    experts = f"{method.num_experts} expert{'s' if method.num_experts > 1 else ''}"
+    experts = plural(method.num_experts, "expert")
     thin = ", thinner late stages" if method.reduce_dimension else ""
     yield f"{method.name}: {experts} on one trunk, {config.backbone.name} {config.backbone.depth}{thin},"
     yield f"{method.head.name} heads, combined by {method.aggregator_in(method.final).name}; seed {config.seed}"
     yield f"data {data.name}: {_data(config, found)}, {data.image_size} x {data.image_size} pixels"
     if found.num_classes is None:
-        yield "the number of classes is known when the data is opened; give dataset.num_classes=... to see what is n/a"
+        yield "the number of classes is known when the data is opened; set dataset.num_classes=... to see what is n/a"
     for stage in found.stages:
         settings = method.stages[stage.name]
         pieces = f"objective {settings.objective.name}, sampler {settings.sampler.name}"
-        yield f"stage {stage.name}: {stage.epochs} epochs, batch {stage.batch_size}, {pieces}"
+        yield f"stage {stage.name}: {plural(stage.epochs, 'epoch')}, batch {stage.batch_size}, {pieces}"
         yield from (f"  {line}" for line in _peculiarities(config, stage))
         yield f"  learning rate {', '.join(_rates(settings, stage.steps_per_epoch))}"
         late = _never_reached(settings)
@@ -125,7 +125,7 @@ def _data(config: RunConfig, found: Plan) -> str:
         return f"classes {classes}, training images known when the data is opened"
     most, least = max(found.counts), min(found.counts)
     return (
-        f"{len(found.counts):,} classes, {sum(found.counts):,} training images, {most:,} to {least:,} a class "
+        f"{len(found.counts):,} classes, {sum(found.counts):,} training images, {most:,} to {least:,} per class "
         f"(ratio {most / least:.4g})"
     )
 
@@ -137,9 +137,12 @@ def _missing(config: RunConfig) -> Iterator[str]:
     """
     data = config.dataset
     checks: list[Callable[[], object]] = [lambda: check_sources(config)]
+
+    # Opening the data tells what is missing better than a test here could, and is quick where nothing is there.
     needs_folder = data.source != "digits" and not data.download
-    if needs_folder and (data.root is None or not (names_cluster(config) or os.path.isdir(data.root))):
+    if needs_folder and (data.root is None or not (config.cluster.named_address or os.path.isdir(data.root))):
         checks.insert(0, lambda: open_raw(data))
+
     for check in checks:
         try:
             check()
@@ -153,6 +156,8 @@ def _rates(stage: StageConfig, steps: int | None) -> Iterator[str]:
     schedule = build("lr_schedule", stage.lr_schedule)
     epochs = range(1, stage.epochs + 1)
     rates = [stage.optimizer.lr * schedule.factor(Progress(n, stage.epochs, 0, steps or 1)) for n in epochs]
+
+    # Epochs of one rate form a run; neighbouring runs of one epoch each, as in a warm-up, are described together.
     runs: list[list[float]] = [list(run) for _, run in groupby(rates)]
     first = 1
     while runs:
@@ -191,11 +196,13 @@ def _mesh(config: RunConfig, found: Plan) -> Iterator[str]:
     where = cluster.address or "RAY_ADDRESS if set, else its own Ray on this machine"
     yield f"cluster: {where}"
     yield from _waves(found)
+
     teachers = " and teachers" if any(stage.teachers for stage in found.stages) else ""
     most = "" if found.memory is None else " at most"
     yield f"weights, gradients, momentum{teachers} of a worker: {bytes_(found.memory)}{most}; libraries, images and"
     low, high = WORKER_GIB
     yield f"activations add {low} to {high} GiB with small images (measured); `--probe` measures this run's"
+
     batches = {stage.name: stage.shares for stage in found.stages}
     rows = [["worker", "slot", "replica", "experts", *(f"images per step, {name}" for name in batches)]]
     for rank in range(min(shape.workers, _SHOWN_WORKERS)):
@@ -211,17 +218,17 @@ def _nodes(
     config: RunConfig, found: Plan, nodes: Mapping[str, Mapping[str, float]] | None, unknown: str | None
 ) -> Iterator[str]:
     if nodes is None:
-        yield f"n/a: {unknown or 'no cluster is named; give cluster.address to see its nodes'}"
+        yield f"n/a: {unknown or 'no cluster is named; set cluster.address to see its nodes'}"
         return
     cpus = config.cluster.cpus_per_worker or largest_share(
         found.shape.workers * found.side_by_side, [node.get("CPU", 0.0) for node in nodes.values()]
     )
     placement = pack(found.shape.workers, bundle_of(config.cluster, cpus), nodes)
     if placement is None:
-        yield f"n/a: {plural(len(nodes), 'node')}, with room for too few workers"
+        yield f"n/a: {plural(len(nodes), 'node')}, without room for all workers"
         return
     experts = {rank: found.experts_on(rank) for rank in range(found.shape.workers)}
-    yield "as Ray packs them when nothing else runs; among equal nodes it may fill another one first"
+    yield "as Ray packs them when nothing else runs; it may fill another of several equal nodes first"
     yield from draw(placement, nodes, found.shape, experts, _SHOWN_WORKERS)
 
 
@@ -237,13 +244,13 @@ def _waves(found: Plan) -> Iterator[str]:
             places = at_once * found.shape.workers
             yield (
                 f"stages {', '.join(wave)}: {at_once} at a time, each on its own workers, "
-                f"{plural(places, 'worker')} in all; with less room they take turns"
+                f"{plural(places, 'worker')} in all; with less room they wait for each other"
             )
 
 
 def _size_table(found: Plan) -> Iterator[str]:
     rows = [["", "parameters", "multiply-adds per image", "FLOPs per image"]]
-    stages_of: dict[Size, list[str]] = {}
+    stages_of: dict[Size, list[str]] = {}  # stages of one size share their rows
     for stage in found.stages:
         stages_of.setdefault(stage.size, []).append(stage.name)
     for size, stages in stages_of.items():
@@ -299,23 +306,23 @@ def _work(settings: StageConfig, stage: StagePlan, found: Plan) -> Iterator[str]
     """Describe what a training step computes per image, and what spreading adds to it."""
     pair = " and its partner" if settings.partner_sampler is not None else ""
     most = "at most " if settings.flow.skips_images else ""
-    number = "n/a" if stage.work is None else f"{most}{stage.work:,.0f}"
+    work = "n/a" if stage.work is None else f"{most}{stage.work:,.0f}"
     flops = "" if stage.work is None else f" ({most}{2 * stage.work:,.0f} FLOPs)"
-    yield f"{number} multiply-adds for each image{pair}, forward and back{flops}"
+    yield f"{work} multiply-adds for each image{pair}, forward and backward{flops}"
     if found.shape.slots == 1:
         return
     if piece("flow", settings.flow.name).own_streams:
-        yield "every slot computes the trunk for its own images: no more multiply-adds than packed"
+        yield "every slot runs the trunk on its own images: no more multiply-adds than packed"
     else:
-        share_ = "n/a" if stage.repeated is None else f"{100 * stage.repeated:.1f} %"
-        yield f"every slot computes the trunk for itself: forward multiply-adds grow by {share_} over packed"
+        extra = "n/a" if stage.repeated is None else f"{100 * stage.repeated:.1f} %"
+        yield f"every slot runs the trunk again: forward multiply-adds grow by {extra} over packed"
 
 
 def _exchange_table(found: Plan) -> Iterator[str]:
     if found.shape.workers == 1:
         yield "nothing: one worker"
         return
-    stages_with: dict[tuple[Exchange, ...], list[StagePlan]] = {}
+    stages_with: dict[tuple[Exchange, ...], list[StagePlan]] = {}  # stages with equal exchanges share a table
     for stage in found.stages:
         stages_with.setdefault(stage.exchanges, []).append(stage)
     for exchanges, stages in stages_with.items():
@@ -329,7 +336,7 @@ def _exchange_table(found: Plan) -> Iterator[str]:
         rows.append(["in all", "", "", "", bytes_(stages[0].sent())])
         yield from text_table(rows, left=(0, 1))
     if found.shape.slots > 1:
-        yield "each row for the slot that sends most; no feature maps are exchanged"
+        yield "each row is for the slot that sends most; no feature maps are exchanged"
 
 
 def _folders(config: RunConfig) -> Iterator[str]:
@@ -338,11 +345,12 @@ def _folders(config: RunConfig) -> Iterator[str]:
 
         yield f"{config.run.dir.rstrip('/')}/{config.run_name} (the driver works in {run_path(config)})"
         if config.tracking.enabled:
-            yield f"tracking: {redact(config.tracking.uri or 'tracking.uri is not set: train will refuse')}"
+            unset = "tracking.uri is not set: `expertail train` will refuse this"
+            yield f"tracking: {redact(config.tracking.uri or unset)}"
         return
     folder = expand(config.run.dir) / config.run_name
     there = (folder / "config.yaml").exists()
-    yield f"{folder} ({'holds a run: train resumes it if the config is the same' if there else 'new'})"
+    yield f"{folder} ({'holds a run: `expertail train` resumes it if the config is the same' if there else 'new'})"
     if not config.tracking.enabled:
         yield "tracking: off"
     else:

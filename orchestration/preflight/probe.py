@@ -26,7 +26,7 @@ from orchestration.cluster.transfer import receive_saved, send
 from orchestration.config.recipe import stage_classes
 from orchestration.config.run_config import RunConfig, RunSettings
 from orchestration.preflight.plan import epoch_of
-from orchestration.results.text import duration, text_table
+from orchestration.results.text import duration, plural, text_table
 from orchestration.runs.admission import admit
 from orchestration.storage.checkpoint import Checkpoints
 from orchestration.storage.exports import model_folder, weights_of
@@ -73,13 +73,14 @@ class StageProbe:
     peak_gib: float
 
     def spread(self) -> tuple[float, float, float]:
-        """Return the mean step time, and bounds that enclose 8 of 10 step times and the mean."""
+        """Return the mean step time, and bounds that enclose the middle 80 % of the step times, and the mean."""
         mean = statistics.fmean(self.step_s)
         low, high = np.quantile(self.step_s, [0.1, 0.9])
         return mean, min(mean, float(low)), max(mean, float(high))
 
     def seconds(self, step_s: float) -> float:
         """Return the seconds of the whole stage, given the time of a full batch."""
+        # The driver calls for about a second of steps at once, at least one, so the cost of a call is shared by those.
         intervals = self.steps / max(1.0, _INTERVAL_S / step_s)
         training = self.images / self.batch_size * step_s + intervals * self.call_s
         return self.begin_s + training + self.evaluations * self.evaluation_s + self.saves * self.save_s
@@ -105,6 +106,7 @@ class Probe:
         """Return seconds from command to end of the last stage, at the mean (0), low (1) or high (2) step time."""
         seconds = {stage.name: stage.seconds(stage.spread()[which]) for stage in self.stages}
         total = sum(self.startup_s.values())
+        # In a wave, each stage goes to the set of workers that is free first.
         for wave in self.config.method.waves():
             busy_s = [0.0] * min(self.at_once, len(wave))  # of each set of workers
             for name in wave:
@@ -134,6 +136,7 @@ def probe(config: RunConfig, begun: float, wanted: int = STEPS) -> Probe:
         marks = [begun, time.time()]
         nodes = node_resources()
         config = admitted.on(nodes).config
+        # A spare process would take CPUs while steps are timed, and nothing is meant to fail here.
         config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"standby": 0})})
         shape = admitted.shape
         assert config.cluster.cpus_per_worker is not None
@@ -196,14 +199,17 @@ class _ShortRun:
         data = self._begin(name)
         begin_s = time.monotonic() - begun
         counts = np.array(data["counts"])[stage_classes(self._config.method, name, data["counts"])]
+
         images, per_epoch, _ = epoch_of(name, settings, counts)
         total = settings.epochs * per_epoch
         target = total if run.max_steps is None else min(run.max_steps - before, total)
+
         step_s, call_s, first_s, done = self._steps(total, settings.batch_size)
         evaluation_s = sum(
             self._timed("evaluate", split)[0] for split in (["val", "test"] if data["has_val"] else ["test"])
         )
         save_s = self._save(name, done, total)
+
         epochs, rest = divmod(target, per_epoch)
         evaluations, saves = count_due(target, total, per_epoch, run)
         stage = StageProbe(
@@ -239,6 +245,7 @@ class _ShortRun:
         elif source is not None:
             model = model_folder(self._config, self._folder, self._checkpoints, source)
             self._fleet.call("start_from_model", send(model, shared=self._folder.shared))
+
         if data["prepares"]:
             self._fleet.call("prepare")
         return data
@@ -259,12 +266,15 @@ class _ShortRun:
             if done <= _WARM_UP and total > _WARM_UP:
                 first_s += took_s
                 continue
+
             interval = answers[0]
             share = interval.images / batch_size
             (full if share == 1 else partial).append(interval.seconds / share)
             calls.append(took_s - interval.seconds)
             if len(calls) >= _LEAST and time.monotonic() - begun > _LIMIT_S:
                 break
+
+        # First steps are slow; the part above the usual time counts once, as part of the beginning.
         step_s, call_s = full or partial, statistics.fmean(calls)
         expected_s = min(done, _WARM_UP) * (statistics.fmean(step_s) + call_s)
         return step_s, call_s, max(first_s - expected_s, 0.0), done
@@ -309,9 +319,9 @@ def count_due(steps: int, total: int, per_epoch: int, run: RunSettings) -> tuple
 def time_lines(found: Probe) -> Iterator[str]:
     """Describe how long a run will take, in words and a table."""
     parts = ", ".join(f"{what} {seconds:.1f}" for what, seconds in found.startup_s.items())
-    yield f"start-up: {sum(found.startup_s.values()):.1f} s ({parts}), then data, models and engines of the first stage"
+    yield f"start-up: {sum(found.startup_s.values()):.1f} s ({parts}), then data, model and engine of the first stage"
     rows = [[
-        "stage", "all steps", "s per step", "8 of 10 in", "timed", "images/s",
+        "stage", "all steps", "s per step", "middle 80 %", "timed", "images/s",
         "begin", "evaluations", "checkpoints", "",
     ]]  # fmt: skip
     for stage in found.stages:
@@ -330,6 +340,6 @@ def time_lines(found: Probe) -> Iterator[str]:
     gpus = worker_hours * cluster_config.gpus_per_worker
     cpus = worker_hours * (cluster_config.cpus_per_worker or 0)
     beside = f"; {found.at_once} stages at a time" if found.at_once > 1 else ""
-    yield f"{gpus:.3g} GPU-hours, {cpus:.3g} CPU-hours of {cluster_config.workers} workers{beside}"
+    yield f"{gpus:.3g} GPU-hours, {cpus:.3g} CPU-hours of {plural(cluster_config.workers, 'worker')}{beside}"
     yield f"peak memory of a worker: {max(stage.peak_gib for stage in found.stages):.2f} GiB (measured)"
     yield "not included: export, pictures and upload at the end of the run; failures; other load on the machines"

@@ -151,11 +151,12 @@ class _Rehearsal:
         self.objective: Objective = build(
             "objective", self.stage.objective, torch.from_numpy(counts_C), len(self.expert_names)
         )
-        self.objective.assume_prepared()
+        self.objective.assume_prepared()  # what it would take from the data does not change sizes
         self.objective.to(dtype=self.dtype)
         draws = partial(key, config.seed, stage)
         self.flow: Flow = build("flow", self.stage.flow, self.objective, self.expert_names, draws)
         self.model = _ensemble(config, self.expert_names, self.num_classes, self.names).to(self.dtype).train()
+
         frozen = freeze(self.model, self.flow.learns - set(self.stage.freeze))
         if self.stage.frozen_batchnorm == "eval":
             for module in frozen:
@@ -236,9 +237,11 @@ class _Rehearsal:
                 module.register_forward_hook(self._count_norm)
 
     def _count_work(self, cost: int, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        # A flow may run a module on part of the images, or twice; work counts per image of the batch.
         # Features that go through a shared head are [e, B, D].
         images = inputs[0].shape[0] * (inputs[0].shape[1] if inputs[0].ndim == 3 else 1) / _IMAGES
         learns = any(p.requires_grad for p in module.parameters())
+        # Backward costs as much as forward for the gradient of the input, and again for that of the weights.
         backward = 1 + learns if output.requires_grad else 0
         self.load.work += images * cost
         self.load.training_work += images * cost * (1 + backward)

@@ -21,7 +21,7 @@ _LATER = "training goes on without it and `expertail sync RUN` uploads later"
 
 
 def check_tracking(config: RunConfig, patience_s: float) -> Iterator[Finding]:
-    """Look at a SQLite file; ask a server whether it answers, takes our credentials and demands any.
+    """Check a SQLite file, or ask a server whether it answers, accepts our credentials and demands any.
 
     Args:
         config: the run's.
@@ -45,7 +45,7 @@ def check_tracking(config: RunConfig, patience_s: float) -> Iterator[Finding]:
     elif uri.startswith(("http://", "https://")):
         yield from _server(uri, patience_s)
     else:
-        yield Finding("warn", "tracking", f"{redact(uri)}: stores of this kind are not checked; {_LATER}")
+        yield Finding("warn", "tracking", f"{redact(uri)}: stores of this kind are not checked; if it fails, {_LATER}")
 
 
 def _sqlite(path: Path) -> Finding:
@@ -55,17 +55,17 @@ def _sqlite(path: Path) -> Finding:
         with open(path, "rb") as file:
             start = file.read(16)
         if start and start != b"SQLite format 3\x00":
-            text = f"tracking.uri: {path} is not a SQLite file; needed one, or a path where one can be made"
+            text = f"tracking.uri: {path} is not a SQLite file; needed one, or a path where one can be created"
             return Finding("FAIL", "tracking", text)
     usable = path.is_file() if path.exists() else there.is_dir()
     if not usable or not os.access(there, os.W_OK):
         text = f"tracking.uri: {path} cannot be written; make it writable, or choose another with tracking.uri"
         return Finding("FAIL", "tracking", text)
-    return Finding("ok", "tracking", f"SQLite file {path}{'' if path.exists() else ', to be made'}")
+    return Finding("ok", "tracking", f"SQLite file {path}{'' if path.exists() else ', to be created'}")
 
 
 def _server(uri: str, patience_s: float) -> Iterator[Finding]:
-    """Check that a server takes our credentials, and that it demands some where others reach it."""
+    """Check that a server accepts our credentials, and that it demands some if other machines can reach it."""
     parts = urlsplit(uri)
     is_remote = not is_loopback(parts.hostname or "")
     # Ask without credentials first: a cookie from the other answer would count as credentials.
@@ -83,7 +83,7 @@ def _server(uri: str, patience_s: float) -> Iterator[Finding]:
         yield Finding(
             "warn",
             "tracking",
-            f"{redact(uri)} shows and takes runs without a user; anyone who reaches it can change them; start it with "
+            f"{redact(uri)} lets anyone read and write runs; start it with "
             f"`mlflow server --app-name basic-auth`, or let it listen on a loopback address only",
         )
     if is_remote and parts.scheme == "http" and has_credentials(uri):

@@ -86,6 +86,8 @@ def exchanges(
         teachers: their loads; None where one is not known.
     """
     held = deal_teachers(teachers, shape.slots)
+
+    # Slots may differ in what they exchange; a slot that takes no part in an exchange contributes 0 bytes.
     found: dict[str, tuple[Kind, int, list[int | None]]] = {}
     for slot, load in enumerate(loads):
         here = {name: (teacher, held[name][slot]) for name, teacher in teachers.items()}
@@ -102,6 +104,7 @@ def _between_slots(
     if slots == 1:
         return
     images = max(shares_of(stage.batch_size, shape.replicas))
+    # Flows exchange logits first; only a router's flow exchanges a second tensor.
     for what, per_image in zip(("logits", "scores of the gates"), load.logits, strict=False):
         yield what, "all-gather", slots, images * per_image
 

@@ -1,4 +1,4 @@
-"""The results of several weightings on several test distributions, as one table and one picture."""
+"""The accuracy of several weightings of the experts on several test distributions, as one table and one picture."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def distributions_table(result: Mapping[str, Any]) -> str:
             shown = " ".join(f"{weight:.2f}" for weight in weights) if weights else ""
             top1 = found["members"][member]["top1"]
             rows.append([*first, member, shown, *(decimals(top1[group], 100.0, 2) for group in GROUPS)])
-            first = ["", ""]
+            first = ["", ""]  # a distribution is named in its first row only
+
     when = [f"{key} {result[key]}" for key in ("stage", "epoch", "step") if result.get(key) is not None]
     note = selection_note(result) if result["weights"] == "best" else ""
     lines = [
@@ -50,7 +51,7 @@ def distributions_table(result: Mapping[str, Any]) -> str:
         *([note] if note else []),
         f"experts: {', '.join(result['experts'])}",
         "",
-        "Top-1 accuracy in %, groups by number of training images of a class",
+        "Top-1 accuracy in %, classes grouped by number of training images",
         *text_table(rows, left=(0, 2, 3), rule=True),
         "",
         *_legend(result),
@@ -81,7 +82,7 @@ def _legend(result: Mapping[str, Any]) -> list[str]:
         *lines,
         f"known prior: logits corrected for the test set's class counts, which must be known; experts taken to be "
         f"trained for: {trained_for}",
-        "oracle: the best weights found WITH the labels of these images; a bound, no result",
+        "oracle: the best weights, found WITH the labels of these images: an upper bound, not a result",
     ]
 
 
@@ -95,7 +96,7 @@ def _warnings(result: Mapping[str, Any]) -> list[str]:
         if learning.get("fallback"):
             lines.append(f"{name}: {learning['fallback']}")
         if learning.get("stopped_early"):
-            lines.append(f"{name}: learning ended after pass {learning['passes']}, a weight had become too small")
+            lines.append(f"{name}: learning ended after pass {learning['passes']}, a weight was too small")
         empty = sum(count == 0 for count in found["test_counts"])
         if empty:
             classes = "1 class has" if empty == 1 else f"{empty} classes have"
@@ -107,7 +108,9 @@ def draw_distributions(run_dir: Path, name: str, result: Mapping[str, Any]) -> s
     """Draw report/<name>.png: accuracy of all weightings by group, and the weights, over the distributions.
 
     Args:
+        run_dir: the run folder.
         name: of the evaluation; dashes become underscores.
+        result: as for `distributions_table`.
 
     Returns:
         The path of the picture, or why there is none.

@@ -82,9 +82,9 @@ def draw_regions(run: str, classes: str | None, overrides: list[str]) -> str:
     folder = expand(run)
     if (folder / "config.yaml").is_file() and (reason := _why_no_regions(folder, from_yaml(folder / "config.yaml"))):
         raise ValueError(f"{folder}: {reason}")
-    picture, result, kept = _draw(folder, classes, overrides)
+    picture, result, saved = _draw(folder, classes, overrides)
     rows = [
-        ["member", "moment", *(f"{shorten(name)}: {what}" for name in result["classes"] for what in ("area", "right"))]
+        ["member", "model", *(f"{shorten(name)}: {what}" for name in result["classes"] for what in ("area", "right"))]
     ]
     for one in result["members"]:
         for moment, found in one["moments"].items():
@@ -93,10 +93,10 @@ def draw_regions(run: str, classes: str | None, overrides: list[str]) -> str:
             rows.append([one["member"], f"{moment}, {result[moment]}", *shares])
     lines = [
         *text_table(rows, rule=True),
-        "area: share of the plane; right: share of the class's test images, among these classes",
+        "area: share of the plane; right: share of the class's test images, choosing among these classes",
         "",
     ]
-    return "\n".join([*lines, kept, f"drawn as {picture}"])
+    return "\n".join([*lines, saved, f"drawn as {picture}"])
 
 
 def _why_no_regions(folder: Path, config: RunConfig) -> str | None:
@@ -109,7 +109,7 @@ def _why_no_regions(folder: Path, config: RunConfig) -> str | None:
     if learns != {"heads"} or method.starts_from(method.final) is None:
         return (
             f"its last stage, {method.final}, trains {', '.join(sorted(learns))}; needed a stage that begins with "
-            f"trained weights and trains heads alone, as those of dr_h2t, ride_h2t and reslt_h2t"
+            f"trained weights and trains heads alone, e.g. dr_h2t, ride_h2t or reslt_h2t"
         )
     reached = read_json(folder / "evaluation" / "last.json").get("stage")
     if reached != method.final:
@@ -146,7 +146,7 @@ def _classes(asked: str | None, data: Mapping[str, Any], test_labels: NDArray[np
         place = names.index(word) if word in names else int(word) if word.isdigit() else -1
         if not 0 <= place < len(names):
             raise ValueError(
-                f"--classes {asked}: no class {word!r}; needed ids from 0 to {len(names) - 1}, or names as "
+                f"--classes {asked}: no class {word!r}; needed ids from 0 to {len(names) - 1}, or names such as "
                 f"{', '.join(names[:3])}"
             )
         if place not in there:
@@ -206,8 +206,10 @@ def _measure(saved: SavedRun, classes: list[int]) -> tuple[list[Panels], NDArray
         for moment, model in models.items():
             with casting(saved.config.engine, saved.device):
                 found[moment].append(features_of(model, images_B3HW))
+
     labels_N = np.concatenate(labels)
     features = {m: [torch.cat(own).to(saved.dtype) for own in zip(*rows, strict=True)] for m, rows in found.items()}
+
     names = list(saved.model.ensemble.names)
     shown = []
     for member in [ENSEMBLE, *(names if len(names) > 1 else [])]:
@@ -296,12 +298,16 @@ def _draw_regions(axes: Any, one: Panels, regions: Regions, labels_N: NDArray[np
     from matplotlib.colors import to_rgb
 
     colours = np.array([to_rgb(member_colour(1 + k)) for k in range(len(names))])
+
+    # Background: the class chosen at each point of the plane, with a line round every region that is not everything.
     light = 1 - _LIGHT * (1 - colours)
     axes.imshow(light[regions.region_GG], extent=one.window, origin="lower", aspect="auto", interpolation="nearest")
-    for k in range(len(names) if len(names) > 2 else 1):
+    for k in range(len(names) if len(names) > 2 else 1):  # two regions share one line
         if 0 < regions.area_K[k] < 1:
             inside = (regions.region_GG == k).astype(float)
             axes.contour(inside, [0.5], extent=one.window, origin="lower", colors="#444444", linewidths=0.8)
+
+    # Test images in the colour of their class: dots where the classifier is right, crosses where it is wrong.
     size = float(np.clip(3000 / len(labels_N), 3, 16))
     for k, name in enumerate(names):
         own = labels_N == k
@@ -309,7 +315,8 @@ def _draw_regions(axes: Any, one: Panels, regions: Regions, labels_N: NDArray[np
         x, y = regions.places_N2.T
         axes.scatter(x[own & ~wrong], y[own & ~wrong], s=size, color=colours[k], linewidths=0, label=name)
         axes.scatter(x[wrong], y[wrong], s=2 * size, color=colours[k], marker="x", linewidths=0.9)
-    axes.set_xticks([])
+
+    axes.set_xticks([])  # distances in the plane have no unit
     axes.set_yticks([])
     axes.grid(visible=False)
     lines = [

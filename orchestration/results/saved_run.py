@@ -128,7 +128,7 @@ def _stored_config(folder: Path) -> RunConfig:
     if not folder.exists():
         near = difflib.get_close_matches(folder.name, _neighbours(folder.parent), 1)
         hint = f"; did you mean {folder.parent / near[0]}?" if near else ""
-        raise ValueError(f"{folder}: nothing there; needed the folder of a run, as runs/<run.name>{hint}")
+        raise ValueError(f"{folder}: nothing there; needed the folder of a run, e.g. runs/<run.name>{hint}")
     if not (folder / CONFIG).is_file():
         found = "a folder without config.yaml" if folder.is_dir() else "a file"
         raise ValueError(f"{folder}: found {found}; needed the folder of a run, which `expertail train` makes")
@@ -151,8 +151,8 @@ def _with_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
         tree[section][key] = value.value()
     if refused:
         raise ValueError(
-            f"{', '.join(refused)}: cannot be changed for a trained run, whose config made the model what it is; what "
-            f"may differ is where the data is and how it is read: {', '.join(MAY_DIFFER)}"
+            f"{', '.join(refused)}: cannot be changed for a trained run, because its config made the model what it is; "
+            f"only where the data is and how it is read may differ: {', '.join(MAY_DIFFER)}"
         )
     if not any(value.key_or_group == "dataset.resident" for value in values):
         tree["dataset"]["resident"] = "never"  # a split is read once, and the training images not at all
@@ -175,7 +175,7 @@ def _open_split(folder: Path, config: RunConfig, data: dict[str, Any], split: st
     """Open the dataset, compare its digest with the run's, and return the split and the dataset."""
     if not data.get("digest"):
         raise ValueError(
-            f"{folder / DATA}: missing or without a digest; needed to know the run's data; restore the file"
+            f"{folder / DATA}: missing or without a digest; needed to recognise the run's data; restore the file"
         )
     dataset = open_dataset(config.dataset, left_out=[item["path"] for item in data.get("left_out", [])])
     if dataset.digest != data["digest"]:
@@ -200,5 +200,6 @@ def save_evaluation(folder: Path, name: str, evaluation: dict[str, Any]) -> str:
         path.parent.mkdir(exist_ok=True)
         write_atomic(path, json.dumps(evaluation, indent=1) + "\n")
     except OSError as error:
-        return f"not kept: {path} cannot be written ({error.strerror})"
-    return f"kept as {path}"
+        # A run folder may be read-only for whoever measures it; the table is printed all the same.
+        return f"not saved: {path} cannot be written ({error.strerror})"
+    return f"saved as {path}"

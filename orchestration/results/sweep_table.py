@@ -12,7 +12,8 @@ from orchestration.results.style import GROUP_COLOURS, new_figure, picture_style
 from orchestration.results.tables import GROUPS
 from orchestration.results.text import decimals, text_table
 
-_RULES = {"by number of training images": "", "by index of the class": "_by_index"}
+_RULES = {"by number of training images": "", "by index": "_by_index"}
+"""A rule for grouping classes, in words, and the suffix of its keys in an evaluation."""
 _WIDE = 30  # values that span more than this factor are drawn on a log axis
 
 
@@ -29,11 +30,11 @@ def sweep_table(result: Mapping[str, Any]) -> str:
     moments = sorted({f"stage {r['stage']}, epoch {r['epoch']}, on {r['split']}" for r in runs if "top1" in r})
     lines = [
         f"{result['method']}, {result['dataset']}: {result['key']}",
-        f"last model of each run{' (' + '; '.join(moments) + ')' if moments else ''}; {_seed(result)}one run a value: "
-        f"no spread",
+        f"last model of each run{' (' + '; '.join(moments) + ')' if moments else ''}; {_seed(result)}one run per "
+        f"value: no spread",
     ]
     for rule, suffix in _rules(result).items():
-        lines += ["", f"Top-1 accuracy of the ensemble in %, groups {rule}"]
+        lines += ["", f"Top-1 accuracy of the ensemble in %, classes grouped {rule}"]
         keys = ["all", *(group + suffix for group in GROUPS)]
         rows = [[result["key"].rsplit(".", 1)[-1], *(_heading(key, result) for key in keys), "run"]]
         for run in runs:
@@ -41,6 +42,7 @@ def sweep_table(result: Mapping[str, Any]) -> str:
             rows.append([run["value"], *(decimals(top1.get(key), 100.0, 2) for key in keys), run["run"]])
         lines += text_table(rows, rule=True)
 
+    # One line per stage and donor, however many runs took it over.
     taken: dict[tuple[str, str], list[str]] = {}
     for run in runs:
         for stage, donor in run["stages_taken"].items():
@@ -97,9 +99,10 @@ def _figure(result: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> Any
     set_figure_title(
         figure,
         f"{result['method']}, {result['dataset']}: top-1 of the ensemble against {result['key']}\n"
-        f"last model, {_seed(result)}one run a value",
+        f"last model, {_seed(result)}one run per value",
     )
 
+    # Numbers lie on the axis where they belong, in rising order; other values stand side by side as they were given.
     numbers = [_as_number(run["value"]) for run in runs]
     on_axis = all(value is not None for value in numbers)
     order = np.argsort([float(value or 0) for value in numbers], kind="stable") if on_axis else np.arange(len(runs))
@@ -107,7 +110,7 @@ def _figure(result: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> Any
 
     for place, (rule, suffix) in enumerate(rules.items(), 1):
         axes = figure.add_subplot(1, len(rules), place)
-        axes.set_title(f"groups {rule}, top-1 %")
+        axes.set_title(f"classes grouped {rule}, top-1 %")
         for group, colour in {"all": "#1b1b1b", **GROUP_COLOURS}.items():
             key = group if group == "all" else group + suffix
             y = np.array([np.nan if (v := runs[i]["top1"].get(key)) is None else 100 * v for i in order])

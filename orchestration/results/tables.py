@@ -1,9 +1,11 @@
 """The final numbers of a run as plain text, the same on a terminal, in a pipe and in `report/table.txt`.
 
 It shows accuracy and calibration of the ensemble, of whatever it is compared with, and of each expert; how many experts
-a router asked; and how different the experts are. Classes are grouped by two published rules, each named where it is
-used: by their number of training images (many > 100, medium 20 to 100, few < 20), and by their index among the classes
-sorted by decreasing count.
+a router asked; and how different the experts are.
+
+Classes are grouped by two published rules, each named where it is used: by their number of training images (many > 100,
+medium 20 to 100, few < 20), and by their index among the classes sorted by decreasing count. Papers use either, so a
+number is comparable only with numbers under the same rule.
 """
 
 from __future__ import annotations
@@ -47,13 +49,14 @@ def final_table(
         return "\n".join([*lines, "no evaluation yet"])
     groups = data.get("groups") or {}
 
-    lines += ["", "Top-1 accuracy in %, groups by number of training images of a class"]
+    lines += ["", "Top-1 accuracy in %, classes grouped by number of training images"]
     by_count = _headings(groups.get("by_count"), _COUNT_RULE)
     lines += _block(shown, _accuracy_rows(shown), by_count)
 
+    # Evaluations hold these keys for every data set; they are None where it has no cuts by index.
     by_index = [f"{group}_by_index" for group in GROUPS]
     if any(_top1(shown[w], member, key) is not None for w in shown for member in members(shown) for key in by_index):
-        lines += ["", "Top-1 accuracy in %, groups by index of the class, classes sorted by falling training count"]
+        lines += ["", "Top-1 accuracy in %, classes grouped by index, sorted by falling training count"]
         headings = _headings(groups.get("by_index"), _index_rule(groups.get("by_index")), "_by_index")
         lines += _block(shown, _accuracy_rows(shown), {key: headings[key] for key in by_index})
 
@@ -65,12 +68,12 @@ def final_table(
     lines += text_table([["", *(f"NLL {w}" for w in shown), *(f"ECE {w}" for w in shown)], *rows], rule=True)
 
     if rows_per_image := _per_image_rows(shown):
-        lines += ["", "Per image, groups by number of training images of a class"]
+        lines += ["", "Per image, classes grouped by number of training images"]
         lines += _block(shown, rows_per_image, by_count)
     if rows_diversity := _diversity_rows(shown):
-        lines += ["", "How different the experts are, groups by number of training images of a class"]
+        lines += ["", "How different the experts are, classes grouped by number of training images"]
         lines += _block(shown, rows_diversity, by_count)
-        lines.append("bias: the class that most experts say is wrong; variance: an expert does not say that class")
+        lines.append("bias: the experts' majority vote is wrong; variance: an expert differs from the majority vote")
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -83,7 +86,7 @@ def selection_note(best: Mapping[str, Any] | None) -> str:
         return "best was chosen on TEST: optimistic, for comparison with papers that do so; last is the honest number"
     if split == best.get("split", "test"):
         return f"best was chosen on {split}, which is also what is shown here"
-    return f"best was chosen on {split}; {best.get('split', 'test')} was not looked at"
+    return f"best was chosen on {split}; {best.get('split', 'test')} was not used"
 
 
 def members(evaluations: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -104,12 +107,14 @@ def per_class_table(evaluations: Mapping[str, Mapping[str, Any]], data: Mapping[
     by_class: dict[str, dict[int, str]] = {}
     for rule, groups in (data.get("groups") or {}).items():
         by_class[rule] = {int(index): group for group, ids in (groups or {}).items() for index in ids}
+
     columns = ["class", "name", "train_images", *(f"group_{rule}" for rule in by_class)]
     accuracies = []
     for which, evaluation in evaluations.items():
         for member in members({which: evaluation}):
             columns.append(f"{which}/{member}")
             accuracies.append(_member(evaluation, member).get("per_class") or [None] * len(counts))
+
     rows = []
     for index, count in enumerate(counts):
         groups_of = [groups.get(index) for groups in by_class.values()]
@@ -127,7 +132,7 @@ def _classes_line(data: Mapping[str, Any]) -> str:
     without = f"; {plural(left_out, 'unreadable image')} left out" if left_out else ""
     return (
         f"{data.get('dataset', 'data')}: {sum(counts):,} training images of {len(counts):,} classes, "
-        f"{most:,} to {least:,} a class (ratio {ratio}){without}"
+        f"{most:,} to {least:,} per class (ratio {ratio}){without}"
     )
 
 

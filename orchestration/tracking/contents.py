@@ -20,7 +20,7 @@ from orchestration.storage.files import evaluations, file_sha256, read_config, r
 PER_CLASS_FILE = "per_class.json"
 SWEEP_FILE = "sweep.json"
 """The file that makes a folder a sweep's: its runs, and what they have in common."""
-_PARAM_CHARACTERS = 250
+_MOST_CHARACTERS = 250  # of a name or a value: older servers take no more
 _STATUS = {
     "running": "RUNNING", "finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED",
 }  # fmt: skip
@@ -50,7 +50,7 @@ def metric_key(name: str, stage: str, stages: list[str]) -> str:
     Steps are counted within a stage, so two stages must not share a key.
     """
     key = name if len(stages) < 2 and stage in (*stages, "train") else f"{stage}/{name}"
-    return re.sub(r"[^\w./ :-]", "_", key)[:250]
+    return re.sub(r"[^\w./ :-]", "_", key)[:_MOST_CHARACTERS]
 
 
 def parameters(config: Mapping[str, Any]) -> dict[str, str]:
@@ -63,15 +63,15 @@ def parameters(config: Mapping[str, Any]) -> dict[str, str]:
             return
         text = value if isinstance(value, str) else json.dumps(value, default=str)
         text = redact(text)
-        if len(text) > _PARAM_CHARACTERS:
-            text = text[: _PARAM_CHARACTERS - 20] + " ... see config.yaml"
-        yield re.sub(r"[^\w./ :-]", "_", key)[:250], text
+        if len(text) > _MOST_CHARACTERS:
+            text = text[: _MOST_CHARACTERS - 20] + " ... see config.yaml"
+        yield re.sub(r"[^\w./ :-]", "_", key)[:_MOST_CHARACTERS], text
 
     return dict(flat(config, ""))
 
 
 def tags(run: Mapping[str, Any], data: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
-    """Return what the run was made with: commit, command, host, versions, dataset digest, config hash."""
+    """Return what a run was made with: commit, command, host, versions, dataset digest, config hash."""
     found: dict[str, Any] = {
         "command": run.get("command"),
         "mlflow.source.name": "expertail",
@@ -131,6 +131,7 @@ def files(run_dir: Path) -> dict[str, str | Path]:
     for path in (run_dir / "config.yaml", run_dir / "run.json"):
         if path.exists():
             found[path.name] = redact(path.read_text())
+
     patterns = ("data.json", "evaluation/**/*.json", "report/*.png", "report/*.txt")
     of_a_sweep = (SWEEP_FILE, "sweep.png", "table.txt")
     for path in sorted(path for pattern in patterns + of_a_sweep for path in run_dir.glob(pattern)):

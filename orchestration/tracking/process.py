@@ -93,6 +93,7 @@ class JournalTail:
         """Yield the complete lines that were added since the last call."""
         with contextlib.suppress(FileNotFoundError):
             now = os.stat(self._path)
+            # A journal that was rewound has another inode number.
             if self._file is None or os.fstat(self._file.fileno()).st_ino != now.st_ino:
                 if self._file is not None:
                     self._file.close()
@@ -100,13 +101,13 @@ class JournalTail:
         while self._file is not None:
             start = self._file.tell()
             line = self._file.readline()
-            if not line.endswith(b"\n"):
+            if not line.endswith(b"\n"):  # the writer is not done with it
                 self._file.seek(start)
                 return
             self._line += 1
             yield journal.parse_line(line, f"{self._path}:{self._line}")
 
-    def __del__(self) -> None:  # the file is open for as long as somebody follows
+    def __del__(self) -> None:  # no caller has to close it: the file is open for as long as its reader lives
         if self._file is not None:
             self._file.close()
 
@@ -220,7 +221,10 @@ def flush(sender: Sender, wait_s: float, status: str | None) -> str | None:
 
 
 def follow(sender: Sender, wake: threading.Event, *, interval_s: float = 2.0, system_s: float = 10.0) -> None:
-    """Send what arrives until woken. No exception leaves; after failures the pause grows, up to a minute."""
+    """Send what arrives until woken. No exception leaves; after failures the pause grows, up to a minute.
+
+    The pause is random by a fifth, so that the uploaders of many runs do not ask a recovered server all at once.
+    """
     failures, system_at = 0, time.monotonic() + system_s
     while not wake.is_set():
         if not sender.has_run:
@@ -279,7 +283,8 @@ def one_line(error: BaseException) -> str:
 
 
 def is_permanent(error: Exception) -> bool:
-    """Tell whether a repetition cannot help: the server refuses the request, or a file of the run is damaged."""
+    """Return whether a repetition cannot help: the server refuses the request, or a file of the run is damaged."""
+    # 408 and 429 are the server's way to ask for patience.
     status = getattr(error, "get_http_status_code", None)
     return isinstance(error, ValueError) if status is None else 400 <= status() < 500 and status() not in (408, 429)
 

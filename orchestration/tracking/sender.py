@@ -123,11 +123,11 @@ class MlflowSender:
 
     @property
     def has_run(self) -> bool:
-        """Tell whether the folder holds a run or a sweep yet."""
+        """Whether the folder holds a run or a sweep yet."""
         return any((self._run_dir / name).exists() for name in ("config.yaml", SWEEP_FILE))
 
     def connect(self) -> None:
-        """Find or create the MLflow run, once."""
+        """Find or create the MLflow run; do nothing once that has succeeded."""
         if self._client is not None:
             return
         import mlflow
@@ -249,7 +249,7 @@ class MlflowSender:
                     self._unsent.append(Metric(key, record.value, round(record.time * 1000), record.step))
                     self._steps[key] = record.step
                 if len(self._unsent) == _BATCH:
-                    break
+                    break  # `records` continues from here in the next turn
             if not self._unsent:
                 return True
             self._client.log_batch(self._run_id, metrics=self._unsent, synchronous=True)

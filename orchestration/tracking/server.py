@@ -36,9 +36,11 @@ def ask_server(uri: str, patience_s: float, *, with_credentials: bool = True) ->
         ValueError: variables that name certificates contradict each other, or a file they name holds none.
     """
     _check_certificate_files()
+
     host = _host(uri)
     if not with_credentials:
         host = _without_credentials(host)
+
     from mlflow.exceptions import MlflowException
     from mlflow.utils.rest_utils import http_request
 
@@ -53,15 +55,16 @@ def ask_server(uri: str, patience_s: float, *, with_credentials: bool = True) ->
             )  # fmt: skip
     except MlflowException as error:
         return _connection_problem(error)
+
     if answer.status_code in (401, 403):
-        return f"it refuses us ({answer.status_code}); set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        return f"it denies access ({answer.status_code}); set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
     if answer.status_code != 200:
         return f"it answers {answer.status_code} to {_ENDPOINT}"
     return None if _is_json_object(answer) else f"its answer to {_ENDPOINT} is not an MLflow server's"
 
 
 def has_credentials(uri: str) -> bool:
-    """Tell whether MLflow's client would send a user or a token to this server."""
+    """Return whether MLflow's client would send a user or a token to this server."""
     host = _host(uri)
     return bool(urlsplit(uri).password or (host.username and host.password) or host.token)
 
@@ -116,6 +119,7 @@ def _check_certificate_files() -> None:
     Raises:
         ValueError: a file holds none.
     """
+    # The client takes the first of these variables that is set.
     trusted = next((key for key in (_AUTHORITY, *_BUNDLES) if os.environ.get(key)), None)
     for key in (trusted, _CLIENT):
         path = os.environ.get(key) if key else None

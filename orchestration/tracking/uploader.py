@@ -13,11 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.config.paths import code_root
-from orchestration.tracking.process import (
-    State,
-    Target,
-    incomplete_message,
-)
+from orchestration.tracking.process import State, Target, incomplete_message
 from orchestration.tracking.uri import check_uri
 
 LOG_FILE = "tracking.log"
@@ -52,6 +48,7 @@ def start_uploader(
             start_new_session=True,  # Ctrl-C is for the driver; and priorities count within a session
             env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
         )  # fmt: skip
+    # By standard input, not as an argument: every user of the machine sees arguments, and the URI may hold a password.
     uploader = Uploader(run_dir, target, process)
     uploader.send_message(asdict(target))
     return uploader
@@ -86,6 +83,8 @@ class Uploader:
         with contextlib.suppress(OSError):
             assert self._process.stdin is not None
             self._process.stdin.close()
+
+        # The process keeps to the limit itself; the extra time is for its last request.
         try:
             code = self._process.wait(wait_s + 2.0)
         except subprocess.TimeoutExpired:

@@ -73,7 +73,7 @@ def test_a_run_in_quarantine_says_so_resumes_and_is_measured_again(tree, warm, t
     assert runs.train(folder, *words, "run.max_steps=2") == 0
     said = capsys.readouterr()
     assert "2 training images cannot be read and are left out, first train/ant/3.jpg (not a whole image" in said.err
-    assert "28 training images of 3 classes, 10 to 9 a class (ratio 1.111); 2 unreadable images left out" in said.out
+    assert "28 training images of 3 classes, 10 to 9 per class (ratio 1.111); 2 unreadable images left out" in said.out
     data = data_of(folder)
     assert (data["counts"], data["total"]) == ([9, 9, 10], 28)
     assert [(item["path"], item["label"]) for item in data["left_out"]] == list(zip(BAD, (0, 1), strict=True))

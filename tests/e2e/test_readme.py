@@ -218,12 +218,12 @@ def spoken():
 
 
 def readings(message):
-    """A message as it stands, and with one run of its words as a value that is filled in."""
+    """A message as it stands, and with one run of its words, at most half of them, as a value that is filled in."""
     words = message.split()
     yield message
     for start in range(len(words)):
         for end in range(start + 1, len(words) + 1):
-            if len(words) - (end - start) >= 2:
+            if len(words) - (end - start) >= max(2, len(words) / 2):
                 yield " ".join([*words[:start], HOLE, *words[end:]])
 
 

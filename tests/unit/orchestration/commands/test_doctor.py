@@ -126,7 +126,7 @@ def test_a_machine_that_can_train_on_digits_is_healthy():
     assert healthy, text
     assert text.splitlines()[-1].startswith("ready: 0 failures")
     assert "405 training images of 10 classes" in lines(text, "data")[0][1]
-    assert "to be made" in lines(text, "tracking")[0][1]
+    assert "to be created" in lines(text, "tracking")[0][1]
     assert "torch" in lines(text, "libraries")[0][1]
 
 
@@ -200,7 +200,7 @@ def test_a_tracking_server_is_asked_with_its_credentials(server):
 def test_credentials_that_a_server_does_not_take_are_a_finding(server):
     place, _ = server
     state, words = lines(examine([f"tracking.uri=http://me:wrong@{place}"])[0], "tracking")[0]
-    assert state == "FAIL" and "it refuses us (401)" in words and "wrong@" not in words
+    assert state == "FAIL" and "it denies access (401)" in words and "wrong@" not in words
 
 
 def test_credentials_do_not_follow_a_redirect_to_another_server(server):
@@ -214,7 +214,7 @@ def test_credentials_do_not_follow_a_redirect_to_another_server(server):
 
     with serving(Moved) as moved:
         ((state, text),) = tracking(f"http://me:secret@{moved}")
-    assert state == "FAIL" and "it refuses us (401)" in text
+    assert state == "FAIL" and "it denies access (401)" in text
     assert seen == [(ASKED, None)]
 
 
@@ -269,14 +269,14 @@ def test_a_server_without_users_that_others_reach_is_a_warning(monkeypatch):
     monkeypatch.setattr(tracking_checks, "ask_server", answers)
     found = list(tracking_checks._server("http://me:pw@mlflow.example:5000", 1.0))
     assert [f.state for f in found] == ["ok", "warn", "warn"]
-    assert "without a user" in found[1].text and "in the clear" in found[2].text
+    assert "lets anyone read and write runs" in found[1].text and "in the clear" in found[2].text
     assert asked == [False, True]
     assert [f.state for f in tracking_checks._server("http://127.0.0.1:5000", 1.0)] == ["ok"]
 
 
 def test_a_tracking_server_that_refuses_or_is_silent_is_a_finding(server):
     place, _ = server
-    assert "it refuses us (401)" in examine([f"tracking.uri=http://{place}"])[0]
+    assert "it denies access (401)" in examine([f"tracking.uri=http://{place}"])[0]
     text, healthy = examine([f"tracking.uri=http://me:secret@127.0.0.1:{free_port()}"])
     assert not healthy and "no answer" in text and "secret" not in text
 
@@ -304,7 +304,7 @@ def test_a_set_to_be_downloaded_is_not_downloaded(tmp_path, monkeypatch):
     root = tmp_path / "none"
     text, healthy = examine(["dataset=cifar10_lt", "dataset.download=true", f"dataset.root={root}"])
     assert healthy, text
-    assert lines(text, "data")[0][0] == "warn" and "to be downloaded" in text
+    assert lines(text, "data")[0][0] == "warn" and "will be downloaded" in text
     assert not root.exists()
 
 

@@ -156,7 +156,7 @@ def test_the_table_has_a_row_for_every_value_and_says_what_was_shared_and_what_f
     assert rows[1][4] == "37.50" and rows[2][4] == "n/a"
     assert "stage train: trained once, in x-0, and taken over by x-0.5, x-1" in text
     assert "2: failed: the loss is not finite" in text
-    assert "few [7]" in text and "by index" in text and "seed 3, one run a value: no spread" in text
+    assert "few [7]" in text and "by index" in text and "seed 3, one run per value: no spread" in text
     assert "nan" not in text.lower()
     assert "by index" not in sweep_table(result(outcome("0", 0.25, by_index=None)))
     assert "seed 3" not in sweep_table(result(outcome("0", 0.25), key="seed"))

@@ -112,7 +112,7 @@ def test_a_small_dev_shm_is_warned_of(survey):
     """64 MB is what containers get; loader processes of 2 workers hand over 2 x 40 MB."""
     survey.reports["a"]["room"].update(shm=64 * 2**20, shm_free=64 * 2**20)
     (text,) = found(node_checks._shared_memory(survey, needs(survey)), "warn")
-    assert text.startswith("a: ") and "as the object store" in text
+    assert text.startswith("a: ") and "the size of the object store" in text
     survey.resources["a"]["object_store_memory"] = 1e6
     assert not found(node_checks._shared_memory(survey, needs(survey)), "warn")
     (text,) = found(node_checks._shared_memory(survey, needs(survey, batch_bytes=40 * 10**6)), "warn")
@@ -127,7 +127,7 @@ def test_data_that_differ_are_named_with_file_and_nodes(survey):
     assert "2 files compared, the same on 2 nodes" in found(node_checks._data(survey, config), "ok")[0]
     survey.reports["b"]["data"] = {"x.gz": "11 cc"}
     (text,) = found(node_checks._data(survey, config), "FAIL")
-    assert text.startswith("x.gz (bytes, digest): 10 aa on a; 11 cc on b; and 1 more files")
+    assert text.startswith("x.gz (size, digest): 10 aa on a; 11 cc on b; and 1 more file;")
     survey.reports["a"]["data"] = "dataset.root = /x: found nothing"
     assert found(node_checks._data(survey, config), "FAIL") == ["a: dataset.root = /x: found nothing"]
 
@@ -135,7 +135,7 @@ def test_data_that_differ_are_named_with_file_and_nodes(survey):
 def test_an_open_ray_without_a_token_is_warned_of(survey):
     survey.reports["b"]["token"] = False
     (text,) = found(node_checks._exposure(survey), "warn")
-    assert text.startswith("Ray on b asks nobody for a token, and raylet can be reached")
+    assert text.startswith("Ray on b asks for no token, and raylet can be reached")
     for name in ("a", "b"):
         survey.reports[name]["listening"] = [("raylet", "127.0.0.1", 700)]
     assert "loopback" in found(node_checks._exposure(survey), "ok")[0]
@@ -150,8 +150,8 @@ def test_what_a_node_cannot_find_out_is_told_and_the_rest_is_compared(survey):
     findings = [f for check in checks for f in check(survey, needs(survey, weights=0))]
     findings += [*node_checks._unknowns(survey), *node_checks._exposure(survey), *software(survey, needs(survey))]
     told = "\n".join(found(findings, "warn") + found(findings, "FAIL"))
-    assert "a: memory and /dev/shm could not be looked at (OSError: no room)" in told
-    assert "a: Ray's authentication could not be looked at (OSError: no token)" in told
+    assert "a: memory and /dev/shm could not be determined (OSError: no room)" in told
+    assert "a: Ray's authentication could not be determined (OSError: no token)" in told
     assert "OSError: no code on a" in told and "OSError: no torch" in told
     assert [text for text in found(findings, "ok") if text.startswith("b: ")], "memory of the other node"
     assert "token authentication is on, on 1 node" in found(findings, "ok")
@@ -178,9 +178,11 @@ def test_a_comparison_that_breaks_is_a_finding_of_its_own():
 
 
 def test_clocks_apart_are_warned_of():
-    assert found(node_checks._clock_findings({"a": 0.1, "b": -2.0}), "ok") == ["2 nodes at most 2.00 s from this one"]
+    assert found(node_checks._clock_findings({"a": 0.1, "b": -2.0}), "ok") == [
+        "2 nodes at most 2.00 s off this machine's clock"
+    ]
     ahead, behind = found(node_checks._clock_findings({"a": 7.0, "b": -61.5}), "warn")
-    assert ahead.startswith("a: 7.0 s ahead of this one") and behind.startswith("b: 61.5 s behind this one")
+    assert ahead.startswith("a: 7.0 s ahead of this machine") and behind.startswith("b: 61.5 s behind this machine")
 
 
 # What a node sees
@@ -202,7 +204,7 @@ def test_a_changed_byte_of_an_array_file_is_seen(tmp_path):
 
 
 def test_a_root_that_is_empty_or_missing_is_told(tmp_path):
-    with pytest.raises(ValueError, match="no file of cifar10_lt is there"):
+    with pytest.raises(ValueError, match="found no file of cifar10_lt"):
         seen(tmp_path, "dataset=cifar10_lt")
     with pytest.raises(ValueError, match="no class folder"):
         seen(tmp_path, "dataset=image_folder_lt", "schedule=ride_cifar10_lt")
@@ -230,7 +232,7 @@ def test_class_folders_and_lists_are_seen(tmp_path):
         "dataset.train_list", "dataset.test_list", "train/cat/1.png", "train/dog/1.png",
     }  # fmt: skip
     (tmp_path / "train/dog/1.png").unlink()
-    with pytest.raises(ValueError, match=r"train/dog/1\.png of .*all\.txt is not there"):
+    with pytest.raises(ValueError, match=r"train/dog/1\.png, listed in .*all\.txt, is missing"):
         seen(tmp_path, *lists)
 
 

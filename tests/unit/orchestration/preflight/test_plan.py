@@ -242,7 +242,7 @@ def test_what_only_the_data_can_say_is_left_open():
     told = describe(load_config([*words, "dataset.num_classes=8142"]))
     assert "8,142" in told
     assert [line for line in told.splitlines() if "n/a" in line] == [
-        "  n/a: no cluster is named; give cluster.address to see its nodes",
+        "  n/a: no cluster is named; set cluster.address to see its nodes",
         "  n/a: nothing was run; `expertail plan --probe ...` takes a few steps and estimates the hours from them",
     ]
 
@@ -298,10 +298,10 @@ def test_the_text_tells_an_operator_what_will_happen():
         load_config([*CIFAR, "cluster.workers=6", "run.dir=/data/runs", "tracking.uri=http://me:pw@host:5000"])
     )
     for words in (
-        "ride: 3 experts on one trunk, resnet_cifar 32", "100 classes, 10,847 training images, 500 to 5 a class",
+        "ride: 3 experts on one trunk, resnet_cifar 32", "100 classes, 10,847 training images, 500 to 5 per class",
         "6 workers = 3 expert slots x 2 replicas", "0.02 to 0.08 over epochs 1-4, 0.1 in epochs 5-160, 0.001 in epochs",
         "85 steps per epoch", "17,000 steps in all", "95 images, 47 to 48 on each replica", "  all-gather  ",
-        "445,286,592 multiply-adds for each image, forward and back", "grow by 47.9 % over packed",
+        "445,286,592 multiply-adds for each image, forward and backward", "grow by 47.9 % over packed",
         "published, top-1 in %: all 48.6", "/data/runs/ride-cifar100_lt-s0 (new)", "http://host:5000",
     ):  # fmt: skip
         assert words in text, words

@@ -367,7 +367,7 @@ def test_the_table_shows_missing_numbers_as_na_and_has_every_warning():
 def test_the_table_says_when_best_was_chosen_on_test():
     assert "chosen on TEST" in distributions_table(synthetic(selected_on="test"))
     assert "chosen on TEST" not in distributions_table(synthetic(selected_on="test", weights="last"))
-    assert "test was not looked at" in distributions_table(synthetic(selected_on="val"))
+    assert "test was not used" in distributions_table(synthetic(selected_on="val"))
 
 
 def test_the_picture_leaves_out_missing_numbers(tmp_path):

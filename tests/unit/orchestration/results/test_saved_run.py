@@ -108,8 +108,8 @@ def test_the_precision_is_that_of_the_run(precision, tmp_path):
 
 def test_the_table_says_how_best_was_chosen_only_where_that_is_true(trained):
     path, _ = trained
-    assert "test was not looked at" in reevaluate(str(path), "best", "test", [])
-    assert "not looked at" not in reevaluate(str(path), "best", "val", [])
+    assert "test was not used" in reevaluate(str(path), "best", "test", [])
+    assert "was not used" not in reevaluate(str(path), "best", "val", [])
 
 
 def test_how_the_data_is_read_may_differ(copy):

@@ -48,7 +48,7 @@ def test_last_and_best_stand_side_by_side_for_every_member_and_group():
     by_count, by_index = ["many > 100 [2]", "medium 20-100 [2]", "few < 20 [1]"], ["many 0-0 [1]", "few 3-4 [2]"]
     for heading in by_count + by_index:
         assert heading in text
-    for words in ("RIDE", "seed 3", "740 training images of 5 classes, 500 to 19 a class", "10,000 images"):
+    for words in ("RIDE", "seed 3", "740 training images of 5 classes, 500 to 19 per class", "10,000 images"):
         assert words in text
     assert "last: stage train, epoch 7, step 700, measured on test" in text
 
@@ -70,7 +70,7 @@ def test_lines_are_plain_and_aligned():
 
 @pytest.mark.parametrize(
     ("selected_on", "words"),
-    [("test", "best was chosen on TEST: optimistic"), ("val", "best was chosen on val; test was not looked at")],
+    [("test", "best was chosen on TEST: optimistic"), ("val", "best was chosen on val; test was not used")],
 )
 def test_the_split_that_chose_best_is_named(selected_on, words):
     assert words in final_table({"best": evaluation(0.5, selected_on)}, data())
@@ -119,7 +119,7 @@ def test_how_different_the_experts_are_is_shown_by_group():
         assert line.removeprefix(label).split() == ["25.00", "12.50"] * 3 + ["n/a", "12.50"]
     line = next(line for line in text.splitlines() if line.startswith("KL(mean || expert1), nats"))
     assert line.split()[-8:] == ["0.5000", "0.2500"] * 4
-    assert "bias: the class that most experts say is wrong" in text
+    assert "bias: the experts' majority vote is wrong" in text
 
 
 def test_an_old_evaluation_is_shown_without_diversity():
