@@ -5,7 +5,7 @@ trunk as it is, and learn more slowly the fewer images they see.
 Paper: Cai et al. 2021, "ACE: Ally Complementary Experts for Solving Long-Tailed Recognition in One-Shot",
 arXiv:2108.02385. No code was published: what the paper leaves open is an option.
 
-Shapes: E experts, e of them held here, B images, b of them seen by an expert, C classes.
+Shapes: E experts, e of them held here, B images, b of them of an expert's own classes, C classes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def ace_loss(
         com_reduction: of the squares over the classes that are not the expert's.
         rows_E: images of each expert's classes in the global batch: its denominator.
         images: scalar, images of the global batch: denominator of the squares of "all" images.
-        min_rows: experts that see fewer images of the global batch, or none, add nothing.
+        min_rows: experts with fewer images in the global batch, or none, add nothing.
 
     Returns:
         The loss (scalar, nats plus squared scores) and its terms [E], detached: `classification` and `complement`.
@@ -60,22 +60,23 @@ def ace_loss(
     logits_EBC = at_least_float32(logits_EBC)
     dtype = logits_EBC.dtype
     rows_EB = targets_EC[:, labels_B]
-    # Where there is no image the numerators are 0; dividing them by 1 keeps them so.
-    seen_E = rows_E if com_batch == "target" else images
-    share_E = (seen_E >= min_rows).to(dtype) / rows_E.clamp(min=1).to(dtype)
+    # An expert divides by its own images of the global batch, or skips the step with factor 0. Where it has none, its
+    # numerators are 0; dividing them by 1 keeps them so.
+    considered_E = rows_E if com_batch == "target" else images
+    factor_E = (considered_E >= min_rows).to(dtype) / rows_E.clamp(min=1).to(dtype)
 
     scores_EBC = logits_EBC if softmax_over == "all" else logits_EBC.masked_fill(~targets_EC[:, None], -torch.inf)
     index_EB1 = labels_B.expand(len(logits_EBC), -1).unsqueeze(-1)
     nll_EB = -scores_EBC.log_softmax(dim=-1).gather(-1, index_EB1).squeeze(-1)
-    # A choice, not a product: a label that is none of the expert's has an infinite loss over its classes.
-    classification_E = torch.where(rows_EB, nll_EB, 0).sum(dim=-1) * share_E
+    # where, not a product: over its own classes, a label of another class has an infinite loss, and 0 * inf is NaN.
+    classification_E = torch.where(rows_EB, nll_EB, 0).sum(dim=-1) * factor_E
 
     others_EC = ~targets_EC
     square_EB = (logits_EBC.square() * others_EC[:, None]).sum(dim=-1)
     if com_reduction == "mean":
         square_EB = square_EB / others_EC.sum(dim=-1, keepdim=True).clamp(min=1)
     if com_batch == "target":
-        complement_E = torch.where(rows_EB, square_EB, 0).sum(dim=-1) * share_E
+        complement_E = torch.where(rows_EB, square_EB, 0).sum(dim=-1) * factor_E
     else:
         complement_E = square_EB.sum(dim=-1) * (images >= min_rows).to(dtype) / images.to(dtype)
     terms = {"classification": classification_E.detach(), "complement": complement_E.detach()}
@@ -84,7 +85,7 @@ def ace_loss(
 
 @register("objective", "ace")
 class ACE(Objective):
-    """ACE's objective and its rule for learning rates. The first expert is the one of all classes."""
+    """ACE's objective and its rule for learning rates. The first expert learns all classes."""
 
     class Config(ObjectiveSettings):
         name: Literal["ace"] = "ace"
@@ -99,10 +100,10 @@ class ACE(Objective):
         """The classes that an expert leaves out; 4 experts need rule "equal" or "index", and so do sets without a class
         of few images, as CIFAR-10-LT."""
         scale_lr: bool = True
-        """Whether an expert's learning rate is multiplied with the share of training images in its classes."""
+        """Whether an expert's learning rate is multiplied by the share of training images in its classes."""
         min_rows: Annotated[int, Field(ge=1)] = 1
-        """Images of the global batch that an expert must see, otherwise it skips the step; 2 where its maps shrink to
-        1 x 1, since BatchNorm cannot train on one value."""
+        """Fewest images of its classes in the global batch with which an expert takes the step; 2 where its maps shrink
+        to 1 x 1, since BatchNorm cannot train on one value."""
 
     flow: ClassVar[str | None] = "ace"
     num_experts_allowed: ClassVar[tuple[int, ...]] = (2, 3, 4)
@@ -159,8 +160,11 @@ class ACE(Objective):
         )
 
 
-class _Silent(torch.autograd.Function):
-    """Pass the input on; send zeros back, through the same graph and in the same order as a gradient."""
+class _ZeroGradient(torch.autograd.Function):
+    """Pass the input on unchanged, and zeros back.
+
+    Unlike `detach`, it leaves a graph: zeros travel through the trunk in the same order as a gradient would.
+    """
 
     @staticmethod
     def forward(ctx: Any, h: Tensor) -> Tensor:
@@ -173,18 +177,18 @@ class _Silent(torch.autograd.Function):
 
 @register("flow", "ace")
 class OwnClasses(Flow):
-    """Every expert scores the images of its own classes, and only the first sends gradient to the trunk.
+    """Every expert scores the images of its own classes, and only the first sends a gradient to the trunk.
 
     Rows that an expert does not score are 0. An expert whose classes are not in the global batch is not run at all:
-    BatchNorm must not see the step; momentum and weight decay go on. One whose classes are in other replicas' parts is
-    run on no image, since its BatchNorm may be exchanging statistics with theirs. With mixup an expert sees the images
-    that have a part of its classes.
+    its BatchNorm must not count the step, while momentum and weight decay go on. An expert whose classes are only in
+    other replicas' parts is run on no image, since its BatchNorm may be exchanging statistics with theirs. With mixup
+    an expert scores every image that one of its classes was blended into.
     """
 
     class Config(FlowSettings):
         name: Literal["ace"] = "ace"
         select: Literal["before", "after"] = "before"
-        """Whether images of other classes are left out "before" the expert, so that its BatchNorm never sees them, or
+        """Whether images of other classes are left out "before" the expert, so that they never reach its BatchNorm, or
         "after" it; the paper does not say."""
 
         @property
@@ -210,23 +214,25 @@ class OwnClasses(Flow):
         held = [self.expert_names.index(name) for name in network.names]
         enough, rows_EB, num_rows = self._own_rows(batch)
 
-        def early(trunk: nn.Module) -> Tensor:
-            # The trunk learns from the first expert alone: without it, no graph is kept where none is waited for.
+        def run_trunk(trunk: nn.Module) -> Tensor:
+            # The trunk learns from the first expert alone. A worker without it builds no graph, which saves the memory,
+            # unless other workers wait for a gradient from here (`same_order`).
             with torch.set_grad_enabled(torch.is_grad_enabled() and (0 in held or network.same_order)):
                 return trunk(batch.images_B3HW)
 
-        h = network.trunk(early)
-        silent_h = h.detach() if 0 in held or not network.same_order else _Silent.apply(h)
+        h = network.trunk(run_trunk)
+        # Zeros are needed only where nobody here sends the trunk a gradient and others wait for one.
+        h_of_others = h.detach() if 0 in held or not network.same_order else _ZeroGradient.apply(h)
 
-        def late(experts: Any) -> Tensor:
+        def run_experts(experts: Any) -> Tensor:
             scores = []
             for k, (name, expert) in zip(held, experts.items(), strict=True):
-                h_k = h if k == 0 else silent_h
+                h_k = h if k == 0 else h_of_others
                 if not enough[k]:
                     # A gradient of zero, since every worker must have a graph to go back through, the trunk's included.
                     zero = sum((0 * p.sum() for p in expert.parameters()), 0 * at_least_float32(h_k).sum())
                     scores.append(zero.expand(len(h), self.objective.num_classes))
-                elif num_rows[k] == len(h):
+                elif num_rows[k] == len(h):  # all images are its own: nothing to select, nothing to copy
                     scores.append(at_least_float32(self._run(name, expert, h_k)))
                 elif self.config.select == "after":
                     scores.append(at_least_float32(self._run(name, expert, h_k)) * rows_EB[k, :, None])
@@ -236,7 +242,7 @@ class OwnClasses(Flow):
                     scores.append(none_BC.index_put((rows_EB[k],), some_bC))
             return torch.stack(scores)
 
-        return gather(network.experts(late))
+        return gather(network.experts(run_experts))
 
     def _own_rows(self, batch: Batch) -> tuple[list[bool], Tensor, list[int]]:
         """Return for each expert whether the global batch has enough images for it, its rows here, and their number."""
@@ -245,9 +251,9 @@ class OwnClasses(Flow):
         if batch.mixed is not None:
             rows_EB = rows_EB | self.objective.rows_EB(batch.mixed.labels_B)
             global_rows_EB = global_rows_EB | self.objective.rows_EB(batch.mixed.global_labels)
-        if self.objective.config.com_batch == "all":
+        if self.objective.config.com_batch == "all":  # then every expert's scores of every image enter the loss
             rows_EB, global_rows_EB = torch.ones_like(rows_EB), torch.ones_like(global_rows_EB)
-        # One transfer to the host for both.
+        # One transfer to the host for both: each makes an accelerator wait.
         global_rows, num_rows = torch.stack([global_rows_EB.sum(dim=-1), rows_EB.sum(dim=-1)]).tolist()
         return [count >= self.objective.config.min_rows for count in global_rows], rows_EB, num_rows
 
@@ -258,6 +264,7 @@ class OwnClasses(Flow):
         except ValueError as problem:
             if "more than 1 value per channel" not in str(problem):
                 raise
+            # BatchNorm's own message names neither the expert nor a key to set.
             raise ValueError(
                 f"expert '{name}': the batch has 1 image of its classes and its maps are 1 x 1: BatchNorm needs more "
                 f"than one value; set objective.min_rows = 2 to let the expert skip such steps, or use a larger batch"

@@ -1,8 +1,7 @@
-"""BBN: one branch sees images as they come, the other mostly rare classes, and attention moves from the first to the
-second.
+"""BBN: one branch learns from the data as it is, the other mostly from rare classes; weight moves from first to second.
 
-Both branches' features, weighted by alpha and 1 - alpha, go through one linear layer; each sees its own batch, and the
-sum of their scores is compared with both batches' labels. Half of the linear layer belongs to each branch.
+Each branch gets a batch of its own. Their features, weighted by alpha and 1 - alpha, go through one linear layer, and
+the sum of their scores is compared with the labels of both batches. Half of the linear layer belongs to each branch.
 Paper: Zhou et al. 2020, "BBN: Bilateral-Branch Network with Cumulative Learning for Long-Tailed Visual Recognition",
 arXiv:1912.02413.
 
@@ -142,10 +141,10 @@ class BilateralHead(Head):
 
 @register("flow", "bilateral")
 class Bilateral(Flow):
-    """The first expert sees the batch, the second its partner; features are weighted before the heads.
+    """The first expert gets the batch, the second its partner; features are weighted before the heads.
 
-    In training they are multiplied with scale * alpha and scale * (1 - alpha); a trained model leaves both out, which
-    with scale 2 is alpha = 1/2.
+    In training they are multiplied by scale * alpha and scale * (1 - alpha). A trained model leaves both factors out,
+    which with scale 2 means alpha = 1/2.
     """
 
     class Config(FlowSettings):
@@ -174,14 +173,14 @@ class Bilateral(Flow):
         alpha = self.objective.alpha(progress)
         factors = self.config.scale * alpha, self.config.scale * (1 - alpha)
         held = [self.expert_names.index(name) for name in network.names]
-        # One after the other, never as one batch: BatchNorm's statistics are those of a stream, and are updated in
-        # this order.
+        # One after the other, never as one batch: BatchNorm must normalise each stream by itself, and the running
+        # statistics depend on this order.
         maps = network.trunk(lambda trunk: [trunk(streams[k]) for k in held])
 
-        def late(experts: Any) -> Tensor:
+        def run_experts(experts: Any) -> Tensor:
             scores = []
             for k, h, expert in zip(held, maps, experts.values(), strict=True):
                 scores.append(expert.head(factors[k] * expert.features(h)))
             return torch.stack(scores)
 
-        return gather(network.experts(late))
+        return gather(network.experts(run_experts))

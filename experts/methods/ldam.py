@@ -27,7 +27,7 @@ class LDAM(Objective):
     """LDAM: cross-entropy with margins that grow for rare classes; LDAM-DRW re-weights it late in training.
 
     Source: Cao et al. 2019, arXiv:1906.07413, section 3.
-    Differs: their epoch // 160 fails beyond 320 epochs; the switch here is a single epoch. Logits come already scaled.
+    Differs: their epoch // 160 fails after 320 epochs; here the switch is one epoch. Logits come already scaled.
     """
 
     class Config(ObjectiveSettings):
@@ -37,7 +37,7 @@ class LDAM(Objective):
         scale: float = Field(30.0, gt=0, allow_inf_nan=False)
         """Scale of the head's cosines; must equal head.scale (1 for a linear head)."""
         reweight_epoch: int | None = Field(None, ge=0)
-        """Class weights are on in epochs after this one (1-based); published 160 of 200; null: never (plain LDAM)."""
+        """Class weights apply in epochs after this one (1-based); published 160 of 200; null: never (plain LDAM)."""
         reweight_beta: float = Field(0.9999, ge=0, lt=1)
         """Beta of the effective number of images, no unit."""
 

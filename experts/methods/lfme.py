@@ -1,8 +1,8 @@
 """LFME: a student learns from data and from three frozen experts, each of which knows one group of classes.
 
 Experts of the many, medium and few classes are trained by plain cross-entropy, each on the images of its group alone.
-The student follows each of them on that group's scores, less and less as it comes close to the expert's accuracy; and
-images that the experts find hard come in gradually.
+The student follows each of them on that group's scores, less and less as it nears the expert's accuracy. Images that
+the experts find hard come in gradually.
 Paper: Xiang et al. 2020, "Learning From Multiple Experts: Self-paced Knowledge Distillation for Long-tailed
 Classification", arXiv:2001.01536. Where paper and published code differ, the default is the published code.
 
@@ -59,7 +59,7 @@ def scaled_confidences(confidence_N: Tensor, labels_N: Tensor, lowest_C: Tensor)
 
     Source: published code of arXiv:2001.01536. Differs: there a class with equal confidences divides by 0.
     """
-    empty_C = confidence_N.new_zeros(len(lowest_C))
+    empty_C = confidence_N.new_zeros(len(lowest_C))  # include_self=False keeps these zeros out of least and most
     least_N = empty_C.scatter_reduce(0, labels_N, confidence_N, "amin", include_self=False)[labels_N]
     most_N = empty_C.scatter_reduce(0, labels_N, confidence_N, "amax", include_self=False)[labels_N]
     lowest_N = lowest_C.to(confidence_N)[labels_N]
@@ -132,7 +132,7 @@ def lfme_loss(
 class LFME(Objective):
     """The student's objective. `prepare` must be called before the first step, `observe` after each validation.
 
-    Their results are kept in the module's state: `instance_u_N`, `teacher_accuracy_T` and `student_accuracy_T`.
+    Their results are part of the module's state: `instance_u_N`, `teacher_accuracy_T` and `student_accuracy_T`.
     """
 
     class Config(ObjectiveSettings):
@@ -179,13 +179,14 @@ class LFME(Objective):
             raise ValueError(
                 f"objective.mean_shots = {shots}: needed positive numbers of many, medium and few, the last smallest"
             )
-        group_C = torch.zeros(len(counts), dtype=torch.int64)
+
+        # Not persistent: these follow from config and counts, and an old checkpoint must not bring others.
         lowest_C = torch.zeros(len(counts), dtype=torch.float64)
         for t, ids in enumerate(groups):
-            group_C[ids], lowest_C[ids] = t, shots[-1] / shots[t]
+            lowest_C[ids] = shots[-1] / shots[t]
             self.register_buffer(f"classes_{TEACHERS[t]}", ids, persistent=False)
-        self.register_buffer("group_C", group_C, persistent=False)
         self.register_buffer("lowest_C", lowest_C, persistent=False)
+        # Persistent: these are measured, and a resumed run goes on with what was measured.
         self.register_buffer("instance_u_N", torch.ones(int(counts.sum()), dtype=torch.float64))
         self.register_buffer("teacher_accuracy_T", torch.zeros(len(TEACHERS), dtype=torch.float64))
         self.register_buffer("student_accuracy_T", torch.zeros(len(TEACHERS), dtype=torch.float64))
@@ -200,7 +201,7 @@ class LFME(Objective):
 
     @torch.no_grad()
     def prepare(self, batches: Callable[[str], Iterable[tuple[ExtraInputs, Tensor]]]) -> None:
-        """Ask the teachers, once: how sure they are of each training image, and how good they are on validation images.
+        """Measure the teachers: their confidence in each training image and their accuracy on validation images.
 
         Args:
             batches: for "train" and "val", all images of the split as they are evaluated, in any order: the teachers'
@@ -210,26 +211,28 @@ class LFME(Objective):
             ValueError: a training image is missing or comes twice, a group has no validation image, or teachers are
                 missing or of other classes.
         """
-        confidence_N = torch.full_like(self.instance_u_N, torch.nan)
+        confidence_N = torch.full_like(self.instance_u_N, torch.nan)  # NaN marks an image that no batch has had
         labels_N = torch.zeros(len(confidence_N), dtype=torch.int64, device=confidence_N.device)
-        seen = 0
+        total = 0
         for extra, labels_B in batches("train"):
             rows_B = self._rows(extra)
             confidence_N[rows_B] = self._true_class(extra, labels_B)[0].to(confidence_N)
             labels_N[rows_B] = labels_B.to(labels_N.device)
-            seen += len(labels_B)
+            total += len(labels_B)
         missing = int(confidence_N.isnan().sum())
-        if missing or seen != len(confidence_N):
+        if missing or total != len(confidence_N):
             raise ValueError(
-                f"objective 'lfme': got {seen} training images, {missing} of {len(confidence_N)} were not among them; "
+                f"objective 'lfme': got {total} training images, {missing} of {len(confidence_N)} were not among them; "
                 f"needed the whole training set once, with finite scores of every teacher"
             )
+
         right_C = torch.zeros(self.num_classes, dtype=torch.float64, device=confidence_N.device)
         size_C = torch.zeros_like(right_C)
         for extra, labels_B in batches("val"):
             correct_B = self._true_class(extra, labels_B)[1]
             right_C.index_add_(0, labels_B.to(right_C.device), correct_B.to(right_C))
             size_C.index_add_(0, labels_B.to(right_C.device), torch.ones_like(correct_B).to(right_C))
+
         accuracy_C = [r / n if n else None for r, n in zip(right_C.tolist(), size_C.tolist(), strict=True)]
         self.teacher_accuracy_T.copy_(self._group_means(accuracy_C))
         self.instance_u_N.copy_(scaled_confidences(confidence_N, labels_N, self.lowest_C))
@@ -241,7 +244,7 @@ class LFME(Objective):
         self.prepared.fill_(True)
 
     def observe(self, per_class_top1: Sequence[float | None]) -> None:
-        """Take note of the student's accuracy on the validation split, from which its teachers' weights follow.
+        """Record the student's accuracy on the validation split, which sets the weights of its teachers.
 
         Args:
             per_class_top1: fractions, one per class; None where the split has no image of a class.

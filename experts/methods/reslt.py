@@ -33,6 +33,7 @@ def guarded_nll(logits_EBC: Tensor, labels_B: Tensor, guard: float) -> Tensor:
     log_p_EBC = at_least_float32(logits_EBC).log_softmax(dim=-1)
     index_EB1 = labels_B.expand(len(logits_EBC), -1).unsqueeze(-1)
     log_p_EB = log_p_EBC.gather(-1, index_EB1).squeeze(-1)
+    # log(p + guard) without leaving logarithms, in which a tiny p would be lost.
     return -torch.logaddexp(log_p_EB, torch.full_like(log_p_EB, math.log(guard) if guard else -math.inf))
 
 
@@ -69,7 +70,9 @@ def reslt_loss(
     logits_EBC = at_least_float32(logits_EBC)
     nll_EB = guarded_nll(logits_EBC, labels_B, log_guard)
     learns_EB = targets_EC[:, labels_B].to(nll_EB.dtype)
+    # One denominator for all branches: a branch weighs as much as it has images.
     independent_E = (learns_EB * nll_EB).sum(dim=-1) / branch_images.to(nll_EB.dtype)
+
     sum_1BC = logits_EBC.sum(dim=0, keepdim=True)
     if fused == "exact":
         fused_loss = cross_entropy(sum_1BC, labels_B, denominator=images).squeeze(0)

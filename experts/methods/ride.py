@@ -75,7 +75,7 @@ def ride_loss(
     """Return the sum over experts of LDAM and of diversity_factor * mean(T)^2 * KL.
 
     Args:
-        logits_EBC: scores z, already multiplied with the head's scale; half types are computed in float32.
+        logits_EBC: scores z, already multiplied by the head's scale; half types are computed in float32.
         labels_B: class ids, int64, in [0, C).
         margin_C: LDAM margins, in units of a cosine.
         weight_C: class weights of the LDAM term; ones before re-weighting.
@@ -102,12 +102,13 @@ def ride_loss(
     temperature_C = temperature_C.to(logits_EBC.dtype)
     divergence = divergence_from_mean if diversity_reference == "mean" else pairwise_divergence
     kl_E = divergence(logits_EBC, temperature_C) / images.to(logits_EBC.dtype)
+    # T^2 undoes the factor 1 / T^2 that a temperature puts on gradients; T differs by class, so its mean is taken.
     loss_E = ldam_E + diversity_factor * temperature_C.mean() ** 2 * kl_E
     return loss_E.sum(), {"ldam": ldam_E.detach(), "divergence": kl_E.detach()}
 
 
 def divergence_from_mean(logits_EBC: Tensor, temperature_C: Tensor) -> Tensor:
-    """Sum over images KL(softmax(mean logits / T) || softmax(z_k / T)) for every expert k, [E].
+    """Return the sum over images of KL(softmax(mean logits / T) || softmax(z_k / T)) for every expert k, [E].
 
     The mean is detached, as published. That saves work and changes nothing in the sum over experts: softmax(mean) is
     where the sum of these divergences is least, so its gradient through the mean is zero.
@@ -142,7 +143,7 @@ class RIDE(Objective):
         scale: float = Field(30.0, gt=0, allow_inf_nan=False)
         """Scale of the head's cosines; multiplies the margins; must equal head.scale (linear: 1)."""
         reweight_epoch: int | None = Field(None, ge=0)
-        """Class weights and temperatures are on in epochs after this one (1-based); published 160 of 200 (CIFAR), 80
+        """Class weights and temperatures apply in epochs after this one (1-based); published 160 of 200 (CIFAR), 80
         of 100 (ImageNet-LT, iNat); null: never."""
         reweight_beta: float = Field(0.9999, ge=0, lt=1)
         """Beta of the effective number of images, no unit."""
@@ -184,6 +185,7 @@ class RIDE(Objective):
         margin_C = ldam_margins(counts_C, max_margin=config.max_margin)
         weight_C = effective_number_weights(counts_C, beta=config.reweight_beta)
         temperature_C = class_temperatures(counts_C, factor=config.reweight_factor, norm=config.temp_norm)
+
         # Not persistent: they follow from config and counts, and an old checkpoint must not bring others.
         self.register_buffer("margin_C", margin_C, persistent=False)
         self.register_buffer("weight_C", weight_C, persistent=False)
@@ -191,7 +193,7 @@ class RIDE(Objective):
         self.register_buffer("no_weight_C", torch.ones_like(weight_C), persistent=False)
 
     def reweighting(self, progress: Progress) -> bool:
-        """Say whether this epoch comes after the switch."""
+        """Return whether this epoch comes after the switch."""
         return self.config.reweight_epoch is not None and progress.epoch > self.config.reweight_epoch
 
     def denominators(self, labels_B: Tensor, progress: Progress) -> dict[str, Tensor]:

@@ -39,6 +39,8 @@ def inverse_counts(counts_C: Tensor, *, ties: Literal["flip", "stable"] = "flip"
     Differs: its two unstable sorts leave ties to the library. On a CPU they give "flip" except among classes 87 and 88
         of CIFAR-100-LT at ratio 100, and 87 to 90 at ratio 200.
     """
+    # Stable: among equal counts the smaller id comes first. In falling order the larger id is then the rarer class, in
+    # rising order the smaller one.
     order_C = torch.argsort(counts_C, descending=ties == "flip", stable=True)
     inverse_C = torch.empty_like(counts_C)
     inverse_C[order_C] = counts_C[order_C].flip(0)
@@ -78,9 +80,9 @@ def tade_loss(
     """Return the sum over the three experts of the cross-entropy of their shifted scores.
 
     Args:
-        logits_EBC: scores z, already multiplied with the head's scale; half types are computed in float32.
+        logits_EBC: scores z, already multiplied by the head's scale; half types are computed in float32.
         labels_B: class ids, int64, in [0, C).
-        offset_EC: see `tade_offsets`; not multiplied with the head's scale.
+        offset_EC: see `tade_offsets`; not multiplied by the head's scale.
         images: scalar, images of the global batch.
 
     Returns:
@@ -116,8 +118,10 @@ class TADE(Objective):
         def trained_log_prior(
             self, counts_C: Tensor, log_share_C: Tensor, num_experts: int
         ) -> tuple[Tensor, tuple[str, ...]]:
-            """Return the training distribution less the offsets, since scores with their offsets are for that
-            distribution. See `ObjectiveSettings.trained_log_prior`."""
+            """Return the training distribution less the offsets: only with its offsets is a score trained for it.
+
+            See `ObjectiveSettings.trained_log_prior`.
+            """
             return log_share_C - self.offsets(counts_C), ("train", "uniform", f"inverse (tau {self.tau:g})")
 
     num_experts_allowed: ClassVar[tuple[int, ...]] = (3,)
