@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import shutil
 import sys
 import time
@@ -25,9 +24,9 @@ from orchestration.runs.driver import train
 from orchestration.runs.stopping import Outcome, Stopped
 from orchestration.storage.checkpoint import Checkpoints
 from orchestration.storage.exports import export
-from orchestration.storage.files import CONFIG, DATA, write_atomic
+from orchestration.storage.files import CONFIG, evaluations, write_atomic
 from orchestration.storage.location import open_run_folder
-from orchestration.storage.run_folder import RunFolder, read_evaluations
+from orchestration.storage.run_folder import RunFolder
 from orchestration.tracking.target import tracking_uri
 from orchestration.tracking.uploader import Uploader, start_uploader
 
@@ -154,5 +153,4 @@ def _report(config: RunConfig, folder: RunFolder, outcome: Outcome) -> None:
 
 
 def _stored_table(config: RunConfig, folder: RunFolder) -> str:
-    data = json.loads((folder.path / DATA).read_text())
-    return run_table(config, data, read_evaluations(folder.path))
+    return run_table(config, folder.read_data(), evaluations(folder.path))

@@ -1,20 +1,19 @@
 """Checkpoints: folders of safetensors and JSON that are either complete or not there.
 
     checkpoints/00-train-00000480/      stage 0 "train", 480 optimiser steps done
-        trunk.safetensors  expert0.safetensors ...              weights and BatchNorm statistics, an expert a file
+        trunk.safetensors  expert0.safetensors ...              weights and BatchNorm statistics, one file per expert
         trunk.momentum.safetensors  expert0.momentum.safetensors ...
         shared.safetensors  objective.safetensors               heads and routers after all experts; where there are any
         state.json                                              counters, running sums, the best evaluation so far
         manifest.json                                           format, size and sha256 of every other file
     checkpoints/best-00-train-00000480/  the same without momentum
 
-Writing. Everything goes to a folder `.writing-*`, is flushed to disk, and the folder is renamed: a checkpoint under its
-final name is complete. Tensors are whole, so it loads on any mesh.
+Writing. Everything goes to a folder `.writing-*` and is flushed to disk. Then the folder is renamed: a checkpoint under
+its final name is complete. Tensors are whole, so it loads on any mesh.
 
 Reading. A file may have been damaged since. Looking for the newest checkpoint compares names, sizes and the hash of
-state.json with the manifest. Before tensors are loaded, the driver hashes every byte, once: a checkpoint that does not
-hold what it should is named and passed over, and the one before it loads, before any worker has read a part of it.
-Nothing is unpickled.
+state.json with the manifest. Before tensors are loaded, the driver hashes every byte, once. A damaged checkpoint is
+named and passed over before any worker has read a part of it, and the one before it loads. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -120,11 +119,12 @@ class Checkpoints:
         entries = [*entries, write_file(writing, STATE, json.dumps(state, indent=1).encode())]
         files = {e.name: {"size": e.size, "sha256": e.sha256} for e in sorted(entries, key=lambda e: e.name)}
         write_file(writing, MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1).encode())
-        sync_folder(writing)
+        sync_folder(writing)  # before the rename: else a crash could leave the final name without some of its files
+
         final, old = self.folder / name, self.folder / f"{_REPLACED}{name}"
         if final.exists():  # saved at this step before; set aside, since a folder cannot be renamed onto one with files
             shutil.rmtree(old, ignore_errors=True)
-            os.rename(final, old)
+            os.rename(final, old)  # killed from here on, `recover` gives it its name back
         os.rename(writing, final)
         sync_folder(self.folder)
         shutil.rmtree(old, ignore_errors=True)
@@ -142,6 +142,8 @@ class Checkpoints:
     def copy_weights(self, source: Path, name: str) -> Path:
         """Copy the weights and the state of a complete checkpoint under another name.
 
+        Every byte is hashed on the way: a copy with a manifest of its own would otherwise pass damage off as whole.
+
         Raises:
             DamagedCheckpoint: a file has changed since it was written.
         """
@@ -157,9 +159,10 @@ class Checkpoints:
         return self.complete(writing, name, entries, json.loads((source / STATE).read_text()))
 
     def newest(self, stage: str, report: Callable[[str], None]) -> Checkpoint | None:
-        """Look for the newest checkpoint of a stage; damaged ones are reported and passed over.
+        """Return the newest checkpoint of a stage that looks whole; None if there is none.
 
-        It looks at manifests, sizes and state.json alone. Before tensors are loaded, `newest_verified` reads the rest.
+        Manifests, sizes and state.json decide. Damaged ones are reported and passed over. Before tensors are loaded,
+        `newest_verified` reads the rest.
 
         Raises:
             ValueError: there are checkpoints, and all are damaged.
@@ -167,18 +170,18 @@ class Checkpoints:
         return self._newest(stage, report, inspect)
 
     def newest_verified(self, stage: str, report: Callable[[str], None]) -> Checkpoint | None:
-        """Choose the checkpoint to load: the newest whose every byte is as its manifest says. See `newest`."""
+        """Return the checkpoint to load: the newest in which every byte is as its manifest says. See `newest`."""
         return self._newest(stage, report, verify)
 
     def newest_finished(self, stage: str, report: Callable[[str], None]) -> Checkpoint | None:
-        """Return the last checkpoint of a stage that was trained to its end, verified; None if there is none yet.
+        """Return the last checkpoint of a stage, verified; None if the stage has not been trained to its end.
 
         Raises:
             ValueError: there are checkpoints, and all are damaged.
         """
         looked_at = self.newest(stage, lambda _: None)
         if looked_at is None or not looked_at.finished:
-            return None  # it will be trained on, and verified when it is loaded
+            return None  # its training will go on, and what it loads is verified then
         newest = self.newest_verified(stage, report)
         return newest if newest is not None and newest.finished else None
 
@@ -195,7 +198,7 @@ class Checkpoints:
         if damaged:
             raise ValueError(
                 f"{self.folder}: no checkpoint of stage {stage} is whole ({'; '.join(damaged)}); needed one; restore "
-                f"it from a copy, or remove {self.folder.parent} to start the run anew"
+                f"it from a copy, or remove {self.folder.parent} to start the run again"
             )
         return None
 
@@ -236,7 +239,7 @@ class Checkpoints:
             try:
                 best = json.loads((folder / STATE).read_text()).get("best")
             except (OSError, ValueError):
-                return  # damaged: `newest` will report it; until then nothing is removed that a repair may need
+                return  # damaged: `newest` will report it; until then its best weights may be needed for a repair
             if best:
                 wanted.add(best["checkpoint"])
         for folder in self.folder.glob(f"best-{self.stages.index(stage):02d}-{stage}-" + "[0-9]" * 8):
@@ -245,7 +248,7 @@ class Checkpoints:
 
 
 def inspect(folder: Path) -> dict[str, Any]:
-    """Check that a checkpoint has its files in their sizes, and return its state. Of the rest no byte is read.
+    """Check the sizes of a checkpoint's files, and return its state. Tensors are not read.
 
     Raises:
         DamagedCheckpoint: names the file, what was found and what was needed.
@@ -266,7 +269,7 @@ def verify(folder: Path, *, momentum: bool = True) -> dict[str, Any]:
 
     Args:
         folder: of the checkpoint.
-        momentum: whether momentum will be loaded too; only the sizes of its files are checked if not.
+        momentum: whether momentum will be loaded too; if not, only the sizes of its files are checked.
 
     Raises:
         DamagedCheckpoint: names the file, what was found and what was needed.
@@ -306,6 +309,7 @@ def _is_plain(name: Any) -> bool:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
+    """Read a manifest. Its names are used to open, copy and upload files, so none may lead out of the folder."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text())

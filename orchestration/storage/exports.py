@@ -102,6 +102,7 @@ def weights_of(checkpoints: Checkpoints, source: ModelSource) -> Path:
 def export_stage(config: RunConfig, folder: RunFolder, stage: str, checkpoint: Path, target: Path) -> None:
     """Write the ensemble of a stage's checkpoint as a served folder."""
     data, method = folder.read_data(), config.method
+    # A stage may know some classes only; its model then names those alone.
     ids = stage_classes(method, stage, data["counts"])
     trained_on = TrainingData(
         dataset=config.dataset,
@@ -123,9 +124,9 @@ def ensemble_state(config: RunConfig, stage: str, checkpoint: Path) -> dict[str,
 
 def export(config: RunConfig, folder: RunFolder, stage: str, checkpoint: Path) -> None:
     """Write export/last and export/best: the ensemble of a stage, ready to serve."""
-    best = inspect(checkpoint).get("best")
+    best = inspect(checkpoint).get("best")  # hashes state.json alone; tensors are hashed below
     sources = {"last": checkpoint, "best": checkpoint.parent / best["checkpoint"] if best else checkpoint}
-    for source in set(sources.values()):
+    for source in set(sources.values()):  # both before either is written, and once if last is best
         verify(source, momentum=False)
     for name, source in sources.items():
         export_stage(config, folder, stage, source, folder.path / "export" / name)

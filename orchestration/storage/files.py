@@ -26,7 +26,7 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the disk has a folder's list of names: a file that was renamed may else have its old name again."""
+    """Flush a folder's list of names to disk. Without it a rename may be undone by a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -61,7 +61,7 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     """Read the resolved config of a run; {} if there is none yet."""
     import yaml
 
-    path = run_dir / "config.yaml"
+    path = run_dir / CONFIG
     return (yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
 
 

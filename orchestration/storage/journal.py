@@ -120,7 +120,7 @@ class Journal:
             return self._rewind(kept_steps, known)
 
     def _rewind(self, kept_steps: Mapping[str, int], known: Collection[str]) -> int:
-        self.flush()
+        self.flush()  # lines in memory are subject to it as well
         for stage in kept_steps:
             if stage not in known:
                 raise ValueError(f"stage '{stage}' is not a stage of this run, which has {', '.join(known)}")
@@ -140,12 +140,14 @@ class Journal:
                         dropped += 1
                 kept.flush()
                 os.fsync(kept.fileno())
-            os.chmod(temporary, self.path.stat().st_mode & 0o777)
+            os.chmod(temporary, self.path.stat().st_mode & 0o777)  # mkstemp lets only this user read it
             os.replace(temporary, self.path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
         sync_folder(self.path.parent)
+
+        # The open file is the old one, which has no name any more.
         os.close(self._file)
         self._file = os.open(self.path, _APPEND, 0o666)
         return dropped
@@ -239,12 +241,13 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, Record]]:
 
 
 def _drop_partial_line(path: Path) -> None:
-    """Cut what a killed writer left after the last newline; otherwise the next line would be appended to it."""
+    """Cut what a killed writer left after the last newline. Otherwise the next line would be appended to it."""
     if not path.exists():
         return
     with open(path, "rb+") as file:
         end = file.seek(0, os.SEEK_END)
         position = end
+        # Backwards in blocks: a journal may have millions of lines, and only the last one matters.
         while position > 0:
             start = max(0, position - 65536)
             file.seek(start)

@@ -1,8 +1,8 @@
 """Weights pretrained on ImageNet: a PyTorch file becomes safetensors once, and runs start from those.
 
-`import_weights` reads a state dict of a torchvision network, or of one converted from Caffe, without unpickling
-objects. The head is dropped. `load_pretrained` copies what an ensemble has of the network: into the trunk, and the late
-stages into each expert. Names are those of the whole network ("layer3.4.conv1.weight"), whatever backbone.split is.
+`import_weights` reads the state dict of a torchvision network, or of one converted from Caffe. It unpickles no objects
+and drops the head. `load_pretrained` copies the early layers into an ensemble's trunk and the late stages into each
+expert. Names are those of the whole network ("layer3.4.conv1.weight"), whatever backbone.split is.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from orchestration.storage.files import file_sha256
 
 FORMAT = "1"
 MODEL = registered_name(ResNetImageNet)
-_SHOWN = 5  # names of one kind in a message
+_SHOWN = 5  # the most names of one kind in a message
 _HEADS = ("fc.",)
-_COUNTER = "num_batches_tracked"  # converted Caffe files lack it; without momentum = None BatchNorm never reads it
+_COUNTER = "num_batches_tracked"  # converted Caffe files lack it; BatchNorm reads it only if its momentum is None
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What a file held.
+    """The network that was imported from a file.
 
     Attributes:
         depth: of the network, as backbone.depth.
         cardinality: of the network, as backbone.cardinality.
-        num_parameters: kept; BatchNorm statistics are not counted.
-        dropped: names left out, those of the head.
-        missing_counters: BatchNorm counters the file does not have; they start at 0.
+        num_parameters: number of parameters kept, without BatchNorm statistics.
+        dropped: names of the head's tensors, which are left out.
+        missing_counters: number of BatchNorm counters that the file lacks; they start at 0.
     """
 
     depth: int
@@ -63,19 +63,22 @@ def import_weights(source: str | os.PathLike[str], target: str | os.PathLike[str
     """Turn a PyTorch file of a ResNet or ResNeXt into a safetensors file.
 
     Args:
-        source: what `torch.save` wrote: a state dict, or a mapping that holds one; names may begin with "module.".
-        target: where the .safetensors file goes; a file that is there is replaced once the new one is complete.
+        source: a file that `torch.save` wrote: a state dict, or a mapping that holds one. Names may begin with
+            "module.".
+        target: the .safetensors file to write. An existing file is replaced once the new one is complete.
 
     Raises:
-        ValueError: source is missing, holds other things than tensors, is no network of `resnet_imagenet`, or has
-            names, shapes or values that do not fit; target does not end in .safetensors.
+        ValueError: the source is missing, holds more than tensors, is not a network of `resnet_imagenet`, or has names,
+            shapes or values that do not fit; or the target does not end in .safetensors.
     """
     source, target = Path(source), Path(target)
     if target.suffix != ".safetensors":
         raise ValueError(f"{target}: needed a name that ends in .safetensors")
+
     tensors = _state_dict(source)
     dropped = tuple(name for name in tensors if name.startswith(_HEADS))
     tensors = {name: tensor for name, tensor in tensors.items() if name not in dropped}
+
     depth, cardinality = _architecture(source, tensors)
     wanted = _whole_network(depth, cardinality)
     _refuse(
@@ -84,10 +87,11 @@ def import_weights(source: str | os.PathLike[str], target: str | os.PathLike[str
         f"by its blocks it is depth {depth}, cardinality {cardinality}; needed torchvision's names and shapes for that",
     )
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    _refuse(str(source), [("values that are not finite", broken)], "get the file anew")
+    _refuse(str(source), [("values that are not finite", broken)], "download the file again")
 
     kept = {}
     for name, tensor in tensors.items():
+        # A copy: safetensors refuses tensors that share memory, as slices of one saved storage do.
         kept[name] = tensor.to(wanted[name].dtype).clone(memory_format=torch.contiguous_format)
     metadata = {
         "format": FORMAT,
@@ -98,6 +102,8 @@ def import_weights(source: str | os.PathLike[str], target: str | os.PathLike[str
         "source_sha256": file_sha256(source),
     }
     target.parent.mkdir(parents=True, exist_ok=True)
+
+    # Renamed when complete, so that a run that starts meanwhile never reads half a file.
     scratch = target.with_name(f".{target.name}.new")
     try:
         save_file(kept, scratch, metadata)
@@ -116,29 +122,34 @@ def import_weights(source: str | os.PathLike[str], target: str | os.PathLike[str
 def load_pretrained(ensemble: Ensemble, path: str | os.PathLike[str], *, experts: bool = True) -> list[str]:
     """Copy pretrained weights into an ensemble, in place.
 
-    Heads, gates and layers that a whole network does not have (ResLT's branches, LFME's extra layer) stay as they are,
-    and so do BatchNorm counters that the file lacks.
+    Heads, gates and layers that a whole network does not have (ResLT's branches, LFME's extra layer) stay as they are.
+    So do BatchNorm counters that the file lacks.
 
     Args:
-        ensemble: all experts or some, on any device, of any float type.
-        path: what `import_weights` wrote.
-        experts: whether the late stages are copied into each expert, or stay as drawn.
+        ensemble: all experts or some of them, on any device, of any float type.
+        path: a file that `import_weights` wrote.
+        experts: whether the late stages are copied into each expert; if not, they keep their random weights.
 
     Returns:
-        Names of the trunk's and the experts' features that were not copied.
+        Names of the trunk's and of the experts' tensors that were not copied.
 
     Raises:
-        ValueError: the file is missing or damaged, or a name or a shape does not fit; nothing is copied then.
+        ValueError: the file is missing or damaged, or a name or a shape does not fit. Nothing is copied then.
     """
     path = Path(path)
     tensors, metadata = _read(path)
     parts = {"trunk": ensemble.trunk.state_dict()}
     for name, expert in ensemble.experts.items():
         parts[f"experts.{name}.features"] = expert.features.state_dict()  # type: ignore[union-attr]
+
+    # A tensor that the file lacks is a misfit if the file has others of its layer ("layer3"); else the layer is one
+    # that only this method has.
     known_words = {name.split(".")[0] for name in tensors}
     problems: list[tuple[str, list[str]]] = [
         ("not in the ensemble", [name for name in tensors if not any(name in part for part in parts.values())])
     ]
+
+    # All is compared before anything is copied, so that a misfit leaves the ensemble as it was.
     left, copies = [], []
     for where, state in parts.items():
         missing, reshaped = [], []
@@ -155,6 +166,7 @@ def load_pretrained(ensemble: Ensemble, path: str | os.PathLike[str], *, experts
             else:
                 left.append(full_name)
         problems += [("not in the file", missing), ("of another shape", reshaped)]
+
     of = f"depth {metadata.get('depth', '?')}, cardinality {metadata.get('cardinality', '?')}"
     _refuse(
         str(path),
@@ -171,7 +183,7 @@ def check_pretrained(path: str | os.PathLike[str], backbone: Settings, reduce_di
     """Refuse a file that `load_pretrained` would refuse for the ensembles of a run, without building one.
 
     Args:
-        path: what `import_weights` wrote.
+        path: a file that `import_weights` wrote.
         backbone: config of the "model" piece.
         reduce_dimension: as the run's ensembles are built.
 
@@ -179,20 +191,20 @@ def check_pretrained(path: str | os.PathLike[str], backbone: Settings, reduce_di
         ValueError: see `load_pretrained`.
     """
     model = build("model", backbone)
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes without memory; copies to it do nothing
         expert = Expert(model.late_stages(reduce_dimension=reduce_dimension), nn.Identity())
         ensemble = Ensemble(model.trunk(), {"expert": expert})
     load_pretrained(ensemble, path)
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a PyTorch file by name, without the prefix that DataParallel gives all of them."""
+    """Read the tensors of a PyTorch file by name, without the prefix that DataParallel gives all of them."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; needed the weights of a network, as torch.save writes them") from None
-    except Exception as error:  # what a damaged or foreign file raises has no common base
-        # Torch's own text tells how to load such a file all the same.
+    except Exception as error:  # the errors of a damaged or foreign file have no common base
+        # Torch's own text is left out: it explains how to unpickle the file after all.
         raise ValueError(
             f"{path}: not a PyTorch file of tensors alone ({type(error).__name__}); objects are never unpickled: where "
             f"you trust the file, save its state_dict() and import that"
@@ -207,7 +219,7 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def _find_tensors(found: Any) -> dict[str, Tensor] | None:
-    """A mapping from names to tensors: the thing itself, its "state_dict", or the only one that it holds."""
+    """Return a mapping of names to tensors: the object itself, its "state_dict", or the only such mapping inside."""
     if not isinstance(found, Mapping):
         return None
     if found and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()):
@@ -218,7 +230,11 @@ def _find_tensors(found: Any) -> dict[str, Tensor] | None:
 
 
 def _architecture(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Depth and cardinality of the network that tensors belong to."""
+    """Return the depth and the cardinality of the network that the tensors belong to.
+
+    Raises:
+        ValueError: no network of `resnet_imagenet` has this number of blocks per stage, or of groups.
+    """
     blocks = []
     for stage in range(1, 5):
         matches = [re.match(rf"layer{stage}\.(\d+)\.", name) for name in tensors]
@@ -235,7 +251,7 @@ def _architecture(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
 
 
 def _whole_network(depth: int, cardinality: int) -> dict[str, Tensor]:
-    """Names and shapes of a network without its head."""
+    """Return the tensors of a network without its head; they have names, shapes and types, but no memory."""
     config = ResNetImageNet.Config.model_validate({"depth": depth, "cardinality": cardinality, "split": "whole"})
     with torch.device("meta"):
         network: nn.Module = ResNetImageNet(config).late_stages(reduce_dimension=False)
@@ -243,6 +259,7 @@ def _whole_network(depth: int, cardinality: int) -> dict[str, Tensor]:
 
 
 def _misfits(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[tuple[str, list[str]]]:
+    """Return the names that do not fit, by kind of misfit."""
     missing = [name for name in wanted if name not in tensors and not name.endswith(_COUNTER)]
     unknown = [name for name in tensors if name not in wanted]
     both = [name for name in tensors if name in wanted]
@@ -271,6 +288,7 @@ def _problem_lines(problems: list[tuple[str, list[str]]]) -> Iterator[str]:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors and the metadata of a file that `import_weights` wrote."""
     if not path.is_file():
         raise ValueError(
             f"{path}: no such file; needed weights as `expertail import-weights FILE {path.name}` writes them"

@@ -8,7 +8,7 @@ folder need be shared. A thread uploads changes after each checkpoint; training 
     close   upload the rest, unlock
 
 The order is a promise. Whenever the driver or its node dies, the newest whole checkpoint at the URL has its journal
-beside it, and the status `finished` arrives after everything that it promises. Training goes on during an upload: so
+beside it, and the status `finished` arrives after everything that it promises. Training goes on during an upload. So
 run.json is read first, and checkpoints are hard-linked before the journal is read, because training may remove them.
 No file at the URL is ever appended to.
 """
@@ -35,10 +35,12 @@ from orchestration.storage.url_lock import LOCK, UrlLock
 from orchestration.storage.url_store import StorageProblem, UrlStore
 
 INDEX = "storage.json"
-_RECORD = ".storage.json"  # in the copy: which states at the URL it comes from
-_HELD = ".putting"
-_NOTHING = "nothing"
-_CLOSE_S, _RETRY_S, _END_S = 300.0, 10.0, 10.0
+_RECORD = ".storage.json"  # in the copy: the states at the URL that it may come from
+_HELD = ".putting"  # in the copy: links to the checkpoints of the upload in progress
+_NOTHING = "nothing"  # the state at a URL without an index
+_CLOSE_S = 300.0  # the longest wait for the last upload
+_RETRY_S = 10.0  # between two tries of an upload that failed
+_END_S = 10.0  # the longest wait for the thread, which may hang in a dead connection
 
 
 class UnsharedRunFolder(RunFolder):
@@ -62,7 +64,7 @@ class RemoteRunFolder(UnsharedRunFolder):
         super().__init__(path)
         try:
             self._store = UrlStore(url)
-            self._remote_lock = UrlLock(UrlStore(url), path)
+            self._remote_lock = UrlLock(UrlStore(url), path)  # a connection of its own: see there
         except BaseException:
             super().close()
             raise
@@ -75,9 +77,9 @@ class RemoteRunFolder(UnsharedRunFolder):
         self.url = self._store.url
         self._files: dict[str, str] = dict(self._index.get("files", {}))  # sha256 of the files at the URL, by name
         self._kept: dict[str, str] = dict(self._index.get("checkpoints", {}))  # of manifests
-        self._seen: dict[str, tuple[int, int]] = {}
-        self._wanted, self._put = 0, 0
-        self._problem: str | None = None
+        self._seen: dict[str, tuple[int, int]] = {}  # size and time of change of files when they were uploaded
+        self._wanted, self._put = 0, 0  # how often an upload was asked for, and the last of these that is done
+        self._problem: str | None = None  # why the last try failed
         self._closing = False
         self._change = threading.Condition()
         self._sender = threading.Thread(target=self._send, name="storage", daemon=True)
@@ -113,7 +115,7 @@ class RemoteRunFolder(UnsharedRunFolder):
         )
 
     def close(self) -> None:
-        """Let another process hold the run. What `settle` did not wait for is put at the next start on this node."""
+        """Let another process hold the run. The next start on this node uploads what is not at the URL by then."""
         with self._change:
             self._closing = True
             self._change.notify_all()
@@ -129,18 +131,21 @@ class RemoteRunFolder(UnsharedRunFolder):
         state = index.get("state", _NOTHING)
         record = self.path / _RECORD
         known = _json(record.read_bytes() if record.exists() else None).get("states")
-        self._store.clean()
+        self._store.clean()  # the lock is ours, so nobody is writing
+
+        # The copy is current or ahead if it wrote the state at the URL. Else another node has gone on with the run.
         if known is None or state not in known:
             names = [name for name in self._store.names() if name not in (INDEX, LOCK)]
             whole = {name.rpartition("/")[0] for name in names if name.endswith(f"/{MANIFEST}")}
             if index.get("checkpoints") and not whole:
                 raise StorageProblem(
                     f"{self._store.url}/{INDEX}: lists {len(index['checkpoints'])} checkpoints, and none is whole "
-                    f"there; needed one; restore them, or remove the run there to start it anew"
+                    f"there; needed one; restore them, or remove the run there to start it again"
                 )
             self._record([])  # an interrupted download leaves a copy that must not be taken for current
             self._set_aside()
             for name in names:
+                # Of a checkpoint without a manifest the upload was interrupted.
                 if not name.startswith("checkpoints/") or name.rpartition("/")[0] in whole:
                     self._store.get(name, self._below(name))
         self._record([state])
@@ -148,6 +153,7 @@ class RemoteRunFolder(UnsharedRunFolder):
         return index
 
     def _below(self, name: str) -> Path:
+        """Return the local path of a file at the URL, which others may have written: it must not lead elsewhere."""
         target = self.path / name
         if ".." in Path(name).parts or Path(name).is_absolute():
             raise StorageProblem(f"{self._store.url}/{name}: leads out of the run folder; remove it")
@@ -165,7 +171,7 @@ class RemoteRunFolder(UnsharedRunFolder):
             aside.mkdir()
             print(
                 f"expertail: {self.path}: another start has gone on with the run at {self._store.url} since; this copy "
-                f"is made new from there, the old one is in {aside}",
+                f"is replaced by a download from there, the old one is in {aside}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -180,13 +186,14 @@ class RemoteRunFolder(UnsharedRunFolder):
     # Upload
 
     def _send(self) -> None:
+        """Upload whenever it is asked for, and again after a failure, until the folder is closed or the lock lost."""
         reported = None
         while True:
             with self._change:
                 self._change.wait_for(lambda: self._closing or self._wanted > self._put)
                 if self._closing:
                     return
-                asked = self._wanted
+                asked = self._wanted  # what is asked for during the upload takes another one
             try:
                 self._synchronise()
             except Exception as problem:  # the files at the URL are whole whatever it was, and a later try may succeed
@@ -209,8 +216,12 @@ class RemoteRunFolder(UnsharedRunFolder):
     def _synchronise(self) -> None:
         """Upload changes. The order is the promise at the head of this file."""
         self._remote_lock.check()
+
+        # Read first, written last: a `finished` that arrives while the rest is uploaded waits for the next upload.
         run = self.path / RUN
         said = run.read_bytes() if run.exists() else None
+
+        # The journal is read after the checkpoints are held, so it has the lines of each of them.
         try:
             held = self._hold()
             self._put_file(JOURNAL)
@@ -218,6 +229,7 @@ class RemoteRunFolder(UnsharedRunFolder):
                 self._put_checkpoint(folder)
         finally:
             shutil.rmtree(self.path / _HELD, ignore_errors=True)
+
         names = {folder.name for folder in held}
         local = sorted(self._names())
         for name in local:
@@ -225,12 +237,15 @@ class RemoteRunFolder(UnsharedRunFolder):
                 self._put_file(name)
         if said is not None:
             self._put_bytes(RUN, said)
+
         gone = [name for name in self._files if name not in local]
         files = {name: digest for name, digest in self._files.items() if name in local}
         kept = {name: digest for name, digest in self._kept.items() if name in names}
         if (files, kept) != (self._index.get("files", {}), self._index.get("checkpoints", {})):
             self._put_index({"state": uuid.uuid4().hex, "files": files, "checkpoints": kept})
         self._files, self._kept = files, kept
+
+        # Last: whatever the index named until now stays until the new index is there.
         old = [n for n in self._store.names() if n.startswith("checkpoints/") and n.split("/")[1] not in names]
         self._store.remove([*gone, *sorted(old if names else [], key=_end_first)])
 
@@ -290,6 +305,7 @@ class RemoteRunFolder(UnsharedRunFolder):
         digest = hashlib.sha256(manifest).hexdigest()
         if self._kept.get(folder.name) == digest:
             return
+        # Another one of this name loses its manifest first: it must not look whole with some files of each.
         remote = f"checkpoints/{folder.name}"
         self._kept.pop(folder.name, None)
         self._store.remove([f"{remote}/{MANIFEST}"])
@@ -307,7 +323,7 @@ def _linked(folder: Path, below: Path) -> Path:
     """
     target = below / folder.name
     target.mkdir(parents=True)
-    before = folder.stat().st_ino
+    before = folder.stat().st_ino  # a checkpoint that replaces this one meanwhile has the name, but another inode
     for path in folder.iterdir():
         try:
             os.link(path, target / path.name)

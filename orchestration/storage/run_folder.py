@@ -57,6 +57,7 @@ class RunFolder:
                 f"{path}: the run folder cannot be written ({error.strerror}); "
                 f"make it writable, or choose another with run.dir and run.name"
             ) from error
+        # The system releases the lock when this process ends, however it ends: no lock is ever stale.
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -68,7 +69,7 @@ class RunFolder:
                 f"run.name"
             ) from error
         self.token = uuid.uuid4().hex
-        self._lock.truncate(0)
+        self._lock.truncate(0)  # only now that it is ours: before, it named the holder
         self._lock.write(f"process {os.getpid()} on {platform.node()}\n{self.token}\n")
         self._lock.flush()
         os.fsync(self._lock)  # else NFS may keep the token on this node, and workers on others look for it
@@ -138,7 +139,7 @@ class RunFolder:
             "mesh": shape,
             "workers": hosts,
         }
-        with self._changing:
+        with self._changing:  # read, change and write: two threads at once would lose the values of one
             run = self.read_run()
             run.setdefault("created", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
             self._write_json(RUN, run | found | {"starts": run.get("starts", 0) + 1})
@@ -151,7 +152,7 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{path}: not readable ({error}); needed the JSON written by this run; restore it, or remove the file "
-                f"to have it written anew"
+                f"to have it written again"
             ) from error
 
     def update_run(self, **values: Any) -> None:
@@ -220,15 +221,10 @@ def _commit() -> str | None:
 
 
 def _processor() -> str:
-    try:
+    try:  # on Linux `platform.processor` is empty or just "x86_64"
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     except OSError:
         pass
     return platform.processor()
-
-
-def read_evaluations(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """Read the evaluations of a run folder, by name."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted((run_dir / "evaluation").glob("*.json"))}

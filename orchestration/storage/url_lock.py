@@ -13,13 +13,12 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from orchestration.storage.url_store import (
-    UrlStore,
-)
+from orchestration.storage.url_store import UrlStore
 
 LOCK = "lock.json"
-BEAT_S, STALE_S = 10.0, 45.0  # of a lock
-_SETTLE_S = 1.0
+BEAT_S = 10.0  # how often the holder rewrites the lock
+STALE_S = 45.0  # a lock unchanged for this long has no holder; several beats, as one may be lost or late
+_SETTLE_S = 1.0  # how long two processes that take a lock at once wait for each other's write
 
 
 class UrlLock:
@@ -47,8 +46,13 @@ class UrlLock:
         self._thread.start()
 
     def _take(self) -> None:
-        """Raises: ValueError: another process holds it."""
+        """Write the lock, once it is certain that no process holds it. Stores of files have no way to lock one.
+
+        Raises:
+            ValueError: another process holds it.
+        """
         found = self._read()
+        # A holder with this same working copy is dead, since this process has the copy's own lock.
         if found is not None and found.get("place") != self._content["place"]:
             print(
                 f"expertail: {self._store.url}: locked by {found.get('holder')}; waiting {STALE_S:g} s for it "
@@ -61,13 +65,13 @@ class UrlLock:
                 time.sleep(1.0)
                 if self._is_gone(found):
                     break
-        self._is_gone(found)
+        self._is_gone(found)  # a last look, for the error
         self._write(0)
         time.sleep(_SETTLE_S)  # another that saw the same stale lock has written too by now; the later wins
         self.check()
 
     def _is_gone(self, found: dict[str, Any] | None) -> bool:
-        """Whether the lock file is gone.
+        """Say whether the lock file is gone.
 
         Raises:
             ValueError: a holder has rewritten it.
@@ -99,7 +103,11 @@ class UrlLock:
                 self._write(beat)
 
     def check(self) -> None:
-        """Raises: ValueError: another process has taken the lock."""
+        """Refuse to go on if another process has taken the lock. A lock file that is missing is no sign of that.
+
+        Raises:
+            ValueError: another process has taken the lock.
+        """
         found = self._read()
         if self.lost or (found is not None and found.get("token") != self._content["token"]):
             self.lost = True
@@ -116,7 +124,7 @@ class UrlLock:
         with contextlib.suppress(ValueError):
             self.check()
             self._store.remove([LOCK])
-        self.lost = True
+        self.lost = True  # an upload that still hangs in its thread must not go on
 
 
 def _place(folder: Path) -> str:

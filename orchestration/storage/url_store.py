@@ -13,18 +13,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 _SILENT_S, _KEEP_ALIVE_S = 60.0, 15
-_WHOLE = {
-    "s3",
-    "s3a",
-    "gs",
-    "gcs",
-    "abfs",
-    "abfss",
-    "az",
-    "adl",
-    "oss",
-}  # a put file is whole or absent
-_PART = ".part-"
+# Object stores: a file that is put there is whole or absent, and there are no folders to make.
+_WHOLE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss"}
+_PART = ".part-"  # in names of files that are being written, where the store has no such promise
 
 
 class StorageProblem(ValueError):
@@ -32,7 +23,7 @@ class StorageProblem(ValueError):
 
 
 def is_url(place: str) -> bool:
-    """Whether a run.dir or a run is given by URL."""
+    """Say whether a run.dir or a run is given by URL."""
     return "://" in place
 
 
@@ -91,6 +82,7 @@ class UrlStore:
     def _connect(self) -> None:
         import fsspec
 
+        # fsspec keeps its instances and would hand out the same one again, with its broken connection.
         self._opened, self._root = fsspec.core.url_to_fs(self.url, skip_instance_cache=True)
         if hasattr(self._opened, "ftp"):  # by itself paramiko waits for ever on a connection that vanished
             self._opened.ftp.get_channel().settimeout(_SILENT_S)
@@ -110,7 +102,7 @@ class UrlStore:
         except StorageProblem:
             raise
         except Exception as error:  # every file system has errors of its own
-            self._opened = None
+            self._opened = None  # the connection may be broken: the next call opens another
             self._made.clear()
             place = f"{self.url}/{name}" if name else self.url
             reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -134,9 +126,9 @@ class UrlStore:
         from fsspec.asyn import AsyncFileSystem
 
         with self._explained("listed"):
-            self._fs.invalidate_cache()
+            self._fs.invalidate_cache()  # other nodes write here too
             try:
-                # others' `find` leaves out folders that cannot be listed
+                # `find` of file systems with folders leaves out those that cannot be listed, and hides the error.
                 found = self._fs.find(self._root) if isinstance(self._fs, AsyncFileSystem) else self._below(self._root)
                 return sorted(str(path).removeprefix(self._root).lstrip("/") for path in found)
             except FileNotFoundError:
@@ -164,6 +156,8 @@ class UrlStore:
             if self._whole:
                 self._fs.pipe_file(self._path(name), data)
                 return
+
+            # Under another name and then moved, as a reader must not see half of a lock or an index.
             part = self._path(f"{name}{_PART}{uuid.uuid4().hex[:8]}")
             try:
                 self._fs.pipe_file(part, data)
