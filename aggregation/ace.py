@@ -11,11 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from aggregation.aggregator import (
-    Aggregator,
-    AggregatorSettings,
-    Outputs,
-)
+from aggregation.aggregator import Aggregator, AggregatorSettings, Outputs
 from experts.cases import Case
 from experts.class_groups import GroupRule, nested_targets
 from experts.heads.cosine import CosineHead
@@ -24,12 +20,12 @@ from experts.precision import at_least_float32
 from experts.registry import piece, register
 
 MEASURABLE = (LinearHead, CosineHead)
-"""Heads, and their subclasses, that score each class with one row of weights."""
+"""Heads, with their subclasses, that score each class by one row of weights."""
 
 
 @register("aggregator", "ace")
 class Ace(Aggregator):
-    """Per class the mean over the experts responsible for it, each expert's logits brought to the first one's scale.
+    """For each class, the mean over the experts responsible for it, after scaling their logits like the first expert's.
 
     Expert i is responsible for the groups i, i + 1, ... of classes, head to tail. Its logits are multiplied by
     a_1 / a_i, a_i the mean over its classes of the head's row norms to the power `norm_power`. Logits of classes that
@@ -61,7 +57,7 @@ class Ace(Aggregator):
                     f"objective.groups = {learnt}, aggregator.groups = {self.groups}; needed the same; set both"
                 )
 
-    by_place: ClassVar[str] = "an expert answers for the classes of its place"
+    order_matters: ClassVar[str] = "an expert answers for the classes of its place"
 
     @classmethod
     def cases(cls, expert_names: tuple[str, ...]) -> list[Case]:
@@ -78,7 +74,7 @@ class Ace(Aggregator):
         head: Any = getattr(expert, "head", None)
         if not isinstance(head, MEASURABLE):
             raise ValueError(_unknown_head(f"an expert's head is a {type(head).__name__}"))
-        if isinstance(head, CosineHead):
+        if isinstance(head, CosineHead):  # it normalises its rows in every pass, so the stored lengths mean nothing
             return head.weight.detach().new_full((head.weight.shape[1],), head.scale)
         return at_least_float32(head.weight.detach()).norm(dim=1)
 

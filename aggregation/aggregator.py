@@ -20,9 +20,6 @@ from experts.class_groups import GroupRule
 from experts.precision import at_least_float32
 from experts.registry import Settings, register
 
-ALL_EXPERTS = "all experts"
-"""A router's second member: the ensemble's scores if every image went to every expert."""
-
 
 @dataclass(frozen=True)
 class Outputs:
@@ -75,9 +72,9 @@ class Aggregator(ABC):
 
     needs_router: ClassVar[bool] = False
     """Whether it reads a router's scores, which a stage must have trained."""
-    by_place: ClassVar[str] = ""
+    order_matters: ClassVar[str] = ""
     """Why an expert's place or name matters to the rule; empty where it does not."""
-    adds: ClassVar[str] = ""
+    agreement_adds: ClassVar[str] = ""
     """Why experts that agree are surer together than each alone; empty where they are not."""
     Config: ClassVar[Any]
 
@@ -104,7 +101,7 @@ class Aggregator(ABC):
         return {"ensemble": self(outputs)}
 
     def experts_used(self, outputs: Outputs) -> Tensor | None:
-        """Return how many experts each image was shown to, [B]; None where it is always all."""
+        """Return how many experts scored each image, [B]; None where all of them always do."""
         return None
 
 
@@ -127,7 +124,7 @@ class SumLogits(Aggregator):
     class Config(AggregatorSettings):
         name: Literal["sum_logits"] = "sum_logits"
 
-    adds: ClassVar[str] = "experts give parts of one score"
+    agreement_adds: ClassVar[str] = "experts give parts of one score"
 
     def __call__(self, outputs: Outputs) -> Tensor:
         """See `Aggregator.__call__`."""
@@ -183,14 +180,14 @@ class Weighted(Aggregator):
             if set(self.weights) != set(names):
                 raise ValueError(
                     f"method.aggregator.weights: found weights of {', '.join(self.weights)}; needed one for each of "
-                    f"{', '.join(names)} and nobody else"
+                    f"{', '.join(names)} and no other expert"
                 )
 
-    by_place: ClassVar[str] = "every expert has its own weight"
+    order_matters: ClassVar[str] = "every expert has its own weight"
 
     @classmethod
     def cases(cls, expert_names: tuple[str, ...]) -> list[Case]:
-        """See `Aggregator.cases`; few weights are powers of 2, so that sums must be right."""
+        """See `Aggregator.cases`; the weights differ, and most are no powers of 2, so that rounding shows."""
         total = sum(range(len(expert_names) + 1))
         return [Case(cls.Config(weights={name: (k + 1) / total for k, name in enumerate(expert_names)}))]
 
@@ -225,7 +222,7 @@ class Only(Aggregator):
                     f"method.aggregator.expert = {self.expert}: no such expert; needed one of {', '.join(names)}"
                 )
 
-    by_place: ClassVar[str] = "the answer is one expert's, found by its name"
+    order_matters: ClassVar[str] = "the answer is one expert's, found by its name"
 
     @classmethod
     def cases(cls, expert_names: tuple[str, ...]) -> list[Case]:

@@ -39,6 +39,7 @@ def distillation_loss(student_SBC: Tensor, teacher_BC: Tensor, *, temperature: f
     log_p_SBC = (student_SBC / temperature).log_softmax(dim=-1)
     log_q_BC = (teacher_BC.detach().to(student_SBC.dtype) / temperature).log_softmax(dim=-1)
     kl_S = (log_q_BC.exp() * (log_q_BC - log_p_SBC)).sum(dim=(-2, -1)) / images.to(student_SBC.dtype)
+    # T^2 undoes the factor 1 / T^2 that a temperature puts on gradients.
     return temperature**2 * kl_S
 
 
@@ -49,9 +50,9 @@ class DistillationSettings(Settings):
     """T, divides student's and teacher's scores, no unit; published 1.5 (RIDE)."""
     weight: float = Field(1.0, ge=0, allow_inf_nan=False)
     """Weight of the distillation term, no unit; published 1."""
-    repeat: Repeat = "num_experts"
-    """How often objective and distillation are counted. Published code loops over its experts and adds both each time,
-    so "num_experts" times: this acts as a larger learning rate. 1 counts them once."""
+    repeat: Repeat = 1
+    """How often objective and distillation are counted: once, or "num_experts" times, which acts as a larger learning
+    rate."""
     teacher: str | None = None
     """Name of the teacher where the stage has several."""
 
@@ -59,8 +60,8 @@ class DistillationSettings(Settings):
 class Distillation(ABC):
     """Adds a teacher's term to a stage's loss. Built with its config.
 
-    Like an objective it is given a piece of the batch: numerators over denominators of the global batch, so that the
-    pieces' losses and terms add up to the whole.
+    Like an objective, it works on a piece of the batch and divides by denominators of the global batch, so that losses
+    and terms of the pieces add up to those of the whole.
     """
 
     def __init__(self, config: DistillationSettings) -> None:
@@ -135,14 +136,15 @@ class Distillation(ABC):
 
 @register("distillation", "mean_logits")
 class MeanLogits(Distillation):
-    """The mean of the experts' logits follows the teacher. RIDE's way, and the plain one for a single expert.
+    """The mean of the experts' logits follows the teacher, as in RIDE; with a single expert, its own logits do.
 
     Source: published code of Wang et al. 2021, arXiv:2010.01809 (RIDELossWithDistill).
-    That code's loop over experts adds the same term of the mean E times, see `repeat`.
     """
 
     class Config(DistillationSettings):
         name: Literal["mean_logits"] = "mean_logits"
+        repeat: Repeat = "num_experts"
+        """See `DistillationSettings`; the published loop over experts adds the same objective and term each time."""
 
     def student_scores(self, logits_EBC: Tensor) -> Tensor:
         """Return the mean over experts, [1, B, C]."""
@@ -155,8 +157,6 @@ class SumLogits(Distillation):
 
     class Config(DistillationSettings):
         name: Literal["sum_logits"] = "sum_logits"
-        repeat: Repeat = 1
-        """See `DistillationSettings`; once, as nothing was published."""
 
     def student_scores(self, logits_EBC: Tensor) -> Tensor:
         """Return the sum over experts, [1, B, C]."""
@@ -169,8 +169,6 @@ class EachExpert(Distillation):
 
     class Config(DistillationSettings):
         name: Literal["each_expert"] = "each_expert"
-        repeat: Repeat = 1
-        """See `DistillationSettings`; once, as nothing was published."""
 
     def student_scores(self, logits_EBC: Tensor) -> Tensor:
         """Return the scores as they are, [E, B, C]."""

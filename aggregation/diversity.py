@@ -19,16 +19,16 @@ from torch import Tensor
 
 from aggregation.metrics import all_groups, group_means
 
-KEPT = {"prediction": np.int32, "divergence": np.float64}
+STORED = {"prediction": np.int32, "divergence": np.float64}
 _MAIN = "main"
 
 
 class Diversity:
     """Predictions of every expert, image by image, to be merged and summarised.
 
-    Kept per image: its label, the experts' main prediction, and for every expert its prediction and its divergence from
-    the mean: 12 bytes, and 12 per expert. Pieces of a split can be added separately and merged in any order: the
-    summary is the same to the last bit.
+    Stored per image: its label, the experts' main prediction, and every expert's prediction and divergence from the
+    mean: 12 bytes, and 12 per expert. Pieces of a split can be added separately and merged in any order: the summary is
+    the same to the last bit.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class Diversity:
             "divergence": divergence_from_mean(logits_EBC).cpu().numpy(),
         }
         batch = {
-            name: {key: values[key][k].astype(dtype) for key, dtype in KEPT.items()}
+            name: {key: values[key][k].astype(dtype) for key, dtype in STORED.items()}
             for k, name in enumerate(expert_logits)
         }
         main_B = main_predictions(prediction_EB, logits_EBC.mean(dim=0))
@@ -99,12 +99,15 @@ class Diversity:
         self._labels.append(labels)
         self._main.append(main)
         for name, values in batch.items():
-            kept = self._experts.setdefault(name, {key: [] for key in KEPT})
-            for key in KEPT:
+            kept = self._experts.setdefault(name, {key: [] for key in STORED})
+            for key in STORED:
                 kept[key].append(values[key])
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Return everything as arrays, for another process: `labels`, `main` and `<expert>/<prediction|divergence>`."""
+        """Return everything as arrays, to send to another process.
+
+        They are `labels`, `main`, and `<expert>/<prediction|divergence>` for every expert.
+        """
         arrays: dict[str, NDArray[Any]] = {
             "labels": np.concatenate([np.empty(0, np.int64), *self._labels]),
             _MAIN: np.concatenate([np.empty(0, np.int32), *self._main]),
@@ -173,13 +176,13 @@ class Diversity:
         pairs = {
             (a, b): means(kept[a]["prediction"] != kept[b]["prediction"]) for a, b in itertools.combinations(kept, 2)
         }
-        nothing: dict[str, float | None] = dict.fromkeys(["all", *groups])
+        no_pairs: dict[str, float | None] = dict.fromkeys(["all", *groups])
         divergence = {name: means(values["divergence"]) for name, values in kept.items()}
         return {
             "num_experts": len(kept),
             "experts": list(kept),
-            "disagreement": _mean(list(pairs.values())) if pairs else nothing,
-            "agreement": means((prediction_EN == prediction_EN[0]).all(axis=0)) if pairs else nothing,
+            "disagreement": _mean(list(pairs.values())) if pairs else no_pairs,
+            "agreement": means((prediction_EN == prediction_EN[0]).all(axis=0)) if pairs else no_pairs,
             "pairs": [{"experts": list(pair), "disagreement": by_group} for pair, by_group in pairs.items()],
             "divergence": divergence,
             "mean_divergence": _mean(list(divergence.values())),
@@ -204,6 +207,7 @@ def divergence_from_mean(logits_EBC: Tensor) -> Tensor:
     """Return KL(softmax(mean logits) || softmax(logits of k)) of every expert k and image, nats, [E, B], at least 0."""
     log_p_EBC = logits_EBC.log_softmax(dim=2)
     log_q_BC = logits_EBC.mean(dim=0).log_softmax(dim=1)
+    # Rounding can leave the divergence of equal distributions just below 0.
     return (log_q_BC.exp() * (log_q_BC - log_p_EBC)).sum(dim=2).clamp(min=0)
 
 

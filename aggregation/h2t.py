@@ -1,6 +1,6 @@
-"""H2T: heads learn from features of class-balanced images, some channels of which come from instance-drawn images.
+"""H2T: heads learn from features of class-balanced images, with some channels taken from instance-balanced images.
 
-A second stage for any host. Everything up to the features is frozen; every expert fuses with a permutation of its own.
+It is a second stage for any trained ensemble, its host. Only the heads learn; every expert draws its own channels.
 Paper: Li et al. 2024, "Feature Fusion from Head to Tail for Long-Tailed Visual Recognition", arXiv:2306.06963.
 The published code has no working recipe for several experts; fusion per expert follows the paper's description.
 
@@ -53,9 +53,9 @@ def fuse(receiver_BD: Tensor, donor_BD: Tensor, ratio: float, permutation_D: Ten
         )
     if not 0 <= ratio <= 1:
         raise ValueError(f"flow.ratio = {ratio:g}: the donor's share of the channels must lie in 0 to 1")
-    given_n = permutation_D[: int(ratio * len(permutation_D))]
+    donated_n = permutation_D[: int(ratio * len(permutation_D))]
     fused_BD = receiver_BD.clone()
-    fused_BD[:, given_n] = donor_BD[:, given_n]
+    fused_BD[:, donated_n] = donor_BD[:, donated_n]
     return fused_BD
 
 
@@ -115,7 +115,7 @@ class H2T(Flow):
         donor = batch.partner
         if donor is None:
             raise ValueError("flow 'h2t': batches have no partner; set partner_sampler.name=instance_balanced")
-        with torch.no_grad():
+        with torch.no_grad():  # frozen up to the features: no graph, and none of its memory
             receiver_h, donor_h = network.trunk(lambda trunk: (trunk(batch.images_B3HW), trunk(donor.images_B3HW)))
 
         def heads(experts: Any) -> Tensor:

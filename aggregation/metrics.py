@@ -61,7 +61,8 @@ def all_groups(counts_C: Sequence[int] | NDArray[Any], cuts: Sequence[int] | Non
 
 def class_means(values_N: NDArray[Any], labels_N: NDArray[np.int64], num_classes: int) -> NDArray[np.float64]:
     """Return the mean over the images of each class, [C], NaN without images; their order does not matter."""
-    order = np.lexsort((values_N, labels_N))  # fixes the order of the sums
+    # Float sums depend on their order: sorted, they do not depend on how the split was divided among replicas.
+    order = np.lexsort((values_N, labels_N))
     size_C = np.bincount(labels_N, minlength=num_classes)
     total_C = np.bincount(labels_N[order], values_N[order].astype(np.float64), num_classes)
     return total_C / np.where(size_C, size_C, np.nan)
@@ -108,14 +109,14 @@ def expected_calibration_error(
         ValueError: no image, lengths that differ, or a confidence outside [0, 1].
 
     Source: Guo et al. 2017, arXiv:1706.04599, section 2; bins as in the published code of MiSLAS.
-    Differs: a confidence of exactly 0 is in the first bin, theirs is in none; a softmax cannot give it.
+    Differs: a confidence of exactly 0 is in the first bin, there in none; a softmax cannot give it.
     """
     confidence, correct = np.asarray(confidence_N, np.float64), np.asarray(correct_N, bool)
     if not len(confidence) or confidence.shape != correct.shape:
         raise ValueError(f"calibration needs one confidence per result, got {confidence.shape} and {correct.shape}")
     if not (confidence.min() >= 0 and confidence.max() <= 1):
         raise ValueError(f"confidences lie in {confidence.min()} to {confidence.max()}; needed 0 to 1")
-    order = np.argsort(confidence, kind="stable")  # fixes the order of the sums below
+    order = np.argsort(confidence, kind="stable")  # so that the sums below do not depend on the order of the images
     confidence, correct = confidence[order], correct[order]
     bin_N = np.maximum(np.searchsorted(np.linspace(0, 1, bins + 1), confidence, side="left") - 1, 0)
     size = np.bincount(bin_N, minlength=bins)
@@ -127,7 +128,7 @@ def expected_calibration_error(
 class Scores:
     """Results per image of the members of an evaluation, to be merged and summarised.
 
-    Kept per image: its label and, for every member, whether it was right, how sure it was and its negative
+    Stored per image: its label and, for every member, whether it was right, how sure it was and its negative
     log-likelihood: 17 bytes per member; and any extra numbers, such as how many experts a router asked. Pieces of a
     split can be scored separately and merged in any order: the summary is the same to the last bit.
     """
@@ -208,7 +209,7 @@ class Scores:
                 kept[key].append(values[key])
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Return everything as arrays, for another process: `labels`, `<member>/<correct|confidence|nll>` and
+        """Return everything as arrays, to send to another process: `labels`, `<member>/<correct|confidence|nll>` and
         `per_image:<name>`."""
         arrays: dict[str, NDArray[Any]] = {"labels": np.concatenate([np.empty(0, np.int64), *self._labels])}
         for member, kept in self._members.items():

@@ -58,7 +58,7 @@ class Regions:
         region_GG: class of every point of the grid, rows from the bottom up.
         area_K: share of the grid that each class has.
         recall_K: share of each class's images that are given their class; NaN where there is none.
-        faithful: share of the images whose class is that of the region they lie in: how far the plane can be believed.
+        faithful: share of the images whose class is that of the region they lie in: how far the plane can be trusted.
     """
 
     places_N2: NDArray[np.float64]
@@ -88,6 +88,7 @@ def fit_plane(features_ND: NDArray[np.floating]) -> Plane:
     _, strength, axes = (part.numpy() for part in torch.linalg.svd(torch.from_numpy(features_ND - mean_D), False))
     if strength[0] <= 1e-12 * np.abs(features_ND).max():
         raise ValueError("a plane needs images with different features; these are all the same")
+    # A decomposition leaves the signs open; fixed, figures of one run can be compared.
     axes_2D = axes[:2]
     largest = np.abs(axes_2D).argmax(axis=1)
     axes_2D = axes_2D * np.sign(axes_2D[[0, 1], largest])[:, None]

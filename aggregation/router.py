@@ -1,7 +1,7 @@
 """RIDE's router: after each expert a gate decides, by its features and the mean logits so far, whether to ask the next.
 
-A last stage on a trained ensemble, of which nothing but the gates learns. A gate is a layer of its own for each expert
-but the last, and a layer that all gates share.
+The router is trained in a last stage on a trained ensemble, in which only the gates learn. Every expert but the last
+has a gate: a layer of its own, followed by a layer that all gates share.
 Paper: Wang et al. 2021, "Long-tailed Recognition by Routing Diverse Distribution-Aware Experts", arXiv:2010.01809,
 section 3 (expert assignment); form and numbers as in the published code.
 
@@ -18,12 +18,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from aggregation.aggregator import (
-    ALL_EXPERTS,
-    Aggregator,
-    AggregatorSettings,
-    Outputs,
-)
+from aggregation.aggregator import Aggregator, AggregatorSettings, Outputs
 from experts.batches import Batch
 from experts.cases import Case
 from experts.flow import Flow, FlowSettings, Network, through_shared_head
@@ -31,6 +26,9 @@ from experts.objective import MAX_EXPERTS, Objective, ObjectiveSettings, StepCon
 from experts.precision import at_least_float32
 from experts.progress import Progress
 from experts.registry import Settings, register
+
+ALL_EXPERTS = "all experts"
+"""The aggregator's second member: the ensemble's scores if every image went to every expert."""
 
 
 def gate_score(final: nn.Linear, hidden_BH: Tensor, running_BC: Tensor) -> Tensor:
@@ -75,7 +73,10 @@ class Final(nn.Module):
         return gate_score(self.linear, hidden_BH, running_BC)
 
     def zeros(self, images: int) -> Tensor:
-        """Return a score of 0 for each image, with a gradient of zero for this layer."""
+        """Return a score of 0 for each image, with a gradient of zero for this layer.
+
+        A worker without a gate needs it: gradients are summed over workers, and all of them must take part.
+        """
         weight = self.linear.weight
         return 0 * self.linear(weight.new_zeros(images, self.linear.in_features)).squeeze(1)
 
@@ -108,6 +109,7 @@ def running_correct(logits_EBC: Tensor, labels_B: Tensor) -> Tensor:
     """Return whether the mean logits of the first i experts are right, bool [E, B]; the first of equals counts."""
     own_C = torch.arange(logits_EBC.shape[-1], device=labels_B.device)
     known_B = own_C.gather(0, labels_B)  # the labels; one out of range is an error here, without waiting for a device
+    # Sums instead of means: the largest logit is the same.
     return logits_EBC.cumsum(dim=0).argmax(dim=-1) == known_B
 
 
@@ -116,6 +118,7 @@ def gate_targets(correct_EB: Tensor) -> Tensor:
 
     Source: published code of arXiv:2010.01809.
     """
+    # Sums from the back: above 0 where the mean of this many experts, or of more, is right.
     later_EB = correct_EB.flip(0).long().cumsum(dim=0).flip(0) > 0
     return ~correct_EB[:-1] & later_EB[1:]
 
@@ -182,9 +185,8 @@ class RouterFlow(Flow):
     def __call__(
         self, network: Network, batch: Batch, progress: Progress, gather: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """See `Flow.__call__`; gathers twice."""
-
-        with torch.no_grad():
+        """See `Flow.__call__`; gathers twice, because a gate needs the logits of the experts before it."""
+        with torch.no_grad():  # only the gates learn, and they start from the features
             h = network.trunk(lambda trunk: trunk(batch.images_B3HW))
 
         def scores_and_hidden(experts: Any) -> tuple[Tensor, list[tuple[int, Tensor] | None]]:
@@ -217,7 +219,7 @@ class RouterFlow(Flow):
 
 @register("aggregator", "router")
 class Router(Aggregator):
-    """Every image goes through the first expert, and on to the next as long as the gates ask; mean of the used ones.
+    """The mean over the experts used: each image goes to the first, and on to the next while the gates ask for more.
 
     An image stops at the first gate whose score is 0 or less (a probability of 1/2 or less).
 
@@ -231,7 +233,7 @@ class Router(Aggregator):
         name: Literal["router"] = "router"
 
     needs_router: ClassVar[bool] = True
-    by_place: ClassVar[str] = "experts are asked in their order"
+    order_matters: ClassVar[str] = "experts are asked in their order"
 
     def experts_used(self, outputs: Outputs) -> Tensor:
         """Return 1 to E for each image, int64 [B]."""
@@ -247,6 +249,7 @@ class Router(Aggregator):
                 "method.aggregator.name = router: scores of the gates are not finite (NaN or infinite); the router has "
                 "diverged or its weights are damaged: evaluate an earlier checkpoint"
             )
+        # The running product turns to 0 at the first gate that stops, whatever later gates would say.
         return 1 + (asks_EB > 0).long().cumprod(dim=0).sum(dim=0)
 
     def __call__(self, outputs: Outputs) -> Tensor:

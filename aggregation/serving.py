@@ -131,7 +131,9 @@ def export_model(
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    old = folder.with_name(f".{folder.name}.old")  # a folder cannot be renamed onto another one that has files
+
+    # A folder cannot be renamed onto another one that has files, so the old one steps aside first.
+    old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.rename(folder, old)
@@ -228,7 +230,7 @@ class ServedModel:
         self._device = next(ensemble.parameters()).device
 
     def predict(self, images: ArrayLike, *, batch_size: int = 256) -> NDArray[np.float32]:
-        """Class probabilities of raw images.
+        """Return the class probabilities of raw images.
 
         Args:
             images: uint8 in 0..255, [B, H, W] grey or [B, H, W, 3] colour (also [B, H, W, 1]); a single image [H, W] or
@@ -338,13 +340,13 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def preprocessing_problem(theirs: Preprocessing, ours: DatasetConfig) -> str | None:
+def preprocessing_problem(model: Preprocessing, run: DatasetConfig) -> str | None:
     """Return what makes the images of a run unfit for a model of another run; None if they fit."""
     for key in ("image_size", "mean", "std"):
-        found, needed = getattr(theirs, key), getattr(ours, key)
+        found, needed = getattr(model, key), getattr(run, key)
         if found != needed:
             return (
                 f"sees images with {key} = {found}, this run has dataset.{key} = {needed}; needed the same, since "
-                f"both see the same batch; set dataset.{key} likewise or name another run"
+                f"both see the same batch; set dataset.{key} to the same or name another run"
             )
     return None

@@ -149,20 +149,20 @@ class Learner:
         return loss.item()
 
     def end_pass(self) -> None:
-        """Note the weights of a finished pass over the images, and decide whether it was the last."""
+        """Record the weights of a finished pass over the images, and decide whether it was the last."""
         weights = self.weights_E.tolist()
         self.trajectory.append(weights)
         self.stopped = min(round(weight, 2) for weight in weights) < self.settings.stop_below
 
 
 @dataclass(frozen=True)
-class Settled:
-    """The result of learning for one test set.
+class WeightChoice:
+    """The weights to use for one test set, and why.
 
     Attributes:
         weights: those to use, on the simplex.
         learnt: those that were learnt; they differ from `weights` where they were refused.
-        loss_uniform, loss_learnt: mean `disagreement` on views that were not learnt from.
+        loss_uniform, loss_learnt: mean `disagreement` on views that took no part in learning.
         fallback: why uniform weights are used instead; None where they are not.
         warnings: reasons to doubt the weights.
     """
@@ -175,8 +175,8 @@ class Settled:
     warnings: list[str] = field(default_factory=list)
 
 
-def settle(learner: Learner, loss_uniform: float, loss_learnt: float, num_classes: int) -> Settled:
-    """Accept the learnt weights, or return uniform ones where they miss even their own aim on new views.
+def choose_weights(learner: Learner, loss_uniform: float, loss_learnt: float, num_classes: int) -> WeightChoice:
+    """Choose the learnt weights, or uniform ones where the learnt ones do worse by their own measure on new views.
 
     Args:
         learner: at its end.
@@ -186,7 +186,7 @@ def settle(learner: Learner, loss_uniform: float, loss_learnt: float, num_classe
     learnt = learner.weights_E.tolist()
     uniform = [1 / len(learnt)] * len(learnt)
     fallback = None
-    if not loss_learnt <= loss_uniform:
+    if not loss_learnt <= loss_uniform:  # also where a loss is NaN
         fallback = (
             f"uniform weights are used, because the learnt ones agree less with themselves on new views (surrogate "
             f"{loss_learnt:.6f}, with uniform weights {loss_uniform:.6f}; lower is better)"
@@ -199,7 +199,7 @@ def settle(learner: Learner, loss_uniform: float, loss_learnt: float, num_classe
         )
     if len(learnt) == 1:
         warnings.append("1 expert: there is nothing to weigh, its weight is 1")
-    return Settled(uniform if fallback else learnt, learnt, loss_uniform, loss_learnt, fallback, warnings)
+    return WeightChoice(uniform if fallback else learnt, learnt, loss_uniform, loss_learnt, fallback, warnings)
 
 
 def simplex_grid(num_experts: int, max_points: int = MAX_GRID) -> np.ndarray:
@@ -210,10 +210,12 @@ def simplex_grid(num_experts: int, max_points: int = MAX_GRID) -> np.ndarray:
     parts = 1
     while parts < 100 and math.comb(parts + num_experts, num_experts - 1) <= max_points:
         parts += 1
+    # Stars and bars: E - 1 bars among `parts` stars, and a weight is the number of stars between two bars.
     bars = itertools.combinations(range(parts + num_experts - 1), num_experts - 1)
     edges_GE = np.array([(-1, *bar, parts + num_experts - 1) for bar in bars])
     grid_GE = (np.diff(edges_GE) - 1) / parts
     uniform_E = np.full((1, num_experts), 1 / num_experts)
+    # Rounded, so that weightings at the same distance stay in the same order on every machine.
     order = np.argsort(((grid_GE - uniform_E) ** 2).sum(axis=1).round(12), kind="stable")
     return np.concatenate([uniform_E, grid_GE[order]])
 

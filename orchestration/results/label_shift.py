@@ -30,14 +30,14 @@ from aggregation.metrics import Scores
 from aggregation.weight_learning import (
     PUBLISHED,
     Learner,
-    Settled,
+    WeightChoice,
     WeightLearning,
+    choose_weights,
     class_prior,
     combine,
     correct_for_prior,
     disagreement,
     oracle_weights,
-    settle,
 )
 from experts.augmentation.views import ViewMaker, Views, default_views
 from experts.batches import share
@@ -132,7 +132,7 @@ def _measure(saved: SavedRun, request: Request) -> dict[str, Any]:
     trained_EC, trained_for = trained_priors(config, known, saved.data["counts"])
     parts, skipped = _positions(saved, request.names)
     logits_ENC, own_NC, labels_N = _logits(saved)
-    learnt: dict[str, tuple[Settled, Learner]] = {}
+    learnt: dict[str, tuple[WeightChoice, Learner]] = {}
     if request.rule == "test-time":
         learnt = _learn(saved, learning, views, parts)
 
@@ -234,7 +234,7 @@ def _logits(saved: SavedRun) -> tuple[Tensor, Tensor, Tensor]:
 
 def _learn(
     saved: SavedRun, learning: WeightLearning, views: Views, parts: Mapping[Distribution, np.ndarray]
-) -> dict[str, tuple[Settled, Learner]]:
+) -> dict[str, tuple[WeightChoice, Learner]]:
     """Learn weights for every distribution, side by side: the views of an image serve all that contain it.
 
     A pass draws two new views of every image and takes one step per batch for each distribution. Once all have ended,
@@ -271,7 +271,7 @@ def _learn(
             seen_2EBC = seen_2ENC(batch)
             uniform += disagreement(uniform_E, seen_2EBC, learning.entropy).sum().item()
             learnt += disagreement(learner.weights_E, seen_2EBC, learning.entropy).sum().item()
-        guarded = settle(learner, uniform / len(rows), learnt / len(rows), description.num_classes)
+        guarded = choose_weights(learner, uniform / len(rows), learnt / len(rows), description.num_classes)
         settled[distribution.name] = guarded, learner
     return settled
 

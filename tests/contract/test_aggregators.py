@@ -89,7 +89,7 @@ def test_experts_of_one_mind_are_believed(name):
     rule = aggregator(name, 4)
     given = outputs(rule, 4)
     copies = with_logits(given, given.logits_EBC[:1].expand(4, -1, -1))
-    expected = copies.logits_EBC[0] * (4 if rule.adds else 1)
+    expected = copies.logits_EBC[0] * (4 if rule.agreement_adds else 1)
     torch.testing.assert_close(rule(copies).softmax(dim=1), expected.softmax(dim=1))
 
 
@@ -99,7 +99,7 @@ def test_order_of_experts_does_not_matter_but_where_it_must(name):
     given = outputs(rule)
     turned = rule(Outputs(given.logits_EBC.flip(0), given.numbers_EK.flip(0), given.gates_EB))
     same = torch.allclose(turned, rule(given), atol=1e-12, rtol=1e-12)
-    assert same == (not rule.by_place)
+    assert same == (not rule.order_matters)
 
 
 @every_aggregator

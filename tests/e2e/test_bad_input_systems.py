@@ -99,7 +99,7 @@ class TestBeforeRay:
             ),
             (
                 ["method=ride", "method.aggregator={name: weighted, weights: {expert0: 0.5, expert1: 0.5}}"],
-                ["aggregator.weights", "expert0, expert1, expert2 and nobody else"],
+                ["aggregator.weights", "expert0, expert1, expert2 and no other expert"],
             ),
             (["method=lfme", "method.stages.student.aggregator.expert=expert_few"], ["no such expert", "student"]),
             (["method=lfme", "dataset.val_per_class=0"], ["dataset.val_per_class = 0", "never takes the test set"]),

@@ -7,8 +7,8 @@ import torch
 from pydantic import ValidationError
 
 from aggregation.ace import Ace
-from aggregation.aggregator import ALL_EXPERTS, MeanLogits, MeanProbabilities, Only, Outputs, SumLogits, Weighted
-from aggregation.router import Router
+from aggregation.aggregator import MeanLogits, MeanProbabilities, Only, Outputs, SumLogits, Weighted
+from aggregation.router import ALL_EXPERTS, Router
 from experts.class_groups import GroupRule
 from experts.ensemble import Expert
 from experts.heads.cosine import CosineHead
@@ -90,7 +90,7 @@ def test_a_rounding_in_the_weights_is_accepted():
 @pytest.mark.parametrize("weights", [{"stem": 1.0}, {"stem": 0.5, "mid": 0.25, "tail": 0.25, "extra": 0.0}])
 def test_weights_are_of_exactly_the_experts(weights):
     with pytest.raises(
-        ValueError, match=r"method\.aggregator\.weights.*one for each of stem, mid, tail and nobody else"
+        ValueError, match=r"method\.aggregator\.weights.*one for each of stem, mid, tail and no other expert"
     ):
         rule(Weighted, weights=weights)
 

@@ -11,12 +11,12 @@ import torch
 from aggregation.weight_learning import (
     Learner,
     WeightLearning,
+    choose_weights,
     class_prior,
     combine,
     correct_counts,
     correct_for_prior,
     oracle_weights,
-    settle,
     simplex_grid,
 )
 
@@ -78,33 +78,33 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change():
 
 def test_learnt_weights_are_kept_when_new_views_agree_more():
     learner = learn(one_stable_expert(), WeightLearning(lr=0.3))
-    settled = settle(learner, -0.5, -0.6, num_classes=30)
-    assert settled.weights == settled.learnt == learner.weights_E.tolist()
-    assert settled.fallback is None
-    assert settled.warnings == []
+    choice = choose_weights(learner, -0.5, -0.6, num_classes=30)
+    assert choice.weights == choice.learnt == learner.weights_E.tolist()
+    assert choice.fallback is None
+    assert choice.warnings == []
 
 
 @pytest.mark.parametrize("learnt", [-0.499999, float("nan")])
 def test_a_worse_surrogate_on_new_views_gives_uniform_weights_and_says_so(learnt):
     learner = learn(one_stable_expert(), WeightLearning(lr=0.3))
-    settled = settle(learner, -0.5, learnt, num_classes=30)
-    assert settled.weights == [1 / 3] * 3
-    assert settled.learnt == learner.weights_E.tolist() != settled.weights
-    assert "uniform weights are used" in settled.fallback
-    assert f"surrogate {learnt:.6f}, with uniform weights -0.500000" in settled.fallback
+    choice = choose_weights(learner, -0.5, learnt, num_classes=30)
+    assert choice.weights == [1 / 3] * 3
+    assert choice.learnt == learner.weights_E.tolist() != choice.weights
+    assert "uniform weights are used" in choice.fallback
+    assert f"surrogate {learnt:.6f}, with uniform weights -0.500000" in choice.fallback
 
 
 @pytest.mark.parametrize(("classes", "warned"), [(19, True), (20, False)])
 def test_few_classes_are_warned_of(classes, warned):
-    settled = settle(Learner(3, WeightLearning()), 0, 0, num_classes=classes)
-    assert bool(settled.warnings) == warned
-    assert not warned or "19 classes" in settled.warnings[0]
+    choice = choose_weights(Learner(3, WeightLearning()), 0, 0, num_classes=classes)
+    assert bool(choice.warnings) == warned
+    assert not warned or "19 classes" in choice.warnings[0]
 
 
 def test_one_expert_has_weight_one():
     learner = learn(one_stable_expert()[:, :1], WeightLearning())
     assert learner.weights_E.tolist() == [1.0]
-    assert "1 expert" in settle(learner, 0, 0, num_classes=30).warnings[0]
+    assert "1 expert" in choose_weights(learner, 0, 0, num_classes=30).warnings[0]
     assert oracle_weights(torch.randn(1, 9, 4), torch.arange(9) % 4) == [1.0]
 
 
