@@ -23,11 +23,12 @@ class WorkerLost(RuntimeError):
 def refusal(error: RayTaskError) -> Exception | None:
     """Return the error that a worker raised for an operator to act on; None if it raised another."""
     cause = error.cause
+    # Ray carries the worker's exception along as the cause.
     if isinstance(cause, ValueError | FloatingPointError | OSError):
         return cause
     if isinstance(cause, MemoryError) or "can't allocate memory" in str(error):
         return WorkerLost(f"a worker is out of memory: {_last_line(str(cause))}", "memory")
-    if type(cause).__name__ == "OutOfMemoryError":
+    if type(cause).__name__ == "OutOfMemoryError":  # torch's, by name: workers import this file before torch
         return ValueError(
             f"a worker's GPU is out of memory ({_last_line(str(cause))}); use more workers "
             f"(cluster.workers, cluster.experts_per_worker), or engine.precision=autocast"

@@ -81,8 +81,9 @@ class Fleet:
 
     def _new_group(self) -> PlacementGroup:
         workers, wait_s = self.shape.workers, self.config.cluster.placement_timeout_s
+        # Ray reserves all places or none, so two runs cannot wait for ever with half of the nodes each.
         group = placement_group([self._bundle] * workers, strategy="PACK")
-        if not group.wait(wait_s):
+        if not group.wait(wait_s):  # without a limit Ray would wait for ever
             free, all_ = ray.available_resources(), ray.cluster_resources()
             remove_placement_group(group)
             raise NoRoom(
@@ -115,6 +116,7 @@ class Fleet:
         """Create processes in the places of some ranks; spare ones take no share of the CPUs there while they wait."""
         assert self._group is not None
         share = {} if spare else self._bundle
+        # No restarts by Ray: it would not know the checkpoint. The supervisor replaces what dies.
         return [
             Worker.options(  # type: ignore[attr-defined]
                 num_cpus=share.get("CPU", 0),
@@ -146,9 +148,11 @@ class Fleet:
             self.start()
             return 0
         lost = sorted(set(range(self.shape.workers)) - self._survivors())
-        for rank in lost:
+        for rank in lost:  # one that did not answer in time may still live, and hold its place
             with contextlib.suppress(RayError, ValueError):
                 ray.kill(self.workers[rank])
+
+        # Fewer spares than losses is the usual case: new processes take the rest.
         warm = dict(zip(lost, self._warm_spares([self.hosts[rank]["node_id"] for rank in lost]), strict=False))
         cold = [rank for rank in lost if rank not in warm]
         for rank, worker in (warm | dict(zip(cold, self._create(cold), strict=True))).items():
@@ -172,7 +176,7 @@ class Fleet:
         ready = []
         for spare in list(self._spares):
             done, _ = ray.wait([spare[1]], timeout=0)
-            if done:
+            if done:  # one that is still loading would not be faster than a new process
                 self._spares.remove(spare)
                 with contextlib.suppress(RayError):  # a spare that has died since it was warm is of no use
                     ray.get(spare[0].heartbeat.remote(), timeout=1.0)
@@ -182,7 +186,7 @@ class Fleet:
         for node in nodes[: len(ready)]:
             ready.sort(key=lambda found, node=node: found[0] != node)  # type: ignore[misc]
             chosen.append(ready.pop(0)[1])
-        for _, unused in ready:
+        for _, unused in ready:  # `load_libraries` is quick the second time, and promises the node again
             self._spares.append((unused, unused.load_libraries.remote(self.config.engine.name)))
         return chosen
 
@@ -225,6 +229,7 @@ class Fleet:
         left_out = self._left_out_paths()
         self.call("open_data", dataset, left_out)
 
+        # A new world for each build, on a port that rank 0 finds free: an old port may still be taken.
         timeout_s = self.config.cluster.heartbeat_timeout_s + _STACKS_FIRST_S
         address, port = self._one(self.workers[0].open_world.remote(shape.workers, timeout_s))
         return self._together(
@@ -258,6 +263,7 @@ class Fleet:
         pending = list(refs)
         watch = Watch(self.workers[: len(refs)], self.config.cluster.heartbeat_timeout_s)
         while pending:
+            # One answer at a time: after a death the others may never come.
             done, pending = ray.wait(pending, num_returns=1, timeout=2.0)
             for ref in done:
                 try:
@@ -275,6 +281,8 @@ class Fleet:
         refused = refusal(error)
         if refused is not None:
             return refused
+
+        # Not a refusal: an exchange broke. Its partners' answers, which come within seconds, tell who died.
         later, _ = ray.wait(pending, num_returns=len(pending), timeout=_DEATH_S) if pending else ([], [])
         for ref in later:
             try:
@@ -316,6 +324,7 @@ class Fleet:
         nodes = self.node_ids
         if len(set(nodes)) == 1:
             return None
+        # Workers of one node share its network: one listener per node is enough.
         opened = dict(zip(nodes, self.call("listen"), strict=True))
         listeners = {node: listener for node, listener in opened.items() if listener is not None}
         pair = disconnected_pair(nodes, self.call("unreachable_from_here", listeners))

@@ -29,7 +29,7 @@ class Watch:
     def __init__(self, workers: list[Any], limit_s: float) -> None:
         self._workers, self._limit_s = workers, limit_s
         self._answered = dict.fromkeys(range(len(workers)), time.monotonic())
-        self._asked: dict[Any, int] = {}  # a busy node may answer at a later look
+        self._asked: dict[Any, int] = {}  # ranks by question; a busy node may answer at a later look
 
     def look(self, ranks: Iterable[int]) -> None:
         """Ask the workers that are at work.
@@ -41,6 +41,8 @@ class Watch:
             WorkerLost: one has not finished anything, or not answered, for the limit.
         """
         at_work = set(ranks)
+
+        # One open question per worker: a node that is out of reach would gather hundreds.
         for rank in at_work.difference(self._asked.values()):
             self._asked[self._workers[rank].heartbeat.remote()] = rank
         refs = list(self._asked)
@@ -54,6 +56,8 @@ class Watch:
                     raise WorkerLost(
                         f"worker {rank} has finished nothing for {idle_s:.0f} s, after step {step}", "hang"
                     )
+
+        # The longest silence first: that worker is the cause, others may wait for it.
         for rank, at in sorted(self._answered.items(), key=lambda item: item[1]):
             if rank in at_work and time.monotonic() - at > self._limit_s:
                 raise WorkerLost(f"worker {rank} has not answered for {self._limit_s:g} s", "hang")
@@ -79,6 +83,7 @@ def write_stacks(workers: Sequence[Any], hosts: Sequence[Mapping[str, Any]], fol
     Returns:
         A message with the files' names and the workers that did not answer.
     """
+    # All are asked at once, and none is waited for longer than the rest: the worker at fault may never answer.
     refs = [worker.stacks.remote() for worker in workers]
     done, _ = ray.wait(refs, num_returns=len(refs), timeout=_ANSWER_S)
     stamp = time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime())

@@ -11,7 +11,7 @@ import ray
 from orchestration.cluster.ray_internals import no_fixed_ports, own_process_groups
 
 _OBJECT_STORE_BYTES = 256 * 2**20  # for numbers and scores; files of checkpoints at a URL may spill to disk
-_ATTEMPTS = 3
+_ATTEMPTS = 3  # on a busy machine Ray's processes may miss each other's time limits
 
 
 def start_local_ray() -> None:
@@ -20,6 +20,7 @@ def start_local_ray() -> None:
     Raises:
         ValueError: they did not come up in several attempts. Ray gives its processes half a minute to find each other.
     """
+    # Ray's default by now; earlier versions warn if it is unset.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     begun = time.monotonic()
     for attempt in range(1, _ATTEMPTS + 1):

@@ -51,6 +51,7 @@ def bundle_of(cluster: ClusterConfig, cpus: float) -> dict[str, float]:
 
 def places(node: Resources, bundle: Resources) -> int:
     """Count the workers that a node has room for."""
+    # 1e-6, because 0.3 / 0.1 is less than 3 in floating point.
     return min(math.floor(node.get(kind, 0.0) / share + 1e-6) for kind, share in bundle.items())
 
 

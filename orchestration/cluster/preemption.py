@@ -41,7 +41,7 @@ class LeavingNodes:
 
     def among(self, node_ids: Iterable[str]) -> list[str]:
         """Return those of some nodes that will be gone."""
-        with self._asking:
+        with self._asking:  # stages side by side ask after every interval, and Ray's head serves the whole cluster
             if time.monotonic() - self._asked_at >= _PERIOD_S:
                 self._leaving = frozenset(draining_nodes())
                 self._asked_at = time.monotonic()

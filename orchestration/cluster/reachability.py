@@ -29,6 +29,7 @@ def listen(node_address: str, *, gpu: bool) -> socket.socket | None:
         A socket that nobody needs to accept from, since the kernel answers. None where the address is not this
         machine's, as behind a translation of addresses.
     """
+    # The network that exchanges use may be another than Ray's: that one is to be tried.
     chosen = os.environ.get("NCCL_SOCKET_IFNAME" if gpu else "GLOO_SOCKET_IFNAME", "")
     addresses = [a.address for a in psutil.net_if_addrs().get(chosen, []) if a.family == socket.AF_INET]
     address = addresses[0] if addresses else node_address

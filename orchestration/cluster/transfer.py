@@ -57,7 +57,7 @@ def received(folder: str | Sent, wanted: Callable[[str], bool] = lambda name: Tr
     with contextlib.ExitStack() as held:
         with _disk_errors_explained():
             path = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="expertail-")), folder.name)
-            path.mkdir()
+            path.mkdir()  # with the name of the original, which messages show
             for name, content in folder.files.items():
                 if wanted(name):
                     (path / name).write_bytes(ray.get(content))
@@ -80,6 +80,7 @@ def receive_saved(
     expected = {entry.name: entry for entry in entries}
     for _, _, files in answers:
         for name, content in files.items():
+            # The hash is the worker's own, so the manifest vouches for what it saved and not for what arrived.
             if write_file(folder, name, content) != expected[name]:
                 raise DamagedCheckpoint(f"{folder / name}: changed on its way from its worker; give the command again")
     return entries

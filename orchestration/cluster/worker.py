@@ -57,6 +57,7 @@ def keep_freed_memory() -> None:
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
+# A second thread for what must answer while the first one trains, or hangs: heartbeats and stacks.
 @ray.remote(concurrency_groups={"watch": 1})  # type: ignore[call-overload]
 class Worker:
     """Holds some experts of an ensemble and trains them in step with the other workers."""
@@ -67,12 +68,12 @@ class Worker:
         self.trainer: Any = None
         self._rendezvous: Any = None
         self._listener: socket.socket | None = None
-        self._dataset: tuple[Any, Any] | None = None
+        self._dataset: tuple[Any, Any] | None = None  # what was asked for, and the dataset opened for it
         self._beat = time.monotonic()
 
     def load_libraries(self, engine: str) -> dict[str, Any]:
         """Import what training needs, which takes seconds. Return the process and node of this worker."""
-        keep_freed_memory()
+        keep_freed_memory()  # before torch allocates anything
         import torch
 
         self._note_progress()
@@ -199,6 +200,8 @@ class Worker:
         dataset = self._open(config.dataset, left_out)
         self._note_progress()
         marks.append(time.perf_counter())
+
+        # Gloo reads the network's name when the world is joined.
         shape = seat.shape
         use_network_of(ray.util.get_node_ip_address())
         if seat.rank:
@@ -207,6 +210,8 @@ class Worker:
             )
         self._rendezvous.join(seat.rank, shape.workers, gpu=self.gpu, timeout_s=seat.timeout_s)
         mesh = Mesh(shape, seat.rank, "cuda" if self.gpu else "cpu", seat.timeout_s)
+
+        # Teachers are loaded while the trainer is built; their files are not needed after that.
         with contextlib.ExitStack() as held:
             folders = {name: held.enter_context(received(folder)) for name, folder in teachers.items()}
             self.trainer = StageTrainer(config, stage, dataset, mesh, folders)
@@ -247,6 +252,7 @@ class Worker:
         return scores
 
     def _check_memory(self) -> None:
+        """Refuse to hold more memory than the config allows. Ray only places by the number, and limits nothing."""
         limit, held = self.trainer.setup.config.cluster.memory_gib_per_worker, self.peak_memory_gib()
         if limit is not None and held > limit:
             raise MemoryError(
@@ -310,7 +316,7 @@ class Worker:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
-        leave_world()
+        leave_world()  # after the engine, which holds groups of it
 
     def peak_memory_gib(self) -> float:
         """Return the most memory this worker's process has held, GiB."""

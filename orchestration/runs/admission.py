@@ -38,7 +38,7 @@ class Admission:
         Raises:
             ValueError: run.dir is relative, and there are several nodes.
         """
-        check_run_dir(self.config, len(nodes))
+        check_run_dir(self.config, len(nodes))  # again, now that the number of nodes is known
         cluster, engine = self.config.cluster, self.config.engine
         engine = engine.model_copy(update={"threads": engine.threads or threads})
         cpus, resolved = resolve_resources(cluster, engine, self.shape.workers * self.config.side_by_side)

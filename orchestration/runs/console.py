@@ -126,6 +126,7 @@ class Console:
 
         if self._live is None:
             console = RichConsole(file=self._stream)
+            # Drawn by us and not from a thread of Rich: an error must stay within the `suppress` of our callers.
             self._live = Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
             self._live.start()
             self._drawn_at = -math.inf
@@ -146,10 +147,8 @@ class Console:
         head.append(f"epoch {epoch}/{epochs}", style="bold")
         head.append(f"  step {step:,}/{total:,}  eta ")
         head.append(self._pace.eta(total), style="bold")
-        parts: list[Any] = [
-            head,
-            Padding(ProgressBar(total=max(total, 1), completed=step), 0),
-        ]  # it ends no line
+        bar = Padding(ProgressBar(total=max(total, 1), completed=step), 0)  # padded, as a bar alone ends no line
+        parts: list[Any] = [head, bar]
         first = [_value(name, self._values[name]) for name in _FIRST if name in self._values]
         parts.append(Text("  ".join(first), style="cyan", no_wrap=True, overflow="ellipsis"))
         if terms := self._terms():

@@ -80,7 +80,7 @@ class Driver:
 
     def carry_out(self) -> Outcome:
         """Train every stage from its newest checkpoint, or its beginning, to its end. Return how the last one ended."""
-        self.run.checkpoints.clean()
+        self.run.checkpoints.clean()  # what a killed start left; no worker of this one writes yet
         limit, before = self.run.config.run.max_steps, 0
         with self.run.journal:
             for wave in self.run.config.method.waves():
@@ -100,7 +100,7 @@ class Driver:
             stages: that do not wait for each other.
             before: optimiser steps of earlier waves.
         """
-        # The last of a run is begun again even if it is trained: its evaluations may not have been written.
+        # The last stage of a run is begun again even if it is trained: its evaluations may not have been written.
         last = self.run.checkpoints.stages[-1]
         done = {stage: None if stage == last else self._finished(stage) for stage in stages}
         left = [stage for stage in stages if done[stage] is None]
@@ -111,7 +111,7 @@ class Driver:
             elif left:
                 done |= self._train_side_by_side(left, fleets, before)
         finally:
-            for fleet in fleets[1:]:
+            for fleet in fleets[1:]:  # the first is the run's own, for the next wave
                 self.run.cost.change(-len(fleet.workers))
                 self.run.forget(fleet)
                 fleet.close()
@@ -122,6 +122,8 @@ class Driver:
         newest = self.run.checkpoints.newest_finished(stage, self.run.console.message)
         if newest is None:
             return None
+
+        # That start may have been killed between the checkpoint and the copy of its weights as the best.
         best = newest.state["best"]
         if (
             best
@@ -162,17 +164,18 @@ class Driver:
                     supervisor = Supervisor(self.run, fleet, self.run.console.labelled(stage), stage, before)
                     try:
                         outcomes[stage] = supervisor.carry_out()
-                    except BaseException:
+                    except BaseException:  # stages beside this one look at `given_up` after every interval
                         self.run.signals.given_up.set()
                         raise
 
         with ThreadPoolExecutor(len(fleets), thread_name_prefix="stage") as threads:
             working = [threads.submit(work, fleet) for fleet in fleets]
+            # All are waited for, failed or not: each of them writes a checkpoint before it ends.
             try:
                 errors = [future.exception() for future in working]
             except BaseException:  # a second Ctrl-C: nobody waits for checkpoints any more
                 self.run.signals.given_up.set()
-                for fleet in fleets:
+                for fleet in fleets:  # else leaving the pool would wait for calls that go on
                     fleet.kill()
                 raise
 

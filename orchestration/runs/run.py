@@ -78,6 +78,7 @@ class Run:
     def model(self, source: ModelSource) -> Path:
         """Return the exported model of a source. A stage of this run is exported once, for all that ask."""
         asked = source.stage, source.run, source.weights
+        # Under the lock: stages side by side may share a teacher, and two would write one folder.
         with self._changing:
             if asked not in self._models:
                 self._models[asked] = model_folder(self.config, self.folder, self.checkpoints, source)
@@ -166,6 +167,7 @@ class Run:
         """
         limit = self.config.cluster.max_preemptions
         with self._changing:
+            # A node under several stages is noticed by each of them, and taken away once.
             if not nodes or not nodes <= self._preempted_nodes:
                 self.preemptions += 1
                 self._preempted_nodes |= nodes
@@ -216,6 +218,7 @@ class Cost:
             self._workers += workers
 
     def _count(self) -> None:
+        """Add the hours since the last change at the number of workers until now."""
         now = time.monotonic()
         self._hours += (now - self._since) / 3600 * self._workers
         self._since = now

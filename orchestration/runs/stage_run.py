@@ -1,7 +1,7 @@
 """Train one stage of a run on a started fleet: intervals of steps, evaluations, checkpoints, lines of the journal.
 
-The driver decides when; workers decide how. Everything written here can be written again after a crash: a resumed
-stage drops journal lines after its checkpoint and takes the same steps.
+The driver decides when, workers decide how. Everything written here can be written again after a crash: a resumed
+stage drops the journal lines after its checkpoint and takes the same steps.
 
     prepare      build the stage on the workers, load its newest checkpoint or its first weights
     carry_out    until the target:
@@ -79,6 +79,8 @@ class StageRun:
             WorkerLost: as `Fleet.call`.
         """
         run, settings = self.run, self.config.method.stages[self.stage]
+
+        # Chosen before the workers build, which takes long: a run without a whole checkpoint ends here.
         newest = self.checkpoints.newest_verified(self.stage, self.console.message)
         self.journal.rewind({self.stage: newest.state["step"] if newest else 0}, self.checkpoints.stages)
 
@@ -88,6 +90,7 @@ class StageRun:
         if self._pause is not None:
             self._pause.mark("built")
 
+        # The data is checked before anything of this start is written or uploaded.
         first, left_out = self.built[0], self.fleet.left_out
         check_same_files(self.config.dataset, [worker["digest"] for worker in self.built], self.fleet.hosts)
         if left_out:
@@ -147,7 +150,8 @@ class StageRun:
         self.step, self.best, self.last = state["step"], state["best"], state["last"]
         self.checkpoint = checkpoint.folder
         if self.best and self.best["step"] == self.step:
-            self.checkpoints.copy_weights(checkpoint.folder, self.best["checkpoint"])  # may have been cut off
+            # Written after the checkpoint that names it, so the start before may have been killed in between.
+            self.checkpoints.copy_weights(checkpoint.folder, self.best["checkpoint"])
         elif self.best:
             try:
                 verify(self.checkpoints.folder / self.best["checkpoint"])
@@ -197,10 +201,12 @@ class StageRun:
         first, begun = self.step, time.monotonic()
         interval: Interval = self.fleet.call("train", until)[0]
         self.step = until
-        if self._pause is not None:
+
+        if self._pause is not None:  # the stage stood still until these steps
             self._pause.mark("first step")
             self.run.record_recovery(self.stage, self._pause.spans(), max(0, self._pause.step - first))
             self._pause.over, self._pause = True, None
+
         self._pace = (until - first) / (time.monotonic() - begun)
         self._note(first, interval)
 
@@ -208,6 +214,8 @@ class StageRun:
         evaluated = rest == 0 and (epoch % self.config.run.evaluate_every_epochs == 0 or epoch == self.epochs)
         if evaluated:
             self._evaluate(count=True)
+
+        # Read once, before the save: a signal that comes during it waits for the end of the next interval.
         stop, given_up = self.run.signals.received, self.run.signals.given_up.is_set()
         leaving = self._leaving_nodes() if self.step < target else []
         every = self.config.run.checkpoint_every_steps
@@ -222,7 +230,7 @@ class StageRun:
                 f"stopped after step {self.step} of {self.total_steps} of stage {self.stage}; the same command "
                 f"continues from there",
             )
-        if self.run.leaving_nodes.own_node in leaving:
+        if self.run.leaving_nodes.own_node in leaving:  # the command cannot move itself
             raise Preempted(
                 f"the node of this command is being taken away; stopped after step {self.step} of {self.total_steps} "
                 f"of stage {self.stage}, with a checkpoint; the same command continues from there"
@@ -239,6 +247,7 @@ class StageRun:
     def _next_stop(self, target: int) -> int:
         """Return the step of the next evaluation or checkpoint, or an earlier one about an interval away."""
         every = self.config.run.checkpoint_every_steps
+        # Never beyond the end of an epoch, even if it is not evaluated: workers train within one epoch.
         due = min(
             target,
             (self.step // self.steps_per_epoch + 1) * self.steps_per_epoch,
@@ -256,8 +265,11 @@ class StageRun:
         if "first_step" not in self.run.marks:
             self.run.marks["first_step"] = time.time()
             self.folder.update_run(startup_s=_differences(self.run.marks))
+
         for step, loss in enumerate(interval.losses, first + 1):
             self.journal.append(self.stage, (step - 1) // self.steps_per_epoch + 1, step, {"train/loss": loss})
+
+        # Of training alone: evaluations and checkpoints do not count in images per second.
         self._epoch_images += interval.images
         self._epoch_seconds += interval.seconds
         epoch = (self.step - 1) // self.steps_per_epoch + 1
@@ -269,6 +281,7 @@ class StageRun:
                 self.stage, epoch, self.step, {**means, "train/lr": interval.lr, "train/images_per_s": pace}
             )
             self._epoch_images, self._epoch_seconds = 0, 0.0
+
         shown = {"loss": interval.losses[-1], "lr": interval.lr, "images/s": speed, **interval.terms}
         self.console.step(epoch, self.epochs, self.step, self.target, shown)
 
@@ -280,7 +293,9 @@ class StageRun:
                 come at the same steps in every run, however often it was interrupted.
         """
         epoch = max((self.step - 1) // self.steps_per_epoch + 1, 1)
+        # Groups by index are cut for all classes of the data: a stage that knows only some has none.
         cuts = self.config.dataset.index_groups if len(self.counts) == self.num_data_classes else None
+
         results = {}
         for split in self.splits:
             scores, diversity = Scores(), Diversity()
@@ -291,8 +306,10 @@ class StageRun:
             results[split] = scores.result(self.counts, cuts) | {"diversity": diversity.result(self.counts, cuts)}
             self.journal.append(self.stage, epoch, self.step, _metrics(split, results[split]))
         self.journal.flush()
+
         if count and "val" in results and self.built[0]["observes"]:
             self.fleet.call("observe", results["val"]["members"]["ensemble"]["per_class"])
+
         evaluation = {
             "split": "test",
             "selected_on": self.select_on,
@@ -311,7 +328,7 @@ class StageRun:
 
     def _save(self) -> None:
         """Write a checkpoint. When the evaluation of this step is the best, keep its weights apart as well."""
-        self.journal.flush(sync=True)
+        self.journal.flush(sync=True)  # first: a checkpoint must not be on disk without the lines before it
         writing = self.checkpoints.begin()
         answers = self.fleet.call("save", str(writing) if self.folder.shared else None)
         entries = receive_saved(answers, writing)
@@ -322,6 +339,8 @@ class StageRun:
             "best": self.best,
             "last": self.last,
         }
+
+        # In this order: best weights are copied from a complete checkpoint, and pruned once no checkpoint names them.
         folder = self.checkpoints.complete(writing, self.checkpoints.name(self.stage, self.step), entries, state)
         if self.best and self.best["step"] == self.step:
             self.checkpoints.copy_weights(folder, self.best["checkpoint"])

@@ -39,7 +39,7 @@ class StopSignals:
     @contextmanager
     def watch(self) -> Iterator[StopSignals]:
         """Note signals until the context ends."""
-        old = {}
+        old = {}  # restored at the end: Ray and the caller have handlers of their own
         for number in (signal.SIGINT, signal.SIGTERM):
             with suppress(ValueError):  # not in the main thread: a test, or a notebook
                 old[number] = signal.signal(number, self._note)
@@ -50,7 +50,7 @@ class StopSignals:
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.received is not None:
+        if self.received is not None:  # the second signal: end at once, without another checkpoint
             raise KeyboardInterrupt
         self.received = number
         print(f"expertail: {signal.Signals(number).name}: stopping once a checkpoint is written", file=sys.stderr)
@@ -63,7 +63,7 @@ class Outcome:
     Attributes:
         stage: its name.
         finished: whether it is trained to its end; False when run.max_steps ended it.
-        total_steps: that the stage has in all.
+        total_steps: of the whole stage.
         checkpoint: its newest.
     """
 

@@ -77,6 +77,7 @@ class Supervisor:
         """
         state = State.STARTING
         while True:
+            # A loss can fall into every state: a worker may die while it is started, and a node while it is waited for.
             try:
                 match state:
                     case State.STARTING:
@@ -103,13 +104,13 @@ class Supervisor:
         run, fleet = self._run, self._fleet
         run.check_wanted(self._stage)
         if not fleet.workers:
-            run.cost.change(fleet.shape.workers)
+            run.cost.change(fleet.shape.workers)  # before the start, which takes seconds that are paid for
             fleet.start()
             self._check_run_folder()
         elif self._pause is not None:
             fleet.replace_lost()
             self._check_run_folder()
-        if self._pause is not None:
+        if self._pause is not None:  # at the first start a broken network is found by the first exchange
             self._wait_for_network()
         run.announce_start(fleet, self._stage)
         if self._pause is not None:
@@ -120,7 +121,7 @@ class Supervisor:
             self._run, self._stage, self._fleet, self._console, before=self._before, pause=self._pause
         )
         self._stage_run.prepare()
-        self._fleet.keep_spares()
+        self._fleet.keep_spares()  # after `prepare`, which finds out which images they leave out
         return self._stage_run.carry_out()
 
     def _wait_for_nodes(self) -> None:
@@ -131,7 +132,7 @@ class Supervisor:
         """Leave nodes that are taken away.
 
         Raises:
-            Preempted: no other has room, and none has come.
+            Preempted: no other node has room, and none has come.
         """
         self._end_workers()
         try:
@@ -161,6 +162,7 @@ class Supervisor:
         if loss.why == "preemption":
             return self._record_preemption(loss)
 
+        # A new checkpoint since the last failure means that the stage makes progress: count from one again.
         newest = run.checkpoints.newest(self._stage, self._console.message)
         step = newest.state["step"] if newest else 0
         if step > self._newest_step:
@@ -204,6 +206,7 @@ class Supervisor:
             WorkerLost: as `Fleet.call`.
         """
         if (pair := self._fleet.disconnected_nodes()) is not None:
+            # Ray's head reaches both, so Ray replaces neither; their exchanges would hang.
             raise Disconnected(f"nodes {pair[0]} and {pair[1]} do not reach each other, though Ray reaches both")
 
     def _wait_for_network(self) -> None:

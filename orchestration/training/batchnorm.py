@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 
 def momenta_of(norm: nn.BatchNorm2d) -> tuple[float, float, float]:
-    """Return the momenta of mean, variance and batch counter, in the order of the buffers; 0 for the counter."""
+    """Return the momenta of mean, variance and batch counter, in the order of the buffers; 0 for the counter.
+
+    A momentum of None means a running average over all batches in torch. No network here uses it: 0.1 is its default.
+    """
     momentum = 0.1 if norm.momentum is None else norm.momentum
     return momentum, momentum, 0.0
 
@@ -22,15 +25,16 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
     worker, backward 2 D. Shares are combined in rank order, so every worker computes the same bits.
     """
 
-    group: Any = None
+    group: Any = None  # set by `Mesh.synchronise_batchnorm`, which changes the class of modules that exist
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
-            return super().forward(x)
+            return super().forward(x)  # running statistics are the same on all workers: nothing to exchange
         y, mean_D, var_D, count = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.eps, self.group)
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)  # type: ignore[operator, union-attr]
+                # As in torch: a batch is normalised with the biased variance, the running one is unbiased.
                 unbiased = count / (count - 1).clamp(min=1)
                 factor = self.momentum if self.momentum is not None else 0.1
                 self.running_mean.lerp_(mean_D.to(self.running_mean.dtype), factor)
@@ -39,26 +43,33 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
 
 
 class _GlobalBatchNorm(torch.autograd.Function):
+    """Normalise with the statistics of the global batch. Every worker of the group must call both directions."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, group: Any) -> tuple[Tensor, ...]:
         values = x if x.dtype == torch.float64 else x.float()
         num_channels = x.shape[1]
         local_count = x.numel() // num_channels
-        if local_count:
+        if local_count:  # a worker without images has no mean, but the others wait for its share
             mean_D = values.mean((0, 2, 3))
             square_D = (values - mean_D[:, None, None]).square_().sum((0, 2, 3))
         else:
             mean_D = square_D = values.new_zeros(num_channels)
+
+        # Gathered and combined by each worker in rank order, not reduced: the order of a reduction is not fixed.
         own = torch.cat([mean_D, square_D, values.new_tensor([local_count])])
         shares = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
         dist.all_gather(shares, own, group=group)
         mean_D, square_D, count = _combine(torch.stack(shares), num_channels)
+
         var_D = square_D / count
         inverse_D = (var_D + eps).rsqrt()
         scale_D = weight_D * inverse_D
         y = values * scale_D[:, None, None] + (bias_D - mean_D * scale_D)[:, None, None]
+
         ctx.save_for_backward(values, weight_D, mean_D, inverse_D, count)
         ctx.group = group
+        # They only feed the running statistics; how the loss depends on them is in the formula of `backward`.
         ctx.mark_non_differentiable(mean_D, var_D, count)
         return y.to(x.dtype), mean_D, var_D, count
 
@@ -72,7 +83,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
         normal = (values - mean_D[:, None, None]) * inverse_D[:, None, None]
         grad_bias_D = grad.sum((0, 2, 3))
         grad_weight_D = (grad * normal).sum((0, 2, 3))
-        both = torch.cat([grad_bias_D, grad_weight_D])
+        both = torch.cat([grad_bias_D, grad_weight_D])  # a copy, so the local sums survive the reduction
         dist.all_reduce(both, group=ctx.group)
         sum_D, dot_D = both.split(len(mean_D))
         centred = grad - (sum_D / count)[:, None, None] - normal * (dot_D / count)[:, None, None]
@@ -86,7 +97,10 @@ class _GlobalBatchNorm(torch.autograd.Function):
 
 
 def _combine(shares: Tensor, num_channels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean, sum of squared deviations and count of the union of shares (Chan, Golub, LeVeque 1983)."""
+    """Return mean, sum of squared deviations and count of the union of shares (Chan, Golub, LeVeque 1983).
+
+    A sum of squares minus the squared mean would cancel where the mean is large.
+    """
     counts = shares[:, -1:]
     count = counts.sum()
     means, squares = shares[:, :num_channels], shares[:, num_channels:-1]

@@ -36,21 +36,24 @@ def import_deepspeed(*, gpu: bool) -> ModuleType:
     hidden while DeepSpeed loads. DeepSpeed treats MLflow as optional and runs without.
     """
     if not gpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it takes CUDA wherever torch was built with it
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+
     hide = "mlflow" not in sys.modules
-    if hide:
+    if hide:  # None makes `import mlflow` raise ImportError
         sys.modules["mlflow"] = None  # type: ignore[assignment]
     try:
         import deepspeed
     finally:
         if hide:
             del sys.modules["mlflow"]
+
     from deepspeed.runtime import compiler
 
     # Its Muon optimiser, loaded with any ZeRO engine, compiles kernels on import: 5 s that SGD never uses.
     with patch.object(compiler, "compile", lambda *_, **__: lambda function: function):
         import deepspeed.runtime.zero.muon.muon_optimizer
+
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # The shared-memory exchange for CPUs is compiled at first use: 20 s and a compiler, for nothing that gloo lacks.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -106,7 +109,10 @@ class _Part(nn.Module):
 
 
 class _Zero(torch.autograd.Function):
-    """A zero whose gradient is zero for every tensor given."""
+    """Zero, with a gradient of zero for each of some tensors.
+
+    A sum of the parameters times zero would do the same, but becomes NaN with them, and reads every weight.
+    """
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:
@@ -132,9 +138,10 @@ class DeepSpeedEngine:
         part_factors: Mapping[str, float] | None = None,
     ) -> None:
         deepspeed = import_deepspeed(gpu=mesh.device.type == "cuda")
-        os.environ.setdefault("LOCAL_RANK", "0")
+        os.environ.setdefault("LOCAL_RANK", "0")  # Ray shows each worker one GPU, which is number 0 there
         self.mesh = mesh
         self.names = model.names
+        # ZeRO 2 reduces gradients during the backward pass: parameters must get theirs in one order on all workers.
         self.same_order = config.zero_stage == 2 and mesh.shape.workers > 1
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._engines: dict[str, Any] = {}
@@ -145,9 +152,12 @@ class DeepSpeedEngine:
             part = _Part(getattr(model, name), config, mesh.device)
             self._parts[name] = part
             learning = [(f"{name}.{k}", p) for k, p in part.module.named_parameters() if p.requires_grad]
-            if learning:
+            if learning:  # DeepSpeed refuses an engine without trainable parameters
                 groups = lr_groups(learning, lr_factors or {}, part_factors or {})
                 self._parts[name] = self._engines[name] = _initialize(deepspeed, part, groups, axis, optimizer, config)
+
+        # The engines of trunk and shared modules average over slots x replicas, and the loss is multiplied by the
+        # replicas only. The hook multiplies by the slots. An expert's engine averages over replicas: no hook.
         slots = mesh.shape.slots
         self._hooks = [
             p.register_hook(lambda gradient: gradient * slots)
@@ -165,7 +175,7 @@ class DeepSpeedEngine:
         return self._run("shared", run)
 
     def _run(self, name: str, run: Callable[[Any], Result]) -> Result:
-        result, zero = self._parts[name](run)
+        result, zero = self._parts[name](run)  # through the engine where there is one: its forward prepares ZeRO
         if zero is not None and name in self._engines:
             self._zeros.append(zero)
         return result
@@ -173,14 +183,19 @@ class DeepSpeedEngine:
     def step(self, loss: Tensor, lr: float) -> None:
         loss = loss + sum(zero.to(loss.dtype) for zero in self._zeros)
         self._zeros.clear()
+
+        # Plain `backward`, not an engine's: one graph runs through all engines, whose hooks catch their gradients.
         (loss * self.mesh.shape.replicas).backward()
+
         for name, engine in self._engines.items():
             set_lr(engine.optimizer, lr)
             engine.step()
-            if engine.skipped_steps:
+            if engine.skipped_steps:  # ZeRO says nothing: it leaves the weights and counts
                 raise NonFiniteGradient(f"gradient is not finite in the {name}; DeepSpeed skipped the step")
 
     def momentum(self) -> dict[str, Tensor]:
+        # ZeRO has flattened each group and cut it into equal parts, one per worker of its axis. Whole tensors are put
+        # together here, so that a checkpoint fits any mesh.
         found: dict[str, Tensor] = {}
         for zero, i in self._groups():
             partition = zero.single_partition_of_fp32_groups[i]
@@ -198,12 +213,14 @@ class DeepSpeedEngine:
     def restore(self, momentum: dict[str, Tensor]) -> None:
         for engine in self._engines.values():
             engine.optimizer.refresh_fp32_params()  # else the next step starts from the weights before loading
+
+        # Written into the optimiser's own state: DeepSpeed's functions for it fail before the first step.
         for zero, i in self._groups():
             layout = self._layout(zero, i)
-            if not all(name in momentum for name, _, _ in layout):
+            if not all(name in momentum for name, _, _ in layout):  # a checkpoint from before the first step
                 continue
             partition = zero.single_partition_of_fp32_groups[i]
-            flat = torch.zeros_like(zero.bit16_groups_flat[i], dtype=partition.dtype)
+            flat = torch.zeros_like(zero.bit16_groups_flat[i], dtype=partition.dtype)  # with ZeRO's padding at its end
             for name, place, _ in layout:
                 flat[place] = momentum[name].to(flat.device, flat.dtype).flatten()
             group = zero.real_dp_process_group[i]
@@ -229,7 +246,7 @@ class DeepSpeedEngine:
         for engine in self._engines.values():
             engine.destroy()
         self._engines.clear()
-        _forget_world()
+        _forget_world()  # the process may serve another mesh, with other ranks
 
 
 def _settings(config: EngineConfig) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class TorchEngine:
         self.mesh = mesh
         self.config = config
         self.names = model.names
-        self.same_order = False
+        self.same_order = False  # gradients are summed after the backward pass, in an order of our own
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = sgd(lr_groups(self.parameters.items(), lr_factors or {}, part_factors or {}), optimizer)
 
@@ -109,13 +109,17 @@ class TorchEngine:
                 p.grad = torch.zeros_like(p)
         if self.mesh.shape.workers > 1:
             self._sum_gradients()
+
+        # After the sum, which carries NaN to every worker that holds the parameter: all of them stop, none waits.
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
             raise NonFiniteGradient(_bad_parameter(self.parameters))
+
         set_lr(self.optimizer, lr)
         self.optimizer.step()
 
     def _sum_gradients(self) -> None:
+        """Sum each gradient over the workers that hold its parameter. All of them list parameters in the same order."""
         shared = [p for name, p in self.parameters.items() if not name.startswith("experts.")]
         own = [p for name, p in self.parameters.items() if name.startswith("experts.")]
         for group, parameters in ((dist.group.WORLD, shared), (self.mesh.data_group, own)):

@@ -36,9 +36,9 @@ def evaluate(setup: StageSetup, split: str, beat: Callable[[], None]) -> States 
         The states of `Scores` and `Diversity` on workers of the first slot, None on the others.
     """
     mesh = setup.mesh
-    if not setup.config.engine.sync_batchnorm:
+    if not setup.config.engine.sync_batchnorm:  # replicas have statistics of their own: all score with the first's
         mesh.broadcast_buffers(setup.model)
-    setup.model.eval()
+    setup.model.eval()  # the next step sets the training mode again
     numbers_EK = mesh.gather(torch.stack([setup.aggregator.describe(e) for e in setup.model.experts.values()]))
     scores, diversity = Scores(), Diversity()
     for images_B3HW, labels_B in _share_of(setup, split):

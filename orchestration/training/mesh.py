@@ -43,7 +43,7 @@ class MeshShape:
         return self.slots * self.replicas
 
     def position(self, rank: int) -> tuple[int, int]:
-        """Slot and replica of a rank."""
+        """Return the slot and the replica of a rank."""
         return divmod(rank, self.replicas)
 
     def experts_of(self, slot: int) -> range:
@@ -132,6 +132,7 @@ class Mesh:
         """
         if self.shape.slots == 1:
             return own_e
+        # `all_gather` has no gradient, and needs none: each worker differentiates by its own experts' values only.
         own = own_e.detach().contiguous()
         slots = [torch.empty_like(own) for _ in range(self.shape.slots)]
         dist.all_gather(slots, own, group=self.expert_group)
@@ -144,8 +145,8 @@ class Mesh:
     def statistics_in_turn(self, module: nn.Module, before: list[Tensor]) -> None:
         """Make BatchNorm's running statistics what they were if one copy had seen the slots' batches in turn.
 
-        Each slot moved its copy from the same r by its own batch s_k: r_k = (1 - m) r + m s_k. One copy would have
-        gone r -> r_0 -> r_1 + (1 - m) (r_0 - r) and so on.
+        Each slot moved its copy from the same r by its own batch s_k, to r_k = (1 - m) r + m s_k. One copy would have
+        gone from r to r_0, then to r_1 + (1 - m) (r_0 - r), and so on.
 
         Args:
             module: whose BatchNorms have seen this slot's batch.
@@ -155,9 +156,12 @@ class Mesh:
             return
         momenta = [m for part in module.modules() if isinstance(part, nn.BatchNorm2d) for m in momenta_of(part)]
         assert len(momenta) == len(before), "a buffer that is not BatchNorm's"
+
+        # One exchange for all buffers; double holds the integer batch counters exactly.
         flat = torch.cat([buffer.detach().double().flatten() for buffer in module.buffers()])
         slots = [torch.empty_like(flat) for _ in range(self.shape.slots)]
         dist.all_gather(slots, flat, group=self.expert_group)
+
         old = torch.cat([buffer.double().flatten() for buffer in before])
         keep = torch.cat(
             [torch.full_like(b, 1 - m, dtype=torch.float64).flatten() for b, m in zip(before, momenta, strict=True)]
@@ -179,6 +183,7 @@ class Mesh:
         if self.shape.replicas > 1:
             for module in model.modules():
                 if type(module) is nn.BatchNorm2d:
+                    # The class alone: names, parameters and whoever refers to the module stay as they are.
                     module.__class__ = SynchronisedBatchNorm2d
                     module.group = self.data_group  # type: ignore[assignment]
 

@@ -1,7 +1,7 @@
 """One worker's files of a checkpoint: it writes the parts it holds, and reads back the parts it needs.
 
-Slot 0 writes the trunk, shared modules and the objective; every slot writes its own experts. So any mesh can load what
-another one saved.
+Slot 0 writes the trunk, shared modules and the objective. Every slot writes its own experts. So any mesh can load a
+checkpoint that another one saved.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ def save(setup: StageSetup, folder: Path, beat: Callable[[], None]) -> list[File
     Returns:
         The files for the manifest; none on replicas after the first, whose weights are the same.
     """
+    # Two exchanges between replicas, so before those after the first return.
     if not setup.config.engine.sync_batchnorm:
         setup.mesh.broadcast_buffers(setup.model)
-    momentum = setup.engine.momentum()  # an exchange between replicas, so before the others return
+    momentum = setup.engine.momentum()
     if setup.mesh.replica:
         return []
+
     entries = []
     for file, prefix in _own_files(setup):
         weights = {k: v.cpu() for k, v in setup.model.state_dict().items() if k.startswith(prefix)}
@@ -59,9 +61,10 @@ def load(setup: StageSetup, folder: Path) -> None:
     momentum: dict[str, Tensor] = {}
     for name in _parts_held(setup):
         momentum |= read_tensors(folder, f"{name}.momentum")
+
     setup.model.load_state_dict(_read_weights(setup, folder))
     setup.objective.load_state_dict(read_tensors(folder, "objective"))
-    setup.engine.restore(momentum)
+    setup.engine.restore(momentum)  # last: it copies the weights just loaded
 
 
 def start_from(setup: StageSetup, folder: Path) -> None:

@@ -68,6 +68,7 @@ class StageSetup:
             "aggregator", config.method.aggregator_in(stage), counts_C, self.expert_names
         )
 
+        # The engine comes last: it takes the parameters that `freeze` leaves trainable, in their final type and place.
         self.model = self._build_model()
         self.frozen = freeze(self.model, self.flow.learns - set(self.stage.freeze))
         self.teachers = Teachers(self.stage.teachers, teacher_folders or {}, dataset, mesh, self.dtype)
@@ -80,6 +81,7 @@ class StageSetup:
             _check_pairing(stage, self.batches, self.partners)
 
     def _build_model(self) -> Ensemble:
+        # The weights of each expert depend on the seed and its name alone, so `only` changes none of them.
         method = self.config.method
         model = build_ensemble(
             self.config.ensemble(self.expert_names, self.dataset.num_classes),

@@ -43,7 +43,8 @@ class TrainingStep:
         loss, terms = self._loss(outputs_EBX, batch, now)
         values = self._global_values(loss, terms)
 
-        # Before the weights move: one bad step would spoil them, and the checkpoint after it.
+        # Before the weights move: one bad step would spoil them, and the checkpoint after it. The value is the sum over
+        # the replicas, so all workers raise together.
         if not np.isfinite(values["loss"]):
             raise TrainingDiverged(self._diagnosis(outputs_EBX, now))
         try:
@@ -66,6 +67,8 @@ class TrainingStep:
         """Return this replica's share of the loss and its terms; with mixup, blended from both sets of labels."""
         setup = self._setup
         extra = ExtraInputs(setup.teachers(batch.images_B3HW) if setup.teachers else {}, batch.positions_B)
+
+        # Mixup blends the losses of two sets of labels; without it there is one set, with a share of 1.
         parts = [(1.0, *setup.flow.labels(batch))]
         if batch.mixed is not None:
             rest = 1 - batch.mixed.share
@@ -76,6 +79,7 @@ class TrainingStep:
             loss, found = setup.objective(outputs_EBX, labels, context)
             total = total + share * loss
             terms = {name: share * value + terms.get(name, 0.0) for name, value in found.items()}
+
         if setup.distillation is not None:
             denominators = setup.distillation.denominators(batch.global_labels)
             total, found = setup.distillation(total, outputs_EBX, extra.teachers, denominators, now)

@@ -54,10 +54,13 @@ class Teachers:
             check_teacher(f"teachers.{name}", model, dataset, folders[name])
             names = model.description.expert_names
             numbers_EK = torch.stack([model.aggregator.describe(e) for e in model.ensemble.experts.values()])
+
             rule = model.aggregator
             if model.ensemble.has_router:  # a router stops early to save work; a teacher uses all its experts
                 rule = MeanLogits(MeanLogits.Config(), torch.tensor(model.description.counts), names)
             self._rules[name] = rule, numbers_EK.to(mesh.device), len(names), model.description.num_classes
+
+            # Dealt out in turn over all teachers: three teachers of one expert each lie in three slots.
             self._places[name] = [(unit + i) % slots for i in range(len(names))]
             unit += len(names)
             own = {
@@ -65,7 +68,9 @@ class Teachers:
                 for n, slot in zip(names, self._places[name], strict=True)
                 if slot == mesh.slot
             }
+
             if own:
+                # Of modules after the experts only a shared head makes scores; a router is not held.
                 shared = {key: m for key, m in model.ensemble.shared.items() if key == "head"}
                 held = Ensemble(model.ensemble.trunk, own, shared).to(mesh.device, dtype)  # type: ignore[arg-type]
                 mesh.synchronise_batchnorm(held)
@@ -80,12 +85,15 @@ class Teachers:
         """Return the scores [B, C] of every teacher by name."""
         scores = {}
         for name, (rule, numbers_EK, num_experts, num_classes) in self._rules.items():
+            # Every slot sends as many rows as the fullest one, since a gather needs equal shapes. Unused rows are zero.
             most = max(self._places[name].count(slot) for slot in range(self._mesh.shape.slots))
             own = torch.zeros(most, len(images_B3HW), num_classes, device=images_B3HW.device, dtype=self._dtype)
             if name in self._held:
                 found = self._held[name](images_B3HW)
                 own[: len(found)] = found
             gathered = self._mesh.gather(own).unflatten(0, (self._mesh.shape.slots, most))
+
+            # Back into the order of the experts: expert i is row j of its slot if j experts before it lie there.
             rows = []
             for expert in range(num_experts):
                 slot = self._places[name][expert]

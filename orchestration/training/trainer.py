@@ -99,6 +99,7 @@ class StageTrainer:
         assert now.step < last <= steps_per_epoch, (until, self.done, steps_per_epoch)
         if self._upcoming is None:  # kept between intervals, so that files of the next one are decoded ahead
             self._upcoming = self._batches_of(now.epoch, now.step)
+
         interval = Interval()
         start = time.monotonic()
         for batch in itertools.islice(self._upcoming, until - self.done):
@@ -123,7 +124,7 @@ class StageTrainer:
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value * images
         self._sums["images"] = self._sums.get("images", 0.0) + images
-        interval.losses.append(values.pop("loss"))
+        interval.losses.append(values.pop("loss"))  # after the sums, which need it
         interval.terms, interval.lr, interval.images = values, lr, interval.images + images
 
     def _end_epoch(self, interval: Interval) -> None:

@@ -34,7 +34,14 @@ def _listen(address: str, port: int) -> socket.socket:
 
 
 class Rendezvous:
-    """The meeting point of a torch world. The worker with rank 0 opens it, at that address alone, on a free port.
+    """The meeting point of a torch world. The worker with rank 0 opens it, at one address and on a free port.
+
+    Args:
+        address: of the node of rank 0.
+        workers: that will join.
+        port: where rank 0 has opened it; 0 there, for a free one.
+        host_here: whether this is rank 0.
+        timeout_s: seconds that a worker may wait for the others.
 
     Raises:
         ValueError: the address is none of this machine's.
@@ -43,7 +50,9 @@ class Rendezvous:
     def __init__(self, address: str, workers: int, *, port: int = 0, host_here: bool, timeout_s: float = 600.0) -> None:
         limit = timedelta(seconds=math.ceil(timeout_s))
         listening = None
-        if host_here:  # by itself the store would listen at every address of the machine
+        if host_here:
+            # By itself the store would listen at every address of the machine. It takes over the file descriptor, so
+            # no other process can take the port between the choice of it and the start of the store.
             server = _listen(address, port)
             port, listening = server.getsockname()[1], server.detach()
         self.store = dist.TCPStore(
@@ -51,7 +60,7 @@ class Rendezvous:
             port,
             workers,
             is_master=host_here,
-            wait_for_workers=False,
+            wait_for_workers=False,  # rank 0 tells the driver the port before anyone else can come
             timeout=limit,
             master_listen_fd=listening,
         )
