@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
         if root is None:
             print(
                 "expertail: not installed, and no checkout found beside this launcher, in EXPERTAIL_ROOT or in "
-                f"{Path.cwd()}; needed one; pip install it on every node, or set EXPERTAIL_ROOT to the checkout",
+                f"{Path.cwd()}; needed either; install expertail on every node, or set EXPERTAIL_ROOT to a checkout",
                 file=sys.stderr,
             )
             return 1

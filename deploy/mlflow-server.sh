@@ -18,7 +18,7 @@ MLFLOW_FLASK_SERVER_SECRET_KEY=$(secret flask_secret)
 case $db_password in
     *[!A-Za-z0-9_-]*) refuse "db_password: only letters, digits, _ and - can stand in a URI" ;;
 esac
-# In the environment and not on the command line, which every process of the machine can read.
+# The password goes into the environment, because every process of the machine can read a command line.
 MLFLOW_BACKEND_STORE_URI=postgresql+psycopg2://${DB_USER:-mlflow}:$db_password@${DB_HOST:-db}:${DB_PORT:-5432}/${DB_NAME:-mlflow}
 
 umask 077
