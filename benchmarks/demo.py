@@ -38,6 +38,7 @@ def main() -> None:
 
 
 def train(seed: int, runs: Path) -> Path:
+    """Train one run, unless it is finished already. Returns its folder."""
     words = [*WORDS, f"seed={seed}", f"run.dir={runs}", f"run.name=demo-s{seed}"]
     subprocess.run([sys.executable, "-m", "orchestration", "train", *words], check=True, stdout=subprocess.DEVNULL)
     return runs / f"demo-s{seed}"
@@ -66,13 +67,15 @@ def of_run(folder: Path) -> dict[str, Any]:
     for which in ("last", "best"):
         members = json.loads((folder / "evaluation" / f"{which}.json").read_text())["members"]
         top1 = {name: {g: round(100 * m["top1"][g], 2) for g in GROUPS} for name, m in members.items()}
-        expert = max(top1["all"] for name, top1 in top1.items() if name != "ensemble")
-        found[which] = {"lead": round(top1["ensemble"]["all"] - expert, 2), "top1": top1}
+        best_expert = max(by_group["all"] for name, by_group in top1.items() if name != "ensemble")
+        found[which] = {"lead": round(top1["ensemble"]["all"] - best_expert, 2), "top1": top1}
+
     times = [json.loads(line)["time"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return found | {"training_s": round(times[-1] - times[0], 1)}
 
 
 def table(seeds: dict[str, Any]) -> str:
+    """Return a row per seed, epoch and member."""
     rows = [f"{'seed':>4}  {'':4}  {'member':<9}" + "".join(f"{group:>8}" for group in GROUPS)]
     for seed, found in seeds.items():
         for which in ("last", "best"):

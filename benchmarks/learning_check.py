@@ -38,8 +38,9 @@ def main() -> None:
             "parameters": parameters(folders[0]),
             "seconds": [seconds(folder) for folder in folders],
         }
-    host = json.loads((folders[0] / "run.json").read_text())
-    record = {"host": host["host"], "versions": host["versions"], "commit": host["commit"], "results": results}
+
+    run_record = json.loads((folders[0] / "run.json").read_text())
+    record = {key: run_record[key] for key in ("host", "versions", "commit")} | {"results": results}
     path = Path(__file__).parent / "results" / "learning_check.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
@@ -52,6 +53,7 @@ def command(method: str, seed: int, root: str, runs: str) -> list[str]:
 
 
 def run(method: str, seed: int, options: argparse.Namespace) -> Path:
+    """Train one run, unless it is finished already. Returns its folder."""
     subprocess.run(command(method, seed, options.root, options.runs), check=True, stdout=subprocess.DEVNULL)
     return Path(options.runs) / f"{method}-fashion_mnist_lt-s{seed}"
 
@@ -67,6 +69,7 @@ def summary(folders: list[Path], which: str) -> dict[str, list[float]]:
 
 
 def parameters(folder: Path) -> int:
+    """Return the number of parameters of a run's last model; BatchNorm's statistics are none."""
     from safetensors import safe_open
 
     with safe_open(folder / "export" / "last" / "model.safetensors", "pt") as tensors:
@@ -84,6 +87,7 @@ def seconds(folder: Path) -> float:
 
 
 def table(results: dict) -> str:
+    """Return a Markdown table of means and standard deviations."""
     rows = ["| method | epoch | all | many | medium | few |", "|---|---|---|---|---|---|"]
     for method, found in results.items():
         for which in ("last", "best"):

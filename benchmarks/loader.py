@@ -1,4 +1,4 @@
-"""How fast images are loaded from a JPEG tree, against torchvision's ImageFolder and a DataLoader.
+"""Measure how fast images are loaded from a JPEG tree, against torchvision's ImageFolder and a DataLoader.
 
     python benchmarks/loader.py ROOT OUT.json [--processes 0 1] [--images 10000] [--passes 5]
 
@@ -95,8 +95,8 @@ def timed(batches: Callable[[], Iterator[Any]]) -> dict[str, float]:
 def measure(root: str, images: int, processes: int, passes: int) -> dict[str, Any]:
     """Time every way of loading `passes` times, alternating."""
     streaming, usual = ours(root, images, processes, "never"), torchvisions(root, images, processes)
-    kept = ours(root, images, processes, "always")
-    epoch = 0
+    resident = ours(root, images, processes, "always")
+    epoch = 0  # the functions below read it when they are called
 
     def first_epoch() -> Iterator[Any]:
         yield from ours(root, images, processes, "always").iterate(1)
@@ -105,7 +105,7 @@ def measure(root: str, images: int, processes: int, passes: int) -> dict[str, An
         "torchvision": lambda: iter(usual),
         "ours streaming": lambda: streaming.iterate(epoch),
         "ours resident, first epoch with decoding": first_epoch,
-        "ours resident, later epochs": lambda: kept.iterate(epoch),
+        "ours resident, later epochs": lambda: resident.iterate(epoch),
     }
     results: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     for epoch in range(1, passes + 2):  # the first pass warms file caches and processes up, and is not counted
@@ -114,6 +114,7 @@ def measure(root: str, images: int, processes: int, passes: int) -> dict[str, An
             if epoch > 1:
                 results[name].append(result)
     streaming.close()
+
     medians = {
         name: {key: statistics.median(r[key] for r in runs) for key in runs[0]} for name, runs in results.items()
     }

@@ -1,4 +1,4 @@
-"""Half an hour of training under random kills of workers, against the same steps undisturbed.
+"""Train for half an hour under random kills of workers, and compare with the same steps undisturbed.
 
     python benchmarks/soak.py --minutes 30 --kill-every 60 [--standby 1] [--out benchmarks/results/soak.json]
 
@@ -47,14 +47,14 @@ def main() -> None:
     options = parser.parse_args()
     if 60 * options.minutes < 4 * PERIOD_S:
         least = 4 * PERIOD_S / 60
-        parser.error(f"--minutes {options.minutes:g}: needed {least:.2g} or more, for memory is compared by halves")
+        parser.error(f"--minutes {options.minutes:g}: needed {least:.2g} or more, because memory is compared by halves")
     from orchestration.cluster.local_ray import start_local_ray
 
     start_local_ray()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # workers of a failed run may still write
         runs = Path(scratch)
-        record = disturbed(runs, options)
-        with ended(start(runs, "calm", f"run.max_steps={record['steps']}")) as process:
+        record = train_under_kills(runs, options)
+        with killed_at_end(start(runs, "calm", f"run.max_steps={record['steps']}")) as process:
             assert process.wait() == 0, (runs / "calm.log").read_text()
         record["weights_equal"] = weights(runs / "disturbed") == weights(runs / "calm")
         record["losses_equal"] = losses(runs / "disturbed") == losses(runs / "calm")
@@ -74,6 +74,7 @@ def main() -> None:
 
 
 def start(runs: Path, name: str, *words: str) -> subprocess.Popen[bytes]:
+    """Start a run on the Ray of this process; its output goes to a log beside its folder."""
     command = [sys.executable, "-m", "orchestration", "train", *WORDS, f"run.dir={runs}", f"run.name={name}", *words]
     environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     with open(runs / f"{name}.log", "w") as log:
@@ -81,7 +82,7 @@ def start(runs: Path, name: str, *words: str) -> subprocess.Popen[bytes]:
 
 
 @contextlib.contextmanager
-def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+def killed_at_end(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
     """Kill a run's process at the end of the block if it still lives."""
     try:
         yield process
@@ -90,30 +91,30 @@ def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]
         process.wait()
 
 
-def disturbed(runs: Path, options: argparse.Namespace) -> dict[str, Any]:
+def train_under_kills(runs: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Train the disturbed run and return what was observed."""
-    before = left_of_ray()
-    with ended(start(runs, "disturbed", f"cluster.standby={options.standby}")) as process:
-        kills, seen, workers_ever = disturb(process, runs, options)
-    time.sleep(10)
+    before = ray_objects()
+    with killed_at_end(start(runs, "disturbed", f"cluster.standby={options.standby}")) as process:
+        kills, seen, workers_ever = kill_workers(process, runs, options)
+    time.sleep(10)  # Ray removes actors and placement groups a little after the driver has ended
     found = run_json(runs / "disturbed")
     return {
         "minutes": options.minutes,
         "kills": kills,
         "standby": options.standby,
-        **recovered(found),
+        **recoveries_of(found),
         "steps": max(losses(runs / "disturbed")),
-        **watched(seen),
+        **summary_of(seen),
         "left": {
             "processes": [pid for pid in workers_ever if psutil.pid_exists(pid)],
-            **{kind: sorted(names - before[kind]) for kind, names in left_of_ray().items()},
+            **{kind: sorted(names - before[kind]) for kind, names in ray_objects().items()},
             "half_written": [path.name for path in (runs / "disturbed" / "checkpoints").glob(".*")],
         },
         "host": {"cpus": os.cpu_count(), "processor": found["host"]["processor"]},
     }
 
 
-def disturb(
+def kill_workers(
     process: subprocess.Popen[bytes], runs: Path, options: argparse.Namespace
 ) -> tuple[int, list[dict[str, float]], set[int]]:
     """Kill workers until the time is over, then stop the run. Returns the kills, the snapshots and the workers seen."""
@@ -140,7 +141,7 @@ def disturb(
     return kills, seen, workers_ever
 
 
-def recovered(found: dict[str, Any]) -> dict[str, Any]:
+def recoveries_of(found: dict[str, Any]) -> dict[str, Any]:
     """Return what run.json records about lost workers; it has no such record if none was lost."""
     recoveries = found.get("recoveries", [])
     seconds = [recovery["seconds"]["total"] for recovery in recoveries]
@@ -151,7 +152,7 @@ def recovered(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def watched(seen: list[dict[str, float]]) -> dict[str, Any]:
+def summary_of(seen: list[dict[str, float]]) -> dict[str, Any]:
     """Return memory by halves of the time, without the first snapshot; other counts after a quarter and at the end."""
     half = len(seen) // 2
     return {
@@ -169,6 +170,7 @@ def watched(seen: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def snapshot(driver: psutil.Process, workers: list[int], folder: Path) -> dict[str, float]:
+    """Return memory, open files, threads and files in the folder as they are now; of the workers, the largest."""
     held = [memory for pid in workers if (memory := memory_mib(pid)) is not None]
     return {
         "driver_mib": driver.memory_info().rss / 2**20,
@@ -180,13 +182,14 @@ def snapshot(driver: psutil.Process, workers: list[int], folder: Path) -> dict[s
 
 
 def memory_mib(pid: int) -> float | None:
+    """Return the resident memory of a process, or None if it has ended."""
     try:
         return psutil.Process(pid).memory_info().rss / 2**20
     except psutil.Error:
         return None
 
 
-def left_of_ray() -> dict[str, set[str]]:
+def ray_objects() -> dict[str, set[str]]:
     """Return actors and placement groups that still exist."""
     from ray.util.placement_group import placement_group_table
     from ray.util.state import list_actors
@@ -202,6 +205,7 @@ def left_of_ray() -> dict[str, set[str]]:
 
 
 def run_json(folder: Path) -> dict[str, Any]:
+    """Return the contents of run.json, empty before it is written."""
     try:
         return json.loads((folder / "run.json").read_text())
     except (OSError, ValueError):
@@ -209,11 +213,13 @@ def run_json(folder: Path) -> dict[str, Any]:
 
 
 def losses(folder: Path) -> dict[int, float]:
+    """Return the loss by step."""
     records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return {r["step"]: r["value"] for r in records if r["name"] == "train/loss"}
 
 
 def weights(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of every tensor file of the newest checkpoint."""
     newest = sorted((folder / "checkpoints").glob("[0-9]*"))[-1]
     return {path.name: path.read_bytes() for path in newest.glob("*.safetensors")}
 

@@ -1,4 +1,4 @@
-"""Time from command to first step, packed and spread over three workers, with its breakdown.
+"""Measure the time from command to first step, packed and spread over three workers, with its breakdown.
 
     python benchmarks/startup.py [--rounds 3] [--out benchmarks/results/startup.json]
 
@@ -39,6 +39,7 @@ def main() -> None:
                 subprocess.run([sys.executable, "-m", "orchestration", *command], check=True, **quiet)
                 record = json.loads((Path(scratch) / folder / "run.json").read_text())
                 seen[name].append(record["startup_s"])
+
     results = {
         name: {part: round(statistics.median(s[part] for s in spans), 2) for part in spans[0]}
         for name, spans in seen.items()

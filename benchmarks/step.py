@@ -49,6 +49,7 @@ COMMON = [
     "run.evaluate_every_epochs=1000",
     "run.checkpoint_every_steps=100000",
 ]
+STEPS_PER_EPOCH = 9
 
 
 def main() -> None:
@@ -79,7 +80,7 @@ def main() -> None:
 
 
 def overhead(folder: RunFolder, options: argparse.Namespace) -> dict[str, Any]:
-    """Compare ours, with everything on, with the bare loop."""
+    """Compare expertail, with everything switched on, with the bare loop."""
     words = [*COMMON, "engine.threads=2", "cluster.cpus_per_worker=1"]
     config = load_config(words)
     folder.write_config(config)
@@ -125,7 +126,7 @@ def trained(fleet: Fleet) -> Callable[[int], None]:
         nonlocal done
         target = done + steps
         while done < target:
-            done_after = min(target, (done // 9 + 1) * 9)
+            done_after = min(target, (done // STEPS_PER_EPOCH + 1) * STEPS_PER_EPOCH)
             fleet.call("train", done_after)
             done = done_after
 
@@ -171,6 +172,7 @@ class BareLoop:
         )
 
     def run(self, steps: int) -> None:
+        """Take some steps."""
         import torch
 
         from experts.objective import StepContext
@@ -182,7 +184,7 @@ class BareLoop:
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()
-            loss.item()
+            loss.item()  # as ours, which records every loss
 
 
 def in_turn(a: Callable[[int], None], b: Callable[[int], None], options: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Every recipe on the same real images, schedule and seeds: the table of the README.
+"""Train every recipe on the same real images with one schedule and the same seeds: the table of the README.
 
     python benchmarks/systems.py run   --fashion <folder> [--cifar <folder>] [--seeds 0,1,2] [--runs <folder>]
     python benchmarks/systems.py table --runs <folder> [--out benchmarks/results/systems.json]
@@ -37,7 +37,6 @@ CIFAR = [
 ]  # fmt: skip
 COMMON = ["engine.threads=1", "cluster.cpus_per_worker=1", "tracking.enabled=false", "run.log_interval_s=30"]
 
-
 mp = multiprocessing.get_context("spawn")  # each process starts its own Ray
 
 
@@ -56,6 +55,8 @@ def main() -> None:
         Path(options.out).write_text(json.dumps(record, indent=1) + "\n")
         print(markdown(record))
         return
+
+    # Teachers come first, since the students of `ride_distill` learn from them.
     seeds = [int(seed) for seed in options.seeds.split(",")]
     first, then = [], []
     for seed in seeds:
@@ -71,14 +72,15 @@ def main() -> None:
                 (f"cifar-{m}-s{seed}", [f"method={m}", f"schedule={m}_fashion_mnist_lt", *where]) for m in CIFAR_METHODS
             ]
     for wave in (first, then):
-        lanes = [mp.Process(target=train, args=(runs, wave[lane::2])) for lane in range(2)]
-        for process in lanes:
+        processes = [mp.Process(target=train, args=(runs, wave[half::2])) for half in range(2)]
+        for process in processes:
             process.start()
-        for process in lanes:
+        for process in processes:
             process.join()
 
 
 def fashion(root: str, seed: int) -> list[str]:
+    """Return the overrides that all runs on Fashion-MNIST-LT share."""
     return [*FASHION, f"dataset.root={Path(root).absolute()}", f"seed={seed}"]
 
 
@@ -117,11 +119,13 @@ def train(runs: Path, chosen: list[tuple[str, list[str]]]) -> None:
     from orchestration.cluster.local_ray import start_local_ray
 
     start_local_ray()
-    for name, words_ in chosen:
-        seldom = [] if any(w.startswith("run.evaluate_every") for w in words_) else ["run.evaluate_every_epochs=1000"]
+    for name, overrides in chosen:
+        seldom = (
+            [] if any(w.startswith("run.evaluate_every") for w in overrides) else ["run.evaluate_every_epochs=1000"]
+        )
         runs.mkdir(parents=True, exist_ok=True)
         with open(runs / f"{name}.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
-            code = expertail(["train", *words_, *COMMON, *seldom, f"run.dir={runs}", f"run.name={name}"])
+            code = expertail(["train", *overrides, *COMMON, *seldom, f"run.dir={runs}", f"run.name={name}"])
         print(f"{name}: {'done' if code == 0 else f'exit code {code}, see {runs}/{name}.log'}", flush=True)
 
 
@@ -181,12 +185,12 @@ def size(data: str, method: str, teacher: Path) -> dict[str, Any]:
     if method == "ride_distill":
         chosen.append(f"method.stages.train.teachers.teacher.run={teacher}")
     found = plan(load_config(chosen))
-    size = found.final.size
+    final = found.final.size
     work = [(stage.work, stage.images_per_epoch, stage.epochs) for stage in found.stages]
     known = all(None not in entry for entry in work)
     return {
-        "parameters": size.parameters,
-        "multiply_adds": size.work,
+        "parameters": final.parameters,
+        "multiply_adds": final.work,
         "training_multiply_adds": sum(math.prod(entry) for entry in work) if known else None,  # type: ignore[arg-type]
     }
 
@@ -195,7 +199,7 @@ def markdown(record: dict[str, Any]) -> str:
     """Return the table of the README."""
     lines = []
     for data, methods in record["results"].items():
-        columns = ("recipe", "all", "many", "medium", "few", "by index", "parameters", "M an image", "T to train")
+        columns = ("recipe", "all", "many", "medium", "few", "by index", "parameters", "M per image", "T to train")
         lines += ["", data, f"| {' | '.join(columns)} |"]
         lines.append("|---" * 9 + "|")
         order = [m for m in ("ce", "ldam", "teacher", *METHODS) if m in methods]
@@ -212,6 +216,7 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def with_spread(entry: dict[str, Any], group: str, *, spread: bool = True) -> str:
+    """Return the mean in percent, with its standard deviation unless that is unknown or not wanted."""
     mean, deviation = entry["mean"][group], entry["spread"][group]
     if mean is None:
         return "n/a"
