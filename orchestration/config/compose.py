@@ -49,6 +49,7 @@ def load_config(words: list[str]) -> RunConfig:
     """
     choices, values = parse(words)
     tree = _compose(choices)
+    # Laid on by us: Hydra would refuse keys that the YAML leaves out, which the schema knows and checks later.
     for override in values:
         OmegaConf.update(tree, override.key_or_group, override.value(), force_add=True)
     return _with_absolute_paths(check(OmegaConf.to_container(tree), _title(words)))  # type: ignore[arg-type]
@@ -166,13 +167,13 @@ def _compose(choices: dict[str, str]) -> Any:
     chosen = _defaults() | choices
     chosen["schedule"] = choices.get("schedule") or _schedule_of(chosen["method"], chosen["dataset"])
     named = choices | {"schedule": chosen["schedule"]}
-    GlobalHydra.instance().clear()
+    GlobalHydra.instance().clear()  # Hydra keeps its state in the process, and a sweep composes many configs
     with initialize_config_dir(str(configs_folder()), version_base="1.3"):
         try:
             tree = compose("config", overrides=[f"{group}={choice}" for group, choice in named.items()])
         except HydraException as error:
             raise ValueError(f"configs: {_first_line(error)}") from error
-    OmegaConf.set_struct(tree, False)
+    OmegaConf.set_struct(tree, False)  # so that `load_config` may add keys
     return tree
 
 
@@ -201,6 +202,7 @@ def _line(problem: Any, tree: dict[str, Any]) -> str:
     found = problem.get("input")
     kind = problem["type"]
     if kind == "extra_forbidden":
+        # One that looks alike in the same place, else the same one further down, as epochs in method.stages.train.
         near = _nearest(str(keys[-1]), _known(keys[:-1], tree))
         parent = ".".join(map(str, keys[:-1]))
         meant = [f"{parent + '.' if parent else ''}{near[0]}"] if near else _deeper(key, tree)[:1]
@@ -239,6 +241,8 @@ def _path(loc: tuple[Any, ...], tree: Any) -> list[Any]:
 
 def _known(keys: list[Any], tree: Any) -> list[str]:
     """Return the field names of the schema below some keys."""
+    # Follow the keys through the annotations of the schema: nested models, dict[str, model], and pieces, whose model
+    # depends on the name in the tree.
     model: Any = RunConfig
     for key in keys:
         tree = tree.get(key, {}) if isinstance(tree, dict) else {}

@@ -28,7 +28,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
     """Return the part of a config that determines the results, as a flat mapping of dotted keys."""
     flat = flatten(config.model_dump(mode="json"))
     kept = {key: value for key, value in flat.items() if not _covered(key, MAY_CHANGE)}
-    for key in ("run.evaluate_every_epochs", "run.select_on"):
+    for key in ("run.evaluate_every_epochs", "run.select_on"):  # under `run`, but they decide which epoch is "best"
         kept[key] = flat[key]
     return kept
 

@@ -223,6 +223,7 @@ class MethodConfig(Settings):
         """Group stages into waves: those of one wave may train side by side, once the waves before have ended."""
         waves: list[list[str]] = []
         done: set[str] = set()
+        # Ends: a stage waits for earlier ones only, so the first that is left can always go.
         while len(done) < len(self.stages):
             waves.append([s for s in self.stages if s not in done and done.issuperset(self.waits_for(s))])
             done.update(waves[-1])
@@ -241,7 +242,7 @@ def stage_classes(method: MethodConfig, stage: str, counts: list[int]) -> list[i
 def recipe_problems(method: MethodConfig) -> Iterator[str]:
     """Yield every problem of a recipe. A problem begins with its key, relative to `method`."""
     yield from _names_problems("experts", method.experts, method.num_experts)
-    earlier: list[str] = []
+    earlier: list[str] = []  # a stage may refer to these alone, so nothing can wait in a circle
     for name, stage in method.stages.items():
         found = [*_stage_problems(name, stage, method, earlier), *_learning_problems(name, stage, method)]
         yield from (f"stages.{name}.{problem}" for problem in found)

@@ -75,8 +75,9 @@ class RemoteRunFolder(UnsharedRunFolder):
             super().close()
             raise
         self.url = self._store.url
-        self._files: dict[str, str] = dict(self._index.get("files", {}))  # sha256 of the files at the URL, by name
-        self._kept: dict[str, str] = dict(self._index.get("checkpoints", {}))  # of manifests
+        # Sha256 of what is at the URL: of files by name, of manifests by checkpoint.
+        self._files: dict[str, str] = dict(self._index.get("files", {}))
+        self._manifests: dict[str, str] = dict(self._index.get("checkpoints", {}))
         self._seen: dict[str, tuple[int, int]] = {}  # size and time of change of files when they were uploaded
         self._wanted, self._put = 0, 0  # how often an upload was asked for, and the last of these that is done
         self._problem: str | None = None  # why the last try failed
@@ -240,10 +241,10 @@ class RemoteRunFolder(UnsharedRunFolder):
 
         gone = [name for name in self._files if name not in local]
         files = {name: digest for name, digest in self._files.items() if name in local}
-        kept = {name: digest for name, digest in self._kept.items() if name in names}
-        if (files, kept) != (self._index.get("files", {}), self._index.get("checkpoints", {})):
-            self._put_index({"state": uuid.uuid4().hex, "files": files, "checkpoints": kept})
-        self._files, self._kept = files, kept
+        manifests = {name: digest for name, digest in self._manifests.items() if name in names}
+        if (files, manifests) != (self._index.get("files", {}), self._index.get("checkpoints", {})):
+            self._put_index({"state": uuid.uuid4().hex, "files": files, "checkpoints": manifests})
+        self._files, self._manifests = files, manifests
 
         # Last: whatever the index named until now stays until the new index is there.
         old = [n for n in self._store.names() if n.startswith("checkpoints/") and n.split("/")[1] not in names]
@@ -303,16 +304,16 @@ class RemoteRunFolder(UnsharedRunFolder):
         """Upload a linked checkpoint, unless it is there. Without its manifest, which comes last, it is not whole."""
         manifest = (folder / MANIFEST).read_bytes()
         digest = hashlib.sha256(manifest).hexdigest()
-        if self._kept.get(folder.name) == digest:
+        if self._manifests.get(folder.name) == digest:
             return
         # Another one of this name loses its manifest first: it must not look whole with some files of each.
         remote = f"checkpoints/{folder.name}"
-        self._kept.pop(folder.name, None)
+        self._manifests.pop(folder.name, None)
         self._store.remove([f"{remote}/{MANIFEST}"])
         for file in json.loads(manifest)["files"]:
             self._store.put(folder / file, f"{remote}/{file}")
         self._store.write(f"{remote}/{MANIFEST}", manifest)
-        self._kept[folder.name] = digest
+        self._manifests[folder.name] = digest
 
 
 def _linked(folder: Path, below: Path) -> Path:

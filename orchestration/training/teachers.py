@@ -47,8 +47,8 @@ class Teachers:
         self._mesh = mesh
         self._held: dict[str, Ensemble] = {}
         self._rules: dict[str, tuple[Aggregator, Tensor, int, int]] = {}
-        self._places: dict[str, list[int]] = {}
-        slots, unit = mesh.shape.slots, 0
+        self._slots: dict[str, list[int]] = {}  # of each expert, by teacher
+        slots, dealt = mesh.shape.slots, 0
         for name, config in configs.items():
             model = load_model(folders[name])
             check_teacher(f"teachers.{name}", model, dataset, folders[name])
@@ -61,11 +61,11 @@ class Teachers:
             self._rules[name] = rule, numbers_EK.to(mesh.device), len(names), model.description.num_classes
 
             # Dealt out in turn over all teachers: three teachers of one expert each lie in three slots.
-            self._places[name] = [(unit + i) % slots for i in range(len(names))]
-            unit += len(names)
+            self._slots[name] = [(dealt + i) % slots for i in range(len(names))]
+            dealt += len(names)
             own = {
                 n: model.ensemble.experts[n]
-                for n, slot in zip(names, self._places[name], strict=True)
+                for n, slot in zip(names, self._slots[name], strict=True)
                 if slot == mesh.slot
             }
 
@@ -86,7 +86,7 @@ class Teachers:
         scores = {}
         for name, (rule, numbers_EK, num_experts, num_classes) in self._rules.items():
             # Every slot sends as many rows as the fullest one, since a gather needs equal shapes. Unused rows are zero.
-            most = max(self._places[name].count(slot) for slot in range(self._mesh.shape.slots))
+            most = max(self._slots[name].count(slot) for slot in range(self._mesh.shape.slots))
             own = torch.zeros(most, len(images_B3HW), num_classes, device=images_B3HW.device, dtype=self._dtype)
             if name in self._held:
                 found = self._held[name](images_B3HW)
@@ -96,8 +96,8 @@ class Teachers:
             # Back into the order of the experts: expert i is row j of its slot if j experts before it lie there.
             rows = []
             for expert in range(num_experts):
-                slot = self._places[name][expert]
-                rows.append(gathered[slot, self._places[name][:expert].count(slot)])
+                slot = self._slots[name][expert]
+                rows.append(gathered[slot, self._slots[name][:expert].count(slot)])
             scores[name] = rule(Outputs(torch.stack(rows), numbers_EK))
         return scores
 
