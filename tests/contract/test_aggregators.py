@@ -27,7 +27,7 @@ def aggregator(name, num_experts, counts=COUNTS):
 
 
 def outputs(rule, num_experts=3, dtype=torch.float64, images=6):
-    """Logits, row norms of equal heads, and gates that send images everywhere."""
+    """Return logits, row norms of equal heads, and gates of both signs."""
     draws = torch.Generator().manual_seed(num_experts)
 
     def normal(*shape):
@@ -60,7 +60,7 @@ def test_scores_are_one_row_per_image_in_at_least_float32(name, dtype):
 
 
 @every_aggregator
-def test_members_are_the_ensemble_first_and_fit_the_scores(name):
+def test_members_begin_with_the_ensemble_and_have_its_shape(name):
     rule = aggregator(name, 3)
     given = outputs(rule)
     members = rule.members(given)
@@ -85,7 +85,7 @@ def test_one_expert_keeps_its_probabilities(name):
 
 
 @every_aggregator
-def test_experts_of_one_mind_are_believed(name):
+def test_experts_that_agree_keep_their_probabilities_or_add_up(name):
     rule = aggregator(name, 4)
     given = outputs(rule, 4)
     copies = with_logits(given, given.logits_EBC[:1].expand(4, -1, -1))
@@ -94,7 +94,7 @@ def test_experts_of_one_mind_are_believed(name):
 
 
 @every_aggregator
-def test_order_of_experts_does_not_matter_but_where_it_must(name):
+def test_the_order_of_experts_matters_only_where_the_rule_says_so(name):
     rule = aggregator(name, 3)
     given = outputs(rule)
     turned = rule(Outputs(given.logits_EBC.flip(0), given.numbers_EK.flip(0), given.gates_EB))

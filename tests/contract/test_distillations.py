@@ -27,12 +27,12 @@ def scores(*shape, seed=0, dtype=torch.float64):
 
 
 def add(piece, logits, teacher, *, loss=0.5, rows=slice(None), whole=LABELS):
-    """Loss and terms of some rows of a batch."""
+    """Return loss and terms of some rows of a batch."""
     share = torch.tensor(loss * len(LABELS[rows]) / len(whole), dtype=torch.float64)
     return piece(share, logits[:, rows], {"big": teacher[rows]}, piece.denominators(whole), NOW)
 
 
-def test_the_distillations_of_the_main_job_are_registered():
+def test_the_distillations_of_the_recipes_are_registered():
     assert {"mean_logits", "sum_logits", "each_expert"} <= set(registry.registered_names("distillation"))
 
 

@@ -39,7 +39,7 @@ NOW = Progress(epoch=2, epochs=4, step=1, steps_per_epoch=3)
 
 
 @dataclass(frozen=True)
-class Try:
+class Trial:
     """One case of one flow."""
 
     flow: str
@@ -85,19 +85,19 @@ class Try:
         return net.double()
 
 
-def on_the_plain_flow() -> list[Try]:
+def on_the_plain_flow() -> list[Trial]:
     """Every objective that is meant for no other flow and asks for no teacher, at its defaults."""
     found = []
     for name in registry.registered_names("objective"):
         cls, case = registry.piece("objective", name), cases_of("objective", name)[-1]
         if cls.flow is None and case.config.teacher_names is None:
-            found.append(Try("plain", Case(Plain.Config(), case.num_experts, objective=cls.Config())))
+            found.append(Trial("plain", Case(Plain.Config(), case.num_experts, objective=cls.Config())))
     return found
 
 
-OWN = [Try(name, case) for name in registry.registered_names("flow") for case in cases_of("flow", name)]
+OWN = [Trial(name, case) for name in registry.registered_names("flow") for case in cases_of("flow", name)]
 CASES = list({case.label(): case for case in [*OWN, *on_the_plain_flow()]}.values())
-every_case = pytest.mark.parametrize("case", CASES, ids=Try.label)
+every_case = pytest.mark.parametrize("case", CASES, ids=Trial.label)
 
 
 class Network:
@@ -126,7 +126,7 @@ def draw(*shape, seed):
 
 
 def batch_of(case, rows=slice(None), labels=LABELS) -> Batch:
-    """Some rows of one batch, as a replica gets them, with a partner if the flow wants one."""
+    """Return some rows of one batch, as a replica gets them, with a partner if the flow needs one."""
     partner = None
     if case.cls().needs_partner:
         partner = Batch(draw(7, 3, 8, 8, seed=2)[rows], PARTNERS[rows], PARTNERS)
@@ -134,7 +134,7 @@ def batch_of(case, rows=slice(None), labels=LABELS) -> Batch:
 
 
 class Packed:
-    """All experts in one place; keeps what was gathered."""
+    """A gather for all experts in one place; it records its inputs."""
 
     def __init__(self):
         self.gathered: list[Tensor] = []
@@ -145,7 +145,7 @@ class Packed:
 
 
 class Slot:
-    """One of several workers: the others' outputs are those of a packed run, detached."""
+    """A gather for one of several workers: the others' outputs are those of a packed run, detached."""
 
     def __init__(self, place, gathered):
         self.place, self.gathered, self.calls = place, gathered, 0
@@ -159,7 +159,7 @@ class Slot:
 
 
 def step(case, network, batch, gather, now=NOW, flow=None):
-    """Outputs and loss of one step, with its gradients in the network's parameters."""
+    """Return outputs and loss of one step; its gradients are in the network's parameters."""
     flow = flow or case.build_flow()
     outputs_EBX = flow(network, batch, now, gather)
     labels, global_labels = flow.labels(batch)
@@ -237,7 +237,7 @@ def test_experts_apart_give_the_packed_loss_and_their_gradients_add_up(case):
 
 @every_case
 def test_some_experts_together_and_some_apart_give_the_packed_loss(case):
-    """The last two in one place, as with two experts a worker."""
+    """The last two in one place, as with two experts per worker."""
     gather, batch = Packed(), batch_of(case)
     outputs_EBX, _ = step(case, Network(case.ensemble()), batch, gather)
     rest = [value[:-2] for value in gather.gathered]
@@ -290,10 +290,10 @@ def test_partner_images_matter_where_the_flow_says_it_needs_them_and_to_one_expe
         assert by_partner == [case.cls().needs_partner] * case.num_experts
 
 
-# What only one flow promises
+# Promises of single flows
 
-BBN_CASE = Try("bilateral", Case(Bilateral.Config(), 2, objective=BBN.Config(), head=BilateralHead.Config()))
-ACE_CASE = Try("ace", Case(OwnClasses.Config(), objective=ACE.Config()))
+BBN_CASE = Trial("bilateral", Case(Bilateral.Config(), 2, objective=BBN.Config(), head=BilateralHead.Config()))
+ACE_CASE = Trial("ace", Case(OwnClasses.Config(), objective=ACE.Config()))
 
 
 def statistics(module):
@@ -345,7 +345,7 @@ def test_ace_experts_score_images_of_their_own_classes_and_leave_zeros_elsewhere
     outputs_EBX, _ = step(ACE_CASE, Network(ACE_CASE.ensemble()), batch_of(ACE_CASE), Packed())
     scored = (outputs_EBX != 0).any(dim=-1)
     assert torch.equal(scored, torch.stack([LABELS >= 0, LABELS >= 1, LABELS >= 2]))
-    everywhere = Try("ace", Case(OwnClasses.Config(), objective=ACE.Config(com_batch="all")))
+    everywhere = Trial("ace", Case(OwnClasses.Config(), objective=ACE.Config(com_batch="all")))
     outputs_EBX, _ = step(everywhere, Network(everywhere.ensemble()), batch_of(everywhere), Packed())
     assert (outputs_EBX != 0).any(dim=-1).all()
 
@@ -376,7 +376,7 @@ def test_ace_worker_without_the_first_expert_builds_no_graph_of_the_trunk():
 
 @pytest.mark.parametrize(("select", "rows"), [("before", LABELS >= 2), ("after", LABELS >= 0)])
 def test_ace_batchnorm_sees_own_images_or_the_whole_batch_as_set(select, rows):
-    case = Try("ace", Case(OwnClasses.Config(select=select), objective=ACE.Config()))
+    case = Trial("ace", Case(OwnClasses.Config(select=select), objective=ACE.Config()))
     ensemble, batch, other = case.ensemble(), batch_of(case), case.ensemble()
     step(case, Network(ensemble), batch, Packed())
     last = other.members()[2]
@@ -388,7 +388,7 @@ def test_ace_batchnorm_sees_own_images_or_the_whole_batch_as_set(select, rows):
 @pytest.mark.parametrize("select", ["before", "after"])
 def test_ace_expert_without_images_in_the_global_batch_is_not_run(select):
     """Its scores are zeros, its gradients too, its BatchNorm does not move; the others learn as ever."""
-    case = Try("ace", Case(OwnClasses.Config(select=select), objective=ACE.Config()))
+    case = Trial("ace", Case(OwnClasses.Config(select=select), objective=ACE.Config()))
     ensemble, untouched = case.ensemble(), statistics(case.ensemble().members()[2])
     outputs_EBX, loss = step(case, Network(ensemble), batch_of(case, labels=NO_FEW), Packed())
     assert torch.isfinite(loss)
@@ -445,7 +445,7 @@ def test_a_flow_and_an_objective_that_do_not_fit_are_refused_by_both_names(flow,
     flow_cls, cls = registry.piece("flow", flow), registry.piece("objective", objective)
     fits = cls.flow in (None, flow) and (flow_cls.takes is None or issubclass(cls, flow_cls.takes))
     number = cls.num_experts_allowed[-1]
-    case = Try(flow, Case(cases_of("flow", flow)[0].config, min(number, 3), objective=cls.Config()))
+    case = Trial(flow, Case(cases_of("flow", flow)[0].config, min(number, 3), objective=cls.Config()))
     if fits:
         case.build_flow()
         return

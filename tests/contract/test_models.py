@@ -18,8 +18,8 @@ from experts.registry import build
 registry.import_pieces(experts)
 
 NAMES = [f"expert{k}" for k in range(8)]
-# The cheapest case of a model comes first, a deeper one last. Images are large enough that a BatchNorm sees more than
-# two values per channel, of which it would make +1 and -1 whatever the weights are.
+# The cheapest case of a model comes first, a deeper one last. Images are large enough to give BatchNorm more than two
+# values per channel: it would turn two into +1 and -1, whatever the weights are.
 CUTS = ["ride", "last_stage", "last_block", "whole", "branches"]
 every_model = pytest.mark.parametrize("model", registry.registered_names("model"))
 every_head = pytest.mark.parametrize("head", registry.registered_names("head"))
@@ -28,7 +28,7 @@ every_cut = pytest.mark.parametrize("split", CUTS)
 
 @pytest.fixture(autouse=True)
 def thin_stages(monkeypatch):
-    """Big images' networks with an eighth of the channels; the parity tests have them whole."""
+    """Give networks for big images an eighth of their channels; the parity tests build them whole."""
     monkeypatch.setattr(resnet_imagenet, "PLANES", (8, 16, 32, 64))
     monkeypatch.setattr(resnet_imagenet, "THIN_PLANES", (8, 16, 24, 48))
 
@@ -64,7 +64,7 @@ def same_weights(a: nn.Module, b: nn.Module) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
-def test_the_pieces_of_the_main_job_are_registered():
+def test_the_pieces_of_the_recipes_are_registered():
     assert {"resnet_cifar", "resnet_imagenet"} <= set(registry.registered_names("model"))
     assert {"linear", "cosine", "tau_normalised"} <= set(registry.registered_names("head"))
 

@@ -36,7 +36,7 @@ def draw(*shape, seed=0) -> Tensor:
 
 
 def prepare(objective) -> None:
-    """Let the objective look at every training image and a validation split of two images a class, if it wants to."""
+    """Show the objective every training image and two validation images per class, if it needs them."""
 
     def batches(split):
         labels = torch.arange(len(COUNTS)).repeat_interleave(COUNTS if split == "train" else 2)
@@ -55,7 +55,7 @@ def teachers_of(objective, images) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class Try:
+class Trial:
     """One case of one objective, at some logits and labels."""
 
     name: str
@@ -83,11 +83,11 @@ class Try:
         return (draw(self.num_experts, len(LABELS), outputs, seed=self.num_experts) * 5).to(dtype)
 
     def labels(self, images: Any = slice(None)) -> Tensor:
-        """Of some images; the images are the last axis."""
+        """Return the labels of some images; the images are the last axis."""
         return (torch.stack([LABELS, PARTNERS]) if self.cls.label_sets == 2 else LABELS)[..., images]
 
     def now(self, objective, images: Any = slice(None), labels=None) -> StepContext:
-        """What the objective needs to know of some images, with the denominators of all."""
+        """Return the context of some images, with the denominators of all."""
         teachers = {name: scores[images] for name, scores in teachers_of(objective, len(LABELS)).items()}
         extra = ExtraInputs(teachers, (torch.arange(len(LABELS)) * 50)[images])
         return StepContext(objective.denominators(self.labels() if labels is None else labels, NOW), NOW, extra)
@@ -102,8 +102,8 @@ class Try:
 
 
 OBJECTIVES = registry.registered_names("objective")
-CASES = [Try(name, case) for name in OBJECTIVES for case in cases_of("objective", name)]
-every_case = pytest.mark.parametrize("case", CASES, ids=Try.label)
+CASES = [Trial(name, case) for name in OBJECTIVES for case in cases_of("objective", name)]
+every_case = pytest.mark.parametrize("case", CASES, ids=Trial.label)
 
 
 def test_the_objectives_of_the_published_systems_are_registered():
@@ -174,7 +174,7 @@ def test_an_empty_piece_has_a_gradient_of_zero_for_what_made_its_logits(case):
 
 @every_case
 def test_slots_evaluated_apart_give_the_whole_loss_and_their_own_gradient(case):
-    """What a worker does: its own expert attached, the others' logits detached. Bitwise, not to a tolerance."""
+    """As on a worker: its own expert attached, the others' logits detached. Bitwise, not to a tolerance."""
     objective = case.objective()
     logits = case.logits()
     whole = logits.clone().requires_grad_()
@@ -285,7 +285,7 @@ def test_labels_of_another_number_of_batches_are_refused_by_name(case):
 
 
 @every_case
-def test_learning_rates_are_multiplied_with_one_positive_number_an_expert(case):
+def test_learning_rates_are_multiplied_by_one_positive_number_per_expert(case):
     factors = case.objective().lr_factors
     assert len(factors) == case.num_experts
     assert all(0 < factor <= 1 for factor in factors)

@@ -27,7 +27,7 @@ from orchestration.training.trainer import StageTrainer
 
 
 def pair_of(schedule):
-    """Method and dataset of a schedule, e.g. ride_h2t and cifar10_lt."""
+    """Return method and dataset of a schedule, e.g. ride_h2t and cifar10_lt."""
     method = max((name for name in available("method") if schedule.startswith(f"{name}_")), key=len)
     return method, schedule.removeprefix(f"{method}_").removesuffix("_demo")
 
@@ -108,12 +108,12 @@ def test_tade_on_places_learns_heads_at_a_hundredth_and_the_rest_at_a_thousandth
 
 
 def whole(config, stage, num_classes, names=None):
-    """The ensemble of a stage, new."""
+    """Build the ensemble of a stage, untrained."""
     return build_ensemble(config.ensemble(names or config.method.names_in(stage), num_classes), seed=1)
 
 
 def export(folder, config, stage, dataset, model):
-    """A served folder as a finished stage or run leaves it."""
+    """Write the folder of a served model, as a finished stage or run does."""
     data = TrainingData(
         dataset=config.dataset,
         class_names=dataset.class_names,

@@ -26,7 +26,7 @@ def all_steps(epochs=6, steps_per_epoch=4):
     ]
 
 
-def test_the_schedules_of_the_main_job_are_registered():
+def test_the_schedules_of_the_recipes_are_registered():
     assert {"steps", "cosine"} <= set(registry.registered_names("lr_schedule"))
 
 

@@ -180,7 +180,7 @@ def test_permutations_are_new_every_step_and_epoch_and_the_same_when_asked_again
 
 
 def test_every_channel_is_swapped_as_often_as_the_ratio_says():
-    """400 steps of 2 of 8 channels: 100 swaps a channel expected, standard deviation 8.7; limits 5 of them away."""
+    """400 steps of 2 of 8 channels: 100 swaps per channel expected, standard deviation 8.7, limits at 5 of them."""
     swapped = torch.zeros(8)
     for step in range(400):
         swapped[flow().channels("one", 8, Progress(1, 1, step, 400))[:2]] += 1

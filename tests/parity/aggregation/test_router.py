@@ -71,7 +71,7 @@ def test_the_loss_is_the_published_one(dtype):
 
 
 def router_in_numpy(outputs, labels, pos_weight):
-    """The method card's rule, one gate and one image at a time."""
+    """The published rule, one gate and one image at a time."""
     experts, images = len(outputs), len(labels)
     logits, scores = outputs[..., :-1], outputs[..., -1]
     total = 0.0

@@ -91,7 +91,7 @@ def test_published_settings_are_those_of_the_scripts():
 
 
 def loss_and_gradient(w_E, views_2EBC, entropy):
-    """The card's equations and their derivative by hand, image by image, in float64.
+    """The paper's equations and their derivative by hand, image by image, in float64.
 
     With c = cos(p', p'') and n the norms: dc/dp' = p''/(n'n'') - c p'/n'^2; d(mean p log p)/dp = (log p + 1)/C;
     dp/dz = diag(p) - p p^T; dz/da_k = z_k; da/dw = diag(a) - a a^T.

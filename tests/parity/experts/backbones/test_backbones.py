@@ -159,49 +159,49 @@ def test_three_batchnorms_of_reslt_on_one_network():
     close(logits_EBC[:, 0], published)
 
 
-F3_MAP = [[[1.0, 2], [3, -4]], [[0.5, 0], [-1, 2]]]
-F3_CONV = [[[1.0, -1], [0.5, 0.5]], [[-1, 2], [0.3, -0.6]], [[1, 1], [-0.5, 0.2]]]
-F3_HEAD, F3_BIAS = [[1.0, 2], [0.5, -0.5], [-1, 3]], [0.1, 0.2, -0.3]
-F3_EVAL = [[0.569322, -0.199149, 0.530434], [0.142331, 0.159319, -0.111670], [0.498157, 0.557617, -0.390846]]
-F3_TRAINING = [[3.099985, 0.668748, 0.137498], [3.149985, 0.937496, -0.724998], [2.674987, 0.587498, 0.124998]]
+RESLT_MAP = [[[1.0, 2], [3, -4]], [[0.5, 0], [-1, 2]]]
+RESLT_CONV = [[[1.0, -1], [0.5, 0.5]], [[-1, 2], [0.3, -0.6]], [[1, 1], [-0.5, 0.2]]]
+RESLT_HEAD, RESLT_BIAS = [[1.0, 2], [0.5, -0.5], [-1, 3]], [0.1, 0.2, -0.3]
+RESLT_EVAL = [[0.569322, -0.199149, 0.530434], [0.142331, 0.159319, -0.111670], [0.498157, 0.557617, -0.390846]]
+RESLT_TRAINING = [[3.099985, 0.668748, 0.137498], [3.149985, 0.937496, -0.724998], [2.674987, 0.587498, 0.124998]]
 
 
-def reslt_f3(eval_order: str) -> tuple[list[Branch], TauNormalisedHead, torch.Tensor]:
+def reslt_parts(eval_order: str) -> tuple[list[Branch], TauNormalisedHead, torch.Tensor]:
     """Branches in evaluation mode, so that new BatchNorm statistics are used; the head is as built."""
     branches = [Branch(2, "conv_first", eval_order).double().eval() for _ in range(3)]
-    for branch, rows in zip(branches, F3_CONV, strict=True):
+    for branch, rows in zip(branches, RESLT_CONV, strict=True):
         branch.conv.weight.data = torch.tensor(rows, dtype=torch.float64)[:, :, None, None]
     head = TauNormalisedHead(TauNormalisedHead.Config(gamma=0.7), 2, 3).double()
-    head.weight.data = torch.tensor(F3_HEAD, dtype=torch.float64)
-    head.bias.data = torch.tensor(F3_BIAS, dtype=torch.float64)
-    return branches, head, torch.tensor([F3_MAP], dtype=torch.float64)
+    head.weight.data = torch.tensor(RESLT_HEAD, dtype=torch.float64)
+    head.bias.data = torch.tensor(RESLT_BIAS, dtype=torch.float64)
+    return branches, head, torch.tensor([RESLT_MAP], dtype=torch.float64)
 
 
 def test_reslt_in_evaluation_pools_first_and_normalises_the_head():
-    branches, head, h = reslt_f3("pool_first")
+    branches, head, h = reslt_parts("pool_first")
     with torch.no_grad():
         scores = torch.cat([head.eval()(branch(h)) for branch in branches])
-    close(scores, F3_EVAL)
+    close(scores, RESLT_EVAL)
     close(scores.sum(dim=0), [1.209810, 0.517788, 0.027918])
 
 
 def test_reslt_in_training_convolves_first_and_has_a_bias():
-    branches, head, h = reslt_f3("conv_first")
+    branches, head, h = reslt_parts("conv_first")
     with torch.no_grad():
         scores = torch.cat([head.train()(branch(h)) for branch in branches])
-    close(scores, F3_TRAINING)
+    close(scores, RESLT_TRAINING)
 
 
 def test_reslt_in_numpy():
     """ReLU(K x / sqrt(1 + eps)) before or after the mean; W x + b in training, (W_c / |W_c|^gamma) x in evaluation."""
-    x, kernels = np.array(F3_MAP).reshape(2, 4), np.array(F3_CONV)
-    weight, bias, gamma = np.array(F3_HEAD), np.array(F3_BIAS), 0.7
+    x, kernels = np.array(RESLT_MAP).reshape(2, 4), np.array(RESLT_CONV)
+    weight, bias, gamma = np.array(RESLT_HEAD), np.array(RESLT_BIAS), 0.7
     root = np.sqrt(1 + 1e-5)
     pooled_first = np.stack([np.maximum(k @ x.mean(1) / root, 0) for k in kernels])
     conv_first = np.stack([np.maximum(k @ x / root, 0).mean(1) for k in kernels])
     normalised = weight / np.linalg.norm(weight, axis=1, keepdims=True) ** gamma
-    np.testing.assert_allclose(pooled_first @ normalised.T, F3_EVAL, atol=1e-6, rtol=0)
-    np.testing.assert_allclose(conv_first @ weight.T + bias, F3_TRAINING, atol=1e-6, rtol=0)
+    np.testing.assert_allclose(pooled_first @ normalised.T, RESLT_EVAL, atol=1e-6, rtol=0)
+    np.testing.assert_allclose(conv_first @ weight.T + bias, RESLT_TRAINING, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("training", "order"), [(True, "conv_first"), (True, "pool_first"), (False, "pool_first")])

@@ -43,7 +43,7 @@ def leaf():
     return torch.tensor(LOGITS, dtype=torch.float64, requires_grad=True)
 
 
-def test_losses_are_the_published_ones():
+def test_losses_are_those_of_the_formulas():
     loss, terms = evaluate(leaf())
     close(terms["classification"], [0.499676, 0.646856, 1.198442])
     close(terms["complement"], [0, 0.100000, 1.930000])
@@ -56,7 +56,7 @@ def test_losses_with_a_softmax_over_own_classes():
     close(terms["complement"], [0, 0.100000, 1.930000])
 
 
-def test_gradients_are_the_published_ones():
+def test_gradients_are_those_of_the_formulas():
     logits = leaf()
     evaluate(logits)[0].backward()
     close(logits.grad[2, 1], [3.007477, -1.309141, -0.698336])
@@ -110,7 +110,7 @@ def test_an_expert_with_fewer_images_than_it_needs_skips_the_step():
 
 
 def ace_in_numpy(z_EBC, labels, targets, *, over_targets=False, all_images=False, mean=False):
-    """The card's equations in float64, one expert and one image at a time."""
+    """The paper's equations in float64, one expert and one image at a time."""
     classes, loss = range(z_EBC.shape[2]), 0.0
     for z_BC, own in zip(z_EBC, targets, strict=True):
         others = [c for c in classes if c not in own]

@@ -18,6 +18,7 @@ from experts.methods.bbn import BBN, Bilateral, BilateralHead, bbn_loss, cumulat
 from experts.objective import StepContext
 from experts.progress import Progress
 from experts.samplers.reversed import Reversed
+from tests.networks import run_together
 
 FEATURES_A = [[1.0, 2], [0, 1]]
 FEATURES_B = [[0.5, -1], [2, 0]]
@@ -72,22 +73,6 @@ def test_alpha_can_end_with_the_stage_or_after_any_number_of_epochs():
         alpha(22, 20)
 
 
-class Alone:
-    """Runs everything in one place, as the flow asks."""
-
-    def __init__(self, ensemble):
-        self.ensemble, self.names, self.same_order = ensemble, ensemble.names, False
-
-    def trunk(self, run):
-        return run(self.ensemble.trunk)
-
-    def experts(self, run):
-        return run(self.ensemble.experts)
-
-    def shared(self, run):
-        return run(self.ensemble.shared)
-
-
 def two_halves():
     """An ensemble that is its two halves of the fixture's linear layer."""
     experts = {}
@@ -109,7 +94,7 @@ def mixed(epoch, scale=2.0):
     batch = Batch(features[0], LABELS[0], LABELS[0], partner=batches[1])
     objective = BBN(BBN.Config(), COUNTS, 2)
     flow = Bilateral(Bilateral.Config(scale=scale), objective, ensemble.names, lambda *words: 0)
-    half_EBC = flow(Alone(ensemble), batch, at(epoch), lambda own: own)
+    half_EBC, _ = run_together(flow, ensemble, batch, at(epoch))
     labels, global_labels = flow.labels(batch)
     assert torch.equal(labels, LABELS)
     loss, terms = objective(half_EBC, labels, StepContext(objective.denominators(global_labels, at(epoch)), at(epoch)))
@@ -156,7 +141,7 @@ def test_reversed_sampling_is_as_published():
 
 
 def bbn_in_numpy(f_a, f_b, weight, bias, y_a, y_b, alpha, scale):
-    """The card's equations in float64, one pair of images at a time."""
+    """The published equations in float64, one pair of images at a time."""
     loss = 0.0
     for a, b, label_a, label_b in zip(f_a, f_b, y_a, y_b, strict=True):
         g = scale * np.concatenate([alpha * a, (1 - alpha) * b])
@@ -189,7 +174,7 @@ def test_flow_head_and_objective_equal_the_equations_in_float64(scale, seed):
     objective = BBN(BBN.Config(), torch.arange(1, classes + 1), 2)
     flow = Bilateral(Bilateral.Config(scale=scale), objective, ("a", "b"), lambda *words: 0)
     now = at(epoch=7, epochs=20)
-    half_EBC = flow(Alone(Ensemble(nn.Identity(), experts)), batch, now, lambda own: own)
+    half_EBC, _ = run_together(flow, Ensemble(nn.Identity(), experts), batch, now)
     loss, _ = objective(half_EBC, labels, StepContext(objective.denominators(labels, now), now))
     alpha = 1 - (6 / 20) ** 2
     assert loss.item() == pytest.approx(bbn_in_numpy(f_a, f_b, weight, bias, y_a, y_b, alpha, scale), rel=1e-12)

@@ -129,7 +129,7 @@ def softmax(z):
 
 
 def lfme_in_numpy(z, labels, teachers, groups, weights, factors, temperature, instance_on):
-    """The method card's equations, one image at a time."""
+    """The published equations, one image at a time."""
     loss = 0.0
     for b, y in enumerate(labels):
         scaled = z[b] * factors[b] if instance_on == "logits" else z[b]

@@ -106,7 +106,7 @@ def test_two_branches_learn_all_and_medium_with_few():
 
 
 def reslt_in_numpy(z_EBC, labels, groups, beta, guard, fused_guard):
-    """The card's equations in float64, one image at a time; groups say the first class of each branch."""
+    """The published equations in float64, one image at a time; groups are the first classes of the branches."""
     independent = fused = count = 0.0
     for b, y in enumerate(labels):
         for z, first in zip(z_EBC[:, b], groups, strict=True):
@@ -148,7 +148,7 @@ def test_gradient_is_the_closed_form(fused):
     Of the fused loss it is the same for all branches, (1 - beta) / B (softmax(sum) - onehot), with the factor in the
     guarded form only; a branch's own loss counts where its mask does, divided by the 6 images of all branches.
     """
-    beta, guard = 0.7, 1e-2  # a guard that can be seen
+    beta, guard = 0.7, 1e-2  # a guard large enough to show
     logits = leaf(torch.float64)
     evaluate(logits, beta=beta, log_guard=guard, fused=fused)[0].backward()
     z = logits.detach()

@@ -111,7 +111,7 @@ def log_softmax(z):
 
 
 def ride_in_numpy(z_EBC, labels, counts, *, late, lambda_, gamma, subtract=False, pairwise=False):
-    """The method card's equations, word for word, one image and one expert at a time, in float64."""
+    """The published equations, word for word, one image and one expert at a time, in float64."""
     counts = np.asarray(counts, np.float64)
     classes = len(counts)
     margin = 0.5 * counts**-0.25 / (counts**-0.25).max()

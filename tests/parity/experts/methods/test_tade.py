@@ -97,7 +97,7 @@ def test_the_tie_rule_matters_for_as_many_classes_of_cifar100_as_published(ratio
 
 
 def tade_in_numpy(z_EBC, labels, counts, tau):
-    """The card's equations in float64, one image and one expert at a time; counts without ties."""
+    """The published equations in float64, one image and one expert at a time; counts without ties."""
     counts = np.asarray(counts, np.float64)
     pi = counts / counts.sum()
     ascending = sorted(range(len(pi)), key=lambda c: pi[c])
