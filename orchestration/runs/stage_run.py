@@ -217,7 +217,7 @@ class StageRun:
 
         # Read once, before the save: a signal that comes during it waits for the end of the next interval.
         stop, given_up = self.run.signals.received, self.run.signals.given_up.is_set()
-        leaving = self._leaving_nodes() if self.step < target else []
+        leaving = self._leaving_nodes() if self.step < target else []  # at the end there is nothing left to move
         every = self.config.run.checkpoint_every_steps
         if evaluated or self.step % every == 0 or stop is not None or given_up or leaving:
             self._save()

@@ -32,7 +32,8 @@ class TrainingStep:
             The learning rate, and the mean per image of the "loss" and of its terms over the global batch.
 
         Raises:
-            TrainingDiverged: on every worker; names stage, epoch, step and what is not finite.
+            TrainingDiverged: names stage, epoch, step and what is not finite. Every worker raises it for a loss, those
+                that hold the parameter for a gradient.
         """
         setup = self._setup
         self._set_mode()

@@ -10,7 +10,7 @@ One step, on every worker of the mesh at the same time (step.py):
     loss, terms = objective(outputs, labels, given) / denominators of the global batch
     stop on all workers unless the sum of the losses is finite
     gradients = backward(loss), summed over every worker that holds the parameter
-    stop on all workers unless the gradients are finite
+    stop unless the gradients are finite
     weights -= SGD(gradients, schedule(now))                         # engine.py, deepspeed_engine.py
 
 The loss is evaluated whole on every worker, as its replica's share of the global batch; only the worker's own experts
@@ -91,7 +91,7 @@ class StageTrainer:
         """Take steps until `until` steps of the stage are done; never beyond the end of the epoch.
 
         Raises:
-            TrainingDiverged: on every worker; names stage, epoch, step and what is not finite.
+            TrainingDiverged: names stage, epoch, step and what is not finite; see `TrainingStep`.
         """
         steps_per_epoch = self.setup.steps_per_epoch
         now = self.setup.progress(self.done)
