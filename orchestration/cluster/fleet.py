@@ -46,7 +46,7 @@ class Fleet:
 
     Attributes:
         workers: actors in the order of ranks; empty before `start` and after `kill`.
-        hosts: what each worker said of itself: process, node, host.
+        hosts: process, node and host name of each worker, in the order of ranks.
         left_out: training images that cannot be read, once the first worker has looked for them; else None.
     """
 
@@ -258,7 +258,11 @@ class Fleet:
         return self._together([ref])[0]
 
     def _together(self, refs: list[Any]) -> list[Any]:
-        """Wait for the answers of the first workers, one each in the order of ranks. Those that have answered idle."""
+        """Wait for the answers of the first workers, one each, in the order of ranks.
+
+        Raises:
+            WorkerLost, ValueError, FloatingPointError, OSError: as `call`.
+        """
         answers: dict[Any, Any] = {}
         pending = list(refs)
         watch = Watch(self.workers[: len(refs)], self.config.cluster.heartbeat_timeout_s)
@@ -270,7 +274,7 @@ class Fleet:
                     answers[ref] = ray.get(ref)
                 except RayError as error:
                     raise self._diagnose(error, pending) from error
-            if not done:
+            if not done:  # only those still at work can hang: a worker that has answered is idle by right
                 watch.look([rank for rank, ref in enumerate(refs) if ref not in answers])
         return [answers[ref] for ref in refs]
 

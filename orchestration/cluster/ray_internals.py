@@ -37,7 +37,7 @@ def token_headers() -> dict[str, str]:
 
 
 def token_needed() -> bool:
-    """Say whether Ray's processes on this node ask for a token. No public function tells."""
+    """Say whether Ray's processes on this node ask for a token. No public function says so."""
     from ray._private.authentication.authentication_utils import is_token_auth_enabled
 
     return bool(is_token_auth_enabled())

@@ -38,7 +38,7 @@ def train(
 
     Args:
         admitted: the run, which `admit` let pass.
-        folder: the run's, held.
+        folder: of the run, locked by this process.
         console: shows progress and messages.
         marks: unix seconds of the start so far, by what happened then; written to run.json after the first step.
         begin_tracking: called once, when workers, data and model are in place: a start refused before leaves no trace.

@@ -29,7 +29,7 @@ class Run:
 
     Args:
         config: with CPUs and threads resolved.
-        folder: the run's, held.
+        folder: of the run, locked by this process.
         console: shows progress and messages.
         signals: that ask the run to stop.
         marks: unix seconds of the start so far, by what happened then.
@@ -59,8 +59,8 @@ class Run:
         self._models: dict[tuple[str | None, str | None, str], Path] = {}
         self._changing = threading.Lock()
 
-    def check_wanted(self, stage: str) -> None:
-        """Refuse to begin with a stage, or to go on with it, when the run is to end.
+    def raise_if_ending(self, stage: str) -> None:
+        """Raise if the run is to end, before a stage is started or continued.
 
         Raises:
             Stopped: a signal has asked for it.
@@ -107,12 +107,12 @@ class Run:
             )
 
     def forget(self, fleet: Fleet) -> None:
-        """Count the workers of a fleet that is about to be closed as the run's no more."""
+        """Leave the workers of a fleet that is about to be closed out of run.json."""
         with self._changing:
             self._workers.pop(id(fleet), None)
 
     def message_once(self, text: str) -> None:
-        """Show a message that each start of a stage would repeat."""
+        """Show a message, unless it was shown before: each start of a stage would repeat it."""
         with self._changing:
             is_new = text not in self._messages
             self._messages.add(text)
@@ -223,7 +223,7 @@ class Cost:
         self._hours += (now - self._since) / 3600 * self._workers
         self._since = now
 
-    def note(self, **more: Any) -> None:
+    def write(self, **more: Any) -> None:
         """Write the hours used so far to run.json, with other keys."""
         with self._changing:
             self._count()

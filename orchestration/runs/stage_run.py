@@ -186,7 +186,7 @@ class StageRun:
             self._evaluate(count=False)
             self._save()
         write_evaluations(self.folder, self.config, self.stage, {"best": self.best, "last": self.last})
-        self.run.cost.note(peak_memory_gib=[round(gib, 2) for gib in self.fleet.call("peak_memory_gib")])
+        self.run.cost.write(peak_memory_gib=[round(gib, 2) for gib in self.fleet.call("peak_memory_gib")])
         assert self.checkpoint is not None
         return Outcome(self.stage, self.step >= self.total_steps, self.total_steps, self.checkpoint)
 
@@ -346,7 +346,7 @@ class StageRun:
             self.checkpoints.copy_weights(folder, self.best["checkpoint"])
         self.checkpoint = folder
         self.checkpoints.prune(self.stage, folder, self.config.run.keep_checkpoints)
-        self.run.cost.note()
+        self.run.cost.write()
         self.folder.announce_checkpoint()
 
 

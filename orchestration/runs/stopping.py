@@ -25,7 +25,7 @@ class GivenUp(Exception):
 
 
 class StopSignals:
-    """Notes SIGINT and SIGTERM for the next moment at which a checkpoint can be written. A second one acts at once.
+    """Remembers SIGINT or SIGTERM until a checkpoint can be written. A second one acts at once.
 
     Attributes:
         received: number of the signal; None before one came.
@@ -38,7 +38,7 @@ class StopSignals:
 
     @contextmanager
     def watch(self) -> Iterator[StopSignals]:
-        """Note signals until the context ends."""
+        """Catch signals until the context ends."""
         old = {}  # restored at the end: Ray and the caller have handlers of their own
         for number in (signal.SIGINT, signal.SIGTERM):
             with suppress(ValueError):  # not in the main thread: a test, or a notebook

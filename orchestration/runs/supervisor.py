@@ -47,7 +47,7 @@ class State(enum.Enum):
 
 
 class Supervisor:
-    """Trains one stage on one fleet; a worker's death costs the steps since the stage's newest checkpoint.
+    """Trains one stage on one fleet. A worker's death costs the steps since the stage's newest checkpoint.
 
     Args:
         run: which the stage belongs to.
@@ -102,7 +102,7 @@ class Supervisor:
 
     def _start(self) -> None:
         run, fleet = self._run, self._fleet
-        run.check_wanted(self._stage)
+        run.raise_if_ending(self._stage)
         if not fleet.workers:
             run.cost.change(fleet.shape.workers)  # before the start, which takes seconds that are paid for
             fleet.start()
@@ -158,7 +158,7 @@ class Supervisor:
         run, fleet = self._run, self._fleet
         if loss.why == "hang":
             self._console.message(write_stacks(fleet.workers, fleet.hosts, run.folder.path / "hangs"))
-        run.check_wanted(self._stage)
+        run.raise_if_ending(self._stage)
         if loss.why == "preemption":
             return self._record_preemption(loss)
 
@@ -210,7 +210,7 @@ class Supervisor:
             raise Disconnected(f"nodes {pair[0]} and {pair[1]} do not reach each other, though Ray reaches both")
 
     def _wait_for_network(self) -> None:
-        """See that the workers reach each other; a switch that restarts need not end a run.
+        """Wait until the workers reach each other: a switch that restarts need not end a run.
 
         Raises:
             ValueError: two nodes still do not; names both.
@@ -234,7 +234,7 @@ class Supervisor:
             if not announced:
                 self._console.message(f"{', '.join(nodes)} does not answer; waiting until it does, or Ray gives it up")
                 announced = True
-            self._run.check_wanted(self._stage)
+            self._run.raise_if_ending(self._stage)
             time.sleep(0.5)
 
     def _retry(self, attempt: Callable[[], None], problem: type[ValueError], awaited: str) -> None:
@@ -260,5 +260,5 @@ class Supervisor:
                 if not announced:
                     self._console.message(f"{reason}; waiting up to {wait_s:g} s for {awaited}")
                     announced = True
-            self._run.check_wanted(self._stage)
+            self._run.raise_if_ending(self._stage)
             time.sleep(min(1.0, wait_s / 10))

@@ -304,7 +304,7 @@ def _state(path: Path) -> dict[str, Any]:
 
 
 def _is_plain(name: Any) -> bool:
-    """Whether a name is a plain file name, not a path that leads out of the folder."""
+    """Say whether a name is a plain file name, not a path that leads out of the folder."""
     return isinstance(name, str) and name == Path(name).name and name.isprintable() and name[:1] not in ("", ".")
 
 
