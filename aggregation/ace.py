@@ -85,6 +85,7 @@ class Ace(Aggregator):
             ValueError: an expert's rows are zero or not finite.
         """
         targets_EC = self._targets_EC.to(norms_EC.device)
+        # Only the classes that an expert answers for: its rows for the others were never meant to win.
         powers_EC = at_least_float32(norms_EC) ** self.config.norm_power
         mean_E = powers_EC.where(targets_EC, 0).sum(dim=1) / targets_EC.sum(dim=1)
         bad = [name for name, mean in zip(self.expert_names, mean_E.tolist(), strict=True) if not 0 < mean < math.inf]
@@ -102,6 +103,7 @@ class Ace(Aggregator):
         logits_EBC = at_least_float32(outputs.logits_EBC)
         scale_E11 = self.scales(outputs.numbers_EK).to(logits_EBC)[:, None, None]
         targets_EC = self._targets_EC.to(logits_EBC.device)
+        # Every class has at least the first expert, so the divisor is never 0.
         return (scale_E11 * logits_EBC).where(targets_EC[:, None], 0).sum(dim=0) / targets_EC.sum(dim=0)
 
 

@@ -144,6 +144,7 @@ class MeanProbabilities(Aggregator):
     def __call__(self, outputs: Outputs) -> Tensor:
         """Return log-probabilities; see `Aggregator.__call__`."""
         log_p_EBC = at_least_float32(outputs.logits_EBC).log_softmax(dim=-1)
+        # log of the mean: the sum less log E.
         return log_p_EBC.logsumexp(dim=0) - math.log(len(log_p_EBC))
 
 
@@ -169,7 +170,7 @@ class Weighted(Aggregator):
             wrong = [name for name, weight in weights.items() if not (math.isfinite(weight) and weight >= 0)]
             if wrong:
                 raise ValueError(f"weights {shown}: {', '.join(wrong)} must be a number of 0 or more")
-            total = math.fsum(weights.values())
+            total = math.fsum(weights.values())  # exact, so that the order of the experts cannot decide
             if abs(total - 1) > 1e-6:
                 divided = "; divide each by their sum" if total > 0 else ""
                 raise ValueError(f"weights {shown}: they sum to {total:.8g}, needed 1 (within 1e-6){divided}")
@@ -194,6 +195,7 @@ class Weighted(Aggregator):
     def __init__(self, config: Config, counts_C: Tensor, expert_names: tuple[str, ...]) -> None:
         super().__init__(config, counts_C, expert_names)
         config.check_experts(expert_names)
+        # Named in the config, in the order of the logits here.
         self._weights = [config.weights[name] for name in expert_names]
 
     def __call__(self, outputs: Outputs) -> Tensor:

@@ -114,6 +114,7 @@ class Distillation(ABC):
             images=denominators["images"],
         )
         repeat = len(logits_EBC) if config.repeat == "num_experts" else config.repeat
+        # A term of shape [E] is reported expert by expert; a score that all experts share has one number.
         term = kd_S.detach() if len(kd_S) == len(logits_EBC) else kd_S.detach().sum()
         return repeat * (loss + config.weight * kd_S.sum()), {"distillation": term}
 

@@ -60,6 +60,7 @@ class Diversity:
             raise ValueError(f"logits {', '.join(map(str, sorted(shapes)))} do not fit {len(labels)} labels")
         if len(labels) and not 0 <= labels.min() <= labels.max() < shape[1]:
             raise ValueError(f"labels lie in {labels.min()} to {labels.max()}; the experts have {shape[1]} classes")
+        # float64, so that a divergence of nearly equal experts is more than rounding.
         logits_EBC = torch.stack([logits_BC.detach().double() for logits_BC in expert_logits.values()])
         bad = [name for name, z_BC in zip(expert_logits, logits_EBC, strict=True) if not torch.isfinite(z_BC).all()]
         if bad:
@@ -199,6 +200,7 @@ def main_predictions(prediction_EB: Tensor, mean_logits_BC: Tensor) -> Tensor:
     """
     votes_BC = torch.zeros_like(mean_logits_BC)
     votes_BC.scatter_add_(1, prediction_EB.T, torch.ones_like(prediction_EB.T, dtype=votes_BC.dtype))
+    # Among the classes with the most votes alone, the mean logits decide.
     most_BC = votes_BC == votes_BC.amax(dim=1, keepdim=True)
     return mean_logits_BC.masked_fill(~most_BC, float("-inf")).argmax(dim=1)
 

@@ -54,7 +54,7 @@ def fuse(receiver_BD: Tensor, donor_BD: Tensor, ratio: float, permutation_D: Ten
     if not 0 <= ratio <= 1:
         raise ValueError(f"flow.ratio = {ratio:g}: the donor's share of the channels must lie in 0 to 1")
     donated_n = permutation_D[: int(ratio * len(permutation_D))]
-    fused_BD = receiver_BD.clone()
+    fused_BD = receiver_BD.clone()  # the caller's features stay as they are
     fused_BD[:, donated_n] = donor_BD[:, donated_n]
     return fused_BD
 
@@ -101,6 +101,7 @@ class H2T(Flow):
 
     def channels(self, expert: str, num_features: int, progress: Progress) -> Tensor:
         """Return this step's order of an expert's channels, int64 [D] on the CPU; every replica draws the same."""
+        # Keyed by expert and step: replicas swap the same channels, and a resumed run the same as before.
         order = permutation(self.draws("h2t channels", expert, progress.epoch, progress.step), num_features)
         return torch.from_numpy(order)
 

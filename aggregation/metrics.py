@@ -65,7 +65,7 @@ def class_means(values_N: NDArray[Any], labels_N: NDArray[np.int64], num_classes
     order = np.lexsort((values_N, labels_N))
     size_C = np.bincount(labels_N, minlength=num_classes)
     total_C = np.bincount(labels_N[order], values_N[order].astype(np.float64), num_classes)
-    return total_C / np.where(size_C, size_C, np.nan)
+    return total_C / np.where(size_C, size_C, np.nan)  # NaN without NumPy's warning about 0 / 0
 
 
 def group_means(
@@ -84,7 +84,7 @@ def group_means(
         it has an image. Neither depends on the order of the images, to the last bit.
     """
     mean_C = class_means(values_N, labels_N, num_classes)
-    means: dict[str, float | None] = {"all": float(np.sort(values_N).mean())}
+    means: dict[str, float | None] = {"all": float(np.sort(values_N).mean())}  # sorted: the same sum in any order
     for group, ids in groups.items():
         present = mean_C[ids][~np.isnan(mean_C[ids])]
         means[group] = float(present.mean()) if len(present) else None
@@ -118,6 +118,7 @@ def expected_calibration_error(
         raise ValueError(f"confidences lie in {confidence.min()} to {confidence.max()}; needed 0 to 1")
     order = np.argsort(confidence, kind="stable")  # so that the sums below do not depend on the order of the images
     confidence, correct = confidence[order], correct[order]
+    # side="left" puts a confidence on an edge into the bin below, (low, high]; 0 has none below and goes to the first.
     bin_N = np.maximum(np.searchsorted(np.linspace(0, 1, bins + 1), confidence, side="left") - 1, 0)
     size = np.bincount(bin_N, minlength=bins)
     gap = np.abs(np.bincount(bin_N, correct, bins) - np.bincount(bin_N, confidence, bins))
@@ -188,7 +189,7 @@ class Scores:
         batch: dict[str, dict[str, NDArray[Any]]],
         extras: dict[str, NDArray[np.float64]],
     ) -> None:
-        if not len(labels) and not batch:
+        if not len(labels) and not batch:  # an empty piece of a replica that scored nothing
             return
         if not batch or (self._members and set(batch) != set(self._members)):
             raise ValueError(

@@ -159,6 +159,7 @@ def decision_regions(
 
     features_ND = laid_end_to_end(features)
     places_N2 = plane.places(features_ND)
+    # By the true features, not by their places on the plane: `faithful` is where the two agree.
     predicted_N = classify(features_ND)
     left, right, bottom, top = window
     across, up = np.meshgrid(np.linspace(left, right, side), np.linspace(bottom, top, side))

@@ -191,7 +191,7 @@ def load_model(folder: str | os.PathLike[str], device: torch.device | str = "cpu
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged ({error}); export the model again") from None
-    import_pieces(experts, aggregation)
+    import_pieces(experts, aggregation)  # a program that only serves has imported none of them
     config = EnsembleConfig(
         _config("model", description.backbone),
         _config("head", description.head),

@@ -110,6 +110,7 @@ class Learner:
         self.trajectory: list[list[float]] = []
         self.stopped = False
         self.steps = 0
+        # Any equal numbers give uniform weights; 1 / E is the published start, and weight decay acts on it.
         start = torch.full((num_experts,), 1 / num_experts, dtype=torch.float64, device=device)
         self._w_E = start.requires_grad_()
         self._optimizer = torch.optim.SGD(
@@ -229,6 +230,7 @@ def correct_counts(weights_GE: np.ndarray, logits_ENC: Tensor, labels_N: Tensor)
     top_EN = logits_ENC.argmax(dim=-1)
     alike_N = (top_EN == top_EN[0]).all(dim=0)
     total_G = torch.full((len(weights_GE),), int((top_EN[0] == labels_N)[alike_N].sum()), device=logits_ENC.device)
+    # As many images at a time as keep the scores of all weightings in bounds.
     open_N = (~alike_N).nonzero()[:, 0]
     weights = torch.from_numpy(weights_GE).to(logits_ENC)
     images = max(1, SCORES_AT_ONCE // max(1, len(weights_GE) * logits_ENC.shape[-1]))

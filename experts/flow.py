@@ -111,6 +111,7 @@ class Flow(ABC):
     @classmethod
     def pairing_problem(cls, objective: type[Objective]) -> str | None:
         """Return why a stage cannot have this flow with that objective, and what to set; None where it can."""
+        # Either side may demand the other: a flow by `takes`, an objective by `flow`. Each message names a way out.
         own, its = registered_name(cls), registered_name(objective)
         refused = f"objective '{its}' and flow '{own}' do not fit"
         if cls.takes is not None and not issubclass(objective, cls.takes):

@@ -79,6 +79,7 @@ class Steps:
         """Return the factor of the base rate, the same for all steps of an epoch."""
         if progress.epoch <= self.config.warmup_epochs:
             return warmup_factor(progress.epoch, self.config.warmup_epochs, self.config.warmup_start)
+        # Milestones are sorted and their factors are of the base rate, so the last one passed is the whole answer.
         passed = [m.factor for m in self.config.milestones if progress.epoch > m.after_epoch]
         return passed[-1] if passed else 1.0
 

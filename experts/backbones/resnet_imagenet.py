@@ -57,6 +57,7 @@ class Bottleneck(nn.Module):
 
     def __init__(self, in_planes: int, planes: int, stride: int, cardinality: int = 1) -> None:
         super().__init__()
+        # 32x4d: 4 channels per group at 64 base channels, and as many more as the stage is wider.
         inner = planes if cardinality == 1 else planes * 4 // 64 * cardinality
         outer = planes * self.expansion
         self.conv1 = nn.Conv2d(in_planes, inner, 1, bias=False)
@@ -98,6 +99,7 @@ class Branch(nn.Module):
 
     def forward(self, h_BDHW: Tensor) -> Tensor:
         if (self.order if self.training else self.eval_order) == "pool_first":
+            # Kept as a map of one pixel, so that the same convolution and BatchNorm serve both orders.
             h_BDHW = self.pool(h_BDHW)[:, :, None, None]
         return self.pool(self.relu(self.bn(self.conv(h_BDHW))))
 
@@ -173,6 +175,7 @@ class ResNetImageNet(SplitResNet):
         }
 
     def block(self, stage: int, index: int, in_planes: int, planes: int) -> nn.Module:
+        # The first block of a stage halves the map; for stage 0 the stem has done so.
         stride = 2 if stage and not index else 1
         if self.config.depth == 10:
             return BasicBlock(in_planes, planes, stride)

@@ -57,6 +57,7 @@ class SplitResNet(ABC):
         self.planes = planes
         self.thin_planes = thin_planes
         self.expansion = expansion
+        # The network as one row of blocks: a cut is then a number of blocks from the start, even inside a stage.
         self.places = [(stage, index) for stage, number in enumerate(blocks) for index in range(number)]
         self.num_shared_blocks = {
             "ride": sum(blocks[:-2]),
@@ -118,6 +119,7 @@ class SplitResNet(ABC):
                 f"experts thinner, and here they own none; set method.reduce_dimension = false, or backbone.split to "
                 f"'ride', 'last_stage' or 'whole'"
             )
+        # Full width before the cut: the trunk is one for all experts, whatever width they have.
         shared = {"ride": len(self.blocks) - 2, "last_stage": len(self.blocks) - 1, "whole": 0}[self.split]
         return self.planes[:shared] + self.thin_planes[shared:]
 

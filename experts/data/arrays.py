@@ -127,7 +127,7 @@ def read_idx(path: str, num_axes: int) -> np.ndarray:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
     header = 4 + 4 * num_axes
-    magic = IDX_UNSIGNED_BYTE << 8 | num_axes
+    magic = IDX_UNSIGNED_BYTE << 8 | num_axes  # two zero bytes, the type of a value, the number of axes
     if len(data) < header or struct.unpack(">I", data[:4])[0] != magic:
         raise ValueError(
             f"{path}: begins with {data[:4].hex() or 'nothing'}, an IDX file of {num_axes} axes of bytes "

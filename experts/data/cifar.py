@@ -77,6 +77,7 @@ def open_cifar(config: DatasetConfig) -> RawDataset:
     root = require_root(config, f"the folder that holds {layout.python_folder} or {layout.binary_folder}")
     if config.download:
         _fetch(config.source, root)
+    # Root may be the folder itself or the one above it. Where both layouts are there, either gives the same images.
     for folder in (os.path.join(root, layout.python_folder), root):
         if os.path.isfile(os.path.join(folder, layout.train[0])):
             train, test = (_python_split(folder, files, layout) for files in (layout.train, layout.test))
@@ -154,6 +155,7 @@ def _class_ids(path: str, labels: list[Any], num_images: int, layout: Layout) ->
     if len(labels) != num_images:
         raise ValueError(f"{path}: {num_images} images but {len(labels)} labels; fetch the file again")
     for image, label in enumerate(labels):
+        # The file may hold anything, so nothing of it goes into the message but a short whole number or a type.
         if type(label) is not int or not 0 <= label < layout.num_classes:
             found = label if type(label) is int and label.bit_length() < 64 else f"({type(label).__name__})"
             raise ValueError(

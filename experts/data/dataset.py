@@ -148,6 +148,7 @@ def open_dataset(
         )
 
     find_unreadable = config.quarantine > 0 and left_out is None
+    # A resumed run leaves out what it left out at its start, before anything is decoded.
     if left_out and isinstance(train, FilePool):
         train = train.take(np.flatnonzero(~np.isin(train.paths, [os.fsencode(path) for path in left_out])))
     train_store, missing = _train_store(config, train, find_unreadable, beat)
@@ -232,6 +233,7 @@ def _train_store(
     """
     if isinstance(pool, ArrayPool):
         return resident_from_array(pool, config.image_size), {}
+    # Random crops of the whole picture need the file in every epoch. Resident images are cropped from their frame.
     crop_scale = config.augment.random_resized_crop
     if config.resident == "always":
         crop_scale = None

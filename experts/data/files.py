@@ -32,7 +32,7 @@ def open_image_folder(config: DatasetConfig) -> RawDataset:
         return RawDataset(names, pool)
     names, train = _scan(root, "train", None)
     others = {s: _scan(root, s, names)[1] for s in splits[1:]}
-    if "test" not in others and "val" in others:
+    if "test" not in others and "val" in others:  # as in ImageNet, whose test labels are not public
         others["test"] = others.pop("val")
     return RawDataset(names, train, others.get("val"), others.get("test"))
 
@@ -66,6 +66,7 @@ def _scan(root: str, split: str, expected: tuple[str, ...] | None) -> tuple[tupl
 
 
 def _pool(root: str, paths: list[str], labels: list[int]) -> FilePool:
+    # Bytes, not text: a name that is not UTF-8 survives, and millions of paths take a quarter of the memory.
     return FilePool(root, np.array([os.fsencode(p) for p in paths]), np.array(labels, dtype=np.int64))
 
 
@@ -122,7 +123,7 @@ def _read_list(root: str, key: str, value: str, num_classes: int | None) -> File
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            image, _, label = line.rstrip().rpartition(" ")
+            image, _, label = line.rstrip().rpartition(" ")  # from the right: a path may contain spaces
             if not image or not label.isdecimal():
                 raise ValueError(
                     f"{path}:{number}: found '{line.strip()[:80]}'; needed `path label`, the label a "
@@ -137,6 +138,8 @@ def _read_list(root: str, key: str, value: str, num_classes: int | None) -> File
             labels.append(int(label))
     if not paths:
         raise ValueError(f"{path}: holds no image; needed at least one `path label` line (dataset.{key})")
+
+    # The first image alone: a wrong root fails for all of them, and looking for each would take minutes on a network.
     first = os.path.join(root, paths[0])
     if not os.path.isfile(first):
         raise ValueError(
@@ -151,6 +154,8 @@ def _class_names(pool: FilePool, num_classes: int) -> tuple[str, ...]:
         folder = os.path.dirname(os.fsdecode(path))
         if folders.setdefault(label, folder) != folder:
             return tuple(str(c) for c in range(num_classes))
+
+    # Two folders of the same name in different places would give two classes one name; then numbers are clearer.
     names = [os.path.basename(folders.get(c, "")) for c in range(num_classes)]
     if len(set(names)) == num_classes and all(names):
         return tuple(names)

@@ -19,7 +19,7 @@ def long_tailed_counts(
 
     `step`: the first C // 2 classes have n_max, the rest int(n_max / ratio).
     """
-    fraction = 1.0 / imbalance_ratio
+    fraction = 1.0 / imbalance_ratio  # as published: dividing by powers of the ratio rounds differently before int()
     if kind == "step":
         head = num_classes // 2
         counts = [max_per_class] * head + [int(max_per_class * fraction)] * (num_classes - head)
@@ -35,6 +35,7 @@ def shuffled_pools(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:
     So the number of images taken from one class never changes another class, and the selection of a smaller ratio
     contains that of a larger one.
     """
+    # NumPy's legacy generator: the published selection comes from it, and NumPy keeps it as it is.
     generator = np.random.RandomState(SELECTION_SEED)
     pools = []
     for c in range(num_classes):
@@ -123,6 +124,7 @@ def select(
             "with natural counts needs a balanced list of its own in dataset.train_list",
         )
 
+    # The validation images come from the end of a pool, the training images from its start: they meet in a small pool.
     kept = np.minimum(counts, found - val_per_class)
     for c in np.flatnonzero(kept < 1):
         if found[c] == 0:

@@ -101,6 +101,7 @@ def distribution_counts(distribution: Distribution, train_counts_C: np.ndarray, 
     if distribution.kind == "uniform":
         return np.asarray(found_C, np.int64)
     num_classes, smallest = len(found_C), int(np.min(found_C))
+    # Ranked by TRAINING counts, whatever the test set has: the shift is relative to the training distribution.
     profile = long_tailed_counts(num_classes, smallest, distribution.ratio)
     order = np.argsort(-np.asarray(train_counts_C, np.int64), kind="stable")
     if distribution.kind == "backward":
@@ -110,6 +111,7 @@ def distribution_counts(distribution: Distribution, train_counts_C: np.ndarray, 
     empty = np.flatnonzero(counts_C == 0)
     if len(empty):
         more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
+        # By trial, not by division: 1 / ratio in float64 can truncate a count of exactly 1 to 0.
         fits = next((ratio for ratio in range(smallest, 1, -1) if int(smallest * (1.0 / ratio))), None)
         remedy = f"use a ratio of at most {fits}" if fits else "use uniform, or a test set with more images"
         raise ValueError(

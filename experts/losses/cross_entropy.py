@@ -39,6 +39,7 @@ def cross_entropy(
     nll_EB = -log_p_EBC.gather(-1, index_EB1).squeeze(-1)
     if weight_C is not None:
         nll_EB = nll_EB * weight_C.to(nll_EB.dtype)[labels_B]
+    # A sum, not a mean: replicas hold pieces of unequal size, and only the global denominator lets them add up.
     return nll_EB.sum(dim=-1) / denominator.to(nll_EB.dtype)
 
 

@@ -124,6 +124,7 @@ def pairwise_divergence(logits_EBC: Tensor, temperature_C: Tensor) -> Tensor:
     Gradients reach both experts of a pair. A single expert has no pair: 0.
     """
     log_p_EBC = (logits_EBC / temperature_C).log_softmax(dim=-1)
+    # The mean over j of log p_k - log p_j needs only the sum of all log p_j, not E^2 pairs.
     num_experts = len(log_p_EBC)
     # The pair (k, k) contributes zero, so the sum over all j is the sum over the others.
     gap_EBC = (num_experts * log_p_EBC - log_p_EBC.sum(dim=0)) / max(num_experts - 1, 1)
