@@ -77,7 +77,7 @@ class WarmPool:
 
 @pytest.fixture(scope="session")
 def warm_pool(local_ray):
-    """Make one pool for the session."""
+    """Make one pool of workers for the session."""
     return WarmPool()
 
 
@@ -100,6 +100,6 @@ def lend(pool, monkeypatch):
 
 @pytest.fixture
 def warm(warm_pool, monkeypatch):
-    """See `lend`."""
+    """Let fleets take their workers from the pool, see `lend`."""
     lend(warm_pool, monkeypatch)
     return warm_pool

@@ -1,4 +1,4 @@
-"""A real MLflow server on a real PostgreSQL, and a proxy between it and its clients that can misbehave."""
+"""A real MLflow server on a real PostgreSQL, and a proxy before it that can misbehave."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ from tests.runs import wait_until
 
 
 def free_port() -> int:
+    """Return a port of this machine on which nothing listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def answers(port: int) -> bool:
+    """Return whether something listens on a port of this machine."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
@@ -82,6 +84,7 @@ class PostgreSQL:
         return f"postgresql+psycopg2://{self.user}@127.0.0.1:{self.port}/{name}"
 
     def remove(self) -> None:
+        """Stop it and delete its folder."""
         self.stop()
         shutil.rmtree(self.folder)
 
@@ -109,6 +112,7 @@ def _programs() -> Path:
 
 
 def _unprivileged() -> str:
+    """Return a user that PostgreSQL agrees to run as; skip the test where there is none."""
     for name in ("postgres", "nobody"):
         try:
             return pwd.getpwnam(name).pw_name

@@ -69,6 +69,11 @@ def wait_for_step(folder: Path, step: int, limit_s: float = 120.0, stage: str | 
 
 
 def wait_until(reached: Callable[[], bool], what: str, limit_s: float = 120.0) -> None:
+    """Wait until a condition holds.
+
+    Raises:
+        TimeoutError: it does not hold within `limit_s`.
+    """
     end = time.monotonic() + limit_s
     while not reached():
         if time.monotonic() >= end:
@@ -94,6 +99,7 @@ def points(folder: Path) -> list[tuple[str, int, float]]:
 
 
 def steps(folder: Path, stage: str | None = None) -> list[int]:
+    """Return the step of every line of the journal, of one stage if it is named."""
     return [r["step"] for r in records(folder) if stage in (None, r["stage"])]
 
 

@@ -195,6 +195,7 @@ def expected_counts(config: RunConfig, num_classes: int | None) -> np.ndarray | 
 
 
 def _num_classes(config: RunConfig) -> int | None:
+    # Sets with a known size have a fixed number of classes; of all others only the config or the data can say it.
     known = _TRAINING_IMAGES.get(config.dataset.source)
     given = config.dataset.num_classes
     if known and given not in (None, len(known)):
@@ -247,6 +248,7 @@ def _rule(config: RunConfig, stage: StageConfig) -> GroupRule:
 
 def _assumed_counts(num_classes: int | None, rule: GroupRule) -> np.ndarray:
     """Return counts, int64 [C], with a class in each of a rule's groups."""
+    # Enough classes for the cuts of a rule by index, and counts on either side of its limits.
     size = num_classes or max(rule.cuts or (0,)) + 100
     few = max(size // 3, 1)
     medium = (rule.few_below + rule.many_above) // 2
@@ -301,6 +303,7 @@ def epoch_of(name: str, stage: StageConfig, counts_C: np.ndarray) -> tuple[int, 
     Raises:
         ValueError: no batch is full and drop_last leaves out partial ones.
     """
+    # The sampler itself knows how many images it draws per epoch; it depends on labels alone.
     labels = np.repeat(np.arange(len(counts_C)), counts_C)
     images: int = build("sampler", stage.sampler, labels, len(counts_C)).draws_per_epoch
     full, rest = divmod(images, stage.batch_size)
@@ -315,6 +318,7 @@ def epoch_of(name: str, stage: StageConfig, counts_C: np.ndarray) -> tuple[int, 
 
 
 def _size(loads: list[Load], costs: Costs) -> Size:
+    # Every slot holds the same trunk and shared head, and experts of its own.
     experts = {name: n for load in loads for name, n in load.parameters.items() if name not in ("trunk", "shared")}
     return Size(
         trunk=loads[0].parameters["trunk"],

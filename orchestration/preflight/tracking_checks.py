@@ -51,6 +51,7 @@ def check_tracking(config: RunConfig, patience_s: float) -> Iterator[Finding]:
 def _sqlite(path: Path) -> Finding:
     """Check that a SQLite file can be written, or created where it is missing."""
     there = nearest_existing(path)
+    # MLflow would fail on another file only when the first run is uploaded. An empty file is a database, too.
     if path.is_file():
         with open(path, "rb") as file:
             start = file.read(16)

@@ -38,11 +38,12 @@ def _draw_pairs(axes: Any, evaluation: Mapping[str, Any]) -> None:
     for pair in diversity["pairs"]:
         a, b = (names.index(name) for name in pair["experts"])
         share[a, b] = share[b, a] = 100 * pair["disagreement"]["all"]
-    top = float(np.nanmax(share)) or 1.0
+    top = float(np.nanmax(share)) or 1.0  # experts that never disagree still need a scale
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1.25 * top)
     for (i, j), value in np.ndenumerate(share):
         if np.isfinite(value):
             axes.text(j, i, f"{value:.1f}", ha="center", va="center", color="white" if value > 0.7 * top else "black")
+
     shown = [shorten(name) for name in names]
     slanted = max(map(len, shown)) > 28 // len(names)
     axes.set_xticks(range(len(names)), shown, rotation=30 if slanted else 0, ha="right" if slanted else "center")
@@ -81,6 +82,7 @@ def _group_bars(axes: Any, bars: Mapping[str, tuple[str, Mapping[str, float | No
         values = [by_group.get(group) for group in groups]
         heights = [0.0 if value is None else scale * value for value in values]
         axes.bar(x, heights, 0.92 * width, color=colour, label=shorten(name))
+    # A missing bar must not look like a value of 0.
     absent = [place for place, group in enumerate(groups) if all(v.get(group) is None for _, v in bars.values())]
     for place in absent:
         axes.annotate("n/a", (place, 0), xytext=(0, 3), textcoords="offset points", ha="center", color="#777777")

@@ -108,6 +108,7 @@ def evaluate_distributions(
         ValueError: `open_run` refuses the run; a rule, distribution or key is unknown; weights are not one per expert,
             0 or more, with sum 1; a distribution given by name would leave a class without an image.
     """
+    # The command line is checked before the model and the data are opened, which takes seconds.
     request = _request(weights, distributions, overrides)
     saved = open_run(run, which, split, request.rest)
     if request.given is not None and len(request.given) != len(saved.model.description.expert_names):
@@ -116,9 +117,12 @@ def evaluate_distributions(
             f"--weights {weights}: {len(request.given)} numbers; the run has {len(names)} experts, "
             f"{', '.join(names)}; give one for each, in this order"
         )
+
     with same_threads(saved.config), torch.no_grad():
         result = _measure(saved, request)
     result = _finite(result)
+
+    # The usual evaluation has the short name; one of another model or split must not replace it.
     name = request.rule if (which, split) == ("best", "test") else f"{request.rule}-{which}-{split}"
     paths = [save_evaluation(saved.folder, name, result), draw_distributions(saved.folder, name, result)]
     return "\n".join([distributions_table(result), "", *paths])
@@ -126,10 +130,13 @@ def evaluate_distributions(
 
 def _measure(saved: SavedRun, request: Request) -> dict[str, Any]:
     config, description = saved.config, saved.model.description
+    # The published settings of the data set, changed by those of the command line.
     learning = _settings("test_time", WeightLearning, PUBLISHED.get(config.dataset.name, {}), request.learning)
     views = _settings("views", Views, default_views(config.dataset), request.views)
     known = _settings("known_prior", KnownPrior, {}, request.known_prior)
     trained_EC, trained_for = trained_priors(config, known, saved.data["counts"])
+
+    # The networks see every image once here; all distributions and weightings share the logits.
     parts, skipped = _positions(saved, request.names)
     logits_ENC, own_NC, labels_N = _logits(saved)
     learnt: dict[str, tuple[WeightChoice, Learner]] = {}
@@ -178,10 +185,11 @@ def _compare(
     """Score every weighting and every expert alone on one distribution; the weights of the oracle are found here."""
     description, counts = saved.model.description, saved.data["counts"]
     counts_C = np.bincount(labels_N.numpy(), minlength=description.num_classes)
-    target_C = class_prior(counts_C)
+    target_C = class_prior(counts_C)  # known to the correction and the oracle, and to nothing that is learnt
     logits_ENC, own_NC, labels_N = (values.to(saved.device) for values in (logits_ENC, own_NC, labels_N))
     weights = {**rules, ORACLE: oracle_weights(logits_ENC, labels_N, list(rules.values()))}
 
+    # In batches, because each member has logits of its own, and N x C of them may not fit on the device.
     scores = Scores()
     for part in torch.arange(len(labels_N)).split(saved.config.run.evaluation_batch_size):
         logits_EBC = logits_ENC[:, part]
@@ -215,6 +223,7 @@ def _positions(saved: SavedRun, names: tuple[str, ...]) -> tuple[dict[Distributi
         except ValueError as problem:
             if distribution in asked:
                 raise
+            # A small test set cannot have the steepest of the published ones; the table names those that are left out.
             skipped[distribution.name] = str(problem).removeprefix(f"--distribution {distribution.name}: ")
             continue
         parts[distribution] = positions
@@ -247,20 +256,23 @@ def _learn(
     )
     learners = {distribution: Learner(num_experts, learning) for distribution in parts}
     for number in range(1, learning.epochs + 1):
+        # Views are made only of images in distributions that still learn.
         active = [distribution for distribution, learner in learners.items() if not learner.stopped]
         if not active:
             break
         _say(f"learning weights without labels: pass {number} of {learning.epochs}")
         seen_2ENC = _view_logits(saved, maker, number, np.unique(np.concatenate([parts[d] for d in active])))
         for distribution in active:
+            # Keyed by the name of the distribution, so its weights do not depend on which others are measured with it.
             order = permutation(key(seed, "test-time order", distribution.name, number), len(parts[distribution]))
             rows = torch.from_numpy(parts[distribution][order])
             for batch in rows.split(learning.batch_size):
-                with torch.enable_grad():
+                with torch.enable_grad():  # for the weights; the logits were computed without
                     learners[distribution].step(seen_2ENC(batch))
             learners[distribution].end_pass()
 
     _say("checking the weights on views that were not learnt from")
+    # Learning can end worse than it began; then `settle` falls back to uniform weights.
     seen_2ENC = _view_logits(saved, maker, CHECK_PASS, np.unique(np.concatenate(list(parts.values()))))
     uniform_E = torch.full((num_experts,), 1 / num_experts, dtype=torch.float64)
     settled = {}
@@ -285,6 +297,7 @@ def _view_logits(saved: SavedRun, maker: ViewMaker, number: int, positions: np.n
         batches = (maker.make(positions[first:last], number, view) for first, last in cuts)
         views.append(torch.cat([at_least_float32(saved.outputs(b).logits_EBC).cpu() for b in batches], dim=1))
     logits_2EUC = torch.stack(views)
+    # From a position in the split to its row here; only positions that have one are asked for.
     place = torch.full((len(saved.store),), -1, dtype=torch.int64)
     place[torch.from_numpy(positions)] = torch.arange(len(positions))
     return lambda rows: logits_2EUC[:, :, place[rows]]
@@ -303,7 +316,7 @@ def trained_priors(config: RunConfig, known: KnownPrior, counts: list[int]) -> t
         ValueError: there are words for another number of experts.
     """
     num_experts = len(config.method.expert_names)
-    stage = list(config.method.stages.values())[-1]
+    stage = list(config.method.stages.values())[-1]  # the experts that are measured are those that it trained
     log_train_C = np.log(class_prior(np.asarray(counts)))
     if known.trained == "auto":
         found_EC, of_each = stage.objective.trained_log_prior(
@@ -330,10 +343,13 @@ def _request(weights: str, distributions: str, overrides: list[str]) -> Request:
     rule = weights
     if weights not in RULES:
         rule, given = "given", _numbers(weights)
+
     names = tuple(dict.fromkeys(part.strip() for part in distributions.split(",")))
     for name in names:
         if name != "published":
             parse_distribution(name)
+
+    # Keys of the three sections belong to this evaluation; all others are overrides of the run's config.
     sections: dict[str, type[Settings]] = {"test_time": WeightLearning, "views": Views, "known_prior": KnownPrior}
     values: dict[str, dict[str, Any]] = {section: {} for section in sections}
     rest = []
@@ -344,6 +360,7 @@ def _request(weights: str, distributions: str, overrides: list[str]) -> Request:
             continue
         override = parse([word])[1][0]
         values[section][override.key_or_group.removeprefix(f"{section}.")] = override.value()
+
     for section, model in sections.items():
         for name in values[section]:
             if name not in model.model_fields:

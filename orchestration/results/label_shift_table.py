@@ -88,6 +88,7 @@ def _legend(result: Mapping[str, Any]) -> list[str]:
 
 def _warnings(result: Mapping[str, Any]) -> list[str]:
     """Return a line for each distribution left out, each fallback of the learning, and each group without images."""
+    # A warning may hold for several distributions, and is shown once.
     lines = [f"{name}: n/a, {why}" for name, why in (result.get("skipped") or {}).items()]
     warnings: dict[str, None] = {}
     for name, found in result["distributions"].items():
@@ -135,6 +136,8 @@ def _figure(result: Mapping[str, Any]) -> Any:
         f"{result['method']}, {result['dataset']}, run {result['run']}, model {result['weights']}\n"
         f"Test distributions from forward (as in training) to backward, on {result['split']}",
     )
+
+    # Above, all images and the weights, each half as wide as the picture; below, a third for each group.
     cells = figure.add_gridspec(2, 6)
     panels = {"all": cells[0, 0:3], "many": cells[1, 0:2], "medium": cells[1, 2:4], "few": cells[1, 4:6]}
     for group, place in panels.items():
@@ -156,6 +159,7 @@ def _draw_accuracy(axes: Any, found: Mapping[str, Any], group: str) -> None:
     elif group == "all":
         axes.legend()
     _name_distributions(axes, found)
+    # Room above the lines, but no accuracy above 100 %.
     axes.set_ylim(top=min(axes.get_ylim()[1], 101))
 
 
@@ -165,6 +169,7 @@ def _draw_weights(axes: Any, found: Mapping[str, Any], experts: Sequence[str], r
         for rule in rules:
             values = [f["weights"][rule][k] if rule in f["weights"] else np.nan for f in found.values()]
             colour, style = member_colour(1 + k), "--" if rule == "oracle" else "-"
+            # Colours stand for experts, line styles for rules: one entry per expert is enough.
             label = None if rule == "oracle" and len(rules) > 1 else expert
             axes.plot(range(len(values)), values, style, marker="o", markersize=3, color=colour, label=label)
     axes.axhline(1 / len(experts), color="#777777", linewidth=0.6, linestyle=":")

@@ -64,6 +64,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> list[Path]:
                 save_figure(figure, folder / name)
                 written.append(folder / name)
 
+    # Regions need the model and the data as well, and bring their own style.
     if (regions := draw_regions_if_heads_alone(run_dir)) is not None:
         written.append(regions)
 
@@ -101,6 +102,7 @@ def _curves(metrics: Mapping[str, Mapping[str, Series]], best: Mapping[str, Any]
     rows = -(-len(panels) // 3)
     figure = new_figure(13.5, 0.5 + 3.7 * rows)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    # Panels with arguments show evaluations, in which the best one is marked.
     for place, (draw, arguments) in enumerate(panels, 1):
         axes = figure.add_subplot(rows, 3, place)
         draw(axes, time, *arguments)
@@ -140,7 +142,7 @@ class _Timeline:
             if name in by_name:
                 x += [self.at(stage, step) for step in by_name[name].steps] + [np.nan]
                 y += [*by_name[name].values, np.nan]
-        return np.array(x[:-1]), np.array(y[:-1])
+        return np.array(x[:-1]), np.array(y[:-1])  # without the gap after the last stage
 
     def at(self, stage: str, step: int) -> float:
         """Return the place of a step on the axis."""
@@ -154,7 +156,7 @@ def _steps_per_epoch(metrics: Iterable[Series]) -> float:
         for epoch, step in zip(one.epochs, one.steps, strict=True):
             last[epoch] = max(last.get(epoch, 0), step)
     epochs = sorted(last)
-    complete = epochs[:-1] or epochs
+    complete = epochs[:-1] or epochs  # the last epoch may still be under way
     return max(last[complete[-1]] / complete[-1], 1.0)
 
 
@@ -176,6 +178,7 @@ def _terms(time: _Timeline) -> dict[str, list[str]]:
     for _, name in time.names():
         parts = name.split("/")
         if parts[0] == "train" and parts[1] not in no_terms:
+            # train/<term> is of the ensemble, train/<term>/<member> of one member; a term may contain slashes.
             *term, last = parts[1:]
             owner, key = ("", last) if not term else (last, "/".join(term))
             if owner not in found.setdefault(key, []):
@@ -201,6 +204,7 @@ def _draw_lr(axes: Any, time: _Timeline) -> None:
     x, y = time.get("train/lr")
     if len(y):
         axes.plot(*_thin(x, y), color="#0b3d77", marker="." if len(y) < 60 else None)
+        # A schedule with drops spans decades; one that ends at 0 has no logarithm.
         if np.nanmin(y) > 0 and np.nanmax(y) / np.nanmin(y) > 20:
             axes.set_yscale("log")
         else:
@@ -281,11 +285,12 @@ def _per_class(data: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]], 
     member = members(found)[0]
     figure = new_figure(_width(len(counts)), 6.4)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2.6, 1))
-    few = len(counts) <= _NAMED_CLASSES
+    few = len(counts) <= _NAMED_CLASSES  # bars with names; else a cloud of points with a running mean
     for index, (which, colour) in enumerate((("last", LAST), ("best", BEST))):
         values = (found.get(which, {}).get("members", {}).get(member) or {}).get("per_class")
         if values is None or len(values) != len(counts):
             continue
+
         y = np.array([np.nan if value is None else 100 * value for value in values])[order]
         x = np.arange(len(y))
         mean = np.nanmean(y) if np.isfinite(y).any() else np.nan
@@ -296,6 +301,7 @@ def _per_class(data: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]], 
             size = float(np.clip(2500 / len(y), 1.5, 14))
             top.scatter(x, y, s=size, color=colour, alpha=0.5 if len(y) < 1000 else 0.12, linewidths=0)
             top.plot(x, _running_mean(y, max(5, len(y) // 25)), color=colour, linewidth=2, label=label)
+
     top.set_ylim(0, 102)
     top.set_ylabel("top-1, %")
     note = selection_note(found.get("best")).split(";")[0]
@@ -315,7 +321,7 @@ def _fill_counts(axes: Any, counts: NDArray[Any]) -> None:
 
     groups = np.array([_group(count) for count in counts])
     x = np.arange(len(counts))
-    if len(counts) <= 300:
+    if len(counts) <= 300:  # more bars than pixels would leave gaps
         axes.bar(x, counts, 0.8 if len(counts) <= _NAMED_CLASSES else 1.0, color=[GROUP_COLOURS[g] for g in groups])
     else:
         for group in GROUPS:
@@ -384,6 +390,7 @@ def _thin(x: NDArray[Any], y: NDArray[Any], points: int = 4000) -> tuple[NDArray
 
 def _running_mean(values: NDArray[Any], width: int) -> NDArray[Any]:
     """Return the centred mean over `width` values: fewer at the ends, NaN left out, NaN where all of them are."""
+    # Differences of running sums: one pass, however wide the window is.
     weight = np.isfinite(values).astype(float)
     total = np.concatenate([[0.0], np.cumsum(np.where(weight > 0, values, 0.0))])
     number = np.concatenate([[0.0], np.cumsum(weight)])

@@ -102,6 +102,7 @@ def open_run(run: str, which: str, split: str, overrides: list[str]) -> SavedRun
         ValueError: there is no such run, it has no model yet, a file is damaged, an override would change what is
             measured, or the data is not the run's.
     """
+    # From the quickest check to the slowest: config, model, data.
     folder = expand(run)
     config = _with_overrides(_stored_config(folder), overrides)
     data = read_json(folder / DATA)
@@ -143,6 +144,7 @@ def _with_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
     choices, values = parse(overrides)
     refused = [f"{group}={choice}" for group, choice in choices.items()]
     tree: dict[str, Any] = config.model_dump(mode="json")
+    # All refused words are collected, so that one message names them.
     for value in values:
         if value.key_or_group not in MAY_DIFFER:
             refused.append(f"{value.key_or_group}={value.value()}")
@@ -177,6 +179,7 @@ def _open_split(folder: Path, config: RunConfig, data: dict[str, Any], split: st
         raise ValueError(
             f"{folder / DATA}: missing or without a digest; needed to recognise the run's data; restore the file"
         )
+    # Images that the run left out as unreadable are left out again, or the digest would not be the run's.
     dataset = open_dataset(config.dataset, left_out=[item["path"] for item in data.get("left_out", [])])
     if dataset.digest != data["digest"]:
         total = data.get("total", "?")

@@ -17,7 +17,7 @@ from orchestration.results.text import decimals, plural, text_table
 
 GROUPS = ("many", "medium", "few")
 _COUNT_RULE = {"many": "> 100", "medium": "20-100", "few": "< 20"}
-_TEST_NAMES = ("test",)
+_TEST_NAMES = ("test",)  # splits on which a model should not be chosen
 
 
 def final_table(
@@ -104,6 +104,8 @@ def per_class_table(evaluations: Mapping[str, Mapping[str, Any]], data: Mapping[
     """
     counts = data.get("counts", [])
     names = data.get("class_names") or [str(index) for index in range(len(counts))]
+
+    # JSON holds the classes of each group; the table needs the group of each class.
     by_class: dict[str, dict[int, str]] = {}
     for rule, groups in (data.get("groups") or {}).items():
         by_class[rule] = {int(index): group for group, ids in (groups or {}).items() for index in ids}
@@ -213,7 +215,7 @@ def passes_saved(evaluation: Mapping[str, Any]) -> dict[str, float | None]:
     """
     used = (evaluation.get("per_image") or {}).get("experts_used") or {}
     num_experts = (evaluation.get("diversity") or {}).get("num_experts")
-    if not num_experts:
+    if not num_experts:  # an evaluation of an older version
         return {}
     return {group: None if mean is None else 1 - mean / num_experts for group, mean in used.items()}
 

@@ -43,6 +43,7 @@ def _spanning_line(widths: list[int], spans: Sequence[tuple[str, int]]) -> str:
     for text, count in spans:
         columns = range(start, start + count)
         missing = len(text) - sum(widths[column] for column in columns) - _GAP * (count - 1)
+        # Widen the columns in turn, from the right, so that they stay alike.
         for extra in range(max(missing, 0)):
             widths[columns[-1 - extra % count]] += 1
         room = sum(widths[column] for column in columns) + _GAP * (count - 1)

@@ -25,7 +25,7 @@ def test_a_probe_takes_steps_of_every_stage_and_leaves_nothing(local_ray, tmp_pa
     rows = {line.split()[0]: line.split() for line in text.partition("\ntime\n")[2].splitlines()[2:6]}
     assert list(rows) == ["many", "medium", "few", "student"]
     assert all(float(row[2]) > 0 for row in rows.values())
-    assert "CPU-hours of 1 workers; 3 stages at a time" in text
+    assert "CPU-hours of 1 worker; 3 stages at a time" in text
     assert "n/a: nothing was run" not in text
     assert not list(tmp_path.iterdir()), "something was left behind"
 

@@ -1,4 +1,4 @@
-"""README, CONTRIBUTING, docs/ and deploy/*.md say what is there."""
+"""README, CONTRIBUTING, docs/ and deploy/*.md agree with the code, its files and its measurements."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ TABLE_HEADS = {"method": "method", "method=": "method", "recipe": "method", "dat
 
 
 def prose(text):
-    """A document without its code blocks."""
+    """Return a document without its code blocks."""
     return FENCE.sub("", text)
 
 
 def slug(heading):
-    """The anchor that GitHub makes of a heading."""
+    """Return the anchor that GitHub makes of a heading."""
     words = re.sub(r"[^\w\- ]", "", heading.replace("`", "").strip().lower())
     return words.replace(" ", "-")
 
@@ -47,7 +47,7 @@ def anchors(text):
 
 
 def commands():
-    """(document, words) of every expertail command in a code block, launched by Ray or not."""
+    """Yield the words of every expertail command in a code block, launched by Ray or not."""
     for name, text in DOCUMENTS.items():
         for block in FENCE.findall(text):
             for line in block.replace("\\\n", " ").splitlines():
@@ -62,7 +62,7 @@ def backticked(text):
 
 
 def rows(text):
-    """(kind of choice, first cell) for every row of a table whose first column names choices of a group."""
+    """Yield (kind of choice, first cell) for every row of a table whose first column names choices of a group."""
     kind = None
     for line in prose(text).splitlines():
         if not line.startswith("|"):
@@ -196,12 +196,12 @@ OTHERS = {
 
 
 def tokens(text):
-    """Words and signs of a message, one blank between them."""
+    """Return the words and signs of a message, separated by single spaces."""
     return " ".join(re.sub(r"([^\w\s])", r" \1 ", text).split())
 
 
 def spoken():
-    """Every text in the code, with a hole for each value that is filled in."""
+    """Yield every text in the code, with a hole for each value that is filled in."""
     for folder in ("experts", "aggregation", "orchestration", "deploy", ".ci"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".sh", ".sbatch"):
@@ -218,7 +218,7 @@ def spoken():
 
 
 def readings(message):
-    """A message as it stands, and with one run of its words, at most half of them, as a value that is filled in."""
+    """Yield a message as it stands, and with one run of its words, at most half of them, replaced by a hole."""
     words = message.split()
     yield message
     for start in range(len(words)):

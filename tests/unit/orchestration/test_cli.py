@@ -1,3 +1,5 @@
+"""The command line: help, wrong usage, and the commands that need no run."""
+
 from __future__ import annotations
 
 import re
@@ -18,7 +20,7 @@ def test_every_command_explains_itself(capsys):
         assert f"expertail {command}" in capsys.readouterr().out
 
 
-def test_a_sweep_without_values_is_misused(capsys):
+def test_a_sweep_without_values_is_wrong_usage(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["sweep"])
     assert "KEY=V1,V2" in capsys.readouterr().err
@@ -39,7 +41,7 @@ def test_import_weights_writes_safetensors_and_says_what_it_found(tmp_path, caps
     ("source", "target", "words"),
     [("missing.pth", "net.safetensors", "no such file"), ("missing.pth", "net.pth", "ends in .safetensors")],
 )
-def test_import_weights_that_cannot_be_done_is_one_line(source, target, words, tmp_path, capsys):
+def test_import_weights_fails_in_one_line(source, target, words, tmp_path, capsys):
     assert main(["import-weights", str(tmp_path / source), str(tmp_path / target)]) == 1
     said = capsys.readouterr().err
     assert words in said and said.startswith("expertail: ") and said.count("\n") == 1
@@ -54,7 +56,7 @@ def test_import_weights_that_cannot_be_done_is_one_line(source, target, words, t
         (["method=ride", "seed=1"], "needed a command first, e.g. expertail train method=ride seed=1"),
     ],
 )
-def test_misuse_is_told_what_is_understood(words, hint, capsys):
+def test_wrong_usage_is_answered_with_what_would_be_right(words, hint, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(words)
     assert hint in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The doctor lists what it finds and never raises."""
+"""The doctor lists all its findings and never raises."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ ME = "Basic bWU6c2VjcmV0"
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch, tmp_path):
-    """No cluster, no proxy, and a folder of our own."""
+    """Give each test no cluster, no proxy, and a folder of its own."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.chdir(tmp_path)
 
 
 def lines(text, what):
-    """State and text of the findings of one check."""
+    """Return state and text of the findings of one check."""
     found = [line.split(maxsplit=2) for line in text.splitlines()]
     return [(f[0], f[2]) for f in found if len(f) == 3 and f[1] == what]
 
 
 def tracking(uri):
-    """State and text of what is found of a tracking store."""
+    """Return state and text of the finding about a tracking store."""
     config = load_config([f"tracking.uri={uri}"])
     return [(f.state, f.text) for f in run_check("tracking", lambda: check_tracking(config, 3.0))]
 
@@ -55,7 +55,7 @@ def free_port():
 
 
 class Quiet(http.server.BaseHTTPRequestHandler):
-    """Tells nobody what it is asked."""
+    """Keep the log of requests off the terminal."""
 
     def log_message(self, *args):
         pass
@@ -63,7 +63,7 @@ class Quiet(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving(handler, context=None):
-    """An HTTP server on this machine; yields host:port."""
+    """Run an HTTP server on this machine; yield its host:port."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as place:
         if context is not None:
             place.socket = context.wrap_socket(place.socket, server_side=True)
@@ -74,7 +74,7 @@ def serving(handler, context=None):
 
 @pytest.fixture
 def server():
-    """An HTTP server that answers one user as MLflow does; yields its host:port and what it was sent."""
+    """Run an HTTP server that answers one user as MLflow does; yield its host:port and the requests it received."""
     seen = []
 
     class Handler(Quiet):
@@ -91,7 +91,7 @@ def server():
 
 @pytest.fixture
 def own_certificate(tmp_path):
-    """An HTTPS server that answers everybody; yields host:port and its self-signed certificate."""
+    """Run an HTTPS server that answers everyone; yield its host:port and its self-signed certificate."""
     key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "mlflow")])
     signed = (
@@ -130,7 +130,7 @@ def test_a_machine_that_can_train_on_digits_is_healthy():
     assert "torch" in lines(text, "libraries")[0][1]
 
 
-def test_all_that_is_wrong_is_in_one_list(tmp_path):
+def test_everything_that_is_wrong_is_in_one_list(tmp_path):
     (tmp_path / "file").write_text("x" * 40)
     text, healthy = examine([
         "dataset=cifar10_lt", "cluster.workers=3", "cluster.cpus_per_worker=10000", "run.dir=file",
@@ -156,7 +156,7 @@ def test_experts_that_do_not_fit_the_workers_are_a_finding():
     assert lines(text, "cluster")[0][0] == "FAIL"
 
 
-def test_gpus_that_are_not_there_are_a_finding(monkeypatch):
+def test_missing_gpus_are_a_finding(monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -174,14 +174,14 @@ def test_a_library_of_another_version_is_named(monkeypatch):
     assert (state, words[:24]) == ("FAIL", "ray: found 2.59.0; neede")
 
 
-def test_a_library_that_is_not_there_is_named(monkeypatch):
+def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setattr(doctor, "_requirements", lambda: ["no-such-thing>=3"])
     text, healthy = examine([])
     assert not healthy
     assert "no-such-thing: not installed" in text
 
 
-def test_a_cluster_that_nobody_answers_for_is_found_fast():
+def test_a_cluster_that_does_not_answer_is_found_fast():
     address = f"127.0.0.1:{free_port()}"
     text, healthy = examine([f"cluster.address={address}"])
     assert not healthy
@@ -197,7 +197,7 @@ def test_a_tracking_server_is_asked_with_its_credentials(server):
     assert "secret" not in text
 
 
-def test_credentials_that_a_server_does_not_take_are_a_finding(server):
+def test_credentials_that_a_server_rejects_are_a_finding(server):
     place, _ = server
     state, words = lines(examine([f"tracking.uri=http://me:wrong@{place}"])[0], "tracking")[0]
     assert state == "FAIL" and "it denies access (401)" in words and "wrong@" not in words
@@ -234,8 +234,8 @@ def test_a_redirect_at_the_same_server_keeps_its_credentials():
     assert asked == [(ASKED, ME), (f"/mlflow{ASKED}", ME)]
 
 
-def test_a_server_with_a_certificate_of_its_own_is_asked_as_mlflow_asks_it(own_certificate, monkeypatch):
-    """Its certificate is for 127.0.0.1 and signed by nobody else."""
+def test_a_server_with_its_own_certificate_is_asked_as_mlflow_would(own_certificate, monkeypatch):
+    """Its certificate is for 127.0.0.1 and signed by itself."""
     place, certificate = own_certificate
     uri = f"https://{place}"
     ((state, text),) = tracking(uri)
@@ -286,7 +286,7 @@ def test_an_unknown_kind_of_store_is_a_finding_and_no_store_is_none():
     assert lines(examine(["tracking.enabled=false"])[0], "tracking")[0][0] == "ok"
 
 
-def test_folders_and_lists_are_looked_at(tmp_path):
+def test_folders_and_lists_are_checked(tmp_path):
     image = tmp_path / "train" / "cat" / "1.png"
     image.parent.mkdir(parents=True)
     (tmp_path / "train" / "dog").mkdir()

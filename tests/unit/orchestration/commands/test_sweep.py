@@ -34,7 +34,7 @@ def test_a_run_of_a_sweep_is_the_run_that_train_makes(tmp_path):
     assert points[1].config == same
 
 
-def test_values_that_are_no_words_make_names_that_are(tmp_path):
+def test_any_value_gives_a_valid_name(tmp_path):
     key = "method.stages.train.lr_schedule.milestones"
     _, points, _ = plan(f"{key}=[],[{{after_epoch: 3, factor: 0.1}}]", tmp_path, "run.name=x")
     assert [point.folder.name for point in points] == ["x-_", "x-after_epoch_3_factor_0.1"]
@@ -54,7 +54,7 @@ def test_values_that_are_no_words_make_names_that_are(tmp_path):
         ("seed=1,2", ["dataset.imbalance_ratio=1,2"], "with one value"),
     ],
 )
-def test_what_is_no_sweep_is_refused_before_anything_is_written(variation, words, message, tmp_path):
+def test_a_malformed_sweep_is_refused_before_anything_is_written(variation, words, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         plan(variation, tmp_path, *words)
     assert not list(tmp_path.iterdir())
@@ -67,7 +67,7 @@ def test_a_name_that_is_too_long_with_its_value_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_ended_a_sweep_is_told_though_its_uploader_does_not_start(tmp_path, capsys):
+def test_what_ended_a_sweep_is_reported_though_its_uploader_does_not_start(tmp_path, capsys):
     config = plan(f"{RATIO}=0,1", tmp_path)[1][0].config
     missing = tmp_path / "x-sweep"
     with pytest.raises(FloatingPointError, match="first"), _upload_if_interrupted(missing, config):
@@ -76,7 +76,7 @@ def test_what_ended_a_sweep_is_told_though_its_uploader_does_not_start(tmp_path,
     assert "were not uploaded (FileNotFoundError" in said and f"expertail sync {missing}" in said
 
 
-def test_folders_that_hold_something_else_are_refused_and_all_named(tmp_path):
+def test_folders_of_other_runs_are_refused_and_all_named(tmp_path):
     _, points, folder = plan(f"{RATIO}=0,1", tmp_path, "run.name=x")
     other = load_config([*H2T, f"{RATIO}=1", "method.stages.train.epochs=7", "engine.threads=1"])
     run = RunFolder(points[1].folder)
@@ -146,7 +146,7 @@ def result(*runs, key=RATIO):
     return {"key": key, "method": "m", "dataset": "d", "seed": 3, "runs": list(runs), "group_sizes": sizes}
 
 
-def test_the_table_has_a_row_for_every_value_and_says_what_was_shared_and_what_failed():
+def test_the_table_has_a_row_for_every_value_and_names_shared_stages_and_failures():
     taken = {"stages_taken": {"train": "x-0"}}
     runs = [outcome("0", 0.25), outcome("0.5", 0.375, **taken), outcome("1", None, **taken)]
     runs.append(outcome("2", None, status="failed", problem="the loss is not finite"))

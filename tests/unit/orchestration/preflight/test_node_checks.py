@@ -1,4 +1,4 @@
-"""What the doctor makes of nodes' answers, and what a node says of files and of itself."""
+"""The doctor's judgement of the answers of nodes, and a node's report about itself and its files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GIB = 2**30
 
 @pytest.fixture(scope="module")
 def report():
-    """Of this machine, with shared memory as outside a container."""
+    """Report this machine, with shared memory as outside a container."""
     room = node_report.room() | {"shm": GIB, "shm_free": GIB}
     found = {"room": room, "data": {}, "listening": [("raylet", "10.0.0.1", 700)], "token": True}
     return node_report.software() | found
@@ -26,7 +26,7 @@ def report():
 
 @pytest.fixture
 def survey(report):
-    """Two equal nodes."""
+    """Make a survey of two equal nodes."""
     nodes = {name: {"CPU": 2.0, "object_store_memory": 1e8} for name in ("a", "b")}
     equal = Survey(reports={name: copy.deepcopy(report) for name in nodes}, resources=nodes)
     equal.before = report
@@ -39,7 +39,7 @@ def needs(survey, *words, weights=0, batch_bytes=0):
 
 
 def software(survey, asked):
-    """Versions, the driver's as on the nodes before anything was changed."""
+    """Compare versions; the driver's are those of the nodes before a test changed anything."""
     return list(node_checks._software(survey, asked, survey.before))
 
 
@@ -143,7 +143,7 @@ def test_an_open_ray_without_a_token_is_warned_of(survey):
     assert "dashboard listens on every address of a port 8265" in found(node_checks._exposure(survey), "warn")[1]
 
 
-def test_what_a_node_cannot_find_out_is_told_and_the_rest_is_compared(survey):
+def test_what_a_node_cannot_find_out_is_reported_and_the_rest_is_compared(survey):
     for what in ("room", "token", "listening", "torch", "data", "code"):
         survey.reports["a"][what] = f"OSError: no {what}"
     checks = [node_checks._memory, node_checks._shared_memory]
@@ -157,7 +157,7 @@ def test_what_a_node_cannot_find_out_is_told_and_the_rest_is_compared(survey):
     assert "token authentication is on, on 1 node" in found(findings, "ok")
 
 
-def test_a_node_that_fails_to_look_at_one_thing_tells_the_others(monkeypatch):
+def test_a_node_that_fails_to_find_out_one_thing_reports_the_others(monkeypatch):
     def fails(*args):
         raise PermissionError(13, "Permission denied", "/dev/shm")
 
@@ -203,7 +203,7 @@ def test_a_changed_byte_of_an_array_file_is_seen(tmp_path):
     assert {name for name in before if before[name] != after[name]} == {"t10k-labels-idx1-ubyte.gz"}
 
 
-def test_a_root_that_is_empty_or_missing_is_told(tmp_path):
+def test_a_root_that_is_empty_or_missing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="found no file of cifar10_lt"):
         seen(tmp_path, "dataset=cifar10_lt")
     with pytest.raises(ValueError, match="no class folder"):
@@ -253,7 +253,7 @@ def test_a_port_answers_its_nonce_and_nothing_else():
 
 
 def test_nodes_that_stay_silent_are_not_all_waited_for(monkeypatch):
-    """Two callers and 40 nodes that accept and say nothing: after 0.1 s nobody else is called."""
+    """Two callers and 40 nodes that accept and say nothing: after 0.1 s no other node is called."""
     import socket
     import time
 

@@ -204,7 +204,7 @@ def test_lfme_trains_three_stages_side_by_side_and_its_student_holds_the_teacher
     assert plan(load_config(["method=lfme", "cluster.side_by_side=1"])).side_by_side == 1
 
 
-def test_a_teacher_that_is_not_there_leaves_only_its_own_numbers_open(tmp_path):
+def test_a_missing_teacher_leaves_only_its_own_numbers_open(tmp_path):
     words = ["method=ride_distill", "cluster.workers=3", f"method.stages.train.teachers.teacher.run={tmp_path}"]
     found = plan(load_config(words))
     sent = {x.what: x.payload for x in found.final.exchanges}
@@ -260,7 +260,7 @@ def test_what_only_the_data_can_say_is_left_open():
         (["dataset=digits_lt", "method.backbone_weights=/not/there"], "method.backbone_weights: /not/there: no such"),
     ],
 )
-def test_what_training_would_miss_is_told_last(words, missing, monkeypatch):
+def test_what_training_would_miss_is_listed_last(words, missing, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     _, found, last = describe(load_config(words)).partition("\nmissing, so that `expertail train` would refuse this\n")
     assert bool(found) == (missing is not None)
@@ -272,13 +272,13 @@ COUNTED = "{rule:{rule:count}}"
 
 
 @pytest.mark.parametrize("method", ["ace", "reslt"])
-def test_groups_of_classes_that_nobody_has_counted_do_not_stop_a_plan(method):
+def test_groups_of_classes_of_unknown_size_do_not_stop_a_plan(method):
     found = plan(load_config([*FILES, f"method={method}", f"schedule={method}_digits_lt", "cluster.workers=3"]))
     assert found.counts is None and found.final.steps_per_epoch is None
     assert found.final.size.parameters and found.final.sent() and found.memory
 
 
-def test_an_ensemble_of_a_group_that_nobody_has_counted_is_left_open():
+def test_an_ensemble_of_a_group_of_unknown_size_is_left_open():
     """LFME's experts have a logit for each class of their group, which only the data can count; the student for all."""
     words = ["method=lfme", "schedule=lfme_digits_lt", "dataset.val_per_class=0", "cluster.workers=2"]
     words += [f"method.stages.{stage}.classes={COUNTED}" for stage in ("many", "medium", "few")]
@@ -309,7 +309,7 @@ def test_the_text_tells_an_operator_what_will_happen():
     assert all(len(line) < 200 and line == line.rstrip() for line in text.splitlines())
 
 
-def test_a_shortened_stage_is_told_what_it_never_reaches():
+def test_a_shortened_stage_lists_what_it_never_reaches():
     text = describe(load_config([*CIFAR, "method.stages.train.epochs=170"]))
     assert "NOTE: the stage ends before the learning rate's drop after epoch 180\n" in text
 
@@ -332,7 +332,7 @@ def test_what_cannot_run_is_refused(words, message):
         plan(load_config(words))
 
 
-def test_nodes_that_are_too_few_are_refused():
+def test_too_few_nodes_are_refused():
     config = load_config(["cluster.workers=3", "cluster.cpus_per_worker=2"])
     plan(config, {"a": {"CPU": 4.0}, "b": {"CPU": 2.0}})
     with pytest.raises(ValueError, match="places for 2"):
@@ -361,7 +361,7 @@ def test_flops_are_two_a_multiply_add():
     assert f"({2 * 3 * size.work:,} FLOPs)" in text
 
 
-def test_a_cluster_that_does_not_answer_is_told_and_hides_nothing(monkeypatch):
+def test_a_cluster_that_does_not_answer_is_named_and_hides_nothing(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     text = plan_text(["cluster.address=127.0.0.1:9", "cluster.workers=3"])
     assert "  n/a: cluster.address = 127.0.0.1:9: nobody listens there" in text

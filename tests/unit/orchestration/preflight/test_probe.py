@@ -1,4 +1,4 @@
-"""What a probe's measurements come to, with numbers one can do by hand."""
+"""The times that follow from a probe's measurements, with numbers one can do by hand."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_steps_longer_than_an_interval_are_called_one_by_one():
     assert STAGE.seconds(2.0) - replace(STAGE, call_s=0.0).seconds(2.0) == pytest.approx(1000 * 0.01)
 
 
-def test_the_spread_is_that_of_eight_steps_of_ten():
+def test_the_spread_is_that_of_the_middle_eighty_percent():
     assert STAGE.spread() == pytest.approx((0.12, 0.1, 0.2))
     outlier = replace(STAGE, step_s=(0.1,) * 19 + (2.1,))
     assert outlier.spread() == pytest.approx((0.2, 0.1, 0.2)), "never without the mean"

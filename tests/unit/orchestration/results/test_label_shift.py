@@ -1,4 +1,4 @@
-"""Evaluation of a saved run on other test distributions: what is learnt, compared, kept, drawn and refused."""
+"""Evaluation of a saved run on other test distributions: learning, comparison, files, picture and refusals."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ def run(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_picture(request, monkeypatch):
-    """A picture takes a second; a test that wants it asks for `picture`."""
+    """Skip drawing, which takes a second; a test that needs the picture asks for `picture`."""
     if "picture" not in request.fixturenames:
         monkeypatch.setattr("orchestration.results.label_shift.draw_distributions", lambda *_: "not drawn")
 
 
 @pytest.fixture
 def picture():
-    """The picture is drawn."""
+    """Draw the picture."""
 
 
 def evaluate(run, weights="test-time", distributions="backward-10", *words, which="best"):
@@ -90,7 +90,7 @@ def top1(found, member, group="all"):
 
 
 def logits_of(run, name):
-    """Logits [E, N, C] and labels of a distribution, computed here."""
+    """Compute the logits [E, N, C] and labels of a distribution without the code under test."""
     dataset = open_dataset(load_config(WORDS).dataset)
     positions = distribution_positions(parse_distribution(name), dataset.test.labels, dataset.counts_C)
     model = load_model(run / "export" / "best")

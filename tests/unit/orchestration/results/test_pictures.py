@@ -24,7 +24,7 @@ def member(values):
 
 
 def run(folder, num_classes=10, epochs=3, stages=("train",), evaluated=("last", "best"), journal=True):
-    """A small run folder; the last class has no test image."""
+    """Make a small run folder; the last class has no test image."""
     counts = [max(1, int(500 * 100 ** (-c / (num_classes - 1)))) for c in range(num_classes)]
     groups = {name: ids.tolist() for name, ids in groups_by_count(counts).items()}
     write(folder / "data.json", {
@@ -113,7 +113,7 @@ def test_the_running_mean_is_centred_narrower_at_the_ends_and_skips_nan():
 
 
 def with_experts(folder, names, *, routed=False, evaluated=("last", "best")):
-    """The evaluations of a small run as real experts would give them; the last class has no test image."""
+    """Make the evaluations of a small run as real experts would give them; the last class has no test image."""
     counts = json.loads((folder / "data.json").read_text())["counts"]
     draws = torch.Generator().manual_seed(0)
     labels = torch.randint(len(counts) - 1, (200,), generator=draws)

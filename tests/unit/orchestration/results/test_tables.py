@@ -102,7 +102,7 @@ GROUPS = ("all", "many", "medium", "few", "many_by_index", "medium_by_index", "f
 
 
 def diversity(value, names=("expert0", "expert1"), **more):
-    """All shares are `value`, divergences `value` times 1, 2, ..."""
+    """Make a diversity whose shares are all `value`, and whose divergences are `value` times 1, 2, ..."""
     by_group = dict.fromkeys(GROUPS, value) | more
     return {
         "num_experts": len(names), "experts": list(names), "pairs": [],
@@ -128,7 +128,7 @@ def test_an_old_evaluation_is_shown_without_diversity():
     assert "bias" not in final_table({"last": evaluation(0.5)}, data())
 
 
-def test_a_single_expert_differs_from_nobody():
+def test_a_single_expert_has_no_diversity():
     alone = evaluation(0.5) | {"diversity": diversity(0.0, ("expert0",)) | {"disagreement": None}}
     assert "disagree" not in final_table({"last": alone}, data())
 

@@ -1,4 +1,4 @@
-"""What a run folder holds, as MLflow stores it: parameters, metric keys, files and names."""
+"""The contents of a run folder as MLflow stores them: parameters, metric keys, files and names."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from orchestration.tracking.server import ask_server, has_credentials
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch, tmp_path):
-    """No proxy, no variables, and no files of a user."""
+    """Give each test no proxy, no variables and no files of a user."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("USERNAME", "PASSWORD", "TOKEN"):
@@ -24,7 +24,7 @@ def alone(monkeypatch, tmp_path):
 
 @contextlib.contextmanager
 def answering(status, body, **headers):
-    """A server with one answer; yields its host:port and the Authorization and Cookie of each request."""
+    """Run a server with one answer; yield its host:port and the Authorization and Cookie of each request."""
     seen = []
 
     class Handler(http.server.BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""Which URIs name a tracking store."""
+"""The URIs that name a tracking store."""
 
 from __future__ import annotations
 
