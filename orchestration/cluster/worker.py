@@ -20,8 +20,9 @@ from orchestration.cluster.reachability import Address, listen, unreachable_from
 from orchestration.cluster.transfer import Sent, received, save_to_send
 
 if TYPE_CHECKING:  # these load torch, for which `load_libraries` prepares the process first
+    from experts.data.dataset import Dataset
     from orchestration.config.run_config import DatasetConfig, RunConfig
-    from orchestration.training.mesh import MeshShape
+    from orchestration.training.mesh import Mesh, MeshShape
 
 
 @dataclass(frozen=True)
@@ -189,34 +190,44 @@ class Worker:
         """
         import torch
 
-        from orchestration.training.mesh import Mesh
         from orchestration.training.trainer import StageTrainer
-        from orchestration.training.world import Rendezvous, use_network_of
 
         self._note_progress()
         self.leave()
         torch.set_num_threads(self.threads)
-        marks = [time.perf_counter()]
+        begun = time.perf_counter()
         dataset = self._open(config.dataset, left_out)
         self._note_progress()
-        marks.append(time.perf_counter())
-
-        # Gloo reads the network's name when the world is joined.
-        shape = seat.shape
-        use_network_of(ray.util.get_node_ip_address())
-        if seat.rank:
-            self._rendezvous = Rendezvous(
-                seat.address, shape.workers, port=seat.port, host_here=False, timeout_s=seat.timeout_s
-            )
-        self._rendezvous.join(seat.rank, shape.workers, gpu=self.gpu, timeout_s=seat.timeout_s)
-        mesh = Mesh(shape, seat.rank, "cuda" if self.gpu else "cpu", seat.timeout_s)
+        opened = time.perf_counter()
+        mesh = self._join(seat)
 
         # Teachers are loaded while the trainer is built; their files are not needed after that.
         with contextlib.ExitStack() as held:
             folders = {name: held.enter_context(received(folder)) for name, folder in teachers.items()}
             self.trainer = StageTrainer(config, stage, dataset, mesh, folders)
-        marks.append(time.perf_counter())
-        parameters = sum(p.numel() for p in self.trainer.setup.model.parameters())
+        seconds = {"data_s": opened - begun, "engine_s": time.perf_counter() - opened}
+        return {**self._facts(dataset), **seconds}
+
+    def _join(self, seat: Seat) -> Mesh:
+        """Join the world of this stage's workers, and return our place in it."""
+        from orchestration.training.mesh import Mesh
+        from orchestration.training.world import Rendezvous, use_network_of
+
+        # Gloo reads the network's name when the world is joined.
+        use_network_of(ray.util.get_node_ip_address())
+        workers = seat.shape.workers
+        if seat.rank:
+            self._rendezvous = Rendezvous(
+                seat.address, workers, port=seat.port, host_here=False, timeout_s=seat.timeout_s
+            )
+        self._rendezvous.join(seat.rank, workers, gpu=self.gpu, timeout_s=seat.timeout_s)
+        return Mesh(seat.shape, seat.rank, "cuda" if self.gpu else "cpu", seat.timeout_s)
+
+    def _facts(self, dataset: Dataset) -> dict[str, Any]:
+        """Return what the driver needs to know of the data, the stage and this worker."""
+        import torch
+
+        setup = self.trainer.setup
         return {
             "class_names": list(dataset.class_names),
             "counts": dataset.counts_C.tolist(),
@@ -224,14 +235,12 @@ class Worker:
             "image_shape": dataset.raw_image_shape,
             "has_val": dataset.val is not None,
             "test_images": len(dataset.test.labels),
-            "prepares": self.trainer.setup.objective.prepares,
-            "observes": self.trainer.setup.objective.observes,
-            "steps_per_epoch": self.trainer.setup.steps_per_epoch,
-            "parameters": parameters,
-            "trunk_parameters": sum(p.numel() for p in self.trainer.setup.model.trunk.parameters()),
+            "prepares": setup.objective.prepares,
+            "observes": setup.objective.observes,
+            "steps_per_epoch": setup.steps_per_epoch,
+            "parameters": sum(p.numel() for p in setup.model.parameters()),
+            "trunk_parameters": sum(p.numel() for p in setup.model.trunk.parameters()),
             "device": torch.cuda.get_device_name() if self.gpu else "cpu",
-            "data_s": marks[1] - marks[0],
-            "engine_s": marks[2] - marks[1],
         }
 
     def train(self, until: int) -> Any:
