@@ -287,18 +287,19 @@ class Nodes:
 
     def _watch(self) -> None:
         command = self.command("place0", sys.executable, "-c", _WATCHER, self.ray_address)
-        log = (self._folder / "watcher.log").open("w")
-        self._watcher = subprocess.Popen(
-            command, env=self._environment(), stdout=subprocess.PIPE, stderr=log, text=True
-        )
+        with (self._folder / "watcher.log").open("w") as log:
+            self._watcher = subprocess.Popen(
+                command, env=self._environment(), stdout=subprocess.PIPE, stderr=log, text=True
+            )
         threading.Thread(target=self._read, daemon=True).start()
         self.wait(lambda seen: seen["nodes"] == self.names, "all nodes")
 
     def _read(self) -> None:
         assert self._watcher.stdout is not None
-        for line in self._watcher.stdout:
-            if line.startswith("{"):  # Ray prints there too
-                self._seen.append(json.loads(line))
+        with self._watcher.stdout as lines:
+            for line in lines:
+                if line.startswith("{"):  # Ray prints there too
+                    self._seen.append(json.loads(line))
 
     def state(self) -> dict[str, Any]:
         """Return the living nodes' names and the states of actors and placement groups, as Ray reports them now."""
