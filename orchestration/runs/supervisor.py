@@ -34,6 +34,7 @@ from orchestration.runs.stopping import Outcome
 from orchestration.storage.files import LOCK
 
 _WAITS_FOR_NODES = 10  # times cluster.placement_timeout_s: how long a restart waits for a node that was lost
+_ASK_AGAIN_S = 0.5  # nodes that did not answer
 _RAY_NOTICES_S = 120.0  # by default Ray counts a node that vanished as dead after about 65 s
 
 
@@ -235,7 +236,7 @@ class Supervisor:
                 self._console.message(f"{', '.join(nodes)} does not answer; waiting until it does, or Ray gives it up")
                 announced = True
             self._run.raise_if_ending(self._stage)
-            time.sleep(0.5)
+            time.sleep(_ASK_AGAIN_S)
 
     def _retry(self, attempt: Callable[[], None], problem: type[ValueError], awaited: str) -> None:
         """Try until there is no problem, for a while. Other errors are raised at once.

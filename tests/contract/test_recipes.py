@@ -61,6 +61,7 @@ def test_every_method_has_a_schedule_for_digits():
 
 
 @every_schedule
+@pytest.mark.slow
 def test_a_schedule_meets_the_conditions_of_the_number_it_quotes(schedule):
     config = composed(schedule)
     assert (published(config) is None) == (config.method.expected is None)
@@ -89,6 +90,7 @@ PUBLISHED_PARAMETERS = {
 
 
 @pytest.mark.parametrize("schedule", PUBLISHED_PARAMETERS)
+@pytest.mark.slow
 def test_big_ensembles_have_the_published_number_of_parameters(schedule, monkeypatch):
     @contextmanager
     def without_memory(*_):
@@ -135,6 +137,7 @@ class TestOnDigits:
     """Each stage of each recipe, in one process with the plain engine: two steps from the weights it begins with."""
 
     @pytest.mark.parametrize("method", available("method"))
+    @pytest.mark.slow
     def test_two_steps_move_what_learns_and_nothing_else(self, method, tmp_path):
         words = ["dataset=digits_lt", "dataset.image_size=16", "engine.name=torch", "tracking.enabled=false"]
         config = load_config([f"method={method}", *words])

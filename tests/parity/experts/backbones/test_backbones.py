@@ -309,6 +309,7 @@ def test_one_expert_of_any_cut_is_torchvisions_network(split, depth, cardinality
     ],
     ids=["resnet10", "resnet50", "resnext50"],
 )
+@pytest.mark.slow
 def test_features_are_those_of_torchvisions_network_with_the_same_weights(config, torchvision_net):
     """float64, BatchNorm in training mode with at least 9 values per channel, our weights in their network."""
     parts = build("model", config)

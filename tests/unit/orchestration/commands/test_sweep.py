@@ -111,6 +111,7 @@ def compose(*words):
         ("ride_router", ["method.stages.router.epochs=3"], ["train"]),
     ],
 )
+@pytest.mark.slow
 def test_stages_that_neither_differ_nor_build_on_one_that_does_are_shared(method, words, expected):
     one, other = compose(f"method={method}"), compose(f"method={method}", *words)
     assert untouched_stages(one, other) == untouched_stages(other, one) == expected
@@ -163,6 +164,7 @@ def test_the_table_has_a_row_for_every_value_and_names_shared_stages_and_failure
 
 
 @pytest.mark.parametrize("values", [("1", "0.25", "0"), ("0.001", "0.1", "1"), ("ride", "a rather long value", "[1]")])
+@pytest.mark.slow
 def test_the_picture_is_drawn_for_numbers_and_for_words(values, tmp_path):
     runs = [outcome(value, 0.1 * k) for k, value in enumerate(values)]
     assert draw_sweep(tmp_path, result(*runs, outcome("9", None, status="stopped"))) == "sweep.png"

@@ -97,6 +97,7 @@ def test_the_numbers_are_those_of_training(weights, split, trained):
 
 
 @pytest.mark.parametrize("precision", ["float64", "autocast"])
+@pytest.mark.slow
 def test_the_precision_is_that_of_the_run(precision, tmp_path):
     evaluations = train(tmp_path / "run", f"engine.precision={precision}")
     reevaluate(str(tmp_path / "run"), "last", "test", [])

@@ -115,6 +115,7 @@ def make_run(tmp_path, events, monkeypatch):
                     act()
                 return Outcome(self.stage, True, 1, tmp_path)
 
+        monkeypatch.setattr(supervisor_module, "_ASK_AGAIN_S", 0.01)
         monkeypatch.setattr(supervisor_module, "StageRun", FakeStage)
         monkeypatch.setattr(driver_module, "Fleet", lambda config, shape: FakeFleet(events, "further"))
         folders.append(RunFolder(tmp_path / str(len(folders))))

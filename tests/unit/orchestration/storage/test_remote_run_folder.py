@@ -159,6 +159,7 @@ def lost_and_found(folder, url, tmp_path, budget):
 
 
 @pytest.mark.parametrize("scheme", ["file", "memory"])
+@pytest.mark.slow
 def test_cut_off_at_any_moment_the_newest_checkpoint_has_its_journal(scheme, tmp_path, monkeypatch):
     """Every write and removal in turn is the last that reaches the storage; memory:// stands for object stores, which
     write whole files."""
@@ -184,6 +185,7 @@ def test_cut_off_at_any_moment_the_newest_checkpoint_has_its_journal(scheme, tmp
 
 
 @pytest.mark.parametrize("further", [0, 1, 2, 4, 7, 9, 11, 13])
+@pytest.mark.slow
 def test_what_training_does_meanwhile_breaks_no_promise(further, tmp_path, monkeypatch):
     """While anything is put, training writes checkpoints, tidies away the one on its way, and ends; then, at once or so
     many writes later, the storage is cut off."""
@@ -331,6 +333,7 @@ def test_files_of_others_beside_the_run_are_left_alone(url, tmp_path):
     assert (tmp_path / "bucket/runs/one/notes.txt").read_text() == "ours"
 
 
+@pytest.mark.slow
 def test_a_run_that_is_carried_out_elsewhere_is_refused(url, tmp_path):
     holder = RemoteRunFolder(tmp_path / "here", url)
     with pytest.raises(ValueError, match=r"already being carried out by process \d+ on .*run\.name"):
@@ -340,6 +343,7 @@ def test_a_run_that_is_carried_out_elsewhere_is_refused(url, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["gone machine", None])
+@pytest.mark.slow
 def test_a_lock_without_a_sign_of_life_is_taken(url, tmp_path, place):
     """At once if its holder had the same copy on this machine, which is locked; else after a while."""
     holder = RemoteRunFolder(tmp_path / "here", url)

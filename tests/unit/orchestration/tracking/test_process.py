@@ -139,6 +139,7 @@ class Flaky:
         self.calls.append(status)
 
 
+@pytest.mark.slow
 def test_flushing_goes_on_past_failures_and_remembers_what_is_wrong(tmp_path):
     sender = Flaky(tmp_path, [OSError("down")])
     assert flush(sender, 10, "FINISHED") is None
