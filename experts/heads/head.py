@@ -5,16 +5,49 @@ Shapes: B images, D features, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
+
+from experts.cases import Case
+
+Passes = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+"""Each call passes once over this replica's share of the training images, in evaluation mode and without augmentation:
+features [B, D] and labels [B], in batches. A share may be empty."""
+Total = Callable[[Tensor], Tensor]
+"""Sums a tensor over the replicas, which must all call it equally often, with tensors of the same shape and type."""
 
 
 class Head(nn.Module):
     """Features [B, D] to scores [B, C]; built with its config, D, C and the expert's place among all, from 0.
 
-    The config has `scale`, the factor of the scores: a field, or 1 as a constant of the class.
+    The config has `scale`, the factor of the scores: a field, or 1 as a constant of the class. Class weights are
+    parameters of the head itself. Whatever it learns on top of them lies in a submodule `calibration`, a part with its
+    own `freeze` and `lr_factors`.
     """
 
     flow: ClassVar[str | None] = None
     """The one flow that it works with; None: any."""
+    continues: ClassVar[tuple[str, ...]] = ()
+    """Names of other heads whose tensors it takes over as they are, under the same names."""
+    own_per_expert: ClassVar[bool] = False
+    """Whether it must be each expert's own, and cannot be one head that all experts share."""
+    fits: ClassVar[bool] = False
+    """Whether `fit` must see all training images before the scores mean anything."""
+
+    @classmethod
+    def cases(cls) -> list[Case]:
+        """Return what the contract tests try: the defaults, unless a head has more ways."""
+        return [Case(cls.Config())]  # type: ignore[attr-defined]
+
+    def fit(self, features: Passes, total: Total) -> None:
+        """Learn without gradients from the features of all training images. A head that `fits` overrides it.
+
+        Args:
+            features: passes over this replica's share of the training images.
+            total: sums over the replicas.
+
+        Raises:
+            ValueError: a class has no image in any share; names the class ids.
+        """
