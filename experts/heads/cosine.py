@@ -40,7 +40,7 @@ class CosineHead(Head):
 
     def forward(self, features_BD: Tensor) -> Tensor:
         with torch.autocast(features_BD.device.type, enabled=False):
-            direction_BD = F.normalize(at_least_float32(features_BD), dim=1)
+            direction_BD = F.normalize(at_least_float32(features_BD), dim=-1)
             return self.scale * (direction_BD @ F.normalize(self.weight.to(direction_BD.dtype), dim=0))
 
     def extra_repr(self) -> str:

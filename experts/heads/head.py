@@ -6,7 +6,7 @@ Shapes: B images, D features, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -27,6 +27,7 @@ class Head(nn.Module):
     own `freeze` and `lr_factors`.
     """
 
+    Config: ClassVar[Any]
     flow: ClassVar[str | None] = None
     """The one flow that it works with; None: any."""
     continues: ClassVar[tuple[str, ...]] = ()
@@ -39,7 +40,7 @@ class Head(nn.Module):
     @classmethod
     def cases(cls) -> list[Case]:
         """Return what the contract tests try: the defaults, unless a head has more ways."""
-        return [Case(cls.Config())]  # type: ignore[attr-defined]
+        return [Case(cls.Config())]
 
     def fit(self, features: Passes, total: Total) -> None:
         """Learn without gradients from the features of all training images. A head that `fits` overrides it.

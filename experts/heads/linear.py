@@ -21,5 +21,7 @@ class LinearHead(nn.Linear, Head):
         name: Literal["linear"] = "linear"
         scale: ClassVar[float] = 1.0
 
+    continues: ClassVar[tuple[str, ...]] = ("tau_normalised",)
+
     def __init__(self, config: Config, num_features: int, num_classes: int, position: int = 0) -> None:
         super().__init__(num_features, num_classes)
