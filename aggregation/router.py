@@ -10,7 +10,6 @@ Shapes: E experts, e of them held here, B images, C classes, D features, G = E -
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from aggregation.aggregator import Aggregator, AggregatorSettings, Outputs
 from experts.batches import Batch
 from experts.cases import Case
-from experts.flow import Flow, FlowSettings, Network, through_shared_head
+from experts.flow import Flow, FlowSettings, Gather, Network, through_shared_head
 from experts.objective import MAX_EXPERTS, Objective, ObjectiveSettings, StepContext
 from experts.precision import at_least_float32
 from experts.progress import Progress
@@ -182,9 +181,7 @@ class RouterFlow(Flow):
         """See `Flow.cases`."""
         return [Case(cls.Config(), objective=RouterObjective.Config(), router=RideRouter.Config())]
 
-    def __call__(
-        self, network: Network, batch: Batch, progress: Progress, gather: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+    def __call__(self, network: Network, batch: Batch, progress: Progress, gather: Gather) -> Tensor:
         """See `Flow.__call__`; gathers twice, because a gate needs the logits of the experts before it."""
         with torch.no_grad():  # only the gates learn, and they start from the features
             h = network.trunk(lambda trunk: trunk(batch.images_B3HW))
@@ -214,7 +211,7 @@ class RouterFlow(Flow):
                     columns.append(router(hidden_BH, running_BC).to(logits_EBC.dtype))
             return torch.stack(columns)[..., None]
 
-        return torch.cat([logits_EBC, gather(network.shared(gates))], dim=-1)
+        return torch.cat([logits_EBC, gather(network.shared(gates), "scores of the gates")], dim=-1)
 
 
 @register("aggregator", "router")

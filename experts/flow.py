@@ -51,6 +51,19 @@ class Network(Protocol):
         ...
 
 
+class Gather(Protocol):
+    """The exchange of outputs between workers, which all of them make equally often."""
+
+    def __call__(self, own: Tensor, /, what: str = "logits") -> Tensor:
+        """Take values of the experts held here, [e, ...], to those of all experts, [E, ...], the others' detached.
+
+        Args:
+            own: the values.
+            what: they are, in words, for `expertail plan`.
+        """
+        ...
+
+
 class FlowSettings(Settings):
     """Base of the flows' configs."""
 
@@ -127,9 +140,7 @@ class Flow(ABC):
         return None
 
     @abstractmethod
-    def __call__(
-        self, network: Network, batch: Batch, progress: Progress, gather: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+    def __call__(self, network: Network, batch: Batch, progress: Progress, gather: Gather) -> Tensor:
         """Return the outputs of all experts, float [E, B, X]; X is C unless the objective says otherwise.
 
         Args:

@@ -27,7 +27,7 @@ def run_together(flow, net, batch, progress):
     """Return the outputs [E, B, X] and every tensor that was gathered on the way."""
     gathered = []
 
-    def gather(own):
+    def gather(own, what="logits"):
         gathered.append(own.detach().clone())
         return own
 
@@ -40,7 +40,7 @@ def run_apart(flow, net, batch, progress, gathered, slot):
     worker = Ensemble(net.trunk, {name: net.experts[name]}, dict(net.shared.items()))
     played = iter(gathered)
 
-    def gather(own):
+    def gather(own, what="logits"):
         whole = next(played).clone()
         assert own.shape == (1, *whole.shape[1:])
         whole[slot] = own[0]

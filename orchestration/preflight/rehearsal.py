@@ -191,7 +191,7 @@ class _Rehearsal:
         with casting(self.config.engine, _DEVICE):
             return run(module)
 
-    def gather(self, own: Tensor) -> Tensor:
+    def gather(self, own: Tensor, /, what: str = "logits") -> Tensor:
         """Return all experts' outputs, zeros for other slots; record the bytes that a worker would contribute."""
         self.load.logits.append(own.numel() * own.element_size() // _IMAGES)
         everyone = own.new_zeros(len(self.expert_names), *own.shape[1:])

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from orchestration.training.exchange import Group
 
 
 def momenta_of(norm: nn.BatchNorm2d) -> tuple[float, float, float]:
@@ -25,12 +26,14 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
     worker, backward 2 D. Shares are combined in rank order, so every worker computes the same bits.
     """
 
-    group: Any = None  # set by `Mesh.synchronise_batchnorm`, which changes the class of modules that exist
+    # Both are set by `Mesh.synchronise_batchnorm`, which changes the class of modules that exist.
+    group: Group
+    of_whom: str
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)  # running statistics are the same on all workers: nothing to exchange
-        y, mean_D, var_D, count = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.eps, self.group)
+        y, mean_D, var_D, count = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.eps, self.group, self.of_whom)
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)  # type: ignore[operator, union-attr]
@@ -46,7 +49,9 @@ class _GlobalBatchNorm(torch.autograd.Function):
     """Normalise with the statistics of the global batch. Every worker of the group must call both directions."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, group: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, group: Group, of_whom: str
+    ) -> tuple[Tensor, ...]:
         values = x if x.dtype == torch.float64 else x.float()
         num_channels = x.shape[1]
         local_count = x.numel() // num_channels
@@ -58,8 +63,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
 
         # Gathered and combined by each worker in rank order, not reduced: the order of a reduction is not fixed.
         own = torch.cat([mean_D, square_D, values.new_tensor([local_count])])
-        shares = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(shares, own, group=group)
+        shares = group.all_gather(own, f"BatchNorm statistics {of_whom}".rstrip())
         mean_D, square_D, count = _combine(torch.stack(shares), num_channels)
 
         var_D = square_D / count
@@ -68,7 +72,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
         y = values * scale_D[:, None, None] + (bias_D - mean_D * scale_D)[:, None, None]
 
         ctx.save_for_backward(values, weight_D, mean_D, inverse_D, count)
-        ctx.group = group
+        ctx.group, ctx.of_whom = group, of_whom
         # They only feed the running statistics; how the loss depends on them is in the formula of `backward`.
         ctx.mark_non_differentiable(mean_D, var_D, count)
         return y.to(x.dtype), mean_D, var_D, count
@@ -84,13 +88,14 @@ class _GlobalBatchNorm(torch.autograd.Function):
         grad_bias_D = grad.sum((0, 2, 3))
         grad_weight_D = (grad * normal).sum((0, 2, 3))
         both = torch.cat([grad_bias_D, grad_weight_D])  # a copy, so the local sums survive the reduction
-        dist.all_reduce(both, group=ctx.group)
+        ctx.group.all_reduce(both, f"BatchNorm gradients {ctx.of_whom}".rstrip())
         sum_D, dot_D = both.split(len(mean_D))
         centred = grad - (sum_D / count)[:, None, None] - normal * (dot_D / count)[:, None, None]
         return (
             (centred * (weight_D * inverse_D)[:, None, None]).to(grads[0].dtype),
             grad_weight_D.to(weight_D.dtype),
             grad_bias_D.to(weight_D.dtype),
+            None,
             None,
             None,
         )

@@ -26,6 +26,7 @@ from experts.flow import Result
 from orchestration.config.recipe import OptimizerConfig
 from orchestration.config.run_config import EngineConfig
 from orchestration.training.engine import NonFiniteGradient, casting, lr_groups, set_lr, sgd
+from orchestration.training.exchange import TorchGroup
 from orchestration.training.mesh import Mesh
 
 
@@ -147,7 +148,7 @@ class DeepSpeedEngine:
         self._engines: dict[str, Any] = {}
         self._parts: dict[str, nn.Module] = {}
         self._zeros: list[Tensor] = []
-        everyone, replicas = _Axis(dist.group.WORLD), _Axis(mesh.data_group or dist.group.WORLD)
+        everyone, replicas = _Axis(dist.group.WORLD), _Axis(mesh.groups.data.handle or dist.group.WORLD)
         for name, axis in (("trunk", everyone), ("experts", replicas), ("shared", everyone)):
             part = _Part(getattr(model, name), config, mesh.device)
             self._parts[name] = part
@@ -203,9 +204,7 @@ class DeepSpeedEngine:
             if buffer is None:
                 continue
             group = zero.real_dp_process_group[i]
-            partitions = [torch.empty_like(buffer) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(partitions, buffer.contiguous(), group=group)
-            flat = torch.cat(partitions).cpu()
+            flat = torch.cat(TorchGroup(group).all_gather(buffer, "momentum")).cpu()
             for name, place, shape in self._layout(zero, i):
                 found[name] = flat[place].view(shape).clone()
         return found

@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from experts.ensemble import Ensemble, part_of
@@ -23,6 +22,9 @@ from experts.flow import Network, Result
 from orchestration.config.recipe import OptimizerConfig
 from orchestration.config.run_config import EngineConfig
 from orchestration.training.mesh import Mesh
+
+IN_WORDS = {"trunk": "trunk", "experts": "experts", "shared": "shared last layer"}
+"""The parts whose gradients are summed apart, as `plan` calls them."""
 
 
 class NonFiniteGradient(FloatingPointError):
@@ -108,7 +110,7 @@ class TorchEngine:
             if p.grad is None:  # this batch did not reach it here; other workers wait for its share
                 p.grad = torch.zeros_like(p)
         if self.mesh.shape.workers > 1:
-            self._sum_gradients()
+            self.sum_gradients()
 
         # After the sum, which carries NaN to every worker that holds the parameter: all of them stop, none waits.
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
@@ -118,16 +120,22 @@ class TorchEngine:
         set_lr(self.optimizer, lr)
         self.optimizer.step()
 
-    def _sum_gradients(self) -> None:
+    def sum_gradients(self) -> None:
         """Sum each gradient over the workers that hold its parameter. All of them list parameters in the same order."""
-        shared = [p for name, p in self.parameters.items() if not name.startswith("experts.")]
-        own = [p for name, p in self.parameters.items() if name.startswith("experts.")]
-        for group, parameters in ((dist.group.WORLD, shared), (self.mesh.data_group, own)):
+        groups = self.mesh.groups
+        for group, parts in ((groups.everyone, ("trunk", "shared")), (groups.data, ("experts",))):
+            of_part = {part: self.parameters_of(part) for part in parts}
+            parameters = [p for found in of_part.values() for p in found]
             if parameters:
                 flat = torch.cat([p.grad.flatten() for p in parameters])  # type: ignore[union-attr]
-                dist.all_reduce(flat, group=group)
+                words = [IN_WORDS[part] for part, found in of_part.items() if found]
+                group.all_reduce(flat, f"gradient, {' and '.join(words)}")
                 for p, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
                     p.grad = total.view_as(p)
+
+    def parameters_of(self, part: str) -> list[nn.Parameter]:
+        """Return what learns of the "trunk", the "experts" held here, or the modules "shared" after all experts."""
+        return [p for name, p in self.parameters.items() if name.startswith(f"{part}.")]
 
     def momentum(self) -> dict[str, Tensor]:
         state = self.optimizer.state

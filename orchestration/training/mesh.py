@@ -1,4 +1,4 @@
-"""Workers on two axes, expert slots x data replicas, and the few exchanges they make.
+"""Workers on two axes, expert slots x data replicas, and what they exchange along them (exchange.py).
 
 Rank r holds slot r // replicas and replica r % replicas. Workers of one replica index see the same images and hold
 different experts (the expert axis); workers of one slot hold the same experts and see different images (the data axis).
@@ -6,16 +6,13 @@ different experts (the expert axis); workers of one slot hold the same experts a
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from orchestration.training.batchnorm import SynchronisedBatchNorm2d, momenta_of
+from orchestration.training.exchange import NOBODY, Groups, join_groups
 
 # Shapes: E experts, e experts of one worker, B images of one replica, C classes, D channels.
 
@@ -96,36 +93,38 @@ class Mesh:
         rank: of this worker in the torch world.
         device: where tensors live; 'cuda' exchanges with NCCL, 'cpu' with gloo.
         timeout_s: seconds that an exchange may wait for another worker.
+        groups: this worker's; by default those of the torch world that this process has joined.
+
+    Attributes:
+        groups: whom this worker exchanges with.
     """
 
-    def __init__(self, shape: MeshShape, rank: int = 0, device: str = "cpu", timeout_s: float = 600.0) -> None:
+    def __init__(
+        self,
+        shape: MeshShape,
+        rank: int = 0,
+        device: str = "cpu",
+        timeout_s: float = 600.0,
+        groups: Groups | None = None,
+    ) -> None:
         self.shape = shape
         self.rank = rank
         self.slot, self.replica = shape.position(rank)
         self.device = torch.device(device)
-        self.data_group = self.expert_group = None
-        if shape.workers > 1:
-            self.data_group, self.expert_group = self._axes(timedelta(seconds=math.ceil(timeout_s)))
+        if groups is None:
+            groups = NOBODY if shape.workers == 1 else join_groups(shape.slots, shape.replicas, rank, timeout_s)
+        self.groups = groups
 
     @property
     def own_experts(self) -> range:
         return self.shape.experts_of(self.slot)
 
-    def _axes(self, limit: timedelta) -> tuple[Any, Any]:
-        """Create the groups of both axes and return this worker's. Torch wants every rank to create all, in order."""
-        shape, own_data, own_expert = self.shape, None, None
-        for slot in range(shape.slots):
-            ranks = [slot * shape.replicas + d for d in range(shape.replicas)]
-            group = dist.new_group(ranks, timeout=limit)
-            own_data = group if self.slot == slot else own_data
-        for replica in range(shape.replicas):
-            ranks = [s * shape.replicas + replica for s in range(shape.slots)]
-            group = dist.new_group(ranks, timeout=limit)
-            own_expert = group if self.replica == replica else own_expert
-        return own_data, own_expert
-
-    def gather(self, own_e: Tensor) -> Tensor:
+    def gather(self, own_e: Tensor, what: str = "logits") -> Tensor:
         """Gather values of all experts, in their order: own ones [e, ...] keep their graph, the others come detached.
+
+        Args:
+            own_e: of this worker's experts.
+            what: they are, in words.
 
         Returns:
             [E, ...] on every worker of this replica index.
@@ -133,9 +132,7 @@ class Mesh:
         if self.shape.slots == 1:
             return own_e
         # `all_gather` has no gradient, and needs none: each worker differentiates by its own experts' values only.
-        own = own_e.detach().contiguous()
-        slots = [torch.empty_like(own) for _ in range(self.shape.slots)]
-        dist.all_gather(slots, own, group=self.expert_group)
+        slots = self.groups.experts.all_gather(own_e, what)
         return torch.cat([own_e if s == self.slot else other for s, other in enumerate(slots)])
 
     def statistics_before(self, module: nn.Module) -> list[Tensor]:
@@ -159,8 +156,7 @@ class Mesh:
 
         # One exchange for all buffers; double holds the integer batch counters exactly.
         flat = torch.cat([buffer.detach().double().flatten() for buffer in module.buffers()])
-        slots = [torch.empty_like(flat) for _ in range(self.shape.slots)]
-        dist.all_gather(slots, flat, group=self.expert_group)
+        slots = self.groups.experts.all_gather(flat, "running statistics of the trunks, in turn")
 
         old = torch.cat([buffer.double().flatten() for buffer in before])
         keep = torch.cat(
@@ -172,24 +168,28 @@ class Mesh:
         for buffer, values in zip(module.buffers(), now.split([b.numel() for b in before]), strict=True):
             buffer.copy_(values.view_as(buffer))
 
-    def sum_over_data(self, values: Tensor) -> Tensor:
-        """Sum over the replicas of this slot; the same bits on each of them."""
+    def sum_over_data(self, values: Tensor, what: str) -> Tensor:
+        """Sum over the replicas of this slot, in place; the same bits on each of them. `what` they are, in words."""
         if self.shape.replicas > 1:
-            dist.all_reduce(values, group=self.data_group)
+            self.groups.data.all_reduce(values, what)
         return values
 
-    def synchronise_batchnorm(self, model: nn.Module) -> None:
-        """Make every BatchNorm of a model count the images of all replicas of this slot."""
+    def synchronise_batchnorm(self, model: nn.Module, of_whom: str = "") -> None:
+        """Make every BatchNorm of a model count the images of all replicas of this slot.
+
+        Args:
+            model: of any kind.
+            of_whom: whose statistics they are, if not the ensemble's that trains: "of teacher ...".
+        """
         if self.shape.replicas > 1:
             for module in model.modules():
                 if type(module) is nn.BatchNorm2d:
                     # The class alone: names, parameters and whoever refers to the module stay as they are.
                     module.__class__ = SynchronisedBatchNorm2d
-                    module.group = self.data_group  # type: ignore[assignment]
+                    module.group, module.of_whom = self.groups.data, of_whom  # type: ignore[assignment]
 
     def broadcast_buffers(self, model: nn.Module) -> None:
         """Give all replicas of this slot the running statistics of the first."""
         if self.shape.replicas > 1:
-            source = self.slot * self.shape.replicas
             for buffer in model.buffers():
-                dist.broadcast(buffer, source, group=self.data_group)
+                self.groups.data.broadcast(buffer, "running statistics")

@@ -94,7 +94,7 @@ class TrainingStep:
             experts = self._setup.expert_names if value.ndim else ()
             names += [f"{term}/{expert}" for expert in experts] or [term]
             values.append(value.detach().reshape(-1))
-        total = self._setup.mesh.sum_over_data(torch.cat([v.double() for v in values]))
+        total = self._setup.mesh.sum_over_data(torch.cat([v.double() for v in values]), "loss and its terms")
         return dict(zip(names, total.tolist(), strict=True))
 
     def _moment(self, now: Progress) -> str:
@@ -104,7 +104,9 @@ class TrainingStep:
     def _diagnosis(self, outputs_EBX: Tensor, now: Progress) -> str:
         """Return the message of a loss that is not finite; names the experts whose outputs are not."""
         bad_E = (~torch.isfinite(outputs_EBX)).flatten(1).any(1).double()
-        self._setup.mesh.sum_over_data(bad_E)  # the images may be another replica's
+        self._setup.mesh.sum_over_data(
+            bad_E, "experts whose outputs are not finite"
+        )  # the images may be another replica's
         bad = [name for name, count in zip(self._setup.expert_names, bad_E.tolist(), strict=True) if count]
         where = f"logits of {', '.join(bad)}" if bad else "the objective, from finite logits"
         return f"{self._moment(now)}: the loss is not finite; found in {where}; needed finite numbers; {_ADVICE}"

@@ -73,7 +73,7 @@ class Teachers:
                 # Of modules after the experts only a shared head makes scores; a router is not held.
                 shared = {key: m for key, m in model.ensemble.shared.items() if key == "head"}
                 held = Ensemble(model.ensemble.trunk, own, shared).to(mesh.device, dtype)  # type: ignore[arg-type]
-                mesh.synchronise_batchnorm(held)
+                mesh.synchronise_batchnorm(held, f"of teacher {name}")
                 self._held[name] = held.train(config.mode == "train").requires_grad_(False)
         self._dtype = dtype
 
@@ -91,7 +91,7 @@ class Teachers:
             if name in self._held:
                 found = self._held[name](images_B3HW)
                 own[: len(found)] = found
-            gathered = self._mesh.gather(own).unflatten(0, (self._mesh.shape.slots, most))
+            gathered = self._mesh.gather(own, f"scores of teacher {name}").unflatten(0, (self._mesh.shape.slots, most))
 
             # Back into the order of the experts: expert i is row j of its slot if j experts before it lie there.
             rows = []

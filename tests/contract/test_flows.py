@@ -139,7 +139,7 @@ class Packed:
     def __init__(self):
         self.gathered: list[Tensor] = []
 
-    def __call__(self, own):
+    def __call__(self, own, what="logits"):
         self.gathered.append(own.detach().clone())
         return own
 
@@ -150,7 +150,7 @@ class Slot:
     def __init__(self, place, gathered):
         self.place, self.gathered, self.calls = place, gathered, 0
 
-    def __call__(self, own):
+    def __call__(self, own, what="logits"):
         everyone = list(self.gathered[self.calls].split(1))
         self.calls += 1
         assert own.shape == everyone[self.place].shape
@@ -242,7 +242,7 @@ def test_some_experts_together_and_some_apart_give_the_packed_loss(case):
     outputs_EBX, _ = step(case, Network(case.ensemble()), batch, gather)
     rest = [value[:-2] for value in gather.gathered]
 
-    def with_the_rest(own):
+    def with_the_rest(own, what="logits"):
         return torch.cat([rest.pop(0), own])
 
     own_EBX, _ = step(case, Network(case.ensemble(only=case.names[-2:])), batch, with_the_rest)

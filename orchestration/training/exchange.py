@@ -1,0 +1,191 @@
+"""The exchanges between workers: the one file of training in which something crosses a network.
+
+A `Group` is the workers that exchange with each other. Every worker is in three of them: those that hold the same
+experts (the data axis), those that see the same images (the expert axis), and all. Each exchange says in words what
+crosses.
+
+Two kinds of group behave alike. `TorchGroup` exchanges for real. `RecordingGroup` writes down what would cross and
+answers for the others with zeros, so that one process can take a worker's step in a mesh of any shape: `expertail plan`
+does so, and cannot miss what training makes. DeepSpeed alone exchanges behind our back, inside ZeRO.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Kind = Literal["all-gather", "all-reduce", "broadcast"]
+
+
+class Group(Protocol):
+    """Some workers and this one's place among them. Each method is called by all of them, equally often.
+
+    Attributes:
+        size: number of workers.
+        rank: of this worker among them.
+        handle: the group as torch.distributed knows it, for DeepSpeed; None where it knows none.
+    """
+
+    size: int
+    rank: int
+    handle: Any
+
+    def all_gather(self, own: Tensor, what: str) -> list[Tensor]:
+        """Return everyone's tensor, by rank, without gradients. All are of one shape and type.
+
+        Args:
+            own: this worker's.
+            what: crosses, in words; the same text on all workers.
+        """
+        ...
+
+    def all_reduce(self, values: Tensor, what: str) -> None:
+        """Sum a tensor over the workers, in place; the same bits on each of them."""
+        ...
+
+    def broadcast(self, values: Tensor, what: str) -> None:
+        """Overwrite a tensor with that of the first worker."""
+        ...
+
+
+class Alone:
+    """A group of one worker, which exchanges nothing and needs no world."""
+
+    size = 1
+    rank = 0
+    handle = None
+
+    def all_gather(self, own: Tensor, what: str) -> list[Tensor]:
+        """See `Group.all_gather`."""
+        return [own.detach()]
+
+    def all_reduce(self, values: Tensor, what: str) -> None:
+        """See `Group.all_reduce`."""
+
+    def broadcast(self, values: Tensor, what: str) -> None:
+        """See `Group.broadcast`."""
+
+
+class TorchGroup:
+    """A group of the torch world that this process has joined: NCCL between GPUs, gloo between CPUs."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+        self.size = dist.get_world_size(handle)
+        self.rank = dist.get_rank(handle)
+
+    def all_gather(self, own: Tensor, what: str) -> list[Tensor]:
+        """See `Group.all_gather`."""
+        del what
+        own = own.detach().contiguous()
+        everyone = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(everyone, own, group=self.handle)
+        return everyone
+
+    def all_reduce(self, values: Tensor, what: str) -> None:
+        """See `Group.all_reduce`."""
+        del what
+        dist.all_reduce(values, group=self.handle)
+
+    def broadcast(self, values: Tensor, what: str) -> None:
+        """See `Group.broadcast`."""
+        del what
+        dist.broadcast(values, group=self.handle, group_src=0)
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """One exchange that a worker has made.
+
+    Attributes:
+        what: in words.
+        kind: an all-gather gives everyone's part to everyone, an all-reduce gives everyone the sum, a broadcast gives
+            everyone the first worker's part.
+        among: number of workers.
+        bytes: that this worker contributed.
+    """
+
+    what: str
+    kind: Kind
+    among: int
+    bytes: int
+
+
+class RecordingGroup:
+    """A group in which every other worker has zeros. Nothing crosses; `record` grows by what would.
+
+    Args:
+        size, rank: as of `Group`.
+        record: shared by the groups of a worker, so that it is in the order of the step.
+    """
+
+    handle = None
+
+    def __init__(self, size: int, rank: int, record: list[Crossing]) -> None:
+        self.size = size
+        self.rank = rank
+        self._record = record
+
+    def all_gather(self, own: Tensor, what: str) -> list[Tensor]:
+        """See `Group.all_gather`."""
+        self._note("all-gather", own, what)
+        return [own.detach() if rank == self.rank else torch.zeros_like(own) for rank in range(self.size)]
+
+    def all_reduce(self, values: Tensor, what: str) -> None:
+        """See `Group.all_reduce`."""
+        self._note("all-reduce", values, what)
+
+    def broadcast(self, values: Tensor, what: str) -> None:
+        """See `Group.broadcast`."""
+        self._note("broadcast", values, what)
+
+    def _note(self, kind: Kind, values: Tensor, what: str) -> None:
+        self._record.append(Crossing(what, kind, self.size, values.numel() * values.element_size()))
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups of one worker.
+
+    Attributes:
+        data: workers that hold the same experts and see different images.
+        experts: workers that see the same images and hold different experts.
+        everyone: all workers of the mesh.
+    """
+
+    data: Group
+    experts: Group
+    everyone: Group
+
+
+NOBODY = Groups(Alone(), Alone(), Alone())
+"""The groups of the only worker of a mesh."""
+
+
+def join_groups(slots: int, replicas: int, rank: int, timeout_s: float) -> Groups:
+    """Create the groups of a mesh in the torch world that this process has joined, and return this worker's.
+
+    Args:
+        slots, replicas: lengths of the two axes; rank r holds slot r // replicas.
+        rank: of this worker in the world.
+        timeout_s: seconds that an exchange may wait for another worker.
+    """
+    limit = timedelta(seconds=math.ceil(timeout_s))
+    slot, replica = divmod(rank, replicas)
+    # Torch wants every worker to create every group, in one order.
+    of_slot = [dist.new_group([s * replicas + d for d in range(replicas)], timeout=limit) for s in range(slots)]
+    of_replica = [dist.new_group([s * replicas + d for s in range(slots)], timeout=limit) for d in range(replicas)]
+    return Groups(TorchGroup(of_slot[slot]), TorchGroup(of_replica[replica]), TorchGroup(dist.group.WORLD))
+
+
+def record_groups(slots: int, replicas: int, rank: int, record: list[Crossing]) -> Groups:
+    """Return the groups of one worker of a mesh that exists on paper; for the arguments see `join_groups`."""
+    slot, replica = divmod(rank, replicas)
+    places = ((replicas, replica), (slots, slot), (slots * replicas, rank))
+    return Groups(*(RecordingGroup(size, own, record) if size > 1 else Alone() for size, own in places))
