@@ -22,7 +22,8 @@ class ClassBalanced(WeightedSampler):
         name: Literal["class_balanced"] = "class_balanced"
         form: Literal["class_aware", "per_draw_cycle", "multinomial"] = "class_aware"
         """class_aware: cycles over classes and images (cRT, LWS, MiSLAS); per_draw_cycle: a random class, then its
-        image cycle (RIDE stage 2); multinomial: images with replacement, weight 1 / n (GCL, CMO)."""
+        image cycle (RIDE stage 2); multinomial: images with replacement, weight 1 / n (GCL, CMO), which is a random
+        class, then a random image of it (DR+MU)."""
         images_per_visit: Annotated[int, Field(ge=1)] = 4
         """class_aware: images drawn from a class before the next class."""
         epoch: Literal["images", "largest_class"] = "images"

@@ -93,6 +93,15 @@ def cycled_draws(classes_N: np.ndarray, by_class: Sequence[Sequence[int]], gener
     return draws
 
 
+def first_of_each_class(labels: np.ndarray, num_classes: int, per_class: int, order_N: np.ndarray) -> np.ndarray:
+    """Return the first images of each class in a given order, at most `per_class` of each, class by class.
+
+    Args:
+        order_N: all positions; a random order makes it a random choice.
+    """
+    return np.concatenate([order_N[rows[:per_class]] for rows in positions_by_class(labels[order_N], num_classes)])
+
+
 def weighted_draws(weights_N: np.ndarray, uniforms_M: np.ndarray) -> np.ndarray:
     """Draw with replacement, in proportion to weights, from one uniform number per draw.
 

@@ -9,11 +9,12 @@ Shapes: C classes, N images; positions are rows of the training set.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import numpy as np
 
-from experts.data.keyed_random import uniforms
+from experts.data.keyed_random import key, permutation, uniforms
 from experts.progress import Progress
 from experts.samplers.draws import weighted_draws
 
@@ -54,3 +55,29 @@ class WeightedSampler(Sampler):
         """Return the positions of the epoch's images in order, int64 [draws_per_epoch]."""
         del progress
         return weighted_draws(self.weights_C[self.labels], uniforms(source_key, 0, self.draws_per_epoch, 1)[:, 0])
+
+
+class PartSampler(Sampler, ABC):
+    """Shows a part of the training images, each of them once per epoch, in random order."""
+
+    kept_C: np.ndarray
+    """Images of each class in an epoch, int64 [C]; a class may have none."""
+
+    @property
+    def draws_per_epoch(self) -> int:
+        """Draws per epoch: the images of the part."""
+        return int(self.kept_C.sum())
+
+    def class_probabilities(self, progress: Progress) -> np.ndarray:
+        """Return the probability of each class at a draw, float64 [C]."""
+        del progress
+        return self.kept_C / self.kept_C.sum()
+
+    @abstractmethod
+    def chosen(self, source_key: int) -> np.ndarray:
+        """Return the positions of the epoch's images in any order, int64 [draws_per_epoch]."""
+
+    def draw(self, progress: Progress, source_key: int) -> np.ndarray:
+        """Return the positions of the epoch's images in order, int64 [draws_per_epoch]."""
+        del progress
+        return self.chosen(source_key)[permutation(key(source_key, "order"), self.draws_per_epoch)]

@@ -16,6 +16,14 @@ COUNTS = np.array([60, 25, 10, 5])
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(4), COUNTS))
 CASES = [case.config for name in registry.registered_names("sampler") for case in cases_of("sampler", name)]
 every_sampler = pytest.mark.parametrize("config", CASES, ids=lambda config: config.name)
+
+
+def test_the_samplers_of_the_recipes_are_registered():
+    needed = {"instance_balanced", "class_balanced", "square_root", "progressively_balanced", "effective_number"}
+    needed |= {"reversed", "oversampled", "undersampled", "capped", "most_similar"}
+    assert needed <= set(registry.registered_names("sampler"))
+
+
 EPOCHS = 40
 
 
