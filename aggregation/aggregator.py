@@ -89,8 +89,11 @@ class Aggregator(ABC):
         self.expert_names = expert_names
 
     def describe(self, expert: nn.Module) -> Tensor:
-        """Return numbers of one expert's weights that the rule needs, float [K]; none by default."""
-        return torch.zeros(0)
+        """Return numbers of one expert's weights that the rule needs, float [K]; none by default.
+
+        They lie on the expert's device: workers exchange them, and NCCL takes tensors of a GPU alone.
+        """
+        return torch.zeros(0, device=next((p.device for p in expert.parameters()), None))
 
     @abstractmethod
     def __call__(self, outputs: Outputs) -> Tensor:

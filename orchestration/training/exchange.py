@@ -85,7 +85,8 @@ class TorchGroup:
         del what
         own = own.detach().contiguous()
         everyone = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(everyone, own, group=self.handle)
+        if own.numel():  # everyone's is as large; not every backend takes nothing
+            dist.all_gather(everyone, own, group=self.handle)
         return everyone
 
     def all_reduce(self, values: Tensor, what: str) -> None:

@@ -50,6 +50,13 @@ def test_the_aggregators_of_the_recipes_are_registered():
 
 
 @every_aggregator
+def test_an_expert_is_described_where_it_lies(name):
+    """NCCL refuses tensors of the CPU, and every worker's numbers go through it."""
+    expert = Expert(nn.Identity(), LinearHead(LinearHead.Config(), 4, NUM_CLASSES)).to("meta")
+    assert aggregator(name, 3).describe(expert).device.type == "meta"
+
+
+@every_aggregator
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_scores_are_one_row_per_image_in_at_least_float32(name, dtype):
     rule = aggregator(name, 3)
