@@ -5,7 +5,15 @@ from __future__ import annotations
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 _EXCHANGE_WORDS = ("gloo", "nccl", "torch/distributed", "torch.distributed")
-"""Found in the trace of a broken exchange; the backends raise no type of their own."""
+"""Found in the trace of every error of an exchange."""
+_PARTNER_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError")
+_PARTNER_WORDS = (
+    "gloo/transport", "connectfullmesh", "nccl", "connection", "pair closure", "timed out", "timeout", "broken pipe",
+    "0 bytes", "socket",
+)  # fmt: skip
+"""Types and words of an error that came from the other side, or from the network. gloo raises no type of its own."""
+_REFUSED_WORDS = ("invalid usage", "invalid argument")
+"""NCCL's, for calls that would fail every time, as of two workers on one GPU."""
 
 
 class WorkerLost(RuntimeError):
@@ -47,14 +55,26 @@ def failure_of(error: RayError) -> WorkerLost:
 
 
 def broken_exchange(error: RayTaskError) -> WorkerLost | None:
-    """Translate an error of a broken exchange between workers; None if it is another error."""
+    """Translate an error of a broken exchange between workers; None if it is another error.
+
+    A backend that refuses a call, for the device, shape or type of a tensor, is another error: trying again would fail
+    again.
+    """
     text = str(error).lower()
-    if not any(word in text for word in _EXCHANGE_WORDS):
+    if not any(word in text for word in _EXCHANGE_WORDS) or not _from_partner(error.cause):
         return None
     waited_long = "timed out" in text or "timeout" in text
     return WorkerLost(
         f"an exchange between workers failed: {_last_line(str(error))}", "hang" if waited_long else "failure"
     )
+
+
+def _from_partner(cause: BaseException) -> bool:
+    """Say whether an exchange failed for another worker or the network, by the message alone: traces name files."""
+    message = str(cause).lower()
+    if any(word in message for word in _REFUSED_WORDS):
+        return False
+    return type(cause).__name__ in _PARTNER_TYPES or any(word in message for word in _PARTNER_WORDS)
 
 
 def _last_line(text: str) -> str:
