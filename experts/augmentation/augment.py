@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from experts.data.config import Augment, ColorJitter, DatasetConfig
-from experts.data.decode import resized_crop
+from experts.data.decode import resized_crop, resized_crop_box
+from experts.data.resampling import resample
 
 # Columns of the uniform draws of one image.
 CROP_TOP, CROP_LEFT, FLIP, ROTATION, BRIGHTNESS, CONTRAST, SATURATION, ORDER = range(NUM_UNIFORMS := 8)
@@ -70,6 +71,9 @@ def random_resized_crops(images_BcHW: Tensor, uniforms_BK: np.ndarray, scale: tu
         uniforms_BK: float64 [B, decode.CROP_UNIFORMS].
     """
     size = images_BcHW.shape[-1]
+    if images_BcHW.device.type != "cpu":  # all images at once, to the same pixels
+        boxes = [resized_crop_box(size, size, scale, uniforms_K) for uniforms_K in uniforms_BK]
+        return resample(images_BcHW, np.array(boxes, dtype=np.int64), size, size)
     out = torch.empty_like(images_BcHW)
     for row, image in enumerate(images_BcHW):
         out[row] = resized_crop(image, size, scale, uniforms_BK[row])

@@ -25,6 +25,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
+from experts.data.resampling import resample
+
 with contextlib.suppress(ImportError):
     import torchvision.io  # noqa: F401, it registers the operator below
 
@@ -137,7 +139,10 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
     if tuple(images.shape[-2:]) == (height, width):
         return images
     batch = images if images.dim() == 4 else images[None]
-    out = interpolate(batch, (height, width), mode="bilinear", align_corners=False, antialias=True)
+    if images.device.type == "cpu":
+        out = interpolate(batch, (height, width), mode="bilinear", align_corners=False, antialias=True)
+    else:  # torch has no kernel for uint8 there
+        out = resample(batch, np.array([[0, 0, *images.shape[-2:]]]), height, width)
     return out if images.dim() == 4 else out[0]
 
 
