@@ -54,6 +54,13 @@ class AggregatorSettings(Settings):
             ValueError: names both keys and what to set.
         """
 
+    def check_sampler(self, sampler: Any) -> None:
+        """Refuse a sampler, by its config, that showed the heads another class distribution than the rule assumes.
+
+        Raises:
+            ValueError: names the key, what was found and what was needed.
+        """
+
     @property
     def group_rule(self) -> GroupRule | None:
         """The rule that cuts the classes into groups for the experts: the field `groups`, if there is one."""

@@ -91,8 +91,17 @@ class Ensemble(nn.Module):
             images_B3HW: the images.
             gather: [e, ...] of this worker's experts to [E, ...] of all; an exchange where they are on several workers.
         """
+        return self.outputs_of(self.features(images_B3HW), gather)
+
+    def features(self, images_B3HW: Tensor) -> list[Tensor]:
+        """Return what the heads of this worker's experts take, one [B, D] each."""
         h = self.trunk(images_B3HW)
-        features = [expert.features(h) for expert in self.members()]
+        return [expert.features(h) for expert in self.members()]
+
+    def outputs_of(
+        self, features: Sequence[Tensor], gather: Callable[[Tensor], Tensor] = lambda own: own
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the same as `outputs`, from the `features` of the images."""
         scores = torch.stack([x.head(f) for x, f in zip(self.members(), features, strict=True)])
         logits_EBC = gather(self.through_shared_head(scores))
         if not self.has_router:
@@ -222,11 +231,13 @@ class _Builder:
 
 
 def part_of(name: str) -> str:
-    """Return the part that a parameter of an `Ensemble` belongs to: "trunk", "features", "heads" or "gates"."""
+    """Return the part of an ensemble that a tensor belongs to: trunk, features, heads, calibration or gates."""
     words = name.split(".")  # trunk.<...>, experts.<name>.<part>.<...> or shared.<part>.<...>
     if words[0] == "trunk":
         return "trunk"
-    kind = words[1] if words[0] == "shared" else words[2]
+    kind, *inner = words[1:] if words[0] == "shared" else words[2:]
+    if kind == "head" and inner[0] == "calibration":
+        return "calibration"
     return {"features": "features", "head": "heads", "gate": "gates", "router": "gates"}[kind]
 
 
@@ -235,7 +246,7 @@ def freeze(model: Ensemble, learning: Collection[str]) -> list[nn.Module]:
 
     Args:
         model: requires_grad of its parameters is set.
-        learning: the parts that learn, of "trunk", "features", "heads" and "gates".
+        learning: the parts that learn, as `part_of` names them.
 
     Returns:
         The trunk and features that do not learn, whose BatchNorm statistics may have to stay as they are.

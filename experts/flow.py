@@ -22,8 +22,9 @@ from experts.progress import Progress
 from experts.registry import Settings, piece, registered_name, registered_names
 
 Result = Any
-PARTS = ("trunk", "features", "heads", "gates")
-"""Parts that can learn: the shared trunk, the experts' late stages, all heads (the shared one too), a router."""
+PARTS = ("trunk", "features", "heads", "calibration", "gates")
+"""Parts that can learn: the shared trunk, the experts' late stages, all heads (the shared one too), what heads have on
+top of their class weights, a router."""
 
 
 class Network(Protocol):
@@ -90,7 +91,7 @@ class Flow(ABC):
     Config: ClassVar[Any]
     takes: ClassVar[type[Objective] | None] = None
     """The class of the objectives that it works with; None: any that is not meant for another flow."""
-    learns: ClassVar[frozenset[str]] = frozenset({"trunk", "features", "heads"})
+    learns: ClassVar[frozenset[str]] = frozenset({"trunk", "features", "heads", "calibration"})
     """Those of PARTS that the outputs carry gradients to; the rest is frozen whatever the recipe says."""
     needs_partner: ClassVar[bool] = False
     """Whether a second batch, paired by row, must come with every batch (`stages.<stage>.partner_sampler`)."""

@@ -34,6 +34,8 @@ class Head(nn.Module):
     """Names of other heads whose tensors it takes over as they are, under the same names."""
     own_per_expert: ClassVar[bool] = False
     """Whether it must be each expert's own, and cannot be one head that all experts share."""
+    calibrates: ClassVar[bool] = False
+    """Whether it has a submodule `calibration`, the numbers on top of its class weights that can learn alone."""
     fits: ClassVar[bool] = False
     """Whether `fit` must see all training images before the scores mean anything."""
 

@@ -227,7 +227,7 @@ class Worker:
         """Return what the driver needs to know of the data, the stage and this worker."""
         import torch
 
-        setup = self.trainer.setup
+        setup, training = self.trainer.setup, self.trainer.training
         return {
             "class_names": list(dataset.class_names),
             "counts": dataset.counts_C.tolist(),
@@ -235,8 +235,8 @@ class Worker:
             "image_shape": dataset.raw_image_shape,
             "has_val": dataset.val is not None,
             "test_images": len(dataset.test.labels),
-            "prepares": setup.objective.prepares,
-            "observes": setup.objective.observes,
+            "prepares": training is not None and training.objective.prepares,
+            "observes": training is not None and training.objective.observes,
             "steps_per_epoch": setup.steps_per_epoch,
             "parameters": sum(p.numel() for p in setup.model.parameters()),
             "trunk_parameters": sum(p.numel() for p in setup.model.trunk.parameters()),
@@ -314,6 +314,13 @@ class Worker:
     def observe(self, per_class: list[float | None]) -> None:
         """See `StageTrainer.observe`."""
         self.trainer.observe(per_class)
+
+    def fit(self) -> Any:
+        """See `StageTrainer.fit`."""
+        self._note_progress()
+        fitted = self.trainer.fit()
+        self._check_memory()
+        return fitted
 
     def leave(self) -> None:
         """Leave the mesh, if in one. The process and its libraries stay for the next."""

@@ -23,7 +23,7 @@ from orchestration.runs.console import Console
 from orchestration.runs.driver import train
 from orchestration.runs.stopping import Outcome, Stopped
 from orchestration.storage.checkpoint import Checkpoints
-from orchestration.storage.exports import export
+from orchestration.storage.exports import export_finals
 from orchestration.storage.files import CONFIG, evaluations, write_atomic
 from orchestration.storage.location import open_run_folder
 from orchestration.storage.run_folder import RunFolder
@@ -144,7 +144,7 @@ def _report(config: RunConfig, folder: RunFolder, outcome: Outcome) -> None:
         folder.update_run(status="stopped", ended=time.time())
         return
 
-    export(stored, folder, outcome.stage, outcome.checkpoint)
+    export_finals(stored, folder, outcome.stage, outcome.checkpoint)
     if config.run.pictures:
         write_report(folder.path)
     (folder.path / "report").mkdir(exist_ok=True)

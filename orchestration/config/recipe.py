@@ -1,12 +1,10 @@
-"""The schema of a recipe, and the checks that its parts fit together.
+"""The schema of a recipe: what a stage is made of, what a method is made of, and what follows from the two.
 
-First the schema, from optimiser to method. Then `recipe_problems`, which validates a `MethodConfig`:
-names of experts, flow and objective, teachers, what learns, order of stages.
+recipe_checks.py says why the parts of a recipe do not fit together; method.py applies it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -16,9 +14,8 @@ from pydantic_core import CoreSchema
 import aggregation
 import experts
 from experts.class_groups import GroupRule, split_classes
-from experts.ensemble import check_names
 from experts.flows.plain import Plain
-from experts.registry import Settings, choice, import_pieces, piece, registered_names
+from experts.registry import Settings, choice, import_pieces
 
 import_pieces(experts, aggregation)  # the fields below accept the config of any registered piece
 
@@ -107,18 +104,23 @@ class LrFactors(Settings):
     trunk: Factor = 1.0
     features: Factor = 1.0
     heads: Factor = 1.0
+    calibration: Factor = 1.0
+
+
+Part = Literal["trunk", "features", "heads", "calibration"]
 
 
 class StageConfig(Settings):
-    """One training job."""
+    """One training job; or, without steps, another head, rule or choice for experts that are trained already."""
 
-    epochs: Annotated[int, Field(ge=1)]
-    batch_size: Annotated[int, Field(ge=1)]
+    epochs: Annotated[int, Field(ge=0)]
+    """0 is a stage without steps. It needs none of the next five keys, which every other stage must have."""
+    batch_size: Annotated[int, Field(ge=1)] | None = None
     """Images per optimiser step over all workers; never changes with placement."""
-    optimizer: OptimizerConfig
-    lr_schedule: Annotated[Any, PieceOf("lr_schedule")]
-    sampler: Annotated[Any, PieceOf("sampler")]
-    objective: Annotated[Any, PieceOf("objective")]
+    optimizer: OptimizerConfig | None = None
+    lr_schedule: Annotated[Any, PieceOf("lr_schedule", optional=True)] = None
+    sampler: Annotated[Any, PieceOf("sampler", optional=True)] = None
+    objective: Annotated[Any, PieceOf("objective", optional=True)] = None
     drop_last: bool = False
     """Leave out the partial last batch of every epoch. Published CIFAR code keeps it."""
     flow: Annotated[Any, PieceOf("flow")] = Plain.Config()
@@ -126,7 +128,12 @@ class StageConfig(Settings):
     partner_sampler: Annotated[Any, PieceOf("sampler", optional=True)] = None
     """Sampler of a second batch, paired with the first row by row, for flows that need one."""
     mixup: Mixup | None = None
-    freeze: tuple[Literal["trunk", "features", "heads"], ...] = ()
+    head: Annotated[Any, PieceOf("head", optional=True)] = None
+    """The experts' head from this stage on. Unset: that of the stage whose weights this one begins with, or the
+    method's."""
+    reinit: tuple[Part, ...] = ()
+    """Parts that begin with new weights, whatever the weights of `start_from` hold."""
+    freeze: tuple[Part, ...] = ()
     """Parts that do not learn in this stage."""
     lr_factors: LrFactors = LrFactors()
     """Published for Places-LT with pretrained weights: trunk and features at a tenth of the heads' rate."""
@@ -159,10 +166,12 @@ class Expected(Settings):
     """Dotted keys of the config and the values that they must have."""
 
 
-class MethodConfig(Settings):
-    """A recipe: the experts, the stages that train them, and how they are combined at test time."""
+class Recipe(Settings):
+    """The experts, the stages that train them, and how they are combined at test time, as they are written."""
 
     name: str
+    like: str | None = None
+    """Folder of a saved run whose backbone, experts and head this recipe goes on from. Composing fills them in."""
     num_experts: Annotated[int, Field(ge=1, le=8)]
     reduce_dimension: bool = False
     """Thinner late stages as in RIDE: 24 and 48 channels instead of 32 and 64."""
@@ -180,13 +189,6 @@ class MethodConfig(Settings):
     expected: Expected | None = None
     """The published result of this recipe on this data; used by reports only."""
 
-    @model_validator(mode="after")
-    def _pieces_fit(self) -> MethodConfig:
-        problems = list(dict.fromkeys(recipe_problems(self)))
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
-
     @property
     def expert_names(self) -> tuple[str, ...]:
         return self.experts or tuple(f"expert{i}" for i in range(self.num_experts))
@@ -199,10 +201,36 @@ class MethodConfig(Settings):
         """Return the rule that combines a stage's experts."""
         return self.stages[stage].aggregator or self.aggregator
 
+    def head_in(self, stage: str) -> Any:
+        """Return the config of the experts' head in a stage."""
+        own, source = self.stages[stage].head, self.starts_from(stage)
+        if own is not None:
+            return own
+        # Stages refer to earlier ones only, so this ends. A wrong reference is found by the checks.
+        earlier = list(self.stages)[: list(self.stages).index(stage)]
+        return self.head_in(source.stage) if source is not None and source.stage in earlier else self.head
+
+    def heads_trained_in(self, stage: str) -> str | None:
+        """Return the stage whose steps a stage's heads come from: itself, or one before; None for a saved run's."""
+        config = self.stages[stage]
+        if config.epochs and "heads" not in config.freeze:
+            return stage
+        source = self.starts_from(stage)
+        earlier = list(self.stages)[: list(self.stages).index(stage)]
+        return self.heads_trained_in(source.stage) if source is not None and source.stage in earlier else None
+
     @property
     def final(self) -> str:
         """The stage that trains the run's result: the last."""
         return list(self.stages)[-1]
+
+    @property
+    def finals(self) -> tuple[str, ...]:
+        """Stages with a result of their own: no other begins with or learns from them, and they know all classes."""
+        used = {source.stage for name in self.stages if (source := self.starts_from(name)) is not None}
+        used |= {teacher.stage for stage in self.stages.values() for teacher in stage.teachers.values()}
+        ends = [name for name, stage in self.stages.items() if name not in used and stage.classes is None]
+        return tuple(name for name in self.stages if name in ends or name == self.final)
 
     def waits_for(self, stage: str) -> tuple[str, ...]:
         """Return the stages that must end before a stage starts."""
@@ -230,160 +258,10 @@ class MethodConfig(Settings):
         return waves
 
 
-def stage_classes(method: MethodConfig, stage: str, counts: list[int]) -> list[int]:
+def stage_classes(method: Recipe, stage: str, counts: list[int]) -> list[int]:
     """Return the class ids that a stage knows, in the order of its logits."""
     subset = method.stages[stage].classes
     if subset is None:
         return list(range(len(counts)))
     groups = dict(zip(("many", "medium", "few"), split_classes(np.asarray(counts), 3, subset.rule), strict=True))
     return groups[subset.group].tolist()
-
-
-def recipe_problems(method: MethodConfig) -> Iterator[str]:
-    """Yield every problem of a recipe. A problem begins with its key, relative to `method`."""
-    yield from _names_problems("experts", method.experts, method.num_experts)
-    earlier: list[str] = []  # a stage may refer to these alone, so nothing can wait in a circle
-    for name, stage in method.stages.items():
-        found = [*_stage_problems(name, stage, method, earlier), *_learning_problems(name, stage, method)]
-        yield from (f"stages.{name}.{problem}" for problem in found)
-        yield from _rule_problems(name, method, earlier)
-        earlier.append(name)
-    if method.router is not None and not any(_trains_router(stage) for stage in method.stages.values()):
-        yield f"router: no stage trains it; add one with {_router_flow()}, or set it to null"
-    if method.backbone_weights is not None and all(method.starts_from(name) for name in method.stages):
-        yield "backbone_weights: every stage has start_from, so no network starts from it; set it to null"
-
-
-def _names_problems(key: str, names: tuple[str, ...] | None, num_experts: int) -> Iterator[str]:
-    if names is None:
-        return
-    if len(names) != num_experts:
-        yield f"{key} = {list(names)}: {len(names)} names; needed {num_experts}, as num_experts says; change either"
-    try:
-        check_names(names)
-    except ValueError as problem:
-        yield f"{key}: {problem}"
-
-
-def _rule_problems(name: str, method: MethodConfig, earlier: list[str]) -> Iterator[str]:
-    """Yield why the rule that combines a stage's experts does not fit the experts."""
-    rule = method.aggregator_in(name)
-    yield from _refusal(rule.check_head, method.head)
-    yield from _refusal(rule.check_experts, method.names_in(name))
-    needs_router = piece("aggregator", rule.name).needs_router
-    if needs_router and not any(_trains_router(method.stages[stage]) for stage in (*earlier, name)):
-        yield (
-            f"stages.{name}.aggregator = {rule.name}: no router is trained by then; needed a stage with "
-            f"{_router_flow()}; set aggregator.name={_one_of('aggregator', lambda other: not other.needs_router)}"
-        )
-
-
-def _refusal(check: Callable[[Any], None], against: Any) -> Iterator[str]:
-    """Yield what a piece's own check says against another piece."""
-    try:
-        check(against)
-    except ValueError as problem:
-        yield str(problem)
-
-
-def _one_of(kind: str, fits: Callable[[Any], bool] = lambda piece: True) -> str:
-    """List the pieces of a kind that would do."""
-    return " or ".join(name for name in registered_names(kind) if fits(piece(kind, name)))
-
-
-def _router_flow() -> str:
-    """Name the flow that trains a router, and a recipe that has it."""
-    flows = {name: piece("flow", name) for name in registered_names("flow")}
-    name, flow = next((name, flow) for name, flow in flows.items() if "gates" in flow.learns)
-    return f"flow '{name}'" + (f", as method={flow.recipe} has it" if flow.recipe else "")
-
-
-def _trains_router(stage: StageConfig) -> bool:
-    return "gates" in piece("flow", stage.flow.name).learns
-
-
-def _stage_problems(name: str, stage: StageConfig, method: MethodConfig, earlier: list[str]) -> Iterator[str]:
-    yield from _refusal(stage.objective.check_head, method.head)
-    yield from _names_problems("experts", stage.experts, method.num_experts)
-    yield from _flow_problems(stage, method)
-    yield from _teacher_problems(stage, method)
-    started = (stage.start_from.stage,) if stage.start_from and stage.start_from.stage else ()
-    taught = tuple(teacher.stage for teacher in stage.teachers.values() if teacher.stage)
-    for key, names in (("after", stage.after or ()), ("start_from.stage", started), ("teachers", taught)):
-        for other in names:
-            if other not in earlier:
-                yield f"{key} = {other}: needed an earlier stage of the recipe: {', '.join(earlier) or 'there is none'}"
-
-
-def _flow_problems(stage: StageConfig, method: MethodConfig) -> Iterator[str]:
-    flow, objective = piece("flow", stage.flow.name), piece("objective", stage.objective.name)
-    flow_is = f"flow '{stage.flow.name}'"
-    if flow.needs_partner and stage.partner_sampler is None:
-        yield f"partner_sampler: not set; {flow_is} pairs every batch with a second one; set a sampler"
-    if not flow.needs_partner and stage.partner_sampler is not None:
-        yield f"partner_sampler = {stage.partner_sampler.name}: {flow_is} takes one batch only; set it to null"
-    pairing = flow.pairing_problem(objective)
-    if pairing is not None:
-        yield pairing
-    if "gates" in flow.learns and (method.router is None or method.num_experts < 2):
-        yield (
-            f"{flow_is}: the ensemble has no router to train; needed method.router and 2 experts or more, found "
-            f"method.router {'unset' if method.router is None else 'set'} and method.num_experts = "
-            f"{method.num_experts}; set method.router.name={_one_of('router')}"
-        )
-    head = piece("head", method.head.name)
-    if head.flow not in (None, stage.flow.name):
-        yield (
-            f"{flow_is}: method.head.name = {method.head.name} is for flow '{head.flow}'; set method.head.name to "
-            f"{_one_of('head', lambda other: other.flow is None)}"
-        )
-    if flow.needs_own_heads and method.shared_head:
-        yield f"{flow_is}: method.shared_head = true; needed a head in each expert; set method.shared_head=false"
-    yield from _refusal((stage.aggregator or method.aggregator).check_objective, stage.objective)
-    if stage.mixup is not None and flow.needs_partner:
-        yield f"mixup: {flow_is} pairs batches already; set mixup=null"
-    number = objective.number_problem(method.num_experts)
-    if number is not None:
-        yield number
-
-
-def _learning_problems(name: str, stage: StageConfig, method: MethodConfig) -> Iterator[str]:
-    learns, flow_is = piece("flow", stage.flow.name).learns, f"flow '{stage.flow.name}'"
-    learning = learns - set(stage.freeze)
-    if not learning:
-        yield f"freeze = {list(stage.freeze)}: nothing is left to learn; {flow_is} trains {sorted(learns)}"
-    for part, factor in stage.lr_factors.model_dump().items():
-        if factor != 1 and part not in learning:
-            yield f"lr_factors.{part} = {factor:g}: it does not learn in this stage; set it to 1"
-    kept = [part for part in ("trunk", "features") if part not in learning]
-    if kept and method.starts_from(name) is None and method.backbone_weights is None:
-        yield (
-            f"start_from: not set, and no stage comes before; {' and '.join(kept)} would stay at random weights, since "
-            f"{flow_is} with freeze = {list(stage.freeze)} does not train them; set start_from.run=<folder of a "
-            f"finished run>, or put a stage before that trains them"
-        )
-
-
-def _teacher_problems(stage: StageConfig, method: MethodConfig) -> Iterator[str]:
-    wanted = stage.objective.teacher_names
-    if wanted is not None:
-        for name, teacher in stage.teachers.items():
-            source = method.stages.get(teacher.stage) if teacher.stage else None
-            subset = source.classes if source else None
-            rule = stage.objective.group_rule
-            if subset is not None and subset.rule != rule:
-                yield (
-                    f"objective.groups = {rule}, but its teacher's stage has stages.{teacher.stage}.classes.rule = "
-                    f"{subset.rule}; needed the same; set both"
-                )
-            if teacher.mode == "train":
-                yield f"teachers.{name}.mode = train: its scores would depend on the batch; set it to eval"
-        if set(wanted) != set(stage.teachers):
-            yield (
-                f"teachers = {sorted(stage.teachers)}: objective '{stage.objective.name}' needs {sorted(wanted)}; set "
-                f"teachers.<name>.run or .stage for each"
-            )
-    elif stage.teachers and stage.distillation is None:
-        yield (f"teachers: nothing learns from them; set distillation.name={_one_of('distillation')}, or remove them")
-    elif stage.distillation is not None and not stage.teachers:
-        yield "distillation: there is no teacher; set teachers.teacher.run=<folder of a finished run>"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -16,7 +16,9 @@ from pydantic import Field, model_validator
 from experts.data.config import DatasetConfig
 from experts.ensemble import EnsembleConfig
 from experts.registry import Settings, piece
-from orchestration.config.recipe import MethodConfig, PieceOf
+from orchestration.config.method import MethodConfig
+from orchestration.config.recipe import PieceOf
+from orchestration.config.recipe_checks import parts_that_learn
 
 
 class EngineConfig(Settings):
@@ -51,8 +53,8 @@ class ClusterConfig(Settings):
     heartbeat_timeout_s: Annotated[float, Field(gt=0)] = 300.0
     """A worker that finishes no step, image batch or file for this many seconds counts as hanging."""
     side_by_side: Annotated[int, Field(ge=1)] | None = None
-    """The most stages that may train at once, each on its own workers. Unset: as many as the recipe allows and the
-    cluster has room for."""
+    """The most stages that may train at once, each on its own workers. Unset: as many stages that train a trunk as the
+    recipe allows and the cluster has room for; stages that train heads alone go one after the other."""
     max_failures: Annotated[int, Field(ge=0)] = 5
     """Restarts after a worker died, in a row without a new checkpoint of the stage, before the run gives up."""
     max_preemptions: Annotated[int, Field(ge=0)] = 100
@@ -139,16 +141,19 @@ class RunConfig(Settings):
     @property
     def side_by_side(self) -> int:
         """The most stages that train at once if the cluster has room."""
-        widest = max(map(len, self.method.waves()))
-        return min(widest, self.cluster.side_by_side or widest)
+        asked, method = self.cluster.side_by_side, self.method
+        # Stages that train heads alone are short: places for them would be taken from the long stage before them.
+        counted = {s for s in method.stages if asked or "trunk" in parts_that_learn(method, s)}
+        widest = max(1, *(len(counted.intersection(wave)) for wave in method.waves()))
+        return min(widest, asked or widest)
 
-    def ensemble(self, expert_names: Sequence[str], num_classes: int) -> EnsembleConfig:
-        """Return what an ensemble of these experts is made of, by the run's backbone and method."""
+    def ensemble(self, stage: str, num_classes: int) -> EnsembleConfig:
+        """Return what a stage's ensemble is made of, by the run's backbone and method."""
         return EnsembleConfig(
             self.backbone,
-            self.method.head,
+            self.method.head_in(stage),
             num_classes=num_classes,
-            expert_names=expert_names,
+            expert_names=self.method.names_in(stage),
             reduce_dimension=self.method.reduce_dimension,
             shared_head=self.method.shared_head,
             router=self.method.router,
@@ -183,7 +188,7 @@ def data_problems(config: RunConfig) -> Iterator[str]:
     if data.val_per_class or data.val_list or data.source == "image_folder":  # a folder may have val/ beside test/
         return
     for name, stage in config.method.stages.items():
-        if piece("objective", stage.objective.name).observes:
+        if stage.objective is not None and piece("objective", stage.objective.name).observes:
             yield (
                 f"dataset.val_per_class = 0: objective '{stage.objective.name}' of stage {name} needs a validation "
                 f"split, and never takes the test set; set dataset.val_per_class (cut from the training pool) or, for "

@@ -20,8 +20,9 @@ from experts.flow import PARTS
 from experts.registry import build, piece
 from orchestration.cluster.placement import bundle_of, check_fits
 from orchestration.config.recipe import StageConfig, Teacher, stage_classes
+from orchestration.config.recipe_checks import parts_that_learn
 from orchestration.config.run_config import RunConfig
-from orchestration.preflight.rehearsal import Costs, Load, TeacherLoad, costs_of, rehearse, teacher_load
+from orchestration.preflight.rehearsal import Costs, Load, TeacherLoad, costs_of, held_by_part, rehearse, teacher_load
 from orchestration.preflight.traffic import Exchange, Teachers, deal_teachers, exchanges, number_bytes, shares_of
 from orchestration.training.mesh import MeshShape, mesh_shape
 
@@ -151,13 +152,11 @@ def plan(config: RunConfig, nodes: Mapping[str, Mapping[str, float]] | None = No
     counts = expected_counts(config, num_classes)
     waves = tuple(tuple(wave) for wave in config.method.waves())
 
-    # The cost of a forward pass depends on the number of classes alone, so stages share it.
-    costs: dict[int, Costs] = {}
     return Plan(
         shape=shape,
         num_classes=num_classes,
         counts=None if counts is None else tuple(counts.tolist()),
-        stages=tuple(_stage(config, name, shape, num_classes, counts, costs) for name in config.method.stages),
+        stages=tuple(_stage(config, name, shape, num_classes, counts) for name in config.method.stages),
         waves=waves,
         side_by_side=config.side_by_side,
     )
@@ -212,14 +211,13 @@ def _stage(
     shape: MeshShape,
     num_classes: int | None,
     counts: np.ndarray | None,
-    costs: dict[int, Costs],
 ) -> StagePlan:
     """Plan a stage. Where the counts are unknown, assume some, and leave open every number that depends on them."""
     stage = config.method.stages[name]
     if counts is not None:
-        return _stage_with(config, name, shape, counts, costs, known=True)
+        return _stage_with(config, name, shape, counts, known=True)
     counts = _assumed_counts(num_classes, _rule(config, stage))
-    assumed = _stage_with(config, name, shape, counts, costs, known=False)
+    assumed = _stage_with(config, name, shape, counts, known=False)
     return _without_classes(assumed) if num_classes is None or stage.classes is not None else assumed
 
 
@@ -256,36 +254,60 @@ def _assumed_counts(num_classes: int | None, rule: GroupRule) -> np.ndarray:
     return np.array(values[:size], dtype=np.int64)
 
 
-def _stage_with(
-    config: RunConfig, name: str, shape: MeshShape, counts: np.ndarray, costs: dict[int, Costs], *, known: bool
-) -> StagePlan:
+def _stage_with(config: RunConfig, name: str, shape: MeshShape, counts: np.ndarray, *, known: bool) -> StagePlan:
     stage = config.method.stages[name]
     counts_C = counts[stage_classes(config.method, name, counts.tolist())]
     num_classes = len(counts_C)
-    if num_classes not in costs:
-        costs[num_classes] = costs_of(config, num_classes)
-    loads = [rehearse(config, name, counts_C, shape, slot, costs[num_classes]) for slot in range(shape.slots)]
+    costs = costs_of(config, name, num_classes)
+    if not stage.epochs:
+        return _without_steps(config, name, num_classes, costs)
+    assert stage.batch_size is not None
+    loads = [rehearse(config, name, counts_C, shape, slot, costs) for slot in range(shape.slots)]
     teachers = {teacher: _teacher(config, source, counts, known=known) for teacher, source in stage.teachers.items()}
     images, steps, last = epoch_of(name, stage, counts_C) if known else (None, None, None)
     work, repeated = _work(stage, shape, loads, teachers)
-    flow = piece("flow", stage.flow.name)
+    learns = parts_that_learn(config.method, name)
     return StagePlan(
         name=name,
         experts=config.method.names_in(name),
         num_classes=num_classes,
-        size=_size(loads, costs[num_classes]),
+        size=_size([load.parameters for load in loads], costs),
         epochs=stage.epochs,
         batch_size=stage.batch_size,
         shares=shares_of(stage.batch_size, shape.replicas),
         images_per_epoch=images,
         steps_per_epoch=steps,
         last_batch=last,
-        learns=tuple(part for part in PARTS if part in flow.learns - set(stage.freeze)),
+        learns=tuple(part for part in PARTS if part in learns),
         exchanges=exchanges(config, stage, shape, loads, teachers),
         memory=_memory(config, stage, shape, loads, teachers),
         work=work,
         repeated=repeated,
         teachers=teachers,
+    )
+
+
+def _without_steps(config: RunConfig, name: str, num_classes: int, costs: Costs) -> StagePlan:
+    """Plan a stage without steps: its ensemble, which exchanges nothing but what an evaluation does."""
+    held = held_by_part(config, name, num_classes)
+    size = _size([held], costs)
+    return StagePlan(
+        name=name,
+        experts=config.method.names_in(name),
+        num_classes=num_classes,
+        size=size,
+        epochs=0,
+        batch_size=0,
+        shares=(),
+        images_per_epoch=0,
+        steps_per_epoch=0,
+        last_batch=0,
+        learns=(),
+        exchanges=(),
+        memory=number_bytes(config) * (size.parameters or 0),
+        work=0.0,
+        repeated=0.0,
+        teachers={},
     )
 
 
@@ -304,6 +326,7 @@ def epoch_of(name: str, stage: StageConfig, counts_C: np.ndarray) -> tuple[int, 
         ValueError: no batch is full and drop_last leaves out partial ones.
     """
     # The sampler itself knows how many images it draws per epoch; it depends on labels alone.
+    assert stage.batch_size is not None
     labels = np.repeat(np.arange(len(counts_C)), counts_C)
     images: int = build("sampler", stage.sampler, labels, len(counts_C)).draws_per_epoch
     full, rest = divmod(images, stage.batch_size)
@@ -317,12 +340,12 @@ def epoch_of(name: str, stage: StageConfig, counts_C: np.ndarray) -> tuple[int, 
     return images, full + (rest > 0), rest or stage.batch_size
 
 
-def _size(loads: list[Load], costs: Costs) -> Size:
+def _size(held: list[dict[str, int]], costs: Costs) -> Size:
     # Every slot holds the same trunk and shared head, and experts of its own.
-    experts = {name: n for load in loads for name, n in load.parameters.items() if name not in ("trunk", "shared")}
+    experts = {name: n for slot in held for name, n in slot.items() if name not in ("trunk", "shared")}
     return Size(
-        trunk=loads[0].parameters["trunk"],
-        shared=loads[0].parameters["shared"],
+        trunk=held[0]["trunk"],
+        shared=held[0]["shared"],
         experts=tuple(experts.values()),
         trunk_work=costs.trunk,
         expert_work=costs.features + costs.head,
@@ -360,6 +383,7 @@ def _memory(
     if any(teacher is None for teacher in teachers.values()):
         return None
     held = deal_teachers(teachers, shape.slots)
+    assert stage.optimizer is not None
     engine, momentum = config.engine, stage.optimizer.momentum > 0
     most = 0.0
     for slot, load in enumerate(loads):

@@ -19,6 +19,7 @@ from orchestration.cluster.placement import bundle_of, draw, largest_share, pack
 from orchestration.config.identity import published
 from orchestration.config.paths import expand
 from orchestration.config.recipe import ModelSource, StageConfig
+from orchestration.config.recipe_checks import parts_of
 from orchestration.config.run_config import RunConfig
 from orchestration.config.secrets import redact
 from orchestration.preflight.plan import WORKER_GIB, Plan, Size, StagePlan, plan
@@ -74,6 +75,10 @@ def _run(config: RunConfig, found: Plan) -> Iterator[str]:
         yield "the number of classes is known when the data is opened; set dataset.num_classes=... to see what is n/a"
     for stage in found.stages:
         settings = method.stages[stage.name]
+        if not stage.epochs:
+            yield f"stage {stage.name}: no steps, head {method.head_in(stage.name).name}"
+            yield from (f"  {line}" for line in _peculiarities(config, stage))
+            continue
         pieces = f"objective {settings.objective.name}, sampler {settings.sampler.name}"
         yield f"stage {stage.name}: {plural(stage.epochs, 'epoch')}, batch {stage.batch_size}, {pieces}"
         yield from (f"  {line}" for line in _peculiarities(config, stage))
@@ -92,8 +97,8 @@ def _peculiarities(config: RunConfig, stage: StagePlan) -> Iterator[str]:
         yield f"knows only the {settings.classes.group} classes: {number(stage.num_classes)}"
     if stage.experts != method.expert_names:
         yield f"trains its own experts: {' '.join(stage.experts)}"
-    present = [part for part in PARTS if part != "gates" or method.router is not None]
-    frozen = [part for part in present if part not in stage.learns]
+    present = parts_of(method, stage.name)
+    frozen = [part for part in PARTS if part in present and part not in stage.learns]
     if frozen:
         mode = "the batch's" if settings.frozen_batchnorm == "train" else "their running"
         batchnorm = "" if frozen == ["gates"] else f"; frozen BatchNorms use {mode} statistics"
@@ -110,7 +115,7 @@ def _peculiarities(config: RunConfig, stage: StagePlan) -> Iterator[str]:
         if size is not None:
             what = f"{plural(size.num_experts, 'expert')}, {number(size.num_classes)} classes"
         yield f"teacher {name}: {_source(teacher)}, {what}; {teacher.mode} mode"
-    if piece("objective", settings.objective.name).prepares:
+    if settings.objective is not None and piece("objective", settings.objective.name).prepares:
         yield "before the first step every worker runs the teachers once on all training and validation images"
 
 
@@ -153,6 +158,7 @@ def _missing(config: RunConfig) -> Iterator[str]:
 
 def _rates(stage: StageConfig, steps: int | None) -> Iterator[str]:
     """Describe the learning rate at the start of every epoch; stretches of equal or changing rates take a few words."""
+    assert stage.optimizer is not None
     schedule = build("lr_schedule", stage.lr_schedule)
     epochs = range(1, stage.epochs + 1)
     rates = [stage.optimizer.lr * schedule.factor(Progress(n, stage.epochs, 0, steps or 1)) for n in epochs]

@@ -188,7 +188,8 @@ class _ShortRun:
         for wave in self._config.method.waves():
             if limit is not None and before >= limit:
                 return
-            measured = [self._stage(name, before) for name in wave]
+            stages = self._config.method.stages
+            measured = [self._stage(name, before) for name in wave if stages[name].epochs]
             before += sum(total for _, total in measured)
             yield from (stage for stage, _ in measured)
 
@@ -200,6 +201,7 @@ class _ShortRun:
         begin_s = time.monotonic() - begun
         counts = np.array(data["counts"])[stage_classes(self._config.method, name, data["counts"])]
 
+        assert settings.batch_size is not None
         images, per_epoch, _ = epoch_of(name, settings, counts)
         total = settings.epochs * per_epoch
         target = total if run.max_steps is None else min(run.max_steps - before, total)

@@ -34,6 +34,7 @@ from experts.progress import Progress
 from experts.registry import build, piece
 from orchestration.config.paths import expand
 from orchestration.config.recipe import Teacher
+from orchestration.config.recipe_checks import parts_that_learn
 from orchestration.config.run_config import RunConfig
 from orchestration.training.engine import casting, lr_groups
 from orchestration.training.mesh import MeshShape
@@ -112,10 +113,9 @@ def rehearse(config: RunConfig, stage: str, counts_C: np.ndarray, shape: MeshSha
     return _Rehearsal(config, stage, counts_C, shape, slot).run(costs)
 
 
-def costs_of(config: RunConfig, num_classes: int) -> Costs:
-    """Return the cost of each part of an ensemble in a forward pass, at the size of the run's images."""
-    names = config.method.expert_names
-    model = _ensemble(config, names, num_classes, names[:1])
+def costs_of(config: RunConfig, stage: str, num_classes: int) -> Costs:
+    """Return the cost of each part of a stage's ensemble in a forward pass, at the size of the run's images."""
+    model = _ensemble(config, stage, num_classes, config.method.names_in(stage)[:1])
     expert = model.members()[0]
     image = torch.zeros(1, 3, config.dataset.image_size, config.dataset.image_size)
     with torch.no_grad():
@@ -132,8 +132,18 @@ def costs_of(config: RunConfig, num_classes: int) -> Costs:
     )
 
 
-def _ensemble(config: RunConfig, names: tuple[str, ...], num_classes: int, only: tuple[str, ...]) -> Ensemble:
-    return build_ensemble(config.ensemble(names, num_classes), seed=config.seed, only=only)
+def _ensemble(config: RunConfig, stage: str, num_classes: int, only: tuple[str, ...]) -> Ensemble:
+    return build_ensemble(config.ensemble(stage, num_classes), seed=config.seed, only=only)
+
+
+def held_by_part(config: RunConfig, stage: str, num_classes: int) -> dict[str, int]:
+    """Return the numbers in a stage's ensemble, by "trunk", "shared" and expert."""
+    return _numbers(_ensemble(config, stage, num_classes, config.method.names_in(stage)))
+
+
+def _numbers(model: Ensemble) -> dict[str, int]:
+    parts = {"trunk": model.trunk, "shared": model.shared, **model.experts}
+    return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 
 
 class _Rehearsal:
@@ -155,17 +165,13 @@ class _Rehearsal:
         self.objective.to(dtype=self.dtype)
         draws = partial(key, config.seed, stage)
         self.flow: Flow = build("flow", self.stage.flow, self.objective, self.expert_names, draws)
-        self.model = _ensemble(config, self.expert_names, self.num_classes, self.names).to(self.dtype).train()
+        self.model = _ensemble(config, stage, self.num_classes, self.names).to(self.dtype).train()
 
-        frozen = freeze(self.model, self.flow.learns - set(self.stage.freeze))
+        frozen = freeze(self.model, parts_that_learn(config.method, stage))
         if self.stage.frozen_batchnorm == "eval":
             for module in frozen:
                 module.eval()
-        self.load = Load(self._parameters(), self._learning())
-
-    def _parameters(self) -> dict[str, int]:
-        parts = {"trunk": self.model.trunk, "shared": self.model.shared, **self.model.experts}
-        return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+        self.load = Load(_numbers(self.model), self._learning())
 
     def _learning(self) -> dict[str, list[int]]:
         factors = dict(zip(self.expert_names, self.objective.lr_factors, strict=True))
@@ -323,7 +329,7 @@ def teacher_load(config: RunConfig, teacher: Teacher, num_classes_in: Callable[[
     """
     if teacher.stage is not None:
         names, num_classes = config.method.names_in(teacher.stage), num_classes_in(teacher.stage)
-        model = _ensemble(config, names, num_classes, names[:1])
+        model = _ensemble(config, teacher.stage, num_classes, names[:1])
     else:
         assert teacher.run is not None
         try:

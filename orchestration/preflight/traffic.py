@@ -103,6 +103,7 @@ def _between_slots(
     slots = shape.slots
     if slots == 1:
         return
+    assert stage.batch_size is not None
     images = max(shares_of(stage.batch_size, shape.replicas))
     # Flows exchange logits first; only a router's flow exchanges a second tensor.
     for what, per_image in zip(("logits", "scores of the gates"), load.logits, strict=False):

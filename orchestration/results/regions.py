@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from experts.registry import piece
 from orchestration.config.compose import from_yaml
 from orchestration.config.paths import expand
 from orchestration.config.recipe import ModelSource
+from orchestration.config.recipe_checks import parts_that_learn
 from orchestration.config.run_config import RunConfig
 from orchestration.results.style import member_colour, new_figure, picture_style, save_figure, set_figure_title, shorten
 from orchestration.results.text import text_table
@@ -104,13 +104,15 @@ def _why_no_regions(folder: Path, config: RunConfig) -> str | None:
     from orchestration.storage.files import read_json
 
     method = config.method
-    stage = method.stages[method.final]
-    learns = piece("flow", stage.flow.name).learns - set(stage.freeze)
-    if learns != {"heads"} or method.starts_from(method.final) is None:
+    learns, source = parts_that_learn(method, method.final), method.starts_from(method.final)
+    if learns != {"heads"} or source is None:
         return (
-            f"its last stage, {method.final}, trains {', '.join(sorted(learns))}; needed a stage that begins with "
-            f"trained weights and trains heads alone, e.g. dr_h2t, ride_h2t or reslt_h2t"
+            f"its last stage, {method.final}, trains {', '.join(sorted(learns)) or 'nothing'}; needed a stage that "
+            f"begins with trained weights and trains heads alone, e.g. dr_h2t, ride_h2t or reslt_h2t"
         )
+    before = method.head if source.stage is None else method.head_in(source.stage)
+    if before != method.head_in(method.final):
+        return f"its last stage, {method.final}, has another head than the one before; needed the same in both"
     reached = read_json(folder / "evaluation" / "last.json").get("stage")
     if reached != method.final:
         return f"stage {method.final} has not begun (reached: {reached or 'nothing'}); train the run to its end first"

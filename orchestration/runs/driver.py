@@ -131,15 +131,15 @@ class Driver:
             and not (self.run.checkpoints.folder / best["checkpoint"]).exists()
         ):
             self.run.checkpoints.copy_weights(newest.folder, best["checkpoint"])
-        if self.run.config.method.stages[stage].classes is not None:  # the last stage writes those of the others
+        method = self.run.config.method
+        if method.stages[stage].classes is not None or stage in method.finals:
             write_evaluations(self.run.folder, self.run.config, stage, newest.state)
         return Outcome(stage, True, newest.state["total_steps"], newest.folder)
 
     def _fleets(self, wanted: int) -> list[Fleet]:
         """Return the run's fleet, and further ones as far as there are places now."""
         fleets = [self.fleet]
-        if self.run.config.cluster.side_by_side is not None:
-            wanted = min(wanted, self.run.config.cluster.side_by_side)
+        wanted = min(wanted, self.run.config.side_by_side)
         while len(fleets) < wanted:
             fleet = Fleet(self.run.config, self.fleet.shape)
             try:

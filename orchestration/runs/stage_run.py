@@ -9,6 +9,8 @@ stage drops the journal lines after its checkpoint and takes the same steps.
                      note its losses; evaluate and save if due
                      end early, with a checkpoint, on a signal, or when nodes are taken away
                  evaluate and save the end if that was not due
+
+A stage without steps fits in place of its intervals. If it is interrupted, it fits again.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ class StageRun:
         best: the best evaluation so far that counts, with its step, value and checkpoint.
         last: the newest evaluation, with its step.
         checkpoint: the one that this start loaded, or wrote last; None before either.
+        fitted: what a stage without steps chose, as `fitting.fit` returns it.
         built: what `Worker.build` returned, in the order of ranks.
     """
 
@@ -68,6 +71,7 @@ class StageRun:
         self.best: dict[str, Any] | None = None
         self.last: dict[str, Any] | None = None
         self.checkpoint: Path | None = None
+        self.fitted: dict[str, Any] = {}
         self._epoch_images, self._epoch_seconds = 0, 0.0
         self._pace = 0.0  # steps per second of the last interval
 
@@ -146,7 +150,8 @@ class StageRun:
     def _resume(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
         sent = self._send(checkpoint.folder)
-        self.fleet.call("load", sent, {"step": state["step"], "sums": state["sums"]})
+        self.fitted = state.get("fitted", {})  # checkpoints of earlier versions have none
+        self.fleet.call("load", sent, {"step": state["step"], "sums": state["sums"], "fitted": self.fitted})
         self.step, self.best, self.last = state["step"], state["best"], state["last"]
         self.checkpoint = checkpoint.folder
         if self.best and self.best["step"] == self.step:
@@ -160,10 +165,8 @@ class StageRun:
                     f"{problem}: the weights of the best evaluation (step {self.best['step']}) are damaged; needed "
                     f"them whole; restore them from a copy, or remove {self.checkpoints.folder} to train anew"
                 ) from problem
-        self.console.message(
-            f"going on from {checkpoint.folder.name}: step {self.step} of {self.total_steps}, "
-            f"epoch {min(self.step // self.steps_per_epoch + 1, self.epochs)} of {self.epochs}"
-        )
+        where = f"step {self.step} of {self.total_steps}, epoch {self._epoch_after(self.step)} of {self.epochs}"
+        self.console.message(f"going on from {checkpoint.folder.name}: {where if self.epochs else 'it is fitted'}")
 
     # Training
 
@@ -181,6 +184,8 @@ class StageRun:
 
     def carry_out(self) -> Outcome:
         """Train to the target and make sure that the end is evaluated and saved."""
+        if not self.epochs and self.last is None:
+            self._fit()
         self.take(self.target - self.step)
         if self.last is None or self.last["step"] != self.step:
             self._evaluate(count=False)
@@ -189,6 +194,20 @@ class StageRun:
         self.run.cost.write(peak_memory_gib=[round(gib, 2) for gib in self.fleet.call("peak_memory_gib")])
         assert self.checkpoint is not None
         return Outcome(self.stage, self.step >= self.total_steps, self.total_steps, self.checkpoint)
+
+    def _fit(self) -> None:
+        """Fit what a stage without steps fits, and say what was chosen."""
+        self.fitted = self.fleet.call("fit")[0]
+        for choice in self.fitted.get("choices", []):
+            split = choice["split"]
+            how = (
+                f"chosen on {split}" if split else f"published ({choice['origin']}), since there is no validation split"
+            )
+            self.console.message(f"stage {self.stage}: {choice['key']} = {choice['value']:g}, {how}")
+
+    def _epoch_after(self, step: int) -> int:
+        """Return the epoch, from 1, that the step after this one belongs to; 0 in a stage without steps."""
+        return min(step // self.steps_per_epoch + 1, self.epochs) if self.epochs else 0
 
     def _advance(self, target: int) -> None:
         """Train one interval, note it, and evaluate and save if it is due at its end.
@@ -292,7 +311,7 @@ class StageRun:
             count: whether this may become the best evaluation, and objectives may learn of it. Such evaluations must
                 come at the same steps in every run, however often it was interrupted.
         """
-        epoch = max((self.step - 1) // self.steps_per_epoch + 1, 1)
+        epoch = max((self.step - 1) // self.steps_per_epoch + 1, 1) if self.epochs else 0
         # Groups by index are cut for all classes of the data: a stage that knows only some has none.
         cuts = self.config.dataset.index_groups if len(self.counts) == self.num_data_classes else None
 
@@ -312,11 +331,12 @@ class StageRun:
 
         evaluation = {
             "split": "test",
-            "selected_on": self.select_on,
+            "selected_on": self.select_on if self.epochs else None,  # there is one state: nothing to select from
             "selected_value": results[self.select_on]["members"]["ensemble"]["top1"]["all"],
             "stage": self.stage,
             "epoch": epoch,
             "step": self.step,
+            **({"fitted": self.fitted} if self.fitted else {}),
             **results["test"],
         }
         self.last = {"step": self.step, "evaluation": evaluation}
@@ -353,11 +373,16 @@ class StageRun:
 def write_evaluations(folder: RunFolder, config: RunConfig, stage: str, state: dict[str, Any]) -> None:
     """Write the last and the best evaluation of a stage, as its newest checkpoint holds them.
 
-    A stage that knows only some classes has a folder of its own: its numbers do not belong in the run's table.
+    A stage that knows only some classes has a folder of its own: its numbers do not belong in the run's table. So has
+    every final stage where there are several.
     """
-    below = "" if config.method.stages[stage].classes is None else f"{stage}/"
-    folder.write_evaluation(f"{below}last", state["last"]["evaluation"])
-    folder.write_evaluation(f"{below}best", (state["best"] or state["last"])["evaluation"])
+    method = config.method
+    folders = [] if method.stages[stage].classes is not None or stage in method.finals[:-1] else [""]
+    if method.stages[stage].classes is not None or (stage in method.finals and len(method.finals) > 1):
+        folders.append(f"{stage}/")
+    for below in folders:
+        folder.write_evaluation(f"{below}last", state["last"]["evaluation"])
+        folder.write_evaluation(f"{below}best", (state["best"] or state["last"])["evaluation"])
 
 
 def _metrics(split: str, result: dict[str, Any]) -> dict[str, float]:

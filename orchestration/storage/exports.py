@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,15 @@ def model_folder(config: RunConfig, folder: RunFolder, checkpoints: Checkpoints,
         return Path(expand(source.run)).absolute() / "export" / source.weights
     assert source.stage is not None
     target = folder.path / "export" / f"stage-{source.stage}-{source.weights}"
-    export_stage(config, folder, source.stage, weights_of(checkpoints, source), target)
+    weights, fitted = weights_of(checkpoints, source), _fitted(checkpoints, source.stage)
+    export_stage(config, folder, source.stage, weights, target, fitted)
     return target
+
+
+def _fitted(checkpoints: Checkpoints, stage: str) -> dict[str, Any]:
+    """Return what a stage without steps chose; {} for any other stage."""
+    newest = checkpoints.newest(stage, lambda _: None)
+    return newest.state.get("fitted", {}) if newest is not None else {}
 
 
 def weights_of(checkpoints: Checkpoints, source: ModelSource) -> Path:
@@ -99,8 +107,19 @@ def weights_of(checkpoints: Checkpoints, source: ModelSource) -> Path:
     return folder
 
 
-def export_stage(config: RunConfig, folder: RunFolder, stage: str, checkpoint: Path, target: Path) -> None:
-    """Write the ensemble of a stage's checkpoint as a served folder."""
+def export_stage(
+    config: RunConfig, folder: RunFolder, stage: str, checkpoint: Path, target: Path, fitted: dict[str, Any]
+) -> None:
+    """Write the ensemble of a stage's checkpoint as a served folder.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        stage: its name.
+        checkpoint: folder of the weights.
+        target: folder to write.
+        fitted: numbers that the stage chose, which the model's description holds in place of nulls.
+    """
     data, method = folder.read_data(), config.method
     # A stage may know some classes only; its model then names those alone.
     ids = stage_classes(method, stage, data["counts"])
@@ -110,8 +129,11 @@ def export_stage(config: RunConfig, folder: RunFolder, stage: str, checkpoint: P
         counts=[data["counts"][c] for c in ids],
         image_shape=data["image_shape"],
     )
-    ensemble = config.ensemble(method.names_in(stage), len(ids))
-    export_model(target, ensemble_state(config, stage, checkpoint), ensemble, method.aggregator_in(stage), trained_on)
+    ensemble = config.ensemble(stage, len(ids))
+    chosen = fitted.get("values", {})
+    ensemble = replace(ensemble, head=ensemble.head.model_copy(update=chosen.get("head", {})))
+    rule = method.aggregator_in(stage).model_copy(update=chosen.get("aggregator", {}))
+    export_model(target, ensemble_state(config, stage, checkpoint), ensemble, rule, trained_on)
 
 
 def ensemble_state(config: RunConfig, stage: str, checkpoint: Path) -> dict[str, Any]:
@@ -122,11 +144,30 @@ def ensemble_state(config: RunConfig, stage: str, checkpoint: Path) -> dict[str,
     return state
 
 
-def export(config: RunConfig, folder: RunFolder, stage: str, checkpoint: Path) -> None:
-    """Write export/last and export/best: the ensemble of a stage, ready to serve."""
-    best = inspect(checkpoint).get("best")  # hashes state.json alone; tensors are hashed below
+def export_finals(config: RunConfig, folder: RunFolder, stage: str, checkpoint: Path) -> None:
+    """Write export/last and export/best, the ensemble of the stage that a run ended with, ready to serve.
+
+    Where a recipe has several final stages, those that are trained have both in export/<stage>/ too.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        stage: that the run ended with.
+        checkpoint: its newest.
+    """
+    _export(config, folder, stage, checkpoint, folder.path / "export")
+    finals = config.method.finals
+    checkpoints = Checkpoints(folder.path, list(config.method.stages))
+    for final in finals if len(finals) > 1 else ():
+        if (newest := checkpoints.newest(final, lambda _: None)) is not None:
+            _export(config, folder, final, newest.folder, folder.path / "export" / final)
+
+
+def _export(config: RunConfig, folder: RunFolder, stage: str, checkpoint: Path, target: Path) -> None:
+    state = inspect(checkpoint)  # hashes state.json alone; tensors are hashed below
+    best = state.get("best")
     sources = {"last": checkpoint, "best": checkpoint.parent / best["checkpoint"] if best else checkpoint}
     for source in set(sources.values()):  # both before either is written, and once if last is best
         verify(source, momentum=False)
     for name, source in sources.items():
-        export_stage(config, folder, stage, source, folder.path / "export" / name)
+        export_stage(config, folder, stage, source, target / name, state.get("fitted", {}))

@@ -18,7 +18,7 @@ from aggregation.metrics import Scores
 from experts.batches import EvalBatches, Replica
 from experts.objective import ExtraInputs
 from orchestration.training.engine import casting
-from orchestration.training.stage_setup import StageSetup
+from orchestration.training.stage_setup import StageSetup, TrainingSetup
 
 States = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
 
@@ -39,7 +39,7 @@ def evaluate(setup: StageSetup, split: str, beat: Callable[[], None]) -> States 
     if not setup.config.engine.sync_batchnorm:  # replicas have statistics of their own: all score with the first's
         mesh.broadcast_buffers(setup.model)
     setup.model.eval()  # the next step sets the training mode again
-    numbers_EK = mesh.gather(torch.stack([setup.aggregator.describe(e) for e in setup.model.experts.values()]))
+    numbers_EK = setup.numbers_of_experts()
     scores, diversity = Scores(), Diversity()
     for images_B3HW, labels_B in _share_of(setup, split):
         with casting(setup.config.engine, mesh.device):
@@ -64,7 +64,7 @@ def _count(setup: StageSetup, outputs: Outputs, labels_B: Tensor, scores: Scores
     diversity.update(members, labels_B)
 
 
-def prepare_objective(setup: StageSetup, beat: Callable[[], None]) -> None:
+def prepare_objective(setup: TrainingSetup, beat: Callable[[], None]) -> None:
     """Let the objective look at whole splits before the first step of a stage; most have no need to.
 
     Args:
@@ -81,7 +81,7 @@ def prepare_objective(setup: StageSetup, beat: Callable[[], None]) -> None:
 
 
 @torch.no_grad()
-def _teacher_scores(setup: StageSetup, split: str, beat: Callable[[], None]) -> Iterator[tuple[ExtraInputs, Tensor]]:
+def _teacher_scores(setup: TrainingSetup, split: str, beat: Callable[[], None]) -> Iterator[tuple[ExtraInputs, Tensor]]:
     """Yield teachers' scores and the labels of a whole split, the same on every worker.
 
     Args:

@@ -14,7 +14,7 @@ from torch import Tensor
 from aggregation.serving import load_model
 from experts.ensemble import part_of
 from orchestration.storage.checkpoint import FileEntry, read_tensors, write_tensors
-from orchestration.training.stage_setup import StageSetup
+from orchestration.training.stage_setup import StageSetup, TrainingSetup
 from orchestration.training.teachers import check_teacher
 
 
@@ -32,7 +32,7 @@ def save(setup: StageSetup, folder: Path, beat: Callable[[], None]) -> list[File
     # Two exchanges between replicas, so before those after the first return.
     if not setup.config.engine.sync_batchnorm:
         setup.mesh.broadcast_buffers(setup.model)
-    momentum = setup.engine.momentum()
+    momentum = setup.engine.momentum() if isinstance(setup, TrainingSetup) else {}
     if setup.mesh.replica:
         return []
 
@@ -45,7 +45,7 @@ def save(setup: StageSetup, folder: Path, beat: Callable[[], None]) -> list[File
         if moving:
             entries.append(write_tensors(folder, f"{file}.momentum", moving))
         beat()
-    if setup.mesh.slot == 0 and (state := setup.objective.state_dict()):
+    if setup.mesh.slot == 0 and isinstance(setup, TrainingSetup) and (state := setup.objective.state_dict()):
         entries.append(write_tensors(folder, "objective", {k: v.cpu() for k, v in state.items()}))
     return entries
 
@@ -63,8 +63,9 @@ def load(setup: StageSetup, folder: Path) -> None:
         momentum |= read_tensors(folder, f"{name}.momentum")
 
     setup.model.load_state_dict(_read_weights(setup, folder))
-    setup.objective.load_state_dict(read_tensors(folder, "objective"))
-    setup.engine.restore(momentum)  # last: it copies the weights just loaded
+    if isinstance(setup, TrainingSetup):
+        setup.objective.load_state_dict(read_tensors(folder, "objective"))
+        setup.engine.restore(momentum)  # last: it copies the weights just loaded
 
 
 def start_from(setup: StageSetup, folder: Path) -> None:
@@ -84,18 +85,23 @@ def start_from_model(setup: StageSetup, folder: Path) -> None:
 
 
 def _begin_with(setup: StageSetup, weights: dict[str, Tensor], folder: Path) -> None:
-    """Load the tensors that belong to this worker; a router that they lack stays as it was initialised."""
+    """Load the tensors that belong to this worker.
+
+    Parts of `reinit` keep the weights that the stage built, and so do a router and calibration that `weights` lack.
+    """
     own = setup.model.state_dict()
-    missing = [name for name in own if name not in weights and part_of(name) != "gates"]
-    odd = [name for name in own if name in weights and own[name].shape != weights[name].shape]
+    taken = [name for name in own if part_of(name) not in setup.stage.reinit]
+    missing = [name for name in taken if name not in weights and part_of(name) not in ("gates", "calibration")]
+    odd = [name for name in taken if name in weights and own[name].shape != weights[name].shape]
     if missing or odd:
         problem = f"{missing[0]} is missing" if missing else f"{odd[0]} is {list(weights[odd[0]].shape)}"
         raise ValueError(
             f"stage {setup.stage_name} cannot begin with {folder}: {problem} (of {len(missing) + len(odd)} tensors "
             f"that do not fit); needed an ensemble with the same backbone, head, expert names and number of classes"
         )
-    setup.model.load_state_dict({name: weights.get(name, value) for name, value in own.items()})
-    setup.engine.restore({})  # ZeRO keeps its own copy of the weights, which must follow
+    setup.model.load_state_dict(own | {name: weights[name] for name in taken if name in weights})
+    if isinstance(setup, TrainingSetup):
+        setup.engine.restore({})  # ZeRO keeps its own copy of the weights, which must follow
 
 
 def _parts_held(setup: StageSetup) -> list[str]:

@@ -1,4 +1,8 @@
-"""Everything that one worker needs for one stage, built from the run's config: data, network, objective, engine."""
+"""Everything that one worker needs for one stage, built from the run's config.
+
+`StageSetup` has data, network and aggregator, which every stage needs; `TrainingSetup` adds objective, flow, teachers,
+engine and batches, for stages with steps.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from aggregation.aggregator import Aggregator
 from experts.batches import Replica, StreamConfig, TrainBatches
@@ -19,6 +24,7 @@ from experts.objective import Objective
 from experts.progress import Progress
 from experts.registry import build
 from orchestration.config.recipe import StageConfig
+from orchestration.config.recipe_checks import parts_that_learn
 from orchestration.config.run_config import RunConfig
 from orchestration.storage.pretrained import load_pretrained
 from orchestration.training.engine import Engine, TorchEngine
@@ -27,64 +33,42 @@ from orchestration.training.teachers import Teachers
 
 
 class StageSetup:
-    """One worker's share of a stage.
+    """One worker's share of a stage, without what only steps need: data, network, rule that combines experts.
 
     Args:
         config: of the run.
         stage: name of the stage.
         dataset: the run's data set, opened.
-        mesh: this worker's place. It must have joined a torch world if the mesh has several workers, and always for the
-            deepspeed engine.
-        teacher_folders: exported models of the stage's teachers, by name.
+        mesh: this worker's place. It must have joined a torch world if the mesh has several workers.
+
+    Attributes:
+        learns: parts of the network that learn in the stage.
+        frozen: trunk and features that do not.
 
     Raises:
-        ValueError: the stage's two samplers draw different numbers of images, a group of classes is empty, or a teacher
-            or the pretrained weights do not fit.
+        ValueError: a group of classes is empty, or the pretrained weights do not fit.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        stage: str,
-        dataset: Dataset,
-        mesh: Mesh,
-        teacher_folders: Mapping[str, str] | None = None,
-    ) -> None:
+    def __init__(self, config: RunConfig, stage: str, dataset: Dataset, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
         self.stage_name, self.stage = stage, config.method.stages[stage]
         self.dataset = stage_dataset(self.stage, dataset)
         self.expert_names = config.method.names_in(stage)
         self.dtype = torch.float64 if config.engine.precision == "float64" else torch.float32
         self.replica = Replica(mesh.replica, mesh.shape.replicas, mesh.device, self.dtype)
-
-        counts_C = torch.from_numpy(self.dataset.counts_C)
-        self.objective: Objective = build("objective", self.stage.objective, counts_C, len(self.expert_names))
-        self.objective.to(mesh.device, self.dtype)
-        draws = partial(key, config.seed, stage)
-        self.flow: Flow = build("flow", self.stage.flow, self.objective, self.expert_names, draws)
-        self.distillation = self.stage.distillation and build("distillation", self.stage.distillation)
-        self.schedule = build("lr_schedule", self.stage.lr_schedule)
+        self.counts_C = torch.from_numpy(self.dataset.counts_C)
         self.aggregator: Aggregator = build(
-            "aggregator", config.method.aggregator_in(stage), counts_C, self.expert_names
+            "aggregator", config.method.aggregator_in(stage), self.counts_C, self.expert_names
         )
-
-        # The engine comes last: it takes the parameters that `freeze` leaves trainable, in their final type and place.
+        self.learns = parts_that_learn(config.method, stage)
         self.model = self._build_model()
-        self.frozen = freeze(self.model, self.flow.learns - set(self.stage.freeze))
-        self.teachers = Teachers(self.stage.teachers, teacher_folders or {}, dataset, mesh, self.dtype)
-        self.engine: Engine = self._build_engine()
-
-        self.batches = self._build_batches(self.stage.sampler, "all")
-        self.partners: TrainBatches | None = None
-        if self.stage.partner_sampler is not None:
-            self.partners = self._build_batches(self.stage.partner_sampler, "partner")
-            _check_pairing(stage, self.batches, self.partners)
+        self.frozen = freeze(self.model, self.learns)
 
     def _build_model(self) -> Ensemble:
         # The weights of each expert depend on the seed and its name alone, so `only` changes none of them.
         method = self.config.method
         model = build_ensemble(
-            self.config.ensemble(self.expert_names, self.dataset.num_classes),
+            self.config.ensemble(self.stage_name, self.dataset.num_classes),
             seed=self.config.seed,
             only=[self.expert_names[i] for i in self.mesh.own_experts],
         )
@@ -95,10 +79,61 @@ class StageSetup:
             self.mesh.synchronise_batchnorm(model)
         return model.train()
 
+    @property
+    def steps_per_epoch(self) -> int:
+        return 0
+
+    def numbers_of_experts(self) -> Tensor:
+        """Return what the aggregator wants to know of every expert's weights, [E, K]. Every worker must take part."""
+        return self.mesh.gather(torch.stack([self.aggregator.describe(expert) for expert in self.model.members()]))
+
+    def close(self) -> None:
+        """Free what the stage holds beside its network."""
+
+
+class TrainingSetup(StageSetup):
+    """One worker's share of a stage with steps: objective, flow, teachers, engine and batches too.
+
+    Args:
+        config, stage, dataset, mesh: as `StageSetup`; the deepspeed engine always needs a torch world.
+        teacher_folders: exported models of the stage's teachers, by name.
+
+    Raises:
+        ValueError: the stage's two samplers draw different numbers of images, or a teacher does not fit; or as
+            `StageSetup`.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        stage: str,
+        dataset: Dataset,
+        mesh: Mesh,
+        teacher_folders: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(config, stage, dataset, mesh)
+        assert self.stage.optimizer is not None
+        self.optimizer = self.stage.optimizer
+        self.objective: Objective = build("objective", self.stage.objective, self.counts_C, len(self.expert_names))
+        self.objective.to(mesh.device, self.dtype)
+        draws = partial(key, config.seed, stage)
+        self.flow: Flow = build("flow", self.stage.flow, self.objective, self.expert_names, draws)
+        self.distillation = self.stage.distillation and build("distillation", self.stage.distillation)
+        self.schedule = build("lr_schedule", self.stage.lr_schedule)
+        self.teachers = Teachers(self.stage.teachers, teacher_folders or {}, dataset, mesh, self.dtype)
+        # The engine takes the parameters that `freeze` left trainable, in their final type and place.
+        self.engine: Engine = self._build_engine()
+
+        self.batches = self._build_batches(self.stage.sampler, "all")
+        self.partners: TrainBatches | None = None
+        if self.stage.partner_sampler is not None:
+            self.partners = self._build_batches(self.stage.partner_sampler, "partner")
+            _check_pairing(stage, self.batches, self.partners)
+
     def _build_engine(self) -> Engine:
         expert_factors = dict(zip(self.expert_names, self.objective.lr_factors, strict=True))
         part_factors = self.stage.lr_factors.model_dump()
-        args = (self.model, self.mesh, self.stage.optimizer, self.config.engine, expert_factors, part_factors)
+        args = (self.model, self.mesh, self.optimizer, self.config.engine, expert_factors, part_factors)
         if self.config.engine.name == "torch":
             return TorchEngine(*args)
         from orchestration.training.deepspeed_engine import DeepSpeedEngine  # costs seconds, so only where it is used
@@ -107,6 +142,7 @@ class StageSetup:
 
     def _build_batches(self, sampler: Any, stream: str) -> TrainBatches:
         train = self.dataset.train
+        assert self.stage.batch_size is not None
         return TrainBatches(
             train,
             build("sampler", sampler, train.labels, self.dataset.num_classes),

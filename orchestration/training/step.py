@@ -10,7 +10,7 @@ from experts.batches import Batch
 from experts.objective import ExtraInputs, StepContext
 from experts.progress import Progress
 from orchestration.training.engine import NonFiniteGradient
-from orchestration.training.stage_setup import StageSetup
+from orchestration.training.stage_setup import TrainingSetup
 
 # Shapes: E experts, B images of one replica, X outputs of an expert (C class scores and, for some objectives, more).
 
@@ -22,7 +22,7 @@ class TrainingDiverged(FloatingPointError):
 class TrainingStep:
     """Takes one step at a time with a stage's network, objective and engine."""
 
-    def __init__(self, setup: StageSetup) -> None:
+    def __init__(self, setup: TrainingSetup) -> None:
         self._setup = setup
 
     def __call__(self, batch: Batch, now: Progress) -> tuple[float, dict[str, float]]:
@@ -37,7 +37,7 @@ class TrainingStep:
         """
         setup = self._setup
         self._set_mode()
-        lr = setup.stage.optimizer.lr * setup.schedule.factor(now)
+        lr = setup.optimizer.lr * setup.schedule.factor(now)
         before = setup.mesh.statistics_before(setup.model.trunk) if setup.flow.own_streams else []
 
         outputs_EBX = setup.flow(setup.engine, batch, now, setup.mesh.gather)

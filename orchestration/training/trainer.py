@@ -16,7 +16,8 @@ One step, on every worker of the mesh at the same time (step.py):
 The loss is evaluated whole on every worker, as its replica's share of the global batch; only the worker's own experts
 carry gradients. So no feature or activation crosses the network, and any placement gives the same numbers.
 
-stage_setup.py builds what a stage needs, evaluation.py scores a split, stage_files.py saves and loads.
+stage_setup.py builds what a stage needs, evaluation.py scores a split, fitting.py is all that a stage without steps
+does, stage_files.py saves and loads.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from experts.batches import Batch
 from experts.data.dataset import Dataset
 from orchestration.config.run_config import RunConfig
 from orchestration.storage.checkpoint import FileEntry
-from orchestration.training import evaluation, stage_files
+from orchestration.training import evaluation, fitting, stage_files
 from orchestration.training.mesh import Mesh
-from orchestration.training.stage_setup import StageSetup
+from orchestration.training.stage_setup import StageSetup, TrainingSetup
 from orchestration.training.step import TrainingStep
 
 
@@ -62,10 +63,12 @@ class Interval:
 class StageTrainer:
     """Trains one worker's experts through one stage.
 
-    Args: as `StageSetup`.
+    Args: as `TrainingSetup`.
 
     Attributes:
-        setup: data, network, objective and engine of the stage.
+        setup: data, network and aggregator of the stage.
+        training: objective, flow, engine and batches too; None in a stage without steps.
+        fitted: what a stage without steps chose, as `fitting.fit` returns it.
         done: optimiser steps taken.
         beat: time of the last sign of life, by `time.monotonic`; the driver finds hanging workers by it.
     """
@@ -79,9 +82,13 @@ class StageTrainer:
         teacher_folders: Mapping[str, str] | None = None,
     ) -> None:
         self.beat = time.monotonic()
-        self.setup = StageSetup(config, stage, dataset, mesh, teacher_folders)
+        self.training: TrainingSetup | None = None
+        if config.method.stages[stage].epochs:
+            self.training = TrainingSetup(config, stage, dataset, mesh, teacher_folders)
+            self._step = TrainingStep(self.training)
+        self.setup = self.training or StageSetup(config, stage, dataset, mesh)
         self.done = 0
-        self._step = TrainingStep(self.setup)
+        self.fitted: fitting.Fitted = {}
         self._sums: dict[str, float] = {}  # over the epoch: number of images, and values times images
         self._upcoming: Iterator[Batch] | None = None
 
@@ -93,17 +100,18 @@ class StageTrainer:
         Raises:
             TrainingDiverged: names stage, epoch, step and what is not finite; see `TrainingStep`.
         """
+        assert self.training is not None, "a stage without steps"
         steps_per_epoch = self.setup.steps_per_epoch
-        now = self.setup.progress(self.done)
+        now = self.training.progress(self.done)
         last = now.step + until - self.done
         assert now.step < last <= steps_per_epoch, (until, self.done, steps_per_epoch)
         if self._upcoming is None:  # kept between intervals, so that files of the next one are decoded ahead
-            self._upcoming = self._batches_of(now.epoch, now.step)
+            self._upcoming = _batches_of(self.training, now.epoch, now.step)
 
         interval = Interval()
         start = time.monotonic()
         for batch in itertools.islice(self._upcoming, until - self.done):
-            lr, values = self._step(batch, self.setup.progress(self.done))
+            lr, values = self._step(batch, self.training.progress(self.done))
             self._record(interval, len(batch.global_labels), lr, values)
             self.done += 1
             self._alive()
@@ -111,14 +119,6 @@ class StageTrainer:
         if self.done % steps_per_epoch == 0:
             self._end_epoch(interval)
         return interval
-
-    def _batches_of(self, epoch: int, first_step: int) -> Iterator[Batch]:
-        """Return the rest of an epoch's batches, each with its partner if the stage pairs them."""
-        batches = self.setup.batches.iterate(epoch, first_step)
-        if self.setup.partners is None:
-            return batches
-        partners = self.setup.partners.iterate(epoch, first_step)
-        return (replace(batch, partner=partner) for batch, partner in zip(batches, partners, strict=True))
 
     def _record(self, interval: Interval, images: int, lr: float, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -135,11 +135,18 @@ class StageTrainer:
 
     def prepare(self) -> None:
         """Let the objective look at the data before the first step of a stage; see `prepare_objective`."""
-        evaluation.prepare_objective(self.setup, self._alive)
+        assert self.training is not None
+        evaluation.prepare_objective(self.training, self._alive)
 
     def observe(self, per_class: list[float | None]) -> None:
         """Tell the objective the ensemble's top-1 per class on the validation split; most objectives ignore it."""
-        self.setup.objective.observe(per_class)
+        assert self.training is not None
+        self.training.objective.observe(per_class)
+
+    def fit(self) -> fitting.Fitted:
+        """Fit heads and choose open numbers, all that a stage without steps does. See `fitting.fit`."""
+        self.fitted = fitting.fit(self.setup, self._alive)
+        return self.fitted
 
     # Evaluation
 
@@ -155,13 +162,15 @@ class StageTrainer:
 
     def state(self) -> dict[str, Any]:
         """Return the counters of a checkpoint; the same on every worker."""
-        return {"step": self.done, "sums": self._sums}
+        return {"step": self.done, "sums": self._sums, "fitted": dict(self.fitted)}
 
     def load(self, folder: str, state: dict[str, Any]) -> None:
         """Continue from a complete checkpoint, with the `state` that was saved with it."""
         stage_files.load(self.setup, Path(folder))
         self.done = state["step"]
         self._sums = dict(state["sums"])
+        self.fitted = state.get("fitted", {})  # checkpoints of earlier versions have none
+        fitting.apply(self.setup, self.fitted)
         self._upcoming = None
 
     def start_from(self, folder: str) -> None:
@@ -179,3 +188,12 @@ class StageTrainer:
 
     def _alive(self) -> None:
         self.beat = time.monotonic()
+
+
+def _batches_of(setup: TrainingSetup, epoch: int, first_step: int) -> Iterator[Batch]:
+    """Return the rest of an epoch's batches, each with its partner if the stage pairs them."""
+    batches = setup.batches.iterate(epoch, first_step)
+    if setup.partners is None:
+        return batches
+    partners = setup.partners.iterate(epoch, first_step)
+    return (replace(batch, partner=partner) for batch, partner in zip(batches, partners, strict=True))

@@ -1,0 +1,245 @@
+"""Why the parts of a recipe do not fit together: names of experts, head, flow, objective, teachers, what learns, order.
+
+Every check asks the pieces themselves, by what their classes declare. No piece is known by its name here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from experts.ensemble import check_names
+from experts.registry import piece, registered_names
+from experts.tunable import Tunable
+from orchestration.config.recipe import Recipe, StageConfig
+
+_STEPS_NEED = ("batch_size", "optimizer", "lr_schedule", "sampler", "objective")
+
+
+def recipe_problems(method: Recipe) -> Iterator[str]:
+    """Yield every problem of a recipe. A problem begins with its key, relative to `method`."""
+    yield from _names_problems("experts", method.experts, method.num_experts)
+    earlier: list[str] = []  # a stage may refer to these alone, so nothing can wait in a circle
+    for name, stage in method.stages.items():
+        found = [*_stage_problems(name, stage, method, earlier), *_learning_problems(name, stage, method)]
+        yield from (f"stages.{name}.{problem}" for problem in [*found, *_head_problems(name, stage, method, earlier)])
+        yield from _rule_problems(name, method, earlier)
+        earlier.append(name)
+    if method.router is not None and not _has_trained_router(method, list(method.stages)):
+        yield f"router: no stage trains it; add one with {_router_flow()}, or set it to null"
+    if method.backbone_weights is not None and all(method.starts_from(name) for name in method.stages):
+        yield "backbone_weights: every stage has start_from, so no network starts from it; set it to null"
+
+
+def _names_problems(key: str, names: tuple[str, ...] | None, num_experts: int) -> Iterator[str]:
+    if names is None:
+        return
+    if len(names) != num_experts:
+        yield f"{key} = {list(names)}: {len(names)} names; needed {num_experts}, as num_experts says; change either"
+    try:
+        check_names(names)
+    except ValueError as problem:
+        yield f"{key}: {problem}"
+
+
+def _rule_problems(name: str, method: Recipe, earlier: list[str]) -> Iterator[str]:
+    """Yield why the rule that combines a stage's experts does not fit the experts."""
+    rule = method.aggregator_in(name)
+    yield from _refusal(rule.check_head, method.head_in(name))
+    yield from _refusal(rule.check_experts, method.names_in(name))
+    trained = method.stages.get(method.heads_trained_in(name) or "")
+    if trained is not None and trained.objective is not None and trained.sampler is not None:
+        yield from _refusal(rule.check_objective, trained.objective)
+        yield from _refusal(rule.check_sampler, trained.sampler)
+    if method.stages[name].epochs and (key := open_choice("aggregator", rule)):
+        yield _only_without_steps(f"stages.{name}.aggregator.{key}")
+    if piece("aggregator", rule.name).needs_router and not _has_trained_router(method, [*earlier, name]):
+        yield (
+            f"stages.{name}.aggregator = {rule.name}: no router is trained by then; needed a stage with "
+            f"{_router_flow()}; set aggregator.name={_one_of('aggregator', lambda other: not other.needs_router)}"
+        )
+
+
+def _refusal(check: Callable[[Any], None], against: Any) -> Iterator[str]:
+    """Yield what a piece's own check says against another piece."""
+    try:
+        check(against)
+    except ValueError as problem:
+        yield str(problem)
+
+
+def _one_of(kind: str, fits: Callable[[Any], bool] = lambda piece: True) -> str:
+    """List the pieces of a kind that would do."""
+    return " or ".join(name for name in registered_names(kind) if fits(piece(kind, name)))
+
+
+def _router_flow() -> str:
+    """Name the flow that trains a router, and a recipe that has it."""
+    flows = {name: piece("flow", name) for name in registered_names("flow")}
+    name, flow = next((name, flow) for name, flow in flows.items() if "gates" in flow.learns)
+    return f"flow '{name}'" + (f", as method={flow.recipe} has it" if flow.recipe else "")
+
+
+def _trains_router(stage: StageConfig) -> bool:
+    return bool(stage.epochs) and "gates" in piece("flow", stage.flow.name).learns
+
+
+def _has_trained_router(method: Recipe, stages: list[str]) -> bool:
+    """Return whether a router is trained by the end of some stages, or comes with a saved run."""
+    from_run = method.like is not None
+    return from_run or any(_trains_router(method.stages[stage]) for stage in stages)
+
+
+def open_choice(kind: str, config: Any) -> str | None:
+    """Return the key of a piece's config that is left open, to be chosen on the validation split; None if none is."""
+    cls = piece(kind, config.name)
+    return cls.tuned_key if issubclass(cls, Tunable) and getattr(config, cls.tuned_key) is None else None
+
+
+def _only_without_steps(key: str) -> str:
+    return f"{key} = null: it is chosen on the validation split in a stage without steps; set a number, or epochs=0"
+
+
+def _stage_problems(name: str, stage: StageConfig, method: Recipe, earlier: list[str]) -> Iterator[str]:
+    yield from _names_problems("experts", stage.experts, method.num_experts)
+    if stage.epochs:
+        missing = [key for key in _STEPS_NEED if getattr(stage, key) is None]
+        yield from (
+            f"{key}: not set; needed a value in a stage with steps (epochs = {stage.epochs})" for key in missing
+        )
+        if not missing:
+            yield from _refusal(stage.objective.check_head, method.head_in(name))
+            yield from _flow_problems(name, stage, method)
+            yield from _teacher_problems(stage, method)
+    started = (stage.start_from.stage,) if stage.start_from and stage.start_from.stage else ()
+    taught = tuple(teacher.stage for teacher in stage.teachers.values() if teacher.stage)
+    for key, names in (("after", stage.after or ()), ("start_from.stage", started), ("teachers", taught)):
+        for other in names:
+            if other not in earlier:
+                yield f"{key} = {other}: needed an earlier stage of the recipe: {', '.join(earlier) or 'there is none'}"
+
+
+def _head_problems(name: str, stage: StageConfig, method: Recipe, earlier: list[str]) -> Iterator[str]:
+    """Yield why the stage's head cannot begin with the weights that it gets, or would never have any worth."""
+    config = method.head_in(name)
+    head = piece("head", config.name)
+    head_is = f"head '{config.name}'"
+    source = method.starts_from(name)
+    if source is not None and source.stage in earlier and "heads" not in stage.reinit:
+        yield from (f"head: {problem}" for problem in head_problem(config.name, method.head_in(source.stage).name))
+    if "heads" in stage.reinit and not head.fits and ("heads" in stage.freeze or not stage.epochs):
+        why = "epochs = 0" if not stage.epochs else "freeze has heads"
+        yield f"reinit = {list(stage.reinit)}: {head_is} would stay at random weights, since {why}; change either"
+    if stage.reinit and source is None:
+        yield f"reinit = {list(stage.reinit)}: the stage begins with new weights anyway; set start_from, or remove it"
+    if head.fits and stage.epochs:
+        yield f"head: {head_is} is fitted on the training images, not trained; set epochs=0"
+    if head.own_per_expert and method.shared_head:
+        yield f"head: {head_is} is fitted to one expert's features; set method.shared_head=false, or another head"
+    if stage.epochs and (key := open_choice("head", config)):
+        yield _only_without_steps(f"head.{key}")
+
+
+def head_problem(head: str, before: str) -> Iterator[str]:
+    """Yield why a head cannot take over the weights of the head that the weights were trained with.
+
+    Args:
+        head: registered name of the head that begins.
+        before: that of the head whose weights it gets.
+    """
+    if head != before and before not in piece("head", head).continues:
+        others = " or ".join(f"'{name}'" for name in piece("head", head).continues)
+        goes_on = f"continues {others} only" if others else "takes over no other head's weights"
+        yield f"head '{head}' {goes_on}, found '{before}'; set reinit=[heads] for new weights, or another head.name"
+
+
+def _flow_problems(name: str, stage: StageConfig, method: Recipe) -> Iterator[str]:
+    flow, objective = piece("flow", stage.flow.name), piece("objective", stage.objective.name)
+    flow_is = f"flow '{stage.flow.name}'"
+    if flow.needs_partner and stage.partner_sampler is None:
+        yield f"partner_sampler: not set; {flow_is} pairs every batch with a second one; set a sampler"
+    if not flow.needs_partner and stage.partner_sampler is not None:
+        yield f"partner_sampler = {stage.partner_sampler.name}: {flow_is} takes one batch only; set it to null"
+    pairing = flow.pairing_problem(objective)
+    if pairing is not None:
+        yield pairing
+    if "gates" in flow.learns and (method.router is None or method.num_experts < 2):
+        yield (
+            f"{flow_is}: the ensemble has no router to train; needed method.router and 2 experts or more, found "
+            f"method.router {'unset' if method.router is None else 'set'} and method.num_experts = "
+            f"{method.num_experts}; set method.router.name={_one_of('router')}"
+        )
+    head_name = method.head_in(name).name
+    head = piece("head", head_name)
+    if head.flow not in (None, stage.flow.name):
+        yield (
+            f"{flow_is}: method.head.name = {head_name} is for flow '{head.flow}'; set method.head.name to "
+            f"{_one_of('head', lambda other: other.flow is None)}"
+        )
+    if flow.needs_own_heads and method.shared_head:
+        yield f"{flow_is}: method.shared_head = true; needed a head in each expert; set method.shared_head=false"
+    if stage.mixup is not None and flow.needs_partner:
+        yield f"mixup: {flow_is} pairs batches already; set mixup=null"
+    number = objective.number_problem(method.num_experts)
+    if number is not None:
+        yield number
+
+
+def _learning_problems(name: str, stage: StageConfig, method: Recipe) -> Iterator[str]:
+    flow_is = f"flow '{stage.flow.name}'"
+    learning = parts_that_learn(method, name)
+    if stage.epochs:
+        if not learning:
+            learns = sorted(piece("flow", stage.flow.name).learns & parts_of(method, name))
+            yield f"freeze = {list(stage.freeze)}: nothing is left to learn; {flow_is} trains {learns}"
+        for part, factor in stage.lr_factors.model_dump().items():
+            if factor != 1 and part not in learning:
+                yield f"lr_factors.{part} = {factor:g}: it does not learn in this stage; set it to 1"
+    kept = [part for part in ("trunk", "features") if part not in learning]
+    if kept and method.starts_from(name) is None and method.backbone_weights is None:
+        why = f"{flow_is} with freeze = {list(stage.freeze)}" if stage.epochs else "a stage without steps"
+        yield (
+            f"start_from: not set, and no stage comes before; {' and '.join(kept)} would stay at random weights, since "
+            f"{why} does not train them; set start_from.run=<folder of a finished run>, or put a stage before that "
+            f"trains them"
+        )
+
+
+def parts_of(method: Recipe, stage: str) -> frozenset[str]:
+    """Return the parts, of PARTS, that a stage's ensemble has."""
+    calibrates = piece("head", method.head_in(stage).name).calibrates
+    found = {"trunk", "features", "heads"} | ({"calibration"} if calibrates else set())
+    return frozenset(found | (set() if method.router is None else {"gates"}))
+
+
+def parts_that_learn(method: Recipe, stage: str) -> frozenset[str]:
+    """Return the parts, of PARTS, that learn in a stage: none in a stage without steps."""
+    config = method.stages[stage]
+    if not config.epochs:
+        return frozenset()
+    return (piece("flow", config.flow.name).learns & parts_of(method, stage)) - set(config.freeze)
+
+
+def _teacher_problems(stage: StageConfig, method: Recipe) -> Iterator[str]:
+    wanted = stage.objective.teacher_names
+    if wanted is not None:
+        for name, teacher in stage.teachers.items():
+            source = method.stages.get(teacher.stage) if teacher.stage else None
+            subset = source.classes if source else None
+            rule = stage.objective.group_rule
+            if subset is not None and subset.rule != rule:
+                yield (
+                    f"objective.groups = {rule}, but its teacher's stage has stages.{teacher.stage}.classes.rule = "
+                    f"{subset.rule}; needed the same; set both"
+                )
+            if teacher.mode == "train":
+                yield f"teachers.{name}.mode = train: its scores would depend on the batch; set it to eval"
+        if set(wanted) != set(stage.teachers):
+            yield (
+                f"teachers = {sorted(stage.teachers)}: objective '{stage.objective.name}' needs {sorted(wanted)}; set "
+                f"teachers.<name>.run or .stage for each"
+            )
+    elif stage.teachers and stage.distillation is None:
+        yield (f"teachers: nothing learns from them; set distillation.name={_one_of('distillation')}, or remove them")
+    elif stage.distillation is not None and not stage.teachers:
+        yield "distillation: there is no teacher; set teachers.teacher.run=<folder of a finished run>"

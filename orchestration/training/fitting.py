@@ -1,0 +1,176 @@
+"""What a stage without steps does: heads are fitted to the training images, open numbers are chosen on validation.
+
+fit
+    heads that fit        each sees its own expert's features of all training images; their sums go over the replicas
+    numbers left open     every candidate in turn is set on all experts, and the ensemble scores the validation split;
+                          the best mean of per-class accuracies wins; without such a split the published number holds
+
+The test split is never read. A fit that was interrupted begins again.
+
+Shapes: E experts, e of them held here, B images of one replica, D features, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aggregation.aggregator import Outputs
+from experts.batches import EvalBatches
+from experts.data.images import ImageStore
+from experts.tunable import Tunable
+from orchestration.config.recipe_checks import open_choice
+from orchestration.training.engine import casting
+from orchestration.training.stage_setup import StageSetup
+
+Fitted = Mapping[str, Any]
+"""What a fit found, as a checkpoint keeps it: `values`, by kind of piece the keys of its config, and `choices`."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One number that the recipe left open.
+
+    Attributes:
+        key: of the config, as `head.gamma`.
+        value: that was taken.
+        split: that it was chosen on; None where there was none to choose on.
+        origin: where the published number comes from.
+        published: that number.
+        tried: (number, mean of per-class accuracies on the split), in the order tried.
+    """
+
+    key: str
+    value: float
+    split: str | None
+    origin: str
+    published: float
+    tried: tuple[tuple[float, float], ...]
+
+
+@torch.no_grad()
+def fit(setup: StageSetup, beat: Callable[[], None]) -> Fitted:
+    """Fit heads and choose open numbers. Every worker must take part, and all return the same.
+
+    Args:
+        setup: of the stage.
+        beat: called after every batch.
+
+    Raises:
+        ValueError: a class has no image to fit a head to.
+    """
+    setup.model.eval()  # the next step sets the training mode again
+    _fit_heads(setup, beat)
+    values: dict[str, dict[str, float]] = {}
+    choices = []
+    for kind, config in (("head", _head_config(setup)), ("aggregator", setup.aggregator.config)):
+        if (key := open_choice(kind, config)) is not None:
+            choice = _choose(setup, kind, key, beat)
+            values[kind] = {key: choice.value}
+            choices.append(asdict(choice))
+    return {"values": values, "choices": choices} if choices else {}
+
+
+def apply(setup: StageSetup, fitted: Fitted) -> None:
+    """Set the numbers of an earlier fit; what heads were fitted to is among their tensors."""
+    for kind, numbers in fitted.get("values", {}).items():
+        for value in numbers.values():
+            _set(_tunables(setup, kind), value)
+
+
+def _head_config(setup: StageSetup) -> Any:
+    return setup.config.method.head_in(setup.stage_name)
+
+
+def _heads(setup: StageSetup) -> list[Any]:
+    """Return the heads of this worker: one for each own expert, or the one that all share."""
+    shared = setup.model.shared
+    return [shared["head"]] if "head" in shared else [expert.head for expert in setup.model.members()]
+
+
+def _tunables(setup: StageSetup, kind: str) -> list[Tunable]:
+    return _heads(setup) if kind == "head" else [setup.aggregator]  # type: ignore[list-item]
+
+
+def _set(tunables: Sequence[Tunable], value: float) -> None:
+    for tunable in tunables:
+        tunable.value = value
+
+
+def _fit_heads(setup: StageSetup, beat: Callable[[], None]) -> None:
+    """Let every own head see its features of the training images, if it is fitted to them."""
+    heads = [head for head in _heads(setup) if head.fits]
+    if not heads:
+        return
+    features = _Features(setup, setup.dataset.train_as_evaluated(), beat)
+    for place, head in enumerate(heads):
+        try:
+            head.fit(lambda place=place: features.of(place), setup.mesh.sum_over_data)
+        except ValueError as problem:
+            raise ValueError(f"stage {setup.stage_name}: {problem}") from problem
+
+
+class _Features:
+    """A split's features for the experts held here; kept after the first pass if dataset.resident_mib allows."""
+
+    def __init__(self, setup: StageSetup, store: ImageStore, beat: Callable[[], None]) -> None:
+        self._setup, self._beat = setup, beat
+        size = setup.config.run.evaluation_batch_size
+        self._batches = EvalBatches(store, setup.dataset.config, size, setup.replica)
+        self._kept: list[tuple[list[Tensor], Tensor]] | None = None
+
+    def of(self, place: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield features [B, D] of one expert held here, and labels [B], of this replica's share of the split."""
+        return ((features[place], labels_B) for features, labels_B in self.all())
+
+    def all(self) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """Yield features, one [B, D] for each expert held here, and labels [B]."""
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept: list[tuple[list[Tensor], Tensor]] | None = []
+        held, limit = 0, self._setup.dataset.config.resident_mib * 2**20
+        for images_B3HW, labels_B in self._batches:
+            with casting(self._setup.config.engine, self._setup.mesh.device):
+                features = self._setup.model.features(images_B3HW)
+            held += sum(f.nbytes for f in features)
+            if kept is not None:
+                kept = [*kept, (features, labels_B)] if held <= limit else None
+            self._beat()
+            yield features, labels_B
+        self._kept = kept
+
+
+def _choose(setup: StageSetup, kind: str, key: str, beat: Callable[[], None]) -> Choice:
+    """Try every candidate on the validation split and set the best; ties go to the first."""
+    tunables = _tunables(setup, kind)
+    first = tunables[0]
+    value, tried = first.published, []
+    if setup.dataset.val is not None:
+        features = _Features(setup, setup.dataset.val, beat)
+        for candidate in first.candidates():
+            _set(tunables, candidate)
+            tried.append((candidate, _mean_accuracy(setup, features)))
+        value = max(tried, key=lambda one: one[1])[0]
+    _set(tunables, value)
+    split = "val" if tried else None
+    return Choice(f"{kind}.{key}", value, split, first.origin, first.published, tuple(tried))
+
+
+def _mean_accuracy(setup: StageSetup, features: _Features) -> float:
+    """Return the mean over classes of the ensemble's accuracy, of those classes that the split has images of."""
+    mesh, num_classes = setup.mesh, setup.dataset.num_classes
+    numbers_EK = setup.numbers_of_experts()
+    right_and_all = torch.zeros(2, num_classes, dtype=torch.float64, device=mesh.device)
+    for own, labels_B in features.all():
+        with casting(setup.config.engine, mesh.device):
+            logits_EBC, gates_EB = setup.model.outputs_of(own, mesh.gather)
+        found_B = setup.aggregator(Outputs(logits_EBC, numbers_EK, gates_EB)).argmax(dim=1)
+        for row, labels in enumerate((labels_B[found_B == labels_B], labels_B)):
+            right_and_all[row] += torch.bincount(labels, minlength=num_classes)
+    right_C, all_C = mesh.sum_over_data(right_and_all)
+    return (right_C / all_C)[all_C > 0].mean().item()
