@@ -157,7 +157,7 @@ def _steps_per_epoch(metrics: Iterable[Series]) -> float:
             last[epoch] = max(last.get(epoch, 0), step)
     epochs = sorted(last)
     complete = epochs[:-1] or epochs  # the last epoch may still be under way
-    return max(last[complete[-1]] / complete[-1], 1.0)
+    return max(last[complete[-1]] / max(complete[-1], 1), 1.0)  # a stage without steps has epoch 0 alone
 
 
 def _draw_loss(axes: Any, time: _Timeline) -> None:

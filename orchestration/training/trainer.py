@@ -162,7 +162,8 @@ class StageTrainer:
 
     def state(self) -> dict[str, Any]:
         """Return the counters of a checkpoint; the same on every worker."""
-        return {"step": self.done, "sums": self._sums, "fitted": dict(self.fitted)}
+        fitted = {"fitted": self.fitted} if self.fitted else {}
+        return {"step": self.done, "sums": self._sums, **fitted}
 
     def load(self, folder: str, state: dict[str, Any]) -> None:
         """Continue from a complete checkpoint, with the `state` that was saved with it."""

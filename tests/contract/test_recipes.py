@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 
 from aggregation.metrics import Scores
 from aggregation.serving import TrainingData, export_model
-from experts import ensemble
+from experts import ensemble as ensembles
 from experts.data.dataset import open_dataset
 from experts.ensemble import build_ensemble, part_of
 from experts.progress import Progress
@@ -97,7 +98,7 @@ def test_big_ensembles_have_the_published_number_of_parameters(schedule, monkeyp
         with torch.device("meta"):
             yield
 
-    monkeypatch.setattr(ensemble, "keyed_draws", without_memory)
+    monkeypatch.setattr(ensembles, "keyed_draws", without_memory)
     config = composed(schedule)
     model = whole(config, config.method.final, config.dataset.num_classes)
     assert sum(p.numel() for p in model.parameters()) == PUBLISHED_PARAMETERS[schedule]
@@ -106,12 +107,13 @@ def test_big_ensembles_have_the_published_number_of_parameters(schedule, monkeyp
 def test_tade_on_places_learns_heads_at_a_hundredth_and_the_rest_at_a_thousandth():
     stage = composed("tade_places_lt").method.stages["train"]
     rates = {part: stage.optimizer.lr * factor for part, factor in stage.lr_factors.model_dump().items()}
-    assert rates == {"trunk": 0.001, "features": 0.001, "heads": 0.01}
+    assert rates == {"trunk": 0.001, "features": 0.001, "heads": 0.01, "calibration": 0.01}
 
 
 def whole(config, stage, num_classes, names=None):
     """Build the ensemble of a stage, untrained."""
-    return build_ensemble(config.ensemble(names or config.method.names_in(stage), num_classes), seed=1)
+    ensemble = config.ensemble(stage, num_classes)
+    return build_ensemble(replace(ensemble, expert_names=names or ensemble.expert_names), seed=1)
 
 
 def export(folder, config, stage, dataset, model):
@@ -122,7 +124,7 @@ def export(folder, config, stage, dataset, model):
         counts=dataset.counts_C.tolist(),
         image_shape=dataset.raw_image_shape,
     )
-    ensemble = config.ensemble(model.names, dataset.num_classes)
+    ensemble = replace(config.ensemble(stage, dataset.num_classes), expert_names=model.names)
     export_model(folder, model.state_dict(), ensemble, config.method.aggregator_in(stage), data)
     return str(folder)
 
@@ -170,7 +172,7 @@ class TestOnDigits:
         assert len(found.losses) == 2
         assert all(map(math.isfinite, [*found.losses, *found.terms.values()]))
 
-        stage, learning = trainer.setup.stage, trainer.setup.flow.learns - set(trainer.setup.stage.freeze)
+        stage, learning = trainer.setup.stage, trainer.setup.learns
         parameters = dict(trainer.setup.model.named_parameters())
         assert {part_of(name) for name in parameters} >= learning - {"trunk"}  # LFME has no trunk
         for name, value in trainer.setup.model.state_dict().items():
@@ -178,7 +180,7 @@ class TestOnDigits:
             if name not in parameters:  # BatchNorm's statistics
                 moves = moves or stage.frozen_batchnorm == "train"
             assert torch.equal(value, before[name]) != moves, name
-        assert trainer.setup.engine.momentum().keys() == {name for name in parameters if part_of(name) in learning}
+        assert trainer.training.engine.momentum().keys() == {name for name in parameters if part_of(name) in learning}
 
         state, _ = trainer.evaluate("test")
         members = Scores.from_state(state).result(trainer.setup.dataset.counts_C.tolist(), None)["members"]

@@ -7,6 +7,7 @@ Digits at 8 x 8 pixels, batches of 50 images of 405, ResNet-8.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import ray
@@ -165,7 +166,7 @@ def exported(config, stage, folder, names=None):
     names = names or config.method.names_in(stage)
     counts = plan(config).counts
     ids = stage_classes(config.method, stage, list(counts))
-    ensemble = config.ensemble(names, len(ids))
+    ensemble = replace(config.ensemble(stage, len(ids)), expert_names=names)
     state = build_ensemble(ensemble, seed=1).state_dict()
     data = TrainingData(
         dataset=config.dataset,

@@ -128,7 +128,7 @@ def test_scores_from_features_are_those_from_images(method):
     """Of every member: shared heads, halves of a head and routers included."""
     config = load_config([f"method={method}", "dataset=digits_lt"])
     recipe = config.method
-    ensemble = build_ensemble(config.ensemble(recipe.expert_names, 10), seed=0).eval()
+    ensemble = build_ensemble(config.ensemble(recipe.final, 10), seed=0).eval()
     rule = build("aggregator", recipe.aggregator_in(recipe.final), torch.arange(10, 0, -1), recipe.expert_names)
     model = SimpleNamespace(ensemble=ensemble, aggregator=rule)
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))

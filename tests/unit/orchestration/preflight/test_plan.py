@@ -25,7 +25,7 @@ def test_ride_on_cifar100_packed():
     """RIDE-3 ResNet-32: the counts of 100 classes at ratio 100 sum to 10,847; 84 batches of 128 and one of 95."""
     config = load_config(CIFAR)
     found = plan(config)
-    model = build_ensemble(config.ensemble(config.method.expert_names, 100), seed=0)
+    model = build_ensemble(config.ensemble(config.method.final, 100), seed=0)
     (stage,) = found.stages
     assert stage.size.parameters == sum(p.numel() for p in model.parameters())
     assert stage.size.trunk_work == 442_368 + 23_592_960
@@ -130,7 +130,7 @@ def test_bbn_runs_a_stream_in_each_slot_and_moves_statistics_in_turn():
     """Running means, variances and counters cross as float64, as many numbers as a forward exchange has."""
     config = load_config(["method=bbn", "cluster.workers=2", "engine.name=torch"])
     spread, packed = plan(config), plan(load_config(["method=bbn"]))
-    model = build_ensemble(config.ensemble(config.method.expert_names, 10), seed=0)
+    model = build_ensemble(config.ensemble(config.method.final, 10), seed=0)
     assert exchanges(spread)["running statistics of the trunks, in turn"][1] == 8 * sum(
         buffer.numel() for buffer in model.trunk.buffers()
     )

@@ -33,8 +33,7 @@ def save_run(path, *words):
     """Make a run folder with a model whose experts were never trained: measuring runs the same code."""
     config = load_config([*WORDS, *words])
     dataset = open_dataset(config.dataset)
-    names = config.method.expert_names
-    ensemble = build_ensemble(config.ensemble(names, 10), seed=3)
+    ensemble = build_ensemble(config.ensemble(config.method.final, 10), seed=3)
     with torch.no_grad():
         for index, expert in enumerate(ensemble.experts.values()):  # else all give similar scores to 8 x 8 pixels
             for parameter in expert.parameters():
@@ -55,7 +54,9 @@ def save_run(path, *words):
     )
     for which in ("best", "last"):
         target = path / "export" / which
-        export_model(target, ensemble.state_dict(), config.ensemble(names, 10), config.method.aggregator, data)
+        export_model(
+            target, ensemble.state_dict(), config.ensemble(config.method.final, 10), config.method.aggregator, data
+        )
     folder.close()
     return path
 

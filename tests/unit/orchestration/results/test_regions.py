@@ -16,7 +16,7 @@ from orchestration.results.pictures import write_report
 from orchestration.results.regions import _starting_model, draw_regions_if_heads_alone
 from orchestration.results.saved_run import open_run
 from orchestration.storage.checkpoint import Checkpoints, read_tensors
-from orchestration.storage.exports import export
+from orchestration.storage.exports import export_finals
 from orchestration.storage.run_folder import RunFolder
 from orchestration.training.mesh import Mesh, mesh_shape
 from orchestration.training.trainer import StageTrainer
@@ -50,7 +50,7 @@ def train(path, method, *, stages=2):
         trainer.close()
     members = {"ensemble": {"top1": {"all": 0.5}, "nll": 1.0, "ece": 0.1, "per_class": [0.5] * 10}}
     folder.write_evaluation("last", {"split": "test", "stage": stage, "epoch": 1, "step": 2, "members": members})
-    export(config, folder, stage, saved)
+    export_finals(config, folder, stage, saved)
     folder.close()
     return path
 

@@ -12,7 +12,7 @@ from experts.data.dataset import open_dataset
 from orchestration.commands.evaluate import reevaluate
 from orchestration.config.compose import load_config
 from orchestration.storage.checkpoint import Checkpoints
-from orchestration.storage.exports import export
+from orchestration.storage.exports import export_finals
 from orchestration.storage.run_folder import RunFolder
 from orchestration.training.mesh import Mesh, mesh_shape
 from orchestration.training.trainer import StageTrainer
@@ -55,7 +55,7 @@ def train(path, *words):
     saved = checkpoints.complete(writing, checkpoints.name("train", STEPS), entries, state)
     for name in ("last", "best"):
         folder.write_evaluation(name, evaluations["test"])
-    export(config, folder, "train", saved)
+    export_finals(config, folder, "train", saved)
     folder.update_run(status="finished")
     folder.close()
     trainer.close()

@@ -193,7 +193,7 @@ def test_a_stage_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, chec
             stage.prepare()
     assert stage.step == 4
     folder = checkpoints.folder / checkpoints.name("train", 4)
-    assert fleet.calls == [("load", str(folder), {"step": 4, "sums": {}})]
+    assert fleet.calls == [("load", str(folder), {"step": 4, "sums": {}, "fitted": {}})]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
     assert len(hashed) == len(set(hashed)), "each file at most once"
 
