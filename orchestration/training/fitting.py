@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ def _fit_heads(setup: StageSetup, beat: Callable[[], None]) -> None:
     features = _Features(setup, setup.dataset.train_as_evaluated(), beat)
     for place, head in enumerate(heads):
         try:
-            head.fit(lambda place=place: features.of(place), setup.mesh.sum_over_data)
+            head.fit(lambda place=place: features.of(place), partial(setup.mesh.sum_over_data, what="sums of a fit"))
         except ValueError as problem:
             raise ValueError(f"stage {setup.stage_name}: {problem}") from problem
 
@@ -172,5 +173,5 @@ def _mean_accuracy(setup: StageSetup, features: _Features) -> float:
         found_B = setup.aggregator(Outputs(logits_EBC, numbers_EK, gates_EB)).argmax(dim=1)
         for row, labels in enumerate((labels_B[found_B == labels_B], labels_B)):
             right_and_all[row] += torch.bincount(labels, minlength=num_classes)
-    right_C, all_C = mesh.sum_over_data(right_and_all)
+    right_C, all_C = mesh.sum_over_data(right_and_all, "right answers")
     return (right_C / all_C)[all_C > 0].mean().item()

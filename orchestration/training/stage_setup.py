@@ -85,7 +85,8 @@ class StageSetup:
 
     def numbers_of_experts(self) -> Tensor:
         """Return what the aggregator wants to know of every expert's weights, [E, K]. Every worker must take part."""
-        return self.mesh.gather(torch.stack([self.aggregator.describe(expert) for expert in self.model.members()]))
+        own = torch.stack([self.aggregator.describe(expert) for expert in self.model.members()])
+        return self.mesh.gather(own, "numbers of the experts")
 
     def close(self) -> None:
         """Free what the stage holds beside its network."""
