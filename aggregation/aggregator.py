@@ -83,6 +83,8 @@ class Aggregator(ABC):
     """Why an expert's place or name matters to the rule; empty where it does not."""
     agreement_adds: ClassVar[str] = ""
     """Why experts that agree are surer together than each alone; empty where they are not."""
+    corrects_classes: ClassVar[str] = ""
+    """Why the scores of even a single expert change, by a number per class; empty where they do not."""
     Config: ClassVar[Any]
 
     @classmethod

@@ -20,3 +20,13 @@ def positive_counts(counts_C: Tensor) -> Tensor:
             f"every class needs at least 1: add images or leave the class out"
         )
     return counts_C.to(torch.float64)
+
+
+def log_prior(counts_C: Tensor) -> Tensor:
+    """Return log pi, the logs of each class's share of the training images, float64 [C].
+
+    Raises:
+        ValueError: a class has no training image.
+    """
+    counts_C = positive_counts(counts_C)
+    return counts_C.log() - counts_C.sum().log()

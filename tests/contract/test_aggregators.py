@@ -14,16 +14,23 @@ from experts.ensemble import Expert
 from experts.heads.linear import LinearHead
 
 registry.import_pieces(aggregation)
-every_aggregator = pytest.mark.parametrize("name", registry.registered_names("aggregator"))
+NAMES = tuple(f"expert{k}" for k in range(4))
+TRIALS = [
+    (name, number)
+    for name in registry.registered_names("aggregator")
+    for number in range(len(cases_of("aggregator", name, NAMES)))
+]
+"""Every rule in each of its cases, by number: a case depends on the experts."""
+every_aggregator = pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: f"{trial[0]}-{trial[1]}")
 
 COUNTS = torch.tensor([200, 101, 50, 20, 5, 1])
 NUM_CLASSES = len(COUNTS)
 
 
-def aggregator(name, num_experts, counts=COUNTS):
-    names = tuple(f"expert{k}" for k in range(num_experts))
-    (case,) = cases_of("aggregator", name, names)
-    return registry.build("aggregator", case.config, counts, names)
+def aggregator(trial, num_experts, counts=COUNTS):
+    name, number = trial
+    config = cases_of("aggregator", name, NAMES[:num_experts])[number].config
+    return registry.build("aggregator", config, counts, NAMES[:num_experts])
 
 
 def outputs(rule, num_experts=3, dtype=torch.float64, images=6):
@@ -46,6 +53,7 @@ def with_logits(given, logits_EBC):
 
 def test_the_aggregators_of_the_recipes_are_registered():
     needed = {"mean_logits", "sum_logits", "mean_probabilities", "weighted", "only", "ace", "router"}
+    needed |= {"logit_adjusted", "uno_ic"}
     assert needed <= set(registry.registered_names("aggregator"))
 
 
@@ -58,8 +66,8 @@ def test_an_expert_is_described_where_it_lies(name):
 
 @every_aggregator
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_scores_are_one_row_per_image_in_at_least_float32(name, dtype):
-    rule = aggregator(name, 3)
+def test_scores_are_one_row_per_image_in_at_least_float32(trial, dtype):
+    rule = aggregator(trial, 3)
     scores_BC = rule(outputs(rule, dtype=dtype))
     assert scores_BC.shape == (6, NUM_CLASSES)
     assert scores_BC.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -67,8 +75,8 @@ def test_scores_are_one_row_per_image_in_at_least_float32(name, dtype):
 
 
 @every_aggregator
-def test_members_begin_with_the_ensemble_and_have_its_shape(name):
-    rule = aggregator(name, 3)
+def test_members_begin_with_the_ensemble_and_have_its_shape(trial):
+    rule = aggregator(trial, 3)
     given = outputs(rule)
     members = rule.members(given)
     assert next(iter(members)) == "ensemble"
@@ -78,31 +86,38 @@ def test_members_begin_with_the_ensemble_and_have_its_shape(name):
 
 
 @every_aggregator
-def test_experts_used_are_one_to_all(name):
-    rule = aggregator(name, 3)
+def test_experts_used_are_one_to_all(trial):
+    rule = aggregator(trial, 3)
     used_B = rule.experts_used(outputs(rule))
     assert used_B is None or (used_B.shape == (6,) and 1 <= used_B.min() <= used_B.max() <= 3)
 
 
+def assert_same_probabilities(rule, scores_BC, logits_BC):
+    """Unless the rule corrects classes; then a class gains the same in every image, and some other than others."""
+    gained_BC = scores_BC.log_softmax(dim=1) - logits_BC.log_softmax(dim=1)
+    gained_BC = gained_BC - gained_BC.mean(dim=1, keepdim=True)
+    torch.testing.assert_close(gained_BC, gained_BC[:1].expand_as(gained_BC), atol=1e-10, rtol=0)
+    assert (gained_BC.abs().max() > 0.1) == bool(rule.corrects_classes)
+
+
 @every_aggregator
-def test_one_expert_keeps_its_probabilities(name):
-    rule = aggregator(name, 1)
+def test_one_expert_keeps_its_probabilities(trial):
+    rule = aggregator(trial, 1)
     single = outputs(rule, 1)
-    torch.testing.assert_close(rule(single).softmax(dim=1), single.logits_EBC[0].softmax(dim=1))
+    assert_same_probabilities(rule, rule(single), single.logits_EBC[0])
 
 
 @every_aggregator
-def test_experts_that_agree_keep_their_probabilities_or_add_up(name):
-    rule = aggregator(name, 4)
+def test_experts_that_agree_keep_their_probabilities_or_add_up(trial):
+    rule = aggregator(trial, 4)
     given = outputs(rule, 4)
     copies = with_logits(given, given.logits_EBC[:1].expand(4, -1, -1))
-    expected = copies.logits_EBC[0] * (4 if rule.agreement_adds else 1)
-    torch.testing.assert_close(rule(copies).softmax(dim=1), expected.softmax(dim=1))
+    assert_same_probabilities(rule, rule(copies), copies.logits_EBC[0] * (4 if rule.agreement_adds else 1))
 
 
 @every_aggregator
-def test_the_order_of_experts_matters_only_where_the_rule_says_so(name):
-    rule = aggregator(name, 3)
+def test_the_order_of_experts_matters_only_where_the_rule_says_so(trial):
+    rule = aggregator(trial, 3)
     given = outputs(rule)
     turned = rule(Outputs(given.logits_EBC.flip(0), given.numbers_EK.flip(0), given.gates_EB))
     same = torch.allclose(turned, rule(given), atol=1e-12, rtol=1e-12)
@@ -110,19 +125,19 @@ def test_the_order_of_experts_matters_only_where_the_rule_says_so(name):
 
 
 @every_aggregator
-def test_renamed_classes_keep_their_scores(name):
-    rule = aggregator(name, 3)
+def test_renamed_classes_keep_their_scores(trial):
+    rule = aggregator(trial, 3)
     given = outputs(rule)
     order = torch.tensor([2, 0, 3, 1, 5, 4])
-    renamed = aggregator(name, 3, COUNTS[order])
+    renamed = aggregator(trial, 3, COUNTS[order])
     numbers_EK = given.numbers_EK[:, order] if given.numbers_EK.shape[1] else given.numbers_EK
     scores = renamed(Outputs(given.logits_EBC[:, :, order], numbers_EK, given.gates_EB))
     torch.testing.assert_close(scores, rule(given)[:, order], atol=1e-12, rtol=1e-12)
 
 
 @every_aggregator
-def test_images_do_not_influence_each_other_and_an_empty_batch_gives_no_scores(name):
-    rule = aggregator(name, 3)
+def test_images_do_not_influence_each_other_and_an_empty_batch_gives_no_scores(trial):
+    rule = aggregator(trial, 3)
     given = outputs(rule)
     for images in (slice(0, 0), slice(2, 3), slice(1, 6)):
         part = Outputs(given.logits_EBC[:, images], given.numbers_EK, given.gates_EB[:, images])
@@ -130,8 +145,8 @@ def test_images_do_not_influence_each_other_and_an_empty_batch_gives_no_scores(n
 
 
 @every_aggregator
-def test_inputs_are_unchanged(name):
-    rule = aggregator(name, 3)
+def test_inputs_are_unchanged(trial):
+    rule = aggregator(trial, 3)
     given, before = outputs(rule), outputs(rule)
     rule.members(given)
     rule.experts_used(given)
@@ -141,8 +156,8 @@ def test_inputs_are_unchanged(name):
 
 
 @every_aggregator
-def test_extreme_scores_stay_finite(name):
-    rule = aggregator(name, 2)
+def test_extreme_scores_stay_finite(trial):
+    rule = aggregator(trial, 2)
     given = outputs(rule, 2, images=1)
     z = torch.zeros(2, 1, NUM_CLASSES)
     z[:, 0, 0], z[1, 0, 1] = 1e4, -1e4

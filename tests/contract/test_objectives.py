@@ -108,6 +108,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=Trial.label)
 
 def test_the_objectives_of_the_published_systems_are_registered():
     assert {"cross_entropy", "ldam", "ride", "tade", "reslt", "bbn", "ace", "lfme"} <= set(OBJECTIVES)
+    assert {"logit_adjustment", "grw"} <= set(OBJECTIVES)
 
 
 @every_case

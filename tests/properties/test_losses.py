@@ -10,7 +10,9 @@ import torch
 
 from experts.losses.class_balanced import effective_number_weights
 from experts.losses.cross_entropy import CrossEntropy
+from experts.losses.grw import GeneralisedReweighting, power_weights
 from experts.losses.ldam import ldam_margins
+from experts.losses.logit_adjustment import LogitAdjustment
 from experts.methods.ldam import LDAM
 from experts.methods.ride import RIDE, class_temperatures
 from experts.objective import StepContext
@@ -19,6 +21,8 @@ from experts.progress import Progress
 every_seed = pytest.mark.parametrize("seed", range(5))
 OBJECTIVES = {
     "cross_entropy": (CrossEntropy, {}),
+    "logit_adjustment": (LogitAdjustment, {"tau": 1.3}),
+    "grw": (GeneralisedReweighting, {}),
     "ldam": (LDAM, {}),
     "ldam-drw": (LDAM, {"reweight_epoch": 0}),
     "ride": (RIDE, {}),
@@ -104,6 +108,24 @@ def test_equal_counts_turn_reweighting_off(seed):
     counts = torch.full_like(counts, 9)
     close(loss_of("ldam-drw", logits, labels, counts)[0], loss_of("ldam", logits, labels, counts)[0])
     close(loss_of("ride-reweighted", logits, labels, counts)[0], loss_of("ride", logits, labels, counts)[0])
+    for name in ("logit_adjustment", "grw"):
+        close(loss_of(name, logits, labels, counts)[0], loss_of("cross_entropy", logits, labels, counts)[0])
+
+
+@every_seed
+def test_a_strength_of_zero_is_cross_entropy(seed):
+    logits, labels, counts, _ = draw(seed)
+    plain = loss_of("cross_entropy", logits, labels, counts)[0]
+    for cls, key in ((LogitAdjustment, "tau"), (GeneralisedReweighting, "rho")):
+        objective = cls(cls.Config(**{key: 0.0}), counts, len(logits))
+        close(objective(logits, labels, StepContext(objective.denominators(labels, NOW), NOW))[0], plain)
+
+
+@every_seed
+def test_scaling_all_counts_keeps_losses_that_know_only_shares(seed):
+    logits, labels, counts, _ = draw(seed)
+    for name in ("logit_adjustment", "grw"):
+        close(loss_of(name, logits, labels, 10 * counts)[0], loss_of(name, logits, labels, counts)[0])
 
 
 @every_seed
@@ -151,9 +173,9 @@ def test_scaling_all_counts_keeps_margins_and_temperatures_but_not_class_balance
 def test_rarer_classes_get_larger_weights_and_margins_and_smaller_temperatures(seed):
     draws = torch.Generator().manual_seed(seed)
     counts = (torch.randperm(5000, generator=draws)[:50] + 1).sort(descending=True).values
-    weight_C = effective_number_weights(counts, beta=0.9999)
-    assert (weight_C.diff() > 0).all()
-    close(weight_C.sum(), torch.tensor(50.0, dtype=torch.float64))
+    for weight_C in (effective_number_weights(counts, beta=0.9999), power_weights(counts, rho=1.2)):
+        assert (weight_C.diff() > 0).all()
+        close(weight_C.sum(), torch.tensor(50.0, dtype=torch.float64))
     margin_C = ldam_margins(counts, max_margin=0.3)
     assert (margin_C.diff() > 0).all()
     assert margin_C[-1] == pytest.approx(0.3)

@@ -1,7 +1,10 @@
-"""Cross-entropy, class-balanced weights, LDAM and LDAM-DRW against numbers from published codes and NumPy.
+"""Losses and class weights against numbers from published codes, and against the papers' equations in NumPy.
 
 Origin of the numbers: official functions on CPU in float32, printed to 6 decimals; torch for cross-entropy,
-kaidic/LDAM-DRW @ 2536330 for weights and LDAM. Tolerance 2e-6: the last printed decimal and float32 rounding.
+kaidic/LDAM-DRW @ 2536330 for weights and LDAM, google-research (logit_adjustment) for logit adjustment,
+Megvii-BaseDetection/DisAlign @ a2fc350 for generalised re-weighting, jiawei-ren/BalancedMetaSoftmax-Classification
+@ 34a61e4 for balanced softmax; those for counts 100, 10, 1 are by hand. Tolerance 2e-6: the last printed decimal and
+float32 rounding.
 """
 
 from __future__ import annotations
@@ -11,8 +14,11 @@ import pytest
 import torch
 
 from experts.losses.class_balanced import effective_number_weights
+from experts.losses.counts import log_prior
 from experts.losses.cross_entropy import CrossEntropy, cross_entropy
+from experts.losses.grw import GeneralisedReweighting, power_weights
 from experts.losses.ldam import ldam_loss, ldam_margins
+from experts.losses.logit_adjustment import LogitAdjustment, logit_adjustment_loss
 from experts.methods.ldam import LDAM
 from experts.objective import StepContext
 from experts.progress import Progress
@@ -134,3 +140,129 @@ def test_gradient_of_weighted_ldam_is_the_closed_form():
     shifted = logits.detach()[0] - 30 * objective.margin_C * onehot
     expected = weight_B1 * (shifted.softmax(dim=-1) - onehot) / weight_B1.sum()
     torch.testing.assert_close(logits.grad[0], expected, atol=1e-13, rtol=1e-12)
+
+
+# Logit adjustment and generalised re-weighting
+
+HAND_COUNTS, HAND_LABELS = torch.tensor([100, 10, 1]), torch.tensor([2, 0])
+HAND_Z = torch.tensor([[2.0, 1, 0], [0, 1, 0.5]])
+
+
+def objective_loss(objective, logits_EBC, labels_B):
+    progress = Progress(1, 1)
+    return objective(logits_EBC, labels_B, StepContext(objective.denominators(labels_B, progress), progress))
+
+
+@pytest.mark.parametrize(("tau", "published"), [(0.0, 0.860007), (0.5, 1.205657), (1.0, 1.751670), (1.5, 2.440577)])
+def test_logit_adjustment_is_the_published_loss(tau, published):
+    loss, terms = objective_loss(LogitAdjustment(LogitAdjustment.Config(tau=tau), COUNTS, 1), Z[None], LABELS)
+    close(loss, published)
+    close(terms["logit_adjustment"], [published])
+
+
+def test_at_strength_one_it_is_the_published_balanced_softmax():
+    prior_C = log_prior(COUNTS)
+    images = per_image(lambda z, y: logit_adjustment_loss(z, y, log_prior_C=prior_C, tau=1.0, denominator=ONE), Z)
+    close(images, [0.094987, 2.953496, 2.206528])
+
+
+@pytest.mark.parametrize(
+    ("tau", "published"), [(0.5, [4.424685, 0.705307]), (1.0, [6.642602, 0.253335]), (1.5, [8.919456, 0.083981])]
+)
+def test_logit_adjustment_of_single_images_by_hand(tau, published):
+    prior_C = log_prior(HAND_COUNTS)
+    for b, expected in enumerate(published):
+        found = logit_adjustment_loss(
+            HAND_Z[None, b : b + 1], HAND_LABELS[b : b + 1], log_prior_C=prior_C, tau=tau, denominator=ONE
+        )
+        close(found, [expected])
+
+
+@pytest.mark.parametrize(
+    ("counts", "rho", "published"),
+    [
+        (COUNTS, 1.2, [0.059309, 0.178095, 0.939988, 2.822608]),
+        (COUNTS, 1.0, [0.103896, 0.259740, 1.038961, 2.597403]),
+        (COUNTS, 0.5, [0.372321, 0.588691, 1.177383, 1.861605]),
+        (COUNTS, 0.0, [1.0, 1.0, 1.0, 1.0]),
+        (HAND_COUNTS, 0.3, [0.430025, 0.858013, 1.711961]),
+        (HAND_COUNTS, 1.2, [0.011192, 0.177389, 2.811419]),
+    ],
+)
+def test_generalised_weights_are_the_published_ones(counts, rho, published):
+    close(power_weights(counts, rho=rho), published)
+
+
+def test_generalised_reweighting_is_the_published_loss():
+    loss, terms = objective_loss(GeneralisedReweighting(GeneralisedReweighting.Config(), COUNTS, 1), Z[None], LABELS)
+    close(loss, 0.901271)
+    close(terms["grw"], [0.901271])
+
+
+def test_generalised_reweighting_of_calibrated_scores_by_hand():
+    """DisAlign's scores in the paper's form; weighted per image, and the weighted mean."""
+    calibrated = torch.tensor([[1.751016, 1.124492, 0.186738], [-0.053788, 1.053788, 0.634471]], dtype=torch.float64)
+    weight_C = power_weights(HAND_COUNTS, rho=1.2)
+    for b, expected in enumerate([5.960994, 0.020086]):
+        image = calibrated[None, b : b + 1], HAND_LABELS[b : b + 1]
+        close(cross_entropy(*image, denominator=ONE, weight_C=weight_C), [expected], atol=4e-6)
+    objective = GeneralisedReweighting(GeneralisedReweighting.Config(), HAND_COUNTS, 1)
+    close(objective_loss(objective, calibrated[None], HAND_LABELS)[0], 2.118988)
+
+
+def logit_adjustment_in_numpy(z, labels, counts, tau):
+    """Image by image: -log of exp(z_y) pi_y^tau / sum_c exp(z_c) pi_c^tau."""
+    prior = counts / counts.sum()
+    losses = []
+    for z_C, y in zip(z, labels, strict=True):
+        mass_C = np.exp(z_C) * prior**tau
+        losses.append(-np.log(mass_C[y] / mass_C.sum()))
+    return np.mean(losses)
+
+
+def grw_in_numpy(z, labels, counts, rho):
+    weight = (counts / counts.sum()) ** -rho
+    weight = len(counts) * weight / weight.sum()
+    total = 0.0
+    for z_C, y in zip(z, labels, strict=True):
+        total -= weight[y] * np.log(np.exp(z_C[y]) / np.exp(z_C).sum())
+    return total / weight[labels].sum()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("strength", [0.5, 1.0, 1.2])
+def test_prior_losses_equal_their_equations_in_float64(strength, seed):
+    rng = np.random.default_rng(seed)
+    z, labels, counts = rng.normal(size=(9, 6)) * 4, rng.integers(0, 6, size=9), rng.integers(1, 500, size=6)
+    labels_B, counts_C, z_EBC = torch.tensor(labels), torch.tensor(counts), torch.tensor(z)[None]
+    adjusted = LogitAdjustment(LogitAdjustment.Config(tau=strength), counts_C, 1)
+    weighted = GeneralisedReweighting(GeneralisedReweighting.Config(rho=strength), counts_C, 1)
+    expected = logit_adjustment_in_numpy(z, labels, counts, strength)
+    assert objective_loss(adjusted, z_EBC, labels_B)[0].item() == pytest.approx(expected, rel=1e-12)
+    expected = grw_in_numpy(z, labels, counts, strength)
+    assert objective_loss(weighted, z_EBC, labels_B)[0].item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_gradients_of_the_prior_losses_are_the_closed_forms():
+    """Logit adjustment: (softmax(z + tau log pi) - onehot) / B. Re-weighting: w_y (softmax(z) - onehot) / sum of w."""
+    onehot = torch.nn.functional.one_hot(LABELS, 4).double()
+    z = Z[None].double().requires_grad_()
+    objective_loss(LogitAdjustment(LogitAdjustment.Config(tau=1.5), COUNTS, 1), z, LABELS)[0].backward()
+    prior_C = COUNTS.double() / COUNTS.sum()
+    expected = ((Z.double() + 1.5 * prior_C.log()).softmax(dim=-1) - onehot) / 3
+    torch.testing.assert_close(z.grad[0], expected, atol=1e-13, rtol=1e-12)
+
+    z = Z[None].double().requires_grad_()
+    objective_loss(GeneralisedReweighting(GeneralisedReweighting.Config(rho=1.0), COUNTS, 1), z, LABELS)[0].backward()
+    weight_B1 = (1 / COUNTS.double())[LABELS][:, None]
+    expected = weight_B1 * (Z.double().softmax(dim=-1) - onehot) / weight_B1.sum()
+    torch.testing.assert_close(z.grad[0], expected, atol=1e-13, rtol=1e-12)
+
+
+def test_logit_adjustment_says_what_its_scores_are_trained_for():
+    """Of strength tau, pi^(1 - tau) is left."""
+    log_share_C = log_prior(COUNTS)
+    for tau, word in ((1.0, "uniform"), (0.0, "train"), (1.5, "train^-0.5")):
+        found_EC, words = LogitAdjustment.Config(tau=tau).trained_log_prior(COUNTS, log_share_C, 2)
+        assert words == (word, word)
+        torch.testing.assert_close(found_EC, ((1 - tau) * log_share_C).expand(2, -1))

@@ -1,0 +1,74 @@
+"""Generalised re-weighting: cross-entropy with class weights that are a power of the class frequencies.
+
+Shapes: E experts, B images, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from experts.losses.counts import log_prior
+from experts.losses.cross_entropy import cross_entropy
+from experts.objective import Objective, ObjectiveSettings, StepContext
+from experts.progress import Progress
+from experts.registry import register
+
+
+def power_weights(counts_C: Tensor, *, rho: float) -> Tensor:
+    """Return weights w_c = C pi_c^-rho / sum_j pi_j^-rho, whose sum is C.
+
+    Args:
+        counts_C: training images per class, each at least 1; only their ratios count.
+        rho: power, no unit; 0 gives ones, 1 inverse frequency; published: 1.2 (ImageNet-LT), 0.3 (segmentation).
+
+    Returns:
+        float64 [C].
+
+    Raises:
+        ValueError: a class has no image.
+
+    Source: Zhang et al. 2021, arXiv:2103.16370, section 3.3, scaled as in the published code.
+    """
+    # A softmax of logs: pi^-rho itself overflows where rho is large and a class rare.
+    return len(counts_C) * (-rho * log_prior(counts_C)).softmax(dim=0)
+
+
+@register("objective", "grw")
+class GeneralisedReweighting(Objective):
+    """Cross-entropy weighted by a power of the inverse class frequency: the loss of DisAlign's second stage.
+
+    The mean is weighted: divided by the sum of the weights of the global batch, not by its images.
+
+    Source: Zhang et al. 2021, arXiv:2103.16370, section 3.3.
+    """
+
+    class Config(ObjectiveSettings):
+        name: Literal["grw"] = "grw"
+        rho: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.2
+        """Power of the inverse frequency, no unit; published 1.2 for ImageNet-LT. Above 1 the weights are steep."""
+
+    variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({"rho": 0.5},)
+    weight_C: Tensor
+
+    def __init__(self, config: Config, counts_C: Tensor, num_experts: int) -> None:
+        super().__init__(config, counts_C, num_experts)
+        # Not persistent: it follows from config and counts, and an old checkpoint must not bring another.
+        self.register_buffer("weight_C", power_weights(counts_C, rho=config.rho), persistent=False)
+
+    def denominators(self, labels_B: Tensor, progress: Progress) -> dict[str, Tensor]:
+        """Return `class_weight`, the sum of the labels' weights."""
+        del progress
+        return {"class_weight": self.weight_C[labels_B].sum(dtype=torch.float64)}
+
+    def forward(self, logits_EBC: Tensor, labels_B: Tensor, now: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the sum over experts of the weighted mean; term `grw` [E]. See `Objective.forward`."""
+        self.check_shapes(logits_EBC, labels_B)
+        loss_E = cross_entropy(
+            logits_EBC, labels_B, denominator=now.denominators["class_weight"], weight_C=self.weight_C
+        )
+        return loss_E.sum(), {"grw": loss_E.detach()}
