@@ -57,6 +57,7 @@ class DisAlignHead(nn.Linear, Head):
         model, which starts from (1 + s) z; paper: s (alpha z + beta) + (1 - s) z, which starts from z."""
 
     continues: ClassVar[tuple[str, ...]] = ("linear", "tau_normalised")
+    calibrates: ClassVar[bool] = True
 
     @classmethod
     def cases(cls) -> list[Case]:

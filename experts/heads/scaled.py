@@ -29,6 +29,7 @@ class ScaledHead(nn.Linear, Head):
         scale: ClassVar[float] = 1.0
 
     continues: ClassVar[tuple[str, ...]] = ("linear", "tau_normalised")
+    calibrates: ClassVar[bool] = True
 
     def __init__(self, config: Config, num_features: int, num_classes: int, position: int = 0) -> None:
         super().__init__(num_features, num_classes)

@@ -179,7 +179,7 @@ def test_every_parameter_gets_a_gradient_and_whatever_calibrates_is_told_by_its_
         assert torch.isfinite(p.grad).all(), name
         assert p.grad.abs().max() > 0, name
     calibrating = {name for name, _ in one.named_parameters() if name.startswith("calibration.")}
-    assert bool(calibrating) == hasattr(one, "calibration")
+    assert bool(calibrating) == hasattr(one, "calibration") == one.calibrates
 
 
 @pytest.mark.parametrize(("name", "other"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
