@@ -92,6 +92,7 @@ class H2T(Flow):
 
     learns: ClassVar[frozenset[str]] = frozenset({"heads", "calibration"})
     needs_partner: ClassVar[bool] = True
+    takes_features: ClassVar[bool] = True
 
     @classmethod
     def cases(cls) -> list[Case]:
@@ -116,14 +117,21 @@ class H2T(Flow):
         donor = batch.partner
         if donor is None:
             raise ValueError("flow 'h2t': batches have no partner; set partner_sampler.name=instance_balanced")
-        with torch.no_grad():  # frozen up to the features: no graph, and none of its memory
-            receiver_h, donor_h = network.trunk(lambda trunk: (trunk(batch.images_B3HW), trunk(donor.images_B3HW)))
+        known = None
+        if batch.features is not None and donor.features is not None:
+            known = list(zip(batch.features, donor.features, strict=True))
+        else:
+            with torch.no_grad():  # frozen up to the features: no graph, and none of its memory
+                receiver_h, donor_h = network.trunk(lambda trunk: (trunk(batch.images_B3HW), trunk(donor.images_B3HW)))
 
         def heads(experts: Any) -> Tensor:
             scores = []
-            for name, expert in experts.items():
-                with torch.no_grad():
-                    receiver_BD, donor_BD = expert.features(receiver_h), expert.features(donor_h)
+            for place, (name, expert) in enumerate(experts.items()):
+                if known is not None:
+                    receiver_BD, donor_BD = known[place]
+                else:
+                    with torch.no_grad():
+                        receiver_BD, donor_BD = expert.features(receiver_h), expert.features(donor_h)
                 order_D = self.channels(name, receiver_BD.shape[1], progress).to(receiver_BD.device)
                 scores.append(expert.head(fuse(receiver_BD, donor_BD, self.config.ratio, order_D)))
             return torch.stack(scores)

@@ -13,7 +13,7 @@ neither the number of replicas nor that of loader processes changes a pixel.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,8 @@ class Batch:
         positions_B: rows of the training set, int64.
         partner: a second batch of as many images, paired with this one by row, where the stage has one.
         mixed: how the images were blended, where the stage does so.
+        features: inputs of the heads of the experts held here, one [B, D] each, in place of images, which then have no
+            pixels; None where the stage runs trunk and features on the images.
     """
 
     images_B3HW: Tensor
@@ -64,6 +66,7 @@ class Batch:
     positions_B: Tensor | None = None
     partner: Batch | None = None
     mixed: Mixed | None = None
+    features: tuple[Tensor, ...] | None = None
 
 
 def share(count: int, part: int, parts: int) -> tuple[int, int]:
@@ -201,6 +204,19 @@ class TrainBatches:
         for step, images in zip(steps, self._prefetcher.read_all(requests), strict=True):
             yield self._finish(images, epoch, step)
 
+    def of_features(self, features: Sequence[Tensor], epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """Yield the rest of an epoch's batches with features in place of pixels, which are neither read nor augmented.
+
+        Args:
+            features: [N, D] of every image in the store, one tensor for each expert held here.
+            epoch, first_step: as `iterate`.
+        """
+        for step in range(first_step, self.steps_per_epoch):
+            labels_B, global_labels, positions_B = self._labels_and_positions(epoch, step)
+            images_B3HW = torch.empty(len(labels_B), 3, 0, 0, device=self.device, dtype=self.replica.dtype)
+            own = tuple(features_ND[positions_B] for features_ND in features)
+            yield Batch(images_B3HW, labels_B, global_labels, positions_B, features=own)
+
     def close(self) -> None:
         """Stop the loader processes, if there are any."""
         if self._prefetcher is not None:
@@ -217,6 +233,11 @@ class TrainBatches:
         first, last = self._rows(step)
         start, stop = share(last - first, self.replica.index, self.replica.count)
         return first + start, first + stop
+
+    def _local_places(self, step: int) -> tuple[int, int]:
+        """Return the same rows counted from the start of the step; all other rows count from the start of the epoch."""
+        first, last = self._local_rows(step)
+        return first - step * self.config.batch_size, last - step * self.config.batch_size
 
     def _pixel_rows(self, step: int) -> tuple[int, int]:
         """Return the rows whose pixels this replica makes; with mixup those of the whole step (see above)."""
@@ -238,20 +259,22 @@ class TrainBatches:
         first, last = self._pixel_rows(step)
         draws = uniforms(self._key(epoch, f"pixels/{self.config.view}"), first, last - first, NUM_UNIFORMS)
         images = augment(raw.to(self.device, non_blocking=True), draws, self.dataset_config, self.replica.dtype)
-        labels = torch.from_numpy(self.labels(epoch, step)).to(self.device)
-
-        # Rows count from the start of the epoch; these two from the start of the step.
-        start, stop = (row - step * self.config.batch_size for row in self._local_rows(step))
-        positions = torch.from_numpy(self.positions(epoch)[slice(*self._local_rows(step))]).to(self.device)
-
+        own_labels, labels, positions = self._labels_and_positions(epoch, step)
         mixed = None
         if self.config.mixup_alpha is not None:
             # Share and order have keys without the replica, so all replicas blend the same pairs.
             share_ = self._mixup_share(epoch, step)
             order = torch.from_numpy(permutation(self._key(epoch, f"mixup order/{step}"), len(labels))).to(self.device)
+            start, stop = self._local_places(step)
             images = share_ * images[start:stop] + (1 - share_) * images[order[start:stop]]
             mixed = Mixed(share_, labels[order[start:stop]], labels[order])
-        return Batch(images, labels[start:stop], labels, positions, mixed=mixed)
+        return Batch(images, own_labels, labels, positions, mixed=mixed)
+
+    def _labels_and_positions(self, epoch: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the labels of this replica's images and of the whole batch, and the rows of this replica's images."""
+        labels = torch.from_numpy(self.labels(epoch, step)).to(self.device)
+        positions = torch.from_numpy(self.positions(epoch)[slice(*self._local_rows(step))]).to(self.device)
+        return labels[slice(*self._local_places(step))], labels, positions
 
     def _mixup_share(self, epoch: int, step: int) -> float:
         assert self.config.mixup_alpha is not None

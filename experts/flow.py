@@ -97,6 +97,8 @@ class Flow(ABC):
     """Whether a second batch, paired by row, must come with every batch (`stages.<stage>.partner_sampler`)."""
     needs_own_heads: ClassVar[bool] = False
     """Whether every expert must have a head of its own."""
+    takes_features: ClassVar[bool] = False
+    """Whether it can go on from `Batch.features`, where trunk and features neither learn nor change."""
     own_streams: ClassVar[bool] = False
     """Whether expert k sees the k-th of the paired batches only, so that trunks that live apart see different ones."""
     recipe: ClassVar[str | None] = None

@@ -38,6 +38,11 @@ class Augment(Settings):
     color_jitter: ColorJitter | None = None
     """Null is off."""
 
+    @property
+    def is_off(self) -> bool:
+        """Whether every image looks the same each time it is drawn."""
+        return self in (Augment(), Augment(color_jitter=ColorJitter()))
+
     @model_validator(mode="after")
     def _one_crop(self) -> Augment:
         if self.random_resized_crop is not None:

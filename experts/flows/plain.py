@@ -6,7 +6,7 @@ Shapes: E experts, e of them held here, B images of one replica, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class Plain(Flow):
     class Config(FlowSettings):
         name: Literal["plain"] = "plain"
 
+    takes_features: ClassVar[bool] = True
+
     @classmethod
     def cases(cls) -> list[Case]:
         """See `Flow.cases`."""
@@ -36,6 +38,13 @@ class Plain(Flow):
         self, network: Network, batch: Batch, progress: Progress, gather: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """See `Flow.__call__`."""
-        h = network.trunk(lambda trunk: trunk(batch.images_B3HW))
-        scores = network.experts(lambda experts: torch.stack([expert(h) for expert in experts.values()]))
+        features = batch.features
+        h = network.trunk(lambda trunk: trunk(batch.images_B3HW)) if features is None else None
+
+        def scores_of(experts: Any) -> Tensor:
+            if features is None:
+                return torch.stack([expert(h) for expert in experts.values()])
+            return torch.stack([x.head(f) for x, f in zip(experts.values(), features, strict=True)])
+
+        scores = network.experts(scores_of)
         return gather(through_shared_head(network, scores))

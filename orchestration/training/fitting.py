@@ -12,20 +12,18 @@ Shapes: E experts, e of them held here, B images of one replica, D features, C c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from aggregation.aggregator import Outputs
-from experts.batches import EvalBatches
-from experts.data.images import ImageStore
 from experts.tunable import Tunable
 from orchestration.config.recipe_checks import open_choice
 from orchestration.training.engine import casting
+from orchestration.training.features import FeaturePasses
 from orchestration.training.stage_setup import StageSetup
 
 Fitted = Mapping[str, Any]
@@ -107,43 +105,12 @@ def _fit_heads(setup: StageSetup, beat: Callable[[], None]) -> None:
     heads = [head for head in _heads(setup) if head.fits]
     if not heads:
         return
-    features = _Features(setup, setup.dataset.train_as_evaluated(), beat)
+    features = FeaturePasses(setup, setup.dataset.train_as_evaluated(), beat)
     for place, head in enumerate(heads):
         try:
             head.fit(lambda place=place: features.of(place), partial(setup.mesh.sum_over_data, what="sums of a fit"))
         except ValueError as problem:
             raise ValueError(f"stage {setup.stage_name}: {problem}") from problem
-
-
-class _Features:
-    """A split's features for the experts held here; kept after the first pass if dataset.resident_mib allows."""
-
-    def __init__(self, setup: StageSetup, store: ImageStore, beat: Callable[[], None]) -> None:
-        self._setup, self._beat = setup, beat
-        size = setup.config.run.evaluation_batch_size
-        self._batches = EvalBatches(store, setup.dataset.config, size, setup.replica)
-        self._kept: list[tuple[list[Tensor], Tensor]] | None = None
-
-    def of(self, place: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield features [B, D] of one expert held here, and labels [B], of this replica's share of the split."""
-        return ((features[place], labels_B) for features, labels_B in self.all())
-
-    def all(self) -> Iterator[tuple[list[Tensor], Tensor]]:
-        """Yield features, one [B, D] for each expert held here, and labels [B]."""
-        if self._kept is not None:
-            yield from self._kept
-            return
-        kept: list[tuple[list[Tensor], Tensor]] | None = []
-        held, limit = 0, self._setup.dataset.config.resident_mib * 2**20
-        for images_B3HW, labels_B in self._batches:
-            with casting(self._setup.config.engine, self._setup.mesh.device):
-                features = self._setup.model.features(images_B3HW)
-            held += sum(f.nbytes for f in features)
-            if kept is not None:
-                kept = [*kept, (features, labels_B)] if held <= limit else None
-            self._beat()
-            yield features, labels_B
-        self._kept = kept
 
 
 def _choose(setup: StageSetup, kind: str, key: str, beat: Callable[[], None]) -> Choice:
@@ -152,7 +119,7 @@ def _choose(setup: StageSetup, kind: str, key: str, beat: Callable[[], None]) ->
     first = tunables[0]
     value, tried = first.published, []
     if setup.dataset.val is not None:
-        features = _Features(setup, setup.dataset.val, beat)
+        features = FeaturePasses(setup, setup.dataset.val, beat)
         for candidate in first.candidates():
             _set(tunables, candidate)
             tried.append((candidate, _mean_accuracy(setup, features)))
@@ -162,7 +129,7 @@ def _choose(setup: StageSetup, kind: str, key: str, beat: Callable[[], None]) ->
     return Choice(f"{kind}.{key}", value, split, first.origin, first.published, tuple(tried))
 
 
-def _mean_accuracy(setup: StageSetup, features: _Features) -> float:
+def _mean_accuracy(setup: StageSetup, features: FeaturePasses) -> float:
     """Return the mean over classes of the ensemble's accuracy, of those classes that the split has images of."""
     mesh, num_classes = setup.mesh, setup.dataset.num_classes
     numbers_EK = setup.numbers_of_experts()

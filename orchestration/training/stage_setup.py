@@ -161,6 +161,13 @@ class TrainingSetup(StageSetup):
         )
 
     @property
+    def features_are_fixed(self) -> bool:
+        """Whether the heads see the same of an image each time it is drawn, so that it can be computed once."""
+        moving = self.learns & {"trunk", "features", "gates"} or self.stage.frozen_batchnorm == "train"
+        other = self.stage.mixup is not None or self.stage.teachers or not self.dataset.config.augment.is_off
+        return self.flow.takes_features and not moving and not other
+
+    @property
     def steps_per_epoch(self) -> int:
         return self.batches.steps_per_epoch
 

@@ -29,11 +29,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from experts.batches import Batch
 from experts.data.dataset import Dataset
 from orchestration.config.run_config import RunConfig
 from orchestration.storage.checkpoint import FileEntry
 from orchestration.training import evaluation, fitting, stage_files
+from orchestration.training.features import training_features
 from orchestration.training.mesh import Mesh
 from orchestration.training.stage_setup import StageSetup, TrainingSetup
 from orchestration.training.step import TrainingStep
@@ -89,6 +92,8 @@ class StageTrainer:
         self.setup = self.training or StageSetup(config, stage, dataset, mesh)
         self.done = 0
         self.fitted: fitting.Fitted = {}
+        self._features: list[Tensor] | None = None
+        self._features_asked = False
         self._sums: dict[str, float] = {}  # over the epoch: number of images, and values times images
         self._upcoming: Iterator[Batch] | None = None
 
@@ -106,7 +111,7 @@ class StageTrainer:
         last = now.step + until - self.done
         assert now.step < last <= steps_per_epoch, (until, self.done, steps_per_epoch)
         if self._upcoming is None:  # kept between intervals, so that files of the next one are decoded ahead
-            self._upcoming = _batches_of(self.training, now.epoch, now.step)
+            self._upcoming = self._batches_of(self.training, now.epoch, now.step)
 
         interval = Interval()
         start = time.monotonic()
@@ -119,6 +124,19 @@ class StageTrainer:
         if self.done % steps_per_epoch == 0:
             self._end_epoch(interval)
         return interval
+
+    def _batches_of(self, setup: TrainingSetup, epoch: int, first_step: int) -> Iterator[Batch]:
+        """Return the rest of an epoch's batches, each with its partner if the stage pairs them."""
+        if not self._features_asked:  # not earlier: the weights were not loaded yet
+            self._features, self._features_asked = training_features(setup, self._alive), True
+        streams = [setup.batches] if setup.partners is None else [setup.batches, setup.partners]
+        if self._features is not None:
+            batches = [stream.of_features(self._features, epoch, first_step) for stream in streams]
+        else:
+            batches = [stream.iterate(epoch, first_step) for stream in streams]
+        if setup.partners is None:
+            return batches[0]
+        return (replace(batch, partner=partner) for batch, partner in zip(*batches, strict=True))
 
     def _record(self, interval: Interval, images: int, lr: float, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -168,6 +186,7 @@ class StageTrainer:
     def load(self, folder: str, state: dict[str, Any]) -> None:
         """Continue from a complete checkpoint, with the `state` that was saved with it."""
         stage_files.load(self.setup, Path(folder))
+        self._features_asked = False
         self.done = state["step"]
         self._sums = dict(state["sums"])
         self.fitted = state.get("fitted", {})  # checkpoints of earlier versions have none
@@ -189,12 +208,3 @@ class StageTrainer:
 
     def _alive(self) -> None:
         self.beat = time.monotonic()
-
-
-def _batches_of(setup: TrainingSetup, epoch: int, first_step: int) -> Iterator[Batch]:
-    """Return the rest of an epoch's batches, each with its partner if the stage pairs them."""
-    batches = setup.batches.iterate(epoch, first_step)
-    if setup.partners is None:
-        return batches
-    partners = setup.partners.iterate(epoch, first_step)
-    return (replace(batch, partner=partner) for batch, partner in zip(batches, partners, strict=True))

@@ -1,0 +1,92 @@
+"""Features of whole splits: the inputs of heads, for stages whose trunk and features do not move.
+
+Shapes: e experts held here, B images of one replica, N images of a split, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from experts.batches import EvalBatches, Replica
+from experts.data.images import ImageStore
+from orchestration.training.engine import casting
+from orchestration.training.stage_setup import StageSetup, TrainingSetup
+
+
+class FeaturePasses:
+    """Passes over a replica's share of a split. The first one keeps what it finds if dataset.resident_mib allows.
+
+    Args:
+        setup: of the stage; its network must be in evaluation mode.
+        store: images of the split.
+        beat: called after every batch.
+        replica: whose share; by default the worker's own.
+    """
+
+    def __init__(
+        self, setup: StageSetup, store: ImageStore, beat: Callable[[], None], replica: Replica | None = None
+    ) -> None:
+        self._setup, self._beat = setup, beat
+        size = setup.config.run.evaluation_batch_size
+        self._batches = EvalBatches(store, setup.dataset.config, size, replica or setup.replica)
+        self._kept: list[tuple[list[Tensor], Tensor]] | None = None
+
+    def of(self, place: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield features [B, D] of one expert held here, and labels [B]."""
+        return ((features[place], labels_B) for features, labels_B in self.all())
+
+    def all(self) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """Yield features, one [B, D] for each expert held here, and labels [B]."""
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept: list[tuple[list[Tensor], Tensor]] | None = []
+        held, limit = 0, _limit(self._setup)
+        for images_B3HW, labels_B in self._batches:
+            with casting(self._setup.config.engine, self._setup.mesh.device):
+                features = self._setup.model.features(images_B3HW)
+            held += sum(f.nbytes for f in features)
+            if kept is not None and held <= limit:
+                kept.append((features, labels_B))
+            else:
+                kept = None
+            self._beat()
+            yield features, labels_B
+        self._kept = kept
+
+
+def _limit(setup: StageSetup) -> int:
+    """Return the bytes that a split's features may take."""
+    return setup.config.dataset.resident_mib * 2**20
+
+
+@torch.no_grad()
+def training_features(setup: TrainingSetup, beat: Callable[[], None]) -> list[Tensor] | None:
+    """Compute what the heads see of every training image, once for the whole stage.
+
+    Args:
+        setup: of a stage that trains heads alone, with its weights loaded.
+        beat: called after every batch.
+
+    Returns:
+        [N, D] for each expert held here; None where features change from step to step, or take more than
+        dataset.resident_mib.
+    """
+    if not setup.features_are_fixed:
+        return None
+    was_training = setup.model.training
+    setup.model.eval()
+    # Every replica needs all images: which of them are its own changes from epoch to epoch.
+    whole = Replica(device=setup.replica.device, dtype=setup.replica.dtype)
+    rows: list[list[Tensor]] = []
+    held, limit = 0, _limit(setup)
+    for features, _ in FeaturePasses(setup, setup.dataset.train, beat, whole).all():
+        rows.append(features)
+        held += sum(f.nbytes for f in features)
+        if held > limit:
+            break
+    setup.model.train(was_training)
+    return None if held > limit else [torch.cat(own) for own in zip(*rows, strict=True)]
