@@ -43,6 +43,14 @@ class PriorSettings(AggregatorSettings):
                 f"aggregator.name=mean_logits"
             )
 
+    def check_sampler(self, sampler: Any) -> None:
+        """Refuse a sampler after which the experts have learnt another distribution than that of the training set."""
+        if not piece("sampler", sampler.name).keeps_distribution:
+            raise ValueError(
+                f"aggregator '{self.name}' subtracts the training distribution, but with sampler.name = {sampler.name} "
+                f"the heads have seen another one; set sampler.name=instance_balanced, or aggregator.name=mean_logits"
+            )
+
 
 class PriorCorrected(Aggregator, Tunable):
     """Mean over experts of the logits, less a strength times log pi, pi the classes' shares of the training images.

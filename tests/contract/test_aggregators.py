@@ -58,10 +58,10 @@ def test_the_aggregators_of_the_recipes_are_registered():
 
 
 @every_aggregator
-def test_an_expert_is_described_where_it_lies(name):
+def test_an_expert_is_described_where_it_lies(trial):
     """NCCL refuses tensors of the CPU, and every worker's numbers go through it."""
     expert = Expert(nn.Identity(), LinearHead(LinearHead.Config(), 4, NUM_CLASSES)).to("meta")
-    assert aggregator(name, 3).describe(expert).device.type == "meta"
+    assert aggregator(trial, 3).describe(expert).device.type == "meta"
 
 
 @every_aggregator

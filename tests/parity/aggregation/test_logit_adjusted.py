@@ -17,6 +17,10 @@ from experts.losses.grw import GeneralisedReweighting
 from experts.losses.logit_adjustment import LogitAdjustment
 from experts.methods.ldam import LDAM
 from experts.methods.tade import TADE
+from experts.samplers.capped import Capped
+from experts.samplers.class_balanced import ClassBalanced
+from experts.samplers.instance_balanced import InstanceBalanced
+from experts.samplers.oversampled import Oversampled
 
 TOY = [100, 40, 10, 4], [[2, 0.5, -1, 0], [0.1, 1.2, 0.3, -0.7], [-0.5, 0.4, 0.9, 1.5]]
 HAND = [100, 10, 1], [[2, 1, 0], [0, 1, 0.5]]
@@ -132,6 +136,14 @@ def test_the_training_distribution_is_never_subtracted_where_it_was_not_learnt(c
             message = rf"aggregator '{config.name}'.*objective.name = {objective.name} the experts learn: {aims}"
             with pytest.raises(ValueError, match=message):
                 config.check_objective(objective)
+
+
+@pytest.mark.parametrize("cls", [LogitAdjusted, UnoIC])
+def test_a_sampler_that_has_corrected_the_distribution_is_refused(cls):
+    cls.Config().check_sampler(InstanceBalanced.Config())
+    for sampler in (ClassBalanced.Config(), Oversampled.Config(), Capped.Config(cap=None)):
+        with pytest.raises(ValueError, match=rf"aggregator '{cls.Config().name}'.*sampler.name = {sampler.name}"):
+            cls.Config().check_sampler(sampler)
 
 
 def test_a_class_without_an_image_is_refused():

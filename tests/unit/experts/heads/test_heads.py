@@ -9,6 +9,7 @@ import torch
 from experts.ensemble import keyed_draws
 from experts.heads.cosine import CosineHead
 from experts.heads.linear import LinearHead
+from experts.heads.ncm import NearestClassMean
 from experts.heads.tau_normalised import TauNormalisedHead
 
 
@@ -42,6 +43,21 @@ def test_cosine_head_is_computed_in_float32_under_autocast():
     assert scores.dtype == torch.float32
     assert linear.dtype == torch.bfloat16
     assert torch.equal(scores, head(x))
+
+
+@pytest.mark.parametrize("features", ["un", "l2n", "cl2n"])
+def test_nearest_class_means_are_found_and_used_in_full_precision_under_autocast(features):
+    draws = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(9, 6, generator=draws), torch.arange(9) % 4
+    heads = []
+    for half in (False, True):
+        head = NearestClassMean(NearestClassMean.Config(features=features), 6, 4)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            head.fit(lambda: [(x, labels)], lambda total: total)
+            heads.append((head.mean_CD, head(x)))
+    assert heads[1][1].dtype == torch.float32
+    assert torch.equal(heads[0][0], heads[1][0])
+    assert torch.equal(heads[0][1], heads[1][1])
 
 
 @pytest.mark.parametrize("scale", [0, -1, float("inf"), float("nan")])
