@@ -35,6 +35,7 @@ from experts.augmentation.augment import prepare_eval
 from experts.data.config import DatasetConfig, Evaluation
 from experts.data.decode import frame
 from experts.ensemble import Ensemble, EnsembleConfig, build_ensemble
+from experts.precision import exact_float32
 from experts.registry import Settings, build, import_pieces, piece
 
 FORMAT = 2
@@ -245,7 +246,7 @@ class ServedModel:
         """
         images_BcHW = self._check(np.asarray(images))
         rows = [np.empty((0, self.description.num_classes), np.float32)]
-        with torch.inference_mode():
+        with torch.inference_mode(), exact_float32():
             for start in range(0, len(images_BcHW), batch_size):
                 raw = torch.from_numpy(images_BcHW[start : start + batch_size].copy()).to(self._device)
                 square = frame(raw, self._dataset.image_size, self._dataset.eval.resize)

@@ -27,8 +27,9 @@ class EngineConfig(Settings):
     name: Literal["deepspeed", "torch"] = "deepspeed"
     """'torch' is the control that tests compare DeepSpeed with."""
     zero_stage: Literal[1, 2] = 1
-    precision: Literal["float32", "float64", "autocast"] = "float32"
-    """'autocast' computes the network in bfloat16 and keeps weights in float32."""
+    precision: Literal["float32", "tf32", "float64", "autocast"] = "float32"
+    """'tf32' lets a GPU round the inputs of convolutions to 10 binary digits; 'float32' does not. 'autocast' computes
+    the network in bfloat16 and keeps weights in float32."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads per worker. They change results in the last bits, so the number of the first start is stored in the
     run's config.yaml. Unset: as many as a worker has whole CPUs, at least 1."""
@@ -133,7 +134,7 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _data_fits(self) -> RunConfig:
-        problems = [*name_problems(self), *data_problems(self)]
+        problems = [*name_problems(self), *data_problems(self), *precision_problems(self)]
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -180,6 +181,15 @@ def name_problems(config: RunConfig) -> Iterator[str]:
     for stage in config.method.stages:
         if not re.fullmatch(r"[\w-]+", stage):
             yield f"method.stages: {stage!r} is no name of a stage; needed letters, digits, _ and - only"
+
+
+def precision_problems(config: RunConfig) -> Iterator[str]:
+    """Yield a problem if the precision is one that the workers' devices do not have."""
+    if config.engine.precision == "tf32" and not config.cluster.gpus_per_worker:
+        yield (
+            "engine.precision = tf32: found cluster.gpus_per_worker = 0, and a CPU has no TF32; set "
+            "engine.precision=float32 or cluster.gpus_per_worker=1"
+        )
 
 
 def data_problems(config: RunConfig) -> Iterator[str]:

@@ -22,6 +22,8 @@ def run_table(config: RunConfig, data: dict[str, Any], evaluations: dict[str, di
         f"{config.method.name}, {plural(config.method.num_experts, 'expert')}, "
         f"{config.backbone.name} {config.backbone.depth}, {config.dataset.name}"
     )
+    if config.engine.precision != "float32":
+        title += f", {config.engine.precision}"
     text = final_table(evaluations, data, title=title, seed=config.seed)
     line = published(config)
     return f"{text}\n{line}" if line else text

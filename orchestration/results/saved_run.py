@@ -25,7 +25,7 @@ from orchestration.config.compose import check, from_yaml, parse
 from orchestration.config.paths import expand
 from orchestration.config.run_config import RunConfig
 from orchestration.storage.files import CONFIG, DATA, RUN, read_json, write_atomic
-from orchestration.training.engine import casting
+from orchestration.training.engine import casting, use_precision
 
 MAY_DIFFER = (
     "dataset.root",
@@ -111,6 +111,7 @@ def open_run(run: str, which: str, split: str, overrides: list[str]) -> SavedRun
     device = torch.device("cuda" if config.cluster.gpus_per_worker and torch.cuda.is_available() else "cpu")
     dtype = torch.float64 if config.engine.precision == "float64" else torch.float32
     model.ensemble.to(device, dtype).eval()
+    use_precision(config.engine)
     return SavedRun(folder, config, data, which, model, split, store, dataset, device, dtype)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from experts.ensemble import Ensemble, part_of
 from experts.flow import Network, Result
+from experts.precision import allow_tf32
 from orchestration.config.recipe import OptimizerConfig
 from orchestration.config.run_config import EngineConfig
 from orchestration.training.mesh import Mesh
@@ -60,6 +61,11 @@ def casting(config: EngineConfig, device: torch.device) -> AbstractContextManage
     if config.precision == "autocast":
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()
+
+
+def use_precision(config: EngineConfig) -> None:
+    """Set what this process computes float32 convolutions in: a GPU's TF32 only if engine.precision = tf32."""
+    allow_tf32(config.precision == "tf32")
 
 
 class TorchEngine:

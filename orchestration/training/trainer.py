@@ -36,6 +36,7 @@ from experts.data.dataset import Dataset
 from orchestration.config.run_config import RunConfig
 from orchestration.storage.checkpoint import FileEntry
 from orchestration.training import evaluation, fitting, stage_files
+from orchestration.training.engine import use_precision
 from orchestration.training.features import training_features
 from orchestration.training.mesh import Mesh
 from orchestration.training.stage_setup import StageSetup, TrainingSetup
@@ -106,6 +107,7 @@ class StageTrainer:
             TrainingDiverged: names stage, epoch, step and what is not finite; see `TrainingStep`.
         """
         assert self.training is not None, "a stage without steps"
+        use_precision(self.setup.config.engine)
         steps_per_epoch = self.setup.steps_per_epoch
         now = self.training.progress(self.done)
         last = now.step + until - self.done
@@ -154,6 +156,7 @@ class StageTrainer:
     def prepare(self) -> None:
         """Let the objective look at the data before the first step of a stage; see `prepare_objective`."""
         assert self.training is not None
+        use_precision(self.setup.config.engine)
         evaluation.prepare_objective(self.training, self._alive)
 
     def observe(self, per_class: list[float | None]) -> None:
@@ -163,6 +166,7 @@ class StageTrainer:
 
     def fit(self) -> fitting.Fitted:
         """Fit heads and choose open numbers, all that a stage without steps does. See `fitting.fit`."""
+        use_precision(self.setup.config.engine)
         self.fitted = fitting.fit(self.setup, self._alive)
         return self.fitted
 
@@ -170,6 +174,7 @@ class StageTrainer:
 
     def evaluate(self, split: str) -> evaluation.States | None:
         """Score a split; see `evaluation.evaluate`."""
+        use_precision(self.setup.config.engine)
         return evaluation.evaluate(self.setup, split, self._alive)
 
     # Checkpoints

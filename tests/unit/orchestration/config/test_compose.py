@@ -195,6 +195,14 @@ def test_what_decides_the_numbers_is_told_apart(word, line):
     assert config_hash(config) != config_hash(other)
 
 
+def test_tf32_is_for_gpus_and_another_run_than_float32():
+    on_gpu = "cluster.gpus_per_worker=1"
+    found = difference(identity(load_config([on_gpu])), identity(load_config([on_gpu, "engine.precision=tf32"])))
+    assert found == ["engine.precision: float32 -> tf32"]
+    with pytest.raises(ValueError, match=r"a CPU has no TF32; set engine\.precision=float32 or cluster\.gpus_per"):
+        load_config(["engine.precision=tf32"])
+
+
 def test_a_difference_names_keys_that_only_one_has():
     assert difference({"a": 1, "b": None}, {"b": 2, "c": 3}) == ["a: 1 -> (unset)", "b: None -> 2", "c: (unset) -> 3"]
 
