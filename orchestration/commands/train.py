@@ -24,7 +24,7 @@ from orchestration.runs.driver import train
 from orchestration.runs.stopping import Outcome, Stopped
 from orchestration.storage.checkpoint import Checkpoints
 from orchestration.storage.exports import export_finals
-from orchestration.storage.files import CONFIG, evaluations, write_atomic
+from orchestration.storage.files import CONFIG, evaluations, final_evaluations, write_atomic
 from orchestration.storage.location import open_run_folder
 from orchestration.storage.run_folder import RunFolder
 from orchestration.tracking.target import tracking_uri
@@ -153,4 +153,4 @@ def _report(config: RunConfig, folder: RunFolder, outcome: Outcome) -> None:
 
 
 def _stored_table(config: RunConfig, folder: RunFolder) -> str:
-    return run_table(config, folder.read_data(), evaluations(folder.path))
+    return run_table(config, folder.read_data(), evaluations(folder.path), final_evaluations(folder.path))

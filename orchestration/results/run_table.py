@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from orchestration.config.identity import published
 from orchestration.config.run_config import RunConfig
-from orchestration.results.tables import final_table
+from orchestration.results.finals_table import Evaluations, report_table
 from orchestration.results.text import plural
 
 
-def run_table(config: RunConfig, data: dict[str, Any], evaluations: dict[str, dict[str, Any]]) -> str:
+def run_table(
+    config: RunConfig,
+    data: dict[str, Any],
+    evaluations: Evaluations,
+    finals: Mapping[str, Evaluations] | None = None,
+) -> str:
     """Return the final table of a run, and below it the result that was published for its recipe, if any.
 
     Args:
         config: the run's.
         data: as in `data.json`.
         evaluations: "last" and "best", as in `evaluation/*.json`; either may be missing.
+        finals: the evaluations of every final stage, where the recipe has several.
     """
     title = (
         f"{config.method.name}, {plural(config.method.num_experts, 'expert')}, "
@@ -24,6 +31,6 @@ def run_table(config: RunConfig, data: dict[str, Any], evaluations: dict[str, di
     )
     if config.engine.precision != "float32":
         title += f", {config.engine.precision}"
-    text = final_table(evaluations, data, title=title, seed=config.seed)
+    text = report_table(evaluations, finals or {}, data, title=title, seed=config.seed)
     line = published(config)
     return f"{text}\n{line}" if line else text

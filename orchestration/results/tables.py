@@ -38,27 +38,28 @@ def final_table(
     Returns:
         Lines of text, the last one without a newline.
     """
-    shown = {which: evaluations[which] for which in ("last", "best") if evaluations.get(which)}
+    return "\n".join([*head_lines(data, title=title, seed=seed), *detail_lines(evaluations, data)])
+
+
+def head_lines(data: Mapping[str, Any], *, title: str = "", seed: int | None = None) -> list[str]:
+    """Return the lines that say what was trained on what; arguments as for `final_table`."""
     lines = [part for part in (title, _classes_line(data)) if part]
-    if seed is not None:
-        lines.append(f"seed {seed}, one run: no spread")
-    lines += [f"{which}: {_origin(evaluation)}" for which, evaluation in shown.items()]
+    return [*lines, f"seed {seed}, one run: no spread"] if seed is not None else lines
+
+
+def detail_lines(evaluations: Mapping[str, Mapping[str, Any]], data: Mapping[str, Any]) -> list[str]:
+    """Return the lines of `final_table` that come from the evaluations."""
+    shown = {which: evaluations[which] for which in ("last", "best") if evaluations.get(which)}
+    lines = [f"{which}: {_origin(evaluation)}" for which, evaluation in shown.items()]
     if note := selection_note(shown.get("best")):
         lines.append(note)
     if not shown:
-        return "\n".join([*lines, "no evaluation yet"])
-    groups = data.get("groups") or {}
+        return [*lines, "no evaluation yet"]
 
-    lines += ["", "Top-1 accuracy in %, classes grouped by number of training images"]
-    by_count = _headings(groups.get("by_count"), _COUNT_RULE)
-    lines += _block(shown, _accuracy_rows(shown), by_count)
-
-    # Evaluations hold these keys for every data set; they are None where it has no cuts by index.
-    by_index = [f"{group}_by_index" for group in GROUPS]
-    if any(_top1(shown[w], member, key) is not None for w in shown for member in members(shown) for key in by_index):
-        lines += ["", "Top-1 accuracy in %, classes grouped by index, sorted by falling training count"]
-        headings = _headings(groups.get("by_index"), _index_rule(groups.get("by_index")), "_by_index")
-        lines += _block(shown, _accuracy_rows(shown), {key: headings[key] for key in by_index})
+    by_count, *others = groupings(data, list(shown.values()))
+    for rule, headings in (by_count, *others):
+        lines += ["", f"Top-1 accuracy in %, classes grouped by {rule}"]
+        lines += _block(shown, _accuracy_rows(shown), headings)
 
     lines += ["", "Calibration: negative log-likelihood in nats, expected calibration error in % (15 bins)"]
     rows = []
@@ -69,12 +70,36 @@ def final_table(
 
     if rows_per_image := _per_image_rows(shown):
         lines += ["", "Per image, classes grouped by number of training images"]
-        lines += _block(shown, rows_per_image, by_count)
+        lines += _block(shown, rows_per_image, by_count.headings)
     if rows_diversity := _diversity_rows(shown):
         lines += ["", "How different the experts are, classes grouped by number of training images"]
-        lines += _block(shown, rows_diversity, by_count)
+        lines += _block(shown, rows_diversity, by_count.headings)
         lines.append("bias: the experts' majority vote is wrong; variance: an expert differs from the majority vote")
-    return "\n".join(line.rstrip() for line in lines)
+    return lines
+
+
+class Grouping(NamedTuple):
+    """One of the published rules that group classes: in words, and a heading for each key of an evaluation."""
+
+    rule: str
+    headings: dict[str, str]
+
+
+def groupings(data: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]) -> list[Grouping]:
+    """Return the rules that group the classes of these evaluations; by number of training images comes first.
+
+    Args:
+        data: as in `data.json`.
+        evaluations: as in `evaluation/*.json`.
+    """
+    groups = data.get("groups") or {}
+    found = [Grouping("number of training images", _headings(groups.get("by_count"), _COUNT_RULE))]
+    # Evaluations hold the keys by index for every data set; they are None where it has no cuts by index.
+    by_index = [f"{group}_by_index" for group in GROUPS]
+    if any(top1(e, key, member) is not None for e in evaluations for member in members({"": e}) for key in by_index):
+        headings = _headings(groups.get("by_index"), _index_rule(groups.get("by_index")), "_by_index")
+        found.append(Grouping("index, sorted by falling training count", {key: headings[key] for key in by_index}))
+    return found
 
 
 def selection_note(best: Mapping[str, Any] | None) -> str:
@@ -189,10 +214,10 @@ def _block(shown: Mapping[str, Mapping[str, Any]], rows: Sequence[_Row], heading
 
 
 def _accuracy_rows(shown: Mapping[str, Mapping[str, Any]]) -> list[_Row]:
-    def top1(member: str) -> Callable[[Mapping[str, Any]], Mapping[str, float | None]]:
+    def by_group(member: str) -> Callable[[Mapping[str, Any]], Mapping[str, float | None]]:
         return lambda evaluation: _member(evaluation, member).get("top1") or {}
 
-    return [_Row(member, 100.0, 2, top1(member)) for member in members(shown)]
+    return [_Row(member, 100.0, 2, by_group(member)) for member in members(shown)]
 
 
 def _per_image_rows(shown: Mapping[str, Mapping[str, Any]]) -> list[_Row]:
@@ -251,5 +276,6 @@ def _member(evaluation: Mapping[str, Any], member: str) -> Mapping[str, Any]:
     return evaluation.get("members", {}).get(member) or {}
 
 
-def _top1(evaluation: Mapping[str, Any], member: str, key: str) -> float | None:
+def top1(evaluation: Mapping[str, Any], key: str, member: str = "ensemble") -> float | None:
+    """Return a member's accuracy in one group of classes; None where it is missing or the group is empty."""
     return (_member(evaluation, member).get("top1") or {}).get(key)

@@ -65,7 +65,18 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     return (yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
 
 
-def evaluations(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """Read the evaluations of "last" and "best" that exist."""
-    found = {which: read_json(run_dir / "evaluation" / f"{which}.json") for which in ("last", "best")}
+def evaluations(run_dir: Path, stage: str = "") -> dict[str, dict[str, Any]]:
+    """Read the evaluations of "last" and "best" that exist: of the run, or of one of several final stages."""
+    found = {which: read_json(run_dir / "evaluation" / stage / f"{which}.json") for which in ("last", "best")}
     return {which: evaluation for which, evaluation in found.items() if evaluation}
+
+
+def final_evaluations(run_dir: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Read the evaluations of every final stage that has any, in the order of the recipe.
+
+    The result is empty where the recipe has one final stage: its evaluations are the run's.
+    """
+    stages = (read_config(run_dir).get("method") or {}).get("stages") or {}
+    # A stage that knows only some classes has a folder of evaluations too, but is no result of the run.
+    whole = [stage for stage, settings in stages.items() if (settings or {}).get("classes") is None]
+    return {stage: found for stage in whole if (found := evaluations(run_dir, stage))}
