@@ -73,6 +73,8 @@ class Description(Settings):
     reduce_dimension: bool
     shared_head: bool
     router: dict[str, Any] | None
+    calibration: dict[str, Any] | None = None
+    """Models of earlier versions have none."""
     num_classes: int
     class_names: tuple[str, ...]
     counts: tuple[int, ...]
@@ -161,6 +163,7 @@ def _describe(config: EnsembleConfig, aggregator: Settings, data: TrainingData, 
         reduce_dimension=config.reduce_dimension,
         shared_head=config.shared_head,
         router=None if config.router is None else config.router.model_dump(mode="json"),
+        calibration=None if config.calibration is None else config.calibration.model_dump(mode="json"),
         num_classes=len(data.class_names),
         class_names=tuple(data.class_names),
         counts=tuple(data.counts),
@@ -201,6 +204,7 @@ def load_model(folder: str | os.PathLike[str], device: torch.device | str = "cpu
         reduce_dimension=description.reduce_dimension,
         shared_head=description.shared_head,
         router=None if description.router is None else _config("router", description.router),
+        calibration=None if description.calibration is None else _config("calibration", description.calibration),
     )
     ensemble = build_ensemble(config, seed=0)  # the weights are read from the file
     _check_tensors(path, tensors, ensemble.state_dict())

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experts.calibrations.calibration import put_on
 from experts.registry import build
 
 RESERVED = ("ensemble", "all experts", "trunk", "shared", "objective")
@@ -135,6 +136,7 @@ class EnsembleConfig:
         num_classes: C, at least 2.
         expert_names: all experts of the ensemble, in the order of the logits.
         reduce_dimension: thinner late stages, as RIDE has them.
+        calibration: config of a registered "calibration" on every head; None for none.
         shared_head: one head for all experts, in `Ensemble.shared`.
         router: config of a registered "router"; None for none.
     """
@@ -147,6 +149,7 @@ class EnsembleConfig:
     reduce_dimension: bool
     shared_head: bool = False
     router: Any = None
+    calibration: Any = None
 
 
 def build_ensemble(config: EnsembleConfig, *, seed: int, only: Sequence[str] | None = None) -> Ensemble:
@@ -208,6 +211,8 @@ class _Builder:
             head = nn.Identity() if self.config.shared_head else self.head(position)
             expert = Expert(features, head, position=position)
             self.backbone.initialise(expert)
+        if not self.config.shared_head:
+            self.calibrate(head, name)
         last = position == len(self.config.expert_names) - 1  # after it there is no expert to ask
         if self.router is not None and not last:
             # A key of its own: a router stage starts from experts that were built without a router.
@@ -221,10 +226,17 @@ class _Builder:
             with keyed_draws(self.seed, "shared/head"):
                 shared["head"] = self.head(0)
                 self.backbone.initialise(shared["head"])
+            self.calibrate(shared["head"], "shared")
         if self.router is not None:
             with keyed_draws(self.seed, "shared/router"):
                 shared["router"] = self.router.final(self.config.num_classes)
         return shared
+
+    def calibrate(self, head: nn.Module, name: str) -> None:
+        """Put a calibration on a head, if there is one. Its draws have a key of their own: a head is older than it."""
+        if self.config.calibration is not None:
+            with keyed_draws(self.seed, f"calibration/{name}"):
+                put_on(head, build("calibration", self.config.calibration, self.num_features, self.config.num_classes))
 
     def head(self, position: int) -> nn.Module:
         return build("head", self.config.head, self.num_features, self.config.num_classes, position)

@@ -23,8 +23,8 @@ from experts.registry import Settings, piece, registered_name, registered_names
 
 Result = Any
 PARTS = ("trunk", "features", "heads", "calibration", "gates")
-"""Parts that can learn: the shared trunk, the experts' late stages, all heads (the shared one too), what heads have on
-top of their class weights, a router."""
+"""Parts that can learn: the shared trunk, the experts' late stages, all heads (the shared one too), calibrations on top
+of heads, a router."""
 
 
 class Network(Protocol):

@@ -22,9 +22,7 @@ Total = Callable[[Tensor], Tensor]
 class Head(nn.Module):
     """Features [B, D] to scores [B, C]; built with its config, D, C and the expert's place among all, from 0.
 
-    The config has `scale`, the factor of the scores: a field, or 1 as a constant of the class. Class weights are
-    parameters of the head itself. Whatever it learns on top of them lies in a submodule `calibration`, a part with its
-    own `freeze` and `lr_factors`.
+    The config has `scale`, the factor of the scores: a field, or 1 as a constant of the class.
     """
 
     Config: ClassVar[Any]
@@ -34,8 +32,6 @@ class Head(nn.Module):
     """Names of other heads whose tensors it takes over as they are, under the same names."""
     own_per_expert: ClassVar[bool] = False
     """Whether it must be each expert's own, and cannot be one head that all experts share."""
-    calibrates: ClassVar[bool] = False
-    """Whether it has a submodule `calibration`, the numbers on top of its class weights that can learn alone."""
     fits: ClassVar[bool] = False
     """Whether `fit` must see all training images before the scores mean anything."""
 

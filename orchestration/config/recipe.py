@@ -131,6 +131,8 @@ class StageConfig(Settings):
     head: Annotated[Any, PieceOf("head", optional=True)] = None
     """The experts' head from this stage on. Unset: that of the stage whose weights this one begins with, or the
     method's."""
+    calibration: Annotated[Any, PieceOf("calibration", optional=True)] = None
+    """What changes the heads' scores from this stage on. Unset: as in the stage whose weights this one begins with."""
     reinit: tuple[Part, ...] = ()
     """Parts that begin with new weights, whatever the weights of `start_from` hold."""
     freeze: tuple[Part, ...] = ()
@@ -177,6 +179,8 @@ class Recipe(Settings):
     """Thinner late stages as in RIDE: 24 and 48 channels instead of 32 and 64."""
     head: Annotated[Any, PieceOf("head")]
     aggregator: Annotated[Any, PieceOf("aggregator")]
+    calibration: Annotated[Any, PieceOf("calibration", optional=True)] = None
+    """What changes the heads' scores, where the recipe goes on from a saved run that has it."""
     experts: tuple[str, ...] | None = None
     """Names of the experts, in the order of the logits. Unset: expert0, expert1, ..."""
     shared_head: bool = False
@@ -203,21 +207,28 @@ class Recipe(Settings):
 
     def head_in(self, stage: str) -> Any:
         """Return the config of the experts' head in a stage."""
-        own, source = self.stages[stage].head, self.starts_from(stage)
-        if own is not None:
-            return own
-        # Stages refer to earlier ones only, so this ends. A wrong reference is found by the checks.
+        before = self.stage_before(stage)
+        return self.stages[stage].head or (self.head if before is None else self.head_in(before))
+
+    def calibration_in(self, stage: str) -> Any:
+        """Return the config of what calibrates the heads' scores in a stage; None for nothing."""
+        before = self.stage_before(stage)
+        return self.stages[stage].calibration or (self.calibration if before is None else self.calibration_in(before))
+
+    def stage_before(self, stage: str) -> str | None:
+        """Return the stage of this run whose weights a stage begins with; None if it begins with others."""
+        # Earlier ones only, so that whoever follows them comes to an end. The checks refuse any other reference.
         earlier = list(self.stages)[: list(self.stages).index(stage)]
-        return self.head_in(source.stage) if source is not None and source.stage in earlier else self.head
+        source = self.starts_from(stage)
+        return source.stage if source is not None and source.stage in earlier else None
 
     def heads_trained_in(self, stage: str) -> str | None:
         """Return the stage whose steps a stage's heads come from: itself, or one before; None for a saved run's."""
         config = self.stages[stage]
         if config.epochs and "heads" not in config.freeze:
             return stage
-        source = self.starts_from(stage)
-        earlier = list(self.stages)[: list(self.stages).index(stage)]
-        return self.heads_trained_in(source.stage) if source is not None and source.stage in earlier else None
+        before = self.stage_before(stage)
+        return None if before is None else self.heads_trained_in(before)
 
     @property
     def final(self) -> str:

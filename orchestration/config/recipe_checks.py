@@ -22,7 +22,7 @@ def recipe_problems(method: Recipe) -> Iterator[str]:
     earlier: list[str] = []  # a stage may refer to these alone, so nothing can wait in a circle
     for name, stage in method.stages.items():
         found = [*_stage_problems(name, stage, method, earlier), *_learning_problems(name, stage, method)]
-        yield from (f"stages.{name}.{problem}" for problem in [*found, *_head_problems(name, stage, method, earlier)])
+        yield from (f"stages.{name}.{problem}" for problem in [*found, *_head_problems(name, stage, method)])
         yield from _rule_problems(name, method, earlier)
         earlier.append(name)
     if method.router is not None and not _has_trained_router(method, list(method.stages)):
@@ -119,14 +119,14 @@ def _stage_problems(name: str, stage: StageConfig, method: Recipe, earlier: list
                 yield f"{key} = {other}: needed an earlier stage of the recipe: {', '.join(earlier) or 'there is none'}"
 
 
-def _head_problems(name: str, stage: StageConfig, method: Recipe, earlier: list[str]) -> Iterator[str]:
+def _head_problems(name: str, stage: StageConfig, method: Recipe) -> Iterator[str]:
     """Yield why the stage's head cannot begin with the weights that it gets, or would never have any worth."""
     config = method.head_in(name)
     head = piece("head", config.name)
     head_is = f"head '{config.name}'"
-    source = method.starts_from(name)
-    if source is not None and source.stage in earlier and "heads" not in stage.reinit:
-        yield from (f"head: {problem}" for problem in head_problem(config.name, method.head_in(source.stage).name))
+    source, before = method.starts_from(name), method.stage_before(name)
+    if before is not None and "heads" not in stage.reinit:
+        yield from (f"head: {problem}" for problem in head_problem(config.name, method.head_in(before).name))
     if "heads" in stage.reinit and not head.fits and ("heads" in stage.freeze or not stage.epochs):
         why = "epochs = 0" if not stage.epochs else "freeze has heads"
         yield f"reinit = {list(stage.reinit)}: {head_is} would stay at random weights, since {why}; change either"
@@ -207,8 +207,7 @@ def _learning_problems(name: str, stage: StageConfig, method: Recipe) -> Iterato
 
 def parts_of(method: Recipe, stage: str) -> frozenset[str]:
     """Return the parts, of PARTS, that a stage's ensemble has."""
-    calibrates = piece("head", method.head_in(stage).name).calibrates
-    found = {"trunk", "features", "heads"} | ({"calibration"} if calibrates else set())
+    found = {"trunk", "features", "heads"} | ({"calibration"} if method.calibration_in(stage) else set())
     return frozenset(found | (set() if method.router is None else {"gates"}))
 
 

@@ -158,6 +158,7 @@ class RunConfig(Settings):
             reduce_dimension=self.method.reduce_dimension,
             shared_head=self.method.shared_head,
             router=self.method.router,
+            calibration=self.method.calibration_in(stage),
         )
 
     @property

@@ -20,7 +20,18 @@ from orchestration.config.compose import available
 registry.import_pieces(experts, aggregation)
 
 ROOT = Path(__file__).parents[2]
-KINDS = ("aggregator", "distillation", "flow", "head", "lr_schedule", "model", "objective", "router", "sampler")
+KINDS = (
+    "aggregator",
+    "calibration",
+    "distillation",
+    "flow",
+    "head",
+    "lr_schedule",
+    "model",
+    "objective",
+    "router",
+    "sampler",
+)
 # Functions whose first argument is a kind of piece: one kind, "router", is a name of pieces too.
 TAKES_A_KIND = {"PieceOf", "build", "cases_of", "choice", "piece", "registered_names", "_one_of"}
 

@@ -15,9 +15,8 @@ from torch import nn
 import aggregation
 import experts
 from experts import registry
-from experts.backbones.resnet_cifar import ResNetCifar
 from experts.cases import cases_of
-from experts.ensemble import EnsembleConfig, build_ensemble, keyed_draws
+from experts.ensemble import keyed_draws
 from experts.registry import build, piece
 
 registry.import_pieces(experts, aggregation)
@@ -97,7 +96,7 @@ def ready(config, dtype=torch.float32):
 
 
 def test_the_heads_of_the_recipes_are_registered():
-    assert {"linear", "cosine", "tau_normalised", "ncm", "scaled", "disalign", "bilateral"} <= set(HEADS)
+    assert {"linear", "cosine", "tau_normalised", "ncm", "bilateral"} <= set(HEADS)
 
 
 @every_head
@@ -168,8 +167,7 @@ def test_state_makes_the_round_trip_and_inputs_are_unchanged(config):
 
 
 @every_head
-def test_every_parameter_gets_a_gradient_and_whatever_calibrates_is_told_by_its_name(config):
-    """A part `calibration` may be frozen or given a learning rate apart from the class weights."""
+def test_every_parameter_gets_a_gradient(config):
     one = ready(config).train()
     if not list(one.parameters()):
         return
@@ -178,43 +176,21 @@ def test_every_parameter_gets_a_gradient_and_whatever_calibrates_is_told_by_its_
         assert p.grad is not None, name
         assert torch.isfinite(p.grad).all(), name
         assert p.grad.abs().max() > 0, name
-    calibrating = {name for name, _ in one.named_parameters() if name.startswith("calibration.")}
-    assert bool(calibrating) == hasattr(one, "calibration") == one.calibrates
 
 
 @pytest.mark.parametrize(("name", "other"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
 def test_a_head_takes_over_the_tensors_of_those_it_continues(name, other):
-    """Every tensor of theirs has its place; what is left begins as it is built, and only in `calibration`."""
-    theirs, fresh = stir(head(cases_of("head", other)[0].config)), head(cases_of("head", name)[0].config)
+    """Every tensor of theirs has its place, and none is left."""
+    theirs = stir(head(cases_of("head", other)[0].config))
     one = head(cases_of("head", name)[0].config)
-    left = one.load_state_dict(theirs.state_dict(), strict=False)
-    assert not left.unexpected_keys
-    assert all(key.startswith("calibration.") for key in left.missing_keys)
+    one.load_state_dict(theirs.state_dict())
     for key, tensor in one.state_dict().items():
-        expected = fresh.state_dict()[key] if key in left.missing_keys else theirs.state_dict()[key]
-        assert torch.equal(tensor, expected), key
+        assert torch.equal(tensor, theirs.state_dict()[key]), key
 
 
 def test_heads_continue_registered_heads_and_never_themselves():
     assert {name for _, name in PAIRS} <= set(HEADS)
     assert all(name != other for name, other in PAIRS)
-
-
-@every_head
-def test_a_backbone_that_draws_weights_anew_leaves_calibration_as_built(config):
-    """CIFAR's ResNet draws all linear layers of an expert from a Kaiming normal."""
-    ensemble = build_ensemble(
-        EnsembleConfig(
-            ResNetCifar.Config(depth=8), config, num_classes=C, expert_names=["one"], reduce_dimension=False
-        ),
-        seed=3,
-    )
-    built = ensemble.members()[0].head
-    with keyed_draws(3, "other"):
-        alone = build("head", config, 64, C, 0)
-    for name, tensor in built.state_dict().items():
-        if name.startswith("calibration.") and tensor.std(unbiased=False) == 0 and len(tensor) > 1:
-            assert torch.equal(tensor, alone.state_dict()[name]), name
 
 
 # Heads that fit
