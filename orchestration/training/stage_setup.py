@@ -69,7 +69,7 @@ class StageSetup:
         method = self.config.method
         model = build_ensemble(
             self.config.ensemble(self.stage_name, self.dataset.num_classes),
-            seed=self.config.seed,
+            seed=self._seed_of_weights(),
             only=[self.expert_names[i] for i in self.mesh.own_experts],
         )
         if method.backbone_weights is not None and method.starts_from(self.stage_name) is None:
@@ -78,6 +78,13 @@ class StageSetup:
         if self.config.engine.sync_batchnorm:
             self.mesh.synchronise_batchnorm(model)
         return model.train()
+
+    def _seed_of_weights(self) -> int:
+        """Return the seed of new weights: the run's, but another for parts that begin anew on features of a source.
+
+        The source's features grew from the weights that its head began with; the same ones again would not be new.
+        """
+        return key(self.config.seed, self.stage_name, "reinit") if self.stage.reinit else self.config.seed
 
     @property
     def steps_per_epoch(self) -> int:
