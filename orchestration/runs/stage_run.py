@@ -86,7 +86,8 @@ class StageRun:
 
         # Chosen before the workers build, which takes long: a run without a whole checkpoint ends here.
         newest = self.checkpoints.newest_verified(self.stage, self.console.message)
-        self.journal.rewind({self.stage: newest.state["step"] if newest else 0}, self.checkpoints.stages)
+        # Without a checkpoint every line goes: a stage without steps writes its lines at step 0.
+        self.journal.rewind({self.stage: newest.state["step"] if newest else -1}, self.checkpoints.stages)
 
         teachers = {name: self._send(run.model(source)) for name, source in settings.teachers.items()}
         self.built = self.fleet.build(self.stage, teachers)
