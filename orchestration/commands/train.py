@@ -93,9 +93,8 @@ def _train(admitted: Admission, folder: RunFolder, marks: dict[str, float]) -> i
     print(_stored_table(config, folder), flush=True)
     if not outcome.finished:
         print(
-            f"expertail: run.max_steps = {config.run.max_steps} ended this start before the end of training (stage "
-            f"{outcome.stage}: {outcome.total_steps} steps in all); the same command with a larger limit, or none, "
-            "goes on",
+            f"expertail: run.max_steps = {config.run.max_steps} ended this start before the end of training (still to "
+            f"do: stage {', '.join(outcome.cut)}); the same command with a larger limit, or none, goes on",
             file=sys.stderr,
         )
     uploader.end("FINISHED", wait_s=config.tracking.final_wait_s)

@@ -82,15 +82,21 @@ class Driver:
         """Train every stage from its newest checkpoint, or its beginning, to its end. Return how the last one ended."""
         self.run.checkpoints.clean()  # what a killed start left; no worker of this one writes yet
         limit, before = self.run.config.run.max_steps, 0
+        ended: dict[str, Outcome] = {}
         with self.run.journal:
             for wave in self.run.config.method.waves():
                 outcomes = self._train_wave(wave, before)
+                ended |= {outcome.stage: outcome for outcome in outcomes}
                 before += sum(outcome.total_steps for outcome in outcomes)
                 if not all(o.finished for o in outcomes) or (limit is not None and before >= limit):
                     break
         self.run.checkpoints.clean()  # a worker that died while it wrote left a folder half-written
-        last = outcomes[-1]
-        last.finished = last.finished and last.stage == self.run.checkpoints.stages[-1]
+
+        # Of stages side by side, the limit may cut some and let others end, the last one too.
+        stages = self.run.checkpoints.stages
+        last = ended.get(stages[-1], outcomes[-1])
+        last.cut = tuple(stage for stage in stages if stage not in ended or not ended[stage].finished)
+        last.finished = not last.cut
         return last
 
     def _train_wave(self, stages: list[str], before: int) -> list[Outcome]:

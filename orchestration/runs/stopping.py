@@ -65,9 +65,11 @@ class Outcome:
         finished: whether it is trained to its end; False when run.max_steps ended it.
         total_steps: of the whole stage.
         checkpoint: its newest.
+        cut: the stages that run.max_steps ended before their end or did not let begin, in the outcome of a run.
     """
 
     stage: str
     finished: bool
     total_steps: int
     checkpoint: Path
+    cut: tuple[str, ...] = ()
