@@ -15,6 +15,7 @@ from typing import Any
 from aggregation.serving import DESCRIPTION, TrainingData, export_model, preprocessing_problem, read_description
 from orchestration.config.paths import expand
 from orchestration.config.recipe import ModelSource, stage_classes
+from orchestration.config.recipe_checks import head_problem
 from orchestration.config.run_config import RunConfig
 from orchestration.storage.checkpoint import Checkpoints, inspect, read_tensors, verify
 from orchestration.storage.files import RUN
@@ -30,8 +31,8 @@ def check_sources(config: RunConfig) -> None:
             fit.
     """
     problems = []
-    for key, source in _named(config):
-        if source.run is not None and (problem := _problem(Path(expand(source.run)), source.weights, config)):
+    for key, source, stage in _named(config):
+        if source.run is not None and (problem := _problem(Path(expand(source.run)), source.weights, config, stage)):
             problems.append(f"{key}.run = {source.run}: {problem}")
     if config.method.backbone_weights is not None:
         try:
@@ -42,15 +43,16 @@ def check_sources(config: RunConfig) -> None:
         raise ValueError("\n".join(problems))
 
 
-def _named(config: RunConfig) -> Iterator[tuple[str, ModelSource]]:
+def _named(config: RunConfig) -> Iterator[tuple[str, ModelSource, str | None]]:
+    """Yield every source with its key, and the stage that begins with its weights; None for a teacher."""
     for name, stage in config.method.stages.items():
         if stage.start_from is not None:
-            yield f"method.stages.{name}.start_from", stage.start_from
+            yield f"method.stages.{name}.start_from", stage.start_from, name
         for teacher, source in stage.teachers.items():
-            yield f"method.stages.{name}.teachers.{teacher}", source
+            yield f"method.stages.{name}.teachers.{teacher}", source, None
 
 
-def _problem(folder: Path, weights: str, config: RunConfig) -> str | None:
+def _problem(folder: Path, weights: str, config: RunConfig, stage: str | None) -> str | None:
     if not (folder / "config.yaml").is_file():
         return "there is no run; needed the folder of a finished run, as runs/<run.name>"
     try:
@@ -63,11 +65,14 @@ def _problem(folder: Path, weights: str, config: RunConfig) -> str | None:
     if not model.is_file():
         return f"it has no export/{weights}; needed its exported model; restore the folder"
     try:
-        preprocessing = read_description(model).preprocessing
+        found = read_description(model)
     except ValueError as error:
         return str(error)
-    problem = preprocessing_problem(preprocessing, config.dataset)
-    return None if problem is None else f"its model {problem}"
+    if problem := preprocessing_problem(found.preprocessing, config.dataset):
+        return f"its model {problem}"
+    if stage is not None and "heads" not in config.method.stages[stage].reinit:
+        return next(head_problem(config.method.head_in(stage).name, str(found.head.get("name"))), None)
+    return None
 
 
 def model_folder(config: RunConfig, folder: RunFolder, checkpoints: Checkpoints, source: ModelSource) -> Path:
