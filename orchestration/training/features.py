@@ -33,29 +33,40 @@ class FeaturePasses:
         size = setup.config.run.evaluation_batch_size
         self._batches = EvalBatches(store, setup.dataset.config, size, replica or setup.replica)
         self._kept: list[tuple[list[Tensor], Tensor]] | None = None
+        self._too_many = False  # whether a pass has found more than it may keep
 
     def of(self, place: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield features [B, D] of one expert held here, and labels [B]."""
-        return ((features[place], labels_B) for features, labels_B in self.all())
+        if not self._too_many:
+            yield from ((features[place], labels_B) for features, labels_B in self.all())
+            return
+        model = self._setup.model  # the other experts' features would be thrown away
+        for images_B3HW, labels_B in self._batches:
+            with casting(self._setup.config.engine, self._setup.mesh.device):
+                features_BD = model.members()[place].features(model.trunk(images_B3HW))
+            self._beat()
+            yield features_BD, labels_B
 
     def all(self) -> Iterator[tuple[list[Tensor], Tensor]]:
         """Yield features, one [B, D] for each expert held here, and labels [B]."""
         if self._kept is not None:
             yield from self._kept
             return
-        kept: list[tuple[list[Tensor], Tensor]] | None = []
+        kept: list[tuple[list[Tensor], Tensor]] = []
         held, limit = 0, _limit(self._setup)
         for images_B3HW, labels_B in self._batches:
             with casting(self._setup.config.engine, self._setup.mesh.device):
                 features = self._setup.model.features(images_B3HW)
             held += sum(f.nbytes for f in features)
-            if kept is not None and held <= limit:
+            if held > limit:
+                self._too_many = True
+                kept.clear()
+            if not self._too_many:
                 kept.append((features, labels_B))
-            else:
-                kept = None
             self._beat()
             yield features, labels_B
-        self._kept = kept
+        if not self._too_many:
+            self._kept = kept
 
 
 def _limit(setup: StageSetup) -> int:
