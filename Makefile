@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup
-	$(BIN)/expertail train method=ride dataset=digits_lt schedule=ride_digits_lt_demo run.name=demo
+	$(BIN)/expertail train method=ride dataset=digits_lt pace=demo run.name=demo
 	@echo
 	@echo "report:  runs/demo/report/      this table and pictures"
 	@echo "MLflow:  $(BIN)/mlflow server --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1 --port 5000"

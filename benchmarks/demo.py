@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-WORDS = ["method=ride", "dataset=digits_lt", "schedule=ride_digits_lt_demo"]
+WORDS = ["method=ride", "dataset=digits_lt", "pace=demo"]
 GROUPS = ("all", "many", "medium", "few")
 OUT = Path(__file__).parent / "results" / "demo.json"
 

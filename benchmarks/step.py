@@ -146,7 +146,7 @@ class BareLoop:
         from experts.ensemble import EnsembleConfig, build_ensemble
         from experts.progress import Progress
         from experts.registry import build
-        from orchestration.config.compose import check
+        from orchestration.config.problems import check
 
         config = check(OmegaConf.to_container(OmegaConf.create(yaml)), "benchmark")  # type: ignore[arg-type]
         self.threads = threads

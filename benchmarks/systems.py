@@ -68,9 +68,7 @@ def main() -> None:
             ]
         if options.cifar:
             where = [*CIFAR, f"dataset.root={Path(options.cifar).absolute()}", f"seed={seed}"]
-            then += [
-                (f"cifar-{m}-s{seed}", [f"method={m}", f"schedule={m}_fashion_mnist_lt", *where]) for m in CIFAR_METHODS
-            ]
+            then += [(f"cifar-{m}-s{seed}", [f"method={m}", "pace=fashion_mnist_lt", *where]) for m in CIFAR_METHODS]
     for wave in (first, then):
         processes = [mp.Process(target=train, args=(runs, wave[half::2])) for half in range(2)]
         for process in processes:
@@ -181,7 +179,7 @@ def size(data: str, method: str, teacher: Path) -> dict[str, Any]:
     elif data == "fashion":
         chosen = [f"method={method}", *FASHION, *schedule(method)]
     else:
-        chosen = [f"method={method}", f"schedule={method}_fashion_mnist_lt", *CIFAR, "dataset.num_classes=10"]
+        chosen = [f"method={method}", "pace=fashion_mnist_lt", *CIFAR, "dataset.num_classes=10"]
     if method == "ride_distill":
         chosen.append(f"method.stages.train.teachers.teacher.run={teacher}")
     found = plan(load_config(chosen))

@@ -1,4 +1,4 @@
-"""The command line: `expertail train | sweep | plan | evaluate | regions | import-weights | doctor | sync`.
+"""The command line: `expertail train | show | sweep | plan | evaluate | regions | import-weights | doctor | sync`.
 
 Also `python -m orchestration`.
 
@@ -24,17 +24,30 @@ _EPILOG = """\
 examples:
   expertail train method=ride dataset=cifar100_lt dataset.root=~/data/cifar    train, or resume where it stopped
   expertail train dataset=digits_lt cluster.workers=3                         three workers, one expert each
+  expertail train method=ride mix=mixup then=h2t dataset=cifar100_lt          a recipe from parts
+  expertail train method=ce 'then=[joint,ncm,crt,lws]' dataset=cifar100_lt    four classifiers on one network
+  expertail train then=ncm method.like=runs/ride-cifar100_lt-s0               a further stage on a saved run
+  expertail show  method=ride then=h2t dataset=cifar100_lt                    the whole recipe, each value's origin
   expertail plan  method=ride dataset=cifar100_lt cluster.workers=6           placement, sizes, cost; starts nothing
   expertail plan --probe method=ride dataset=digits_lt                        ... and the hours, measured on a few steps
   expertail evaluate runs/ride-digits_lt-s0                                   measure a saved run again
   expertail evaluate RUN --weights test-time --distribution backward-50       learn the experts' weights without labels
   expertail sweep method.stages.h2t.flow.ratio=0,0.25,0.5 method=ride_h2t     one run per value, one table
+  expertail sweep method=ce,ldam 'then=[joint,ncm,crt,lws]' dataset=digits_lt any loss with any classifier
   expertail regions runs/ride_h2t-digits_lt-s0 --classes 0,9                  decision regions before and after H2T
   expertail import-weights resnet50.pth weights/resnet50.safetensors          pretrained weights for big backbones
   expertail doctor                                                            is this machine ready?
 
-KEY=VALUE is group=choice (method, dataset, backbone, schedule, cluster) or a.b=value; list the choices with
-  expertail train --list
+KEY=VALUE is group=choice or a.b=value. The groups (what there is: expertail train --list):
+  method=      the recipe: experts, losses, stages
+  mix=         how its images are mixed, on any recipe
+  then=        a further stage on any recipe, or several from the same one: 'then=[crt,lws]'
+  dataset=     the images; with it follow
+  protocol=      optimiser and learning rates as published
+  pace=          epochs, batch sizes and backbone; pace=digits_lt is half a minute
+  backbone=    another network
+  cluster=     where it runs
+A key set with a.b=value wins over all files: method.stages.train.epochs=20 (its drops come earlier in proportion).
 """
 
 
@@ -127,11 +140,13 @@ def _train(options: argparse.Namespace) -> int:
     marks = {"start": _process_start(), "command": time.time()}
     with _early_ray(options.overrides):
         from orchestration.commands.train import train_and_report
-        from orchestration.config.compose import load_config
+        from orchestration.config.compose import compose
 
-        config = load_config(options.overrides)
+        composed = compose(options.overrides)
         marks["config"] = time.time()
-        return train_and_report(config, marks)
+        for note in composed.notes:
+            print(f"expertail: {note}", file=sys.stderr)
+        return train_and_report(composed.config, marks)
 
 
 @contextlib.contextmanager
@@ -163,6 +178,18 @@ def _process_start() -> float:
     import psutil
 
     return psutil.Process().create_time()
+
+
+def _show_options(parser: argparse.ArgumentParser) -> None:
+    _add_overrides(parser)
+    parser.add_argument("--all", action="store_true", help="also the keys that no file and no word sets")
+
+
+def _show(options: argparse.Namespace) -> int:
+    from orchestration.commands.show import show_text
+
+    print(show_text(options.overrides, options.all))
+    return 0
 
 
 def _sweep_options(parser: argparse.ArgumentParser) -> None:
@@ -289,6 +316,7 @@ class _Command(NamedTuple):
 
 _COMMANDS = {
     "train": _Command("Train a run, or resume it where it stopped.", _train_options, _train),
+    "show": _Command("Print the resolved recipe, and where each of its values comes from.", _show_options, _show),
     "sweep": _Command(
         "Train one run for each value of a key and compare them; repeat the command to resume.", _sweep_options, _sweep
     ),

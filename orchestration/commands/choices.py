@@ -1,6 +1,6 @@
-"""`expertail train --list`: what can be chosen for every group, with methods by family.
+"""`expertail train --list`: what can be chosen, methods and parts by the survey's taxonomy, a line each.
 
-Imports next to nothing, so that the list appears at once.
+The line is the first comment line of the file. Imports next to nothing, so that the list appears at once.
 """
 
 from __future__ import annotations
@@ -22,38 +22,55 @@ FAMILIES = (
     "module improvement / decoupled",
     "module improvement / ensemble",
 )
-"""The field's own taxonomy: Zhang et al. 2023, "Deep Long-Tailed Learning: A Survey", arXiv:2110.04596. A recipe names
-its family in a comment line `# family: ...`, which is no key and so no part of a run's identity."""
+"""The field's own taxonomy: Zhang et al. 2023, "Deep Long-Tailed Learning: A Survey", arXiv:2110.04596. A recipe or a
+part names its family in a comment line `# family: ...`, which is no key and so no part of a run's identity."""
 
 _NO_FAMILY = "no family named"
 _LABEL = "# family:"
 _WIDTH = 120
+_COLUMN = 27
+_PARTS = ("method", "mix", "then")
+_SETTINGS = {
+    "dataset": "the images, and where they lie: dataset.root=",
+    "protocol": "optimiser and learning rates as published; follows from method and data set",
+    "pace": "epochs, batch sizes, backbone; follows from the data set",
+    "backbone": "the network; follows from the data set",
+    "cluster": "where it runs",
+}
 
 
 def choices_text() -> str:
-    """Return the choices of every group: methods by family, and the data sets that each method has a schedule for."""
-    methods = _names("method")
-    lines = ["method="]
+    """Return the choices of every group: methods and parts by family, a line each, then the settings."""
+    lines = [
+        "A recipe is a method, with parts if you like: mix= changes what its network learns from, then= adds stages."
+    ]
     for family in (*FAMILIES, _NO_FAMILY):
-        if members := [name for name in methods if family_of(name) == family]:
-            lines += _row(f"  {family:40}", members)
-    for group in ("dataset", "backbone", "cluster"):
-        lines += _row(f"{group}=", _names(group))
-    lines.append("schedule=<method>_<dataset>, by default the one of method= and dataset=:")
-
-    # Methods and data sets have underscores in their names, so a schedule's name cannot simply be split.
-    schedules = set(_names("schedule"))
-    endings = [ending for name in _names("dataset") for ending in (name, f"{name}_demo")]
-    for method in methods:
-        lines += _row(f"  {method + '_':14}", [ending for ending in endings if f"{method}_{ending}" in schedules])
+        members = [(group, name) for group in _PARTS for name in _names(group) if family_of(name, group) == family]
+        lines += ["", family] if members else []
+        for group, name in members:
+            lines += _row(f"  {group}={name}", _about(group, name))
+    for group, about in _SETTINGS.items():
+        lines += ["", f"{group}=   {about}"]
+        if group in ("dataset", "protocol", "pace"):
+            for name in _names(group):
+                lines += _row(f"  {group}={name}", _about(group, name))
+        else:
+            lines += textwrap.wrap(" | ".join(_names(group)), _WIDTH, initial_indent="  ", subsequent_indent="  ")
     return "\n".join(lines)
 
 
-def family_of(method: str) -> str:
-    """Return the family that a recipe names, or "no family named" where it names none of FAMILIES."""
-    recipe = (_folder() / "method" / f"{method}.yaml").read_text("utf-8")
-    named = (line.removeprefix(_LABEL).strip() for line in recipe.splitlines() if line.startswith(_LABEL))
+def family_of(name: str, group: str = "method") -> str:
+    """Return the family that a recipe or part names, or "no family named" where it names none of FAMILIES."""
+    named = (line.removeprefix(_LABEL).strip() for line in _lines(group, name) if line.startswith(_LABEL))
     return next((family for family in named if family in FAMILIES), _NO_FAMILY)
+
+
+def _about(group: str, name: str) -> str:
+    return _lines(group, name)[0].removeprefix("#").strip()
+
+
+def _lines(group: str, name: str) -> list[str]:
+    return (_folder() / group / f"{name}.yaml").read_text("utf-8").splitlines() or [""]
 
 
 def _names(group: str) -> list[str]:
@@ -64,6 +81,8 @@ def _folder() -> Path:
     return Path(configs.__file__).parent
 
 
-def _row(label: str, names: list[str]) -> list[str]:
-    indent = " " * len(label)
-    return textwrap.wrap(" | ".join(names), _WIDTH, initial_indent=label, subsequent_indent=indent) or [label.rstrip()]
+def _row(label: str, about: str) -> list[str]:
+    """Return a line; a long label stands on its own."""
+    if len(label) < _COLUMN:
+        return [f"{label:{_COLUMN}} {about}".rstrip()]
+    return [label, f"{'':{_COLUMN}} {about}"]

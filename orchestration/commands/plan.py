@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from orchestration.config.compose import load_config
+from orchestration.config.compose import Composed, compose
 from orchestration.config.run_config import RunConfig
 from orchestration.preflight.plan_text import describe
 
@@ -21,8 +21,8 @@ def plan_text(overrides: list[str]) -> str:
     Raises:
         ValueError: the config is not valid, or as `describe`.
     """
-    config = load_config(overrides)
-    return describe(config, _nodes_of(config))
+    composed = compose(overrides)
+    return _noted(composed, describe(composed.config, _nodes_of(composed.config)))
 
 
 def probe_text(overrides: list[str], begun: float) -> str:
@@ -38,10 +38,15 @@ def probe_text(overrides: list[str], begun: float) -> str:
     from orchestration.cluster.connection import cluster, node_resources
     from orchestration.preflight.probe import probe, time_lines
 
-    config = load_config(overrides)
-    with cluster(config.cluster.address):  # one connection for the steps and for the nodes that are shown
-        found = probe(config, begun)
-        return describe(found.config, node_resources(), time_lines(found))
+    composed = compose(overrides)
+    with cluster(composed.config.cluster.address):  # one connection for the steps and for the nodes that are shown
+        found = probe(composed.config, begun)
+        return _noted(composed, describe(found.config, node_resources(), time_lines(found)))
+
+
+def _noted(composed: Composed, text: str) -> str:
+    """Put what the command line scaled at the head of a plan."""
+    return "\n".join([*composed.notes, *([""] if composed.notes else []), text])
 
 
 def _nodes_of(config: RunConfig) -> Mapping[str, Mapping[str, float]] | str | None:

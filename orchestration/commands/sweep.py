@@ -31,9 +31,10 @@ from hydra.errors import HydraException
 
 from orchestration.cluster.connection import cluster
 from orchestration.commands.train import is_complete, train_and_report, with_threads
-from orchestration.config.compose import GROUPS, from_yaml, load_config
+from orchestration.config.compose import from_yaml, load_config
 from orchestration.config.identity import difference, identity
 from orchestration.config.run_config import RunConfig, name_problems
+from orchestration.config.words import GROUPS
 from orchestration.results.sweep_table import draw_sweep, sweep_table
 from orchestration.results.text import plural
 from orchestration.runs.admission import admit

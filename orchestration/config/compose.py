@@ -1,44 +1,68 @@
 """From the words of a command line to a valid config.
 
-words -> group choices and `a.b=value` overrides        `parse`
-      -> one tree, composed by Hydra from configs/      `_compose`
-      -> a frozen RunConfig, all problems at once       `check`
-      -> paths made absolute                            `_with_absolute_paths`
+words -> choices of files, and values for single keys          words.py
+      -> layers of YAML, each value with its origin            parts.py, layers.py, origins.py
+      -> values of the command line
+      -> percentages of a stage as whole epochs                percentages.py
+      -> a frozen RunConfig, all problems at once              problems.py
+      -> paths made absolute
+
+Hydra reads the words; the layers are ours, because Hydra knows neither where a value comes from nor that a piece's keys
+go with the piece.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Mapping
-from importlib.resources import files
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
-from hydra.errors import HydraException
+from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from experts.registry import piece, registered_names
+from orchestration.config.layers import STAGES, read_file, read_yaml
+from orchestration.config.like import SavedEnsemble, saved_ensemble
+from orchestration.config.origins import COMMAND_LINE, Layered
+from orchestration.config.parts import lay_recipe, plan_recipe
 from orchestration.config.paths import expand
-from orchestration.config.recipe import PieceOf
+from orchestration.config.percentages import Resolved, resolve_percentages
+from orchestration.config.problems import check
 from orchestration.config.run_config import RunConfig
+from orchestration.config.words import Words, configs_folder, message, parse, title
 
 S = TypeVar("S", bound=BaseModel)
-GROUPS = ("method", "dataset", "backbone", "schedule", "cluster")
+_LIKE = "method.like"
 
 
-def configs_folder() -> Path:
-    """Return the folder of the YAML groups, in a checkout or an installed wheel."""
-    return Path(str(files("configs")))
+@dataclass(frozen=True)
+class Composed:
+    """A config with the story of its values.
+
+    Attributes:
+        config: valid.
+        layered: the values as they were written, each with its origin; percentages are whole epochs already.
+        files: names of the files that made it, group/choice, as they lie.
+        resolved: what became of each percentage.
+        notes: lines about what the command line scaled.
+    """
+
+    config: RunConfig
+    layered: Layered
+    files: tuple[str, ...]
+    resolved: tuple[Resolved, ...]
+    notes: tuple[str, ...]
 
 
 def load_config(words: list[str]) -> RunConfig:
+    """Compose and validate a run's config; see `compose`."""
+    return compose(words).config
+
+
+def compose(words: list[str]) -> Composed:
     """Compose and validate a run's config.
 
     Args:
@@ -47,25 +71,132 @@ def load_config(words: list[str]) -> RunConfig:
     Raises:
         ValueError: everything that is wrong, one line each.
     """
-    choices, values = parse(words)
-    tree = _compose(choices)
-    # Laid on by us: Hydra would refuse keys that the YAML leaves out, which the schema knows and checks later.
-    for override in values:
-        OmegaConf.update(tree, override.key_or_group, override.value(), force_add=True)
-    return _with_absolute_paths(check(OmegaConf.to_container(tree), _title(words)))  # type: ignore[arg-type]
+    read = parse(words)
+    try:
+        layered, files = _lay_files(read)
+    except ValueError as problem:
+        raise ValueError(message(title(words), str(problem).splitlines())) from problem
+    length = _lengths(layered)
+    for override in sorted(read.values, key=_names_first):
+        _lay_value(layered, override)
+    resolved, problems = resolve_percentages(layered)
+    if problems:
+        raise ValueError(message(title(words), sorted(problems)))
+    config = _with_absolute_paths(check(layered.tree, title(words), lambda keys: _file_of(layered, keys)))
+    return Composed(config, layered, files, tuple(resolved), tuple(_notes(length, config, resolved)))
 
 
-def check(tree: dict[str, Any], title: str) -> RunConfig:
-    """Validate a nested mapping against the schema.
+def _lay_files(read: Words) -> tuple[Layered, tuple[str, ...]]:
+    """Lay all files; returns their names, too."""
+    layered = Layered()
+    base = read_yaml(configs_folder() / "config.yaml")
+    default: dict[str, str] = base.pop("defaults")
+    layered.lay(base, "config.yaml")
+
+    run = next((v.value() for v in reversed(read.values) if v.key_or_group == _LIKE), None)
+    like = None if run is None else saved_ensemble(str(run))
+    if like is None or "dataset" in read.choices:
+        data = read_file("dataset", read.choices.get("dataset", default["dataset"]))
+        layered.lay({"dataset": data.content}, data.name)
+    method = read.choices.get("method", default["method"] if like is None else None)
+    _check_like(read, like, layered)
+    if like is not None and "dataset" not in read.choices:
+        like.lay_data(layered)
+    cluster = read_file("cluster", read.choices.get("cluster", default["cluster"]))
+    layered.lay({"cluster": cluster.content}, cluster.name)
+
+    dataset = str(layered.get(("dataset", "name")))
+    mix = read.choices.get("mix")
+    recipe = plan_recipe(method, mix, read.then, dataset, read.choices, default["backbone"])
+    backbone = read_file("backbone", recipe.backbone)
+    layered.lay({"backbone": backbone.content}, backbone.name)
+    name = "+".join(part for part in (method or (like.method if like else ""), mix, *read.then) if part)
+    layered.lay({"method": {"name": name}}, "the parts chosen")
+    lay_recipe(layered, recipe, like)
+    if like is not None and method is None:
+        parts = "+".join((like.folder.name, *([mix] if mix else []), *read.then))
+        layered.put(("run", "name"), parts, like.origin)
+    _lay_published(layered, name, dataset)
+    return layered, (f"dataset/{dataset}", backbone.name, *recipe.files)
+
+
+def _check_like(read: Words, like: SavedEnsemble | None, layered: Layered) -> None:
+    """Refuse what a saved run cannot be combined with.
 
     Raises:
-        ValueError: the title, then one line per problem: key, what was found, what is needed.
+        ValueError: what does not fit.
     """
-    try:
-        return RunConfig.model_validate(tree)
-    except ValidationError as error:
-        lines = sorted({_line(problem, tree) for problem in error.errors()})
-    raise ValueError(_message(title, lines))
+    if like is None:
+        return
+    if "method" not in read.choices and not read.then:
+        raise ValueError(
+            f"{_LIKE} = {like.folder}: nothing to train; needed stages that start from the run, e.g. then=crt, or a "
+            f"method= that trains an ensemble of the same make"
+        )
+    if "backbone" in read.choices:
+        raise ValueError(f"backbone={read.choices['backbone']}: the backbone is the run's ({_LIKE}); leave it out")
+    if problem := like.other_classes(layered.get(("dataset",))):
+        raise ValueError(problem)
+
+
+def _lay_published(layered: Layered, recipe: str, dataset: str) -> None:
+    """Lay the published result of a recipe on a data set, if there is one."""
+    table = read_yaml(configs_folder() / "published.yaml")
+    found = table["results"].get(recipe, {}).get(dataset)
+    if found is not None:
+        conditions = table["conditions"].get(dataset, {}) | found.get("conditions", {})
+        layered.put(("method", "expected"), found | {"conditions": conditions}, "published.yaml")
+
+
+def _names_first(override: Override) -> tuple[bool, int]:
+    """Sort the words that name pieces before those for the pieces' keys, whatever their order was."""
+    keys = override.key_or_group.split(".")
+    return keys[-1] != "name", len(keys) if keys[-1] == "name" else 0
+
+
+def _lay_value(layered: Layered, override: Override) -> None:
+    path, value = tuple(override.key_or_group.split(".")), override.value()
+    place = layered.get(path[:-1])
+    if isinstance(place, list) and path[-1].isdecimal() and int(path[-1]) < len(place):
+        place[int(path[-1])] = value
+        layered.origins[path[:-1]] = COMMAND_LINE
+    elif path[-1] == "name" and path[1:]:  # as a mapping, so that another piece forgets the keys of the one before
+        layered.lay({path[-2]: {"name": value}}, COMMAND_LINE, path[:-2])
+    else:
+        layered.lay({path[-1]: value}, COMMAND_LINE, path[:-1])
+
+
+def _file_of(layered: Layered, keys: list[str]) -> str | None:
+    """Return the file that wrote a key, for a problem to name it; None for the command line."""
+    origin = layered.origin(keys)
+    if origin is None:  # a mapping of several values
+        path = tuple(keys)
+        origin = next((found for known, found in layered.origins.items() if known[: len(path)] == path), None)
+    return None if origin == COMMAND_LINE else origin
+
+
+def _lengths(layered: Layered) -> dict[str, Any]:
+    """Return the epochs of every stage."""
+    stages = layered.get(STAGES) or {}
+    return {name: stage.get("epochs") for name, stage in stages.items()}
+
+
+def _notes(length: dict[str, Any], config: RunConfig, resolved: Sequence[Resolved]) -> list[str]:
+    """Say what came of the percentages of the stages whose number of epochs the command line changed."""
+    notes = []
+    for name, stage in config.method.stages.items():
+        before = length.get(name)
+        if before in (None, stage.epochs):
+            continue
+        scaled: dict[str, list[str]] = {}
+        for found in resolved:
+            if found.stage == name:
+                scaled.setdefault(found.key, []).append("left out" if found.left_out else str(found.epochs))
+        parts = [f"{key} {', '.join(epochs)}" for key, epochs in scaled.items()]
+        notes.append(
+            f"stage {name}: {stage.epochs} epochs of {before}" + (f"; scaled: {'; '.join(parts)}" if parts else "")
+        )
+    return notes
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -109,180 +240,6 @@ def from_yaml(path: Path) -> RunConfig:
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: found {type(tree).__name__}, needed a mapping")
     return check(tree, str(path))  # type: ignore[arg-type]
-
-
-def available(group: str) -> list[str]:
-    """Return the choices of a group, sorted."""
-    return sorted(path.stem for path in (configs_folder() / group).glob("*.yaml"))
-
-
-def parse(words: list[str]) -> tuple[dict[str, str], list[Override]]:
-    """Split words into group choices and value overrides.
-
-    Raises:
-        ValueError: every word that is neither, one line each.
-    """
-    parser = OverridesParser.create()
-    choices: dict[str, str] = {}
-    values: list[Override] = []
-    problems = []
-    for word in words:
-        if "${" in word:  # a value from the environment would end up in the run folder and on the tracking server
-            problems.append(f"{word}: needed a plain value; ${{...}} is not filled in here, let the shell do it")
-            continue
-        try:
-            override = _parse_word(parser, word)
-        except HydraException:
-            problems.append(f"{word}: not of the form key=value; needed e.g. dataset.imbalance_ratio=100")
-            continue
-        if override.type is not OverrideType.CHANGE or override.is_sweep_override():
-            problems.append(f"{word}: needed key=value with one value and no +, ++ or ~")
-        elif override.key_or_group in GROUPS:
-            choices[override.key_or_group] = str(override.value())
-        else:
-            values.append(override)
-    for group, choice in choices.items():
-        if choice not in available(group):
-            near = difflib.get_close_matches(choice, available(group), 1)
-            hint = f", did you mean {group}={near[0]}" if near else ""
-            problems.append(f"{group}={choice}: no such {group}{hint}; known: {', '.join(available(group))}")
-    if problems:
-        raise ValueError(_message(_title(words), sorted(problems)))
-    return choices, values
-
-
-def _parse_word(parser: OverridesParser, word: str) -> Override:
-    """Parse one override. A value that Hydra's grammar cannot read (a path with spaces, say) is taken literally."""
-    try:
-        return parser.parse_override(word)
-    except HydraException:
-        key, equals, text = word.partition("=")
-        if not equals:
-            raise
-        quoted = text.replace("\\", "\\\\").replace("'", "\\'")
-        return parser.parse_override(f"{key}='{quoted}'")
-
-
-def _compose(choices: dict[str, str]) -> Any:
-    chosen = _defaults() | choices
-    chosen["schedule"] = choices.get("schedule") or _schedule_of(chosen["method"], chosen["dataset"])
-    named = choices | {"schedule": chosen["schedule"]}
-    GlobalHydra.instance().clear()  # Hydra keeps its state in the process, and a sweep composes many configs
-    with initialize_config_dir(str(configs_folder()), version_base="1.3"):
-        try:
-            tree = compose("config", overrides=[f"{group}={choice}" for group, choice in named.items()])
-        except HydraException as error:
-            raise ValueError(f"configs: {_first_line(error)}") from error
-    OmegaConf.set_struct(tree, False)  # so that `load_config` may add keys
-    return tree
-
-
-def _defaults() -> dict[str, str]:
-    """Return the default choice of every group, from configs/config.yaml."""
-    entries = OmegaConf.load(configs_folder() / "config.yaml").defaults
-    return {group: choice for entry in entries if isinstance(entry, Mapping) for group, choice in entry.items()}
-
-
-def _schedule_of(method: str, dataset: str) -> str:
-    name = f"{method}_{dataset}"
-    if name not in available("schedule"):
-        known = [s for d in available("dataset") if (s := f"{method}_{d}") in available("schedule")]
-        raise ValueError(
-            f"method={method} dataset={dataset}: no schedule is known for this pair; needed one of "
-            f"{', '.join(known) or f'none: write configs/schedule/{name}.yaml'}; "
-            f"name it: schedule={(known or [name])[0]}"
-        )
-    return name
-
-
-def _line(problem: Any, tree: dict[str, Any]) -> str:
-    """Put one of pydantic's errors into our words: key, found, needed."""
-    keys = _path(problem["loc"], tree)
-    key = ".".join(map(str, keys))
-    found = problem.get("input")
-    kind = problem["type"]
-    if kind == "extra_forbidden":
-        # One that looks alike in the same place, else the same one further down, as epochs in method.stages.train.
-        near = _nearest(str(keys[-1]), _known(keys[:-1], tree))
-        parent = ".".join(map(str, keys[:-1]))
-        meant = [f"{parent + '.' if parent else ''}{near[0]}"] if near else _deeper(key, tree)[:1]
-        hint = f"; did you mean {meant[0]}?" if meant else ""
-        return f"{key}: unknown key{hint}"
-    if kind == "missing":
-        return f"{key}: not set; needed a value"
-    if kind in ("union_tag_invalid", "union_tag_not_found", "literal_error"):
-        expected = problem.get("ctx", {}).get("expected_tags") or problem.get("ctx", {}).get("expected", "")
-        if kind.startswith("union"):
-            name = found.get("name") if isinstance(found, dict) else found
-            return f"{key}.name = {name}: unknown; needed one of {expected}"
-        return f"{key} = {found}: needed {expected}"
-    text = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    if isinstance(found, dict | list | BaseModel):
-        return f"{key}: {text}" if key else text
-    return f"{key} = {found}: {text[0].lower() + text[1:]}"
-
-
-def _nearest(key: str, known: list[str]) -> list[str]:
-    """Return the known key that was probably meant: a longer one that starts with it, or one that looks alike."""
-    longer = [name for name in known if name.startswith(f"{key}_")]
-    return longer[:1] or difflib.get_close_matches(key, known, 1)
-
-
-def _path(loc: tuple[Any, ...], tree: Any) -> list[Any]:
-    """Return the keys as the operator wrote them, without the tags that pydantic inserts for chosen pieces."""
-    keys: list[Any] = []
-    for part in loc:
-        if isinstance(tree, dict) and part not in tree and part == tree.get("name"):
-            continue
-        keys.append(part)
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    return keys
-
-
-def _known(keys: list[Any], tree: Any) -> list[str]:
-    """Return the field names of the schema below some keys."""
-    # Follow the keys through the annotations of the schema: nested models, dict[str, model], and pieces, whose model
-    # depends on the name in the tree.
-    model: Any = RunConfig
-    for key in keys:
-        tree = tree.get(key, {}) if isinstance(tree, dict) else {}
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            model = getattr(model, "__args__", (None, None))[-1]  # dict[str, StageConfig]
-            continue
-        field = model.model_fields.get(key)
-        if field is None:
-            return []
-        of = next((m for m in field.metadata if isinstance(m, PieceOf)), None)
-        if of is not None:
-            name = tree.get("name") if isinstance(tree, dict) else None
-            model = piece(of.kind, name).Config if name in registered_names(of.kind) else None
-        else:
-            model = field.annotation
-            if not hasattr(model, "model_fields"):
-                inner = [a for a in getattr(model, "__args__", ()) if hasattr(a, "model_fields")]
-                is_mapping = getattr(model, "__origin__", None) is dict
-                model = model if is_mapping or not inner else inner[0]
-    return list(model.model_fields) if hasattr(model, "model_fields") else []
-
-
-def _deeper(key: str, tree: dict[str, Any], above: str = "") -> list[str]:
-    """Return the full keys of a tree that end with a short one: `method.stages.train.epochs` for `epochs`."""
-    found = []
-    for name, value in tree.items():
-        full = f"{above}{name}"
-        if above and full.endswith(f".{key}"):
-            found.append(full)
-        if isinstance(value, dict):
-            found += _deeper(key, value, f"{full}.")
-    return found
-
-
-def _title(words: list[str]) -> str:
-    return " ".join(words) if words else "the default config"
-
-
-def _message(title: str, lines: list[str]) -> str:
-    return f"{title}: {len(lines)} problem{'s' if len(lines) > 1 else ''}\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def _first_line(error: BaseException) -> str:

@@ -45,8 +45,8 @@ from experts.data.keyed_random import key, permutation
 from experts.data.label_shift import Distribution, distribution_positions, parse_distribution, published_distributions
 from experts.precision import at_least_float32
 from experts.registry import Settings, piece
-from orchestration.config.compose import parse
 from orchestration.config.run_config import RunConfig
+from orchestration.config.words import parse
 from orchestration.results.label_shift_table import WEIGHTINGS, distributions_table, draw_distributions
 from orchestration.results.saved_run import SavedRun, open_run, same_threads, save_evaluation
 
@@ -358,7 +358,7 @@ def _request(weights: str, distributions: str, overrides: list[str]) -> Request:
         if section not in sections or "=" not in word:
             rest.append(word)
             continue
-        override = parse([word])[1][0]
+        override = parse([word]).values[0]
         values[section][override.key_or_group.removeprefix(f"{section}.")] = override.value()
 
     for section, model in sections.items():

@@ -21,9 +21,11 @@ from aggregation.serving import ServedModel, load_model
 from experts.batches import EvalBatches, Replica
 from experts.data.dataset import Dataset, open_dataset
 from experts.data.images import ImageStore
-from orchestration.config.compose import check, from_yaml, parse
+from orchestration.config.compose import from_yaml
 from orchestration.config.paths import expand
+from orchestration.config.problems import check
 from orchestration.config.run_config import RunConfig
+from orchestration.config.words import parse
 from orchestration.storage.files import CONFIG, DATA, RUN, read_json, write_atomic
 from orchestration.training.engine import casting, use_precision
 
@@ -142,8 +144,8 @@ def _neighbours(parent: Path) -> list[str]:
 
 
 def _with_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
-    choices, values = parse(overrides)
-    refused = [f"{group}={choice}" for group, choice in choices.items()]
+    choices, then, values = parse(overrides)
+    refused = [f"{group}={choice}" for group, choice in choices.items()] + [f"then={part}" for part in then]
     tree: dict[str, Any] = config.model_dump(mode="json")
     # All refused words are collected, so that one message names them.
     for value in values:

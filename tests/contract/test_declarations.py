@@ -15,7 +15,7 @@ import pytest
 import aggregation
 import experts
 from experts import registry
-from orchestration.config.compose import available
+from orchestration.config.words import available
 
 registry.import_pieces(experts, aggregation)
 

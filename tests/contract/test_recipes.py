@@ -1,7 +1,4 @@
-"""Every recipe with every schedule it has: what it says fits together, and on digits each of its stages trains.
-
-A recipe is configs/method/<method>.yaml with configs/schedule/<method>_<dataset>.yaml, or with the demo's own schedule.
-"""
+"""Every recipe on every data set: what it says fits together, and on digits each of its stages trains."""
 
 from __future__ import annotations
 
@@ -21,91 +18,79 @@ from experts.data.dataset import open_dataset
 from experts.ensemble import build_ensemble, part_of
 from experts.progress import Progress
 from experts.registry import build
-from orchestration.config.compose import available, load_config
+from orchestration.config.compose import load_config
 from orchestration.config.identity import published
+from orchestration.config.words import available
 from orchestration.training.mesh import Mesh, mesh_shape
 from orchestration.training.trainer import StageTrainer
 
 
-def pair_of(schedule):
-    """Return method and dataset of a schedule, e.g. ride_h2t and cifar10_lt."""
-    method = max((name for name in available("method") if schedule.startswith(f"{name}_")), key=len)
-    return method, schedule.removeprefix(f"{method}_").removesuffix("_demo")
-
-
 @lru_cache
-def composed(schedule):
-    method, dataset = pair_of(schedule)
-    chosen = [f"schedule={schedule}"] if schedule.endswith("_demo") else []  # else it is found by the pair
-    return load_config([f"method={method}", f"dataset={dataset}", *chosen])
+def composed(method, dataset, *words):
+    return load_config([f"method={method}", f"dataset={dataset}", *words])
 
 
-every_schedule = pytest.mark.parametrize("schedule", available("schedule"))
+every_recipe = pytest.mark.parametrize(
+    ("method", "dataset"), [(method, dataset) for method in available("method") for dataset in available("dataset")]
+)
 
 
+@every_recipe
 @pytest.mark.slow
-@every_schedule
-def test_every_schedule_composes(schedule):
-    method, dataset = pair_of(schedule)
-    assert dataset in available("dataset")
-    config = composed(schedule)
+def test_every_method_has_every_data_set(method, dataset):
+    config = composed(method, dataset)
     assert (config.method.name, config.dataset.name) == (method, dataset)
-
-
-def test_a_schedule_that_is_named_is_the_one_that_is_found():
-    words = ["method=ride_h2t", "dataset=cifar10_lt"]
-    assert load_config([*words, "schedule=ride_h2t_cifar10_lt"]) == composed("ride_h2t_cifar10_lt")
-
-
-def test_every_method_has_a_schedule_for_digits():
-    assert [m for m in available("method") if f"{m}_digits_lt" not in available("schedule")] == []
-
-
-@every_schedule
-@pytest.mark.slow
-def test_a_schedule_meets_the_conditions_of_the_number_it_quotes(schedule):
-    config = composed(schedule)
+    # A recipe with a published number meets the conditions under which it was published.
     assert (published(config) is None) == (config.method.expected is None)
 
 
-@every_schedule
-def test_nothing_is_planned_for_after_the_end(schedule):
-    for stage in composed(schedule).method.stages.values():
-        schedule = build("lr_schedule", stage.lr_schedule)
-        factors = [schedule.factor(Progress(n, stage.epochs, 0, 1)) for n in range(1, stage.epochs + 1)]
-        assert all(0 <= factor <= 1 for factor in factors)
-        assert all(epoch < stage.epochs for epoch in (*stage.lr_schedule.drops, *stage.objective.switches.values()))
+@every_recipe
+@pytest.mark.slow
+def test_nothing_is_planned_for_after_the_end(method, dataset):
+    for stage in composed(method, dataset).method.stages.values():
+        if stage.epochs:
+            schedule = build("lr_schedule", stage.lr_schedule)
+            factors = [schedule.factor(Progress(n, stage.epochs, 0, 1)) for n in range(1, stage.epochs + 1)]
+            assert all(0 <= factor <= 1 for factor in factors)
+            assert all(epoch < stage.epochs for epoch in (*stage.lr_schedule.drops, *stage.objective.switches.values()))
+
+
+@pytest.mark.parametrize("method", available("method"))
+def test_small_data_is_trained_in_minutes(method):
+    for dataset in ("digits_lt", "fashion_mnist_lt"):
+        config = composed(method, dataset)
+        assert config.backbone.depth == 8 and all(stage.epochs <= 40 for stage in config.method.stages.values())
 
 
 PUBLISHED_PARAMETERS = {
-    "ride_imagenet_lt": 42_889_024,
-    "ride_inat18": 76_587_584,
-    "tade_imagenet_lt": 42_889_024,
-    "tade_inat18": 76_587_584,
-    "tade_places_lt": 171_543_616,
-    "reslt_imagenet_lt": 37_624_104,
-    "bbn_inat18": 19_045_440 + 2 * 4_462_592 + 8142 * 4096 + 8142,
+    ("ride", "imagenet_lt"): 42_889_024,
+    ("ride", "inat18"): 76_587_584,
+    ("tade", "imagenet_lt"): 42_889_024,
+    ("tade", "inat18"): 76_587_584,
+    ("tade", "places_lt"): 171_543_616,
+    ("reslt", "imagenet_lt"): 37_624_104,
+    ("bbn", "inat18"): 19_045_440 + 2 * 4_462_592 + 8142 * 4096 + 8142,
     # ResLT's ResNet-10 without its branches and head, the extra layer and LFME's head.
-    "lfme_imagenet_lt": 6_208_296 - 789_504 - 513_000 + 512 * 513 + 1000 * 513,
+    ("lfme", "imagenet_lt"): 6_208_296 - 789_504 - 513_000 + 512 * 513 + 1000 * 513,
 }
 
 
-@pytest.mark.parametrize("schedule", PUBLISHED_PARAMETERS)
+@pytest.mark.parametrize("pair", PUBLISHED_PARAMETERS, ids="-".join)
 @pytest.mark.slow
-def test_big_ensembles_have_the_published_number_of_parameters(schedule, monkeypatch):
+def test_big_ensembles_have_the_published_number_of_parameters(pair, monkeypatch):
     @contextmanager
     def without_memory(*_):
         with torch.device("meta"):
             yield
 
     monkeypatch.setattr(ensembles, "keyed_draws", without_memory)
-    config = composed(schedule)
+    config = composed(*pair)
     model = whole(config, config.method.final, config.dataset.num_classes)
-    assert sum(p.numel() for p in model.parameters()) == PUBLISHED_PARAMETERS[schedule]
+    assert sum(p.numel() for p in model.parameters()) == PUBLISHED_PARAMETERS[pair]
 
 
 def test_tade_on_places_learns_heads_at_a_hundredth_and_the_rest_at_a_thousandth():
-    stage = composed("tade_places_lt").method.stages["train"]
+    stage = composed("tade", "places_lt").method.stages["train"]
     rates = {part: stage.optimizer.lr * factor for part, factor in stage.lr_factors.model_dump().items()}
     assert rates == {"trunk": 0.001, "features": 0.001, "heads": 0.01, "calibration": 0.01}
 

@@ -18,7 +18,7 @@ from tests.e2e.test_bad_input import refused
 
 pytestmark = pytest.mark.ray
 
-COMMON = ["schedule=ride_digits_lt", "method.stages.train.epochs=1", "method.stages.train.batch_size=8"]
+COMMON = ["pace=digits_lt", "method.stages.train.epochs=1", "method.stages.train.batch_size=8"]
 FOLDER = [
     *COMMON, "dataset=image_folder_lt", "dataset.imbalance_ratio=null", "dataset.index_groups=null",
 ]  # fmt: skip
@@ -168,7 +168,7 @@ def test_more_replicas_than_test_images_measure_the_same(tree, warm, tmp_path, c
     for name in ("ant", "bee", "cat"):
         for i in (1, 2):
             (tree / "test" / name / f"{i}.jpg").unlink()
-    words = ["method=ce", "schedule=ce_digits_lt", *FOLDER[1:], f"dataset.root={tree}", "engine.precision=float64"]
+    words = ["method=ce", "pace=digits_lt", *FOLDER[1:], f"dataset.root={tree}", "engine.precision=float64"]
     for folder, more in ((tmp_path / "packed", []), (tmp_path / "split", ["cluster.workers=4"])):
         assert runs.train(folder, *words, *more) == 0
     packed, split = (json.loads((tmp_path / f / "evaluation" / "last.json").read_text()) for f in ("packed", "split"))

@@ -75,7 +75,7 @@ def test_all_problems_of_a_command_come_in_one_message_and_make_no_folder(warm, 
         (["dataset.max_per_class=5000"], ["5000", "dataset.max_per_class"]),
         (["dataset=fashion_mnist_lt"], ["dataset.root", "dataset.download"]),
         (["dataset=cifar10_lt", "dataset.root=/nowhere"], ["dataset.root = /nowhere", "dataset.download"]),
-        (["dataset=places_lt"], ["no schedule is known for this pair", "schedule=ride_"]),
+        (["schedule=ride_digits_lt"], ["there are no schedules any more", "method=ride dataset=digits_lt", "pace="]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value and "=" in value[0] else "",
 )
@@ -156,7 +156,7 @@ def test_a_placement_that_cannot_be_met_fails_within_ten_seconds(local_ray, tmp_
 class TestFolderOfImages:
     """A class-per-folder tree of small JPEGs, damaged in one way at a time."""
 
-    WORDS = ("dataset=image_folder_lt", "schedule=ride_digits_lt", "dataset.imbalance_ratio=null")
+    WORDS = ("dataset=image_folder_lt", "pace=digits_lt", "dataset.imbalance_ratio=null")
 
     @pytest.fixture
     def tree(self, tmp_path):
@@ -220,7 +220,7 @@ def test_a_list_with_a_bad_label_is_named_with_its_line(warm, tmp_path, capsys):
         capsys,
         tmp_path / "run",
         "dataset=image_list",
-        "schedule=ride_digits_lt",
+        "pace=digits_lt",
         f"dataset.root={tmp_path}",
         f"dataset.train_list={tmp_path}/train.txt",
         f"dataset.test_list={tmp_path}/test.txt",

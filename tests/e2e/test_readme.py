@@ -12,7 +12,8 @@ import pytest
 
 from experts import registry
 from orchestration.cli import _parser
-from orchestration.config.compose import available, load_config
+from orchestration.config.compose import load_config
+from orchestration.config.words import available
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = {

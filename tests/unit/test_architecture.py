@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.config.compose import available, load_config
+from orchestration.config.compose import load_config
+from orchestration.config.words import available
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("experts", "aggregation", "orchestration", "configs", "deploy")
@@ -180,7 +181,7 @@ def test_the_packages_on_disk_are_those_that_are_shipped():
 @pytest.mark.slow
 def test_every_choice_composes_and_is_named_after_its_file(group):
     for choice in available(group):  # a method has a schedule for digits; a dataset takes any
-        words = ["method=ce", "schedule=ce_digits_lt"] if group == "dataset" else []
+        words = ["method=ce", "pace=digits_lt"] if group == "dataset" else []
         config = load_config([*words, f"{group}={choice}"])
         if group in ("method", "dataset"):
             assert getattr(config, group).name == choice

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 from orchestration.cli import main
-from orchestration.config.compose import available
+from orchestration.config.words import GROUPS, available
 from orchestration.storage.pretrained import _whole_network
 
 
@@ -66,12 +66,10 @@ def test_the_list_names_every_choice_in_lines_that_fit_a_screen(capsys):
     assert main(["train", "--list"]) == 0
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 120
-    printed = re.sub(r"\n {3,}", " ", printed)  # names that are wrapped go on in lines that are indented further
-    for group in ("dataset", "backbone", "cluster"):
-        [line] = [line for line in printed.splitlines() if line.startswith(f"{group}=")]
-        assert line.removeprefix(f"{group}=").split(" | ") == available(group)
-    head, *lines = printed.partition("schedule=")[2].splitlines()
-    assert head.startswith("<method>_<dataset>")
-    listed = [line.strip().split(" ", 1) for line in lines]
-    schedules = [method + dataset for method, datasets in listed for dataset in datasets.strip().split(" | ")]
-    assert sorted(schedules) == available("schedule")
+    for group in GROUPS:
+        listed = re.findall(rf"^  {group}=(\S+)", printed, re.MULTILINE)
+        if not listed:  # of these the names alone, on one line or more
+            listed = re.split(
+                r"\s*\|?\s+", printed.partition(f"\n{group}=")[2].partition("\n")[2].split("\n\n")[0].strip()
+            )
+        assert sorted(listed) == available(group)

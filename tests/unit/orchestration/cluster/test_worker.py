@@ -8,8 +8,9 @@ from ray import cloudpickle
 
 from orchestration.cluster.reachability import unreachable_from_here
 from orchestration.cluster.worker import Worker
-from orchestration.config.compose import available, load_config
+from orchestration.config.compose import load_config
 from orchestration.config.identity import identity
+from orchestration.config.words import available
 from orchestration.training.mesh import MeshShape
 
 

@@ -5,29 +5,39 @@ from __future__ import annotations
 import pytest
 
 from orchestration.commands.choices import FAMILIES, choices_text, family_of
-from orchestration.config.compose import available, configs_folder, load_config
+from orchestration.config.compose import load_config
+from orchestration.config.words import available, configs_folder
+
+RECIPES = [(group, name) for group in ("method", "mix", "then") for name in available(group)]
 
 
-def test_every_recipe_names_one_family_of_the_survey():
-    for name in available("method"):
-        recipe = (configs_folder() / "method" / f"{name}.yaml").read_text().splitlines()
-        header = recipe[: next(i for i, line in enumerate(recipe) if not line.startswith("#"))]
-        named = [line.removeprefix("# family: ") for line in header if line.startswith("# family:")]
-        assert len(named) == 1 and named[0] in FAMILIES, f"{name}: {named}; needed one of {', '.join(FAMILIES)}"
-        assert family_of(name) == named[0]
+@pytest.mark.parametrize(("group", "name"), RECIPES)
+def test_every_recipe_and_part_names_one_family_of_the_survey(group, name):
+    recipe = (configs_folder() / group / f"{name}.yaml").read_text().splitlines()
+    header = recipe[: next(i for i, line in enumerate(recipe) if not line.startswith("#"))]
+    named = [line.removeprefix("# family: ") for line in header if line.startswith("# family:")]
+    assert len(named) == 1 and named[0] in FAMILIES, f"{name}: {named}; needed one of {', '.join(FAMILIES)}"
+    assert family_of(name, group) == named[0]
 
 
-def test_methods_are_listed_once_below_their_families_in_the_surveys_order():
-    families: list[str] = []
+def test_methods_and_parts_are_listed_once_below_their_families_in_the_surveys_order():
     listed: dict[str, list[str]] = {}
-    methods = choices_text().partition("method=\n")[2].partition("\ndataset=")[0]
-    for line in methods.splitlines():
-        family, members = line[2:42].strip(), line[42:]
-        families += [family] if family else []
-        listed.setdefault(families[-1], []).extend(members.strip(" |").split(" | "))
-    assert families == [family for family in FAMILIES if family in families]
-    assert sorted(name for names in listed.values() for name in names) == available("method")
-    assert listed["module improvement / ensemble"][0] == "ace" and listed["baseline"] == ["ce"]
+    for block in choices_text().split("\n\n"):
+        family, *members = block.splitlines()
+        listed[family] = [line.split()[0] for line in members if line.startswith("  ")]
+    families = [family for family in FAMILIES if family in listed]
+    assert [family for family in listed if family in FAMILIES] == families
+    assert sorted(name for f in families for name in listed[f]) == sorted(f"{group}={name}" for group, name in RECIPES)
+    assert listed["module improvement / ensemble"][0] == "method=ace" and listed["baseline"] == ["method=ce"]
+
+
+@pytest.mark.parametrize(
+    "path", sorted(configs_folder().glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_the_first_line_of_a_file_says_what_it_is_and_fits_the_list(path):
+    first = path.read_text().splitlines()[0]
+    listed_by_name_alone = path.parent.name in ("backbone", "cluster")
+    assert first.startswith("# ") and (listed_by_name_alone or (first.endswith(".") and len(first) <= 94))
 
 
 @pytest.mark.parametrize("line", ["", "# family: ensembles\n"])

@@ -290,7 +290,7 @@ def test_folders_and_lists_are_checked(tmp_path):
     image = tmp_path / "train" / "cat" / "1.png"
     image.parent.mkdir(parents=True)
     (tmp_path / "train" / "dog").mkdir()
-    words = ["schedule=ride_cifar10_lt", f"dataset.root={tmp_path}"]
+    words = ["pace=cifar10_lt", f"dataset.root={tmp_path}"]
     assert "has no image" in lines(examine(["dataset=image_folder_lt", *words])[0], "data")[0][1]
     image.write_bytes(b"not looked at")
     assert "2 class folders" in lines(examine(["dataset=image_folder_lt", *words])[0], "data")[0][1]

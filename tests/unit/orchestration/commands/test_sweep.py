@@ -78,7 +78,7 @@ def test_what_ended_a_sweep_is_reported_though_its_uploader_does_not_start(tmp_p
 
 def test_folders_of_other_runs_are_refused_and_all_named(tmp_path):
     _, points, folder = plan(f"{RATIO}=0,1", tmp_path, "run.name=x")
-    other = load_config([*H2T, f"{RATIO}=1", "method.stages.train.epochs=7", "engine.threads=1"])
+    other = load_config([*H2T, f"{RATIO}=1", "method.stages.train.epochs=8", "engine.threads=1"])
     run = RunFolder(points[1].folder)
     run.write_config(other)
     run.close()
@@ -89,7 +89,7 @@ def test_folders_of_other_runs_are_refused_and_all_named(tmp_path):
     with pytest.raises(ValueError, match="holds a sweep over seed") as refused:
         plan(f"{RATIO}=0,1", tmp_path, "run.name=x")
     assert "x-1: this run was started with another config" in str(refused.value)
-    assert "method.stages.train.epochs: 7 -> 24" in str(refused.value)
+    assert "method.stages.train.epochs: 8 -> 24" in str(refused.value)
 
 
 def compose(*words):

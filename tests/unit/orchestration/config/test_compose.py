@@ -6,9 +6,11 @@ import os
 
 import pytest
 
-from orchestration.config.compose import available, check, from_yaml, load_config, to_yaml
+from orchestration.config.compose import from_yaml, load_config, to_yaml
 from orchestration.config.identity import config_hash, difference, flatten, identity
 from orchestration.config.paths import expand
+from orchestration.config.problems import check
+from orchestration.config.words import available
 
 
 def problems(*words):
@@ -27,7 +29,7 @@ def test_the_defaults_are_ride_on_digits():
     assert config.method.expert_names == ("expert0", "expert1", "expert2")
 
 
-def test_a_choice_on_the_command_line_beats_the_schedule_and_a_value_beats_both():
+def test_a_choice_on_the_command_line_beats_the_pace_and_a_value_beats_both():
     assert load_config(["backbone=resnet20"]).backbone.depth == 20
     config = load_config(["backbone=resnet20", "backbone.depth=14", "method.stages.train.epochs=2"])
     assert (config.backbone.depth, config.method.stages["train"].epochs) == (14, 2)
@@ -90,14 +92,6 @@ def test_an_unknown_choice_is_told_the_known_ones():
     assert lines[0].startswith("backbone=vit: no such backbone")
     assert lines[0].endswith(f"known: {', '.join(available('backbone'))}")
     assert lines[1].startswith("method=rid: no such method, did you mean method=ride; known: ")
-
-
-def test_a_pair_without_a_schedule_is_refused_unless_one_is_named():
-    with pytest.raises(ValueError, match="no schedule is known for this pair") as error:
-        load_config(["method=ride", "dataset=places_lt"])
-    assert "schedule=ride_cifar100_lt" in str(error.value)
-    named = load_config(["method=ride", "dataset=places_lt", "schedule=ride_cifar100_lt"])
-    assert named.dataset.name == "places_lt" and named.method.stages["train"].epochs == 200
 
 
 @pytest.mark.parametrize("word", ["+seed=1", "++seed=1", "~seed", "~cluster.workers=1", "seed=1,2", "seed=range(1,3)"])
@@ -182,7 +176,7 @@ def test_where_a_run_lives_is_not_what_it_is():
     ("word", "line"),
     [
         ("seed=1", "seed: 0 -> 1"),
-        ("method.stages.train.epochs=5", "method.stages.train.epochs: 24 -> 5"),
+        ("method.stages.train.batch_size=5", "method.stages.train.batch_size: 64 -> 5"),
         ("engine.precision=float64", "engine.precision: float32 -> float64"),
         ("run.select_on=test", "run.select_on: auto -> test"),
         ("run.evaluate_every_epochs=2", "run.evaluate_every_epochs: 1 -> 2"),

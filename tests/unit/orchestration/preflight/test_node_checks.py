@@ -103,7 +103,7 @@ def test_memory_is_counted_for_the_workers_that_land_on_a_node(survey):
 def test_a_workers_memory_grows_with_its_weights_and_its_files():
     digits = load_config([])
     assert worker_gib(digits, GIB) == (1.8, 2.5)
-    words = ["dataset=image_folder_lt", "schedule=ride_cifar10_lt", "dataset.resident_mib=1024"]
+    words = ["dataset=image_folder_lt", "pace=cifar10_lt", "dataset.resident_mib=1024"]
     assert worker_gib(load_config(words), 0) == (0.8, 3.5)
     assert worker_gib(load_config(["cluster.memory_gib_per_worker=2"]), 0)[1] == 2
 
@@ -207,7 +207,7 @@ def test_a_root_that_is_empty_or_missing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="found no file of cifar10_lt"):
         seen(tmp_path, "dataset=cifar10_lt")
     with pytest.raises(ValueError, match="no class folder"):
-        seen(tmp_path, "dataset=image_folder_lt", "schedule=ride_cifar10_lt")
+        seen(tmp_path, "dataset=image_folder_lt", "pace=cifar10_lt")
     with pytest.raises(ValueError, match="found nothing"):
         seen(tmp_path / "none", "dataset=cifar10_lt")
 
@@ -216,7 +216,7 @@ def test_class_folders_and_lists_are_seen(tmp_path):
     for name in ("train/cat/1.png", "train/dog/1.png", "test/cat/1.png", "test/dog/2.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(name.encode())
-    folder = ("dataset=image_folder_lt", "schedule=ride_cifar10_lt")
+    folder = ("dataset=image_folder_lt", "pace=cifar10_lt")
     before = seen(tmp_path, *folder)
     assert before["class folders of train"].startswith("2 ") and "test/dog/2.png" in before
     (tmp_path / "train/eel").mkdir()
@@ -224,7 +224,7 @@ def test_class_folders_and_lists_are_seen(tmp_path):
     (tmp_path / "all.txt").write_text("train/cat/1.png 0\ntrain/dog/1.png 1\n")
     lists = (
         "dataset=image_list",
-        "schedule=ride_cifar10_lt",
+        "pace=cifar10_lt",
         "dataset.train_list=all.txt",
         "dataset.test_list=all.txt",
     )

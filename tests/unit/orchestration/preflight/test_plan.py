@@ -236,7 +236,7 @@ def test_uneven_and_empty_shares_are_shown():
 
 
 def test_what_only_the_data_can_say_is_left_open():
-    words = ["dataset=image_folder_lt", "schedule=ride_cifar100_lt", "cluster.workers=3", "dataset.root=/not/there"]
+    words = ["dataset=image_folder_lt", "pace=cifar100_lt", "cluster.workers=3", "dataset.root=/not/there"]
     text = describe(load_config(words))
     assert "dataset.num_classes=..." in text and "n/a" in text and "steps per epoch are known when the data" in text
     told = describe(load_config([*words, "dataset.num_classes=8142"]))
@@ -250,7 +250,7 @@ def test_what_only_the_data_can_say_is_left_open():
 @pytest.mark.parametrize(
     ("words", "missing"),
     [
-        (["dataset=image_folder_lt", "schedule=ride_digits_lt"], "dataset.root is not set (dataset image_folder_lt)"),
+        (["dataset=image_folder_lt", "pace=digits_lt"], "dataset.root is not set (dataset image_folder_lt)"),
         (["dataset=cifar100_lt", "cluster.address=head:6379"], "dataset.root is not set (dataset cifar100_lt); set it"),
         (["dataset=cifar100_lt", "dataset.root=/not/there"], "dataset.root = /not/there: found nothing at /not/there"),
         (["dataset=cifar100_lt", "dataset.root=/not/there", "cluster.address=head:6379"], None),
@@ -273,14 +273,14 @@ COUNTED = "{rule:{rule:count}}"
 
 @pytest.mark.parametrize("method", ["ace", "reslt"])
 def test_groups_of_classes_of_unknown_size_do_not_stop_a_plan(method):
-    found = plan(load_config([*FILES, f"method={method}", f"schedule={method}_digits_lt", "cluster.workers=3"]))
+    found = plan(load_config([*FILES, f"method={method}", "pace=digits_lt", "cluster.workers=3"]))
     assert found.counts is None and found.final.steps_per_epoch is None
     assert found.final.size.parameters and found.final.sent() and found.memory
 
 
 def test_an_ensemble_of_a_group_of_unknown_size_is_left_open():
     """LFME's experts have a logit for each class of their group, which only the data can count; the student for all."""
-    words = ["method=lfme", "schedule=lfme_digits_lt", "dataset.val_per_class=0", "cluster.workers=2"]
+    words = ["method=lfme", "pace=digits_lt", "dataset.val_per_class=0", "cluster.workers=2"]
     words += [f"method.stages.{stage}.classes={COUNTED}" for stage in ("many", "medium", "few")]
     config = load_config([*FILES, *words, "method.stages.student.objective.groups.rule=count"])
     assert "teacher many: stage many, best, known when the data is opened; eval mode" in describe(config)
@@ -310,7 +310,8 @@ def test_the_text_tells_an_operator_what_will_happen():
 
 
 def test_a_shortened_stage_lists_what_it_never_reaches():
-    text = describe(load_config([*CIFAR, "method.stages.train.epochs=170"]))
+    drops = "method.stages.train.lr_schedule.milestones=[{after_epoch:160,factor:0.1},{after_epoch:180,factor:0.01}]"
+    text = describe(load_config([*CIFAR, "method.stages.train.epochs=170", drops]))
     assert "NOTE: the stage ends before the learning rate's drop after epoch 180\n" in text
 
 

@@ -1,0 +1,146 @@
+"""`method.like`: a recipe that takes its network from a saved run, and starts from its weights.
+
+The exported model says what the network is made of. This reads the run folder's JSON and YAML itself, because what it
+finds decides what the config is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from experts.registry import piece
+from orchestration.config.origins import Layered
+from orchestration.config.paths import expand
+
+_OWN_CLASSES = {"digits": 10, "fashion_mnist": 10, "cifar10": 10, "cifar100": 100}
+"""Sources whose classes are known without opening them."""
+
+
+@dataclass(frozen=True)
+class SavedEnsemble:
+    """A finished run, as far as a recipe takes it over.
+
+    Attributes:
+        folder: of the run, absolute.
+        model: contents of the exported model's model.json.
+        config: contents of config.yaml.
+    """
+
+    folder: Path
+    model: dict[str, Any]
+    config: dict[str, Any]
+
+    @property
+    def origin(self) -> str:
+        """How `show` names it."""
+        return f"like {self.folder.name}"
+
+    @property
+    def method(self) -> str:
+        """Name of the run's recipe."""
+        return str(self.config["method"]["name"])
+
+    def lay(self, layered: Layered) -> None:
+        """Lay what the ensemble is made of: backbone, experts, head and aggregator.
+
+        A router is left out: a stage that starts from the run trains none, and all experts answer.
+        """
+        model = self.model
+        aggregator = model["aggregator"]
+        if piece("aggregator", aggregator["name"]).needs_router:
+            aggregator = self.config["method"]["aggregator"]
+        made_of = {
+            "like": str(self.folder),
+            "num_experts": len(model["expert_names"]),
+            "experts": list(model["expert_names"]),
+            **{key: model[key] for key in ("head", "shared_head", "reduce_dimension")},
+            "aggregator": aggregator,
+            "router": None,
+        }
+        for key, value in made_of.items():
+            _put_leaves(layered, ("method", key), value, self.origin)
+        _put_leaves(layered, ("backbone",), model["backbone"], self.origin)
+
+    def lay_data(self, layered: Layered) -> None:
+        """Lay the run's data set and seed."""
+        layered.put(("seed",), self.config["seed"], self.origin)
+        _put_leaves(layered, ("dataset",), self.config["dataset"], self.origin)
+
+    def other_classes(self, dataset: Any) -> str | None:
+        """Return why a data set has other classes than the run's, as far as the configs tell; None if it may not."""
+        if not isinstance(dataset, dict):
+            return None
+        source, own = dataset.get("source"), self.config["dataset"]["source"]
+        count = _OWN_CLASSES.get(str(source), dataset.get("num_classes"))
+        names = self.model["class_names"]
+        known = source in _OWN_CLASSES and own in _OWN_CLASSES
+        if (known and source != own) or (count is not None and count != len(names)):
+            found = f"{count} classes" if count != len(names) else "other classes"
+            return (
+                f"method.like = {self.folder}: its model knows {len(names)} classes ({', '.join(names[:3])}, ...), "
+                f"dataset {dataset.get('name')} has {found}; needed the run's own; leave out "
+                f"dataset=, or name a run on that data set"
+            )
+        return None
+
+
+def _put_leaves(layered: Layered, path: tuple[str, ...], value: Any, origin: str) -> None:
+    """Put a value in place of what was there; of a mapping, its keys one by one, so that each has its origin."""
+    if not isinstance(value, dict) or not value:
+        layered.put(path, value, origin)
+        return
+    layered.put(path, {}, origin)
+    layered.lay(value, origin, path)
+    layered.origins.pop(path, None)
+
+
+def saved_ensemble(run: str) -> SavedEnsemble:
+    """Read what a saved run's ensemble is made of.
+
+    Args:
+        run: folder of a finished run.
+
+    Raises:
+        ValueError: there is no such run, it is not finished, or its model or config cannot be read.
+    """
+    folder = Path(os.path.abspath(expand(run)))
+    said = f"method.like = {run}"
+    if not (folder / "config.yaml").is_file():
+        gone = "the folder is empty of runs" if folder.is_dir() else "there is no such folder"
+        raise ValueError(f"{said}: {gone}; needed the folder of a finished run, as runs/<run.name>")
+    status = _read_json(folder / "run.json", said).get("status")
+    if status != "finished":
+        raise ValueError(
+            f"{said}: the run is {status or 'not started'}; needed a finished one: give its command again to go on"
+        )
+    path = folder / "export" / "last" / "model.json"
+    if not path.is_file():
+        raise ValueError(f"{said}: it has no {path.relative_to(folder)}; needed its exported model; restore the folder")
+    model = _read_json(path, said)
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+        ensemble = SavedEnsemble(folder, model, config)  # type: ignore[arg-type]
+        trial = Layered()
+        ensemble.lay(trial)
+        ensemble.lay_data(trial)
+        ensemble.other_classes(trial.tree["dataset"])
+    except Exception as error:  # of YAML, or a key that is not there
+        raise ValueError(
+            f"{said}: {folder / 'config.yaml'} and {path.relative_to(folder)} do not describe a run of this version "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    return ensemble
+
+
+def _read_json(path: Path, said: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{said}: {path.name} cannot be read ({type(error).__name__}); restore the folder") from error
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,129 @@
+"""What is wrong with a config, in our words: key, found, needed, and which file it comes from."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from experts.registry import piece, registered_names
+from orchestration.config.recipe import PieceOf
+from orchestration.config.run_config import RunConfig
+from orchestration.config.words import message
+
+Origin = Callable[[list[str]], str | None]
+"""The layer that set the value at some keys, for problems to name it; None where the operator wrote it."""
+
+
+def check(tree: dict[str, Any], title: str, origin: Origin = lambda keys: None) -> RunConfig:
+    """Validate a nested mapping against the schema.
+
+    Raises:
+        ValueError: the title, then one line per problem: key, what was found, what is needed.
+    """
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = sorted({_line(problem, tree, origin) for problem in error.errors()})
+    raise ValueError(message(title, lines))
+
+
+def _line(problem: Any, tree: dict[str, Any], origin: Origin) -> str:
+    """Put one of pydantic's errors into our words: key, found, needed."""
+    keys = _path(problem["loc"], tree)
+    key = ".".join(map(str, keys))
+    found = problem.get("input")
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        layer = origin(keys)
+        return f"{key}: {_unknown_key(keys, tree)}{f' (from {layer})' if layer else ''}"
+    if kind == "missing":
+        return f"{key}: not set; needed a value"
+    if kind in ("union_tag_invalid", "union_tag_not_found", "literal_error"):
+        expected = problem.get("ctx", {}).get("expected_tags") or problem.get("ctx", {}).get("expected", "")
+        if kind.startswith("union"):
+            name = found.get("name") if isinstance(found, dict) else found
+            return f"{key}.name = {name}: unknown; needed one of {expected}"
+        return f"{key} = {found}: needed {expected}"
+    text = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    if isinstance(found, dict | list | BaseModel):
+        return f"{key}: {text}" if key else text
+    if isinstance(found, float) and 0 < found < 1 and kind.startswith("int"):
+        text += f"; a share of the stage is written {found:.3%}".replace(".000%", "%")
+    return f"{key} = {found}: {text[0].lower() + text[1:]}"
+
+
+def _nearest(key: str, known: list[str]) -> list[str]:
+    """Return the known key that was probably meant: a longer one that starts with it, or one that looks alike."""
+    longer = [name for name in known if name.startswith(f"{key}_")]
+    return longer[:1] or difflib.get_close_matches(key, known, 1)
+
+
+def _path(loc: tuple[Any, ...], tree: Any) -> list[Any]:
+    """Return the keys as the operator wrote them, without the tags that pydantic inserts for chosen pieces."""
+    keys: list[Any] = []
+    for part in loc:
+        if isinstance(tree, dict) and part not in tree and part == tree.get("name"):
+            continue
+        keys.append(part)
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return keys
+
+
+def _unknown_key(keys: list[Any], tree: dict[str, Any]) -> str:
+    """Say of what a key is unknown, and what was probably meant."""
+    last, parents = str(keys[-1]), keys[:-1]
+    model, kind = _model_at(parents, tree)
+    if kind is not None and model is not None:
+        having = [f"'{name}'" for name in registered_names(kind) if last in piece(kind, name).Config.model_fields]
+        if having:
+            name = model.model_fields["name"].default
+            have = f"{', '.join(having[:-1])} and {having[-1]} have" if having[1:] else f"{having[0]} has"
+            return f"{kind} '{name}' has no key {last}; {have}"
+    # One that looks alike in the same place, else the same one further down, as epochs in method.stages.train.
+    near = _nearest(last, list(model.model_fields) if model else [])
+    parent = ".".join(map(str, parents))
+    meant = [f"{parent + '.' if parent else ''}{near[0]}"] if near else _deeper(".".join(map(str, keys)), tree)[:1]
+    return "unknown key" + (f"; did you mean {meant[0]}?" if meant else "")
+
+
+def _model_at(keys: list[Any], tree: Any) -> tuple[type[BaseModel] | None, str | None]:
+    """Return the model of the schema below some keys, and the kind of piece that it configures, if it does."""
+    # Follow the keys through the annotations of the schema: nested models, dict[str, model], and pieces, whose model
+    # depends on the name in the tree.
+    model: Any = RunConfig
+    kind: str | None = None
+    for key in keys:
+        tree = tree.get(key, {}) if isinstance(tree, dict) else {}
+        kind = None
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            model = getattr(model, "__args__", (None, None))[-1]  # dict[str, StageConfig]
+            continue
+        field = model.model_fields.get(key)
+        if field is None:
+            return None, None
+        of = next((m for m in field.metadata if isinstance(m, PieceOf)), None)
+        if of is not None:
+            name = tree.get("name") if isinstance(tree, dict) else None
+            kind, model = of.kind, piece(of.kind, name).Config if name in registered_names(of.kind) else None
+        else:
+            model = field.annotation
+            if not hasattr(model, "model_fields"):
+                inner = [a for a in getattr(model, "__args__", ()) if hasattr(a, "model_fields")]
+                is_mapping = getattr(model, "__origin__", None) is dict
+                model = model if is_mapping or not inner else inner[0]
+    return (model, kind) if hasattr(model, "model_fields") else (None, None)
+
+
+def _deeper(key: str, tree: dict[str, Any], above: str = "") -> list[str]:
+    """Return the full keys of a tree that end with a short one: `method.stages.train.epochs` for `epochs`."""
+    found = []
+    for name, value in tree.items():
+        full = f"{above}{name}"
+        if above and full.endswith(f".{key}"):
+            found.append(full)
+        if isinstance(value, dict):
+            found += _deeper(key, value, f"{full}.")
+    return found

@@ -1,0 +1,145 @@
+"""The words of a command line: choices of files under configs/, and values for single keys."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException
+
+GROUPS = ("method", "dataset", "backbone", "protocol", "pace", "mix", "then", "cluster")
+"""Folders of configs/. Of `then` several may be chosen, of the others one."""
+
+
+class Words(NamedTuple):
+    """A command line, read."""
+
+    choices: dict[str, str]
+    """By group, the file that is chosen; without `then`."""
+    then: tuple[str, ...]
+    values: list[Override]
+    """In the order given."""
+
+
+def configs_folder() -> Path:
+    """Return the folder of the YAML groups, in a checkout or an installed wheel."""
+    return Path(str(files("configs")))
+
+
+def available(group: str) -> list[str]:
+    """Return the choices of a group, sorted."""
+    return sorted(path.stem for path in (configs_folder() / group).glob("*.yaml"))
+
+
+def parse(words: list[str]) -> Words:
+    """Split words into choices and values.
+
+    Args:
+        words: `group=choice`, `then=[part,...]` and `a.b=value`. A choice of null, of `mix` or `then`, is none.
+
+    Raises:
+        ValueError: every word that is neither, one line each.
+    """
+    parser = OverridesParser.create()
+    read = Words({}, (), [])
+    problems: list[str] = []
+    for word in words:
+        try:
+            override = _parse_word(parser, word)
+        except ValueError as problem:
+            problems.append(f"{word}: {problem}")
+            continue
+        key = override.key_or_group
+        if key == "schedule":
+            problems.append(_no_schedule(word, str(override.value())))
+        elif key == "then":
+            chosen = override.value()
+            read = read._replace(
+                then=tuple(map(str, chosen if isinstance(chosen, list) else [chosen] if chosen else ()))
+            )
+        elif key == "mix" and override.value() is None:
+            read.choices.pop("mix", None)
+        elif key in GROUPS:
+            read.choices[key] = str(override.value())
+        else:
+            read.values.append(override)
+    problems += [problem for group, choice in read.choices.items() for problem in _unknown(group, choice)]
+    problems += [problem for part in dict.fromkeys(read.then) for problem in _unknown("then", part)]
+    twice = [part for part in dict.fromkeys(read.then) if read.then.count(part) > 1]
+    problems += [f"then={part}: named {read.then.count(part)} times; needed each part once" for part in twice]
+    if problems:
+        raise ValueError(message(title(words), sorted(problems)))
+    return read
+
+
+def title(words: list[str]) -> str:
+    """Return the first words of a message about a command line."""
+    return " ".join(words) if words else "the default config"
+
+
+def message(title: str, lines: list[str]) -> str:
+    """Return one message for several problems."""
+    return f"{title}: {len(lines)} problem{'s' if len(lines) > 1 else ''}\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _parse_word(parser: OverridesParser, word: str) -> Override:
+    """Parse one override.
+
+    Raises:
+        ValueError: what is needed.
+    """
+    if "${" in word:  # a value from the environment would end up in the run folder and on the tracking server
+        raise ValueError("needed a plain value; ${...} is not filled in here, let the shell do it")
+    try:
+        override = _parse_literally(parser, word)
+    except HydraException:
+        raise ValueError("not of the form key=value; needed e.g. dataset.imbalance_ratio=100") from None
+    if override.type is OverrideType.CHANGE and not override.is_sweep_override():
+        return override
+    if word.startswith("then=") and override.is_sweep_override():
+        raise ValueError(
+            f"several parts side by side are written in brackets, 'then=[{word.removeprefix('then=')}]'; without them, "
+            f"`expertail sweep` trains a run for each"
+        )
+    raise ValueError("needed key=value with one value and no +, ++ or ~")
+
+
+def _parse_literally(parser: OverridesParser, word: str) -> Override:
+    """Parse one override. A value that Hydra's grammar cannot read (a path with spaces, say) is taken literally."""
+    try:
+        return parser.parse_override(word)
+    except HydraException:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise
+        quoted = text.replace("\\", "\\\\").replace("'", "\\'")
+        return parser.parse_override(f"{key}='{quoted}'")
+
+
+def _unknown(group: str, choice: str) -> Iterator[str]:
+    known = available(group)
+    if choice in known:
+        return
+    near = difflib.get_close_matches(choice, known, 1)
+    hint = f", did you mean {group}={near[0]}" if near else ""
+    yield f"{group}={choice}: no such {group}{hint}; known: {', '.join(known)}"
+
+
+def _no_schedule(word: str, name: str) -> str:
+    """Return what to write for a schedule of earlier versions, `<method>_<dataset>`."""
+    methods = sorted(available("method"), key=len, reverse=True)
+    method = next((method for method in methods if name.startswith(f"{method}_")), None)
+    dataset = name.removeprefix(f"{method}_")
+    instead = (
+        f"method={method} dataset={dataset}" if method and dataset in available("dataset") else "method=, dataset="
+    )
+    other = f"pace={dataset}" if dataset in available("pace") else "pace="
+    return (
+        f"{word}: there are no schedules any more; needed {instead}, from which pace and protocol follow; for other "
+        f"data {other}, and protocol= (expertail train --list)"
+    )
