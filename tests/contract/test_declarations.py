@@ -197,4 +197,5 @@ def test_a_method_of_one_file_and_one_recipe_passes_every_contract_check(tmp_pat
     )
     assert done.returncode == 0, done.stdout[-6000:]
     passed = set(re.findall(r"^PASSED tests/contract/(test_\w+\.py)", done.stdout, re.MULTILINE))
-    assert passed == {"test_objectives.py", "test_flows.py", "test_heads.py", "test_models.py", "test_recipes.py"}
+    others = {"test_calibrations.py", "test_flows.py", "test_heads.py", "test_models.py", "test_recipes.py"}
+    assert passed == {"test_objectives.py"} | others
