@@ -6,8 +6,8 @@ Three sides take steps of 128 images, block by block in turn, so that a drift of
   whole      the first stage: trunk, features and heads learn
   augmented  the second stage on augmented images: the trunk runs without a graph, heads learn
   kept       the second stage without augmentation: features were computed once, heads learn
-For one expert (cross-entropy) and three (RIDE) on a ResNet-32 at 32 x 32 pixels, plain PyTorch engine. Printed and saved:
-milliseconds per step (median, lowest, highest block), the seconds that computing all features took, and ratios.
+For one expert (cross-entropy) and three (RIDE) on a ResNet-32 at 32 x 32 pixels, plain PyTorch engine. Printed and
+saved: milliseconds per step (median, lowest, highest block), the seconds of computing all features, and ratios.
 """
 
 from __future__ import annotations
