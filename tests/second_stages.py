@@ -1,4 +1,4 @@
-"""Second stages for a small run of RIDE with linear heads, as words of a command: what they learn, and stages that fit."""
+"""Second stages for a small run of RIDE with linear heads, as words of a command: those that learn, those that fit."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _CALIBRATION = "freeze: [trunk, features, heads], frozen_batchnorm: train"
 WITH_STEPS = {
     "crt": f"{_LEARNING}, {_CLASSIFIER}, head: {{name: linear}}, reinit: [heads], frozen_batchnorm: train",
     "cosine_crt": f"{_LEARNING}, {_CLASSIFIER}, head: {{name: cosine, scale: 16}}, reinit: [heads]",
-    "lws": f"{_LEARNING}, {_CALIBRATION}, objective: {{name: cross_entropy}}, head: {{name: scaled}}",
-    "disalign": f"{_LEARNING}, {_CALIBRATION}, objective: {{name: grw}}, head: {{name: disalign}}",
+    "lws": f"{_LEARNING}, {_CALIBRATION}, objective: {{name: cross_entropy}}, calibration: {{name: scales}}",
+    "disalign": f"{_LEARNING}, {_CALIBRATION}, objective: {{name: grw}}, calibration: {{name: disalign}}",
     "dr": f"{_LEARNING}, {_CLASSIFIER}",
 }
 WITHOUT_STEPS = {
@@ -22,7 +22,7 @@ WITHOUT_STEPS = {
     "tau": "head: {name: tau_normalised, gamma: null}",
 }
 HOST = ["method=ride", "method.stages.train.head.name=linear", "method.stages.train.objective.scale=1"]
-"""RIDE, but with the heads that most second stages go on from."""
+"""RIDE, but with heads that tau-normalisation, too, can go on from."""
 
 
 def second_stages(names: Sequence[str], epochs: int = 1, start_from: str = "stage: train", more: str = "") -> list[str]:

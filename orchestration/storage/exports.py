@@ -61,7 +61,10 @@ def _problem(folder: Path, weights: str, config: RunConfig, stage: str | None) -
         return f"{RUN} cannot be read ({type(error).__name__}); needed a finished run"
     if status != "finished":
         return f"the run is {status or 'not started'}; needed a finished one: give its command again to continue it"
-    model = folder / "export" / weights / DESCRIPTION
+    return _misfit(folder / "export" / weights / DESCRIPTION, weights, config, stage)
+
+
+def _misfit(model: Path, weights: str, config: RunConfig, stage: str | None) -> str | None:
     if not model.is_file():
         return f"it has no export/{weights}; needed its exported model; restore the folder"
     try:

@@ -93,7 +93,7 @@ def test_disalign_begins_as_the_host_in_the_papers_form_and_scales_each_image_in
     trainer, folder = host
     expected = top1(trainer)["expert0"]
     for form, equal in (("paper", True), ("published", False)):
-        found = top1(begun("disalign", folder, f"method.stages.disalign.head.form={form}"))["expert0"]
+        found = top1(begun("disalign", folder, f"method.stages.disalign.calibration.form={form}"))["expert0"]
         assert found["top1"] == expected["top1"]  # (1 + s) z orders the classes of an image as z does
         assert (abs(found["nll"] - expected["nll"]) < 1e-6) == equal
 
