@@ -1,0 +1,233 @@
+"""A device that keeps a GPU's manners and computes on the CPU, for tests without a GPU.
+
+    with EmulatedDevice() as seen:
+        trainer = StageTrainer(config, stage, dataset, Mesh(shape, device=DEVICE))
+        trainer.train(1)
+    assert seen.waits == {}
+
+Numbers are the CPU's to the last bit. A GPU's refusals are refusals here: tensors of both kinds in one operation,
+`numpy()` of a tensor on the device, operations without a CUDA kernel for their type. Where the host would have to wait
+for the device is counted: `item`, `tolist`, copies either way, masks as indices, constants made from Python numbers.
+
+The device is called "meta", since torch refuses names it does not know. Not emulated: autocast, inference mode,
+streams, graphs, and the rounding of CUDA's own kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+DEVICE = "meta"
+_aten = torch.ops.aten
+_INDEXING = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
+_SIZED_BY_VALUES = {_aten.nonzero.default, _aten.masked_select.default, _aten._unique2.default}
+_NO_KERNEL = {(_aten._upsample_bilinear2d_aa.default, torch.uint8), (_aten._upsample_bicubic2d_aa.default, torch.uint8)}
+_make_tensor, _enter_autocast = torch.tensor, torch.autocast
+
+
+class RefusedByDevice(RuntimeError):
+    """A GPU would refuse this operation."""
+
+
+@dataclass
+class Seen:
+    """What the device was asked for.
+
+    Attributes:
+        waits: of the host for the device, by kind and by the line of the project that asked.
+        launches: operations on the device, by name.
+    """
+
+    waits: Counter[tuple[str, str]] = field(default_factory=Counter)
+    launches: Counter[str] = field(default_factory=Counter)
+
+    def wait(self, kind: str) -> None:
+        """Count one wait."""
+        ours = [
+            frame
+            for frame in traceback.extract_stack()
+            if "/site-packages/" not in frame.filename and not frame.filename.endswith("emulated_device.py")
+        ]
+        self.waits[kind, f"{ours[-1].filename}:{ours[-1].lineno}"] += 1
+
+
+_active = [Seen()]  # the innermost context is last
+
+
+class OnDevice(Tensor):
+    """A tensor of the device; `inner` holds its numbers."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> OnDevice:
+        with torch._C._DisableTorchDispatch():
+            shell = torch.empty_strided(inner.size(), inner.stride(), dtype=inner.dtype, device=DEVICE)
+        tensor = Tensor._make_subclass(cls, shell, False)
+        tensor.inner = inner
+        return tensor
+
+    def __repr__(self) -> str:
+        return f"OnDevice({tuple(self.shape)}, {self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _carry_out(func, args, kwargs or {})
+
+    def numpy(self, **_: Any) -> Any:
+        """Refuse, as a GPU's tensor does."""
+        raise RefusedByDevice("a tensor of the device has no numpy(); needed .cpu() first")
+
+    __array__ = numpy
+
+    def tolist(self) -> Any:
+        """Return the numbers; a wait."""
+        _active[-1].wait("tolist")
+        return self.inner.detach().tolist()
+
+    def __deepcopy__(self, memo: Any) -> OnDevice:
+        return OnDevice(self.inner.detach().clone()).requires_grad_(self.requires_grad)
+
+
+class EmulatedDevice(TorchDispatchMode):
+    """While this lasts, DEVICE is the emulated device. Outside of it nothing is changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._patches = contextlib.ExitStack()
+
+    def __enter__(self) -> Seen:
+        _active.append(Seen())
+        for owner, name, value in (
+            (torch, "tensor", _tensor), (Tensor, "new_tensor", _new_tensor), (torch, "autocast", _autocast),
+            (torch, "inference_mode", torch.no_grad),  # in which views do not ask the class of a tensor
+            (nn.Module, "_apply", _apply), (nn.Module, "_load_from_state_dict", _load),
+        ):  # fmt: skip
+            self._patches.enter_context(patch.object(owner, name, value))
+        super().__enter__()
+        return _active[-1]
+
+    def __exit__(self, *problem: Any) -> None:
+        super().__exit__(*problem)
+        self._patches.close()
+        _active.pop()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _carry_out(func, args, kwargs or {})
+
+
+def _carry_out(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Compute an operation on the CPU; its results lie on the device if its inputs do or it says so."""
+    tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+    on_device = any(isinstance(value, OnDevice) for value in tensors)
+    asked = kwargs.get("device")
+    to_device = on_device if asked is None else torch.device(asked).type == DEVICE
+    if asked is not None:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+
+    if func is _aten._to_copy.default:
+        return _copied(args[0], kwargs, to_device)
+    if func is _aten.copy_.default:
+        target, source = args[0], args[1]
+        if isinstance(target, OnDevice) != isinstance(source, OnDevice):
+            _active[-1].wait("copy_")
+        _inner(target).copy_(_inner(source))
+        return target
+
+    if on_device:
+        _refuse_or_count(func, args, tensors)
+    inner_args, inner_kwargs = tree_map(_inner, (args, kwargs))
+    found = func(*inner_args, **inner_kwargs)
+    if not to_device or func is _aten._local_scalar_dense.default:
+        return found
+    _active[-1].launches[str(func)] += 1
+    return _written(func, args, kwargs, tree_map(lambda x: OnDevice(x) if isinstance(x, Tensor) else x, found))
+
+
+def _refuse_or_count(func: Any, args: Any, tensors: list[Tensor]) -> None:
+    """Raise RefusedByDevice where a GPU would refuse, and count the waits that a GPU would cause."""
+    for value in tensors:
+        if isinstance(value, OnDevice):
+            if (func, value.dtype) in _NO_KERNEL:
+                raise RefusedByDevice(f"{func} has no CUDA kernel for {value.dtype}")
+        elif func in _INDEXING and value is not args[0]:
+            _active[-1].wait("index on the host")
+        elif value.ndim or torch.Tag.pointwise not in func.tags:  # a number in a tensor of its own may lie anywhere
+            raise RefusedByDevice(f"{func}: tensors of the device and of the host, {tuple(value.shape)}")
+    if func is _aten._local_scalar_dense.default:
+        _active[-1].wait("item")
+    masks = func in _INDEXING and any(index is not None and index.dtype == torch.bool for index in args[1])
+    if masks or func in _SIZED_BY_VALUES:
+        _active[-1].wait("size from values")
+
+
+def _copied(source: Tensor, kwargs: dict[str, Any], to_device: bool) -> Tensor:
+    if isinstance(source, OnDevice) != to_device and not kwargs.get("non_blocking"):
+        _active[-1].wait("to the device" if to_device else "to the host")
+    values = _aten._to_copy.default(_inner(source), **kwargs)
+    return OnDevice(values) if to_device else values
+
+
+def _written(func: Any, args: Any, kwargs: dict[str, Any], found: Any) -> Any:
+    """Return the tensor that an operation in place wrote to, instead of a new one."""
+    if not any(r.alias_info is not None and r.alias_info.is_write for r in func._schema.returns):
+        return found
+    given = [*zip(func._schema.arguments, args, strict=False)]
+    given += [(a, kwargs[a.name]) for a in func._schema.arguments[len(args) :] if a.name in kwargs]
+    written = [value for a, value in given if a.alias_info is not None and a.alias_info.is_write]
+    return written[0] if len(func._schema.returns) == 1 else tuple(written)
+
+
+def _inner(value: Any) -> Any:
+    return value.inner if isinstance(value, OnDevice) else value
+
+
+# Functions of torch that would look at the device's name or at the class of a tensor, and miss what it stands for.
+
+
+def _tensor(data: Any, *, dtype: Any = None, device: Any = None, **rest: Any) -> Tensor:
+    values = _make_tensor(data, dtype=dtype, **rest)
+    if device is None or torch.device(device).type != DEVICE:
+        return values
+    _active[-1].wait("torch.tensor on the device")
+    return OnDevice(values)
+
+
+def _new_tensor(self: Tensor, data: Any, *, dtype: Any = None, device: Any = None) -> Tensor:
+    return _tensor(data, dtype=dtype or self.dtype, device=self.device if device is None else device)
+
+
+def _autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
+    return contextlib.nullcontext() if device_type == DEVICE else _enter_autocast(device_type, *args, **kwargs)
+
+
+def _apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+    """Do as `nn.Module._apply`, with new parameters: a parameter cannot become one of another class."""
+    for child in self.children() if recurse else ():
+        child._apply(fn)
+    with torch.no_grad():
+        for name, weight in self._parameters.items():
+            if weight is not None and (moved := fn(weight)) is not weight:
+                self._parameters[name] = nn.Parameter(moved.detach(), weight.requires_grad)
+    for name, buffer in self._buffers.items():
+        if buffer is not None:
+            self._buffers[name] = fn(buffer)
+    return self
+
+
+def _load(self: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Do as `nn.Module._load_from_state_dict`, which takes a meta tensor for one that holds nothing."""
+    with torch.no_grad():
+        for name, own in (*self._parameters.items(), *self._buffers.items()):
+            if own is not None and prefix + name in state:
+                own.copy_(state[prefix + name])
