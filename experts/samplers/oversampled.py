@@ -6,10 +6,10 @@ from typing import Literal
 
 import numpy as np
 
-from experts.data.keyed_random import KeyedRandom, key, permutation
+from experts.data.keyed_random import key, permutation
 from experts.progress import Progress
 from experts.registry import Settings, register
-from experts.samplers.draws import cycled_draws, positions_by_class
+from experts.samplers.draws import positions_by_class
 from experts.samplers.sampler import Sampler
 
 
@@ -40,6 +40,8 @@ class Oversampled(Sampler):
     def draw(self, progress: Progress, source_key: int) -> np.ndarray:
         """Return the positions of the epoch's images in order, int64 [draws_per_epoch]."""
         del progress
-        classes_M = permutation(source_key, self.draws_per_epoch) % len(self.counts_C)  # each class max(n) times
-        by_class = [p.tolist() for p in positions_by_class(self.labels, len(self.counts_C))]
-        return cycled_draws(classes_M, by_class, KeyedRandom(key(source_key, "cycles")))
+        # In a random order, so that other images of a class are the ones that appear once more.
+        order_N = permutation(key(source_key, "choice"), len(self.labels))
+        by_class = positions_by_class(self.labels[order_N], len(self.counts_C))
+        repeated_M = np.concatenate([np.resize(order_N[rows], self.counts_C.max()) for rows in by_class])
+        return repeated_M[permutation(key(source_key, "order"), len(repeated_M))]
