@@ -131,7 +131,7 @@ def test_over_sampling_repeats_images_1_10_and_100_times(key):
 
 
 def test_over_sampling_shows_images_equally_often_where_sizes_do_not_divide():
-    """7 images of class 0, 3 of class 1: each of these twice, and one of them once more, another one in other epochs."""
+    """7 images of class 0, 3 of class 1: each of these twice, and one, which changes, once more."""
     labels = np.array([0] * 7 + [1] * 3)
     sampler = Oversampled(Oversampled.Config(), labels, 2)
     assert sampler.draws_per_epoch == 14
