@@ -62,6 +62,7 @@ class SavedEnsemble:
             **{key: model[key] for key in ("head", "shared_head", "reduce_dimension")},
             "aggregator": aggregator,
             "router": None,
+            "calibration": model.get("calibration"),
         }
         for key, value in made_of.items():
             _put_leaves(layered, ("method", key), value, self.origin)
