@@ -128,7 +128,7 @@ def export_model(
     scratch.mkdir(parents=True)
     try:
         save_file(_stored_tensors(state), scratch / TENSORS)
-        description = _describe(config, aggregator, data, _sha256(scratch / TENSORS))
+        description = describe(config, aggregator, data, _sha256(scratch / TENSORS))
         (scratch / DESCRIPTION).write_text(json.dumps(description.model_dump(mode="json"), indent=1) + "\n")
         load_model(scratch)  # refuse what could not be served
     except BaseException:
@@ -152,7 +152,12 @@ def _stored_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _describe(config: EnsembleConfig, aggregator: Settings, data: TrainingData, sha256: str) -> Description:
+def describe(config: EnsembleConfig, aggregator: Settings, data: TrainingData, sha256: str = "") -> Description:
+    """Return the contents of a model.json; for the arguments see `export_model`.
+
+    Args:
+        sha256: of the tensors' file, if there is one.
+    """
     dataset, shape = data.dataset, data.image_shape
     return Description(
         format=FORMAT,
@@ -195,6 +200,14 @@ def load_model(folder: str | os.PathLike[str], device: torch.device | str = "cpu
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged ({error}); export the model again") from None
+    ensemble = blank_ensemble(description)
+    _check_tensors(path, tensors, ensemble.state_dict())
+    ensemble.load_state_dict(tensors)
+    return ServedModel(ensemble.to(device).eval().requires_grad_(False), description)
+
+
+def blank_ensemble(description: Description) -> Ensemble:
+    """Build what a model.json describes, with random weights."""
     import_pieces(experts, aggregation)  # a program that only serves has imported none of them
     config = EnsembleConfig(
         _config("model", description.backbone),
@@ -206,10 +219,7 @@ def load_model(folder: str | os.PathLike[str], device: torch.device | str = "cpu
         router=None if description.router is None else _config("router", description.router),
         calibration=None if description.calibration is None else _config("calibration", description.calibration),
     )
-    ensemble = build_ensemble(config, seed=0)  # the weights are read from the file
-    _check_tensors(path, tensors, ensemble.state_dict())
-    ensemble.load_state_dict(tensors)
-    return ServedModel(ensemble.to(device).eval().requires_grad_(False), description)
+    return build_ensemble(config, seed=0)
 
 
 class ServedModel:

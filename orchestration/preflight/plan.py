@@ -19,11 +19,12 @@ from experts.data.imbalance import hold_out, long_tailed_counts, select
 from experts.flow import PARTS
 from experts.registry import build, piece
 from orchestration.cluster.placement import bundle_of, check_fits
-from orchestration.config.recipe import StageConfig, Teacher, stage_classes
+from orchestration.config.recipe import StageConfig, stage_classes
 from orchestration.config.recipe_checks import parts_that_learn
 from orchestration.config.run_config import RunConfig
-from orchestration.preflight.rehearsal import Costs, Load, TeacherLoad, costs_of, held_by_part, rehearse, teacher_load
-from orchestration.preflight.traffic import Exchange, Teachers, deal_teachers, exchanges, number_bytes, shares_of
+from orchestration.preflight.blanks import blank_teachers
+from orchestration.preflight.rehearsal import Costs, Load, rehearse, size_without_steps
+from orchestration.preflight.traffic import Exchange, exchanges, shares_of
 from orchestration.training.mesh import MeshShape, mesh_shape
 
 WORKER_GIB = (0.8, 1.5)
@@ -58,6 +59,14 @@ class Size:
 
 
 @dataclass(frozen=True)
+class TeacherSize:
+    """Experts and classes of a teacher."""
+
+    num_experts: int
+    num_classes: int
+
+
+@dataclass(frozen=True)
 class StagePlan:
     """One stage of a run; None where only the data can say.
 
@@ -71,7 +80,7 @@ class StagePlan:
         work: multiply-adds of a training step per image, over all slots and with teachers. An image and its partner
             count as one.
         repeated: multiply-adds that a spread placement adds to the forward pass, as a share of the packed one's.
-        teachers: by name; None where the run is missing.
+        teachers: by name; None where the run is missing, or only the data can say.
     """
 
     name: str
@@ -89,7 +98,7 @@ class StagePlan:
     memory: int | None
     work: float | None
     repeated: float | None
-    teachers: dict[str, TeacherLoad | None]
+    teachers: dict[str, TeacherSize | None]
 
     def sent(self) -> int | None:
         """Return the bytes that a worker sends per step, for the slot that sends most."""
@@ -257,45 +266,51 @@ def _assumed_counts(num_classes: int | None, rule: GroupRule) -> np.ndarray:
 def _stage_with(config: RunConfig, name: str, shape: MeshShape, counts: np.ndarray, *, known: bool) -> StagePlan:
     stage = config.method.stages[name]
     counts_C = counts[stage_classes(config.method, name, counts.tolist())]
-    num_classes = len(counts_C)
-    costs = costs_of(config, name, num_classes)
     if not stage.epochs:
-        return _without_steps(config, name, num_classes, costs)
+        return _without_steps(config, name, shape, len(counts_C))
     assert stage.batch_size is not None
-    loads = [rehearse(config, name, counts_C, shape, slot, costs) for slot in range(shape.slots)]
-    teachers = {teacher: _teacher(config, source, counts, known=known) for teacher, source in stage.teachers.items()}
     images, steps, last = epoch_of(name, stage, counts_C) if known else (None, None, None)
-    work, repeated = _work(stage, shape, loads, teachers)
+    teachers = blank_teachers(config, name, counts, counts_known=known)
+    loads, costs = rehearse(config, name, counts, shape, teachers)
+    unknown = [teacher for teacher, blank in teachers.items() if not blank.known]
+    work, repeated = (None, None) if unknown else _work(stage, loads)
+    shares = shares_of(stage.batch_size, shape.replicas)
     learns = parts_that_learn(config.method, name)
     return StagePlan(
         name=name,
         experts=config.method.names_in(name),
-        num_classes=num_classes,
+        num_classes=len(counts_C),
         size=_size([load.parameters for load in loads], costs),
         epochs=stage.epochs,
         batch_size=stage.batch_size,
-        shares=shares_of(stage.batch_size, shape.replicas),
+        shares=shares,
         images_per_epoch=images,
         steps_per_epoch=steps,
         last_batch=last,
         learns=tuple(part for part in PARTS if part in learns),
-        exchanges=exchanges(config, stage, shape, loads, teachers),
-        memory=_memory(config, stage, shape, loads, teachers),
+        exchanges=exchanges(loads, shares[0], unknown),
+        memory=None if unknown else _memory(config, stage, shape, loads),
         work=work,
         repeated=repeated,
-        teachers=teachers,
+        teachers={
+            teacher: TeacherSize(blank.num_experts, blank.num_classes) if blank.known else None
+            for teacher, blank in teachers.items()
+        },
     )
 
 
-def _without_steps(config: RunConfig, name: str, num_classes: int, costs: Costs) -> StagePlan:
+def _without_steps(config: RunConfig, name: str, shape: MeshShape, num_classes: int) -> StagePlan:
     """Plan a stage without steps: its ensemble, which exchanges nothing but what an evaluation does."""
-    held = held_by_part(config, name, num_classes)
-    size = _size([held], costs)
+    held, costs = size_without_steps(config, name, num_classes)
+    own = [
+        held["trunk"] + held["shared"] + sum(list(held.values())[2:][i] for i in shape.experts_of(slot))
+        for slot in range(shape.slots)
+    ]
     return StagePlan(
         name=name,
         experts=config.method.names_in(name),
         num_classes=num_classes,
-        size=size,
+        size=_size([held], costs),
         epochs=0,
         batch_size=0,
         shares=(),
@@ -304,19 +319,11 @@ def _without_steps(config: RunConfig, name: str, num_classes: int, costs: Costs)
         last_batch=0,
         learns=(),
         exchanges=(),
-        memory=number_bytes(config) * (size.parameters or 0),
+        memory=_number_bytes(config) * max(own),
         work=0.0,
         repeated=0.0,
         teachers={},
     )
-
-
-def _teacher(config: RunConfig, source: Teacher, counts: np.ndarray, *, known: bool) -> TeacherLoad | None:
-    """Return a teacher's load; None where it is missing, or only the data can say how many classes it knows."""
-    all_classes = source.stage is None or config.method.stages[source.stage].classes is None
-    if source.stage is not None and not known and not (all_classes and config.dataset.num_classes):
-        return None
-    return teacher_load(config, source, lambda stage: len(stage_classes(config.method, stage, counts.tolist())))
 
 
 def epoch_of(name: str, stage: StageConfig, counts_C: np.ndarray) -> tuple[int, int, int]:
@@ -352,43 +359,28 @@ def _size(held: list[dict[str, int]], costs: Costs) -> Size:
     )
 
 
-def _work(
-    stage: StageConfig, shape: MeshShape, loads: list[Load], teachers: Teachers
-) -> tuple[float | None, float | None]:
+def _work(stage: StageConfig, loads: list[Load]) -> tuple[float, float]:
     """Return the multiply-adds per image of a training step over all slots, and the share that spreading adds to the
     forward pass."""
-    if any(teacher is None for teacher in teachers.values()):
-        return None, None
-    held = deal_teachers(teachers, shape.slots)
-    spread = packed = 0
-    for name, teacher in teachers.items():
-        assert teacher is not None
-        spread += sum(teacher.work(experts) for experts in held[name])
-        packed += teacher.work(teacher.num_experts)
-
-    trunks = [load.trunk_work for load in loads]
     here = sum(load.work for load in loads)
-    # Packed, one trunk sees every stream. Spread, every slot has a trunk: all see the same images, which repeats its
-    # work, or each sees its own stream.
-    alone = here - sum(trunks) + (sum(trunks) if piece("flow", stage.flow.name).own_streams else max(trunks))
-    work = sum(load.training_work for load in loads) + spread
-    return work, (here + spread) / (alone + packed) - 1 if alone + packed else 0.0
+    alone = here
+    for name in {name for load in loads for name in load.trunk_work}:
+        # Packed, one trunk sees every stream. Spread, every slot has a trunk: all see the same images, which repeats
+        # its work, or each sees its own stream. The trunks of teachers (named) always see the same.
+        if name or not piece("flow", stage.flow.name).own_streams:
+            trunks = [load.trunk_work.get(name, 0.0) for load in loads]
+            alone -= sum(trunks) - max(trunks)
+    return sum(load.training_work for load in loads), here / alone - 1 if alone else 0.0
 
 
-def _memory(
-    config: RunConfig, stage: StageConfig, shape: MeshShape, loads: list[Load], teachers: Teachers
-) -> int | None:
+def _memory(config: RunConfig, stage: StageConfig, shape: MeshShape, loads: list[Load]) -> int:
     """Return the bytes of weights, gradients, momentum, teachers and, with ZeRO, the worker's share of the master
     weights, for the slot that holds most."""
-    if any(teacher is None for teacher in teachers.values()):
-        return None
-    held = deal_teachers(teachers, shape.slots)
     assert stage.optimizer is not None
     engine, momentum = config.engine, stage.optimizer.momentum > 0
     most = 0.0
-    for slot, load in enumerate(loads):
-        total: float = sum(load.parameters.values())
-        total += sum(teacher.held(held[name][slot]) for name, teacher in teachers.items() if teacher)
+    for load in loads:
+        total: float = sum(load.parameters.values()) + load.teacher_parameters
         for part, groups in load.learning.items():
             # Weights are counted above. Torch adds gradients and momentum. ZeRO splits master weights and momentum, and
             # at stage 2 gradients too, over the workers that share the parameters.
@@ -399,7 +391,11 @@ def _memory(
                 copies = (1.0 if engine.zero_stage == 1 else 1 / among) + (1 + momentum) / among
             total += copies * sum(groups)
         most = max(most, total)
-    return round(most * number_bytes(config))
+    return round(most * _number_bytes(config))
+
+
+def _number_bytes(config: RunConfig) -> int:
+    return 8 if config.engine.precision == "float64" else 4
 
 
 def _sum(values: list[int | None]) -> int | None:

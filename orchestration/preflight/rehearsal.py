@@ -1,47 +1,48 @@
-"""Rehearse one step of a stage on two blank images in this process, and record what a worker computes and exchanges.
+"""Rehearse a stage's step in this process, and record what a worker would hold, compute and exchange.
 
-The stage's own flow and objective run on the parts that a worker of one slot holds, and their requests are recorded.
-So a plan covers every flow, also one that is written later. Nothing learns, no data is read, no other process is used.
+The step is the one that trains: `TrainingSetup` and `TrainingStep`, for one worker of each slot, with black images in
+place of the data and random weights in place of the teachers'. Its mesh exists on paper only (exchange.py): whatever
+crosses a group there is written down. So a plan covers every recipe, and cannot miss an exchange.
 
-rehearse
-    build objective, flow and the slot's experts      as the worker would
-    hook every module                                 `_count_work`, `_count_norm`
-    run flow, then objective                          `gather` records what crosses between slots
+    teachers = stand-ins of their size                                 blanks.py
+    for each slot:
+        setup = TrainingSetup(config, labels without images, mesh on paper, teachers)
+        hook trunk, features, heads and gates                          `_Work`: images that pass, forward and back
+        for 2 images, then 3:
+            TrainingStep(setup)(black images of the rarest class)      each exchange in the record, with its bytes
+        bytes per image = the difference; the rest does not grow
 
-Shapes: E experts, e in one slot, B = 2 images, C classes, D channels.
+The images are at most 32 pixels wide: exchanges do not depend on their size, and work is counted in images and
+multiplied by the cost of each part at the run's size (`costs_of`). ZeRO exchanges inside DeepSpeed, which is not
+started: `_ZeroOnPaper` computes its exchanges from the parameters that learn.
+
+Shapes: E experts, e in one slot, B images, C classes, D features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aggregation.serving import DESCRIPTION, read_description
-from experts.backbones.cost import multiply_adds
-from experts.batches import Batch
-from experts.data.keyed_random import key
-from experts.ensemble import Ensemble, EnsembleConfig, build_ensemble, freeze
-from experts.flow import Flow, Result
-from experts.objective import ExtraInputs, Objective, StepContext
-from experts.progress import Progress
-from experts.registry import build, piece
-from orchestration.config.paths import expand
-from orchestration.config.recipe import Teacher
-from orchestration.config.recipe_checks import parts_that_learn
+from experts.backbones.cost import multiply_adds, multiply_adds_by_shape
+from experts.ensemble import Ensemble, build_ensemble
 from orchestration.config.run_config import RunConfig
-from orchestration.training.engine import casting, lr_groups
-from orchestration.training.mesh import MeshShape
+from orchestration.preflight.blanks import BlankTeacher, NoArithmetic, blank_batches, blank_dataset
+from orchestration.training.engine import IN_WORDS, TorchEngine
+from orchestration.training.exchange import Crossing, Kind, record_groups
+from orchestration.training.mesh import Mesh, MeshShape
+from orchestration.training.stage_setup import TrainingSetup
+from orchestration.training.step import TrainingStep
 
-_IMAGES = 2  # BatchNorm cannot train on one value
-_LARGEST = 32  # pixels; exchanges do not depend on the size of the images
-_DEVICE = torch.device("cpu")
+_FEW, _MORE = 2, 3  # images; BatchNorm cannot train on one value
+_LARGEST = 32  # pixels
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,21 @@ class Costs:
     gate: int
 
 
-@dataclass
-class Norms:
-    """Calls of BatchNorm layers in training mode during one step.
+@dataclass(frozen=True)
+class Traffic:
+    """What a worker contributes to the exchanges of one name in a step.
 
     Attributes:
-        layers: number of calls.
-        channels: sum of their channels.
-        back: sum of the channels that a gradient comes back through.
+        what, kind, among: as of `Crossing`.
+        fixed: bytes that do not depend on the number of images.
+        per_image: bytes for each image of the worker's replica.
     """
 
-    layers: int = 0
-    channels: int = 0
-    back: int = 0
+    what: str
+    kind: Kind
+    among: int
+    fixed: int
+    per_image: int
 
 
 @dataclass
@@ -75,304 +78,241 @@ class Load:
 
     Attributes:
         parameters: numbers held, by "trunk", "shared" and expert.
+        teacher_parameters: numbers held of teachers.
         learning: numbers that learn, by "trunk", "experts" and "shared", one entry per learning rate.
-        logits: bytes per image of every exchange of outputs between slots.
-        norms: BatchNorms in training mode.
-        terms: numbers in the loss and its terms.
-        in_turn: numbers in the trunk's running statistics if each slot's trunk sees its own images, else 0.
-        trunk_work, work: multiply-adds per image in forward passes of the trunk, and of everything. An image and its
-            partner count as one.
+        traffic: what the worker exchanges.
+        trunk_work: multiply-adds per image in forward passes of trunks, by "" for the ensemble's and by teacher.
+        work: the same of everything, teachers included. An image and its partner count as one.
         training_work: the same with backward passes.
     """
 
     parameters: dict[str, int]
+    teacher_parameters: int
     learning: dict[str, list[int]]
-    logits: list[int] = field(default_factory=list)
-    norms: Norms = field(default_factory=Norms)
-    terms: int = 0
-    in_turn: int = 0
-    trunk_work: float = 0.0
+    traffic: tuple[Traffic, ...] = ()
+    trunk_work: dict[str, float] = field(default_factory=dict)
     work: float = 0.0
     training_work: float = 0.0
 
 
-def rehearse(config: RunConfig, stage: str, counts_C: np.ndarray, shape: MeshShape, slot: int, costs: Costs) -> Load:
-    """Rehearse one step of a stage.
+def rehearse(
+    config: RunConfig, stage: str, counts_C: np.ndarray, shape: MeshShape, teachers: Mapping[str, BlankTeacher]
+) -> tuple[list[Load], Costs]:
+    """Rehearse a step of a stage for a worker of each slot.
 
     Args:
         config: validated.
-        stage: name of the stage.
-        counts_C: training images per class that the stage sees.
+        stage: name of the stage, which has steps.
+        counts_C: training images per class, of all classes.
         shape: of the mesh.
-        slot: the slot whose experts are held.
-        costs: from `costs_of`.
+        teachers: stand-ins, by name.
+
+    Returns:
+        The load of each slot, and the costs of the ensemble's parts.
 
     Raises:
-        ValueError: a piece refuses the classes or the number of experts.
+        ValueError: a piece refuses the classes, the number of experts or a teacher.
     """
-    return _Rehearsal(config, stage, counts_C, shape, slot).run(costs)
+    size = config.dataset.image_size
+    costs = {name: costs_of(teacher.model.ensemble, size) for name, teacher in teachers.items()}
+    loads = []
+    for slot in range(shape.slots):
+        record: list[Crossing] = []
+        setup = _setup(config, stage, counts_C, shape, slot, teachers, record)
+        if slot == 0:  # whose first expert has a gate, if there are any
+            costs[""] = costs_of(setup.model, size)
+        loads.append(_load(setup, record, costs))
+        setup.close()
+    return loads, costs[""]
 
 
-def costs_of(config: RunConfig, stage: str, num_classes: int) -> Costs:
-    """Return the cost of each part of a stage's ensemble in a forward pass, at the size of the run's images."""
-    model = _ensemble(config, stage, num_classes, config.method.names_in(stage)[:1])
-    expert = model.members()[0]
-    image = torch.zeros(1, 3, config.dataset.image_size, config.dataset.image_size)
-    with torch.no_grad():
-        h = model.trunk.eval()(image)
-        features = expert.features.eval()(h)
-    head = expert.head
-    if "head" in model.shared:
-        head = model.shared["head"]
-    return Costs(
-        multiply_adds(model.trunk, image),
-        multiply_adds(expert.features, h),
-        multiply_adds(head, features),
-        0 if expert.gate is None else multiply_adds(expert.gate, features),
+def _setup(
+    config: RunConfig,
+    stage: str,
+    counts_C: np.ndarray,
+    shape: MeshShape,
+    slot: int,
+    teachers: Mapping[str, BlankTeacher],
+    record: list[Crossing],
+) -> TrainingSetup:
+    """Return what the first worker of a slot would build, on a mesh that writes to the record."""
+    rank = slot * shape.replicas
+    mesh = Mesh(shape, rank, groups=record_groups(shape.slots, shape.replicas, rank, record))
+    small = _small(config, stage)
+    models = {name: teacher.fresh() for name, teacher in teachers.items()}
+    engine = _EngineOnPaper if config.engine.name == "torch" else _ZeroOnPaper
+    with NoArithmetic():
+        setup = TrainingSetup(small, stage, blank_dataset(small.dataset, counts_C), mesh, models, engine)
+    setup.objective.assume_prepared()  # what it would take from the data does not change sizes
+    return setup
+
+
+def _load(setup: TrainingSetup, record: list[Crossing], costs: Mapping[str, Costs]) -> Load:
+    assert isinstance(setup.engine, TorchEngine)
+    load = Load(
+        parameters=_parameters(setup.model),
+        teacher_parameters=sum(p.numel() for held in setup.teachers.held.values() for p in held.parameters()),
+        learning=_learning(setup.engine),
     )
+    with _Work(load, [("", setup.model), *setup.teachers.held.items()], costs):
+        few = _step(setup, record, _FEW)
+    if setup.mesh.shape.workers > 1:
+        load.traffic = tuple(_traffic(few, _step(setup, record, _MORE)))
+    return load
 
 
-def _ensemble(config: RunConfig, stage: str, num_classes: int, only: tuple[str, ...]) -> Ensemble:
-    return build_ensemble(config.ensemble(stage, num_classes), seed=config.seed, only=only)
+def _small(config: RunConfig, stage: str) -> RunConfig:
+    """Return the config of the rehearsal: small images, no weights from files, counts that may be assumed."""
+    size = min(config.dataset.image_size, _LARGEST)
+    # Assumed counts may not fill a batch. Where counts are known, `epoch_of` has refused an epoch without one.
+    settings = config.method.stages[stage].model_copy(update={"drop_last": False})
+    stages = {**config.method.stages, stage: settings}
+    method = config.method.model_copy(update={"backbone_weights": None, "stages": stages})
+    dataset = config.dataset.model_copy(update={"image_size": size})
+    return config.model_copy(update={"method": method, "dataset": dataset})
 
 
-def held_by_part(config: RunConfig, stage: str, num_classes: int) -> dict[str, int]:
-    """Return the numbers in a stage's ensemble, by "trunk", "shared" and expert."""
-    return _numbers(_ensemble(config, stage, num_classes, config.method.names_in(stage)))
+def _step(setup: TrainingSetup, record: list[Crossing], images: int) -> list[Crossing]:
+    """Take a step on so many images, and return what it exchanged."""
+    rarest = int(setup.dataset.counts_C.argmin())  # a class that every expert of any method learns
+    batch = blank_batches(setup.batches, rarest, images).batch(1, 0)
+    if setup.partners is not None:
+        batch = replace(batch, partner=blank_batches(setup.partners, rarest, images).batch(1, 0))
+    record.clear()
+    with NoArithmetic():
+        TrainingStep(setup)(batch, setup.progress(0))
+    return list(record)
 
 
-def _numbers(model: Ensemble) -> dict[str, int]:
+def _traffic(few: list[Crossing], more: list[Crossing]) -> Iterator[Traffic]:
+    """Tell bytes that grow with the images from those that do not, in two records of the same step."""
+    sums = [defaultdict[tuple[str, Kind, int], int](int) for _ in (few, more)]
+    for found, record in zip(sums, (few, more), strict=True):
+        for crossing in record:
+            found[crossing.what, crossing.kind, crossing.among] += crossing.bytes
+    assert sums[0].keys() == sums[1].keys(), "the exchanges of a step must not depend on the number of images"
+    for (what, kind, among), low in sums[0].items():
+        per_image, rest = divmod(sums[1][what, kind, among] - low, _MORE - _FEW)
+        assert rest == 0, f"{what}: bytes must grow evenly with the images"
+        yield Traffic(what, kind, among, low - _FEW * per_image, per_image)
+
+
+class _EngineOnPaper(TorchEngine):
+    """The control engine, but for the weights, which stay."""
+
+    def step(self, loss: Tensor, lr: float) -> None:
+        """See `Engine.step`."""
+        self.backward(loss)
+
+
+class _ZeroOnPaper(_EngineOnPaper):
+    """The same in the place of DeepSpeed's engine, with ZeRO's exchanges."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.same_order = self.config.zero_stage == 2 and self.mesh.shape.workers > 1
+
+    def sum_gradients(self) -> None:
+        """Record what ZeRO exchanges for each engine: gradients, norms, and the weights after the step."""
+        for part, sizes in _learning(self).items():
+            group = self.mesh.groups.data if part == "experts" else self.mesh.groups.everyone
+            if not sizes or group.size == 1:
+                continue
+            number = self.parameters_of(part)[0].detach().new_zeros(())
+            group.all_reduce(number.expand(sum(sizes)), f"gradient, {IN_WORDS[part]}")
+            # One float32 for each learning rate, whatever the precision.
+            group.all_reduce(number.float().expand(len(sizes)), f"norm of the gradient, {IN_WORDS[part]} (ZeRO)")
+            # ZeRO pads the parameters of each learning rate to a multiple of twice the workers.
+            own = sum(2 * -(-numbers // (2 * group.size)) for numbers in sizes)
+            group.all_gather(number.expand(own), f"updated weights, {IN_WORDS[part]} (ZeRO)")
+
+
+# Sizes
+
+
+def size_without_steps(config: RunConfig, stage: str, num_classes: int) -> tuple[dict[str, int], Costs]:
+    """Return the numbers in a stage's ensemble, by "trunk", "shared" and expert, and the costs of its parts."""
+    with NoArithmetic():
+        model = build_ensemble(config.ensemble(stage, num_classes), seed=config.seed)
+    return _parameters(model), costs_of(model, config.dataset.image_size)
+
+
+def _parameters(model: Ensemble) -> dict[str, int]:
     parts = {"trunk": model.trunk, "shared": model.shared, **model.experts}
     return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 
 
-class _Rehearsal:
-    """A worker's parts of a stage, offered to its flow as a `Network`."""
+def _learning(engine: TorchEngine) -> dict[str, list[int]]:
+    """Return the numbers that learn, by part of the ensemble, for each learning rate."""
+    found = {}
+    for part in ("trunk", "experts", "shared"):
+        of_part = {id(p) for p in engine.parameters_of(part)}
+        sizes = [sum(p.numel() for p in group["params"] if id(p) in of_part) for group in engine.optimizer.param_groups]
+        found[part] = [size for size in sizes if size]
+    return found
 
-    def __init__(self, config: RunConfig, stage: str, counts_C: np.ndarray, shape: MeshShape, slot: int) -> None:
-        method, engine = config.method, config.engine
-        self.config, self.stage, self.shape = config, method.stages[stage], shape
-        self.expert_names = method.names_in(stage)
-        self.held = list(shape.experts_of(slot))
-        self.names = tuple(self.expert_names[i] for i in self.held)
-        self.same_order = engine.name == "deepspeed" and engine.zero_stage == 2 and shape.workers > 1
-        self.dtype = torch.float64 if engine.precision == "float64" else torch.float32
-        self.rarest, self.num_classes = int(counts_C.argmin()), len(counts_C)
-        self.objective: Objective = build(
-            "objective", self.stage.objective, torch.from_numpy(counts_C), len(self.expert_names)
-        )
-        self.objective.assume_prepared()  # what it would take from the data does not change sizes
-        self.objective.to(dtype=self.dtype)
-        draws = partial(key, config.seed, stage)
-        self.flow: Flow = build("flow", self.stage.flow, self.objective, self.expert_names, draws)
-        self.model = _ensemble(config, stage, self.num_classes, self.names).to(self.dtype).train()
 
-        frozen = freeze(self.model, parts_that_learn(config.method, stage))
-        if self.stage.frozen_batchnorm == "eval":
-            for module in frozen:
-                module.eval()
-        self.load = Load(_numbers(self.model), self._learning())
+# Work
 
-    def _learning(self) -> dict[str, list[int]]:
-        factors = dict(zip(self.expert_names, self.objective.lr_factors, strict=True))
-        found = {}
-        for part in ("trunk", "experts", "shared"):
-            named = [(n, p) for n, p in self.model.named_parameters() if n.startswith(f"{part}.") and p.requires_grad]
-            groups = lr_groups(named, factors, self.stage.lr_factors.model_dump())
-            found[part] = [sum(p.numel() for p in group["params"]) for group in groups]
-        return found
 
-    # The `Network` that a flow runs
+def costs_of(model: Ensemble, image_size: int) -> Costs:
+    """Return the cost of each part of an ensemble in a forward pass on an image of this many pixels across.
 
-    def trunk(self, run: Callable[[nn.Module], Result]) -> Result:
-        return self._run(run, self.model.trunk)
+    The ensemble is left in evaluation mode.
+    """
+    model.eval()
+    expert = model.members()[0]
+    head = expert.head
+    if "head" in model.shared:
+        head = model.shared["head"]
+    trunk, shape = multiply_adds_by_shape(model.trunk, (1, 3, image_size, image_size))
+    features, shape = multiply_adds_by_shape(expert.features, shape)
+    found = torch.zeros(shape, dtype=next(expert.parameters()).dtype)  # heads and gates are small, and run as they are
+    gate = 0 if expert.gate is None else multiply_adds(expert.gate, found)
+    return Costs(trunk, features, multiply_adds(head, found), gate)
 
-    def experts(self, run: Callable[[nn.ModuleDict], Result]) -> Result:
-        return self._run(run, self.model.experts)
 
-    def shared(self, run: Callable[[nn.ModuleDict], Result]) -> Result:
-        return self._run(run, self.model.shared)
+class _Work:
+    """While open, adds to a load the work of the images that pass through the parts of some ensembles."""
 
-    def _run(self, run: Callable[[Any], Result], module: nn.Module) -> Result:
-        with casting(self.config.engine, _DEVICE):
-            return run(module)
+    def __init__(self, load: Load, ensembles: Iterable[tuple[str, Ensemble]], costs: Mapping[str, Costs]) -> None:
+        self._load = load
+        self._hooks = [
+            part.register_forward_hook(partial(self._count, cost, name if part is model.trunk else None))
+            for name, model in ensembles
+            for part, cost in _parts(model, costs[name])
+        ]
 
-    def gather(self, own: Tensor, /, what: str = "logits") -> Tensor:
-        """Return all experts' outputs, zeros for other slots; record the bytes that a worker would contribute."""
-        self.load.logits.append(own.numel() * own.element_size() // _IMAGES)
-        everyone = own.new_zeros(len(self.expert_names), *own.shape[1:])
-        everyone[self.held] = own
-        return everyone
+    def __enter__(self) -> None:
+        pass
 
-    # The step and what is recorded of it
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
-    def run(self, costs: Costs) -> Load:
-        """Run the flow and the objective. Returns what they required."""
-        self._hook(costs)
-        if self.flow.own_streams:
-            self.load.in_turn = sum(buffer.numel() for buffer in self.model.trunk.buffers())
-        batch = self._batch()
-        if self.flow.needs_partner:
-            batch = replace(batch, partner=batch)
-        now = Progress(1, self.stage.epochs, 0, 1)
-        with torch.enable_grad():
-            outputs_EBX = self.flow(self, batch, now, self.gather)
-        self.load.terms = 1 + self._terms(outputs_EBX.detach(), batch, now)
-        return self.load
-
-    def _batch(self) -> Batch:
-        size = min(self.config.dataset.image_size, _LARGEST)
-        labels_B = torch.full((_IMAGES,), self.rarest)  # a class that every expert of any method learns
-        images_B3HW = torch.zeros(_IMAGES, 3, size, size, dtype=self.dtype)
-        return Batch(images_B3HW, labels_B, labels_B, torch.arange(_IMAGES))
-
-    def _hook(self, costs: Costs) -> None:
-        parts: list[tuple[nn.Module, int]] = [(self.model.trunk, costs.trunk)]
-        for expert in self.model.members():
-            parts.append((expert.features, costs.features))
-            if expert.gate is not None:
-                parts.append((expert.gate, costs.gate))
-            if "head" not in self.model.shared:
-                parts.append((expert.head, costs.head))
-        if "head" in self.model.shared:
-            parts.append((self.model.shared["head"], costs.head))
-        for part, cost in parts:
-            part.register_forward_hook(partial(self._count_work, cost))
-        for module in self.model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.register_forward_hook(self._count_norm)
-
-    def _count_work(self, cost: int, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _count(
+        self, cost: int, trunk_of: str | None, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> None:
         # A flow may run a module on part of the images, or twice; work counts per image of the batch.
         # Features that go through a shared head are [e, B, D].
-        images = inputs[0].shape[0] * (inputs[0].shape[1] if inputs[0].ndim == 3 else 1) / _IMAGES
+        images = inputs[0].shape[0] * (inputs[0].shape[1] if inputs[0].ndim == 3 else 1) / _FEW
         learns = any(p.requires_grad for p in module.parameters())
         # Backward costs as much as forward for the gradient of the input, and again for that of the weights.
         backward = 1 + learns if output.requires_grad else 0
-        self.load.work += images * cost
-        self.load.training_work += images * cost * (1 + backward)
-        if module is self.model.trunk:
-            self.load.trunk_work += images * cost
-
-    def _count_norm(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if module.training and isinstance(module, nn.BatchNorm2d):
-            norms = self.load.norms
-            norms.layers += 1
-            norms.channels += module.num_features
-            norms.back += module.num_features if output.requires_grad else 0
-
-    def _terms(self, outputs_EBX: Tensor, batch: Batch, now: Progress) -> int:
-        """Count the numbers in the loss's terms; a term has one for all experts or one for each."""
-        extra = ExtraInputs(self._scores(), batch.positions_B)
-        labels, global_labels = self.flow.labels(batch)
-        context = StepContext(self.objective.denominators(global_labels, now), now, extra)
-        loss, terms = self.objective(outputs_EBX, labels, context)
-        if self.stage.distillation is not None:
-            distillation = build("distillation", self.stage.distillation)
-            denominators = distillation.denominators(batch.global_labels)
-            terms = terms | distillation(loss, outputs_EBX, extra.teachers, denominators, now)[1]
-        return sum(value.numel() for value in terms.values())
-
-    def _scores(self) -> dict[str, Tensor]:
-        """Return blank scores of every teacher, for the classes that the objective expects it to know."""
-        known = self.objective.teacher_classes
-        return {
-            name: torch.zeros(_IMAGES, len(known.get(name, range(self.num_classes))), dtype=self.dtype)
-            for name in self.stage.teachers
-        }
+        self._load.work += images * cost
+        self._load.training_work += images * cost * (1 + backward)
+        if trunk_of is not None:
+            self._load.trunk_work[trunk_of] = self._load.trunk_work.get(trunk_of, 0.0) + images * cost
 
 
-@dataclass(frozen=True)
-class TeacherLoad:
-    """The load of a frozen teacher on the workers. Its experts are dealt out to the slots.
-
-    Attributes:
-        num_experts, num_classes: of the teacher.
-        trunk, expert: numbers held by each slot with experts, and for each expert. A shared head counts with the
-            trunk; a router's gates do not count.
-        trunk_work, expert_work: multiply-adds per image.
-        trunk_norms, expert_norms: layers and channels of the BatchNorms that normalise by the batch.
-    """
-
-    num_experts: int
-    num_classes: int
-    trunk: int
-    expert: int
-    trunk_work: int
-    expert_work: int
-    trunk_norms: tuple[int, int]
-    expert_norms: tuple[int, int]
-
-    def held(self, experts: int) -> int:
-        """Return the numbers held in a slot with so many experts."""
-        return self.trunk + experts * self.expert if experts else 0
-
-    def work(self, experts: int) -> int:
-        """Return the multiply-adds per image in a slot with so many experts."""
-        return self.trunk_work + experts * self.expert_work if experts else 0
-
-    def norms(self, experts: int) -> Norms:
-        """Return the BatchNorms of a slot with so many experts."""
-        if not experts:
-            return Norms()
-        layers, channels = (a + experts * b for a, b in zip(self.trunk_norms, self.expert_norms, strict=True))
-        return Norms(layers, channels)
-
-
-def teacher_load(config: RunConfig, teacher: Teacher, num_classes_in: Callable[[str], int]) -> TeacherLoad | None:
-    """Return what a teacher requires, or None if it is a run that is missing or cannot be read.
-
-    Args:
-        config: of the run that learns.
-        teacher: a stage of this run, or another run.
-        num_classes_in: classes that a stage of this run knows.
-    """
-    if teacher.stage is not None:
-        names, num_classes = config.method.names_in(teacher.stage), num_classes_in(teacher.stage)
-        model = _ensemble(config, teacher.stage, num_classes, names[:1])
-    else:
-        assert teacher.run is not None
-        try:
-            found = read_description(Path(expand(teacher.run)) / "export" / teacher.weights / DESCRIPTION)
-        except ValueError:
-            return None
-        names, num_classes = found.expert_names, found.num_classes
-        model = build_ensemble(
-            EnsembleConfig(
-                _settings("model", found.backbone),
-                _settings("head", found.head),
-                num_classes=num_classes,
-                expert_names=names,
-                reduce_dimension=found.reduce_dimension,
-                shared_head=found.shared_head,
-            ),
-            seed=0,
-            only=names[:1],
-        )
-    expert = model.members()[0]
-    image = torch.zeros(1, 3, config.dataset.image_size, config.dataset.image_size)
-    with torch.no_grad():
-        h = model.trunk.eval()(image)
-        scores = expert.eval()(h)
-    head = multiply_adds(model.shared["head"], scores) if "head" in model.shared else 0
-    live = teacher.mode == "train"
-    shared_head = [p for name, p in model.shared.named_parameters() if name.startswith("head.")]
-    return TeacherLoad(
-        num_experts=len(names),
-        num_classes=num_classes,
-        trunk=sum(p.numel() for p in [*model.trunk.parameters(), *shared_head]),
-        expert=sum(p.numel() for part in (expert.features, expert.head) for p in part.parameters()),
-        trunk_work=multiply_adds(model.trunk, image),
-        expert_work=multiply_adds(expert, h) + head,
-        trunk_norms=_norms(model.trunk) if live else (0, 0),
-        expert_norms=_norms(expert) if live else (0, 0),
-    )
-
-
-def _settings(kind: str, values: dict[str, Any]) -> Any:
-    return piece(kind, values["name"]).Config.model_validate(values)
-
-
-def _norms(module: nn.Module) -> tuple[int, int]:
-    channels = [part.num_features for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
-    return len(channels), sum(channels)
+def _parts(model: Ensemble, costs: Costs) -> Iterator[tuple[nn.Module, int]]:
+    """Yield the parts of an ensemble whose work counts, and their cost per image."""
+    yield model.trunk, costs.trunk
+    for expert in model.members():
+        yield expert.features, costs.features
+        if expert.gate is not None:
+            yield expert.gate, costs.gate
+        if "head" not in model.shared:
+            yield expert.head, costs.head
+    if "head" in model.shared:
+        yield model.shared["head"], costs.head

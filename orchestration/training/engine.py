@@ -111,12 +111,7 @@ class TorchEngine:
 
     def step(self, loss: Tensor, lr: float) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        for p in self.parameters.values():
-            if p.grad is None:  # this batch did not reach it here; other workers wait for its share
-                p.grad = torch.zeros_like(p)
-        if self.mesh.shape.workers > 1:
-            self.sum_gradients()
+        self.backward(loss)
 
         # After the sum, which carries NaN to every worker that holds the parameter: all of them stop, none waits.
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
@@ -125,6 +120,15 @@ class TorchEngine:
 
         set_lr(self.optimizer, lr)
         self.optimizer.step()
+
+    def backward(self, loss: Tensor) -> None:
+        """Leave in every parameter its gradient of the whole batch."""
+        loss.backward()
+        for p in self.parameters.values():
+            if p.grad is None:  # this batch did not reach it here; other workers wait for its share
+                p.grad = torch.zeros_like(p)
+        if self.mesh.shape.workers > 1:
+            self.sum_gradients()
 
     def sum_gradients(self) -> None:
         """Sum each gradient over the workers that hold its parameter. All of them list parameters in the same order."""

@@ -136,7 +136,8 @@ class RecordingGroup:
     def all_gather(self, own: Tensor, what: str) -> list[Tensor]:
         """See `Group.all_gather`."""
         self._note("all-gather", own, what)
-        return [own.detach() if rank == self.rank else torch.zeros_like(own) for rank in range(self.size)]
+        blank = own.new_zeros(()).expand_as(own)  # takes no memory
+        return [own.detach() if rank == self.rank else blank for rank in range(self.size)]
 
     def all_reduce(self, values: Tensor, what: str) -> None:
         """See `Group.all_reduce`."""

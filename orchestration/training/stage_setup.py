@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from aggregation.aggregator import Aggregator
+from aggregation.serving import ServedModel
 from experts.batches import Replica, StreamConfig, TrainBatches
 from experts.class_groups import split_classes
 from experts.data.dataset import Dataset
@@ -104,7 +105,8 @@ class TrainingSetup(StageSetup):
 
     Args:
         config, stage, dataset, mesh: as `StageSetup`; the deepspeed engine always needs a torch world.
-        teacher_folders: exported models of the stage's teachers, by name.
+        teachers: exported models of the stage's teachers, or their folders, by name.
+        make_engine: class of the engine; by default what the config says.
 
     Raises:
         ValueError: the stage's two samplers draw different numbers of images, or a teacher does not fit; or as
@@ -117,7 +119,8 @@ class TrainingSetup(StageSetup):
         stage: str,
         dataset: Dataset,
         mesh: Mesh,
-        teacher_folders: Mapping[str, str] | None = None,
+        teachers: Mapping[str, str | ServedModel] | None = None,
+        make_engine: type[TorchEngine] | None = None,
     ) -> None:
         super().__init__(config, stage, dataset, mesh)
         assert self.stage.optimizer is not None
@@ -128,9 +131,9 @@ class TrainingSetup(StageSetup):
         self.flow: Flow = build("flow", self.stage.flow, self.objective, self.expert_names, draws)
         self.distillation = self.stage.distillation and build("distillation", self.stage.distillation)
         self.schedule = build("lr_schedule", self.stage.lr_schedule)
-        self.teachers = Teachers(self.stage.teachers, teacher_folders or {}, dataset, mesh, self.dtype)
+        self.teachers = Teachers(self.stage.teachers, teachers or {}, dataset, mesh, self.dtype)
         # The engine takes the parameters that `freeze` left trainable, in their final type and place.
-        self.engine: Engine = self._build_engine()
+        self.engine: Engine = self._build_engine(make_engine)
 
         self.batches = self._build_batches(self.stage.sampler, "all")
         self.partners: TrainBatches | None = None
@@ -138,12 +141,12 @@ class TrainingSetup(StageSetup):
             self.partners = self._build_batches(self.stage.partner_sampler, "partner")
             _check_pairing(stage, self.batches, self.partners)
 
-    def _build_engine(self) -> Engine:
+    def _build_engine(self, make_engine: type[TorchEngine] | None) -> Engine:
         expert_factors = dict(zip(self.expert_names, self.objective.lr_factors, strict=True))
         part_factors = self.stage.lr_factors.model_dump()
         args = (self.model, self.mesh, self.optimizer, self.config.engine, expert_factors, part_factors)
-        if self.config.engine.name == "torch":
-            return TorchEngine(*args)
+        if make_engine is not None or self.config.engine.name == "torch":
+            return (make_engine or TorchEngine)(*args)
         from orchestration.training.deepspeed_engine import DeepSpeedEngine  # costs seconds, so only where it is used
 
         return DeepSpeedEngine(*args)

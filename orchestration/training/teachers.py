@@ -27,10 +27,13 @@ class Teachers:
 
     Args:
         configs: by name.
-        folders: of their exported models, by name.
+        models: their exported models or the folders of these, by name. A folder's model is checked.
         dataset: of the run, whole; teachers must know its preprocessing and classes, or a group of them.
         mesh: this worker's place.
         dtype: that scores are computed in.
+
+    Attributes:
+        held: this worker's experts of each teacher, by its name; missing where it has none of them.
 
     Raises:
         ValueError: a model is missing or damaged, or was made for other classes or images.
@@ -39,19 +42,18 @@ class Teachers:
     def __init__(
         self,
         configs: Mapping[str, Teacher],
-        folders: Mapping[str, str],
+        models: Mapping[str, str | ServedModel],
         dataset: Dataset,
         mesh: Mesh,
         dtype: torch.dtype,
     ) -> None:
         self._mesh = mesh
-        self._held: dict[str, Ensemble] = {}
+        self.held: dict[str, Ensemble] = {}
         self._rules: dict[str, tuple[Aggregator, Tensor, int, int]] = {}
         self._slots: dict[str, list[int]] = {}  # of each expert, by teacher
         slots, dealt = mesh.shape.slots, 0
         for name, config in configs.items():
-            model = load_model(folders[name])
-            check_teacher(f"teachers.{name}", model, dataset, folders[name])
+            model = _checked(name, models[name], dataset)
             names = model.description.expert_names
             numbers_EK = torch.stack([model.aggregator.describe(e) for e in model.ensemble.experts.values()])
 
@@ -74,7 +76,7 @@ class Teachers:
                 shared = {key: m for key, m in model.ensemble.shared.items() if key == "head"}
                 held = Ensemble(model.ensemble.trunk, own, shared).to(mesh.device, dtype)  # type: ignore[arg-type]
                 mesh.synchronise_batchnorm(held, f"of teacher {name}")
-                self._held[name] = held.train(config.mode == "train").requires_grad_(False)
+                self.held[name] = held.train(config.mode == "train").requires_grad_(False)
         self._dtype = dtype
 
     def __bool__(self) -> bool:
@@ -88,8 +90,8 @@ class Teachers:
             # Every slot sends as many rows as the fullest one, since a gather needs equal shapes. Unused rows are zero.
             most = max(self._slots[name].count(slot) for slot in range(self._mesh.shape.slots))
             own = torch.zeros(most, len(images_B3HW), num_classes, device=images_B3HW.device, dtype=self._dtype)
-            if name in self._held:
-                found = self._held[name](images_B3HW)
+            if name in self.held:
+                found = self.held[name](images_B3HW)
                 own[: len(found)] = found
             gathered = self._mesh.gather(own, f"scores of teacher {name}").unflatten(0, (self._mesh.shape.slots, most))
 
@@ -100,6 +102,14 @@ class Teachers:
                 rows.append(gathered[slot, self._slots[name][:expert].count(slot)])
             scores[name] = rule(Outputs(torch.stack(rows), numbers_EK))
         return scores
+
+
+def _checked(name: str, model: str | ServedModel, dataset: Dataset) -> ServedModel:
+    if isinstance(model, ServedModel):
+        return model
+    loaded = load_model(model)
+    check_teacher(f"teachers.{name}", loaded, dataset, model)
+    return loaded
 
 
 def check_teacher(key: str, model: ServedModel, dataset: Dataset, folder: str | Path) -> None:
