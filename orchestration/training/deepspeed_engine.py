@@ -139,7 +139,9 @@ class DeepSpeedEngine:
         part_factors: Mapping[str, float] | None = None,
     ) -> None:
         deepspeed = import_deepspeed(gpu=mesh.device.type == "cuda")
-        os.environ.setdefault("LOCAL_RANK", "0")  # Ray shows each worker one GPU, which is number 0 there
+        # Ray shows each worker one GPU, which is number 0 there, whatever a launcher round Ray has numbered.
+        os.environ["LOCAL_RANK"] = "0"
+        os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
         self.mesh = mesh
         self.names = model.names
         # ZeRO 2 reduces gradients during the backward pass: parameters must get theirs in one order on all workers.

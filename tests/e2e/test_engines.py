@@ -163,3 +163,12 @@ def test_parts_and_experts_learn_at_rates_of_their_own_and_go_on_so(words, world
         assert torch.equal(momentum[name], plain_momentum[name])
     again, _ = two_steps(words, (weights, momentum), **FACTORS)
     assert all(torch.equal(again[1][name], value) for name, value in seen[2].items())
+
+
+def test_numbers_of_a_launcher_round_ray_choose_no_device(world, monkeypatch):
+    """As under mpirun on a node of four GPUs; a worker sees its own alone."""
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "3")
+    engine, _ = make(ENGINES["ZeRO 1"])
+    assert {part.local_rank for part in engine._engines.values()} == {0}
+    engine.close()
