@@ -1,0 +1,146 @@
+"""What only a GPU shows: its kernels give the CPU's numbers, NCCL takes what workers exchange, float32 is float32."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from ray.exceptions import RayTaskError
+from torch.nn.functional import interpolate
+
+from aggregation.serving import load_model
+from experts.augmentation.augment import random_resized_crops
+from experts.augmentation.views import ViewMaker, Views
+from experts.data.dataset import open_dataset
+from experts.data.decode import CROP_UNIFORMS
+from experts.data.resampling import resample
+from orchestration.cluster.failures import broken_exchange
+from orchestration.config.compose import load_config
+from orchestration.training.exchange import TorchGroup
+from orchestration.training.mesh import Mesh, mesh_shape
+from orchestration.training.trainer import StageTrainer
+from orchestration.training.world import Rendezvous, leave_world
+from tests.recipes import WORDS, digits, every_recipe, export, numbers
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def flat(found):
+    """Return all numbers in nested lists and mappings, in order; None and text left out."""
+    if isinstance(found, dict):
+        found = list(found.values())
+    if isinstance(found, (list, tuple)):
+        return [number for item in found for number in flat(item)]
+    return [float(found)] if isinstance(found, (int, float)) else []
+
+
+@every_recipe
+def test_numbers_are_the_cpus_in_float64(method, tmp_path):
+    """Losses, terms and the test's results of every stage, saved and loaded half-way."""
+    words = "engine.precision=float64"
+    on_cpu, on_gpu = (flat(numbers(method, tmp_path / d, d, words)) for d in ("cpu", "cuda"))
+    assert on_gpu == pytest.approx(on_cpu, rel=1e-9, abs=1e-9, nan_ok=True)
+
+
+def trainer_of(*words):
+    config = load_config(["method=ride", *WORDS, *words])
+    return StageTrainer(config, "train", open_dataset(config.dataset), Mesh(mesh_shape(3, 1), device="cuda"))
+
+
+# Images
+
+
+@pytest.mark.parametrize(("size", "new"), [(32, 224), (500, 224), (8, 32), (257, 256), (33, 7)])
+def test_images_are_resized_to_the_pixel(size, new):
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 3, size, size), dtype=np.uint8))
+    found = resample(images.cuda(), np.array([[0, 0, size, size]]), new, new)
+    assert torch.equal(found.cpu(), interpolate(images, (new, new), mode="bilinear", antialias=True))
+
+
+def test_resident_images_are_cropped_to_the_pixel():
+    draws = np.random.default_rng(0)
+    images = torch.from_numpy(draws.integers(0, 256, (64, 3, 32, 32), dtype=np.uint8))
+    uniforms = draws.random((64, CROP_UNIFORMS))
+    on_gpu = random_resized_crops(images.cuda(), uniforms, (0.08, 1.0))
+    assert torch.equal(on_gpu.cpu(), random_resized_crops(images, uniforms, (0.08, 1.0)))
+
+
+@pytest.mark.parametrize("views", [Views(), Views(random_resized_crop=(0.2, 1.0), crop_padding=0)])
+def test_views_of_test_images(views):
+    config, test = load_config(WORDS).dataset, digits(0).test
+    made = [
+        ViewMaker(test.to(device), config, views, seed=1, device=device, dtype=torch.float64).make(np.arange(40), 1, 0)
+        for device in ("cpu", "cuda")
+    ]
+    assert torch.allclose(made[1].cpu(), made[0], atol=1e-9)
+
+
+def test_a_served_model_resizes_what_it_is_given(tmp_path):
+    export(tmp_path / "m", load_config(["method=ace", *WORDS]), "train", digits(0), image_shape=None)
+    images = np.random.default_rng(0).integers(0, 256, (3, 21, 30), dtype=np.uint8)
+    on_cpu, on_gpu = (load_model(tmp_path / "m", device).predict(images) for device in ("cpu", "cuda"))
+    assert np.allclose(on_gpu, on_cpu, atol=1e-5)
+
+
+# Exchanges
+
+
+@pytest.fixture
+def world():
+    """Join a world of one GPU."""
+    Rendezvous("127.0.0.1", 1, host_here=True).join(0, 1, gpu=True, timeout_s=60)
+    yield
+    leave_world()
+
+
+@pytest.mark.parametrize("numbers_of_an_expert", [0, 7])
+def test_nccl_gathers_what_experts_are_described_by(numbers_of_an_expert, world):
+    own = torch.ones(3, numbers_of_an_expert, device="cuda")
+    (found,) = TorchGroup(dist.group.WORLD).all_gather(own, "numbers of the experts")
+    assert torch.equal(found, own)
+
+
+def test_what_nccl_refuses_is_not_a_lost_worker(world):
+    with pytest.raises(RuntimeError, match="device type cpu") as caught:
+        TorchGroup(dist.group.WORLD).all_reduce(torch.ones(3), "a tensor of the CPU")
+    trace = f"torch/distributed/distributed_c10d.py\n{caught.value}"
+    assert broken_exchange(RayTaskError("evaluate", trace, caught.value)) is None
+
+
+@pytest.mark.skipif(os.environ.get("DS_ACCELERATOR") != "cuda", reason="needs DS_ACCELERATOR=cuda before any import")
+@pytest.mark.parametrize("stage", [1, 2])
+def test_deepspeed_trains_and_evaluates_as_the_plain_engine(stage, world, tmp_path):
+    found = []
+    for engine in ("torch", "deepspeed"):
+        words = [f"engine.name={engine}", f"engine.zero_stage={stage}", "engine.precision=float64"]
+        trainer = trainer_of(*words)
+        first = trainer.train(2).losses
+        (tmp_path / engine).mkdir()
+        trainer.save(str(tmp_path / engine))
+        trainer.load(str(tmp_path / engine), trainer.state())
+        scores, _ = trainer.evaluate("test")
+        found.append([*first, *trainer.train(3).losses, *flat({k: v.tolist() for k, v in scores.items()})])
+        trainer.close()
+    assert found[1] == pytest.approx(found[0], rel=1e-9)
+
+
+# Precision
+
+
+def gradient(precision):
+    """Return the gradient of the first batch and the first weights, float64."""
+    words = ["dataset.image_size=32", "backbone=resnet32", "cluster.gpus_per_worker=1"]
+    trainer = trainer_of(*words, f"engine.precision={precision}")
+    trainer.train(1)
+    parts = [p.grad.double().flatten() for p in trainer.setup.model.parameters() if p.grad is not None]
+    trainer.close()
+    return torch.cat(parts)
+
+
+def test_float32_is_not_tf32():
+    exact = gradient("float64")
+    error = {p: float((gradient(p) - exact).norm() / exact.norm()) for p in ("float32", "tf32")}
+    assert 5 * error["float32"] < error["tf32"], error

@@ -1,0 +1,113 @@
+"""Recipes carried out in one process on small digits, for tests that compare devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aggregation.metrics import Scores
+from aggregation.serving import TrainingData, export_model
+from experts.data.dataset import open_dataset
+from experts.ensemble import build_ensemble
+from orchestration.config.compose import load_config
+from orchestration.config.run_config import RunConfig
+from orchestration.config.words import available
+from orchestration.training.mesh import Mesh, mesh_shape
+from orchestration.training.trainer import StageTrainer
+
+WORDS = ["dataset=digits_lt", "dataset.image_size=8", "engine.name=torch", "tracking.enabled=false"]
+QUICK = {"ride", "ace"}
+"""Recipes that `make unit` tries: one whose rule asks for no numbers of the experts, one whose rule does."""
+every_recipe = pytest.mark.parametrize(
+    "method", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in available("method")]
+)
+
+
+@lru_cache
+def digits(val_per_class):
+    """Open the digits, with so many validation images per class."""
+    config = load_config(["method=ce", *WORDS]).dataset
+    return open_dataset(config.model_copy(update={"val_per_class": val_per_class}))
+
+
+def export(folder, config, stage, dataset, *, names=None, state=None, image_shape=(8, 8, 1)):
+    """Write a stage's ensemble as a served folder; untrained where no state is given."""
+    ensemble = config.ensemble(stage, dataset.num_classes)
+    ensemble = replace(ensemble, expert_names=names or ensemble.expert_names)
+    data = TrainingData(
+        dataset=config.dataset,
+        class_names=dataset.class_names,
+        counts=dataset.counts_C.tolist(),
+        image_shape=image_shape,
+    )
+    state = build_ensemble(ensemble, seed=1).state_dict() if state is None else state
+    export_model(folder, state, ensemble, config.method.aggregator_in(stage), data)
+    return str(folder)
+
+
+class Recipe:
+    """The stages of a recipe in one process, each from the weights that it begins with."""
+
+    def __init__(self, method: str, folder: Path, *words: str, mesh: Callable[[RunConfig], Mesh]) -> None:
+        self.config = load_config([f"method={method}", *WORDS, *words])
+        self.dataset = digits(self.config.dataset.val_per_class)
+        self.folder, self.mesh = folder, mesh
+
+    def trainers(self):
+        """Yield a trainer for every stage, ready for its first step; what it holds afterwards starts later stages."""
+        for stage in self.config.method.stages:
+            trainer = StageTrainer(self.config, stage, self.dataset, self.mesh(self.config), self._teachers(stage))
+            source = self.config.method.starts_from(stage)
+            if source is not None:
+                trainer.start_from(str(self.folder / source.stage))
+            if trainer.training is not None:
+                trainer.prepare()
+            else:
+                trainer.fit()
+            yield trainer
+            place = self.folder / stage
+            place.mkdir(exist_ok=True)
+            trainer.save(str(place))
+            self._export(trainer, stage)
+            trainer.close()
+
+    def _export(self, trainer, stage):
+        whole = build_ensemble(self.config.ensemble(stage, trainer.setup.dataset.num_classes), seed=1).state_dict()
+        state = {**whole, **{name: value.cpu() for name, value in trainer.setup.model.state_dict().items()}}
+        export(self.folder / f"{stage}.export", self.config, stage, trainer.setup.dataset, state=state)
+
+    def _teachers(self, stage):
+        found = {}
+        for name, teacher in self.config.method.stages[stage].teachers.items():
+            found[name] = str(self.folder / f"{teacher.stage}.export")
+            if teacher.run is not None:  # of another run; here an untrained one, twice as large
+                names = [f"teacher{i}" for i in range(2 * self.config.method.num_experts)]
+                found[name] = export(self.folder / "teacher", self.config, stage, self.dataset, names=names)
+        return found
+
+
+def numbers(method: str, folder: Path, device: str, *words: str) -> list[Any]:
+    """Return losses, terms and the test's results of every stage; saved and loaded half-way."""
+    found = []
+    folder.mkdir()
+    recipe = Recipe(
+        method, folder, *words, mesh=lambda config: Mesh(mesh_shape(config.method.num_experts, 1), device=device)
+    )
+    for trainer in recipe.trainers():
+        if trainer.training is not None:
+            first = trainer.train(1)
+            half = folder / "half"
+            half.mkdir(exist_ok=True)
+            trainer.save(str(half))
+            trainer.load(str(half), trainer.state())
+            second = trainer.train(min(3, trainer.setup.steps_per_epoch))
+            found += [first.losses, first.terms, second.losses, second.terms]
+        scores, diversity = trainer.evaluate("test")
+        result = Scores.from_state(scores).result(trainer.setup.dataset.counts_C.tolist(), None)
+        found += [result["members"], {name: value.tolist() for name, value in diversity.items()}]
+    return found
