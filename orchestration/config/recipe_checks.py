@@ -5,7 +5,7 @@ Every check asks the pieces themselves, by what their classes declare. No piece 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from experts.ensemble import check_names
@@ -125,8 +125,10 @@ def _head_problems(name: str, stage: StageConfig, method: Recipe) -> Iterator[st
     head = piece("head", config.name)
     head_is = f"head '{config.name}'"
     source, before = method.starts_from(name), method.stage_before(name)
-    if before is not None and "heads" not in stage.reinit:
-        yield from (f"head: {problem}" for problem in head_problem(config.name, method.head_in(before).name))
+    if before is not None and (problem := head_problem(method, name, method.head_in(before).name)):
+        yield f"head: {problem}"
+    if missing := sorted(set(stage.reinit) - parts_of(method, name)):
+        yield f"reinit = {list(stage.reinit)}: the stage's experts have no {missing[0]}; remove it"
     if "heads" in stage.reinit and not head.fits and ("heads" in stage.freeze or not stage.epochs):
         why = "epochs = 0" if not stage.epochs else "freeze has heads"
         yield f"reinit = {list(stage.reinit)}: {head_is} would stay at random weights, since {why}; change either"
@@ -140,17 +142,25 @@ def _head_problems(name: str, stage: StageConfig, method: Recipe) -> Iterator[st
         yield _only_without_steps(f"head.{key}")
 
 
-def head_problem(head: str, before: str) -> Iterator[str]:
-    """Yield why a head cannot take over the weights of the head that the weights were trained with.
+def head_problem(method: Recipe, stage: str, before: str) -> str | None:
+    """Return why a stage's head cannot take over the weights of the head that it gets; None if it can.
 
     Args:
-        head: registered name of the head that begins.
-        before: that of the head whose weights it gets.
+        method: the recipe.
+        stage: that begins with weights of another.
+        before: registered name of the head that these were trained with.
     """
-    if head != before and before not in piece("head", head).continues:
-        others = " or ".join(f"'{name}'" for name in piece("head", head).continues)
-        goes_on = f"continues {others} only" if others else "takes over no other head's weights"
-        yield f"head '{head}' {goes_on}, found '{before}'; set reinit=[heads] for new weights, or another head.name"
+    config, name = method.stages[stage], method.head_in(stage).name
+    head = piece("head", name)
+    if "heads" in config.reinit or name == before or before in head.continues:
+        return None
+    goes_on = f"continues {_quoted(head.continues)} only" if head.continues else "takes over no other head's weights"
+    renew = "set reinit=[heads] for new weights, or " if config.epochs or head.fits else "set "
+    return f"head '{name}' {goes_on}, found '{before}'; {renew}another head.name"
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return " or ".join(f"'{name}'" for name in names)
 
 
 def _flow_problems(name: str, stage: StageConfig, method: Recipe) -> Iterator[str]:

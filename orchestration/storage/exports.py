@@ -73,9 +73,7 @@ def _misfit(model: Path, weights: str, config: RunConfig, stage: str | None) -> 
         return str(error)
     if problem := preprocessing_problem(found.preprocessing, config.dataset):
         return f"its model {problem}"
-    if stage is not None and "heads" not in config.method.stages[stage].reinit:
-        return next(head_problem(config.method.head_in(stage).name, str(found.head.get("name"))), None)
-    return None
+    return None if stage is None else head_problem(config.method, stage, str(found.head.get("name")))
 
 
 def model_folder(config: RunConfig, folder: RunFolder, checkpoints: Checkpoints, source: ModelSource) -> Path:

@@ -82,7 +82,9 @@ def control(tmp_path_factory):
     return host, results
 
 
-@pytest.fixture(scope="module", params=[pytest.param(p, marks=[LONG] * (p in ("packed", "3 x 2, plain"))) for p in PLACEMENTS])
+@pytest.fixture(
+    scope="module", params=[pytest.param(p, marks=[LONG] * (p in ("packed", "3 x 2, plain"))) for p in PLACEMENTS]
+)
 def placed(request, control, warm_pool, tmp_path_factory):
     """Carry out the second stages on workers, the answers of all of them the same; results by stage."""
     from _pytest.monkeypatch import MonkeyPatch

@@ -1,0 +1,140 @@
+"""Second stages that cannot work are refused by key, one message for each mistake."""
+
+from __future__ import annotations
+
+import pytest
+
+from orchestration.config.compose import load_config
+from tests.second_stages import HOST, WITH_STEPS, WITHOUT_STEPS, second_stages
+
+
+def problem(*words, host=HOST):
+    """Return the one line with which these words are refused."""
+    with pytest.raises(ValueError, match=r": 1 problem\n") as error:
+        load_config([*host, *words])
+    return str(error.value).splitlines()[1].strip()
+
+
+def stage(keys, name="second"):
+    return f"method.stages.{name}={{after: [train], start_from: {{stage: train}}, {keys}}}"
+
+
+STEPS = (
+    "epochs: 2, batch_size: 50, optimizer: {lr: 0.1}, lr_schedule: {name: cosine}, sampler: {name: class_balanced}, "
+    "objective: {name: cross_entropy}"
+)
+COSINE_HOST = ["method=ride"]
+SECOND = "method: stages.second"
+
+
+def test_the_second_stages_of_these_tests_are_accepted():
+    method = load_config([*HOST, *second_stages([*WITH_STEPS, *WITHOUT_STEPS])]).method
+    assert method.finals == (*WITH_STEPS, *WITHOUT_STEPS)
+    load_config([*COSINE_HOST, *second_stages(["crt", "lws", "disalign", "dr", "ncm"])])
+
+
+def test_a_number_is_left_open_in_stages_without_steps_only():
+    assert problem(stage(f"{STEPS}, head: {{name: tau_normalised, gamma: null}}")) == (
+        f"{SECOND}.head.gamma = null: it is chosen on the validation split in a stage without steps; set a number, or "
+        f"epochs=0"
+    )
+    steps = STEPS.replace("class_balanced", "instance_balanced")  # the rule is for heads that know the distribution
+    said = problem(stage(f"{steps}, aggregator: {{name: logit_adjusted, tau: null}}"), host=["method=ce"])
+    assert f"{SECOND}.aggregator.tau = null: it is chosen on the validation split in a stage without steps" in said
+
+
+@pytest.mark.parametrize("key", ["batch_size", "optimizer", "lr_schedule", "sampler", "objective"])
+def test_a_stage_with_steps_needs_each_of_five_keys(key):
+    keys = ", ".join(part for part in STEPS.split(", ") if not part.startswith(f"{key}:"))
+    assert problem(stage(keys)) == f"{SECOND}.{key}: not set; needed a value in a stage with steps (epochs = 2)"
+
+
+def test_all_that_a_stage_with_steps_lacks_is_in_one_message():
+    assert problem(stage("epochs: 2")).count("not set; needed a value in a stage with steps") == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            ["method.stages.train.reinit=[heads]"],
+            "method: stages.train.reinit = ['heads']: the stage begins with new weights anyway; set start_from, or "
+            "remove it",
+        ),
+        (
+            [stage(f"{STEPS}, reinit: [heads], freeze: [heads]")],
+            f"{SECOND}.reinit = ['heads']: head 'linear' would stay at random weights, since freeze has heads; "
+            f"change either",
+        ),
+        (
+            [stage("epochs: 0, reinit: [heads]")],
+            f"{SECOND}.reinit = ['heads']: head 'linear' would stay at random weights, since epochs = 0; change either",
+        ),
+        (
+            [stage(f"{STEPS}, reinit: [calibration]")],
+            f"{SECOND}.reinit = ['calibration']: the stage's experts have no calibration; remove it",
+        ),
+    ],
+    ids=["without a source", "frozen", "without steps", "of a part that is not there"],
+)
+def test_a_reinit_that_makes_no_sense_is_refused(words, line):
+    assert problem(*words) == line
+
+
+@pytest.mark.parametrize(
+    ("keys", "host", "line"),
+    [
+        (
+            "epochs: 0, head: {name: tau_normalised}",
+            COSINE_HOST,
+            "head 'tau_normalised' continues 'linear' only, found 'cosine'; set another head.name",
+        ),
+        (
+            f"{STEPS}, head: {{name: linear}}",
+            COSINE_HOST,
+            "head 'linear' continues 'tau_normalised' only, found 'cosine'; set reinit=[heads] for new weights, or "
+            "another head.name",
+        ),
+        (
+            f"{STEPS}, head: {{name: cosine}}",
+            HOST,
+            "head 'cosine' takes over no other head's weights, found 'linear'; set reinit=[heads] for new weights, or "
+            "another head.name",
+        ),
+        (
+            "epochs: 0, head: {name: ncm}",
+            HOST,
+            "head 'ncm' takes over no other head's weights, found 'linear'; set reinit=[heads] for new weights, or "
+            "another head.name",
+        ),
+    ],
+    ids=["tau-norm on cosine", "linear on cosine", "cosine on linear", "ncm"],
+)
+def test_a_head_that_does_not_continue_its_source_is_refused(keys, host, line):
+    assert problem(stage(keys), host=host) == f"{SECOND}.head: {line}"
+
+
+def test_a_head_that_is_fitted_is_not_trained_and_not_shared():
+    assert problem(stage(f"{STEPS}, head: {{name: ncm}}, reinit: [heads]")) == (
+        f"{SECOND}.head: head 'ncm' is fitted on the training images, not trained; set epochs=0"
+    )
+    assert problem(*second_stages(["ncm"]), "method.shared_head=true") == (
+        "method: stages.ncm.head: head 'ncm' is fitted to one expert's features; set method.shared_head=false, or "
+        "another head"
+    )
+
+
+def test_a_calibration_that_learns_alone_must_be_there():
+    said = problem(stage(f"{STEPS}, freeze: [trunk, features, heads]"))
+    assert said.startswith(f"{SECOND}.freeze = ['trunk', 'features', 'heads']: nothing is left to learn")
+
+
+def test_a_stage_without_steps_needs_weights_from_somewhere():
+    said = problem("method.stages.second={epochs: 0, after: []}")
+    assert "method: stages.second.start_from: not set, and no stage comes before" in said
+    assert "since a stage without steps does not train them; set start_from.run=" in said
+
+
+@pytest.mark.parametrize("epochs", ["-1", "0.5"])
+def test_epochs_are_whole_and_not_negative(epochs):
+    assert problem(stage(f"epochs: {epochs}")).startswith(f"method.stages.second.epochs = {epochs}")
