@@ -242,14 +242,15 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split", choices=("test", "val"), default="test", help="the split to measure on (default: test)"
     )
+    parser.add_argument("--stage", metavar="STAGE", help="which of several final stages, e.g. crt (default: all)")
     _add_overrides(parser, "where the data is now, e.g. dataset.root=..., or test_time.lr=..., views.blur=...")
 
 
 def _evaluate(options: argparse.Namespace) -> int:
     from orchestration.commands.evaluate import evaluate
 
-    text = evaluate(options.run, options.weights, options.model, options.distribution, options.split, options.overrides)
-    print(text)
+    how = (options.weights, options.model, options.distribution, options.split, options.overrides, options.stage)
+    print(evaluate(options.run, *how))
     return 0
 
 
@@ -257,6 +258,9 @@ def _regions_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="run folder or its URL, e.g. runs/ride_h2t-digits_lt-s0")
     parser.add_argument(
         "--classes", metavar="A,B[,...]", help="ids or names (default: the most frequent class and the rarest)"
+    )
+    parser.add_argument(
+        "--stage", metavar="STAGE", help="which of several final stages (default: the last that trains heads)"
     )
     _add_overrides(parser, "where the data is now, e.g. dataset.root=...")
 
@@ -266,7 +270,7 @@ def _regions(options: argparse.Namespace) -> int:
     from orchestration.storage.location import local_run
 
     with local_run(options.run) as run:
-        print(draw_regions(run, options.classes, options.overrides))
+        print(draw_regions(run, options.classes, options.overrides, options.stage))
     return 0
 
 

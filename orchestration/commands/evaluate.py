@@ -9,12 +9,18 @@ import torch
 from aggregation.diversity import Diversity
 from aggregation.metrics import Scores
 from orchestration.results.run_table import run_table
-from orchestration.results.saved_run import SavedRun, open_run, same_threads, save_evaluation
+from orchestration.results.saved_run import SavedRun, open_run, same_threads, stages_to_measure
 from orchestration.storage.location import local_run
 
 
 def evaluate(
-    run: str, weights: str | None, model: str | None, distribution: str | None, split: str, overrides: list[str]
+    run: str,
+    weights: str | None,
+    model: str | None,
+    distribution: str | None,
+    split: str,
+    overrides: list[str],
+    stage: str | None = None,
 ) -> str:
     """Measure a run again, on the split as it is or as if its classes were distributed in other ways.
 
@@ -25,6 +31,7 @@ def evaluate(
         distribution: names of test distributions; None for the split as it is, if `weights` is None as well.
         split: "test" or "val".
         overrides: `a.b=value`.
+        stage: the final stage to measure; None for all.
 
     Returns:
         The text to print.
@@ -41,39 +48,48 @@ def evaluate(
 
     with local_run(run) as folder:
         if weights is None and distribution is None:
-            return reevaluate(folder, model, split, overrides)
+            return reevaluate(folder, model, split, overrides, stage)
         # Matplotlib and the learning of weights are loaded only where they are needed.
         from orchestration.results.label_shift import evaluate_distributions
 
         return evaluate_distributions(
-            folder, weights or "uniform", distribution or "uniform", model or "best", split, overrides
+            folder, weights or "uniform", distribution or "uniform", model or "best", split, overrides, stage
         )
 
 
-def reevaluate(run: str, which: str | None, split: str, overrides: list[str]) -> str:
+def reevaluate(run: str, which: str | None, split: str, overrides: list[str], stage: str | None = None) -> str:
     """Score the ensemble and its experts on a split, and save the result as evaluation/again-<which>-<split>.json.
+
+    Where the recipe has several final stages, each result lies in evaluation/<stage>/.
 
     Args:
         run: the run folder.
         which: which of its models, "best" or "last"; None for both.
         split: "test" or "val".
         overrides: `a.b=value` for keys of MAY_DIFFER.
+        stage: the final stage to measure; None for all.
 
     Returns:
         The table that training prints, for these evaluations alone, and the files they were saved in.
 
     Raises:
-        ValueError: there is no such run, it has no model yet, a file is damaged, an override would change what is
-            measured, or the data is not the run's.
+        ValueError: there is no such run or final stage, it has no model yet, a file is damaged, an override would
+            change what is measured, or the data is not the run's.
     """
-    shown, saved_as = {}, []
-    for name in ("last", "best") if which is None else (which,):
-        saved = open_run(run, name, split, overrides)
-        with same_threads(saved.config):
-            evaluation = saved.origin() | _score(saved)
-        shown[name] = _shown(evaluation)
-        saved_as.append(save_evaluation(saved.folder, f"again-{name}-{split}", evaluation))
-    return "\n".join([run_table(saved.config, saved.data, shown), "", *saved_as])
+    shown: dict[str, dict[str, dict[str, Any]]] = {}
+    saved_as = []
+    saved: SavedRun | None = None
+    for final in stages_to_measure(run, stage):
+        for name in ("last", "best") if which is None else (which,):
+            # The data is opened once, the models in turn.
+            saved = open_run(run, name, split, overrides, final) if saved is None else saved.with_model(name, final)
+            with same_threads(saved.config):
+                evaluation = saved.origin() | _score(saved)
+            shown.setdefault(final, {})[name] = _shown(evaluation)
+            saved_as.append(saved.save(f"again-{name}-{split}", evaluation))
+    assert saved is not None
+    own = shown.pop("", {})  # of the run's only final stage
+    return "\n".join([run_table(saved.config, saved.data, own, shown), "", *saved_as])
 
 
 @torch.no_grad()

@@ -45,10 +45,14 @@ from experts.data.keyed_random import key, permutation
 from experts.data.label_shift import Distribution, distribution_positions, parse_distribution, published_distributions
 from experts.precision import at_least_float32
 from experts.registry import Settings, piece
+from orchestration.config.compose import from_yaml
+from orchestration.config.paths import expand
+from orchestration.config.recipe import StageConfig
 from orchestration.config.run_config import RunConfig
 from orchestration.config.words import parse
 from orchestration.results.label_shift_table import WEIGHTINGS, distributions_table, draw_distributions
-from orchestration.results.saved_run import SavedRun, open_run, same_threads, save_evaluation
+from orchestration.results.saved_run import SavedRun, open_run, same_threads, stages_to_measure
+from orchestration.storage.files import CONFIG
 
 AS_TRAINED, UNIFORM, LEARNT, GIVEN, KNOWN, ORACLE = WEIGHTINGS
 RULES = ("uniform", "test-time", "known-prior")
@@ -87,11 +91,12 @@ class Request:
 
 
 def evaluate_distributions(
-    run: str, weights: str, distributions: str, which: str, split: str, overrides: list[str]
+    run: str, weights: str, distributions: str, which: str, split: str, overrides: list[str], stage: str | None = None
 ) -> str:
     """Weight the experts by several rules and compare the rules on several class distributions.
 
-    The numbers are saved as evaluation/<rule>.json, the picture as report/<rule>.png (`test-time`, `test_time`).
+    The numbers are saved as evaluation/<rule>.json, the picture as report/<rule>.png (`test-time`, `test_time`). Where
+    the recipe has several final stages, each has its own below evaluation/<stage>/ and report/<stage>/.
 
     Args:
         run: the run folder.
@@ -100,9 +105,10 @@ def evaluate_distributions(
         which: "best" or "last", of the run's models.
         split: "test" or "val".
         overrides: `a.b=value` for `test_time.*`, `views.*`, `known_prior.*`, and for keys that `open_run` takes.
+        stage: the final stage to measure; None for all.
 
     Returns:
-        A table with legend and warnings, and the paths of numbers and picture.
+        A table with legend and warnings, and the paths of numbers and picture; one after the other for each stage.
 
     Raises:
         ValueError: `open_run` refuses the run; a rule, distribution or key is unknown; weights are not one per expert,
@@ -110,9 +116,17 @@ def evaluate_distributions(
     """
     # The command line is checked before the model and the data are opened, which takes seconds.
     request = _request(weights, distributions, overrides)
-    saved = open_run(run, which, split, request.rest)
-    if request.given is not None and len(request.given) != len(saved.model.description.expert_names):
-        names = saved.model.description.expert_names
+    texts = []
+    saved: SavedRun | None = None
+    for final in stages_to_measure(run, stage):
+        saved = open_run(run, which, split, request.rest, final) if saved is None else saved.with_model(which, final)
+        texts.append(_evaluate(saved, request, weights))
+    return "\n\n".join(texts)
+
+
+def _evaluate(saved: SavedRun, request: Request, weights: str) -> str:
+    names = saved.model.description.expert_names
+    if request.given is not None and len(request.given) != len(names):
         raise ValueError(
             f"--weights {weights}: {len(request.given)} numbers; the run has {len(names)} experts, "
             f"{', '.join(names)}; give one for each, in this order"
@@ -123,9 +137,10 @@ def evaluate_distributions(
     result = _finite(result)
 
     # The usual evaluation has the short name; one of another model or split must not replace it.
-    name = request.rule if (which, split) == ("best", "test") else f"{request.rule}-{which}-{split}"
-    paths = [save_evaluation(saved.folder, name, result), draw_distributions(saved.folder, name, result)]
-    return "\n".join([distributions_table(result), "", *paths])
+    usual = (saved.which, saved.split) == ("best", "test")
+    name = request.rule if usual else f"{request.rule}-{saved.which}-{saved.split}"
+    picture = saved.folder / "report" / saved.stage / f"{name.replace('-', '_')}.png"
+    return "\n".join([distributions_table(result), "", saved.save(name, result), draw_distributions(picture, result)])
 
 
 def _measure(saved: SavedRun, request: Request) -> dict[str, Any]:
@@ -134,7 +149,7 @@ def _measure(saved: SavedRun, request: Request) -> dict[str, Any]:
     learning = _settings("test_time", WeightLearning, PUBLISHED.get(config.dataset.name, {}), request.learning)
     views = _settings("views", Views, default_views(config.dataset), request.views)
     known = _settings("known_prior", KnownPrior, {}, request.known_prior)
-    trained_EC, trained_for = trained_priors(config, known, saved.data["counts"])
+    trained_EC, trained_for = trained_priors(config, known, saved.data["counts"], saved.final)
 
     # The networks see every image once here; all distributions and weightings share the logits.
     parts, skipped = _positions(saved, request.names)
@@ -162,7 +177,7 @@ def _measure(saved: SavedRun, request: Request) -> dict[str, Any]:
         "rule": request.rule,
         "dataset": config.dataset.name,
         "method": config.method.name,
-        "run": saved.folder.name,
+        "run": saved.title,
         "aggregator": description.aggregator["name"],
         "experts": list(description.expert_names),
         "group_sizes": _group_sizes(saved),
@@ -303,27 +318,35 @@ def _view_logits(saved: SavedRun, maker: ViewMaker, number: int, positions: np.n
     return lambda rows: logits_2EUC[:, :, place[rows]]
 
 
-def trained_priors(config: RunConfig, known: KnownPrior, counts: list[int]) -> tuple[np.ndarray, list[str]]:
+def trained_priors(config: RunConfig, known: KnownPrior, counts: list[int], final: str) -> tuple[np.ndarray, list[str]]:
     """Return the class distribution that each expert's softmax is trained for.
 
-    With auto, the objective of the last stage decides. Most objectives aim at a balanced test set and are taken at
-    their word. One that learns the training distribution on every expert does so only from a sampler that keeps it.
+    With auto, the objective of the last stage with steps decides. Most objectives aim at a balanced test set and are
+    taken at their word. One that learns the training distribution on every expert does so only from a sampler that
+    keeps it, and only until a stage without steps replaces the head, as the classifiers of such stages are balanced.
+
+    Args:
+        config: of the run.
+        known: the settings.
+        counts: training images per class.
+        final: the stage that the experts are of.
 
     Returns:
         Log priors, float64 [E, C] up to a constant, and a word for each expert.
 
     Raises:
-        ValueError: there are words for another number of experts.
+        ValueError: there are words for another number of experts, or a run that the experts come from is gone.
     """
-    num_experts = len(config.method.expert_names)
-    stage = list(config.method.stages.values())[-1]  # the experts that are measured are those that it trained
+    num_experts = len(config.method.names_in(final))
     log_train_C = np.log(class_prior(np.asarray(counts)))
     if known.trained == "auto":
-        found_EC, of_each = stage.objective.trained_log_prior(
-            torch.tensor(counts), torch.from_numpy(log_train_C), num_experts
-        )
-        if set(of_each) != {"train"} or piece("sampler", stage.sampler.name).keeps_distribution:
-            return found_EC.numpy(), list(of_each)
+        stage = _last_stage_with_steps(config, final)
+        if stage is not None:
+            found_EC, of_each = stage.objective.trained_log_prior(
+                torch.tensor(counts), torch.from_numpy(log_train_C), num_experts
+            )
+            if set(of_each) != {"train"} or piece("sampler", stage.sampler.name).keeps_distribution:
+                return found_EC.numpy(), list(of_each)
         words = ["uniform"] * num_experts
     elif isinstance(known.trained, str):
         words = [known.trained] * num_experts
@@ -335,6 +358,30 @@ def trained_priors(config: RunConfig, known: KnownPrior, counts: list[int]) -> t
         )
     rows = {"train": log_train_C, "uniform": np.zeros_like(log_train_C)}
     return np.stack([rows[word] for word in words]), words
+
+
+def _last_stage_with_steps(config: RunConfig, stage: str) -> StageConfig | None:
+    """Return the last stage with steps that a stage's weights come from; None where its head was replaced since."""
+    method = config.method
+    own, source = method.stages[stage], method.starts_from(stage)
+    if own.epochs:
+        return own
+    assert source is not None, "a stage without steps begins with weights"
+    if source.stage is not None:
+        return _last_stage_with_steps(config, source.stage) if _same_head(config, stage, config, source.stage) else None
+    folder = expand(str(source.run))
+    if not (folder / CONFIG).is_file():
+        raise ValueError(
+            f"known_prior.trained = auto: stage {stage} begins with run {folder}, whose {CONFIG} is gone; needed what "
+            f"it was trained with; set known_prior.trained=train or known_prior.trained=uniform"
+        )
+    other = from_yaml(folder / CONFIG)
+    before = other.method.final
+    return _last_stage_with_steps(other, before) if _same_head(config, stage, other, before) else None
+
+
+def _same_head(config: RunConfig, stage: str, before: RunConfig, earlier: str) -> bool:
+    return bool(config.method.head_in(stage) == before.method.head_in(earlier))
 
 
 def _request(weights: str, distributions: str, overrides: list[str]) -> Request:

@@ -105,22 +105,20 @@ def _warnings(result: Mapping[str, Any]) -> list[str]:
     return [*lines, *(f"warning: {text}" for text in warnings)]
 
 
-def draw_distributions(run_dir: Path, name: str, result: Mapping[str, Any]) -> str:
-    """Draw report/<name>.png: accuracy of all weightings by group, and the weights, over the distributions.
+def draw_distributions(path: Path, result: Mapping[str, Any]) -> str:
+    """Draw accuracy of all weightings by group, and the weights, over the distributions.
 
     Args:
-        run_dir: the run folder.
-        name: of the evaluation; dashes become underscores.
+        path: of the picture.
         result: as for `distributions_table`.
 
     Returns:
         The path of the picture, or why there is none.
     """
-    path = run_dir / "report" / f"{name.replace('-', '_')}.png"
     with picture_style():
         figure = _figure(result)
         try:
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             save_figure(figure, path)
         except OSError as error:
             return f"not drawn: {path} cannot be written ({error.strerror})"

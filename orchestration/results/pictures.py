@@ -16,6 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestration.results.diversity_picture import draw_diversity
+from orchestration.results.finals_picture import draw_finals, draw_tried
+from orchestration.results.finals_table import report_table
+from orchestration.results.fitted_table import choices
 from orchestration.results.regions import draw_regions_if_heads_alone
 from orchestration.results.style import (
     BEST,
@@ -28,8 +31,8 @@ from orchestration.results.style import (
     set_figure_title,
     shorten,
 )
-from orchestration.results.tables import GROUPS, diversity_of, final_table, members, selection_note
-from orchestration.storage.files import evaluations, read_config, read_json
+from orchestration.results.tables import GROUPS, diversity_of, members, selection_note
+from orchestration.storage.files import evaluations, final_evaluations, read_config, read_json
 from orchestration.storage.journal import Series, series
 
 _NAMED_CLASSES = 40  # more names than this cannot be read
@@ -38,6 +41,8 @@ _LEGEND_CHARACTERS = 64  # per line: a wider legend would make its panel narrowe
 
 def write_report(run_dir: str | os.PathLike[str]) -> list[Path]:
     """Draw `report/*.png` and write `report/table.txt`, as far as the run folder has what they need.
+
+    Where a recipe has several final stages, what belongs to one of them is drawn as `report/<stage>/*.png`.
 
     Returns:
         The files written. Each is replaced as a whole.
@@ -49,31 +54,58 @@ def write_report(run_dir: str | os.PathLike[str]) -> list[Path]:
     folder = run_dir / "report"
     folder.mkdir(parents=True, exist_ok=True)
     data, found, config = read_json(run_dir / "data.json"), evaluations(run_dir), read_config(run_dir)
-    metrics, title = series(run_dir), _title(run_dir, config, data)
+    finals, metrics, title = final_evaluations(run_dir), series(run_dir), _title(run_dir, config, data)
+    trained = {stage: own for stage, own in metrics.items() if _has_steps(own)}
+    chosen = choices(found, finals)
 
     written = []
     with picture_style():
         pictures = {
-            "curves.png": _curves(metrics, found.get("best"), title) if metrics else None,
+            "curves.png": _curves(trained, [*finals.values()] or [found], title) if trained else None,
             "class_counts.png": _class_counts(data, title) if data.get("counts") else None,
-            "per_class.png": _per_class(data, found, title) if data.get("counts") and found else None,
-            "diversity.png": draw_diversity(found, title) if any(map(diversity_of, found.values())) else None,
+            "finals.png": draw_finals(finals, data, title) if finals else None,
+            "tried.png": draw_tried(chosen, title) if any(one.tried for one in chosen) else None,
+            **_pictures_of_a_result(found, data, _with_stage(title, found, finals)),
         }
+        for stage, own in finals.items():
+            named = _pictures_of_a_result(own, data, _with_stage(title, own, finals))
+            pictures |= {f"{stage}/{name}": figure for name, figure in named.items()}
         for name, figure in pictures.items():
             if figure is not None:
+                (folder / name).parent.mkdir(exist_ok=True)
                 save_figure(figure, folder / name)
                 written.append(folder / name)
 
     # Regions need the model and the data as well, and bring their own style.
-    if (regions := draw_regions_if_heads_alone(run_dir)) is not None:
-        written.append(regions)
+    written += draw_regions_if_heads_alone(run_dir)
 
     if data:
         scratch = folder / ".table.txt"
-        scratch.write_text(final_table(found, data, title=title, seed=config.get("seed")) + "\n")
+        scratch.write_text(report_table(found, finals, data, title=title, seed=config.get("seed")) + "\n")
         os.replace(scratch, folder / "table.txt")
         written.append(folder / "table.txt")
     return written
+
+
+def _pictures_of_a_result(
+    found: Mapping[str, Mapping[str, Any]], data: Mapping[str, Any], title: str
+) -> dict[str, Any]:
+    """Draw what belongs to the evaluations of one stage; None for what they do not hold."""
+    return {
+        "per_class.png": _per_class(data, found, title) if data.get("counts") and found else None,
+        "diversity.png": draw_diversity(found, title) if any(map(diversity_of, found.values())) else None,
+    }
+
+
+def _with_stage(title: str, found: Mapping[str, Mapping[str, Any]], finals: Mapping[str, Any]) -> str:
+    """Add the stage to a title where the run has several results."""
+    stage = next((evaluation.get("stage") for evaluation in found.values()), None)
+    return f"{title}, stage {stage}" if finals and stage else title
+
+
+def _has_steps(metrics: Mapping[str, Series]) -> bool:
+    """Return whether a stage has taken a step; one without has no place on an axis of epochs."""
+    return any(one.steps[-1] > 0 for one in metrics.values())
 
 
 def _title(run_dir: Path, config: Mapping[str, Any], data: Mapping[str, Any]) -> str:
@@ -87,8 +119,16 @@ def _title(run_dir: Path, config: Mapping[str, Any], data: Mapping[str, Any]) ->
 # Curves
 
 
-def _curves(metrics: Mapping[str, Mapping[str, Series]], best: Mapping[str, Any] | None, title: str) -> Any:
-    """Draw loss, its terms, learning rate, and accuracy by group; stages follow one another along the epochs."""
+def _curves(
+    metrics: Mapping[str, Mapping[str, Series]], results: Sequence[Mapping[str, Mapping[str, Any]]], title: str
+) -> Any:
+    """Draw loss, its terms, learning rate, and accuracy by group; stages follow one another along the epochs.
+
+    Args:
+        metrics: the journal of every stage with steps.
+        results: the evaluations of the run, or of each final stage; the best of each is marked.
+        title: of the picture.
+    """
     time = _Timeline(metrics)
     splits = sorted({name.split("/")[0] for _, name in time.names() if name.endswith("/top1")})
     panels: list[tuple[Callable[..., None], tuple[str, ...]]] = [(_draw_loss, ()), (_draw_lr, ())]
@@ -107,7 +147,8 @@ def _curves(metrics: Mapping[str, Mapping[str, Series]], best: Mapping[str, Any]
         axes = figure.add_subplot(rows, 3, place)
         draw(axes, time, *arguments)
         if arguments:
-            _mark_best(axes, time, best)
+            for found in results:
+                _mark_best(axes, time, found.get("best"))
         axes.set_xlabel("epoch")
         axes.set_xlim(0, max(time.epochs, 1))
         for stage, start in list(time.starts.items())[1:]:
@@ -157,7 +198,7 @@ def _steps_per_epoch(metrics: Iterable[Series]) -> float:
             last[epoch] = max(last.get(epoch, 0), step)
     epochs = sorted(last)
     complete = epochs[:-1] or epochs  # the last epoch may still be under way
-    return max(last[complete[-1]] / max(complete[-1], 1), 1.0)  # a stage without steps has epoch 0 alone
+    return max(last[complete[-1]] / complete[-1], 1.0)
 
 
 def _draw_loss(axes: Any, time: _Timeline) -> None:

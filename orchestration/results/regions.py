@@ -1,4 +1,4 @@
-"""The picture of decision regions before and after a last stage that trains heads alone, as H2T's does.
+"""The picture of decision regions before and after a final stage that trains heads alone, as H2T's does.
 
 The features of test images of a few classes are projected onto a plane (`aggregation.regions`), the same before and
 after. Every point of the plane has the colour of the class that the heads would choose there among those few.
@@ -49,40 +49,60 @@ class Panels:
     moments: dict[str, Regions]
 
 
-def draw_regions_if_heads_alone(run_dir: Path) -> Path | None:
-    """Draw report/regions.png of a run whose last stage has trained heads alone; a failure is a line on stderr.
+def draw_regions_if_heads_alone(run_dir: Path) -> list[Path]:
+    """Draw the regions of every final stage of a run that has trained heads alone; a failure is a line on stderr.
 
     Returns:
-        The path of the picture; None for any other run, and after a failure.
+        The paths of the pictures, report/regions.png, or report/<stage>/regions.png where there are several final
+        stages; none for any other run, and after a failure.
     """
+    drawn = []
     try:
-        if not (run_dir / "config.yaml").is_file() or _why_no_regions(run_dir, from_yaml(run_dir / "config.yaml")):
-            return None
-        return _draw(run_dir, None, [])[0]
+        if (run_dir / "config.yaml").is_file():
+            config = from_yaml(run_dir / "config.yaml")
+            stages = _final_stages(config)
+            drawn = [
+                _draw(run_dir, stage, None, [])[0] for stage in stages if not _why_no_regions(run_dir, config, stage)
+            ]
     except Exception as problem:  # a courtesy to a run that is trained: nothing here may make it fail
         print(f"expertail: decision regions are not drawn: {problem}", file=sys.stderr)
-        return None
+    return drawn
 
 
-def draw_regions(run: str, classes: str | None, overrides: list[str]) -> str:
+def _final_stages(config: RunConfig) -> list[str]:
+    """Return the final stages by the names of their folders, as `SavedRun.stage`: "" for the only one."""
+    finals = config.method.finals
+    return list(finals) if len(finals) > 1 else [""]
+
+
+def draw_regions(run: str, classes: str | None, overrides: list[str], stage: str | None = None) -> str:
     """Draw the regions of a saved run: report/regions.png, or regions-<ids>.png for given classes.
+
+    Where there are several final stages, the picture lies in report/<stage>/.
 
     Args:
         run: the run folder.
         classes: ids or names, separated by commas; None for the most frequent class and the rarest.
         overrides: as for `orchestration.results.saved_run.open_run`.
+        stage: the final stage to draw; None for the last that can be drawn.
 
     Returns:
         The numbers of the picture as a table, and the paths of both.
 
     Raises:
-        ValueError: there is no such run; its last stage has not begun or trains more than heads; fewer than two
-            classes, unknown ones, or one without a test image; `open_run` refuses the run.
+        ValueError: there is no such run or final stage; the stage has not begun or trains more than heads; fewer than
+            two classes, unknown ones, or one without a test image; `open_run` refuses the run.
     """
+    from orchestration.results.saved_run import stages_to_measure
+
     folder = expand(run)
-    if (folder / "config.yaml").is_file() and (reason := _why_no_regions(folder, from_yaml(folder / "config.yaml"))):
-        raise ValueError(f"{folder}: {reason}")
-    picture, result, saved = _draw(folder, classes, overrides)
+    stages, config = stages_to_measure(run, stage), from_yaml(folder / "config.yaml")
+    reasons = {final: _why_no_regions(folder, config, final) for final in stages}
+    drawable = [final for final, reason in reasons.items() if reason is None]
+    if not drawable:
+        raise ValueError(f"{folder}: {reasons[stages[-1]]}")
+    final = drawable[-1]
+    picture, result, saved = _draw(folder, final, classes, overrides)
     rows = [
         ["member", "model", *(f"{shorten(name)}: {what}" for name in result["classes"] for what in ("area", "right"))]
     ]
@@ -99,41 +119,42 @@ def draw_regions(run: str, classes: str | None, overrides: list[str]) -> str:
     return "\n".join([*lines, saved, f"drawn as {picture}"])
 
 
-def _why_no_regions(folder: Path, config: RunConfig) -> str | None:
-    """Return the reason why a run has no regions before and after, or None."""
+def _why_no_regions(folder: Path, config: RunConfig, stage: str) -> str | None:
+    """Return the reason why a final stage has no regions before and after, or None."""
     from orchestration.storage.files import read_json
 
-    method = config.method
-    learns, source = parts_that_learn(method, method.final), method.starts_from(method.final)
+    method, which = config.method, "final" if stage else "last"
+    final = stage or method.final
+    learns, source = parts_that_learn(method, final), method.starts_from(final)
     if learns != {"heads"} or source is None:
         return (
-            f"its last stage, {method.final}, trains {', '.join(sorted(learns)) or 'nothing'}; needed a stage that "
+            f"its {which} stage, {final}, trains {', '.join(sorted(learns)) or 'nothing'}; needed a stage that "
             f"begins with trained weights and trains heads alone, e.g. dr_h2t, ride_h2t or reslt_h2t"
         )
     before = method.head if source.stage is None else method.head_in(source.stage)
-    if before != method.head_in(method.final):
-        return f"its last stage, {method.final}, has another head than the one before; needed the same in both"
-    reached = read_json(folder / "evaluation" / "last.json").get("stage")
-    if reached != method.final:
-        return f"stage {method.final} has not begun (reached: {reached or 'nothing'}); train the run to its end first"
+    if before != method.head_in(final):
+        return f"its {which} stage, {final}, has another head than the one before; needed the same in both"
+    reached = read_json(folder / "evaluation" / stage / "last.json").get("stage")
+    if reached != final:
+        return f"stage {final} has not begun (reached: {reached or 'nothing'}); train the run to its end first"
     return None
 
 
-def _draw(folder: Path, asked: str | None, overrides: list[str]) -> tuple[Path, dict[str, Any], str]:
+def _draw(folder: Path, stage: str, asked: str | None, overrides: list[str]) -> tuple[Path, dict[str, Any], str]:
     """Draw the picture. Return its path, its numbers, and a line that says where those are saved."""
-    from orchestration.results.saved_run import open_run, same_threads, save_evaluation
+    from orchestration.results.saved_run import open_run, same_threads
 
-    saved = open_run(str(folder), "last", "test", overrides)
+    saved = open_run(str(folder), "last", "test", overrides, stage)
     classes = _classes(asked, saved.data, saved.store.labels)
     with same_threads(saved.config):
         shown, labels_N = _measure(saved, classes)
     name = "regions" if asked is None else "regions-" + "-".join(map(str, classes))
     result = _numbers(saved, classes, shown)
-    path = folder / "report" / f"{name}.png"
-    path.parent.mkdir(exist_ok=True)
+    path = folder / "report" / stage / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
     with picture_style():
         save_figure(_figure(saved, result, shown, labels_N), path)
-    return path, result, save_evaluation(folder, name, result)
+    return path, result, saved.save(name, result)
 
 
 def _classes(asked: str | None, data: Mapping[str, Any], test_labels: NDArray[np.integer]) -> list[int]:
@@ -159,8 +180,8 @@ def _classes(asked: str | None, data: Mapping[str, Any], test_labels: NDArray[np
     return classes
 
 
-def _starting_weights(config: RunConfig) -> ModelSource:
-    source = config.method.starts_from(config.method.final)
+def _starting_weights(saved: SavedRun) -> ModelSource:
+    source = saved.config.method.starts_from(saved.final)
     assert source is not None, "see _why_no_regions"
     return source
 
@@ -171,13 +192,13 @@ def _starting_model(saved: SavedRun) -> ServedModel:
     from orchestration.storage.checkpoint import Checkpoints
     from orchestration.storage.exports import ensemble_state, weights_of
 
-    method, source = saved.config.method, _starting_weights(saved.config)
+    method, source = saved.config.method, _starting_weights(saved)
     if source.run is not None:
         model = load_model(expand(source.run) / "export" / source.weights)
     else:
         assert source.stage is not None
         checkpoint = weights_of(Checkpoints(saved.folder, list(method.stages)), source)
-        model = load_model(saved.folder / "export" / saved.which)
+        model = load_model(saved.folder / "export" / saved.stage / saved.which)
         model.ensemble.load_state_dict(ensemble_state(saved.config, source.stage, checkpoint))
         rule = method.aggregator_in(source.stage).model_dump(mode="json")
         model = ServedModel(model.ensemble, model.description.model_copy(update={"aggregator": rule}))
@@ -229,12 +250,12 @@ def _measure(saved: SavedRun, classes: list[int]) -> tuple[list[Panels], NDArray
 
 def _numbers(saved: SavedRun, classes: list[int], shown: Sequence[Panels]) -> dict[str, Any]:
     """Return what is saved beside the picture; fractions, None where a class has no image."""
-    method, source = saved.config.method, _starting_weights(saved.config)
+    source = _starting_weights(saved)
     return {
         **saved.origin(),
         "run": saved.folder.name,
         "before": f"stage {source.stage}" if source.stage else f"run {Path(source.run or '').name}",
-        "after": f"stage {method.final}",
+        "after": f"stage {saved.final}",
         "class_ids": classes,
         "classes": [str(saved.data["class_names"][c]) for c in classes],
         "train_images": [saved.data["counts"][c] for c in classes],
@@ -262,7 +283,7 @@ def _figure(saved: SavedRun, result: Mapping[str, Any], shown: Sequence[Panels],
     rows = -(-len(shown) // pairs)
     figure = new_figure(7.6 * pairs, 1.1 + 3.9 * rows)
     method, dataset = saved.config.method, saved.config.dataset.name
-    flow = method.stages[method.final].flow
+    flow = method.stages[saved.final].flow
     names = ", ".join(
         f"{shorten(name)} ({count:,} training images)"
         for name, count in zip(result["classes"][:6], result["train_images"], strict=False)
@@ -290,10 +311,10 @@ def _figure(saved: SavedRun, result: Mapping[str, Any], shown: Sequence[Panels],
 
 
 def _rule(saved: SavedRun, moment: str) -> str:
-    method, source = saved.config.method, _starting_weights(saved.config)
+    method, source = saved.config.method, _starting_weights(saved)
     if len(method.expert_names) == 1:
         return "its one expert"
-    return str(method.aggregator_in(method.final if moment == "after" or not source.stage else source.stage).name)
+    return str(method.aggregator_in(saved.final if moment == "after" or not source.stage else source.stage).name)
 
 
 def _draw_regions(axes: Any, one: Panels, regions: Regions, labels_N: NDArray[np.int64], names: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ import difflib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class SavedRun:
         config: as trained, except for where the data is and how it is read.
         data: contents of data.json.
         which: "best" or "last", the model that is measured.
+        stage: the final stage that the model is of, where the recipe has several; "" where it has one.
         model: loaded, on the device, in the precision of the run.
         split: "test" or "val".
         store: the images of the split.
@@ -62,6 +63,7 @@ class SavedRun:
     config: RunConfig
     data: dict[str, Any]
     which: str
+    stage: str
     model: ServedModel
     split: str
     store: ImageStore
@@ -74,9 +76,33 @@ class SavedRun:
         """The two indices that separate the groups by index; None where the dataset has no such groups."""
         return list(self.config.dataset.index_groups) if self.config.dataset.index_groups else None
 
+    @property
+    def final(self) -> str:
+        """The stage that the model is of."""
+        return self.stage or self.config.method.final
+
+    @property
+    def title(self) -> str:
+        """The run's name, and the stage that the model is of where there are several."""
+        return f"{self.folder.name}, stage {self.stage}" if self.stage else self.folder.name
+
+    def with_model(self, which: str, stage: str) -> SavedRun:
+        """Return the same run with another of its models; arguments as for `open_run`."""
+        model = _load_model(self.folder, which, stage)
+        model.ensemble.to(self.device, self.dtype).eval()
+        return replace(self, which=which, stage=stage, model=model)
+
+    def save(self, name: str, result: dict[str, Any]) -> str:
+        """Write evaluation/<name>.json, below the stage's folder where there are several.
+
+        Returns:
+            A line that says where, or why it could not be written.
+        """
+        return save_evaluation(self.folder, f"{self.stage}/{name}" if self.stage else name, result)
+
     def origin(self) -> dict[str, Any]:
         """Return the head of every result: split, selection, stage, epoch, step, and which weights."""
-        trained = read_json(self.folder / "evaluation" / f"{self.which}.json")
+        trained = read_json(self.folder / "evaluation" / self.stage / f"{self.which}.json")
         model = {key: trained.get(key) for key in ("selected_on", "stage", "epoch", "step")}
         return {"split": self.split, **model, "weights": self.which}
 
@@ -91,7 +117,32 @@ class SavedRun:
             return self.model.outputs(images_B3HW)
 
 
-def open_run(run: str, which: str, split: str, overrides: list[str]) -> SavedRun:
+def stages_to_measure(run: str, asked: str | None) -> list[str]:
+    """Return the final stages to measure: the one asked for, or all that are trained; "" for the run's only one.
+
+    Raises:
+        ValueError: there is no such run, it has no such final stage, or has not reached it.
+    """
+    folder = expand(run)
+    method = _stored_config(folder).method
+    finals = method.finals
+    if asked is not None and asked not in finals:
+        near = difflib.get_close_matches(asked, finals, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        found = "others begin with it or learn from it" if asked in method.stages else "no such stage"
+        raise ValueError(f"--stage {asked}: {found}; {hint}needed a final stage of the run: {', '.join(finals)}")
+    if len(finals) > 1:
+        return [asked] if asked else [s for s in finals if (folder / "export" / s).is_dir()] or [""]
+    if asked is not None:
+        reached = read_json(folder / "evaluation" / "last.json").get("stage")
+        if reached != asked:
+            raise ValueError(
+                f"--stage {asked}: it has not begun (reached: {reached or 'nothing'}); train the run to its end first"
+            )
+    return [""]
+
+
+def open_run(run: str, which: str, split: str, overrides: list[str], stage: str = "") -> SavedRun:
     """Load the model of a saved run and the data that it was trained from.
 
     Args:
@@ -99,6 +150,7 @@ def open_run(run: str, which: str, split: str, overrides: list[str]) -> SavedRun
         which: "best" or "last", of its models.
         split: "test" or "val".
         overrides: `a.b=value` for keys of MAY_DIFFER.
+        stage: whose model, as `stages_to_measure` returns it.
 
     Raises:
         ValueError: there is no such run, it has no model yet, a file is damaged, an override would change what is
@@ -108,13 +160,13 @@ def open_run(run: str, which: str, split: str, overrides: list[str]) -> SavedRun
     folder = expand(run)
     config = _with_overrides(_stored_config(folder), overrides)
     data = read_json(folder / DATA)
-    model = _load_model(folder, which)
+    model = _load_model(folder, which, stage)
     store, dataset = _open_split(folder, config, data, split)
     device = torch.device("cuda" if config.cluster.gpus_per_worker and torch.cuda.is_available() else "cpu")
     dtype = torch.float64 if config.engine.precision == "float64" else torch.float32
     model.ensemble.to(device, dtype).eval()
     use_precision(config.engine)
-    return SavedRun(folder, config, data, which, model, split, store, dataset, device, dtype)
+    return SavedRun(folder, config, data, which, stage, model, split, store, dataset, device, dtype)
 
 
 @contextmanager
@@ -164,8 +216,8 @@ def _with_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
     return check(tree, " ".join(overrides) or "config.yaml")
 
 
-def _load_model(folder: Path, which: str) -> ServedModel:
-    export = folder / "export" / which
+def _load_model(folder: Path, which: str, stage: str) -> ServedModel:
+    export = folder / "export" / stage / which
     if not export.is_dir():
         status = read_json(folder / RUN)
         command = status.get("command") or "the command that started it"
@@ -203,7 +255,7 @@ def save_evaluation(folder: Path, name: str, evaluation: dict[str, Any]) -> str:
     """Write evaluation/<name>.json. Return a line that says where, or why it could not be written."""
     path = folder / "evaluation" / f"{name}.json"
     try:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(evaluation, indent=1) + "\n")
     except OSError as error:
         # A run folder may be read-only for whoever measures it; the table is printed all the same.

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.config.secrets import redact
+from orchestration.results.fitted_table import choices
 from orchestration.results.tables import per_class_table
-from orchestration.storage.files import evaluations, file_sha256, read_config, read_json
+from orchestration.storage.files import evaluations, file_sha256, final_evaluations, read_config, read_json
 
 PER_CLASS_FILE = "per_class.json"
 SWEEP_FILE = "sweep.json"
@@ -68,6 +69,16 @@ def parameters(config: Mapping[str, Any]) -> dict[str, str]:
         yield re.sub(r"[^\w./ :-]", "_", key)[:_MOST_CHARACTERS], text
 
     return dict(flat(config, ""))
+
+
+def fitted_parameters(run_dir: Path) -> dict[str, str]:
+    """Return the numbers that stages without steps chose, and where: `fitted.tau.head.gamma: "0.7"`."""
+    found = {}
+    for one in choices(evaluations(run_dir), final_evaluations(run_dir)):
+        key = f"fitted.{one.stage}.{one.key}"
+        found[key] = f"{one.value:g}"
+        found[f"{key}.chosen_on"] = one.split or "published default, no validation split"
+    return found
 
 
 def tags(run: Mapping[str, Any], data: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
@@ -132,11 +143,13 @@ def files(run_dir: Path) -> dict[str, str | Path]:
         if path.exists():
             found[path.name] = redact(path.read_text())
 
-    patterns = ("data.json", "evaluation/**/*.json", "report/*.png", "report/*.txt")
+    patterns = ("data.json", "evaluation/**/*.json", "report/**/*.png", "report/*.txt")
     of_a_sweep = (SWEEP_FILE, "sweep.png", "table.txt")
     for path in sorted(path for pattern in patterns + of_a_sweep for path in run_dir.glob(pattern)):
         found[path.relative_to(run_dir).as_posix()] = path
     data, results = read_json(run_dir / "data.json"), evaluations(run_dir)
+    if finals := final_evaluations(run_dir):
+        results = {f"{stage}/{which}": one for stage, own in finals.items() for which, one in own.items()}
     if data and results:
         found[PER_CLASS_FILE] = json.dumps(per_class_table(results, data))
     return found
@@ -150,19 +163,28 @@ def digest(content: str | Path) -> str:
 
 
 def exported_models(run_dir: Path) -> dict[str, tuple[Path, str]]:
-    """Return the exported ensembles that are complete: "last" and "best" -> folder and digest of its files.
+    """Return the exported ensembles that are complete: name on the server -> folder and digest of its files.
 
+    The names are "last" and "best"; where the recipe has several final stages, first those of each: "crt-last".
     The result is empty when the config says `tracking.log_model: false`.
     """
     found: dict[str, tuple[Path, str]] = {}
     if (read_config(run_dir).get("tracking") or {}).get("log_model") is False:
         return found
-    for which in ("last", "best"):
-        folder = run_dir / "export" / which
-        parts = [folder / "model.json", folder / "model.safetensors"]
-        if all(part.exists() for part in parts):
-            found[which] = (folder, _hash([digest(part) for part in parts]))
+    for stage in (*final_evaluations(run_dir), ""):
+        for which in ("last", "best"):
+            folder = run_dir / "export" / stage / which
+            parts = [folder / "model.json", folder / "model.safetensors"]
+            if all(part.exists() for part in parts):
+                name = f"{stage}-{which}" if stage else which
+                found[re.sub(r"[^\w-]", "_", name)] = (folder, _hash([digest(part) for part in parts]))
     return found
+
+
+def model_step(run_dir: Path, folder: Path) -> int:
+    """Return the step at which an exported ensemble was evaluated; 0 where that is not known."""
+    evaluation = run_dir / "evaluation" / folder.relative_to(run_dir / "export")
+    return int(read_json(evaluation.with_suffix(".json")).get("step", 0))
 
 
 def signature_shape(folder: Path) -> tuple[int, ...]:

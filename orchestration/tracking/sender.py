@@ -166,7 +166,8 @@ class MlflowSender:
         run, data, config = contents.describe_folder(self._run_dir)
         self._stages = list((config.get("method") or {}).get("stages") or [])
         # Parameters cannot change on the server; those of the first start stay.
-        params = {k: v for k, v in contents.parameters(config).items() if k not in self._params}
+        known = contents.parameters(config) | contents.fitted_parameters(self._run_dir)
+        params = {k: v for k, v in known.items() if k not in self._params}
         for chunk in chunks([Param(*item) for item in params.items()], 100):
             self._client.log_batch(self._run_id, params=chunk, synchronous=True)
         self._params |= set(params)
@@ -225,9 +226,6 @@ class MlflowSender:
             values.update(experiment=self._target.experiment, experiment_id=experiment_id, run_id=run_id)
             state.save()
         return client.get_run(run_id)
-
-    def _read(self, name: str) -> dict[str, Any]:
-        return read_json(self._run_dir / name)
 
     def send_points(self, deadline: float) -> bool:
         """Send the journal's new lines; a batch that fails is kept and sent first the next time.
@@ -291,7 +289,7 @@ class MlflowSender:
             self.state.save()
 
     def send_models(self) -> None:
-        """Register the exported ensembles, and point the aliases "last" and "best" at them."""
+        """Register the exported ensembles, and point aliases at them: "last", "best", and "<stage>-last" of finals."""
         from mlflow.exceptions import MlflowException
 
         found = contents.exported_models(self._run_dir)
@@ -342,7 +340,7 @@ class MlflowSender:
 
         outputs = self._client.get_run(self._run_id).outputs
         if logged.model_id not in {output.model_id for output in outputs.model_outputs}:
-            step = int(self._read(f"evaluation/{which}.json").get("step", 0))
+            step = contents.model_step(self._run_dir, folder)
             self._client.log_outputs(self._run_id, [LoggedModelOutput(logged.model_id, step)])
         return logged.model_id
 

@@ -17,7 +17,7 @@ from experts.data.dataset import open_dataset
 from experts.data.keyed_random import key, permutation
 from experts.data.label_shift import distribution_positions, parse_distribution
 from experts.ensemble import build_ensemble
-from experts.methods.tade import TADE, tade_offsets
+from experts.methods.tade import tade_offsets
 from orchestration.cli import main
 from orchestration.commands.evaluate import reevaluate
 from orchestration.config.compose import load_config
@@ -275,7 +275,7 @@ def test_priors_that_experts_are_trained_for():
 
     def auto(*words):
         config = load_config(["dataset.image_size=8", *words])
-        return trained_priors(config, KnownPrior(), counts)
+        return trained_priors(config, KnownPrior(), counts, config.method.final)
 
     log_train = np.log(np.array(counts) / 143)
     rows, words = auto("method=ride")
@@ -286,22 +286,48 @@ def test_priors_that_experts_are_trained_for():
     np.testing.assert_allclose(rows, [log_train])
     assert auto("method=ce", "method.stages.train.sampler={name:class_balanced}")[1] == ["uniform"]
     config = load_config(["dataset.image_size=8"])
-    rows, words = trained_priors(config, KnownPrior(trained=("train", "uniform", "train")), counts)
+    rows, words = trained_priors(config, KnownPrior(trained=("train", "uniform", "train")), counts, "train")
     np.testing.assert_allclose(rows, [log_train, 0 * log_train, log_train])
+
+
+def without_steps(name, *more):
+    """Make the words of a stage without steps that begins with stage train."""
+    keys = ["epochs=0", "after=[train]", "start_from={stage:train}", *more]
+    return [f"method.stages.{name}.{key}" for key in keys]
+
+
+def test_a_stage_without_steps_keeps_the_prior_until_it_replaces_the_head(tmp_path):
+    counts = [100, 30, 10, 3]
+    host = ["method=ce", "dataset.image_size=8"]
+    tau = without_steps("tau", "head={name:tau_normalised,gamma:null}")
+    config = load_config([*host, *without_steps("joint"), *tau])
+    assert config.method.finals == ("joint", "tau")
+    assert trained_priors(config, KnownPrior(), counts, "joint")[1] == ["train"]
+    assert trained_priors(config, KnownPrior(), counts, "tau")[1] == ["uniform"]
+
+    folder = RunFolder(tmp_path / "host")  # the same stages on another run
+    folder.write_config(load_config(host))
+    folder.close()
+    other = config.model_copy(deep=True)
+    for name in ("joint", "tau"):
+        elsewhere = other.method.stages[name].start_from.model_copy(update={"stage": None, "run": str(folder.path)})
+        stage = other.method.stages[name].model_copy(update={"start_from": elsewhere})
+        other.method.stages[name] = stage
+    assert trained_priors(other, KnownPrior(), counts, "joint")[1] == ["train"]
+    assert trained_priors(other, KnownPrior(), counts, "tau")[1] == ["uniform"]
+    (folder.path / "config.yaml").unlink()
+    with pytest.raises(ValueError, match=r"host, whose config\.yaml is gone; .*set known_prior\.trained=train"):
+        trained_priors(other, KnownPrior(), counts, "joint")
 
 
 def test_tades_experts_are_trained_for_forward_uniform_and_inverse():
     """Expert k learns z + offset to be log p(y | x) of training: z alone is for the training prior less the offset.
     The third, with tau 1, is for the reversed counts, up to a constant."""
 
-    class Stage:
-        objective = TADE.Config(tau=1.0, log_guard=0.0)
-
-    class Config:
-        method = type("M", (), {"expert_names": NAMES, "stages": {"train": Stage}})
-
+    keys = ["objective.tau=1.0", "objective.log_guard=0.0"]
+    config = load_config(["method=tade", "dataset.image_size=8", *(f"method.stages.train.{key}" for key in keys)])
     counts = [100, 30, 10, 3]
-    rows, words = trained_priors(Config, KnownPrior(), counts)
+    rows, words = trained_priors(config, KnownPrior(), counts, "train")
     prior = np.array(counts) / 143
     np.testing.assert_allclose(rows[0], np.log(prior))
     np.testing.assert_allclose(rows[1], 0, atol=1e-12)
@@ -372,7 +398,7 @@ def test_the_table_says_when_best_was_chosen_on_test():
 
 
 def test_the_picture_leaves_out_missing_numbers(tmp_path):
-    told = draw_distributions(tmp_path, "test-time", synthetic())
+    told = draw_distributions(tmp_path / "report" / "test_time.png", synthetic())
     assert told == f"drawn as {tmp_path / 'report' / 'test_time.png'}"
     assert (tmp_path / "report" / "test_time.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "report").iterdir()) == [tmp_path / "report" / "test_time.png"]

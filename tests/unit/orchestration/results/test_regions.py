@@ -107,8 +107,10 @@ def test_before_are_the_weights_that_the_last_stage_began_with(ride):
 
 
 def test_a_picture_is_the_same_when_drawn_again(single):
-    before = draw_regions_if_heads_alone(single).read_bytes()
-    assert draw_regions_if_heads_alone(single).read_bytes() == before
+    (picture,) = draw_regions_if_heads_alone(single)
+    before = picture.read_bytes()
+    assert draw_regions_if_heads_alone(single) == [picture]
+    assert picture.read_bytes() == before
 
 
 def test_classes_may_be_chosen(single, capsys):
