@@ -35,11 +35,12 @@ from orchestration.config.compose import from_yaml, load_config
 from orchestration.config.identity import difference, identity
 from orchestration.config.run_config import RunConfig, name_problems
 from orchestration.config.words import GROUPS
+from orchestration.results.classifier_table import loss_label
 from orchestration.results.sweep_table import draw_sweep, sweep_table
 from orchestration.results.text import plural
 from orchestration.runs.admission import admit
 from orchestration.storage.checkpoint import Checkpoints
-from orchestration.storage.files import DATA, read_json, write_atomic
+from orchestration.storage.files import DATA, final_evaluations, read_json, write_atomic
 from orchestration.storage.journal import FILE_NAME as JOURNAL
 from orchestration.storage.journal import read_journal
 from orchestration.storage.location import run_path
@@ -372,10 +373,13 @@ def _outcome(point: Point, problem: str | None) -> dict[str, Any]:
     outcome: dict[str, Any] = {"value": point.value, "run": point.folder.name, "status": status}
     outcome["problem"] = problem or (run.get("problem") if status == "failed" else None)
     outcome["stages_taken"] = run.get("stages_taken", {})
+    outcome |= {"loss": loss_label(point.config.method.name, point.config.method.finals), "seed": point.config.seed}
     if status == "finished":
         evaluation = read_json(point.folder / "evaluation" / "last.json")
         outcome |= {k: evaluation.get(k) for k in ("stage", "epoch", "step", "split")}
         outcome["top1"] = evaluation["members"]["ensemble"]["top1"]
+        if finals := final_evaluations(point.folder):
+            outcome["finals"] = {stage: own["last"]["members"]["ensemble"]["top1"] for stage, own in finals.items()}
     return outcome
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from orchestration.results.classifier_table import Entry, classifier_table
 from orchestration.results.style import GROUP_COLOURS, new_figure, picture_style, save_figure, set_figure_title, shorten
 from orchestration.results.tables import GROUPS
 from orchestration.results.text import decimals, text_table
@@ -26,21 +28,16 @@ def sweep_table(result: Mapping[str, Any]) -> str:
     Returns:
         Lines of text, the last without a newline.
     """
-    runs = result["runs"]
+    runs, finals = result["runs"], _final_stages(result)
     moments = sorted({f"stage {r['stage']}, epoch {r['epoch']}, on {r['split']}" for r in runs if "top1" in r})
+    where = f" ({'; '.join(moments)})" if moments and not finals else ""
+    models = f"last model of each run{where}" if not finals else "last model of every final stage of each run"
+    spread = "" if finals and result["key"] == "seed" else "one run per value: no spread"
     lines = [
         f"{result['method']}, {result['dataset']}: {result['key']}",
-        f"last model of each run{' (' + '; '.join(moments) + ')' if moments else ''}; {_seed(result)}one run per "
-        f"value: no spread",
+        "; ".join(part for part in (models, f"{_seed(result)}{spread}") if part),
+        *(["", *_classifier_lines(result)] if finals else _value_lines(result)),
     ]
-    for rule, suffix in _rules(result).items():
-        lines += ["", f"Top-1 accuracy of the ensemble in %, classes grouped {rule}"]
-        keys = ["all", *(group + suffix for group in GROUPS)]
-        rows = [[result["key"].rsplit(".", 1)[-1], *(_heading(key, result) for key in keys), "run"]]
-        for run in runs:
-            top1 = run.get("top1") or {}
-            rows.append([run["value"], *(decimals(top1.get(key), 100.0, 2) for key in keys), run["run"]])
-        lines += text_table(rows, rule=True)
 
     # One line per stage and donor, however many runs took it over.
     taken: dict[tuple[str, str], list[str]] = {}
@@ -56,6 +53,37 @@ def sweep_table(result: Mapping[str, Any]) -> str:
             why = f": {run['problem']}" if run["problem"] else ""
             lines.append(f"{run['value']}: {run['status']}{why}")
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _value_lines(result: Mapping[str, Any]) -> list[str]:
+    """Return a row per value: top-1 by group of the run's one result."""
+    lines = []
+    for rule, suffix in _rules(result).items():
+        lines += ["", f"Top-1 accuracy of the ensemble in %, classes grouped {rule}"]
+        keys = ["all", *(group + suffix for group in GROUPS)]
+        rows = [[result["key"].rsplit(".", 1)[-1], *(_heading(key, result) for key in keys), "run"]]
+        for run in result["runs"]:
+            top1 = run.get("top1") or {}
+            rows.append([run["value"], *(decimals(top1.get(key), 100.0, 2) for key in keys), run["run"]])
+        lines += text_table(rows, rule=True)
+    return lines
+
+
+def _final_stages(result: Mapping[str, Any]) -> list[str]:
+    """Return the final stages of the runs, where they have several."""
+    return list(dict.fromkeys(stage for run in result["runs"] for stage in run.get("finals") or {}))
+
+
+def _classifier_lines(result: Mapping[str, Any]) -> list[str]:
+    """Return a row per loss with all its classifiers; runs that differ by their seed share a row."""
+    entries = []
+    for run in result["runs"]:
+        # Where neither the loss nor the seed varies, the value says what the row is.
+        loss = (
+            run["loss"] if result["key"] in ("method", "seed") else f"{result['key'].rsplit('.', 1)[-1]} {run['value']}"
+        )
+        entries.append(Entry(loss, run["seed"], run.get("finals") or {}))
+    return classifier_table(entries, result["group_sizes"])
 
 
 def _seed(result: Mapping[str, Any]) -> str:
@@ -94,8 +122,9 @@ def draw_sweep(folder: Path, result: Mapping[str, Any]) -> str:
 
 
 def _figure(result: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> Any:
-    rules = _rules(result)
-    figure = new_figure(0.6 + 6.6 * len(rules), 4.6)
+    rules, finals = _rules(result), _final_stages(result)
+    rows = finals or [""]
+    figure = new_figure(0.6 + 6.6 * len(rules), 0.8 + 3.8 * len(rows))
     set_figure_title(
         figure,
         f"{result['method']}, {result['dataset']}: top-1 of the ensemble against {result['key']}\n"
@@ -108,12 +137,13 @@ def _figure(result: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> Any
     order = np.argsort([float(value or 0) for value in numbers], kind="stable") if on_axis else np.arange(len(runs))
     x = np.array([numbers[i] if on_axis else i for i in order], dtype=float)
 
-    for place, (rule, suffix) in enumerate(rules.items(), 1):
-        axes = figure.add_subplot(1, len(rules), place)
-        axes.set_title(f"classes grouped {rule}, top-1 %")
+    for place, (stage, (rule, suffix)) in enumerate(itertools.product(rows, rules.items()), 1):
+        axes = figure.add_subplot(len(rows), len(rules), place)
+        axes.set_title(f"{f'{stage}: ' if stage else ''}classes grouped {rule}, top-1 %")
+        top1 = [(runs[i].get("finals") or {}).get(stage, {}) if stage else runs[i]["top1"] for i in order]
         for group, colour in {"all": "#1b1b1b", **GROUP_COLOURS}.items():
             key = group if group == "all" else group + suffix
-            y = np.array([np.nan if (v := runs[i]["top1"].get(key)) is None else 100 * v for i in order])
+            y = np.array([np.nan if (v := one.get(key)) is None else 100 * v for one in top1])
             if np.isfinite(y).any():
                 strong = group == "all"
                 axes.plot(x, y, color=colour, marker="o", markersize=4, linewidth=2.4 if strong else 1.5,

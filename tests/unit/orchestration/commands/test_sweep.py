@@ -176,3 +176,39 @@ def test_the_picture_is_drawn_for_numbers_and_for_words(values, tmp_path):
 def test_there_is_no_picture_before_a_run_is_finished(tmp_path):
     assert "no run is finished" in draw_sweep(tmp_path, result(outcome("0", None, status="stopped")))
     assert not list(tmp_path.iterdir())
+
+
+def with_finals(value, loss, seed, few=0.25):
+    """Make the outcome of a run that ended with the final stages ncm and crt."""
+    found = outcome(value, few) | {"loss": loss, "seed": seed}
+    return found | {"finals": {"ncm": found["top1"] | {"few": 0.125}, "crt": found["top1"]}}
+
+
+def cells(text, label):
+    return next(line.removeprefix(label).split() for line in text.splitlines() if line.startswith(label))
+
+
+def test_losses_with_several_final_stages_are_a_table_of_losses_by_classifiers():
+    runs = [with_finals("ce", "ce", 3), with_finals("ldam", "ldam", 3), outcome("ride", None, status="stopped")]
+    runs[2] |= {"loss": "ride", "seed": 3}
+    text = sweep_table(result(*runs, key="method"))
+    assert "last model of every final stage of each run; seed 3, one run per value: no spread" in text
+    assert cells(text, "ldam ") == ["90.0", "n/a", "12.5", "50.0", "90.0", "n/a", "25.0", "50.0"]
+    assert cells(text, "ride ") == ["n/a"] * 8
+    assert "ride: stopped" in text
+
+
+def test_seeds_with_several_final_stages_share_a_row():
+    text = sweep_table(result(*(with_finals(str(k), "ce", k, 0.1 + k / 10) for k in range(3)), key="seed"))
+    assert cells(text, "ce ")[6] == "20.0" and cells(text, "  3 seeds")[6] == "±10.0"
+    assert "no spread" not in text
+    other = sweep_table(result(with_finals("0.1", "ce", 3), with_finals("0.2", "ce", 3), key="a.b.lr"))
+    assert len(cells(other, "lr 0.1")) == 8, "neither losses nor seeds: a row per value"
+
+
+@pytest.mark.slow
+def test_the_picture_has_a_row_of_panels_for_every_final_stage(tmp_path):
+    runs = [with_finals("ce", "ce", 3), with_finals("ldam", "ldam", 3)]
+    assert draw_sweep(tmp_path, result(*runs, key="method")) == "sweep.png"
+    with Image.open(tmp_path / "sweep.png") as picture:
+        assert picture.height == pytest.approx(110 * (0.8 + 3.8 * 2), abs=1)
