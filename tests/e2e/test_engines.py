@@ -1,13 +1,20 @@
-"""Both engines refuse a gradient that is not finite, and neither moves a weight for it."""
+"""Both engines refuse a gradient that is not finite, have rates for parts, and take the steps of second stages."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.functional import cross_entropy
 
-from experts.ensemble import EnsembleConfig, build_ensemble
+from experts.calibrations.calibration import put_on
+from experts.calibrations.scales import Scales
+from experts.ensemble import Ensemble, EnsembleConfig, Expert, build_ensemble, freeze
+from experts.heads.linear import LinearHead
+from experts.registry import build
 from orchestration.config.compose import load_config
+from orchestration.config.recipe import OptimizerConfig
 from orchestration.training.engine import NonFiniteGradient, TorchEngine
 from orchestration.training.mesh import Mesh, MeshShape
 from orchestration.training.world import Rendezvous, leave_world
@@ -172,3 +179,93 @@ def test_numbers_of_a_launcher_round_ray_choose_no_device(world, monkeypatch):
     engine, _ = make(ENGINES["ZeRO 1"])
     assert {part.local_rank for part in engine._engines.values()} == {0}
     engine.close()
+
+
+# Second stages on a head small enough for paper: two images with features X, three classes, labels 0 and 2.
+
+X = torch.tensor([[1, 2, 0, -1], [0.5, -0.5, 1.5, 2]], dtype=torch.float64)
+W = torch.tensor([[0.6, 0.8, 0, 0], [1, 0, 2, 2], [0, -0.5, 0.5, 0.1]], dtype=torch.float64)
+B = torch.tensor([0.1, -0.2, 0.05], dtype=torch.float64)
+LABELS = torch.tensor([0, 2])
+
+
+def small_head(words, learns, calibration=None, **optimizer):
+    """Make an engine over one expert whose features are its images, with the classifier above."""
+    config = load_config([*words, "engine.precision=float64"])
+    head = LinearHead(LinearHead.Config(), 4, 3).double()
+    head.load_state_dict({"weight": W, "bias": B})
+    if calibration is not None:
+        put_on(head, build("calibration", calibration, 4, 3).double())
+    model = Ensemble(torch.nn.Identity(), {"expert0": Expert(torch.nn.Identity(), head)})
+    freeze(model, learns)
+    factors = optimizer.pop("part_factors", {})
+    arguments = (model, Mesh(MeshShape(1, 1)), OptimizerConfig(momentum=0.9, **optimizer), config.engine, {}, factors)
+    if config.engine.name == "torch":
+        return TorchEngine(*arguments), head
+    from orchestration.training.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(*arguments), head
+
+
+def steps_of(engine, lr, loss_of):
+    """Take two steps; yield the loss before each."""
+    try:
+        for _ in range(2):
+            loss = loss_of(scores(engine, X)[0])
+            engine.step(loss, lr)
+            yield loss.item()
+    finally:
+        engine.close()
+
+
+def near(tensor, expected):
+    np.testing.assert_allclose(tensor.detach().numpy(), expected, rtol=0, atol=1e-6)  # six digits are given
+
+
+@pytest.mark.parametrize("words", ENGINES.values(), ids=ENGINES)
+def test_two_steps_of_learnable_weight_scaling(words, world):
+    """Numbers of the published classifier under torch's SGD: weight decay acts on the scales, one becomes negative."""
+    engine, head = small_head(words, {"calibration"}, Scales.Config(), lr=0.2, weight_decay=5e-4)
+    scales = [[1.013995, 0.275509, 1.128064], [1.047293, -0.802951, 1.330307]]
+    for loss, expected, after in zip(
+        steps_of(engine, 0.2, lambda z: cross_entropy(z, LABELS)), [3.058134, 0.607970], scales, strict=True
+    ):
+        assert loss == pytest.approx(expected, abs=1e-6)
+        near(head.calibration.scale_C, after)
+    assert torch.equal(head.weight, W)
+    assert torch.equal(head.bias, B)
+
+
+@pytest.mark.parametrize("words", ENGINES.values(), ids=ENGINES)
+def test_two_steps_of_a_classifier_that_is_tuned_further(words, world):
+    """As DR and MiSLAS tune it: the trained classifier goes on at a small rate."""
+    engine, head = small_head(words, {"heads"}, lr=0.02, weight_decay=5e-4)
+    biases = [[0.100605, -0.210251, 0.059647], [0.101750, -0.229727, 0.077978]]
+    rows = [[0.994722, 0.004418, 1.985025, 1.980324], [0.984692, 0.012805, 1.956580, 1.942951]]
+    losses = steps_of(engine, 0.02, lambda z: cross_entropy(z, LABELS))
+    for loss, expected, bias, row in zip(losses, [3.058134, 2.980774], biases, rows, strict=True):
+        assert loss == pytest.approx(expected, abs=1e-6)
+        near(head.bias, bias)
+        near(head.weight[1], row)
+
+
+@pytest.mark.parametrize("words", ENGINES.values(), ids=ENGINES)
+def test_two_steps_of_classifier_and_scales_at_rates_of_their_own(words, world):
+    """MiSLAS: the classifier at a fifth of the scales' rate, labels smoothed by class: .4, .25, .1."""
+    engine, head = small_head(
+        words, {"heads", "calibration"}, Scales.Config(), lr=0.1, weight_decay=2e-4, part_factors={"heads": 0.2}
+    )
+    smoothing_B = torch.tensor([0.4, 0.25, 0.1], dtype=torch.float64)[LABELS]
+
+    def smoothed(logits_BC):
+        log_p_BC = logits_BC.log_softmax(dim=1)
+        own_B = log_p_BC[torch.arange(2), LABELS]
+        return -((1 - smoothing_B) * own_B + smoothing_B * log_p_BC.mean(dim=1)).mean()
+
+    biases = [[0.098272, -0.208586, 0.060314], [0.095119, -0.221662, 0.080094]]
+    scales = [[0.976361, 0.641951, 1.052895], [0.933624, -0.017819, 1.154333]]
+    losses = steps_of(engine, 0.1, smoothed)
+    for loss, expected, bias, scale in zip(losses, [3.434801, 2.079316], biases, scales, strict=True):
+        assert loss == pytest.approx(expected, abs=1e-6)
+        near(head.bias, bias)
+        near(head.calibration.scale_C, scale)
