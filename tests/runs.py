@@ -118,15 +118,20 @@ def points_by_stage(folder: Path) -> list[tuple[str, int, str, float]]:
 
 
 def checkpoints(folder: Path, stages: Sequence[str]) -> dict[str, bytes]:
-    """Return every byte of each stage's newest checkpoint and best weights."""
+    """Return every byte of each stage's newest checkpoint and best weights, if it has any."""
     found = {}
     for i, stage in enumerate(stages):
-        name = f"{i:02d}-{stage}-"
-        newest = sorted((folder / "checkpoints").glob(f"{name}[0-9]*"))[-1]
-        best = folder / "checkpoints" / json.loads((newest / "state.json").read_text())["best"]["checkpoint"]
-        found |= {f"{f.name}/{p.name}": p.read_bytes() for f in (newest, best) for p in f.iterdir()}
+        newest = sorted((folder / "checkpoints").glob(f"{i:02d}-{stage}-[0-9]*"))[-1]
+        best = json.loads((newest / "state.json").read_text())["best"]
+        folders = [newest, *([folder / "checkpoints" / best["checkpoint"]] if best else [])]
+        found |= {f"{f.name}/{p.name}": p.read_bytes() for f in folders for p in f.iterdir()}
     assert not list((folder / "checkpoints").glob(".writing*"))
     return found
+
+
+def exports(folder: Path) -> dict[str, bytes]:
+    """Return every file below export/."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in (folder / "export").rglob("*") if p.is_file()}
 
 
 def evaluations(folder: Path) -> dict[str, str]:
