@@ -1,4 +1,4 @@
-"""`expertail sweep`: train one run per value of a key, one after the other on one Ray, and compare them.
+"""`expertail sweep`: train one run per value of a key or group, one after the other on one Ray, and compare them.
 
 Every run is a complete one in its own folder, the same that `expertail train` makes with that value. A sweep is cheaper
 because a stage that the value cannot affect is trained once: the other runs get its checkpoints, its part of the
@@ -16,6 +16,7 @@ sweep
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 import shutil
@@ -34,7 +35,6 @@ from orchestration.commands.train import is_complete, train_and_report, with_thr
 from orchestration.config.compose import from_yaml, load_config
 from orchestration.config.identity import difference, identity
 from orchestration.config.run_config import RunConfig, name_problems
-from orchestration.config.words import GROUPS
 from orchestration.results.classifier_table import loss_label
 from orchestration.results.sweep_table import draw_sweep, sweep_table
 from orchestration.results.text import plural
@@ -52,6 +52,7 @@ from orchestration.tracking.target import tracking_uri
 from orchestration.tracking.uploader import Uploader, start_uploader
 
 _NAME_CHARACTERS = 60  # of a value, in the name of its run
+_PARTS = ("method", "mix", "then")  # groups that a recipe's name is made of
 
 
 @dataclass(frozen=True)
@@ -162,20 +163,40 @@ def plan_sweep(variation: str, words: list[str]) -> tuple[str, list[Point], Path
         raise ValueError("\n".join(problems))
 
     first = configs[values[0]]
+    named = any(word.startswith("run.name=") for word in words)
     points = [
-        Point(value, _with_name(config, f"{first.run_name}-{_name_part(value)}")) for value, config in configs.items()
+        Point(value, _with_name(config, _run_name(key, value, config, named))) for value, config in configs.items()
     ]
     if is_url(first.run.dir):
         raise ValueError(
             f"run.dir = {first.run.dir}: a sweep compares run folders on disk; needed a folder; set run.dir=/..., or "
             f"train the runs one by one"
         )
-    folder = run_path(_with_name(first, f"{first.run_name}-sweep"))
+    common = first.run_name if named or key not in _PARTS else _named_by(key, values[0], first.run_name)
+    folder = run_path(_with_name(first, f"{common}-sweep"))
     problems = [problem for point in points for problem in name_problems(point.config)]
     problems = problems or [*_duplicates(key, points), *_other_sweep(folder, key, first), *_other_runs(points)]
     if problems:
         raise ValueError("\n".join(problems))
     return key, points, folder
+
+
+def _run_name(key: str, value: str, config: RunConfig, named: bool) -> str:
+    """Return the name of one run. Of parts that vary the recipe's own name tells already, unless run.name is given."""
+    return config.run_name if key in _PARTS and not named else f"{config.run_name}-{_name_part(value)}"
+
+
+def _named_by(key: str, value: str, name: str) -> str:
+    """Return a run's name with the parts that vary replaced by the name of their group: ce+then-digits_lt-s0."""
+    chosen = "+".join(_parts(value))
+    if not chosen:
+        return f"{name}-{key}"
+    head, found, tail = ("", "", name.removeprefix(chosen)) if key == "method" else name.rpartition(f"+{chosen}")
+    return f"{head}{'+' if found else ''}{key}{tail}"
+
+
+def _parts(value: str) -> list[str]:
+    return [part for part in re.split(r"[\[\],\s]+", value) if part not in ("", "null")]
 
 
 def _with_name(config: RunConfig, name: str) -> RunConfig:
@@ -184,15 +205,15 @@ def _with_name(config: RunConfig, name: str) -> RunConfig:
 
 def _values(variation: str) -> tuple[str, list[str]]:
     """Return the key and its values, each as the text of an override."""
-    needed = "needed KEY=V1,V2,..., e.g. method.stages.h2t.flow.ratio=0,0.1,0.25,0.5,1"
+    needed = "needed KEY=V1,V2,..., e.g. method.stages.h2t.flow.ratio=0,0.1,0.25,0.5,1 or method=ce,ldam"
     try:
         override = OverridesParser.create().parse_override(variation)
     except HydraException:
         raise ValueError(f"{variation}: {needed}") from None
     if not override.is_sweep_override():
         raise ValueError(f"{variation}: one value; {needed}; `expertail train` takes one")
-    if override.key_or_group in GROUPS:
-        raise ValueError(f"{variation}: {override.key_or_group} chooses a whole file of keys; {needed}")
+    if override.key_or_group in ("dataset", "cluster"):
+        raise ValueError(f"{variation}: a sweep compares runs on the same data and cluster; {needed}")
     values = list(dict.fromkeys(str(value) for value in override.sweep_string_iterator()))
     if len(values) < 2:
         raise ValueError(f"{variation}: found only {plural(len(values), 'different value')}; {needed}")
@@ -265,16 +286,19 @@ def _is_finished(point: Point) -> bool:
 def untouched_stages(one: RunConfig, other: RunConfig) -> list[str]:
     """Return the stages that are bitwise equal in two runs: they, their initial weights and their teachers agree.
 
-    A difference outside the stages, in seed or backbone say, affects all of them.
+    A difference outside the stages, in seed or backbone say, affects all of them; the recipe's name none. Of recipes
+    with other stages those compare that both begin with.
     """
     a, b = identity(one), identity(other)
-    changed = [key for key in a.keys() | b.keys() if a.get(key) != b.get(key)]
-    stages = list(one.method.stages)
-    prefixes = {stage: f"method.stages.{stage}." for stage in stages}
-    if stages != list(other.method.stages) or not all(key.startswith(tuple(prefixes.values())) for key in changed):
+    changed = [key for key in a.keys() | b.keys() if a.get(key) != b.get(key) and key != "method.name"]
+    if not all(key.startswith("method.stages.") for key in changed):
         return []
+    pairs = zip(one.method.stages, other.method.stages, strict=False)
+    both = [stage for stage, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+    prefixes = {stage: f"method.stages.{stage}." for stage in both}
     same: list[str] = []
-    for stage, config in one.method.stages.items():
+    for stage in both:
+        config = one.method.stages[stage]
         start = one.method.starts_from(stage)
         needed = {source.stage for source in (*config.teachers.values(), *([start] if start else [])) if source.stage}
         if needed <= set(same) and not any(key.startswith(prefixes[stage]) for key in changed):
@@ -304,7 +328,7 @@ def _take(donor: Point, point: Point, folder: RunFolder) -> list[str]:
     stored = from_yaml(donor.folder / "config.yaml")
     config = folder.stored_config() if folder.started else with_threads(point.config, stored)
     stages = list(config.method.stages)
-    source, target = Checkpoints(donor.folder, stages), Checkpoints(folder.path, stages)
+    source, target = Checkpoints(donor.folder, list(stored.method.stages)), Checkpoints(folder.path, stages)
     target.clean()
 
     finished = {}

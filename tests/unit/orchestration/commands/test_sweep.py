@@ -34,6 +34,37 @@ def test_a_run_of_a_sweep_is_the_run_that_train_makes(tmp_path):
     assert points[1].config == same
 
 
+@pytest.mark.parametrize(
+    ("variation", "words", "names", "folder"),
+    [
+        (
+            "method=ce,ldam",
+            ["then=[joint,ncm,crt]"],
+            ["ce+joint+ncm+crt-digits_lt-s0", "ldam+joint+ncm+crt-digits_lt-s0"],
+            "method+joint+ncm+crt-digits_lt-s0-sweep",
+        ),
+        (
+            "then=crt,[ncm,lws]",
+            ["method=ce", "mix=mixup"],
+            ["ce+mixup+crt-digits_lt-s0", "ce+mixup+ncm+lws-digits_lt-s0"],
+            "ce+mixup+then-digits_lt-s0-sweep",
+        ),
+        (
+            "mix=mixup,null",
+            ["method=ce", "seed=3"],
+            ["ce+mixup-digits_lt-s3", "ce-digits_lt-s3"],
+            "ce+mix-digits_lt-s3-sweep",
+        ),
+        ("method=ce,ldam", ["run.name=x"], ["x-ce", "x-ldam"], "x-sweep"),
+        ("pace=demo,generic", [], ["ride-digits_lt-s0-demo", "ride-digits_lt-s0-generic"], "ride-digits_lt-s0-sweep"),
+    ],
+)
+def test_recipes_vary_by_their_parts_and_are_named_after_them(variation, words, names, folder, tmp_path):
+    _, points, found = plan_sweep(variation, [*words, f"run.dir={tmp_path}"])
+    assert [point.folder.name for point in points] == names
+    assert found.name == folder
+
+
 def test_any_value_gives_a_valid_name(tmp_path):
     key = "method.stages.train.lr_schedule.milestones"
     _, points, _ = plan(f"{key}=[],[{{after_epoch: 3, factor: 0.1}}]", tmp_path, "run.name=x")
@@ -46,7 +77,8 @@ def test_any_value_gives_a_valid_name(tmp_path):
         (f"{RATIO}=0.5", [], "one value; needed KEY=V1,V2"),
         (f"{RATIO}=0.5,0.50", [], "found only 1 different value"),
         ("nothing", [], "needed KEY=V1,V2"),
-        ("method=ride,tade", [], "method chooses a whole file of keys"),
+        ("dataset=digits_lt,cifar10_lt", [], "compares runs on the same data"),
+        ("then=ncm,crt,crt2", [], "then=crt2: no such then, did you mean then=crt"),
         (f"{RATIO}=0,2", [], "less than or equal to 1"),
         ("method.stages.h2t.flow.rato=0,1", [], "did you mean method.stages.h2t.flow.ratio"),
         (f"{RATIO}=0,1", [f"{RATIO}=0.3"], "set twice"),
@@ -116,6 +148,12 @@ def test_stages_that_neither_differ_nor_build_on_one_that_does_are_shared(method
     one, other = compose(f"method={method}"), compose(f"method={method}", *words)
     assert untouched_stages(one, other) == untouched_stages(other, one) == expected
     assert untouched_stages(one, one) == list(one.method.stages)
+
+
+def test_parts_side_by_side_share_the_stage_that_they_start_from():
+    crt, ncm = compose("method=ce", "then=crt"), compose("method=ce", "then=ncm")
+    assert untouched_stages(crt, ncm) == untouched_stages(ncm, crt) == ["train"]
+    assert untouched_stages(crt, compose("method=ldam", "then=crt")) == []
 
 
 def test_a_merged_journal_has_the_taken_stages_and_our_own_lines_of_the_others(tmp_path):
