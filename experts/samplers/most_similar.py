@@ -92,7 +92,7 @@ class MostSimilar(PartSampler):
                 f"{'images' if config.of == 'classes' else 'classes'} if they are of those"
             )
         if config.keep > needed:
-            raise ValueError(f"sampler 'most_similar': keep = {config.keep}; there are {needed} {config.of}; lower keep")
+            raise ValueError(f"sampler 'most_similar': keep = {config.keep}, found {needed} {config.of}; lower keep")
         best = np.argsort(-np.asarray(numbers), kind="stable")[: config.keep]
         self.subset = np.flatnonzero(np.isin(labels, best)) if config.of == "classes" else best
         self.kept_C = np.bincount(labels[self.subset], minlength=num_classes)

@@ -86,5 +86,5 @@ def test_another_number_of_lines_is_refused(tmp_path, of, length, message):
 
 
 def test_more_than_there_is_cannot_be_kept():
-    with pytest.raises(ValueError, match=r"keep = 4; there are 3 classes"):
+    with pytest.raises(ValueError, match=r"keep = 4, found 3 classes; lower keep"):
         shown(MostSimilar.Config(similarity=(1, 2, 3), keep=4))
