@@ -79,6 +79,8 @@ class StagePlan:
         memory: bytes of weights, gradients, optimiser state and teachers on the worker that holds most.
         work: multiply-adds of a training step per image, over all slots and with teachers. An image and its partner
             count as one.
+        work_before: multiply-adds per training image before the first step, over all workers, where features are
+            computed once for all steps; else 0.
         repeated: multiply-adds that a spread placement adds to the forward pass, as a share of the packed one's.
         teachers: by name; None where the run is missing, or only the data can say.
     """
@@ -97,6 +99,7 @@ class StagePlan:
     exchanges: tuple[Exchange, ...]
     memory: int | None
     work: float | None
+    work_before: float
     repeated: float | None
     teachers: dict[str, TeacherSize | None]
 
@@ -271,7 +274,7 @@ def _stage_with(config: RunConfig, name: str, shape: MeshShape, counts: np.ndarr
     assert stage.batch_size is not None
     images, steps, last = epoch_of(name, stage, counts_C) if known else (None, None, None)
     teachers = blank_teachers(config, name, counts, counts_known=known)
-    loads, costs = rehearse(config, name, counts, shape, teachers)
+    loads, costs = rehearse(config, name, counts, shape, teachers, counts_known=known)
     unknown = [teacher for teacher, blank in teachers.items() if not blank.known]
     work, repeated = (None, None) if unknown else _work(stage, loads)
     shares = shares_of(stage.batch_size, shape.replicas)
@@ -291,6 +294,7 @@ def _stage_with(config: RunConfig, name: str, shape: MeshShape, counts: np.ndarr
         exchanges=exchanges(loads, shares[0], unknown),
         memory=None if unknown else _memory(config, stage, shape, loads),
         work=work,
+        work_before=shape.replicas * sum(load.work_before for load in loads),
         repeated=repeated,
         teachers={
             teacher: TeacherSize(blank.num_experts, blank.num_classes) if blank.known else None
@@ -321,6 +325,7 @@ def _without_steps(config: RunConfig, name: str, shape: MeshShape, num_classes: 
         exchanges=(),
         memory=_number_bytes(config) * max(own),
         work=0.0,
+        work_before=0.0,
         repeated=0.0,
         teachers={},
     )

@@ -99,7 +99,7 @@ def _peculiarities(config: RunConfig, stage: StagePlan) -> Iterator[str]:
         yield f"trains its own experts: {' '.join(stage.experts)}"
     present = parts_of(method, stage.name)
     frozen = [part for part in PARTS if part in present and part not in stage.learns]
-    if frozen:
+    if frozen and stage.epochs:
         mode = "the batch's" if settings.frozen_batchnorm == "train" else "their running"
         batchnorm = "" if frozen == ["gates"] else f"; frozen BatchNorms use {mode} statistics"
         yield f"learns: {', '.join(stage.learns)}; frozen: {', '.join(frozen)}{batchnorm}"
@@ -209,7 +209,7 @@ def _mesh(config: RunConfig, found: Plan) -> Iterator[str]:
     low, high = WORKER_GIB
     yield f"activations add {low} to {high} GiB with small images (measured); `--probe` measures this run's"
 
-    batches = {stage.name: stage.shares for stage in found.stages}
+    batches = {stage.name: stage.shares for stage in found.stages if stage.epochs}
     rows = [["worker", "slot", "replica", "experts", *(f"images per step, {name}" for name in batches)]]
     for rank in range(min(shape.workers, _SHOWN_WORKERS)):
         slot, replica = shape.position(rank)
@@ -285,6 +285,10 @@ def _range(values: tuple[int | None, ...]) -> str:
 def _step(config: RunConfig, found: Plan) -> Iterator[str]:
     replicas = found.shape.replicas
     for stage in found.stages:
+        if not stage.epochs:
+            fits = piece("head", config.method.head_in(stage.name).name).fits
+            yield f"stage {stage.name}: no steps" + ("; its heads are fitted to all training images" if fits else "")
+            continue
         each = _spread(stage.shares)
         yield f"stage {stage.name}: {stage.batch_size} images per step, {each} on each of {plural(replicas, 'replica')}"
         if 0 in stage.shares:
@@ -315,6 +319,12 @@ def _work(settings: StageConfig, stage: StagePlan, found: Plan) -> Iterator[str]
     work = "n/a" if stage.work is None else f"{most}{stage.work:,.0f}"
     flops = "" if stage.work is None else f" ({most}{2 * stage.work:,.0f} FLOPs)"
     yield f"{work} multiply-adds for each image{pair}, forward and backward{flops}"
+    if stage.work_before:
+        yield (
+            f"of the heads alone; trunk and features run once before the first step, {stage.work_before:,.0f} "
+            f"multiply-adds for each training image"
+        )
+        return
     if found.shape.slots == 1:
         return
     if piece("flow", settings.flow.name).own_streams:
@@ -330,7 +340,8 @@ def _exchange_table(found: Plan) -> Iterator[str]:
         return
     stages_with: dict[tuple[Exchange, ...], list[StagePlan]] = {}  # stages with equal exchanges share a table
     for stage in found.stages:
-        stages_with.setdefault(stage.exchanges, []).append(stage)
+        if stage.epochs:
+            stages_with.setdefault(stage.exchanges, []).append(stage)
     for exchanges, stages in stages_with.items():
         if len(found.stages) > 1:
             yield f"stage {', '.join(stage.name for stage in stages)}"
@@ -341,7 +352,10 @@ def _exchange_table(found: Plan) -> Iterator[str]:
             rows.append([x.what, x.kind, str(x.among), bytes_(x.payload), bytes_(most)])
         rows.append(["in all", "", "", "", bytes_(stages[0].sent())])
         yield from text_table(rows, left=(0, 1))
-    if found.shape.slots > 1:
+    without = [stage.name for stage in found.stages if not stage.epochs]
+    if without:
+        yield f"stage {', '.join(without)}: no steps"
+    if found.shape.slots > 1 and stages_with:
         yield "each row is for the slot that sends most; no feature maps are exchanged"
 
 

@@ -10,6 +10,7 @@ crosses a group there is written down. So a plan covers every recipe, and cannot
         hook trunk, features, heads and gates                          `_Work`: images that pass, forward and back
         for 2 images, then 3:
             TrainingStep(setup)(black images of the rarest class)      each exchange in the record, with its bytes
+                                                                       (features, where training keeps them)
         bytes per image = the difference; the rest does not grow
 
 The images are at most 32 pixels wide: exchanges do not depend on their size, and work is counted in images and
@@ -37,6 +38,7 @@ from orchestration.config.run_config import RunConfig
 from orchestration.preflight.blanks import BlankTeacher, NoArithmetic, blank_batches, blank_dataset
 from orchestration.training.engine import IN_WORDS, TorchEngine
 from orchestration.training.exchange import Crossing, Kind, record_groups
+from orchestration.training.features import features_are_kept
 from orchestration.training.mesh import Mesh, MeshShape
 from orchestration.training.stage_setup import TrainingSetup
 from orchestration.training.step import TrainingStep
@@ -47,12 +49,17 @@ _LARGEST = 32  # pixels
 
 @dataclass(frozen=True)
 class Costs:
-    """Multiply-adds per image in a forward pass of the trunk, of one expert's late stages, of a head and of a gate."""
+    """Multiply-adds per image in a forward pass of the trunk, of one expert's late stages, of a head and of a gate.
+
+    Attributes:
+        width: number of features of an expert, D.
+    """
 
     trunk: int
     features: int
     head: int
     gate: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,7 @@ class Load:
         trunk_work: multiply-adds per image in forward passes of trunks, by "" for the ensemble's and by teacher.
         work: the same of everything, teachers included. An image and its partner count as one.
         training_work: the same with backward passes.
+        work_before: multiply-adds per training image before the first step, where features are computed once.
     """
 
     parameters: dict[str, int]
@@ -93,10 +101,17 @@ class Load:
     trunk_work: dict[str, float] = field(default_factory=dict)
     work: float = 0.0
     training_work: float = 0.0
+    work_before: float = 0.0
 
 
 def rehearse(
-    config: RunConfig, stage: str, counts_C: np.ndarray, shape: MeshShape, teachers: Mapping[str, BlankTeacher]
+    config: RunConfig,
+    stage: str,
+    counts_C: np.ndarray,
+    shape: MeshShape,
+    teachers: Mapping[str, BlankTeacher],
+    *,
+    counts_known: bool = True,
 ) -> tuple[list[Load], Costs]:
     """Rehearse a step of a stage for a worker of each slot.
 
@@ -106,6 +121,8 @@ def rehearse(
         counts_C: training images per class, of all classes.
         shape: of the mesh.
         teachers: stand-ins, by name.
+        counts_known: False where the counts are assumed; whether features of all images can be kept is open then, and
+            the load is that of a stage that cannot.
 
     Returns:
         The load of each slot, and the costs of the ensemble's parts.
@@ -121,7 +138,8 @@ def rehearse(
         setup = _setup(config, stage, counts_C, shape, slot, teachers, record)
         if slot == 0:  # whose first expert has a gate, if there are any
             costs[""] = costs_of(setup.model, size)
-        loads.append(_load(setup, record, costs))
+        kept = counts_known and features_are_kept(setup, costs[""].width)
+        loads.append(_load(setup, record, costs, kept=kept))
         setup.close()
     return loads, costs[""]
 
@@ -147,17 +165,21 @@ def _setup(
     return setup
 
 
-def _load(setup: TrainingSetup, record: list[Crossing], costs: Mapping[str, Costs]) -> Load:
+def _load(setup: TrainingSetup, record: list[Crossing], costs: Mapping[str, Costs], *, kept: bool) -> Load:
+    """Take the steps, and return their load. With `kept`, on features that were computed before the first."""
     assert isinstance(setup.engine, TorchEngine)
     load = Load(
         parameters=_parameters(setup.model),
         teacher_parameters=sum(p.numel() for held in setup.teachers.held.values() for p in held.parameters()),
         learning=_learning(setup.engine),
     )
+    own = costs[""]
     with _Work(load, [("", setup.model), *setup.teachers.held.items()], costs):
-        few = _step(setup, record, _FEW)
+        few = _step(setup, record, _FEW, own.width if kept else None)
+    if kept:
+        load.work_before = own.trunk + len(setup.model.experts) * own.features
     if setup.mesh.shape.workers > 1:
-        load.traffic = tuple(_traffic(few, _step(setup, record, _MORE)))
+        load.traffic = tuple(_traffic(few, _step(setup, record, _MORE, own.width if kept else None)))
     return load
 
 
@@ -172,12 +194,17 @@ def _small(config: RunConfig, stage: str) -> RunConfig:
     return config.model_copy(update={"method": method, "dataset": dataset})
 
 
-def _step(setup: TrainingSetup, record: list[Crossing], images: int) -> list[Crossing]:
-    """Take a step on so many images, and return what it exchanged."""
+def _step(setup: TrainingSetup, record: list[Crossing], images: int, width: int | None) -> list[Crossing]:
+    """Take a step on so many images, or on features of this width, and return what it exchanged."""
     rarest = int(setup.dataset.counts_C.argmin())  # a class that every expert of any method learns
-    batch = blank_batches(setup.batches, rarest, images).batch(1, 0)
-    if setup.partners is not None:
-        batch = replace(batch, partner=blank_batches(setup.partners, rarest, images).batch(1, 0))
+    streams = [setup.batches] if setup.partners is None else [setup.batches, setup.partners]
+    blank = [blank_batches(stream, rarest, images) for stream in streams]
+    if width is None:
+        batches = [stream.batch(1, 0) for stream in blank]
+    else:
+        features = [torch.zeros(1, width, dtype=setup.dtype) for _ in setup.model.experts]
+        batches = [next(stream.of_features(features, 1)) for stream in blank]
+    batch = batches[0] if setup.partners is None else replace(batches[0], partner=batches[1])
     record.clear()
     with NoArithmetic():
         TrainingStep(setup)(batch, setup.progress(0))
@@ -269,7 +296,7 @@ def costs_of(model: Ensemble, image_size: int) -> Costs:
     features, shape = multiply_adds_by_shape(expert.features, shape)
     found = torch.zeros(shape, dtype=next(expert.parameters()).dtype)  # heads and gates are small, and run as they are
     gate = 0 if expert.gate is None else multiply_adds(expert.gate, found)
-    return Costs(trunk, features, multiply_adds(head, found), gate)
+    return Costs(trunk, features, multiply_adds(head, found), gate, width=shape[1])
 
 
 class _Work:

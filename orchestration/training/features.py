@@ -74,6 +74,13 @@ def _limit(setup: StageSetup) -> int:
     return setup.config.dataset.resident_mib * 2**20
 
 
+def features_are_kept(setup: TrainingSetup, width: int) -> bool:
+    """Say whether `training_features` will return them, if an expert has so many features."""
+    number_bytes = 2 if setup.config.engine.precision == "autocast" else setup.dtype.itemsize
+    held = len(setup.dataset.train) * len(setup.model.experts) * width * number_bytes
+    return setup.features_are_fixed and held <= _limit(setup)
+
+
 @torch.no_grad()
 def training_features(setup: TrainingSetup, beat: Callable[[], None]) -> list[Tensor] | None:
     """Compute what the heads see of every training image, once for the whole stage.
