@@ -101,10 +101,11 @@ class SavedRun:
         return save_evaluation(self.folder, f"{self.stage}/{name}" if self.stage else name, result)
 
     def origin(self) -> dict[str, Any]:
-        """Return the head of every result: split, selection, stage, epoch, step, and which weights."""
+        """Return the head of every result: split, selection, stage, epoch, step, what was fitted, which weights."""
         trained = read_json(self.folder / "evaluation" / self.stage / f"{self.which}.json")
         model = {key: trained.get(key) for key in ("selected_on", "stage", "epoch", "step")}
-        return {"split": self.split, **model, "weights": self.which}
+        fitted = {"fitted": trained["fitted"]} if "fitted" in trained else {}
+        return {"split": self.split, **model, **fitted, "weights": self.which}
 
     def batches(self) -> EvalBatches:
         """Return the split in its own order, in batches of run.evaluation_batch_size."""

@@ -8,8 +8,10 @@ from PIL import Image
 
 from aggregation.diversity import Diversity
 from aggregation.metrics import Scores, groups_by_count
-from orchestration.results.pictures import _running_mean, _steps_per_epoch, write_report
-from orchestration.storage.journal import Journal, Series
+from orchestration.results.finals_picture import draw_finals, draw_tried
+from orchestration.results.fitted_table import Chosen
+from orchestration.results.pictures import _has_steps, _running_mean, _steps_per_epoch, write_report
+from orchestration.storage.journal import Journal, Series, series
 
 EVERYTHING = ["class_counts.png", "curves.png", "per_class.png", "table.txt"]
 
@@ -166,3 +168,78 @@ def test_experts_that_never_disagree_and_groups_without_images_are_drawn(tmp_pat
     })  # fmt: skip
     assert "diversity.png" in [path.name for path in write_report(tmp_path)]
     assert "n/a" in (tmp_path / "report" / "table.txt").read_text()
+
+
+def with_finals(folder, stages=("ncm", "crt")):
+    """Make the last stages of a small run final ones; the first has no steps and chose a number."""
+    names = ", ".join(f"{stage}: {{}}" for stage in ("train", *stages))
+    (folder / "config.yaml").write_text(f"method: {{name: ce, num_experts: 1, stages: {{{names}}}}}\nseed: 0\n")
+    tried = [[k / 10, 0.3 - abs(k - 5) / 100] for k in range(21)]
+    choice = {"key": "head.tau", "value": 0.5, "split": "val", "origin": "x", "published": 0.7, "tried": tried}
+    for stage in stages:
+        for which in ("last", "best"):
+            found = json.loads((folder / f"evaluation/{which}.json").read_text()) | {"stage": stage}
+            if stage == stages[0]:
+                found |= {"epoch": 0, "step": 0, "selected_on": None, "fitted": {"choices": [choice]}}
+            write(folder / f"evaluation/{stage}/{which}.json", found)
+    with Journal(folder) as lines:
+        lines.append(stages[0], 0, 0, {"test/ensemble/all/top1": 0.9})
+        lines.append(stages[1], 1, 5, {"test/ensemble/all/top1": 0.8, "train/lr": 0.1})
+    return folder
+
+
+@pytest.mark.slow
+def test_several_final_stages_are_compared_and_each_has_its_pictures(tmp_path):
+    written = write_report(with_finals(run(tmp_path)))
+    names = {path.relative_to(tmp_path / "report").as_posix() for path in written}
+    assert names == {*EVERYTHING, "finals.png", "tried.png", "ncm/per_class.png", "crt/per_class.png"}
+    for name in ("finals.png", "tried.png"):
+        with Image.open(tmp_path / "report" / name) as picture:
+            assert np.asarray(picture.convert("L")).std() > 5
+    assert "== ncm ==" in (tmp_path / "report" / "table.txt").read_text()
+
+
+def test_a_stage_without_steps_takes_no_place_among_the_curves(tmp_path):
+    metrics = series(with_finals(run(tmp_path)))
+    assert list(metrics) == ["train", "ncm", "crt"]
+    assert [stage for stage, own in metrics.items() if _has_steps(own)] == ["train", "crt"]
+
+
+@pytest.mark.slow
+def test_a_run_whose_stages_have_no_steps_has_no_curves(tmp_path):
+    folder = with_finals(run(tmp_path, journal=False))
+    (folder / "metrics.jsonl").unlink()
+    with Journal(folder) as lines:
+        lines.append("ncm", 0, 0, {"test/ensemble/all/top1": 0.9})
+    assert "curves.png" not in {path.name for path in write_report(folder)}
+
+
+def bars(finals, groups=None):
+    """Return the heights of the bars of each stage, and the places of the diamonds, in the picture's first panel."""
+    axes = draw_finals(finals, {"groups": {"by_count": groups}}, "title").axes[0]
+    heights = {bar.get_label(): [patch.get_height() for patch in bar] for bar in axes.containers}
+    return heights, [tuple(point) for points in axes.collections for point in points.get_offsets().tolist()]
+
+
+def test_bars_are_the_last_models_and_diamonds_the_best_ones_that_differ():
+    def found(**top1):
+        return {"members": {"ensemble": {"top1": top1}}}
+
+    one = found(all=0.5, many=0.75, medium=None, few=0.25)
+    heights, diamonds = bars(
+        {"ncm": {"last": one, "best": one}, "crt": {"last": one, "best": found(all=1.0, many=0.75)}}
+    )
+    assert heights.keys() == {"ncm", "crt"}
+    for values in heights.values():
+        np.testing.assert_array_equal(values, [50, 75, np.nan, 25])
+    assert diamonds == [(pytest.approx(0.21), 100)]
+
+
+def test_what_was_tried_is_drawn_in_ascending_order_with_choice_and_published_number():
+    tried = ((1.0, 0.2), (0.0, 0.1), (0.5, 0.4))
+    one = Chosen("tau", "head.gamma", 0.5, "val", "x", 0.7, tried)
+    without = one._replace(split=None, tried=())
+    (axes,) = draw_tried([without, one], "title").axes
+    assert axes.lines[0].get_xydata().tolist() == [[0, pytest.approx(10)], [0.5, 40], [1, 20]]
+    assert axes.collections[0].get_offsets().tolist() == [[0.5, 40]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["chosen: 0.5", "published: 0.7"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from orchestration.tracking import contents as tracking_contents
@@ -53,3 +55,44 @@ def test_no_model_is_sent_where_the_config_says_so(tmp_path):
     assert list(tracking_contents.exported_models(tmp_path)) == ["last"]
     (tmp_path / "config.yaml").write_text("tracking: {log_model: false}")
     assert tracking_contents.exported_models(tmp_path) == {}
+
+
+def with_finals(run_dir):
+    """Make a run whose stages ncm and crt are both final; ncm chose a number."""
+    (run_dir / "config.yaml").write_text(
+        "method: {stages: {train: {}, ncm: {}, crt: {}, part: {classes: {group: few}}}}"
+    )
+    choice = {"key": "head.tau", "value": 0.5, "split": None, "origin": "x", "published": 0.5, "tried": []}
+    for stage, step, fitted in (("ncm", 0, {"choices": [choice]}), ("crt", 7, {}), ("part", 1, {})):
+        for which in ("last", "best"):
+            path = run_dir / "evaluation" / stage / f"{which}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            member = {"top1": {"all": 0.5}, "per_class": [0.5, step / 10]}
+            path.write_text(json.dumps(
+                {"stage": stage, "step": step, "fitted": fitted, "members": {"ensemble": member}}
+            ))  # fmt: skip
+            for folder in (run_dir / "export" / stage / which, *([run_dir / "export" / which] * (stage == "crt"))):
+                folder.mkdir(parents=True)
+                for name in ("model.json", "model.safetensors"):
+                    (folder / name).write_text(f"{stage} {which}")
+    (run_dir / "evaluation" / "last.json").write_text((run_dir / "evaluation" / "crt" / "last.json").read_text())
+    (run_dir / "data.json").write_text('{"counts": [9, 3]}')
+    return run_dir
+
+
+def test_models_of_several_final_stages_have_names_of_their_own(tmp_path):
+    found = tracking_contents.exported_models(with_finals(tmp_path))
+    assert list(found) == ["ncm-last", "ncm-best", "crt-last", "crt-best", "last", "best"]
+    assert found["last"][1] == found["crt-last"][1] != found["ncm-last"][1]
+    steps = {name: tracking_contents.model_step(tmp_path, folder) for name, (folder, _) in found.items()}
+    assert steps == {"ncm-last": 0, "ncm-best": 0, "crt-last": 7, "crt-best": 7, "last": 7, "best": 0}
+
+
+def test_numbers_that_were_chosen_are_parameters_and_classes_have_a_column_per_final_stage(tmp_path):
+    assert tracking_contents.fitted_parameters(with_finals(tmp_path)) == {
+        "fitted.ncm.head.tau": "0.5",
+        "fitted.ncm.head.tau.chosen_on": "published default, no validation split",
+    }
+    table = json.loads(tracking_contents.files(tmp_path)["per_class.json"])
+    assert table["columns"][-4:] == [f"{s}/{w}/ensemble" for s in ("ncm", "crt") for w in ("last", "best")]
+    assert [row[-4:] for row in table["data"]] == [[0.5] * 4, [0.0, 0.0, 0.7, 0.7]]
