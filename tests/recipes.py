@@ -105,7 +105,8 @@ def numbers(method: str, folder: Path, device: str, *words: str) -> list[Any]:
             half.mkdir(exist_ok=True)
             trainer.save(str(half))
             trainer.load(str(half), trainer.state())
-            second = trainer.train(min(3, trainer.setup.steps_per_epoch))
+            left = trainer.setup.steps_per_epoch - trainer.done % trainer.setup.steps_per_epoch
+            second = trainer.train(trainer.done + min(2, left))
             found += [first.losses, first.terms, second.losses, second.terms]
         scores, diversity = trainer.evaluate("test")
         result = Scores.from_state(scores).result(trainer.setup.dataset.counts_C.tolist(), None)
