@@ -374,9 +374,10 @@ def _save(folder: Path, key: str, points: list[Point], problems: dict[str, str])
     """Write sweep.json and table.txt with what is known so far. Returns the content of sweep.json."""
     outcomes = [_outcome(point, problems.get(point.value)) for point in points]
     statuses = {outcome["status"] for outcome in outcomes}
+    name = points[0].config.method.name
     result = {
         "key": key,
-        "method": points[0].config.method.name,
+        "method": _named_by(key, points[0].value, name) if key in _PARTS else name,
         "dataset": points[0].config.dataset.name,
         "seed": points[0].config.seed,
         "status": "failed" if "failed" in statuses else "finished" if statuses == {"finished"} else "running",

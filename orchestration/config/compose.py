@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel
 
 from orchestration.config.layers import STAGES, read_file, read_yaml
-from orchestration.config.like import SavedEnsemble, saved_ensemble
+from orchestration.config.like import SAVED_RUN, SavedEnsemble, saved_ensemble
 from orchestration.config.origins import COMMAND_LINE, Layered
 from orchestration.config.parts import lay_recipe, plan_recipe
 from orchestration.config.paths import expand
@@ -90,44 +90,51 @@ def _lay_files(read: Words) -> tuple[Layered, tuple[str, ...]]:
     """Lay all files; returns their names, too."""
     layered = Layered()
     base = read_yaml(configs_folder() / "config.yaml")
-    default: dict[str, str] = base.pop("defaults")
+    choices: dict[str, str] = base.pop("defaults") | read.choices
     layered.lay(base, "config.yaml")
-
     run = next((v.value() for v in reversed(read.values) if v.key_or_group == _LIKE), None)
     like = None if run is None else saved_ensemble(str(run))
-    if like is None or "dataset" in read.choices:
-        data = read_file("dataset", read.choices.get("dataset", default["dataset"]))
-        layered.lay({"dataset": data.content}, data.name)
-    method = read.choices.get("method", default["method"] if like is None else None)
-    _check_like(read, like, layered)
     if like is not None and "dataset" not in read.choices:
         like.lay_data(layered)
-    cluster = read_file("cluster", read.choices.get("cluster", default["cluster"]))
+    else:
+        data = read_file("dataset", choices["dataset"])
+        layered.lay({"dataset": data.content}, data.name)
+    if like is not None:
+        _check_like(read, like, layered)
+    cluster = read_file("cluster", choices["cluster"])
     layered.lay({"cluster": cluster.content}, cluster.name)
 
-    dataset = str(layered.get(("dataset", "name")))
-    mix = read.choices.get("mix")
-    recipe = plan_recipe(method, mix, read.then, dataset, read.choices, default["backbone"])
-    backbone = read_file("backbone", recipe.backbone)
-    layered.lay({"backbone": backbone.content}, backbone.name)
-    name = "+".join(part for part in (method or (like.method if like else ""), mix, *read.then) if part)
+    method = choices["method"] if like is None or "method" in read.choices else None
+    mix, dataset = read.choices.get("mix"), str(layered.get(("dataset", "name")))
+    recipe = plan_recipe(method, mix, read.then, dataset, read.choices, choices["backbone"])
+    parts = [part for part in (mix, *read.then) if part]
+    name = "+".join([method or (like.method if like else ""), *parts])
     layered.lay({"method": {"name": name}}, "the parts chosen")
+    if like is None:
+        backbone = read_file("backbone", recipe.backbone)
+        layered.lay({"backbone": backbone.content}, backbone.name)
+        made_of: tuple[str, ...] = (f"dataset/{dataset}", backbone.name)
+    else:
+        made_of = (f"saved run {like.folder}",)
+        if method is None:
+            layered.put(("run", "name"), _name_after(like, parts, read), SAVED_RUN)
     lay_recipe(layered, recipe, like)
-    if like is not None and method is None:
-        parts = "+".join((like.folder.name, *([mix] if mix else []), *read.then))
-        layered.put(("run", "name"), parts, like.origin)
     _lay_published(layered, name, dataset)
-    return layered, (f"dataset/{dataset}", backbone.name, *recipe.files)
+    return layered, (*made_of, *recipe.files)
 
 
-def _check_like(read: Words, like: SavedEnsemble | None, layered: Layered) -> None:
+def _name_after(like: SavedEnsemble, parts: Sequence[str], read: Words) -> str:
+    """Return the name of a run that goes on from another one: ride-digits_lt-s0+crt."""
+    seeds = [f"-s{value.value()}" for value in read.values if value.key_or_group == "seed"]
+    return "+".join([like.folder.name, *parts]) + "".join(seeds[-1:])
+
+
+def _check_like(read: Words, like: SavedEnsemble, layered: Layered) -> None:
     """Refuse what a saved run cannot be combined with.
 
     Raises:
         ValueError: what does not fit.
     """
-    if like is None:
-        return
     if "method" not in read.choices and not read.then:
         raise ValueError(
             f"{_LIKE} = {like.folder}: nothing to train; needed stages that start from the run, e.g. then=crt, or a "
@@ -211,7 +218,7 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
         )
         for name, stage in method.stages.items()
     }
-    method = _with_absolute(method.model_copy(update={"stages": stages}), "backbone_weights")
+    method = _with_absolute(_with_absolute(method.model_copy(update={"stages": stages}), "backbone_weights"), "like")
     return config.model_copy(update={"method": method, "dataset": _with_absolute(config.dataset, "root")})
 
 

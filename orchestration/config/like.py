@@ -18,6 +18,8 @@ from experts.registry import piece
 from orchestration.config.origins import Layered
 from orchestration.config.paths import expand
 
+SAVED_RUN = "saved run"
+"""The origin of what is taken over."""
 _OWN_CLASSES = {"digits": 10, "fashion_mnist": 10, "cifar10": 10, "cifar100": 100}
 """Sources whose classes are known without opening them."""
 
@@ -35,11 +37,6 @@ class SavedEnsemble:
     folder: Path
     model: dict[str, Any]
     config: dict[str, Any]
-
-    @property
-    def origin(self) -> str:
-        """How `show` names it."""
-        return f"like {self.folder.name}"
 
     @property
     def method(self) -> str:
@@ -65,13 +62,13 @@ class SavedEnsemble:
             "calibration": model.get("calibration"),
         }
         for key, value in made_of.items():
-            _put_leaves(layered, ("method", key), value, self.origin)
-        _put_leaves(layered, ("backbone",), model["backbone"], self.origin)
+            _put_leaves(layered, ("method", key), value, SAVED_RUN)
+        _put_leaves(layered, ("backbone",), model["backbone"], SAVED_RUN)
 
     def lay_data(self, layered: Layered) -> None:
         """Lay the run's data set and seed."""
-        layered.put(("seed",), self.config["seed"], self.origin)
-        _put_leaves(layered, ("dataset",), self.config["dataset"], self.origin)
+        layered.put(("seed",), self.config["seed"], SAVED_RUN)
+        _put_leaves(layered, ("dataset",), self.config["dataset"], SAVED_RUN)
 
     def other_classes(self, dataset: Any) -> str | None:
         """Return why a data set has other classes than the run's, as far as the configs tell; None if it may not."""
@@ -113,7 +110,7 @@ def saved_ensemble(run: str) -> SavedEnsemble:
     folder = Path(os.path.abspath(expand(run)))
     said = f"method.like = {run}"
     if not (folder / "config.yaml").is_file():
-        gone = "the folder is empty of runs" if folder.is_dir() else "there is no such folder"
+        gone = "the folder holds no run" if folder.is_dir() else "there is no such folder"
         raise ValueError(f"{said}: {gone}; needed the folder of a finished run, as runs/<run.name>")
     status = _read_json(folder / "run.json", said).get("status")
     if status != "finished":

@@ -55,6 +55,30 @@ def test_nothing_is_planned_for_after_the_end(method, dataset):
             assert all(epoch < stage.epochs for epoch in (*stage.lr_schedule.drops, *stage.objective.switches.values()))
 
 
+NEED_PLAIN_SCORES = {"tau_norm", "logit_adjusted", "uno_ic"}
+"""Parts that need a linear head, or scores that follow the training distribution, which RIDE has not."""
+
+
+@pytest.mark.parametrize("part", available("then"))
+@pytest.mark.slow
+def test_a_part_fits_a_recipe_or_is_refused_for_what_its_stage_lacks(part):
+    found = {method: config_or_problems(method, part) for method in available("method")}
+    fitting = {method: config.method for method, config in found.items() if not isinstance(config, list)}
+    assert "ce" in fitting
+    assert ("ride" in fitting) == (part not in NEED_PLAIN_SCORES)
+    for method, recipe in fitting.items():
+        assert recipe.finals == (part,) and recipe.name == f"{method}+{part}"
+    for problems in (problems for problems in found.values() if isinstance(problems, list)):
+        assert problems and all(part in problem or "aggregator" in problem for problem in problems), problems
+
+
+def config_or_problems(method, part):
+    try:
+        return load_config([f"method={method}", f"then={part}"])
+    except ValueError as refusal:
+        return str(refusal).splitlines()[1:]
+
+
 @pytest.mark.parametrize("method", available("method"))
 def test_small_data_is_trained_in_minutes(method):
     for dataset in ("digits_lt", "fashion_mnist_lt"):
