@@ -29,7 +29,7 @@ FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 MOST_WORDS, MOST_BYTES = 1300, 200_000  # of the README, and of a picture
 TOP = ("experts", "aggregation", "orchestration", "tests", "deploy", "configs", "benchmarks", "docs")
 PIECES = ("objective", "flow", "head", "sampler", "aggregator", "distillation", "router", "lr_schedule", "model")
-TABLE_HEADS = {"method": "method", "method=": "method", "recipe": "method", "dataset=": "dataset"}
+TABLE_HEADS = {"method": "method", "method=": "method", "recipe": "method", "dataset=": "dataset", "then=": "then"}
 
 
 def prose(text):
@@ -81,7 +81,7 @@ every_document = pytest.mark.parametrize("name", DOCUMENTS)
 
 def test_there_are_commands():
     found = [case.values[0].split()[0] for case in commands()]
-    assert {"train", "plan", "evaluate", "sweep", "regions", "doctor", "import-weights", "sync"} <= set(found)
+    assert {"train", "show", "plan", "evaluate", "sweep", "regions", "doctor", "import-weights", "sync"} <= set(found)
 
 
 @pytest.mark.parametrize("words", list(commands()))
@@ -92,7 +92,7 @@ def test_every_command_is_understood(words):
     if options.command == "sweep":
         key, _, values = options.variation.partition("=")
         overrides.append(f"{key}={values.split(',')[0]}")
-    if options.command in ("train", "plan", "sweep", "doctor") and overrides:
+    if options.command in ("train", "show", "plan", "sweep", "doctor") and overrides:
         load_config(overrides)
 
 
