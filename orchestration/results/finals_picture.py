@@ -14,6 +14,7 @@ from orchestration.results.tables import groupings, top1
 
 _WIDTH = 0.84  # of all bars of a group together; groups are 1 apart
 _COLUMNS = 3  # of panels
+_LOW = 14  # %; a lower bar has no room for its number
 
 
 def draw_finals(finals: Mapping[str, Mapping[str, Mapping[str, Any]]], data: Mapping[str, Any], title: str) -> Any:
@@ -40,7 +41,7 @@ def draw_finals(finals: Mapping[str, Mapping[str, Mapping[str, Any]]], data: Map
         axes.grid(axis="x", visible=False)
         axes.tick_params(axis="x", length=0)
         if place == 1:
-            axes.legend(loc="upper left", bbox_to_anchor=(0, -0.14), ncols=5, borderaxespad=0)
+            axes.legend(loc="upper left", bbox_to_anchor=(0, -0.14), ncols=8, borderaxespad=0)
     return figure
 
 
@@ -56,10 +57,15 @@ def _draw_bars(axes: Any, finals: Mapping[str, Mapping[str, Mapping[str, Any]]],
         axes.scatter(
             x[other], best[other], marker="D", s=18, color=colour, edgecolors="white", linewidths=0.7, zorder=3
         )
-        if len(finals) <= 6:  # of more bars the numbers would overlap
-            for place, value in zip(x, shown, strict=True):
-                if np.isfinite(value):
-                    axes.text(place, value + 0.8, f"{value:.1f}", ha="center", va="bottom", fontsize=6.5)
+        for place, value in zip(x, shown, strict=True):
+            if np.isfinite(value):
+                _write_number(axes, place, value)
+
+
+def _write_number(axes: Any, x: float, value: float) -> None:
+    """Write an accuracy upright into the foot of its bar, or above a bar that is too low for it."""
+    y, colour = (1.5, "white") if value > _LOW else (value + 1.5, "#444444")
+    axes.text(x, y, f"{value:.1f}", color=colour, fontsize=7, rotation=90, ha="center", va="bottom")
 
 
 def _accuracies(evaluation: Mapping[str, Any], keys: Sequence[str]) -> NDArray[np.float64]:

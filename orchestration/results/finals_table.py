@@ -38,18 +38,25 @@ def report_table(
         return "\n".join([final_table(found, data, title=title, seed=seed), *chosen])
     lines = [*head_lines(data, title=title, seed=seed), *_comparison(finals, data), *chosen]
     for stage, evaluations in finals.items():
-        lines += ["", f"== {stage} ==", *detail_lines(evaluations, data)]
+        lines += ["", f"== {stage} ==", *detail_lines(distinct(evaluations), data)]
     return "\n".join(line.rstrip() for line in lines)
 
 
-def shown_models(finals: Mapping[str, Evaluations]) -> list[str]:
+def distinct(evaluations: Evaluations) -> Evaluations:
+    """Return the evaluations without "best" where the stage has no steps: there it is the same model as "last"."""
+    if "last" in evaluations and (evaluations.get("best") or {}).get("step") == 0:
+        return {"last": evaluations["last"]}
+    return evaluations
+
+
+def _shown_models(finals: Mapping[str, Evaluations]) -> list[str]:
     """Return those of "last" and "best" that any of the stages has."""
     return [which for which in ("last", "best") if any(evaluations.get(which) for evaluations in finals.values())]
 
 
 def _comparison(finals: Mapping[str, Evaluations], data: Mapping[str, Any]) -> list[str]:
     """Return a row per final stage: accuracy of the ensemble by group, and its calibration."""
-    which = shown_models(finals)
+    which = _shown_models(finals)
     everything = [evaluation for evaluations in finals.values() for evaluation in evaluations.values()]
     lines = [f"final stages: {', '.join(finals)}; below the comparison, each with its details", *_notes(finals)]
     for place, (rule, headings) in enumerate(groupings(data, everything)):
@@ -70,9 +77,8 @@ def _notes(finals: Mapping[str, Evaluations]) -> list[str]:
     """Say how "best" was chosen, once for all stages of which that is the same."""
     stages: dict[str, list[str]] = {}
     for stage, evaluations in finals.items():
-        best = evaluations.get("best") or {}
-        note = selection_note(best)
-        if not note and best.get("step") == 0:
+        note = selection_note(evaluations.get("best"))
+        if not note and "best" in evaluations and "best" not in distinct(evaluations):
             note = "no steps, so last and best are the same model"
         stages.setdefault(note, []).append(stage)
     return [f"{', '.join(of)}: {note}" for note, of in stages.items() if note]

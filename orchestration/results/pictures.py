@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from orchestration.results.diversity_picture import draw_diversity
 from orchestration.results.finals_picture import draw_finals, draw_tried
-from orchestration.results.finals_table import report_table
+from orchestration.results.finals_table import distinct, report_table
 from orchestration.results.fitted_table import choices
 from orchestration.results.regions import draw_regions_if_heads_alone
 from orchestration.results.style import (
@@ -68,7 +68,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> list[Path]:
             **_pictures_of_a_result(found, data, _with_stage(title, found, finals)),
         }
         for stage, own in finals.items():
-            named = _pictures_of_a_result(own, data, _with_stage(title, own, finals))
+            named = _pictures_of_a_result(distinct(own), data, _with_stage(title, own, finals))
             pictures |= {f"{stage}/{name}": figure for name, figure in named.items()}
         for name, figure in pictures.items():
             if figure is not None:
@@ -147,8 +147,9 @@ def _curves(
         axes = figure.add_subplot(rows, 3, place)
         draw(axes, time, *arguments)
         if arguments:
-            for found in results:
-                _mark_best(axes, time, found.get("best"))
+            marked = [best for found in results if (best := found.get("best")) and best.get("stage") in time.starts]
+            for line, best in enumerate(marked):
+                _mark_best(axes, time, best, line, f" of {best['stage']}" if len(marked) > 1 else "")
         axes.set_xlabel("epoch")
         axes.set_xlim(0, max(time.epochs, 1))
         for stage, start in list(time.starts.items())[1:]:
@@ -276,12 +277,13 @@ def _plot_accuracy(axes: Any, x: NDArray[Any], y: NDArray[Any], colour: str, nam
               label=f"{name} {100 * _last(y):.1f}")  # fmt: skip
 
 
-def _mark_best(axes: Any, time: _Timeline, best: Mapping[str, Any] | None) -> None:
-    if best and best.get("stage") in time.starts:
-        axes.axvline(time.at(best["stage"], int(best["step"])), color=BEST, linewidth=0.9, linestyle=(0, (4, 3)))
-        text = f"best on {best.get('selected_on', '?')}"
-        axes.annotate(text, (time.at(best["stage"], int(best["step"])), 0), xycoords=("data", "axes fraction"),
-                      fontsize=7, color=BEST, xytext=(-3, 3), textcoords="offset points", ha="right")  # fmt: skip
+def _mark_best(axes: Any, time: _Timeline, best: Mapping[str, Any], line: int, of: str) -> None:
+    """Mark where the best evaluation is; `line` counts from below, so that no text hides another."""
+    place = time.at(best["stage"], int(best["step"]))
+    axes.axvline(place, color=BEST, linewidth=0.9, linestyle=(0, (4, 3)))
+    text, at = f"best{of} on {best.get('selected_on', '?')}", (-3, 3 + 9 * line)
+    axes.annotate(text, (place, 0), xycoords=("data", "axes fraction"), fontsize=7, color=BEST, xytext=at,
+                  textcoords="offset points", ha="right")  # fmt: skip
 
 
 def _legend(axes: Any, handles: Sequence[Any] | None = None) -> None:

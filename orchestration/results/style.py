@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ LAST, BEST = "#1b1b1b", "#d55e00"
 _MEMBER_COLOURS = (
     "#1b1b1b", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f6a3d", "#8c8c8c",
 )  # fmt: skip
+_CHARACTERS_PER_INCH = 12  # of a title
 _STYLE: Any = {
     "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
@@ -48,7 +50,9 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def set_figure_title(figure: Any, text: str) -> None:
-    """Write what the whole picture shows above its left edge."""
+    """Write what the whole picture shows above its left edge; lines that are wider than it are broken."""
+    width = int(_CHARACTERS_PER_INCH * figure.get_figwidth())
+    text = "\n".join(part for line in text.split("\n") for part in textwrap.wrap(line, width) or [""])
     figure.suptitle(text, x=0.01, ha="left", fontsize=10, fontweight="bold")
 
 

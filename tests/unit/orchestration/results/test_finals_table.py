@@ -39,7 +39,8 @@ def test_every_final_stage_has_a_row_of_last_and_best_under_both_rules_and_its_d
     assert [line for line in text.splitlines() if line.startswith("== ")] == ["== ncm ==", "== tau ==", "== crt =="]
     assert text.count("740 training images") == text.count("seed 3") == 1
     for stage, evaluations in finals().items():
-        assert final_table(evaluations, data()).partition("\n")[2] in text, stage
+        shown = evaluations if stage == "crt" else {"last": evaluations["last"]}
+        assert final_table(shown, data()).partition("\n")[2] in text, stage
 
 
 def test_a_stage_that_has_one_of_both_models_leaves_the_other_open():
