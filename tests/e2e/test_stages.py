@@ -213,6 +213,7 @@ H2T = [
     "method=ride_h2t",
     "method.stages.train.batch_size=50",
     "method.stages.train.epochs=6",
+    "method.stages.train.lr_schedule.milestones=[]",
     "method.stages.h2t.batch_size=50",
     "method.stages.h2t.epochs=6",
 ]
