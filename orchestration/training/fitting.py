@@ -123,6 +123,7 @@ def _choose(setup: StageSetup, kind: str, key: str, beat: Callable[[], None]) ->
         for candidate in first.candidates():
             _set(tunables, candidate)
             tried.append((candidate, _mean_accuracy(setup, features)))
+            beat()  # a pass over features that are kept gives no sign of life
         value = max(tried, key=lambda one: one[1])[0]
     _set(tunables, value)
     split = "val" if tried else None

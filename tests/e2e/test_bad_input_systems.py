@@ -13,7 +13,9 @@ import pytest
 
 from aggregation.serving import DESCRIPTION
 from orchestration.cli import main
+from orchestration.config.compose import load_config
 from orchestration.runs import driver as driver_module
+from orchestration.storage.exports import check_sources
 from tests import runs
 from tests.contract.test_recipes import digits, export, whole
 
@@ -158,6 +160,22 @@ class TestBeforeRay:
         assert "method.stages.train.start_from.run" in said
         assert "image_size = 16" in said and "dataset.image_size = 24" in said
 
+    @pytest.mark.parametrize("status", ["running", "stopped", "failed"])
+    def test_a_first_model_of_an_unfinished_run_is_refused(self, status, tmp_path, capsys):
+        folder = finished_run(tmp_path / "first")
+        (folder / "run.json").write_text(json.dumps({"status": status}))
+        said = train_refused(capsys, tmp_path, "method=ride", f"method.stages.train.start_from.run={folder}")
+        assert f"method.stages.train.start_from.run = {folder}: the run is {status}; needed a finished one" in said
+
+    def test_a_first_model_with_a_head_that_the_stage_does_not_continue_is_refused(self, tmp_path, capsys):
+        """The run has cosine heads, the recipe a linear one; with new heads it passes to the next problem."""
+        folder = finished_run(tmp_path / "first")
+        words = ["method=ce", f"method.stages.train.start_from.run={folder}"]
+        said = train_refused(capsys, tmp_path, *words)
+        assert f"method.stages.train.start_from.run = {folder}: head 'linear' continues 'tau_normalised' only" in said
+        assert "found 'cosine'; set reinit=[heads] for new weights" in said
+        check_sources(load_config([*words, *SMALL, "method.stages.train.reinit=[heads]"]))
+
     @pytest.mark.parametrize("weights", ["0.5,0.6", "0.5,-0.5,1", "0.5,nan,0.5", "half"])
     def test_weights_that_are_no_shares_are_refused(self, weights, tmp_path, capsys):
         said = refused(capsys, "evaluate", str(tmp_path), f"--weights={weights}")
@@ -174,10 +192,16 @@ class TestOnceTheDataIsOpen:
         assert f"teachers.teacher: {folder}/export/last was trained for other classes" in said
         assert "'animal 0' is not in dataset digits_lt" in said
 
+    def test_a_first_model_of_other_classes_is_refused(self, warm, tmp_path, capsys):
+        folder = finished_run(tmp_path / "first", class_names=[f"animal {i}" for i in range(10)])
+        said = train_refused(capsys, tmp_path, "method=ride", f"method.stages.train.start_from.run={folder}")
+        assert f"start_from: {folder}/export/last was trained for other classes" in said
+        assert "'animal 0' is not in dataset digits_lt" in said
+
     def test_a_first_model_that_lacks_what_the_stage_needs_is_refused(self, warm, tmp_path, capsys):
-        """Two experts with cosine heads, where the recipe has one with a linear head."""
+        """Two experts, where the recipe has three."""
         folder = finished_run(tmp_path / "first")
-        said = train_refused(capsys, tmp_path, "method=ce", f"method.stages.train.start_from.run={folder}")
+        said = train_refused(capsys, tmp_path, "method=ride", f"method.stages.train.start_from.run={folder}")
         assert "stage train cannot begin with" in said
         assert "same backbone, head, expert names and number of classes" in said
 

@@ -150,7 +150,7 @@ def test_of_stages_side_by_side_one_that_is_cut_leaves_the_run_unfinished(warm, 
 
 # Drills: real processes, and a choice among so many candidates that it takes seconds.
 
-SLOW = [*COMMON, f"method.stages.tau.head.candidates={[k / 1000 for k in range(3000)]}", "dataset.resident_mib=0"]
+SLOW = [*COMMON, f"method.stages.tau.head.candidates={[k / 1000 for k in range(3000)]}"]
 SLOW += ["method.stages.lws.epochs=6"]
 
 
@@ -179,7 +179,7 @@ def workers_of(folder):
 def fits(folder, stage):
     """Wait until a stage's workers are announced, and a second into its fit."""
     runs.wait_until(lambda: any(w["stage"] == stage for w in workers_of(folder)), f"workers of {stage}")
-    time.sleep(1.5)
+    time.sleep(1)
 
 
 MOMENTS = {
@@ -214,11 +214,14 @@ def test_a_driver_killed_goes_on_bitwise(moment, calm, warm, tmp_path):
 def test_a_worker_killed_changes_nothing(moment, calm, warm, tmp_path):
     folder = tmp_path / "run"
     process = runs.start(folder, common=SLOW)
-    MOMENTS[moment](folder)
-    assert not has_checkpoint(folder, "tau")
-    (victim,) = workers_of(folder)
-    os.kill(victim["pid"], signal.SIGKILL)
-    output, _ = process.communicate(timeout=300)
+    try:
+        MOMENTS[moment](folder)
+        assert not has_checkpoint(folder, "tau")
+        (victim,) = workers_of(folder)
+        os.kill(victim["pid"], signal.SIGKILL)
+        output, _ = process.communicate(timeout=300)
+    finally:
+        process.kill()
     assert process.returncode == 0, output
     assert "a worker died" in output
     assert json.loads((folder / "run.json").read_text())["failures"] == 1
