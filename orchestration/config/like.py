@@ -46,7 +46,7 @@ class SavedEnsemble:
     def lay(self, layered: Layered) -> None:
         """Lay what the ensemble is made of: backbone, experts, head and aggregator.
 
-        A router is left out: a stage that starts from the run trains none, and all experts answer.
+        A router is not among it: a stage that starts from the run trains none, so all experts answer.
         """
         model = self.model
         aggregator = model["aggregator"]
@@ -58,7 +58,6 @@ class SavedEnsemble:
             "experts": list(model["expert_names"]),
             **{key: model[key] for key in ("head", "shared_head", "reduce_dimension")},
             "aggregator": aggregator,
-            "router": None,
             "calibration": model.get("calibration"),
         }
         for key, value in made_of.items():

@@ -148,33 +148,21 @@ class ToyFlow(Flow):
 '''
 RECIPE = """# Toy: a method put in by a test.
 # family: baseline
-name: toy
-num_experts: 2
-head: {name: toy}
-aggregator: {name: mean_logits}
-stages:
-  train:
-    epochs: 2
-    batch_size: 64
-    optimizer: {lr: 0.1}
-    lr_schedule: {name: cosine}
-    sampler: {name: class_balanced}
-    objective: {name: toy}
-    flow: {name: toy}
-"""
-SCHEDULE = """# @package _global_
-# toy on digits_lt.
-defaults:
-  - override /backbone: resnet8
 method:
+  num_experts: 2
+  head: {name: toy}
+  aggregator: {name: mean_logits}
   stages:
-    train: {epochs: 3}
+    train:
+      sampler: {name: class_balanced}
+      objective: {name: toy}
+      flow: {name: toy}
 """
 
 
 @pytest.mark.slow
 def test_a_method_of_one_file_and_one_recipe_passes_every_contract_check(tmp_path):
-    """In a copy of the packages, with no other edit; its schedule for digits is what every recipe has."""
+    """In a copy of the packages, with no other edit; protocols and paces give it every data set."""
     for folder in ("experts", "aggregation", "orchestration", "configs", "tests/contract"):
         shutil.copytree(
             ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", Path(__file__).name)
@@ -183,7 +171,6 @@ def test_a_method_of_one_file_and_one_recipe_passes_every_contract_check(tmp_pat
         shutil.copy(ROOT / file, tmp_path / file)
     (tmp_path / "experts/methods/toy.py").write_text(METHOD)
     (tmp_path / "configs/method/toy.yaml").write_text(RECIPE)
-    (tmp_path / "configs/schedule/toy_digits_lt.yaml").write_text(SCHEDULE)
 
     words = ["-q", "-k", "toy", "-p", "no:cacheprovider", "-n", "0", "-rA", "tests/contract"]
     done = subprocess.run(
