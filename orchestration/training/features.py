@@ -24,16 +24,23 @@ class FeaturePasses:
         store: images of the split.
         beat: called after every batch.
         replica: whose share; by default the worker's own.
+        keep: whether to keep anything.
     """
 
     def __init__(
-        self, setup: StageSetup, store: ImageStore, beat: Callable[[], None], replica: Replica | None = None
+        self,
+        setup: StageSetup,
+        store: ImageStore,
+        beat: Callable[[], None],
+        replica: Replica | None = None,
+        *,
+        keep: bool = True,
     ) -> None:
         self._setup, self._beat = setup, beat
         size = setup.config.run.evaluation_batch_size
         self._batches = EvalBatches(store, setup.dataset.config, size, replica or setup.replica)
         self._kept: list[tuple[list[Tensor], Tensor]] | None = None
-        self._too_many = False  # whether a pass has found more than it may keep
+        self._too_many = not keep  # or a pass has found more than it may keep
 
     def of(self, place: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield features [B, D] of one expert held here, and labels [B]."""
@@ -99,12 +106,16 @@ def training_features(setup: TrainingSetup, beat: Callable[[], None]) -> list[Te
     setup.model.eval()
     # Every replica needs all images: which of them are its own changes from epoch to epoch.
     whole = Replica(device=setup.replica.device, dtype=setup.replica.dtype)
-    rows: list[list[Tensor]] = []
-    held, limit = 0, _limit(setup)
-    for features, _ in FeaturePasses(setup, setup.dataset.train, beat, whole).all():
-        rows.append(features)
-        held += sum(f.nbytes for f in features)
-        if held > limit:
-            break
+    tables: list[Tensor] = []
+    number, done = len(setup.dataset.train), 0
+    for features, _ in FeaturePasses(setup, setup.dataset.train, beat, whole, keep=False).all():
+        if not tables:
+            # Decided by the first batch, and written in place: joined parts would take the memory twice.
+            if number * sum(f[0].nbytes for f in features) > _limit(setup):
+                break
+            tables = [f.new_empty(number, *f.shape[1:]) for f in features]
+        for table, found in zip(tables, features, strict=True):
+            table[done : done + len(found)] = found
+        done += len(features[0])
     setup.model.train(was_training)
-    return None if held > limit else [torch.cat(own) for own in zip(*rows, strict=True)]
+    return tables or None
