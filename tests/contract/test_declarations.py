@@ -167,7 +167,7 @@ def test_a_method_of_one_file_and_one_recipe_passes_every_contract_check(tmp_pat
         shutil.copytree(
             ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", Path(__file__).name)
         )
-    for file in ("pyproject.toml", "tests/__init__.py", "tests/conftest.py"):
+    for file in ("pyproject.toml", *(f"tests/{path.name}" for path in (ROOT / "tests").glob("*.py"))):
         shutil.copy(ROOT / file, tmp_path / file)
     (tmp_path / "experts/methods/toy.py").write_text(METHOD)
     (tmp_path / "configs/method/toy.yaml").write_text(RECIPE)
@@ -184,5 +184,12 @@ def test_a_method_of_one_file_and_one_recipe_passes_every_contract_check(tmp_pat
     )
     assert done.returncode == 0, done.stdout[-6000:]
     passed = set(re.findall(r"^PASSED tests/contract/(test_\w+\.py)", done.stdout, re.MULTILINE))
-    others = {"test_calibrations.py", "test_flows.py", "test_heads.py", "test_models.py", "test_recipes.py"}
+    others = {
+        "test_calibrations.py",
+        "test_devices.py",
+        "test_flows.py",
+        "test_heads.py",
+        "test_models.py",
+        "test_recipes.py",
+    }
     assert passed == {"test_objectives.py"} | others
