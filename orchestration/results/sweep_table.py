@@ -74,6 +74,11 @@ def _final_stages(result: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(stage for run in result["runs"] for stage in run.get("finals") or {}))
 
 
+def _by_stage(run: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a run's accuracies by final stage, also where it has one alone; {} where it is not finished."""
+    return run.get("finals") or ({run["stage"]: run["top1"]} if "top1" in run else {})
+
+
 def _classifier_lines(result: Mapping[str, Any]) -> list[str]:
     """Return a row per loss with all its classifiers; runs that differ by their seed share a row."""
     entries = []
@@ -82,7 +87,7 @@ def _classifier_lines(result: Mapping[str, Any]) -> list[str]:
         loss = (
             run["loss"] if result["key"] in ("method", "seed") else f"{result['key'].rsplit('.', 1)[-1]} {run['value']}"
         )
-        entries.append(Entry(loss, run["seed"], run.get("finals") or {}))
+        entries.append(Entry(loss, run["seed"], _by_stage(run)))
     return classifier_table(entries, result["group_sizes"])
 
 
@@ -140,7 +145,7 @@ def _figure(result: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> Any
     for place, (stage, (rule, suffix)) in enumerate(itertools.product(rows, rules.items()), 1):
         axes = figure.add_subplot(len(rows), len(rules), place)
         axes.set_title(f"{f'{stage}: ' if stage else ''}classes grouped {rule}, top-1 %")
-        top1 = [(runs[i].get("finals") or {}).get(stage, {}) if stage else runs[i]["top1"] for i in order]
+        top1 = [_by_stage(runs[i]).get(stage, {}) if stage else runs[i]["top1"] for i in order]
         for group, colour in {"all": "#1b1b1b", **GROUP_COLOURS}.items():
             key = group if group == "all" else group + suffix
             y = np.array([np.nan if (v := one.get(key)) is None else 100 * v for one in top1])

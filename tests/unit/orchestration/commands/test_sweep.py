@@ -244,6 +244,12 @@ def test_seeds_with_several_final_stages_share_a_row():
     assert len(cells(other, "lr 0.1")) == 8, "neither losses nor seeds: a row per value"
 
 
+def test_a_run_with_one_final_stage_has_its_column_among_those_with_several():
+    alone = outcome("h2t", 0.375) | {"loss": "ce", "seed": 3}
+    text = sweep_table(result(with_finals("[ncm,crt]", "ce", 3), alone, key="then"))
+    assert cells(text, "then h2t ") == ["n/a"] * 8 + ["90.0", "n/a", "37.5", "50.0"]
+
+
 @pytest.mark.slow
 def test_the_picture_has_a_row_of_panels_for_every_final_stage(tmp_path):
     runs = [with_finals("ce", "ce", 3), with_finals("ldam", "ldam", 3)]
