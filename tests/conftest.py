@@ -86,7 +86,7 @@ def lend(pool, monkeypatch):
     from orchestration.cluster.fleet import Fleet
 
     def create(fleet, ranks, *, spare=False):
-        return pool.take(len(ranks), fleet.config.engine.name)
+        return pool.take(len(ranks), fleet.engine)
 
     def close(fleet):
         pool.give_back(fleet.workers)

@@ -45,6 +45,7 @@ class Fleet:
         shape: of the mesh.
 
     Attributes:
+        engine: of its workers, "torch" or "deepspeed".
         workers: actors in the order of ranks; empty before `start` and after `kill`.
         hosts: process, node and host name of each worker, in the order of ranks.
         left_out: training images that cannot be read, once the first worker has looked for them; else None.
@@ -52,6 +53,7 @@ class Fleet:
 
     def __init__(self, config: RunConfig, shape: MeshShape) -> None:
         self.config, self.shape = config, shape
+        self.engine = config.engine.chosen(shape.workers)
         assert config.cluster.cpus_per_worker is not None and config.engine.threads is not None
         self._bundle = bundle_of(config.cluster, config.cluster.cpus_per_worker)
         self.workers: list[Any] = []
@@ -110,7 +112,7 @@ class Fleet:
         if self._group is None:
             self.reserve()
         self.workers, self.hosts = self._create(range(self.shape.workers)), []
-        self.hosts = self.call("load_libraries", self.config.engine.name)
+        self.hosts = self.call("load_libraries", self.engine)
 
     def _create(self, ranks: Iterable[int], *, spare: bool = False) -> list[Any]:
         """Create processes in the places of some ranks; spare ones take no share of the CPUs there while they wait."""
@@ -131,7 +133,7 @@ class Fleet:
     def keep_spares(self) -> None:
         """Start spare processes up to cluster.standby, without waiting until they are warm."""
         missing = range(len(self._spares), self.config.cluster.standby)
-        engine, dataset = self.config.engine.name, self.config.dataset
+        engine, dataset = self.engine, self.config.dataset
         for spare in self._create([i % self.shape.workers for i in missing], spare=True):
             self._spares.append((spare, spare.warm_up.remote(engine, dataset, self._left_out_paths())))
 
@@ -157,7 +159,7 @@ class Fleet:
         cold = [rank for rank in lost if rank not in warm]
         for rank, worker in (warm | dict(zip(cold, self._create(cold), strict=True))).items():
             self.workers[rank] = worker
-        self.hosts = self.call("load_libraries", self.config.engine.name)
+        self.hosts = self.call("load_libraries", self.engine)
         return len(warm)
 
     def _survivors(self) -> set[int]:
@@ -187,7 +189,7 @@ class Fleet:
             ready.sort(key=lambda found, node=node: found[0] != node)  # type: ignore[misc]
             chosen.append(ready.pop(0)[1])
         for _, unused in ready:  # `load_libraries` is quick the second time, and promises the node again
-            self._spares.append((unused, unused.load_libraries.remote(self.config.engine.name)))
+            self._spares.append((unused, unused.load_libraries.remote(self.engine)))
         return chosen
 
     def kill(self) -> None:

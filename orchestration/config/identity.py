@@ -19,6 +19,7 @@ MAY_CHANGE = (
     "dataset.test_list",
     "dataset.download",
     "dataset.loader_processes",
+    "engine.name",
 )
 """Keys that a resume may change, except `run.evaluate_every_epochs` and `run.select_on` (see `identity`). Other data
 under a moved root or list is detected by its digest."""

@@ -24,8 +24,9 @@ from orchestration.config.recipe_checks import parts_that_learn
 class EngineConfig(Settings):
     """How a training step is computed."""
 
-    name: Literal["deepspeed", "torch"] = "deepspeed"
-    """'torch' is the control that tests compare DeepSpeed with."""
+    name: Literal["auto", "deepspeed", "torch"] = "auto"
+    """'torch' is plain PyTorch, 'deepspeed' ZeRO; both compute the same. 'auto' is ZeRO where several workers can share
+    its partitions, and plain PyTorch for one worker."""
     zero_stage: Literal[1, 2] = 1
     precision: Literal["float32", "tf32", "float64", "autocast"] = "float32"
     """'tf32' lets a GPU round the inputs of convolutions to 10 binary digits; 'float32' does not. 'autocast' computes
@@ -35,6 +36,12 @@ class EngineConfig(Settings):
     run's config.yaml. Unset: as many as a worker has whole CPUs, at least 1."""
     sync_batchnorm: bool = True
     """Use statistics of the global batch where an expert's batch is split over several workers."""
+
+    def chosen(self, workers: int) -> Literal["deepspeed", "torch"]:
+        """Return the engine for a mesh of so many workers."""
+        if self.name == "auto":
+            return "torch" if workers == 1 else "deepspeed"
+        return self.name
 
 
 class ClusterConfig(Settings):

@@ -390,7 +390,7 @@ def _memory(config: RunConfig, stage: StageConfig, shape: MeshShape, loads: list
             # Weights are counted above. Torch adds gradients and momentum. ZeRO splits master weights and momentum, and
             # at stage 2 gradients too, over the workers that share the parameters.
             among = shape.replicas if part == "experts" else shape.workers
-            if engine.name == "torch":
+            if engine.chosen(shape.workers) == "torch":
                 copies = 1.0 + momentum
             else:
                 copies = (1.0 if engine.zero_stage == 1 else 1 / among) + (1 + momentum) / among

@@ -197,8 +197,9 @@ def _mesh(config: RunConfig, found: Plan) -> Iterator[str]:
     cpus = "an equal share of the CPUs" if cluster.cpus_per_worker is None else f"{cluster.cpus_per_worker:g} CPUs"
     device = "1 GPU, NCCL" if cluster.gpus_per_worker else "no GPU, gloo"
     threads = "as many threads as whole CPUs" if config.engine.threads is None else f"{config.engine.threads} threads"
-    zero = f", ZeRO {config.engine.zero_stage}" if config.engine.name == "deepspeed" else ""
-    yield f"each: {cpus}, {device}, {threads}; engine {config.engine.name}{zero}, {config.engine.precision}"
+    engine = config.engine.chosen(shape.workers)
+    zero = f", ZeRO {config.engine.zero_stage}" if engine == "deepspeed" else ""
+    yield f"each: {cpus}, {device}, {threads}; engine {engine}{zero}, {config.engine.precision}"
     where = cluster.address or "RAY_ADDRESS if set, else its own Ray on this machine"
     yield f"cluster: {where}"
     yield from _waves(found)

@@ -158,7 +158,7 @@ def _setup(
     mesh = Mesh(shape, rank, groups=record_groups(shape.slots, shape.replicas, rank, record))
     small = _small(config, stage)
     models = {name: teacher.fresh() for name, teacher in teachers.items()}
-    engine = _EngineOnPaper if config.engine.name == "torch" else _ZeroOnPaper
+    engine = _EngineOnPaper if config.engine.chosen(shape.workers) == "torch" else _ZeroOnPaper
     with NoArithmetic():
         setup = TrainingSetup(small, stage, blank_dataset(small.dataset, counts_C), mesh, models, engine)
     setup.objective.assume_prepared()  # what it would take from the data does not change sizes

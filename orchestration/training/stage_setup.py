@@ -145,7 +145,7 @@ class TrainingSetup(StageSetup):
         expert_factors = dict(zip(self.expert_names, self.objective.lr_factors, strict=True))
         part_factors = self.stage.lr_factors.model_dump()
         args = (self.model, self.mesh, self.optimizer, self.config.engine, expert_factors, part_factors)
-        if make_engine is not None or self.config.engine.name == "torch":
+        if make_engine is not None or self.config.engine.chosen(self.mesh.shape.workers) == "torch":
             return (make_engine or TorchEngine)(*args)
         from orchestration.training.deepspeed_engine import DeepSpeedEngine  # costs seconds, so only where it is used
 

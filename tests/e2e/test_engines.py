@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from experts.calibrations.calibration import put_on
 from experts.calibrations.scales import Scales
+from experts.data.dataset import open_dataset
 from experts.ensemble import Ensemble, EnsembleConfig, Expert, build_ensemble, freeze
 from experts.heads.linear import LinearHead
 from experts.registry import build
@@ -17,6 +18,7 @@ from orchestration.config.compose import load_config
 from orchestration.config.recipe import OptimizerConfig
 from orchestration.training.engine import NonFiniteGradient, TorchEngine
 from orchestration.training.mesh import Mesh, MeshShape
+from orchestration.training.trainer import StageTrainer
 from orchestration.training.world import Rendezvous, leave_world
 
 ENGINES = {"plain": ["engine.name=torch"], "ZeRO 1": ["engine.zero_stage=1"], "ZeRO 2": ["engine.zero_stage=2"]}
@@ -89,6 +91,21 @@ def test_a_bad_gradient_in_one_head_alone_is_refused(engine_and_model):
 
 
 @pytest.mark.parametrize("words", [["engine.name=torch"], ["engine.name=deepspeed"]], ids=["plain", "DeepSpeed"])
+def test_one_worker_takes_plain_pytorch_whose_bits_are_those_of_deepspeed(world):
+    """Two epochs of RIDE in float32, the partial last batch of each included."""
+    found = {}
+    for name in ("auto", "deepspeed"):
+        config = load_config(["method=ride", "dataset=digits_lt", "dataset.image_size=8", f"engine.name={name}"])
+        trainer = StageTrainer(config, "train", open_dataset(config.dataset), Mesh(MeshShape(3, 3)))
+        assert isinstance(trainer.training.engine, TorchEngine) == (name == "auto")
+        losses = [*trainer.train(7).losses, *trainer.train(14).losses]
+        found[name] = losses, {key: tensor.clone() for key, tensor in trainer.setup.model.state_dict().items()}
+        trainer.close()
+    assert found["auto"][0] == found["deepspeed"][0]
+    assert all(torch.equal(tensor, found["deepspeed"][1][key]) for key, tensor in found["auto"][1].items())
+    assert load_config(["engine.name=auto"]).engine.chosen(3) == "deepspeed"
+
+
 def test_autocast_computes_convolutions_in_bfloat16(words, world):
     config = load_config([*words, "engine.precision=autocast"])
     model = build_ensemble(

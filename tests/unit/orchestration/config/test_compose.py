@@ -74,7 +74,7 @@ def test_a_misspelt_key_is_told_its_neighbour(word, hint):
         ("method.stages.train.batch_size=0", "input should be greater than or equal to 1"),
         ("method.stages.train.optimizer.lr=0", "input should be greater than 0"),
         ("engine.zero_stage=0", "engine.zero_stage = 0: needed 1 or 2"),
-        ("engine.name=horovod", "engine.name = horovod: needed 'deepspeed' or 'torch'"),
+        ("engine.name=horovod", "engine.name = horovod: needed 'auto', 'deepspeed' or 'torch'"),
         ("cluster.gpus_per_worker=2", "input should be less than or equal to 1"),
         ("dataset.download=perhaps", "input should be a valid boolean"),
         ("backbone.depth=50", "backbone.depth = 50: needed 8, 14, 20 or 32"),
