@@ -153,3 +153,31 @@ def test_fits_find_the_same_heads_and_numbers(stage, placed, control):
     for name, values in expected_tensors.items():
         np.testing.assert_allclose(tensors[name], values, rtol=0, atol=1e-12, err_msg=name)
     assert stage != "ncm" or all(np.ptp(tensors[f"expert{i}:experts.expert{i}.head.mean_CD"]) > 0.1 for i in range(3))
+
+
+@pytest.mark.parametrize("stage", ["lws", "crt"])
+def test_a_stage_in_partitions_goes_on_bitwise_in_mid_epoch(stage, control, warm, tmp_path):
+    """Two replicas, ZeRO 2: ten scales of each expert lie in two parts of one padded buffer, momentum likewise."""
+    config = load_config([*WORDS, "cluster.workers=2", "cluster.experts_per_worker=3", "engine.zero_stage=2"])
+    fleet = Fleet(config, mesh_shape(3, 2, 3))
+    saved = {name: tmp_path / name for name in ("whole", "half", "again")}
+    for folder in saved.values():
+        folder.mkdir()
+    try:
+        fleet.start()
+        fleet.build(stage)
+        fleet.call("start_from", str(control[0]))
+        losses = fleet.call("train", 4)[0].losses
+        half = fleet.call("save", str(saved["half"]))[0][1]
+        losses += fleet.call("train", PER_EPOCH)[0].losses
+        fleet.call("save", str(saved["whole"]))
+        fleet.build(stage)
+        fleet.call("load", str(saved["half"]), half)
+        assert fleet.call("train", PER_EPOCH)[0].losses == losses[4:]
+        fleet.call("save", str(saved["again"]))
+    finally:
+        fleet.close()
+    whole, again = saved_tensors(saved["whole"]), saved_tensors(saved["again"])
+    assert whole.keys() == again.keys()
+    assert any(".momentum:" in name for name in whole)
+    assert all(np.array_equal(again[name], values) for name, values in whole.items())
