@@ -90,7 +90,6 @@ def test_a_bad_gradient_in_one_head_alone_is_refused(engine_and_model):
         engine.step(logits.sum() + ((weight - weight.detach()) * 0).abs().sum().sqrt() * 0, 0.1)
 
 
-@pytest.mark.parametrize("words", [["engine.name=torch"], ["engine.name=deepspeed"]], ids=["plain", "DeepSpeed"])
 def test_one_worker_takes_plain_pytorch_whose_bits_are_those_of_deepspeed(world):
     """Two epochs of RIDE in float32, the partial last batch of each included."""
     found = {}
@@ -106,6 +105,7 @@ def test_one_worker_takes_plain_pytorch_whose_bits_are_those_of_deepspeed(world)
     assert load_config(["engine.name=auto"]).engine.chosen(3) == "deepspeed"
 
 
+@pytest.mark.parametrize("words", [["engine.name=torch"], ["engine.name=deepspeed"]], ids=["plain", "DeepSpeed"])
 def test_autocast_computes_convolutions_in_bfloat16(words, world):
     config = load_config([*words, "engine.precision=autocast"])
     model = build_ensemble(
