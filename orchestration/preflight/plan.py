@@ -75,7 +75,7 @@ class StagePlan:
         num_classes: classes that the stage knows.
         shares: images of a batch on each replica.
         learns: parts of the ensemble that learn.
-        exchanges: of one step; empty with one worker.
+        exchanges: of one step; empty with one worker or without steps.
         memory: bytes of weights, gradients, optimiser state and teachers on the worker that holds most.
         work: multiply-adds of a training step per image, over all slots and with teachers. An image and its partner
             count as one.

@@ -148,7 +148,8 @@ class RecordingGroup:
         self._note("broadcast", values, what)
 
     def _note(self, kind: Kind, values: Tensor, what: str) -> None:
-        self._record.append(Crossing(what, kind, self.size, values.numel() * values.element_size()))
+        if values.numel():  # nothing crosses otherwise
+            self._record.append(Crossing(what, kind, self.size, values.numel() * values.element_size()))
 
 
 @dataclass(frozen=True)
