@@ -54,6 +54,14 @@ class AggregatorSettings(Settings):
             ValueError: names both keys and what to set.
         """
 
+    def check_class_weights(self, weights: Any) -> None:
+        """Refuse class weights, by their config or None, with which the heads learnt another distribution than the rule
+        assumes.
+
+        Raises:
+            ValueError: names both keys and what to set.
+        """
+
     def check_sampler(self, sampler: Any) -> None:
         """Refuse a sampler, by its config, that showed the heads another class distribution than the rule assumes.
 

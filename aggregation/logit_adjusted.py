@@ -16,6 +16,7 @@ from torch import Tensor
 from aggregation.aggregator import Aggregator, AggregatorSettings, Outputs
 from experts.cases import Case
 from experts.losses.counts import log_prior
+from experts.objective import MAX_EXPERTS
 from experts.precision import at_least_float32
 from experts.registry import piece, register
 from experts.tunable import Candidates, Tunable, tenths
@@ -33,7 +34,8 @@ class PriorSettings(AggregatorSettings):
     def check_objective(self, objective: Any) -> None:
         """Refuse an objective whose experts do not learn the training distribution: there is nothing to subtract."""
         counts_C = torch.tensor([2, 1])
-        num_experts = piece("objective", objective.name).num_experts_allowed[0]
+        numbers = range(1, MAX_EXPERTS + 1)
+        num_experts = next(number for number in numbers if objective.number_problem(number) is None)
         _, learnt = objective.trained_log_prior(counts_C, log_prior(counts_C), num_experts)
         if set(learnt) != {"train"}:
             aims = ", ".join(dict.fromkeys(learnt))
@@ -41,6 +43,14 @@ class PriorSettings(AggregatorSettings):
                 f"aggregator '{self.name}' subtracts the training distribution, but with objective.name = "
                 f"{objective.name} the experts learn: {aims}; set objective.name=cross_entropy, or "
                 f"aggregator.name=mean_logits"
+            )
+
+    def check_class_weights(self, weights: Any) -> None:
+        """Refuse class weights: with them the experts have learnt another distribution than that of the images."""
+        if weights is not None:
+            raise ValueError(
+                f"aggregator '{self.name}' subtracts the training distribution, but with class_weights.rule = "
+                f"{weights.rule} the experts learn another one; set class_weights=null, or aggregator.name=mean_logits"
             )
 
     def check_sampler(self, sampler: Any) -> None:

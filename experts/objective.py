@@ -16,13 +16,37 @@ from torch import Tensor, nn
 from experts.cases import Case
 from experts.class_groups import GroupRule
 from experts.progress import Progress
-from experts.registry import Settings, registered_name
+from experts.registry import Settings, piece, registered_name
 
 MAX_EXPERTS = 8
 
 
 class ObjectiveSettings(Settings):
     """Base of the objectives' configs, with what follows from a config before any data is read."""
+
+    name: str
+    fits_classes: ClassVar[bool] = True
+    """False for a loss that says nothing of an image's class, so that `trained_log_prior` means nothing."""
+
+    def number_problem(self, num_experts: int) -> str | None:
+        """Return why the objective does not take so many experts, and what to set; None where it does."""
+        problem: str | None = piece("objective", self.name).number_problem(num_experts)
+        return problem
+
+    def weighting_problem(self) -> str | None:
+        """Return why class weights cannot be put on the objective, and what to set; None where they can."""
+        cls = piece("objective", self.name)
+        return None if cls.weighable else f"objective '{self.name}' takes no class weights{cls.why_not_weighable}"
+
+    @property
+    def prepares(self) -> bool:
+        """Whether `Objective.prepare` has something to do, which needs teachers and a validation split."""
+        return bool(piece("objective", self.name).prepares)
+
+    @property
+    def observes(self) -> bool:
+        """Whether `Objective.observe` has something to do, which needs a validation split."""
+        return bool(piece("objective", self.name).observes)
 
     def check_head(self, head: Any) -> None:
         """Refuse a head that the objective cannot work with; most objectives take any.
@@ -125,9 +149,13 @@ class Objective(nn.Module, ABC):
     extra_outputs: ClassVar[int] = 0
     """Outputs of an expert beyond its C scores, which come first."""
     prepares: ClassVar[bool] = False
-    """Whether `prepare` has something to do, which needs teachers and a validation split."""
+    """Whether `prepare` has something to do; read it from the config, as it may depend on that."""
     observes: ClassVar[bool] = False
-    """Whether `observe` has something to do, which needs a validation split."""
+    """Whether `observe` has something to do; read it from the config, as it may depend on that."""
+    weighable: ClassVar[bool] = False
+    """Whether `weigh` may put class weights on it."""
+    why_not_weighable: ClassVar[str] = ""
+    """Where it takes none: why, and what to use instead, after a semicolon."""
     last_expert_learns: ClassVar[bool] = True
     """False where the loss ignores whatever the last expert alone computes."""
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ()
@@ -137,7 +165,7 @@ class Objective(nn.Module, ABC):
 
     def __init__(self, config: Any, counts_C: Tensor, num_experts: int) -> None:
         super().__init__()
-        problem = self.number_problem(num_experts)
+        problem = config.number_problem(num_experts)
         if problem is not None:
             raise ValueError(problem)
         if counts_C.ndim != 1 or len(counts_C) < 2:
@@ -205,6 +233,19 @@ class Objective(nn.Module, ABC):
     def lr_factors(self) -> tuple[float, ...]:
         """Factors of the experts' learning rates; the trunk and shared heads have none."""
         return (1.0,) * self.num_experts
+
+    def weigh(self, weights: Any, counts_C: Tensor) -> None:
+        """Put class weights on the loss of every image, before the first step.
+
+        Args:
+            weights: rule, epoch after which they apply, and what the sum is divided by: a `ClassWeights`.
+            counts_C: training images per class, each at least 1.
+
+        Raises:
+            ValueError: the objective takes no class weights, or a class has no image.
+        """
+        del weights, counts_C
+        raise ValueError(self.config.weighting_problem())
 
     def prepare(self, batches: Callable[[str], Iterable[tuple[ExtraInputs, Tensor]]]) -> None:
         """Pass over the data once, before the first step of a stage.

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
 
 
 class Settings(BaseModel):
@@ -88,6 +88,22 @@ def choice(kind: str) -> Any:
     if len(configs) == 1:
         return configs[0]
     return Annotated[functools.reduce(operator.or_, configs), Field(discriminator="name")]
+
+
+class PieceOf:
+    """Marks a field for the config of any registered piece of one kind; its `name` says which.
+
+    A piece whose own config has such a field for its own kind sets `defer_build=True`: the other pieces of the kind are
+    not registered yet while its class is made.
+    """
+
+    def __init__(self, kind: str, *, optional: bool = False) -> None:
+        self.kind = kind
+        self.optional = optional
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        chosen = choice(self.kind)
+        return handler.generate_schema(chosen | None if self.optional else chosen)
 
 
 def import_pieces(*packages: ModuleType) -> None:

@@ -9,9 +9,24 @@ from typing import Literal
 
 from torch import Tensor
 
-from experts.objective import Objective, ObjectiveSettings, StepContext
+from experts.losses.per_image import PerImage
+from experts.objective import ObjectiveSettings, StepContext
 from experts.precision import at_least_float32
 from experts.registry import register
+
+
+def of_label(values_EBC: Tensor, labels_B: Tensor) -> Tensor:
+    """Return the value of every image's own class, [E, B].
+
+    Raises:
+        RuntimeError: a label outside [0, C), from the look-up.
+    """
+    return values_EBC.gather(-1, labels_B.expand(len(values_EBC), -1).unsqueeze(-1)).squeeze(-1)
+
+
+def negative_log_likelihood(logits_EBC: Tensor, labels_B: Tensor) -> Tensor:
+    """Return -log softmax(z)_y of every expert and image, nats [E, B]; raises as `of_label`."""
+    return -of_label(logits_EBC.log_softmax(dim=-1), labels_B)
 
 
 def cross_entropy(
@@ -34,9 +49,7 @@ def cross_entropy(
 
     Source: the usual definition; weighted mean as torch.nn.CrossEntropyLoss(weight) and the long-tailed codes have it.
     """
-    log_p_EBC = at_least_float32(logits_EBC).log_softmax(dim=-1)
-    index_EB1 = labels_B.expand(len(logits_EBC), -1).unsqueeze(-1)
-    nll_EB = -log_p_EBC.gather(-1, index_EB1).squeeze(-1)
+    nll_EB = negative_log_likelihood(at_least_float32(logits_EBC), labels_B)
     if weight_C is not None:
         nll_EB = nll_EB * weight_C.to(nll_EB.dtype)[labels_B]
     # A sum, not a mean: replicas hold pieces of unequal size, and only the global denominator lets them add up.
@@ -44,7 +57,7 @@ def cross_entropy(
 
 
 @register("objective", "cross_entropy")
-class CrossEntropy(Objective):
+class CrossEntropy(PerImage):
     """Plain cross-entropy ("softmax"), no prior anywhere: the baseline."""
 
     class Config(ObjectiveSettings):
@@ -57,8 +70,7 @@ class CrossEntropy(Objective):
             del counts_C
             return log_share_C.repeat(num_experts, 1), ("train",) * num_experts
 
-    def forward(self, logits_EBC: Tensor, labels_B: Tensor, now: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the sum over experts of the mean per image; term `cross_entropy` [E]. See `Objective.forward`."""
-        self.check_shapes(logits_EBC, labels_B)
-        loss_E = cross_entropy(logits_EBC, labels_B, denominator=now.denominators["images"])
-        return loss_E.sum(), {"cross_entropy": loss_E.detach()}
+    def per_image(self, logits_EBC: Tensor, labels_B: Tensor, now: StepContext) -> Tensor:
+        """See `PerImage.per_image`."""
+        del now
+        return negative_log_likelihood(logits_EBC, labels_B)

@@ -12,30 +12,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from experts.losses.counts import log_prior
+from experts.losses.class_weights import power_weights
 from experts.losses.cross_entropy import cross_entropy
 from experts.objective import Objective, ObjectiveSettings, StepContext
 from experts.progress import Progress
 from experts.registry import register
-
-
-def power_weights(counts_C: Tensor, *, rho: float) -> Tensor:
-    """Return weights w_c = C pi_c^-rho / sum_j pi_j^-rho, whose sum is C.
-
-    Args:
-        counts_C: training images per class, each at least 1; only their ratios count.
-        rho: power, no unit; 0 gives ones, 1 inverse frequency; published: 1.2 (ImageNet-LT), 0.3 (segmentation).
-
-    Returns:
-        float64 [C].
-
-    Raises:
-        ValueError: a class has no image.
-
-    Source: Zhang et al. 2021, arXiv:2103.16370, section 3.3, scaled as in the published code.
-    """
-    # A softmax of logs: pi^-rho itself overflows where rho is large and a class rare.
-    return len(counts_C) * (-rho * log_prior(counts_C)).softmax(dim=0)
 
 
 @register("objective", "grw")
@@ -52,6 +33,7 @@ class GeneralisedReweighting(Objective):
         rho: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.2
         """Power of the inverse frequency, no unit; published 1.2 for ImageNet-LT. Above 1 the weights are steep."""
 
+    why_not_weighable: ClassVar[str] = " beside its own; set objective.name=cross_entropy"
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({"rho": 0.5},)
     weight_C: Tensor
 

@@ -14,8 +14,9 @@ from pydantic import Field
 from torch import Tensor
 
 from experts.losses.counts import log_prior
-from experts.losses.cross_entropy import cross_entropy
-from experts.objective import Objective, ObjectiveSettings, StepContext
+from experts.losses.cross_entropy import cross_entropy, negative_log_likelihood
+from experts.losses.per_image import PerImage
+from experts.objective import ObjectiveSettings, StepContext
 from experts.precision import at_least_float32
 from experts.registry import register
 
@@ -43,7 +44,7 @@ def logit_adjustment_loss(
 
 
 @register("objective", "logit_adjustment")
-class LogitAdjustment(Objective):
+class LogitAdjustment(PerImage):
     """Cross-entropy of z + tau log pi; at test the plain scores answer for a balanced set.
 
     pi are the shares of the training set. So the sampler must keep them: after class-balanced draws the images are
@@ -74,14 +75,8 @@ class LogitAdjustment(Objective):
         # Not persistent: it follows from the counts, and an old checkpoint must not bring another.
         self.register_buffer("log_prior_C", log_prior(counts_C), persistent=False)
 
-    def forward(self, logits_EBC: Tensor, labels_B: Tensor, now: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the sum over experts of the mean per image; term `logit_adjustment` [E]. See `Objective.forward`."""
-        self.check_shapes(logits_EBC, labels_B)
-        loss_E = logit_adjustment_loss(
-            logits_EBC,
-            labels_B,
-            log_prior_C=self.log_prior_C,
-            tau=self.config.tau,
-            denominator=now.denominators["images"],
-        )
-        return loss_E.sum(), {"logit_adjustment": loss_E.detach()}
+    def per_image(self, logits_EBC: Tensor, labels_B: Tensor, now: StepContext) -> Tensor:
+        """See `logit_adjustment_loss` and `PerImage.per_image`."""
+        del now
+        shift_C = (self.config.tau * self.log_prior_C).to(logits_EBC.dtype)
+        return negative_log_likelihood(logits_EBC + shift_C, labels_B)

@@ -11,19 +11,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from experts.losses.class_balanced import effective_number_weights
-from experts.losses.ldam import check_same_scale, ldam_loss, ldam_margins
-from experts.objective import Objective, ObjectiveSettings, StepContext
+from experts.losses.cross_entropy import negative_log_likelihood
+from experts.losses.ldam import check_same_scale, ldam_margins, with_margins
+from experts.losses.per_image import PerImage
+from experts.objective import ObjectiveSettings, StepContext
 from experts.progress import Progress
 from experts.registry import register
 
 
 @register("objective", "ldam")
-class LDAM(Objective):
+class LDAM(PerImage):
     """LDAM: cross-entropy with margins that grow for rare classes; LDAM-DRW re-weights it late in training.
 
     Source: Cao et al. 2019, arXiv:1906.07413, section 3.
@@ -50,10 +51,15 @@ class LDAM(Objective):
             """See `ObjectiveSettings.switches`."""
             return {} if self.reweight_epoch is None else {"reweight_epoch": self.reweight_epoch}
 
+        def weighting_problem(self) -> str | None:
+            """Return that it has weights of its own, if so. See `ObjectiveSettings.weighting_problem`."""
+            if self.reweight_epoch is None:
+                return None
+            return f"objective '{self.name}' has weights of its own; set objective.reweight_epoch=null, or no others"
+
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({"reweight_epoch": 1},)
     margin_C: Tensor
     weight_C: Tensor
-    no_weight_C: Tensor
 
     def __init__(self, config: Config, counts_C: Tensor, num_experts: int) -> None:
         super().__init__(config, counts_C, num_experts)
@@ -61,26 +67,14 @@ class LDAM(Objective):
         # Not persistent: they follow from config and counts, and an old checkpoint must not bring others.
         self.register_buffer("margin_C", ldam_margins(counts_C, max_margin=config.max_margin), persistent=False)
         self.register_buffer("weight_C", weight_C, persistent=False)
-        self.register_buffer("no_weight_C", torch.ones_like(weight_C), persistent=False)
 
-    def weights_at(self, progress: Progress) -> Tensor:
-        """Return the class weights of this epoch, [C]."""
+    def weights_at(self, progress: Progress) -> Tensor | None:
+        """Return its own class weights after the switch, or those put on it. See `PerImage.weights_at`."""
         switch = self.config.reweight_epoch
-        return self.weight_C if switch is not None and progress.epoch > switch else self.no_weight_C
+        return self.weight_C if switch is not None and progress.epoch > switch else super().weights_at(progress)
 
-    def denominators(self, labels_B: Tensor, progress: Progress) -> dict[str, Tensor]:
-        """Return `class_weight`, the sum of the labels' weights; before the switch, the number of images."""
-        return {"class_weight": self.weights_at(progress)[labels_B].sum(dtype=torch.float64)}
-
-    def forward(self, logits_EBC: Tensor, labels_B: Tensor, now: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the sum over experts of the weighted mean, and the term `ldam` [E]. See `Objective.forward`."""
-        self.check_shapes(logits_EBC, labels_B)
-        loss_E = ldam_loss(
-            logits_EBC,
-            labels_B,
-            margin_C=self.margin_C,
-            scale=self.config.scale,
-            denominator=now.denominators["class_weight"],
-            weight_C=self.weights_at(now.progress),
-        )
-        return loss_E.sum(), {"ldam": loss_E.detach()}
+    def per_image(self, logits_EBC: Tensor, labels_B: Tensor, now: StepContext) -> Tensor:
+        """See `ldam_loss` and `PerImage.per_image`."""
+        del now
+        margin_C = self.config.scale * self.margin_C
+        return negative_log_likelihood(with_margins(logits_EBC, labels_B, margin_C), labels_B)

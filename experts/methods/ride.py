@@ -19,8 +19,9 @@ from torch import Tensor
 
 from experts.losses.class_balanced import effective_number_weights
 from experts.losses.counts import positive_counts
+from experts.losses.cross_entropy import of_label
 from experts.losses.ldam import check_same_scale, ldam_loss, ldam_margins
-from experts.objective import Objective, ObjectiveSettings, StepContext, num_images
+from experts.objective import MAX_EXPERTS, Objective, ObjectiveSettings, StepContext, num_images
 from experts.precision import at_least_float32
 from experts.progress import Progress
 from experts.registry import register
@@ -220,3 +221,59 @@ class RIDE(Objective):
             diversity_reference=config.diversity_reference,
             base_on=config.base_on,
         )
+
+
+@register("objective", "expert_divergence")
+class Divergence(Objective):
+    """RIDE's second term alone: mean(T)^2 KL of every expert from the experts' mean, to be weighted negatively.
+
+    `sum` of `ldam` and this one, weighted by RIDE's diversity factor, is RIDE; of another loss and this one, that loss
+    on diverse experts.
+
+    Source: Wang et al. 2021, arXiv:2010.01809, section 3, as `ride_loss`.
+    """
+
+    class Config(ObjectiveSettings):
+        name: Literal["expert_divergence"] = "expert_divergence"
+        fits_classes: ClassVar[bool] = False
+        reweight_epoch: int | None = Field(None, ge=0)
+        """Class temperatures apply in epochs after this one (1-based); published 160 of 200 (CIFAR); null: never."""
+        reweight_factor: float = Field(0.05, ge=0, lt=1)
+        """Gamma of the class temperatures, no unit; published 0.05 (CIFAR), 0.02 (ImageNet-LT), 0.015 (iNat)."""
+        base_temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+        """Temperature before the class temperatures, no unit."""
+        temp_norm: Literal["divide", "subtract"] = "divide"
+        """How class temperatures are brought to at most 1: "divide" by the largest (code), "subtract" (paper)."""
+        reference: Literal["mean", "pairwise"] = "mean"
+        """What experts are compared with: the detached "mean" of all (code), or each other expert (paper)."""
+
+        @property
+        def switches(self) -> dict[str, int]:
+            """See `ObjectiveSettings.switches`."""
+            return {} if self.reweight_epoch is None else {"reweight_epoch": self.reweight_epoch}
+
+    num_experts_allowed: ClassVar[tuple[int, ...]] = tuple(range(2, MAX_EXPERTS + 1))
+    why_not_weighable: ClassVar[str] = ", as it does not count by class; put them on another term"
+    variants: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"reweight_epoch": 1, "temp_norm": "subtract", "base_temperature": 2.0},
+        {"reweight_epoch": 0, "reference": "pairwise"},
+    )
+    temperature_C: Tensor
+
+    def __init__(self, config: Config, counts_C: Tensor, num_experts: int) -> None:
+        super().__init__(config, counts_C, num_experts)
+        temperature_C = class_temperatures(counts_C, factor=config.reweight_factor, norm=config.temp_norm)
+        self.register_buffer("temperature_C", temperature_C, persistent=False)
+
+    def forward(self, logits_EBC: Tensor, labels_B: Tensor, now: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the sum over experts; the term `divergence` [E] is without the factor mean(T)^2, as RIDE's is."""
+        self.check_shapes(logits_EBC, labels_B)
+        logits_EBC = at_least_float32(logits_EBC)
+        config = self.config
+        late = config.reweight_epoch is not None and now.progress.epoch > config.reweight_epoch
+        temperature_C = self.temperature_C if late else torch.ones_like(self.temperature_C)
+        temperature_C = (config.base_temperature * temperature_C).to(logits_EBC.dtype)
+        divergence = divergence_from_mean if config.reference == "mean" else pairwise_divergence
+        of_label(logits_EBC, labels_B)  # not read; but a label out of range is an error of every objective
+        kl_E = divergence(logits_EBC, temperature_C) / now.denominators["images"].to(logits_EBC.dtype)
+        return (temperature_C.mean() ** 2 * kl_E).sum(), {"divergence": kl_E.detach()}

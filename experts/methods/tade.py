@@ -18,7 +18,8 @@ from pydantic import Field
 from torch import Tensor
 
 from experts.losses.counts import positive_counts
-from experts.losses.cross_entropy import cross_entropy
+from experts.losses.cross_entropy import cross_entropy, negative_log_likelihood
+from experts.losses.per_image import PerImage
 from experts.objective import Objective, ObjectiveSettings, StepContext
 from experts.precision import at_least_float32
 from experts.registry import register
@@ -138,3 +139,42 @@ class TADE(Objective):
         """See `tade_loss` and `Objective.forward`."""
         self.check_shapes(logits_EBC, labels_B)
         return tade_loss(logits_EBC, labels_B, offset_EC=self.offset_EC, images=now.denominators["images"])
+
+
+@register("objective", "inverse_softmax")
+class InverseSoftmax(PerImage):
+    """TADE's third loss alone: cross-entropy of z + log p - tau log q, which expects the reversed distribution.
+
+    `per_expert` of `cross_entropy`, `balanced_softmax` and this one is TADE.
+
+    Source: Zhang et al. 2022, arXiv:2107.09249, as `tade_offsets`.
+    """
+
+    class Config(ObjectiveSettings):
+        name: Literal["inverse_softmax"] = "inverse_softmax"
+        tau: float = Field(2.0, ge=0, allow_inf_nan=False)
+        """Strength of the reversal, no unit; published 2 (CIFAR-LT, ImageNet-LT), 1 (Places-LT, iNat)."""
+        inverse: Literal["flip", "stable"] = "flip"
+        """Which of two classes of equal count is the rarer: "flip" the larger class id, "stable" the smaller."""
+
+        def offset(self, counts_C: Tensor) -> Tensor:
+            """Return log p - tau log q, [C]; see `tade_offsets`."""
+            return tade_offsets(counts_C, tau=self.tau, ties=self.inverse, log_guard=0.0)[2]
+
+        def trained_log_prior(
+            self, counts_C: Tensor, log_share_C: Tensor, num_experts: int
+        ) -> tuple[Tensor, tuple[str, ...]]:
+            """Return the training distribution less the offsets. See `ObjectiveSettings.trained_log_prior`."""
+            row_C = log_share_C - self.offset(counts_C)
+            return row_C.repeat(num_experts, 1), (f"inverse (tau {self.tau:g})",) * num_experts
+
+    offset_C: Tensor
+
+    def __init__(self, config: Config, counts_C: Tensor, num_experts: int) -> None:
+        super().__init__(config, counts_C, num_experts)
+        self.register_buffer("offset_C", config.offset(counts_C), persistent=False)
+
+    def per_image(self, logits_EBC: Tensor, labels_B: Tensor, now: StepContext) -> Tensor:
+        """See `PerImage.per_image`."""
+        del now
+        return negative_log_likelihood(logits_EBC + self.offset_C.to(logits_EBC.dtype), labels_B)

@@ -93,7 +93,9 @@ class _Stage:
         """Resolve a list of mappings with an epoch each; two of them must not come to the same one."""
         kept: list[Any] = []
         taken: dict[int, str] = {}
-        for entry in entries:
+        for place, entry in enumerate(entries):
+            if isinstance(entry, dict) and "name" in entry:  # a piece, with an epoch of its own
+                self.resolve(entry, f"{key}.{place}.")
             field = _epoch_field(entry)
             if field is None:
                 kept.append(entry)

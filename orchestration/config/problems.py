@@ -8,8 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from experts.registry import piece, registered_names
-from orchestration.config.recipe import PieceOf
+from experts.registry import PieceOf, piece, registered_names
 from orchestration.config.run_config import RunConfig
 from orchestration.config.words import message
 
@@ -68,7 +67,10 @@ def _path(loc: tuple[Any, ...], tree: Any) -> list[Any]:
         if isinstance(tree, dict) and part not in tree and part == tree.get("name"):
             continue
         keys.append(part)
-        tree = tree.get(part) if isinstance(tree, dict) else None
+        if isinstance(tree, list) and isinstance(part, int) and part < len(tree):
+            tree = tree[part]
+        else:
+            tree = tree.get(part) if isinstance(tree, dict) else None
     return keys
 
 
@@ -96,24 +98,30 @@ def _model_at(keys: list[Any], tree: Any) -> tuple[type[BaseModel] | None, str |
     model: Any = RunConfig
     kind: str | None = None
     for key in keys:
-        tree = tree.get(key, {}) if isinstance(tree, dict) else {}
+        if isinstance(tree, list):
+            tree = tree[key] if isinstance(key, int) and key < len(tree) else {}
+        else:
+            tree = tree.get(key, {}) if isinstance(tree, dict) else {}
         kind = None
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            model = getattr(model, "__args__", (None, None))[-1]  # dict[str, StageConfig]
-            continue
-        field = model.model_fields.get(key)
-        if field is None:
-            return None, None
-        of = next((m for m in field.metadata if isinstance(m, PieceOf)), None)
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            field = model.model_fields.get(key)
+            if field is None:
+                return None, None
+            metadata: Any = field.metadata
+            model = field.annotation
+        else:
+            # dict[str, StageConfig]; of pieces, dict[str, Annotated[Any, PieceOf(...)]], or a tuple of them
+            args = [arg for arg in getattr(model, "__args__", ()) if arg is not Ellipsis]
+            model = args[-1] if args else None
+            metadata = getattr(model, "__metadata__", ())
+        of = next((mark for mark in metadata if isinstance(mark, PieceOf)), None)
         if of is not None:
             name = tree.get("name") if isinstance(tree, dict) else None
             kind, model = of.kind, piece(of.kind, name).Config if name in registered_names(of.kind) else None
-        else:
-            model = field.annotation
-            if not hasattr(model, "model_fields"):
-                inner = [a for a in getattr(model, "__args__", ()) if hasattr(a, "model_fields")]
-                is_mapping = getattr(model, "__origin__", None) is dict
-                model = model if is_mapping or not inner else inner[0]
+        elif not hasattr(model, "model_fields"):
+            inner = [a for a in getattr(model, "__args__", ()) if hasattr(a, "model_fields")]
+            is_mapping = getattr(model, "__origin__", None) is dict
+            model = model if is_mapping or not inner else inner[0]
     return (model, kind) if hasattr(model, "model_fields") else (None, None)
 
 

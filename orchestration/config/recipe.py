@@ -8,28 +8,16 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, GetCoreSchemaHandler, model_validator
-from pydantic_core import CoreSchema
+from pydantic import Field, model_validator
 
 import aggregation
 import experts
 from experts.class_groups import GroupRule, split_classes
 from experts.flows.plain import Plain
-from experts.registry import Settings, choice, import_pieces
+from experts.losses.class_weights import ClassWeights
+from experts.registry import PieceOf, Settings, import_pieces
 
 import_pieces(experts, aggregation)  # the fields below accept the config of any registered piece
-
-
-class PieceOf:
-    """Marks a field for the config of any registered piece of one kind; its `name` says which."""
-
-    def __init__(self, kind: str, *, optional: bool = False) -> None:
-        self.kind = kind
-        self.optional = optional
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        chosen = choice(self.kind)
-        return handler.generate_schema(chosen | None if self.optional else chosen)
 
 
 class OptimizerConfig(Settings):
@@ -121,6 +109,9 @@ class StageConfig(Settings):
     lr_schedule: Annotated[Any, PieceOf("lr_schedule", optional=True)] = None
     sampler: Annotated[Any, PieceOf("sampler", optional=True)] = None
     objective: Annotated[Any, PieceOf("objective", optional=True)] = None
+    class_weights: ClassWeights | None = None
+    """Weights of the classes in the objective, a mean over images then; late in training it is deferred re-weighting
+    (DRW)."""
     drop_last: bool = False
     """Leave out the partial last batch of every epoch. Published CIFAR code keeps it."""
     flow: Annotated[Any, PieceOf("flow")] = Plain.Config()

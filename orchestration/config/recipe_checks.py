@@ -51,6 +51,7 @@ def _rule_problems(name: str, method: Recipe, earlier: list[str]) -> Iterator[st
     if trained is not None and trained.objective is not None and trained.sampler is not None:
         yield from _refusal(rule.check_objective, trained.objective)
         yield from _refusal(rule.check_sampler, trained.sampler)
+        yield from _refusal(rule.check_class_weights, trained.class_weights)
     if method.stages[name].epochs and (key := open_choice("aggregator", rule)):
         yield _only_without_steps(f"stages.{name}.aggregator.{key}")
     if piece("aggregator", rule.name).needs_router and not _has_trained_router(method, [*earlier, name]):
@@ -109,6 +110,8 @@ def _stage_problems(name: str, stage: StageConfig, method: Recipe, earlier: list
         )
         if not missing:
             yield from _refusal(stage.objective.check_head, method.head_in(name))
+            if stage.class_weights is not None and (problem := stage.objective.weighting_problem()):
+                yield f"class_weights: {problem}; set class_weights=null"
             yield from _flow_problems(name, stage, method)
             yield from _teacher_problems(stage, method)
     started = (stage.start_from.stage,) if stage.start_from and stage.start_from.stage else ()
@@ -190,7 +193,7 @@ def _flow_problems(name: str, stage: StageConfig, method: Recipe) -> Iterator[st
         yield f"{flow_is}: method.shared_head = true; needed a head in each expert; set method.shared_head=false"
     if stage.mixup is not None and flow.needs_partner:
         yield f"mixup: {flow_is} pairs batches already; set mixup=null"
-    number = objective.number_problem(method.num_experts)
+    number = stage.objective.number_problem(method.num_experts)
     if number is not None:
         yield number
 

@@ -15,9 +15,8 @@ from pydantic import Field, model_validator
 
 from experts.data.config import DatasetConfig
 from experts.ensemble import EnsembleConfig
-from experts.registry import Settings, piece
+from experts.registry import PieceOf, Settings
 from orchestration.config.method import MethodConfig
-from orchestration.config.recipe import PieceOf
 from orchestration.config.recipe_checks import parts_that_learn
 
 
@@ -206,7 +205,7 @@ def data_problems(config: RunConfig) -> Iterator[str]:
     if data.val_per_class or data.val_list or data.source == "image_folder":  # a folder may have val/ beside test/
         return
     for name, stage in config.method.stages.items():
-        if stage.objective is not None and piece("objective", stage.objective.name).observes:
+        if stage.objective is not None and stage.objective.observes:
             yield (
                 f"dataset.val_per_class = 0: objective '{stage.objective.name}' of stage {name} needs a validation "
                 f"split, and never takes the test set; set dataset.val_per_class (cut from the training pool) or, for "

@@ -80,6 +80,8 @@ def _run(config: RunConfig, found: Plan) -> Iterator[str]:
             yield from (f"  {line}" for line in _peculiarities(config, stage))
             continue
         pieces = f"objective {settings.objective.name}, sampler {settings.sampler.name}"
+        if settings.class_weights is not None:
+            pieces += f", class weights by {settings.class_weights.rule}"
         yield f"stage {stage.name}: {plural(stage.epochs, 'epoch')}, batch {stage.batch_size}, {pieces}"
         yield from (f"  {line}" for line in _peculiarities(config, stage))
         yield f"  learning rate {', '.join(_rates(settings, stage.steps_per_epoch))}"
@@ -115,7 +117,7 @@ def _peculiarities(config: RunConfig, stage: StagePlan) -> Iterator[str]:
         if size is not None:
             what = f"{plural(size.num_experts, 'expert')}, {number(size.num_classes)} classes"
         yield f"teacher {name}: {_source(teacher)}, {what}; {teacher.mode} mode"
-    if settings.objective is not None and piece("objective", settings.objective.name).prepares:
+    if settings.objective is not None and settings.objective.prepares:
         yield "before the first step every worker runs the teachers once on all training and validation images"
 
 
@@ -184,7 +186,10 @@ def _rates(stage: StageConfig, steps: int | None) -> Iterator[str]:
 def _never_reached(stage: StageConfig) -> list[str]:
     """List what a schedule or objective does only after the stage's last epoch, as happens in a shortened run."""
     late = [f"the learning rate's drop after epoch {n}" for n in stage.lr_schedule.drops if n >= stage.epochs]
-    return late + [f"objective.{key} = {n}" for key, n in stage.objective.switches.items() if n >= stage.epochs]
+    switches = {f"objective.{key}": n for key, n in stage.objective.switches.items()}
+    if stage.class_weights is not None:
+        switches |= {f"class_weights.{key}": n for key, n in stage.class_weights.switches.items()}
+    return late + [f"{key} = {n}" for key, n in switches.items() if n >= stage.epochs]
 
 
 def _mesh(config: RunConfig, found: Plan) -> Iterator[str]:

@@ -43,6 +43,7 @@ from experts.augmentation.views import ViewMaker, Views, default_views
 from experts.batches import share
 from experts.data.keyed_random import key, permutation
 from experts.data.label_shift import Distribution, distribution_positions, parse_distribution, published_distributions
+from experts.losses.class_weights import trained_with
 from experts.precision import at_least_float32
 from experts.registry import Settings, piece
 from orchestration.config.compose import from_yaml
@@ -345,6 +346,9 @@ def trained_priors(config: RunConfig, known: KnownPrior, counts: list[int], fina
             found_EC, of_each = stage.objective.trained_log_prior(
                 torch.tensor(counts), torch.from_numpy(log_train_C), num_experts
             )
+            if set(of_each) == {"train"} and stage.class_weights is not None:
+                found_EC = trained_with(stage.class_weights, torch.tensor(counts), found_EC)
+                of_each = ("train, weighted",) * num_experts
             if set(of_each) != {"train"} or piece("sampler", stage.sampler.name).keeps_distribution:
                 return found_EC.numpy(), list(of_each)
         words = ["uniform"] * num_experts

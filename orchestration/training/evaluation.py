@@ -74,7 +74,7 @@ def prepare_objective(setup: TrainingSetup, beat: Callable[[], None]) -> None:
     Raises:
         ValueError: the objective needs a validation split and the data set has none.
     """
-    if setup.objective.prepares:
+    if setup.stage.objective.prepares:
         setup.model.eval()
         setup.objective.prepare(lambda split: _teacher_scores(setup, split, beat))
         beat()

@@ -126,6 +126,8 @@ class TrainingSetup(StageSetup):
         assert self.stage.optimizer is not None
         self.optimizer = self.stage.optimizer
         self.objective: Objective = build("objective", self.stage.objective, self.counts_C, len(self.expert_names))
+        if self.stage.class_weights is not None:
+            self.objective.weigh(self.stage.class_weights, self.counts_C)
         self.objective.to(mesh.device, self.dtype)
         draws = partial(key, config.seed, stage)
         self.flow: Flow = build("flow", self.stage.flow, self.objective, self.expert_names, draws)

@@ -86,12 +86,12 @@ class Trial:
 
 
 def on_the_plain_flow() -> list[Trial]:
-    """Every objective that is meant for no other flow and asks for no teacher, at its defaults."""
+    """Every objective that is meant for no other flow and asks for no teacher, as in the last of its cases."""
     found = []
     for name in registry.registered_names("objective"):
         cls, case = registry.piece("objective", name), cases_of("objective", name)[-1]
         if cls.flow is None and case.config.teacher_names is None:
-            found.append(Trial("plain", Case(Plain.Config(), case.num_experts, objective=cls.Config())))
+            found.append(Trial("plain", Case(Plain.Config(), case.num_experts, objective=case.config)))
     return found
 
 

@@ -42,9 +42,9 @@ def prepare(objective) -> None:
         labels = torch.arange(len(COUNTS)).repeat_interleave(COUNTS if split == "train" else 2)
         yield ExtraInputs(teachers_of(objective, len(labels)), torch.arange(len(labels))), labels
 
-    if objective.prepares:
+    if objective.config.prepares:
         objective.prepare(batches)
-    if objective.observes:
+    if objective.config.observes:
         objective.observe([0.5, 0.4, 0.1, 0.1])
 
 

@@ -52,7 +52,9 @@ def test_nothing_is_planned_for_after_the_end(method, dataset):
             schedule = build("lr_schedule", stage.lr_schedule)
             factors = [schedule.factor(Progress(n, stage.epochs, 0, 1)) for n in range(1, stage.epochs + 1)]
             assert all(0 <= factor <= 1 for factor in factors)
-            assert all(epoch < stage.epochs for epoch in (*stage.lr_schedule.drops, *stage.objective.switches.values()))
+            late = stage.class_weights.switches if stage.class_weights else {}
+            switches = (*stage.lr_schedule.drops, *stage.objective.switches.values(), *late.values())
+            assert all(epoch < stage.epochs for epoch in switches)
 
 
 NEED_PLAIN_SCORES = {"tau_norm", "logit_adjusted", "uno_ic"}
