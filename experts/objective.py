@@ -36,7 +36,9 @@ class ObjectiveSettings(Settings):
     def weighting_problem(self) -> str | None:
         """Return why class weights cannot be put on the objective, and what to set; None where they can."""
         cls = piece("objective", self.name)
-        return None if cls.weighable else f"objective '{self.name}' takes no class weights{cls.why_not_weighable}"
+        if cls.weighable:
+            return None
+        return f"objective '{self.name}' takes no class weights{cls.why_not_weighable}; set class_weights=null"
 
     @property
     def prepares(self) -> bool:
@@ -155,7 +157,7 @@ class Objective(nn.Module, ABC):
     weighable: ClassVar[bool] = False
     """Whether `weigh` may put class weights on it."""
     why_not_weighable: ClassVar[str] = ""
-    """Where it takes none: why, and what to use instead, after a semicolon."""
+    """Where it takes none: why, as the end of that sentence."""
     last_expert_learns: ClassVar[bool] = True
     """False where the loss ignores whatever the last expert alone computes."""
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ()

@@ -1,7 +1,7 @@
 """Objectives made of other objectives: a weighted sum of terms, and one for each expert.
 
-RIDE is the sum of `ldam` and `expert_divergence`; TADE is `cross_entropy`, `balanced_softmax` and `inverse_softmax`, one per
-expert.
+RIDE is the sum of `ldam` and `expert_divergence`; TADE is `cross_entropy`, `balanced_softmax` and `inverse_softmax`,
+one per expert.
 
 Shapes: E experts, B images, C classes.
 """

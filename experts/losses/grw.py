@@ -33,7 +33,7 @@ class GeneralisedReweighting(Objective):
         rho: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.2
         """Power of the inverse frequency, no unit; published 1.2 for ImageNet-LT. Above 1 the weights are steep."""
 
-    why_not_weighable: ClassVar[str] = " beside its own; set objective.name=cross_entropy"
+    why_not_weighable: ClassVar[str] = " beside its own"
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({"rho": 0.5},)
     weight_C: Tensor
 

@@ -55,9 +55,14 @@ class PerImage(Objective):
     def denominators(self, labels_B: Tensor, progress: Progress) -> dict[str, Tensor]:
         """Return `images`, or `class_weight`, the sum of the labels' weights, where the mean is a weighted one."""
         weight_C = self.weights_at(progress)
-        if weight_C is None or (self.class_weights is not None and self.class_weights.mean == "images"):
+        if weight_C is None or self._denominator(progress) == "images":
             return {"images": num_images(labels_B)}
         return {"class_weight": weight_C[labels_B].sum(dtype=torch.float64)}
+
+    def _denominator(self, progress: Progress) -> str:
+        """Return the name of what this epoch's sum is divided by."""
+        per_image = self.class_weights is not None and self.class_weights.mean == "images"
+        return "images" if per_image or self.weights_at(progress) is None else "class_weight"
 
     def forward(self, logits_EBC: Tensor, labels_B: Tensor, now: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
         """See `per_image` and `Objective.forward`."""
@@ -66,7 +71,7 @@ class PerImage(Objective):
         weight_C = self.weights_at(now.progress)
         if weight_C is not None:
             loss_EB = loss_EB * weight_C.to(loss_EB.dtype)[labels_B]
-        (denominator,) = now.denominators.values()
+        denominator = now.denominators[self._denominator(now.progress)]
         # A sum, not a mean: replicas hold pieces of unequal size, and only the global denominator lets them add up.
         loss_E = loss_EB.sum(dim=-1) / denominator.to(loss_EB.dtype)
         return loss_E.sum(), {self.config.name: loss_E.detach()}

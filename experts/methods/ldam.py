@@ -55,7 +55,7 @@ class LDAM(PerImage):
             """Return that it has weights of its own, if so. See `ObjectiveSettings.weighting_problem`."""
             if self.reweight_epoch is None:
                 return None
-            return f"objective '{self.name}' has weights of its own; set objective.reweight_epoch=null, or no others"
+            return f"objective '{self.name}' has its own; set objective.reweight_epoch=null, or class_weights=null"
 
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({"reweight_epoch": 1},)
     margin_C: Tensor

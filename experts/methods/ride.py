@@ -170,6 +170,7 @@ class RIDE(Objective):
             """See `ObjectiveSettings.switches`."""
             return {} if self.reweight_epoch is None else {"reweight_epoch": self.reweight_epoch}
 
+    why_not_weighable: ClassVar[str] = " beside its own (objective.reweight_epoch)"
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"reweight_epoch": 1},
         {"reweight_epoch": 1, "temp_norm": "subtract", "base_temperature": 2.0},
@@ -253,7 +254,7 @@ class Divergence(Objective):
             return {} if self.reweight_epoch is None else {"reweight_epoch": self.reweight_epoch}
 
     num_experts_allowed: ClassVar[tuple[int, ...]] = tuple(range(2, MAX_EXPERTS + 1))
-    why_not_weighable: ClassVar[str] = ", as it does not count by class; put them on another term"
+    why_not_weighable: ClassVar[str] = ", as it does not count by class"
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"reweight_epoch": 1, "temp_norm": "subtract", "base_temperature": 2.0},
         {"reweight_epoch": 0, "reference": "pairwise"},

@@ -111,7 +111,7 @@ def _stage_problems(name: str, stage: StageConfig, method: Recipe, earlier: list
         if not missing:
             yield from _refusal(stage.objective.check_head, method.head_in(name))
             if stage.class_weights is not None and (problem := stage.objective.weighting_problem()):
-                yield f"class_weights: {problem}; set class_weights=null"
+                yield f"class_weights: {problem}"
             yield from _flow_problems(name, stage, method)
             yield from _teacher_problems(stage, method)
     started = (stage.start_from.stage,) if stage.start_from and stage.start_from.stage else ()

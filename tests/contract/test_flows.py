@@ -444,8 +444,8 @@ def test_a_flow_and_an_objective_that_do_not_fit_are_refused_by_both_names(flow,
     """They fit if each is meant for the other, or for any."""
     flow_cls, cls = registry.piece("flow", flow), registry.piece("objective", objective)
     fits = cls.flow in (None, flow) and (flow_cls.takes is None or issubclass(cls, flow_cls.takes))
-    number = cls.num_experts_allowed[-1]
-    case = Trial(flow, Case(cases_of("flow", flow)[0].config, min(number, 3), objective=cls.Config()))
+    tried = cases_of("objective", objective)[-1]
+    case = Trial(flow, Case(cases_of("flow", flow)[0].config, tried.num_experts, objective=tried.config))
     if fits:
         case.build_flow()
         return

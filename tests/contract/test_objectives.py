@@ -315,12 +315,12 @@ def test_counts_that_are_not_a_list_of_classes_are_refused(name):
 def test_a_head_is_checked_against_the_objective(name):
     """Objectives with a scale want the head to have the same; the others take any head."""
     config = registry.piece("objective", name).Config()
-    config.check_head(CosineHead.Config())
+    config.check_head(CosineHead.Config(scale=getattr(config, "scale", 30.0)))
     if not hasattr(config, "scale"):
         config.check_head(LinearHead.Config())
         return
-    with pytest.raises(ValueError, match=r"objective\.scale = 30.*head\.scale = 1;.*cosine"):
+    with pytest.raises(ValueError, match=rf"objective\.scale = {config.scale:g}.*head\.scale = 1;.*cosine"):
         config.check_head(LinearHead.Config())
-    with pytest.raises(ValueError, match=r"objective\.scale = 30.*head\.scale = 16"):
+    with pytest.raises(ValueError, match=rf"objective\.scale = {config.scale:g}.*head\.scale = 16"):
         config.check_head(CosineHead.Config(scale=16))
     config.model_copy(update={"scale": 1.0}).check_head(LinearHead.Config())

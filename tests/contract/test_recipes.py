@@ -146,6 +146,13 @@ def digits(val_per_class):
     return open_dataset(config.model_copy(update={"val_per_class": val_per_class}))
 
 
+SUM = [
+    "method.stages.train.objective.terms.margins.name=ldam",
+    "method.stages.train.class_weights.rule=effective_number",
+]
+LATE = ["method.stages.train.class_weights.after_epoch=1"]
+
+
 class TestOnDigits:
     """Each stage of each recipe, in one process with the plain engine: two steps from the weights it begins with."""
 
@@ -177,6 +184,30 @@ class TestOnDigits:
             trainer.save(str(tmp_path / stage))
             export(tmp_path / f"{stage}.export", config, stage, trainer.setup.dataset, trainer.setup.model)
             trainer.close()
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            ["method=ldam", "method.stages.train.objective.reweight_epoch=1"],
+            ["method=ce", "method.head.name=cosine", "method.stages.train.objective.name=sum", *SUM, *LATE],
+        ],
+        ids=["ldam", "sum"],
+    )
+    def test_deferred_weights_train_as_ldams_own_bitwise(self, other):
+        """Two epochs of a few images, weights in the second: the block of the stage, LDAM's key, a sum of one term."""
+        words = ["dataset=digits_lt", "dataset.image_size=8", "dataset.max_per_class=30", "engine.name=torch"]
+        words += ["tracking.enabled=false", "method.stages.train.epochs=2"]
+        losses = []
+        for recipe in (["method=ldam_drw", *LATE], other, ["method=ldam"]):
+            config = load_config([*recipe, *words])
+            dataset = open_dataset(config.dataset)
+            trainer = StageTrainer(config, "train", dataset, Mesh(mesh_shape(1, 1)))
+            per_epoch = trainer.setup.steps_per_epoch
+            losses.append([trainer.train(epoch * per_epoch).losses for epoch in (1, 2)])
+            trainer.close()
+        assert losses[0] == losses[1]
+        assert losses[0][0] == losses[2][0]
+        assert losses[0][1] != losses[2][1]
 
     def check_fit(self, trainer):
         before = {name: value.clone() for name, value in trainer.setup.model.named_parameters()}

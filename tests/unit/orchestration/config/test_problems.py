@@ -22,7 +22,7 @@ def test_a_key_that_only_the_replaced_piece_knew_is_told_who_has_it():
     )
     assert line == (
         "method.stages.train.objective.reweight_epoch: objective 'cross_entropy' has no key reweight_epoch; "
-        "'ldam' and 'ride' have"
+        "'expert_divergence', 'ldam' and 'ride' have"
     )
 
 
