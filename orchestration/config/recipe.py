@@ -123,7 +123,8 @@ class StageConfig(Settings):
     """The experts' head from this stage on. Unset: that of the stage whose weights this one begins with, or the
     method's."""
     calibration: Annotated[Any, PieceOf("calibration", optional=True)] = None
-    """What changes the heads' scores from this stage on. Unset: as in the stage whose weights this one begins with."""
+    """What changes the heads' scores from this stage on. Unset: as in the stage whose weights this one begins with, and
+    nothing on new heads."""
     reinit: tuple[Part, ...] = ()
     """Parts that begin with new weights, whatever the weights of `start_from` hold."""
     freeze: tuple[Part, ...] = ()
@@ -203,8 +204,10 @@ class Recipe(Settings):
 
     def calibration_in(self, stage: str) -> Any:
         """Return the config of what calibrates the heads' scores in a stage; None for nothing."""
-        before = self.stage_before(stage)
-        return self.stages[stage].calibration or (self.calibration if before is None else self.calibration_in(before))
+        config, before = self.stages[stage], self.stage_before(stage)
+        if config.calibration is not None or "heads" in config.reinit:  # new heads leave the old ones' calibration
+            return config.calibration
+        return self.calibration if before is None else self.calibration_in(before)
 
     def stage_before(self, stage: str) -> str | None:
         """Return the stage of this run whose weights a stage begins with; None if it begins with others."""

@@ -138,3 +138,13 @@ def test_a_stage_without_steps_needs_weights_from_somewhere():
 @pytest.mark.parametrize("epochs", ["-1", "0.5"])
 def test_epochs_are_whole_and_not_negative(epochs):
     assert problem(stage(f"epochs: {epochs}")).startswith(f"method.stages.second.epochs = {epochs}")
+
+
+def test_new_heads_leave_the_calibration_of_the_old_ones_behind():
+    """LWS, then class means and a tuned classifier from its weights: only the latter keeps the scales."""
+    method = load_config(
+        [*HOST, *second_stages(["lws"]), *second_stages(["ncm", "dr", "crt"], start_from="stage: lws")]
+    ).method
+    found = {name: method.calibration_in(name) for name in ("train", "lws", "ncm", "dr", "crt")}
+    assert found["dr"] == found["lws"] is not None
+    assert found["train"] is found["ncm"] is found["crt"] is None
