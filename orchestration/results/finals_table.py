@@ -25,7 +25,7 @@ def report_table(
 
     Args:
         found: the run's evaluations, shown where there are no `finals`.
-        finals: those of every final stage, where the recipe has several.
+        finals: those of every final stage, where the recipe has several; of one alone there is nothing to compare.
         data: as in `data.json`.
         title: the first line: method, experts, dataset.
         seed: the run's; None leaves its line out.
@@ -33,6 +33,8 @@ def report_table(
     Returns:
         Lines of text, the last one without a newline.
     """
+    if len(finals) == 1:  # the others are not trained yet, or were not measured
+        (found,), finals = finals.values(), {}
     chosen = fitted_lines(choices(found, finals))
     if not finals:
         return "\n".join([final_table(found, data, title=title, seed=seed), *chosen])

@@ -63,7 +63,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> list[Path]:
         pictures = {
             "curves.png": _curves(trained, [*finals.values()] or [found], title) if trained else None,
             "class_counts.png": _class_counts(data, title) if data.get("counts") else None,
-            "finals.png": draw_finals(finals, data, title) if finals else None,
+            "finals.png": draw_finals(finals, data, title) if len(finals) > 1 else None,
             "tried.png": draw_tried(chosen, title) if any(one.tried for one in chosen) else None,
             **_pictures_of_a_result(found, data, _with_stage(title, found, finals)),
         }

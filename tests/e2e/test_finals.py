@@ -70,7 +70,8 @@ def test_a_final_stage_measured_again_gives_the_numbers_of_training(run, capsys)
     assert "tau_norm: head.gamma = " in text
 
     assert main(["evaluate", str(run), "--stage", "crt", "--model", "last"]) == 0
-    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("== ")] == ["== crt =="]
+    text = capsys.readouterr().out
+    assert "last: stage crt" in text and "best: " not in text and "== " not in text
     assert main(["evaluate", str(run), "--stage", "crt", "--distribution", "backward-10"]) == 0
     assert "run run, stage crt, model best" in capsys.readouterr().out
     assert (run / "evaluation" / "crt" / "uniform.json").exists()

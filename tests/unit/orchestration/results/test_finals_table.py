@@ -55,6 +55,11 @@ def test_the_report_of_one_final_stage_is_its_table():
     assert report_table(found, {}, data(), title="x", seed=1) == final_table(found, data(), title="x", seed=1)
 
 
+def test_one_of_several_final_stages_alone_is_shown_as_one_result():
+    ncm = finals()["ncm"]
+    assert report_table({}, {"ncm": ncm}, data(), seed=1) == final_table(ncm, data(), seed=1)
+
+
 def test_a_number_chosen_on_validation_is_shown_with_everything_that_was_tried():
     tried = [(0.0, 0.5), (0.5, 0.75), (0.7, 0.625)]
     found = without_steps(0.5, "tau", fitted=fitted(0.5, tried))
