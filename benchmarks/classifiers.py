@@ -2,9 +2,9 @@
 
     python benchmarks/classifiers.py --root <folder of the four .gz files> [--side-by-side 2]
 
-One run per loss and seed trains the network once, 40 epochs of a ResNet-8, and then every classifier on it: joint (as it
-is), NCM, cRT, LWS and tau-norm, whose tau is chosen on 50 validation images a class. LDAM's cosine head has no norms for
-tau-norm to divide by. A finished run is not repeated. 1,000 images of the largest class and ratio 100 make 5 many-,
+One run per loss and seed trains the network once, 40 epochs of a ResNet-8, and then every classifier on it: joint (as
+it is), NCM, cRT, LWS and tau-norm, whose tau is chosen on 50 validation images a class. LDAM's cosine head has no norms
+for tau-norm to divide by. A finished run is not repeated. 1,000 images of the largest class and ratio 100 make 5 many-,
 3 medium- and 2 few-shot classes. Writes benchmarks/results/classifiers.json and prints the table.
 """
 
