@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -64,7 +64,7 @@ class Distillation(ABC):
     and terms of the pieces add up to those of the whole.
     """
 
-    def __init__(self, config: DistillationSettings) -> None:
+    def __init__(self, config: Any) -> None:
         self.config = config
 
     @abstractmethod
@@ -93,8 +93,8 @@ class Distillation(ABC):
             progress: where training stands.
 
         Returns:
-            repeat * (loss + weight * sum of `distillation_loss`), and the term `distillation`, detached: the mean per
-            image before weight and repeat, a scalar where one score is compared, else [E].
+            repeat * `together` of loss and weight * sum of `distillation_loss`, and the term `distillation`, detached:
+            the mean per image before weight and repeat, a scalar where one score is compared, else [E].
 
         Raises:
             ValueError: no teacher, several and none chosen, one of that name missing, or scores that do not fit.
@@ -109,14 +109,22 @@ class Distillation(ABC):
         config = self.config
         kd_S = distillation_loss(
             self.student_scores(at_least_float32(logits_EBC)),
-            teacher_BC,
+            self.teacher_scores(at_least_float32(teacher_BC)),
             temperature=config.temperature,
             images=denominators["images"],
         )
         repeat = len(logits_EBC) if config.repeat == "num_experts" else config.repeat
         # A term of shape [E] is reported expert by expert; a score that all experts share has one number.
         term = kd_S.detach() if len(kd_S) == len(logits_EBC) else kd_S.detach().sum()
-        return repeat * (loss + config.weight * kd_S.sum()), {"distillation": term}
+        return repeat * self.together(loss, config.weight * kd_S.sum()), {"distillation": term}
+
+    def teacher_scores(self, teacher_BC: Tensor) -> Tensor:
+        """Return the teacher's scores as they are compared, [B, C]: by default unchanged."""
+        return teacher_BC
+
+    def together(self, loss: Tensor, distillation: Tensor) -> Tensor:
+        """Return the stage's loss from that of the objective and the weighted term: by default their sum."""
+        return loss + distillation
 
     @property
     def name(self) -> str:
@@ -174,3 +182,31 @@ class EachExpert(Distillation):
     def student_scores(self, logits_EBC: Tensor) -> Tensor:
         """Return the scores as they are, [E, B, C]."""
         return logits_EBC
+
+
+@register("distillation", "dive")
+class DiVE(EachExpert):
+    """DiVE: every expert learns from a class-balanced teacher, flattened further, and less from its own objective.
+
+    (1 - alpha) objective + alpha T^2 KL(softmax(t / T)^p, normalised || softmax(z / T)). The power on the teacher's
+    probabilities is a temperature T / p for the teacher alone. The objective and the teacher's are balanced softmax.
+
+    Source: He et al. 2021, arXiv:2103.15042, section 3; form of the losses as a re-implementation that was read has it.
+    """
+
+    class Config(DistillationSettings):
+        name: Literal["dive"] = "dive"
+        temperature: float = Field(3.0, gt=0, allow_inf_nan=False)
+        """T, divides student's and teacher's scores, no unit; published 3."""
+        alpha: float = Field(0.5, ge=0, le=1)
+        """Share of the distillation term; the objective has the rest; published 0.5."""
+        power: float = Field(0.5, gt=0, le=1)
+        """p of the teacher's probabilities, no unit; published 0.5, or 1 where the teacher is flat enough."""
+
+    def teacher_scores(self, teacher_BC: Tensor) -> Tensor:
+        """Return p t, whose softmax at T is the normalised power p of that of t."""
+        return self.config.power * teacher_BC
+
+    def together(self, loss: Tensor, distillation: Tensor) -> Tensor:
+        """Return (1 - alpha) loss + alpha distillation."""
+        return (1 - self.config.alpha) * loss + self.config.alpha * distillation

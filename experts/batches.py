@@ -56,6 +56,7 @@ class Batch:
         positions_B: rows of the training set, int64.
         partner: a second batch of as many images, paired with this one by row, where the stage has one.
         mixed: how the images were blended, where the stage does so.
+        first_row: row in the epoch of the replica's first image; the others follow.
         features: inputs of the heads of the experts held here, one [B, D] each, in place of images, which then have no
             pixels; None where the stage runs trunk and features on the images.
     """
@@ -67,6 +68,7 @@ class Batch:
     partner: Batch | None = None
     mixed: Mixed | None = None
     features: tuple[Tensor, ...] | None = None
+    first_row: int = 0
 
 
 def share(count: int, part: int, parts: int) -> tuple[int, int]:
@@ -215,7 +217,8 @@ class TrainBatches:
             labels_B, global_labels, positions_B = self._labels_and_positions(epoch, step)
             images_B3HW = torch.empty(len(labels_B), 3, 0, 0, device=self.device, dtype=self.replica.dtype)
             own = tuple(features_ND[positions_B] for features_ND in features)
-            yield Batch(images_B3HW, labels_B, global_labels, positions_B, features=own)
+            row = self._local_rows(step)[0]
+            yield Batch(images_B3HW, labels_B, global_labels, positions_B, features=own, first_row=row)
 
     def close(self) -> None:
         """Stop the loader processes, if there are any."""
@@ -268,7 +271,7 @@ class TrainBatches:
             start, stop = self._local_places(step)
             images = share_ * images[start:stop] + (1 - share_) * images[order[start:stop]]
             mixed = Mixed(share_, labels[order[start:stop]], labels[order])
-        return Batch(images, own_labels, labels, positions, mixed=mixed)
+        return Batch(images, own_labels, labels, positions, mixed=mixed, first_row=self._local_rows(step)[0])
 
     def _labels_and_positions(self, epoch: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the labels of this replica's images and of the whole batch, and the rows of this replica's images."""

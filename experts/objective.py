@@ -101,10 +101,27 @@ class ExtraInputs:
     Attributes:
         teachers: scores [B, C_t] of frozen teachers by name, without gradient; a teacher may know fewer classes.
         positions_B: rows of the training set that the images are, int64.
+        draws: takes the name of a quantity and a width to uniform numbers in [0, 1), float64 [B, width], the same for
+            an image on every placement and after a resume; None where a loss is not evaluated in a training step.
     """
 
     teachers: Mapping[str, Tensor] = field(default_factory=dict)
     positions_B: Tensor | None = None
+    draws: Callable[[str, int], Tensor] | None = None
+
+    def uniforms(self, what: str, width: int) -> Tensor:
+        """Return uniform numbers in [0, 1) for every image, float64 [B, width].
+
+        Args:
+            what: name of the quantity that is drawn; another name gives other numbers.
+            width: numbers for each image.
+
+        Raises:
+            ValueError: this is no training step.
+        """
+        if self.draws is None:
+            raise ValueError(f"the objective draws {what} for every image, and only a training step has draws to give")
+        return self.draws(what, width)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class BalancedSoftmax(PerImage):
     As `logit_adjustment` with tau 1, under its own name and without a number to set. The sampler must keep the training
     distribution, as n is that of the training set.
 
-    Source: Ren et al. 2020, arXiv:2007.10740, Eq. 3. Adding log n or log(n / N) is the same loss.
+    Source: Ren et al. 2020, arXiv:2007.10740. Adding log n or log(n / N) is the same loss.
     """
 
     class Config(ObjectiveSettings):

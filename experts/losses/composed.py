@@ -130,7 +130,10 @@ class Composed(Objective):
         """Return a part's loss and its terms, with its own denominators."""
         above = f"{name}."
         own = {key.removeprefix(above): v for key, v in now.denominators.items() if key.startswith(above)}
-        loss, terms = self.parts[name](logits_EBC, labels_B, replace(now, denominators=own))
+        extra, draws = now.extra, now.extra.draws
+        if draws is not None:  # parts that draw the same quantity get other numbers
+            extra = replace(extra, draws=lambda what, width: draws(f"{name}.{what}", width))
+        loss, terms = self.parts[name](logits_EBC, labels_B, replace(now, denominators=own, extra=extra))
         return loss, terms
 
     def prepare(self, batches: Callable[[str], Iterable[tuple[ExtraInputs, Tensor]]]) -> None:

@@ -129,8 +129,8 @@ class TrainingSetup(StageSetup):
         if self.stage.class_weights is not None:
             self.objective.weigh(self.stage.class_weights, self.counts_C)
         self.objective.to(mesh.device, self.dtype)
-        draws = partial(key, config.seed, stage)
-        self.flow: Flow = build("flow", self.stage.flow, self.objective, self.expert_names, draws)
+        self.draws = partial(key, config.seed, stage)
+        self.flow: Flow = build("flow", self.stage.flow, self.objective, self.expert_names, self.draws)
         self.distillation = self.stage.distillation and build("distillation", self.stage.distillation)
         self.schedule = build("lr_schedule", self.stage.lr_schedule)
         self.teachers = Teachers(self.stage.teachers, teachers or {}, dataset, mesh, self.dtype)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from experts.batches import Batch
+from experts.draws import RowDraws
 from experts.objective import ExtraInputs, StepContext
 from experts.progress import Progress
 from orchestration.training.engine import NonFiniteGradient
@@ -75,8 +78,11 @@ class TrainingStep:
             rest = 1 - batch.mixed.share
             parts = [(batch.mixed.share, *parts[0][1:]), (rest, batch.mixed.labels_B, batch.mixed.global_labels)]
         total, terms = outputs_EBX.new_zeros(()), dict[str, Tensor]()
-        for share, labels, global_labels in parts:
-            context = StepContext(setup.objective.denominators(global_labels, now), now, extra)
+        for label_set, (share, labels, global_labels) in enumerate(parts):
+            size = outputs_EBX.shape[1]
+            draws = RowDraws(setup.draws, now.epoch, batch.first_row, size, outputs_EBX.device, label_set)
+            given = replace(extra, draws=draws)
+            context = StepContext(setup.objective.denominators(global_labels, now), now, given)
             loss, found = setup.objective(outputs_EBX, labels, context)
             total = total + share * loss
             terms = {name: share * value + terms.get(name, 0.0) for name, value in found.items()}

@@ -21,13 +21,14 @@ from experts.backbones.resnet_cifar import ResNetCifar
 from experts.batches import Batch, Mixed
 from experts.cases import Case, cases_of
 from experts.data.keyed_random import key
+from experts.draws import RowDraws
 from experts.ensemble import EnsembleConfig, build_ensemble, part_of
 from experts.flow import PARTS
 from experts.flows.plain import Plain
 from experts.heads.linear import LinearHead
 from experts.methods.ace import ACE, OwnClasses
 from experts.methods.bbn import BBN, Bilateral, BilateralHead
-from experts.objective import StepContext
+from experts.objective import ExtraInputs, StepContext
 from experts.progress import Progress
 
 registry.import_pieces(experts, aggregation)
@@ -163,7 +164,9 @@ def step(case, network, batch, gather, now=NOW, flow=None):
     flow = flow or case.build_flow()
     outputs_EBX = flow(network, batch, now, gather)
     labels, global_labels = flow.labels(batch)
-    loss, _ = flow.objective(outputs_EBX, labels, StepContext(flow.objective.denominators(global_labels, now), now))
+    extra = ExtraInputs(draws=lambda what, width: RowDraws(partial(key, 0), 1, 0, 7)(what, width)[batch.positions_B])
+    denominators = flow.objective.denominators(global_labels, now)
+    loss, _ = flow.objective(outputs_EBX, labels, StepContext(denominators, now, extra))
     if loss.requires_grad:
         loss.backward()
     return outputs_EBX.detach(), loss.detach()

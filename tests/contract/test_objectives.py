@@ -6,6 +6,7 @@ Shapes: E experts, B images, C classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ import experts
 from experts import registry
 from experts.backbones.resnet_cifar import ResNetCifar
 from experts.cases import Case, cases_of
+from experts.data.keyed_random import key
+from experts.draws import RowDraws
 from experts.ensemble import EnsembleConfig, build_ensemble
 from experts.heads.cosine import CosineHead
 from experts.heads.linear import LinearHead
@@ -89,7 +92,8 @@ class Trial:
     def now(self, objective, images: Any = slice(None), labels=None) -> StepContext:
         """Return the context of some images, with the denominators of all."""
         teachers = {name: scores[images] for name, scores in teachers_of(objective, len(LABELS)).items()}
-        extra = ExtraInputs(teachers, (torch.arange(len(LABELS)) * 50)[images])
+        draws = RowDraws(partial(key, 0, "contract"), NOW.epoch, 0, len(LABELS))
+        extra = ExtraInputs(teachers, (torch.arange(len(LABELS)) * 50)[images], lambda *what: draws(*what)[images])
         return StepContext(objective.denominators(self.labels() if labels is None else labels, NOW), NOW, extra)
 
     def loss(self, objective, logits_EBC):

@@ -18,6 +18,7 @@ from tests.e2e.test_placement import saved_tensors, train_on
 pytestmark = pytest.mark.ray
 
 STEPS = 20
+WEIGHTED = ["method.stages.train.class_weights.rule=power", "method.stages.train.class_weights.after_epoch=1"]
 SYSTEMS = {
     "tade": ("train", []),
     "ace": ("train", []),
@@ -27,19 +28,34 @@ SYSTEMS = {
     "reslt_h2t": ("h2t", []),
     "ride_router": ("router", []),
     "dr_h2t": ("train", []),
+    "gcl": ("train", ["method.num_experts=3"]),
+    "esql": ("train", ["method.num_experts=3"]),
+    "seesaw": ("train", ["method.num_experts=3", *WEIGHTED]),
+    "ride": (
+        "train",
+        [
+            "method.stages.train.objective.name=sum",
+            "method.stages.train.objective.terms.balanced.name=balanced_softmax",
+            "method.stages.train.objective.terms.apart.name=expert_divergence",
+            "method.stages.train.objective.weights.apart=-0.45",
+            *WEIGHTED,
+        ],
+    ),
 }
-"""Stage and further words of each. dr_h2t's first stage has mixup, and one expert."""
+"""Stage and further words of each. dr_h2t's first stage has mixup, and one expert; gcl's has mixup and draws."""
 LONG = pytest.mark.drill
 PLACEMENTS = [
     *(pytest.param(name, "spread", "1", id=f"{name}, spread") for name in ("ace", "bbn", "reslt", "ride_h2t")),
     pytest.param("dr_h2t", "replicas", "1", id="dr_h2t, 2 replicas"),
+    pytest.param("gcl", "replicas", "1", id="gcl, 2 replicas"),
+    pytest.param("ride", "spread", "1", id="ride of parts, spread"),
     *(
         pytest.param(name, "spread", "1", id=f"{name}, spread", marks=LONG)
-        for name in ("tade", "reslt_h2t", "ride_router")
+        for name in ("tade", "reslt_h2t", "ride_router", "gcl", "esql", "seesaw")
     ),
     *(
         pytest.param(name, "replicas", "1", id=f"{name}, 2 replicas", marks=LONG)
-        for name in ("tade", "ace", "bbn", "reslt", "ride_h2t", "reslt_h2t", "ride_router")
+        for name in ("tade", "ace", "bbn", "reslt", "ride_h2t", "reslt_h2t", "ride_router", "esql", "seesaw", "ride")
     ),
     *(pytest.param(name, "packed", "1", id=f"{name}, packed", marks=LONG) for name in SYSTEMS),
     pytest.param("ace", "spread", "2", id="ace, spread, ZeRO 2", marks=LONG),

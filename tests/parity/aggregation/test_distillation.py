@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from aggregation.distillation import EachExpert, MeanLogits, SumLogits, distillation_loss
+from aggregation.distillation import DiVE, EachExpert, MeanLogits, SumLogits, distillation_loss
+from experts.losses.balanced_softmax import BalancedSoftmax
 from experts.losses.cross_entropy import CrossEntropy
 from experts.methods.ride import RIDE
 from experts.objective import StepContext
@@ -129,3 +130,56 @@ def test_no_gradient_goes_to_the_teacher():
     teacher = torch.tensor(TEACHER, requires_grad=True)
     distillation_loss(leaf(), teacher, temperature=1.5, images=torch.tensor(2.0)).sum().backward()
     assert teacher.grad is None
+
+
+# DiVE: numbers of a re-implementation that was read (float32, 6 decimals)
+
+DIVE_STUDENT = [[[1.0, 2, 3], [0, 0, 1]]]
+DIVE_TEACHER = [[2.0, 1, 0], [1, 0, 1]]
+
+
+@pytest.mark.parametrize(("power", "divergence", "published"), [(1.0, 0.710863, 1.360886), (0.5, 0.416228, 1.213569)])
+def test_dive_is_the_published_loss(power, divergence, published):
+    objective = BalancedSoftmax(BalancedSoftmax.Config(), COUNTS, 1)
+    logits = torch.tensor(DIVE_STUDENT)
+    loss, terms = distilled(DiVE(DiVE.Config(power=power)), logits, objective=objective, teacher=DIVE_TEACHER)
+    close(loss, published)
+    close(terms["distillation"], [divergence])
+    now = Progress(1, 1)
+    close(objective(logits, LABELS, StepContext(objective.denominators(LABELS, now), now))[0], 2.010910)
+
+
+@pytest.mark.parametrize(
+    ("power", "published"),
+    [
+        (1.0, [[0.448441, 0.321322, 0.230237], [0.368116, 0.263767, 0.368116]]),
+        (0.5, [[0.390166, 0.330268, 0.279566], [0.351311, 0.297378, 0.351311]]),
+    ],
+)
+def test_dives_virtual_examples_are_the_published_ones(power, published):
+    close((DiVE(DiVE.Config(power=power)).teacher_scores(torch.tensor(DIVE_TEACHER)) / 3).softmax(dim=-1), published)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_dive_equals_its_equation_in_float64_for_every_expert(seed):
+    rng = np.random.default_rng(seed)
+    z, t, counts = rng.normal(size=(2, 5, 3)) * 3, rng.normal(size=(5, 3)) * 3, np.array([100, 10, 1])
+    labels = rng.integers(0, 3, size=5)
+    objective, now, labels_B = (
+        BalancedSoftmax(BalancedSoftmax.Config(), COUNTS, 2),
+        Progress(1, 1),
+        torch.tensor(labels),
+    )
+    denominators = objective.denominators(labels_B, now)
+    loss, _ = objective(torch.tensor(z), labels_B, StepContext(denominators, now))
+    piece = DiVE(DiVE.Config(temperature=2.5, alpha=0.3, power=0.7))
+    found, _ = piece(loss, torch.tensor(z), {"teacher": torch.tensor(t)}, denominators, now)
+    virtual = (np.exp(t / 2.5) / np.exp(t / 2.5).sum(1, keepdims=True)) ** 0.7
+    virtual /= virtual.sum(1, keepdims=True)
+    expected = 0.0
+    for z_BC in z:
+        mass = np.exp(z_BC) * counts
+        expected -= 0.7 * np.mean(np.log(mass[range(5), labels] / mass.sum(1)))
+        student = np.exp(z_BC / 2.5) / np.exp(z_BC / 2.5).sum(1, keepdims=True)
+        expected += 0.3 * 2.5**2 * np.mean((virtual * np.log(virtual / student)).sum(1))
+    assert found.item() == pytest.approx(expected, rel=1e-12)
