@@ -6,7 +6,6 @@ up, and a drop comes at least one epoch after the start. A drop that rounds to t
 
 from __future__ import annotations
 
-import itertools
 import re
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
@@ -16,6 +15,7 @@ from orchestration.config.origins import Layered
 
 _PERCENTAGE = re.compile(r"-?\d+(\.\d+)?\s*%")
 _OF_EPOCHS = re.compile(r"(.*_)?(epochs?|warmup)")
+_LONGER = 1000  # epochs by which a stage may be lengthened to tell two percentages apart
 _STAND_IN = 100  # for a number of epochs that is itself refused later, with its own message
 
 
@@ -107,16 +107,19 @@ class _Stage:
             if ends:
                 continue
             if epoch in taken:
-                apart = next(
-                    n for n in itertools.count(self.epochs) if _round(taken[epoch], n) != _round(percentage, n)
-                )
                 self.problems.append(
                     f"method.stages.{self.name}.{key}: {taken[epoch]} and {percentage} of {self.epochs} epochs both "
-                    f"round to epoch {epoch}; needed different ones; set epochs to {apart}, or {field} in whole epochs"
+                    f"round to epoch {epoch}; needed different ones; {self._way_out(taken[epoch], percentage, field)}"
                 )
             taken[epoch] = percentage
             kept.append(entry | {field: epoch})
         return kept
+
+    def _way_out(self, one: str, other: str, field: str) -> str:
+        """Say how two percentages come to different epochs."""
+        lengths = range(self.epochs, self.epochs + _LONGER)  # none of them does for equal percentages
+        apart = next((n for n in lengths if _round(one, n) != _round(other, n)), None)
+        return f"change {field} of either" if apart is None else f"set epochs to {apart}, or {field} in whole epochs"
 
 
 def _share(percentage: str) -> Decimal:

@@ -63,6 +63,15 @@ def test_two_drops_at_the_same_epoch_are_refused_with_a_length_that_would_do(epo
     assert resolved(8, **steps("80%", "90%"))[2] == []
 
 
+@pytest.mark.parametrize("second", ["80%", "80.0%", "80.000001%"])
+def test_two_drops_at_the_same_share_of_any_stage_are_refused_without_a_length(second):
+    _, _, [problem] = resolved(20, **steps("80%", second))
+    assert problem == (
+        f"method.stages.train.{DROPS}: 80% and {second} of 20 epochs both round to epoch 16; needed different ones; "
+        f"change after_epoch of either"
+    )
+
+
 @pytest.mark.parametrize("share", ["0%", "100%", "120%", "-5%"])
 def test_a_percentage_outside_the_stage_is_refused(share):
     for stage in ({"objective": {"reweight_epoch": share}}, steps(share), steps(warmup=share)):
