@@ -45,6 +45,14 @@ class PriorSettings(AggregatorSettings):
                 f"aggregator.name=mean_logits"
             )
 
+    def check_head(self, head: Any) -> None:
+        """Refuse a head that is fitted: its scores are no log probabilities, which alone a prior can be taken from."""
+        if piece("head", head.name).fits:
+            raise ValueError(
+                f"aggregator '{self.name}' subtracts log frequencies from scores that were trained, but head.name = "
+                f"{head.name} is fitted; set head.name=linear, or aggregator.name=mean_logits"
+            )
+
     def check_class_weights(self, weights: Any) -> None:
         """Refuse class weights: with them the experts have learnt another distribution than that of the images."""
         if weights is not None:

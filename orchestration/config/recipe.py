@@ -216,13 +216,17 @@ class Recipe(Settings):
         source = self.starts_from(stage)
         return source.stage if source is not None and source.stage in earlier else None
 
-    def heads_trained_in(self, stage: str) -> str | None:
-        """Return the stage whose steps a stage's heads come from: itself, or one before; None for a saved run's."""
+    def scores_trained_in(self, stage: str) -> str | None:
+        """Return the last stage whose steps a stage's scores come from: of heads, or of what calibrates them.
+
+        It is the stage itself or one before; None where the scores are a saved run's.
+        """
         config = self.stages[stage]
-        if config.epochs and "heads" not in config.freeze:
+        learns = {"heads"} | ({"calibration"} if self.calibration_in(stage) else set())
+        if config.epochs and not learns.issubset(config.freeze):
             return stage
         before = self.stage_before(stage)
-        return None if before is None else self.heads_trained_in(before)
+        return None if before is None else self.scores_trained_in(before)
 
     @property
     def final(self) -> str:

@@ -47,11 +47,7 @@ def _rule_problems(name: str, method: Recipe, earlier: list[str]) -> Iterator[st
     rule = method.aggregator_in(name)
     yield from _refusal(rule.check_head, method.head_in(name))
     yield from _refusal(rule.check_experts, method.names_in(name))
-    trained = method.stages.get(method.heads_trained_in(name) or "")
-    if trained is not None and trained.objective is not None and trained.sampler is not None:
-        yield from _refusal(rule.check_objective, trained.objective)
-        yield from _refusal(rule.check_sampler, trained.sampler)
-        yield from _refusal(rule.check_class_weights, trained.class_weights)
+    yield from learnt_problems(rule, method, name)
     if method.stages[name].epochs and (key := open_choice("aggregator", rule)):
         yield _only_without_steps(f"stages.{name}.aggregator.{key}")
     if piece("aggregator", rule.name).needs_router and not _has_trained_router(method, [*earlier, name]):
@@ -59,6 +55,21 @@ def _rule_problems(name: str, method: Recipe, earlier: list[str]) -> Iterator[st
             f"stages.{name}.aggregator = {rule.name}: no router is trained by then; needed a stage with "
             f"{_router_flow()}; set aggregator.name={_one_of('aggregator', lambda other: not other.needs_router)}"
         )
+
+
+def learnt_problems(rule: Any, method: Recipe, stage: str) -> Iterator[str]:
+    """Yield why a rule does not fit what the experts have learnt by the end of a stage.
+
+    Args:
+        rule: config of an aggregator, of this recipe or of one that goes on from it.
+        method: that has the stage.
+        stage: its name.
+    """
+    trained = method.stages.get(method.scores_trained_in(stage) or "")
+    if trained is not None and trained.objective is not None and trained.sampler is not None:
+        yield from _refusal(rule.check_objective, trained.objective)
+        yield from _refusal(rule.check_sampler, trained.sampler)
+        yield from _refusal(rule.check_class_weights, trained.class_weights)
 
 
 def _refusal(check: Callable[[Any], None], against: Any) -> Iterator[str]:

@@ -188,6 +188,8 @@ def name_problems(config: RunConfig) -> Iterator[str]:
     for stage in config.method.stages:
         if not re.fullmatch(r"[\w-]+", stage):
             yield f"method.stages: {stage!r} is no name of a stage; needed letters, digits, _ and - only"
+        if stage in ("last", "best"):
+            yield f"method.stages: {stage!r} is no name of a stage, but of the run's models; choose another"
 
 
 def precision_problems(config: RunConfig) -> Iterator[str]:

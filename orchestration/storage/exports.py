@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from aggregation.serving import DESCRIPTION, TrainingData, export_model, preprocessing_problem, read_description
+from orchestration.config.compose import from_yaml
 from orchestration.config.paths import expand
 from orchestration.config.recipe import ModelSource, stage_classes
-from orchestration.config.recipe_checks import head_problem
+from orchestration.config.recipe_checks import head_problem, learnt_problems
 from orchestration.config.run_config import RunConfig
 from orchestration.storage.checkpoint import Checkpoints, inspect, read_tensors, verify
-from orchestration.storage.files import RUN
+from orchestration.storage.files import CONFIG, RUN
 from orchestration.storage.pretrained import check_pretrained
 from orchestration.storage.run_folder import RunFolder
 
@@ -61,7 +62,21 @@ def _problem(folder: Path, weights: str, config: RunConfig, stage: str | None) -
         return f"{RUN} cannot be read ({type(error).__name__}); needed a finished run"
     if status != "finished":
         return f"the run is {status or 'not started'}; needed a finished one: give its command again to continue it"
-    return _misfit(folder / "export" / weights / DESCRIPTION, weights, config, stage)
+    if problem := _misfit(folder / "export" / weights / DESCRIPTION, weights, config, stage):
+        return problem
+    return None if stage is None else _learnt_misfit(folder, config, stage)
+
+
+def _learnt_misfit(folder: Path, config: RunConfig, stage: str) -> str | None:
+    """Return why a stage's rule does not fit what the experts of the run that it begins with have learnt."""
+    if config.method.scores_trained_in(stage) is not None:
+        return None  # its own steps decide, and those were checked with the recipe
+    try:
+        source = from_yaml(folder / CONFIG).method
+    except ValueError:
+        return None  # of an earlier version, which says nothing that could be asked
+    problems = learnt_problems(config.method.aggregator_in(stage), source, source.final)
+    return next((f"in its stage {source.scores_trained_in(source.final)}: {problem}" for problem in problems), None)
 
 
 def _misfit(model: Path, weights: str, config: RunConfig, stage: str | None) -> str | None:
@@ -73,7 +88,16 @@ def _misfit(model: Path, weights: str, config: RunConfig, stage: str | None) -> 
         return str(error)
     if problem := preprocessing_problem(found.preprocessing, config.dataset):
         return f"its model {problem}"
-    return None if stage is None else head_problem(config.method, stage, str(found.head.get("name")))
+    if stage is None:
+        return None
+    dropped = found.calibration is not None and not config.method.calibration_in(stage)
+    if dropped and "heads" not in config.method.stages[stage].reinit:
+        name = found.calibration["name"]  # type: ignore[index]
+        return (
+            f"its heads are calibrated by '{name}', which stage {stage} would leave out; set "
+            f"method.stages.{stage}.calibration.name={name}, or reinit=[heads]"
+        )
+    return head_problem(config.method, stage, str(found.head.get("name")))
 
 
 def model_folder(config: RunConfig, folder: RunFolder, checkpoints: Checkpoints, source: ModelSource) -> Path:

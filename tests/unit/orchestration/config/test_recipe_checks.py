@@ -148,3 +148,21 @@ def test_new_heads_leave_the_calibration_of_the_old_ones_behind():
     found = {name: method.calibration_in(name) for name in ("train", "lws", "ncm", "dr", "crt")}
     assert found["dr"] == found["lws"] is not None
     assert found["train"] is found["ncm"] is found["crt"] is None
+
+
+@pytest.mark.parametrize(
+    ("host", "why"),
+    [
+        ("lws", "with sampler.name = class_balanced the heads have seen another one"),
+        ("disalign", "with objective.name = grw the experts learn: uniform"),
+        ("ncm", "from scores that were trained, but head.name = ncm is fitted"),
+    ],
+)
+def test_a_prior_is_not_taken_from_scores_that_are_calibrated_or_fitted(host, why):
+    assert why in problem(f"method={host}", "then=logit_adjusted", host=[])
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_a_stage_is_not_called_as_the_runs_models(name):
+    said = problem(stage("epochs: 0", name), host=["method=ce"])
+    assert said.endswith(f"method.stages: '{name}' is no name of a stage, but of the run's models; choose another")
