@@ -13,6 +13,9 @@ from experts.calibrations.scales import Scales
 from experts.data.dataset import open_dataset
 from experts.ensemble import Ensemble, EnsembleConfig, Expert, build_ensemble, freeze
 from experts.heads.linear import LinearHead
+from experts.losses.label_smoothing import LabelAwareSmoothing
+from experts.objective import StepContext
+from experts.progress import Progress
 from experts.registry import build
 from orchestration.config.compose import load_config
 from orchestration.config.recipe import OptimizerConfig
@@ -272,12 +275,11 @@ def test_two_steps_of_classifier_and_scales_at_rates_of_their_own(words, world):
     engine, head = small_head(
         words, {"heads", "calibration"}, Scales.Config(), lr=0.1, weight_decay=2e-4, part_factors={"heads": 0.2}
     )
-    smoothing_B = torch.tensor([0.4, 0.25, 0.1], dtype=torch.float64)[LABELS]
+    config = LabelAwareSmoothing.Config(head=0.4, tail=0.1)
+    objective, now = LabelAwareSmoothing(config, torch.tensor([100, 40, 10]), 1), Progress(1, 10)
 
     def smoothed(logits_BC):
-        log_p_BC = logits_BC.log_softmax(dim=1)
-        own_B = log_p_BC[torch.arange(2), LABELS]
-        return -((1 - smoothing_B) * own_B + smoothing_B * log_p_BC.mean(dim=1)).mean()
+        return objective(logits_BC[None], LABELS, StepContext(objective.denominators(LABELS, now), now))[0]
 
     biases = [[0.098272, -0.208586, 0.060314], [0.095119, -0.221662, 0.080094]]
     scales = [[0.976361, 0.641951, 1.052895], [0.933624, -0.017819, 1.154333]]
