@@ -117,7 +117,8 @@ class DatasetConfig(Settings):
     """Whether image files are decoded once and kept, as uint8 on the device. auto: where a split takes at most
     resident_mib, and the training split is not cropped from whole pictures (random_resized_crop). Arrays always are."""
     resident_mib: Annotated[int, Field(ge=0)] = 512
-    """Limit per split, MiB, at 3 x image_size x image_size bytes per image."""
+    """Limit per split, MiB, at 3 x image_size x image_size bytes per image. The same limit again holds for the features
+    of a split, which are kept where only heads learn."""
     loader_processes: Annotated[int, Field(ge=0)] = 0
     """Processes that decode streamed files, per worker; 0 decodes in the worker. Never changes a batch."""
     quarantine: Annotated[int, Field(ge=0)] = 0
