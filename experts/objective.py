@@ -33,6 +33,11 @@ class ObjectiveSettings(Settings):
         problem: str | None = piece("objective", self.name).number_problem(num_experts)
         return problem
 
+    @property
+    def whole_batch(self) -> bool:
+        """Whether the loss needs all images of the global batch at once."""
+        return bool(piece("objective", self.name).whole_batch)
+
     def weighting_problem(self) -> str | None:
         """Return why class weights cannot be put on the objective, and what to set; None where they can."""
         cls = piece("objective", self.name)
@@ -144,8 +149,8 @@ class Objective(nn.Module, ABC):
 
     A worker sees a piece of the global batch, possibly an empty one. It asks for `denominators` of the global batch's
     labels, and `forward` divides the piece's numerators by them. The losses, gradients and terms of the pieces then add
-    up to those of the whole batch. Logits of experts that live elsewhere come in detached: the value is still the whole
-    loss, and the attached slots get exactly the gradient of the whole loss.
+    up to those of the whole batch, unless it is `whole_batch`. Logits of experts that live elsewhere come in detached:
+    the value is still the whole loss, and the attached slots get exactly the gradient of the whole loss.
 
     Args:
         config: the `Config` of the class.
@@ -175,6 +180,9 @@ class Objective(nn.Module, ABC):
     """Whether `weigh` may put class weights on it."""
     why_not_weighable: ClassVar[str] = ""
     """Where it takes none: why, as the end of that sentence."""
+    whole_batch: ClassVar[bool] = False
+    """Whether `forward` needs all images of the global batch at once; it then gets them on every replica, in the order
+    of the batch, the other replicas' rows detached. Read it from the config, as it may depend on that."""
     last_expert_learns: ClassVar[bool] = True
     """False where the loss ignores whatever the last expert alone computes."""
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ()

@@ -48,7 +48,14 @@ class ComposedSettings(ObjectiveSettings):
                 raise ValueError(
                     f"{key}.name = {part.name}: it is for {where}, and can be no part of another; remove it"
                 )
+        if self.whole_batch and self.teacher_names is not None:
+            raise ValueError(f"{', '.join(self.parts)}: one needs the whole batch, another teachers; remove either")
         return self
+
+    @property
+    def whole_batch(self) -> bool:
+        """Whether a part needs the whole batch; the others then get it, too."""
+        return any(part.whole_batch for part in self.parts.values())
 
     def check_head(self, head: Any) -> None:
         """Refuse a head that a part refuses."""
@@ -238,7 +245,8 @@ class Sum(Composed):
             },
             weights={"both": 0.5},
         )
-        return [Case(cls.Config(), 1), Case(nested, 1), Case(ride, 2), Case(ride, 3)]
+        whole = cls.Config(terms={"a": {"name": "lade"}, "b": {"name": "ldam"}}, weights={"a": 0.5})
+        return [Case(cls.Config(), 1), Case(nested, 1), Case(whole, 1), Case(ride, 2), Case(ride, 3)]
 
     @property
     def lr_factors(self) -> tuple[float, ...]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from experts.batches import share
 from orchestration.training.batchnorm import SynchronisedBatchNorm2d, momenta_of
 from orchestration.training.exchange import NOBODY, Groups, join_groups
 
@@ -134,6 +135,29 @@ class Mesh:
         # `all_gather` has no gradient, and needs none: each worker differentiates by its own experts' values only.
         slots = self.groups.experts.all_gather(own_e, what)
         return torch.cat([own_e if s == self.slot else other for s, other in enumerate(slots)])
+
+    def batch_rows(self, own_EbX: Tensor, images: int) -> Tensor:
+        """Gather the rows of a whole batch, in its order: own rows [E, b, ...] keep their graph, others come detached.
+
+        A loss of all rows, evaluated on every replica, then gives each the exact gradient for its own rows, since the
+        gradients of replicas are summed. Its value would be counted once per replica.
+
+        Args:
+            own_EbX: values for this replica's share of the batch, `share(images, replica, replicas)`; may be empty.
+            images: of the whole batch.
+
+        Returns:
+            [E, images, ...] on every worker of this slot.
+        """
+        replicas = self.shape.replicas
+        if replicas == 1:
+            return own_EbX
+        sizes = [last - first for first, last in (share(images, d, replicas) for d in range(replicas))]
+        padded = own_EbX.new_zeros(len(own_EbX), max(sizes), *own_EbX.shape[2:])
+        padded[:, : own_EbX.shape[1]] = own_EbX.detach()
+        everyone = self.groups.data.all_gather(padded, "logits of the whole batch")
+        rows = [other[:, :size] for other, size in zip(everyone, sizes, strict=True)]
+        return torch.cat([*rows[: self.replica], own_EbX, *rows[self.replica + 1 :]], dim=1)
 
     def statistics_before(self, module: nn.Module) -> list[Tensor]:
         """Copy a module's buffers, for `statistics_in_turn`."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from experts.batches import Batch
+from experts.batches import share as share_of
 from experts.draws import RowDraws
 from experts.objective import ExtraInputs, StepContext
 from experts.progress import Progress
@@ -77,15 +78,23 @@ class TrainingStep:
         if batch.mixed is not None:
             rest = 1 - batch.mixed.share
             parts = [(batch.mixed.share, *parts[0][1:]), (rest, batch.mixed.labels_B, batch.mixed.global_labels)]
+        seen_EBX, first_row, replicas = outputs_EBX, batch.first_row, 1
+        if whole := setup.objective.config.whole_batch:  # every replica evaluates the loss of all images
+            replicas, images = setup.mesh.shape.replicas, len(batch.global_labels)
+            seen_EBX = setup.mesh.batch_rows(outputs_EBX, images)
+            first_row -= share_of(images, setup.mesh.replica, replicas)[0]
         total, terms = outputs_EBX.new_zeros(()), dict[str, Tensor]()
         for label_set, (share, labels, global_labels) in enumerate(parts):
-            size = outputs_EBX.shape[1]
-            draws = RowDraws(setup.draws, now.epoch, batch.first_row, size, outputs_EBX.device, label_set)
+            size = seen_EBX.shape[1]
+            draws = RowDraws(setup.draws, now.epoch, first_row, size, seen_EBX.device, label_set)
             given = replace(extra, draws=draws)
             context = StepContext(setup.objective.denominators(global_labels, now), now, given)
-            loss, found = setup.objective(outputs_EBX, labels, context)
+            loss, found = setup.objective(seen_EBX, global_labels if whole else labels, context)
             total = total + share * loss
             terms = {name: share * value + terms.get(name, 0.0) for name, value in found.items()}
+        if replicas > 1:  # values are summed over the replicas, which all have the whole one; gradients are of own rows
+            total = total - (1 - 1 / replicas) * total.detach()
+            terms = {name: value / replicas for name, value in terms.items()}
 
         if setup.distillation is not None:
             denominators = setup.distillation.denominators(batch.global_labels)

@@ -87,11 +87,11 @@ class Trial:
 
 
 def on_the_plain_flow() -> list[Trial]:
-    """Every objective that is meant for no other flow and asks for no teacher, as in the last of its cases."""
+    """Every objective for any flow, of pieces of a batch and without teachers, as in the last of its cases."""
     found = []
     for name in registry.registered_names("objective"):
         cls, case = registry.piece("objective", name), cases_of("objective", name)[-1]
-        if cls.flow is None and case.config.teacher_names is None:
+        if cls.flow is None and case.config.teacher_names is None and not case.config.whole_batch:
             found.append(Trial("plain", Case(Plain.Config(), case.num_experts, objective=case.config)))
     return found
 

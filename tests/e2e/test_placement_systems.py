@@ -30,6 +30,7 @@ SYSTEMS = {
     "dr_h2t": ("train", []),
     "gcl": ("train", ["method.num_experts=3"]),
     "esql": ("train", ["method.num_experts=3"]),
+    "lade": ("train", ["method.num_experts=3"]),
     "seesaw": ("train", ["method.num_experts=3", *WEIGHTED]),
     "ride": (
         "train",
@@ -49,9 +50,10 @@ PLACEMENTS = [
     pytest.param("dr_h2t", "replicas", "1", id="dr_h2t, 2 replicas"),
     pytest.param("gcl", "replicas", "1", id="gcl, 2 replicas"),
     pytest.param("ride", "spread", "1", id="ride of parts, spread"),
+    pytest.param("lade", "replicas", "1", id="lade, 2 replicas"),
     *(
         pytest.param(name, "spread", "1", id=f"{name}, spread", marks=LONG)
-        for name in ("tade", "reslt_h2t", "ride_router", "gcl", "esql", "seesaw")
+        for name in ("tade", "reslt_h2t", "ride_router", "gcl", "esql", "seesaw", "lade")
     ),
     *(
         pytest.param(name, "replicas", "1", id=f"{name}, 2 replicas", marks=LONG)
