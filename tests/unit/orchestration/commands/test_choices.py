@@ -24,7 +24,7 @@ def test_methods_and_parts_are_listed_once_below_their_families_in_the_surveys_o
     listed: dict[str, list[str]] = {}
     for block in choices_text().split("\n\n"):
         family, *members = block.splitlines()
-        listed[family] = [line.split()[0] for line in members if line.startswith("  ")]
+        listed[family] = [line.split()[0] for line in members if line.startswith("  ") and line[2] != " "]
     families = [family for family in FAMILIES if family in listed]
     assert [family for family in listed if family in FAMILIES] == families
     assert sorted(name for f in families for name in listed[f]) == sorted(f"{group}={name}" for group, name in RECIPES)
