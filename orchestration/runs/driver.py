@@ -97,6 +97,9 @@ class Driver:
         last = ended.get(stages[-1], outcomes[-1])
         last.cut = tuple(stage for stage in stages if stage not in ended or not ended[stage].finished)
         last.finished = not last.cut
+        if last.finished and (newest := self.run.checkpoints.newest(last.stage, self.run.console.message)) is not None:
+            # Again: a stage of no final result, side by side with the last one or after it, may have written its own.
+            write_evaluations(self.run.folder, self.run.config, last.stage, newest.state)
         return last
 
     def _train_wave(self, stages: list[str], before: int) -> list[Outcome]:
