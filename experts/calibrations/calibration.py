@@ -27,7 +27,7 @@ class Calibration(nn.Module, ABC):
 
 def put_on(head: nn.Module, calibration: Calibration) -> None:
     """Make a head return calibrated scores. Its own tensors keep their names; the others lie in `head.calibration`."""
-    # A hook, not a wrapper: a wrapper would rename the head's tensors, and whoever holds the head would miss it.
+    # A hook, not a wrapper: a wrapper would rename the head's tensors, and code that holds the head would miss it.
     head.calibration = calibration
     head.register_forward_hook(_calibrate)
 

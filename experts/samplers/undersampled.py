@@ -15,7 +15,7 @@ from experts.samplers.sampler import PartSampler
 
 @register("sampler", "undersampled")
 class Undersampled(PartSampler):
-    """The same number of images of each class, chosen anew every epoch; a smaller class gives all that it has.
+    """The same number of images of each class, another choice every epoch; a smaller class gives all that it has.
 
     No class is left out, however few images the smallest has.
     """

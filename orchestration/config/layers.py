@@ -5,7 +5,7 @@ A file is a part of the config: `method:`, `dataset:`, ... at the top. It may al
     stage: {...}                 changes to every stage that learns the trunk
     second: {...}                changes to every later stage with steps, which learns heads or gates only
     protocol: name               the protocol to use, if the command line names none
-    backbone: name               the backbone to use, likewise; or {of: name, ...} to change some of its keys, too
+    backbone: name               the backbone, in the same way; or {of: name, ...} to change some of its keys, too
     on: {name: {...}, ...}       the same again, for one data set, or for one protocol
 """
 

@@ -1,7 +1,7 @@
 """Recipes from parts: which layers make a recipe, and in which order they lie.
 
     configs/config.yaml, dataset, backbone, cluster
-    method                 its file; of a recipe `of` others first theirs
+    method                 its file; a recipe `of` others has theirs first
     protocol, pace         optimiser and schedule; epochs, batch sizes
     method on ...          what the method's file says of this data set or protocol
     mix, mix on ...        changes to the stages that learn the trunk

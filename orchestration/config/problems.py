@@ -1,4 +1,4 @@
-"""What is wrong with a config, in our words: key, found, needed, and which file it comes from."""
+"""The problems of a config in our words: key, found, needed, and which file it comes from."""
 
 from __future__ import annotations
 

@@ -211,7 +211,7 @@ class Recipe(Settings):
 
     def stage_before(self, stage: str) -> str | None:
         """Return the stage of this run whose weights a stage begins with; None if it begins with others."""
-        # Earlier ones only, so that whoever follows them comes to an end. The checks refuse any other reference.
+        # Earlier ones only, so that following them comes to an end. The checks refuse any other reference.
         earlier = list(self.stages)[: list(self.stages).index(stage)]
         source = self.starts_from(stage)
         return source.stage if source is not None and source.stage in earlier else None

@@ -196,10 +196,11 @@ def _flow_problems(name: str, stage: StageConfig, method: Recipe) -> Iterator[st
     head_name = method.head_in(name).name
     head = piece("head", head_name)
     if head.flow not in (None, stage.flow.name):
-        yield (
-            f"{flow_is}: method.head.name = {head_name} is for flow '{head.flow}'; set method.head.name to "
-            f"{_one_of('head', lambda other: other.flow is None)}"
-        )
+        others = _one_of("head", lambda other: other.flow is None and not other.fits)
+        way = f"set method.head.name to {others}"
+        if method.stage_before(name) is not None:
+            way = f"give the stage new heads, reinit=[heads] and head.name = {others}, or set flow.name={head.flow}"
+        yield f"{flow_is}: head '{head_name}' is for flow '{head.flow}'; {way}"
     if flow.needs_own_heads and method.shared_head:
         yield f"{flow_is}: method.shared_head = true; needed a head in each expert; set method.shared_head=false"
     if stage.mixup is not None and flow.needs_partner:

@@ -59,9 +59,11 @@ def parse(words: list[str]) -> Words:
             problems.append(_no_schedule(word, str(override.value())))
         elif key == "then":
             chosen = override.value()
-            read = read._replace(
-                then=tuple(map(str, chosen if isinstance(chosen, list) else [chosen] if chosen else ()))
-            )
+            parts = tuple(map(str, chosen if isinstance(chosen, list) else [chosen] if chosen else ()))
+            if parts and read.then:
+                together = ",".join(dict.fromkeys((*read.then, *parts)))
+                problems.append(f"{word}: then= is set twice; needed once; both side by side are 'then=[{together}]'")
+            read = read._replace(then=parts)
         elif key == "mix" and override.value() is None:
             read.choices.pop("mix", None)
         elif key in GROUPS:

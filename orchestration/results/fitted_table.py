@@ -1,4 +1,4 @@
-"""What stages without steps have fitted: the numbers that a recipe left open, and how each was chosen."""
+"""The numbers that a recipe left open, as stages without steps have chosen them, and how."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stage without steps does: heads are fitted to the training images, open numbers are chosen on validation.
+"""The work of a stage without steps: heads are fitted to the training images, open numbers are chosen on validation.
 
 fit
     heads that fit        each sees its own expert's features of all training images; their sums go over the replicas
@@ -27,7 +27,7 @@ from orchestration.training.features import FeaturePasses
 from orchestration.training.stage_setup import StageSetup
 
 Fitted = Mapping[str, Any]
-"""What a fit found, as a checkpoint keeps it: `values`, by kind of piece the keys of its config, and `choices`."""
+"""The result of a fit, as a checkpoint keeps it: `values`, by kind of piece the keys of its config, and `choices`."""
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class StageSetup:
         return model.train()
 
     def _seed_of_weights(self) -> int:
-        """Return the seed of new weights: the run's, but another for parts that begin anew on features of a source.
+        """Return the seed of new weights: the run's, but another for parts that are made new on features of a source.
 
         The source's features grew from the weights that its head began with; the same ones again would not be new.
         """

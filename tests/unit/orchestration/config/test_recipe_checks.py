@@ -166,3 +166,12 @@ def test_a_prior_is_not_taken_from_scores_that_are_calibrated_or_fitted(host, wh
 def test_a_stage_is_not_called_as_the_runs_models(name):
     said = problem(stage("epochs: 0", name), host=["method=ce"])
     assert said.endswith(f"method.stages: '{name}' is no name of a stage, but of the run's models; choose another")
+
+
+def test_a_head_of_another_flow_is_refused_with_what_the_stage_can_do():
+    said = problem("method=bbn", "then=lws", host=[])
+    assert said.startswith(
+        "method: stages.lws.flow 'plain': head 'bilateral' is for flow 'bilateral'; give the stage new heads, "
+        "reinit=[heads] and head.name = cosine or "
+    )
+    assert said.endswith(", or set flow.name=bilateral") and " ncm " not in said

@@ -37,6 +37,9 @@ def test_parts_without_brackets_are_for_a_sweep():
 
 
 def test_a_part_that_is_named_twice_is_refused():
+    assert refused("then=crt", "then=lws") == (
+        "then=lws: then= is set twice; needed once; both side by side are 'then=[crt,lws]'"
+    )
     assert refused("then=[crt,lws,crt]") == "then=crt: named 2 times; needed each part once"
 
 
