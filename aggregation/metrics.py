@@ -234,12 +234,15 @@ class Scores:
             scores._append(arrays["labels"], members, extras)
         return scores
 
-    def result(self, counts_C: Sequence[int] | NDArray[Any], cuts: Sequence[int] | None) -> dict[str, Any]:
+    def result(
+        self, counts_C: Sequence[int] | NDArray[Any], cuts: Sequence[int] | None, probabilities: bool = True
+    ) -> dict[str, Any]:
         """Return a summary as plain numbers, fit for JSON.
 
         Args:
             counts_C: TRAINING images per class, which make the groups.
             cuts: of the groups by index, see `groups_by_index`; None: those groups are None.
+            probabilities: whether a softmax of the scores means anything; `nll`, `ece` and `mce` are None otherwise.
 
         Returns:
             `num_images`; `members`, by member:
@@ -264,9 +267,9 @@ class Scores:
             ece, mce = expected_calibration_error(kept["confidence"], kept["correct"])
             members[member] = {
                 "top1": group_means(kept["correct"], labels, groups, len(counts_C)),
-                "nll": float(np.sort(kept["nll"]).mean()),
-                "ece": ece,
-                "mce": mce,
+                "nll": float(np.sort(kept["nll"]).mean()) if probabilities else None,
+                "ece": ece if probabilities else None,
+                "mce": mce if probabilities else None,
                 "per_class": [None if np.isnan(value) else float(value) for value in accuracy_C],
             }
         per_image = {

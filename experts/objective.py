@@ -28,6 +28,11 @@ class ObjectiveSettings(Settings):
     fits_classes: ClassVar[bool] = True
     """False for a loss that says nothing of an image's class, so that `trained_log_prior` means nothing."""
 
+    @property
+    def gives_probabilities(self) -> bool:
+        """Whether a softmax of the scores is what the loss trains. False for binary losses, whose scores only rank."""
+        return True
+
     def number_problem(self, num_experts: int) -> str | None:
         """Return why the objective does not take so many experts, and what to set; None where it does."""
         problem: str | None = piece("objective", self.name).number_problem(num_experts)

@@ -40,6 +40,11 @@ class ACSL(PerImage):
         threshold: Annotated[float, Field(ge=0, le=1)] = 0.7
         """xi, the sigmoid of a score from which a negative counts; published 0.7; 0 counts all."""
 
+        @property
+        def gives_probabilities(self) -> bool:
+            """It asks a question per class."""
+            return False
+
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({"threshold": 0.2},)
 
     def per_image(self, logits_EBC: Tensor, labels_B: Tensor, now: StepContext) -> Tensor:

@@ -68,6 +68,11 @@ class ComposedSettings(ObjectiveSettings):
         return None if None in problems else problems[0]
 
     @property
+    def gives_probabilities(self) -> bool:
+        """Whether those of all parts that say something of classes do."""
+        return all(part.gives_probabilities for part in self.parts.values() if part.fits_classes)
+
+    @property
     def teacher_names(self) -> tuple[str, ...] | None:
         """The teachers that the parts need; None where none asks for one by name."""
         wanted = [part.teacher_names for part in self.parts.values()]

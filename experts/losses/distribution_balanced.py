@@ -103,6 +103,11 @@ class DistributionBalanced(PerImage):
         over_classes: Literal["sum", "mean"] = "sum"
         """How the classes of an image are added up: "mean" as published; its gradient is C times smaller."""
 
+        @property
+        def gives_probabilities(self) -> bool:
+            """It asks a question per class."""
+            return False
+
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"focal": False, "over_classes": "mean", "tolerance": 5.0, "centre": 0.3},
     )

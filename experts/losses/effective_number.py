@@ -53,6 +53,11 @@ class ClassBalanced(PerImage):
         gamma: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
         """Power of the focal form, no unit; published 0.5, 1 and 2, chosen for each data set."""
 
+        @property
+        def gives_probabilities(self) -> bool:
+            """Whether its form is that of a softmax."""
+            return self.form in ("softmax", "softmax_bce")
+
     why_not_weighable: ClassVar[str] = " beside its own"
     weighable: ClassVar[bool] = False
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = (

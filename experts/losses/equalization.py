@@ -63,6 +63,11 @@ class SoftmaxEqualization(PerImage):
         """Share of the images up to which a class is rare; published 4.3e-4 (ImageNet-LT), 3e-3 (CIFAR-100); null: half
         the mean share, 1 / 2C. 0 makes no class rare."""
 
+        @property
+        def gives_probabilities(self) -> bool:
+            """Whether its form is that of a softmax."""
+            return self.form == "softmax"
+
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"gamma": 1.0, "threshold": 0.2},
         {"form": "sigmoid", "threshold": 0.2},

@@ -78,6 +78,11 @@ class Focal(PerImage):
         """Of the sigmoid form: weight of an image's own class, that of the others is 1 - alpha; published 0.25 for
         detection; null: 1 for all."""
 
+        @property
+        def gives_probabilities(self) -> bool:
+            """Whether its form is that of a softmax."""
+            return self.form == "softmax"
+
         @model_validator(mode="after")
         def _alpha_is_of_the_sigmoid(self) -> Focal.Config:
             if self.alpha is not None and self.form != "sigmoid":

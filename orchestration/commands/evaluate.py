@@ -105,7 +105,8 @@ def _score(saved: SavedRun) -> dict[str, Any]:
         scores.update({**model.aggregator.members(outputs), **experts}, labels_B, extra)
         diversity.update(experts, labels_B)
     counts = saved.data["counts"]
-    return {**scores.result(counts, saved.cuts), "diversity": diversity.result(counts, saved.cuts)}
+    probabilities = saved.config.method.gives_probabilities(saved.final)
+    return {**scores.result(counts, saved.cuts, probabilities), "diversity": diversity.result(counts, saved.cuts)}
 
 
 def _shown(evaluation: dict[str, Any]) -> dict[str, Any]:

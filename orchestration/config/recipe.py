@@ -228,6 +228,11 @@ class Recipe(Settings):
         before = self.stage_before(stage)
         return None if before is None else self.scores_trained_in(before)
 
+    def gives_probabilities(self, stage: str) -> bool:
+        """Return whether a softmax of a stage's scores is what they were trained for, as far as this run knows."""
+        trained = self.stages.get(self.scores_trained_in(stage) or "")
+        return trained is None or trained.objective is None or trained.objective.gives_probabilities
+
     @property
     def final(self) -> str:
         """The stage that trains the run's result: the last."""

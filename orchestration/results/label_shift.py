@@ -213,7 +213,8 @@ def _compare(
         members |= {rule: combine(torch.tensor(weights_E), logits_EBC) for rule, weights_E in weights.items()}
         alone = {f"{name} alone": z_BC for name, z_BC in zip(description.expert_names, logits_EBC, strict=True)}
         scores.update({rule: members[rule] for rule in WEIGHTINGS if rule in members} | alone, labels_N[part])
-    return {**scores.result(counts, saved.cuts), "test_counts": counts_C.tolist(), "weights": weights}
+    probabilities = saved.config.method.gives_probabilities(saved.final)
+    return {**scores.result(counts, saved.cuts, probabilities), "test_counts": counts_C.tolist(), "weights": weights}
 
 
 def _group_sizes(saved: SavedRun) -> dict[str, int]:

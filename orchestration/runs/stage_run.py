@@ -323,7 +323,8 @@ class StageRun:
                 if part is not None:
                     scores.merge(Scores.from_state(part[0]))
                     diversity.merge(Diversity.from_state(part[1]))
-            results[split] = scores.result(self.counts, cuts) | {"diversity": diversity.result(self.counts, cuts)}
+            found = scores.result(self.counts, cuts, self.config.method.gives_probabilities(self.stage))
+            results[split] = found | {"diversity": diversity.result(self.counts, cuts)}
             self.journal.append(self.stage, epoch, self.step, _metrics(split, results[split]))
         self.journal.flush()
 
@@ -394,7 +395,8 @@ def _metrics(split: str, result: dict[str, Any]) -> dict[str, float]:
             if top1 is not None:
                 values[f"{split}/{member}/{group}/top1"] = top1
         for name in ("nll", "ece"):
-            values[f"{split}/{member}/all/{name}"] = measured[name]
+            if measured[name] is not None:
+                values[f"{split}/{member}/all/{name}"] = measured[name]
     for name, by_group in result["per_image"].items():
         values |= {f"{split}/ensemble/{group}/{name}": v for group, v in by_group.items() if v is not None}
     return values | {f"{split}/{name}": value for name, value in metrics(result["diversity"]).items()}

@@ -57,6 +57,20 @@ def test_nothing_is_planned_for_after_the_end(method, dataset):
             assert all(epoch < stage.epochs for epoch in switches)
 
 
+WITHOUT_PROBABILITIES = {("acsl", "acsl"), ("distribution_balanced", "train")}
+
+
+def test_losses_of_a_question_per_class_give_no_probabilities():
+    stages = [
+        (method, stage) for method in available("method") for stage in composed(method, "digits_lt").method.stages
+    ]
+    found = {(m, s) for m, s in stages if not composed(m, "digits_lt").method.gives_probabilities(s)}
+    assert found == WITHOUT_PROBABILITIES
+    for words in ("objective.form=sigmoid", "objective.form=softmax"):
+        method = composed("focal", "digits_lt", f"method.stages.train.{words}").method
+        assert method.gives_probabilities("train") == ("softmax" in words)
+
+
 NEED_PLAIN_SCORES = {"tau_norm", "logit_adjusted", "uno_ic"}
 """Parts that need a linear head, or scores that follow the training distribution, which RIDE has not."""
 NEED_COSINES = {"gcl"}

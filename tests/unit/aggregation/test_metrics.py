@@ -98,6 +98,8 @@ def test_results_are_right_by_hand():
     assert member["nll"] == pytest.approx(-(math.log(0.9) + math.log(0.02)) / 2)
     assert member["ece"] == pytest.approx(0.4)
     assert member["mce"] == pytest.approx(0.4)
+    without = scored({"ensemble": p.log()}, labels).result(COUNTS, (1, 4), probabilities=False)["members"]["ensemble"]
+    assert without == member | {"nll": None, "ece": None, "mce": None}
 
 
 def test_groups_without_classes_or_without_images_are_none():
