@@ -19,6 +19,8 @@ from typing import Any
 
 import yaml
 
+from orchestration.config.identity import flatten
+
 _EVERY_RUN = [
     "dataset=digits_lt",
     "dataset.image_size=16",
@@ -65,15 +67,38 @@ def train_all(checkout: Path, out: Path) -> int:
     return 0
 
 
+_STAGES = """
+import json, sys
+from orchestration.config.compose import load_config
+stages = load_config([f"method={sys.argv[1]}", "dataset=digits_lt"]).method.model_dump(mode="json")["stages"]
+print(json.dumps(stages))
+"""
+
+
 def _short(method: str, checkout: Path) -> list[str]:
-    """Return overrides that make every stage of a recipe short."""
-    tree = yaml.safe_load((checkout / "configs" / "method" / f"{method}.yaml").read_text())
-    stages = list(tree.get("method", tree)["stages"])
+    """Return overrides that make every stage of a recipe short, and leave its drops and switches where they were.
+
+    A recipe may write them as percentages, which a shorter stage would scale.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", _STAGES, method], cwd=checkout, capture_output=True, text=True, check=True
+    )
     words = []
-    for i, stage in enumerate(stages):
-        epochs = _EPOCHS if i == 0 else _EPOCHS_OF_LATER_STAGES
-        words += [f"method.stages.{stage}.epochs={epochs}", f"method.stages.{stage}.batch_size={_BATCH_SIZE}"]
+    for i, (stage, settings) in enumerate(json.loads(done.stdout).items()):
+        if settings["epochs"]:
+            epochs = _EPOCHS if i == 0 else _EPOCHS_OF_LATER_STAGES
+            words += [f"method.stages.{stage}.epochs={epochs}", f"method.stages.{stage}.batch_size={_BATCH_SIZE}"]
+            words += [f"method.stages.{stage}.{key}={_word(settings[key])}" for key in ("lr_schedule", "objective")]
     return words
+
+
+def _word(value: Any) -> str:
+    """Write a value as the command line takes it."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_word(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_word, value)) + "]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _train(checkout: Path, out: Path, name: str, words: list[str]) -> None:
@@ -108,8 +133,10 @@ def compare_all(before: Path, after: Path) -> int:
 def _differences(before: Path, after: Path) -> list[str]:
     if not (after / "metrics.jsonl").exists():
         return ["the run is missing: all"]
-    kinds = {"values": _points, "weights": _weights, "evaluations": _evaluations, "config": _config}
-    return [kind for kind, of in kinds.items() if of(before) != of(after)]
+    kinds = {"values": _points, "weights": _weights, "evaluations": _evaluations}
+    found = [kind for kind, of in kinds.items() if of(before) != of(after)]
+    old, new = _config(before), _config(after)  # a later version may have more keys, with their defaults
+    return found + [key for key in old.keys() & new.keys() if old[key] != new[key]]
 
 
 def _points(run: Path) -> list[tuple[Any, ...]]:
@@ -129,10 +156,10 @@ def _evaluations(run: Path) -> dict[str, Any]:
     return {str(p.relative_to(run)): json.loads(p.read_text()) for p in sorted((run / "evaluation").rglob("*.json"))}
 
 
-def _config(run: Path) -> str:
-    """Return the resolved config without the folder of the runs, which differs by design."""
+def _config(run: Path) -> dict[str, Any]:
+    """Return the resolved config, flat, without the folder of the runs, which differs by design."""
     text = (run / "config.yaml").read_text()
-    return text.replace(str(run.parent.resolve()), "RUNS")
+    return flatten(yaml.safe_load(text.replace(str(run.parent.resolve()), "RUNS")))
 
 
 if __name__ == "__main__":
