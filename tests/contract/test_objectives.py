@@ -334,6 +334,23 @@ def test_a_label_out_of_range_is_an_error(case):
             objective(case.logits(), labels, case.now(objective))
 
 
+@every_case
+def test_a_class_without_an_image_is_refused_or_does_not_matter(case):
+    """No weight, margin or prior of it is infinite without a word."""
+    counts = COUNTS.clone()
+    counts[2] = 0
+    try:
+        objective = registry.build("objective", case.case.config, counts, case.num_experts)
+    except ValueError as refusal:
+        assert "1 of 4 classes have no training image (class 2)" in str(refusal) or "objective." in str(refusal)  # noqa: PT017
+        return
+    if objective.config.prepares:
+        return
+    labels = case.labels().clamp(max=1)
+    loss, _ = objective(case.logits(), labels, case.now(objective, labels=labels))
+    assert torch.isfinite(loss)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_counts_that_are_not_a_list_of_classes_are_refused(name):
     cls = registry.piece("objective", name)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from orchestration.training.mesh import MeshShape, mesh_shape
+from experts.batches import share
+from orchestration.training.exchange import NOBODY, Groups
+from orchestration.training.mesh import Mesh, MeshShape, mesh_shape
 
 EVERY = range(1, 9)
 
@@ -58,3 +61,37 @@ def test_every_expert_and_replica_has_exactly_one_place():
     assert places == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
     held = [expert for slot in range(shape.slots) for expert in shape.experts_of(slot)]
     assert held == list(range(6))
+
+
+class KnownGroup:
+    """Replicas whose rows are known; it answers with everyone's, padded as theirs would be."""
+
+    handle = None
+
+    def __init__(self, rows, size, rank):
+        self.rows, self.size, self.rank = rows, size, rank
+
+    def all_gather(self, own, what):
+        longest = -(-self.rows.shape[1] // self.size)
+        assert own.shape[1] == longest and not own.requires_grad
+        bounds = [share(self.rows.shape[1], d, self.size) for d in range(self.size)]
+        parts = [self.rows[:, first:last] for first, last in bounds]
+        padded = [torch.cat([part, part.new_full((2, longest - part.shape[1], 3), 7.0)], dim=1) for part in parts]
+        assert torch.equal(own[:, : parts[self.rank].shape[1]], parts[self.rank])
+        return padded
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+@pytest.mark.parametrize("images", [1, 2, 5, 7])
+def test_rows_of_a_whole_batch_come_in_order_with_the_gradient_of_own_rows(images, replicas):
+    """Uneven shares, and empty ones: of one image, two of three replicas have none."""
+    rows = torch.randn(2, images, 3, generator=torch.Generator().manual_seed(0))
+    for replica in range(replicas):
+        first, last = share(images, replica, replicas)
+        own = rows[:, first:last].clone().requires_grad_()
+        data = KnownGroup(rows, replicas, replica) if replicas > 1 else NOBODY.data
+        mesh = Mesh(MeshShape(2, 2, replicas), replica, groups=Groups(data, NOBODY.experts, data))
+        found = mesh.batch_rows(own, images)
+        assert torch.equal(found, rows)
+        (found**3).sum().backward()
+        torch.testing.assert_close(own.grad, 3 * rows[:, first:last] ** 2)
