@@ -198,10 +198,12 @@ def _notes(length: dict[str, Any], config: RunConfig, resolved: Sequence[Resolve
         scaled: dict[str, list[str]] = {}
         for found in resolved:
             if found.stage == name:
-                scaled.setdefault(found.key, []).append("left out" if found.left_out else str(found.epochs))
+                became = f"{found.percentage} left out (the end)" if found.left_out else str(found.epochs)
+                scaled.setdefault(found.key, []).append(became)
         parts = [f"{key} {', '.join(epochs)}" for key, epochs in scaled.items()]
         notes.append(
-            f"stage {name}: {stage.epochs} epochs of {before}" + (f"; scaled: {'; '.join(parts)}" if parts else "")
+            f"stage {name}: {stage.epochs} instead of {before} epochs"
+            + (f"; scaled: {'; '.join(parts)}" if parts else "")
         )
     return notes
 

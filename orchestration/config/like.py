@@ -114,7 +114,8 @@ def saved_ensemble(run: str) -> SavedEnsemble:
     status = _read_json(folder / "run.json", said).get("status")
     if status != "finished":
         raise ValueError(
-            f"{said}: the run is {status or 'not started'}; needed a finished one: give its command again to go on"
+            f"{said}: the run is {status or 'not started'}; needed a finished one: "
+            f"if it has stopped, give its command again"
         )
     path = folder / "export" / "last" / "model.json"
     if not path.is_file():

@@ -40,18 +40,27 @@ def _line(problem: Any, tree: dict[str, Any], origin: Origin) -> str:
         return f"{key}: {_unknown_key(keys, tree)}{f' (from {layer})' if layer else ''}"
     if kind == "missing":
         return f"{key}: not set; needed a value"
-    if kind in ("union_tag_invalid", "union_tag_not_found", "literal_error"):
-        expected = problem.get("ctx", {}).get("expected_tags") or problem.get("ctx", {}).get("expected", "")
-        if kind.startswith("union"):
-            name = found.get("name") if isinstance(found, dict) else found
-            return f"{key}.name = {name}: unknown; needed one of {expected}"
-        return f"{key} = {found}: needed {expected}"
+    if kind.startswith("union_tag") or (kind == "model_attributes_type" and isinstance(found, str)):
+        return _wrong_piece(key, problem)
+    if kind == "literal_error":
+        return f"{key} = {found}: needed {problem.get('ctx', {}).get('expected', '')}"
     text = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if isinstance(found, dict | list | BaseModel):
         return f"{key}: {text}" if key else text
     if isinstance(found, float) and 0 < found < 1 and kind.startswith("int"):
         text += f"; a share of the stage is written {found:.3%}".replace(".000%", "%")
     return f"{key} = {found}: {text[0].lower() + text[1:]}"
+
+
+def _wrong_piece(key: str, problem: Any) -> str:
+    """Say what is wrong with a mapping that should name a piece."""
+    found = problem.get("input")
+    if isinstance(found, str):
+        return f"{key} = {found}: a piece is set by its name; needed {key}.name={found}"
+    if problem["type"] == "union_tag_not_found":
+        return f"{key}.name: not set; needed the name of a piece"
+    name = found.get("name") if isinstance(found, dict) else found
+    return f"{key}.name = {name}: unknown; needed one of {problem['ctx']['expected_tags']}"
 
 
 def _nearest(key: str, known: list[str]) -> list[str]:

@@ -47,7 +47,9 @@ def _rule_problems(name: str, method: Recipe, earlier: list[str]) -> Iterator[st
     rule = method.aggregator_in(name)
     yield from _refusal(rule.check_head, method.head_in(name))
     yield from _refusal(rule.check_experts, method.names_in(name))
-    yield from learnt_problems(rule, method, name)
+    source = method.scores_trained_in(name)
+    where = "" if source == name else f"stages.{name}: its scores are trained in stage {source}; "
+    yield from (f"{where}{problem}" for problem in learnt_problems(rule, method, name))
     if method.stages[name].epochs and (key := open_choice("aggregator", rule)):
         yield _only_without_steps(f"stages.{name}.aggregator.{key}")
     if piece("aggregator", rule.name).needs_router and not _has_trained_router(method, [*earlier, name]):
@@ -170,7 +172,7 @@ def head_problem(method: Recipe, stage: str, before: str) -> str | None:
         return None
     goes_on = f"continues {_quoted(head.continues)} only" if head.continues else "takes over no other head's weights"
     renew = "set reinit=[heads] for new weights, or " if config.epochs or head.fits else "set "
-    return f"head '{name}' {goes_on}, found '{before}'; {renew}another head.name"
+    return f"head '{name}' {goes_on}, found '{before}'; {renew}another head.name, or leave the stage out"
 
 
 def _quoted(names: Iterable[str]) -> str:

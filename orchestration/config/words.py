@@ -129,6 +129,9 @@ def _unknown(group: str, choice: str) -> Iterator[str]:
         return
     near = difflib.get_close_matches(choice, known, 1)
     hint = f", did you mean {group}={near[0]}" if near else ""
+    elsewhere = [other for other in ("method", "mix", "then") if other != group and choice in available(other)]
+    if elsewhere:
+        hint = f", but there is {' and '.join(f'{other}={choice}' for other in elsewhere)}"
     yield f"{group}={choice}: no such {group}{hint}; known: {', '.join(known)}"
 
 

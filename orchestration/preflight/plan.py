@@ -252,7 +252,8 @@ def _rule(config: RunConfig, stage: StageConfig) -> GroupRule:
     """Return the rule that groups a stage's classes, or the default one."""
     if stage.classes is not None:
         return stage.classes.rule
-    rules = (part.group_rule for part in (stage.objective, config.method.aggregator))
+    parts = (stage.objective, config.method.aggregator)
+    rules = (part.group_rule for part in parts if part is not None)
     return next((rule for rule in rules if rule is not None), GroupRule())
 
 

@@ -19,7 +19,7 @@ from orchestration.cluster.placement import bundle_of, draw, largest_share, pack
 from orchestration.config.identity import published
 from orchestration.config.paths import expand
 from orchestration.config.recipe import ModelSource, StageConfig
-from orchestration.config.recipe_checks import parts_of
+from orchestration.config.recipe_checks import open_choice, parts_of
 from orchestration.config.run_config import RunConfig
 from orchestration.config.secrets import redact
 from orchestration.preflight.plan import WORKER_GIB, Plan, Size, StagePlan, plan
@@ -78,6 +78,7 @@ def _run(config: RunConfig, found: Plan) -> Iterator[str]:
         if not stage.epochs:
             yield f"stage {stage.name}: no steps, head {method.head_in(stage.name).name}"
             yield from (f"  {line}" for line in _peculiarities(config, stage))
+            yield from (f"  {line}" for line in _open_numbers(config, stage.name))
             continue
         pieces = f"objective {settings.objective.name}, sampler {settings.sampler.name}"
         if settings.class_weights is not None:
@@ -89,6 +90,15 @@ def _run(config: RunConfig, found: Plan) -> Iterator[str]:
         if late:
             yield f"  NOTE: the stage ends before {', '.join(late)}"
     yield from textwrap.wrap(published(config) or "published: no number for exactly this config", 100)
+
+
+def _open_numbers(config: RunConfig, stage: str) -> Iterator[str]:
+    """List the numbers that a stage chooses on validation images."""
+    method = config.method
+    for kind, settings in (("head", method.head_in(stage)), ("aggregator", method.aggregator_in(stage))):
+        if (key := open_choice(kind, settings)) is not None:
+            cls = piece(kind, settings.name)
+            yield f"{kind}.{key}: chosen on validation images; without any, {cls.published:g} ({cls.origin})"
 
 
 def _peculiarities(config: RunConfig, stage: StagePlan) -> Iterator[str]:

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from orchestration.results.fitted_table import choices, fitted_lines
-from orchestration.results.tables import detail_lines, final_table, groupings, head_lines, selection_note, top1
+from orchestration.results.tables import detail_lines, groupings, head_lines, selection_note, top1
 from orchestration.results.text import decimals, text_table
 
 Evaluations = Mapping[str, Mapping[str, Any]]
 """ "last" and "best", as in `evaluation/*.json`; either may be missing."""
+
+_SAME = "no steps, so last and best are the same model"
 
 
 def report_table(
@@ -37,7 +39,9 @@ def report_table(
         (found,), finals = finals.values(), {}
     chosen = fitted_lines(choices(found, finals))
     if not finals:
-        return "\n".join([final_table(found, data, title=title, seed=seed), *chosen])
+        shown = distinct(found)
+        same = [] if shown is found else [f"{found['last'].get('stage', 'last stage')}: {_SAME}"]
+        return "\n".join([*head_lines(data, title=title, seed=seed), *same, *detail_lines(shown, data), *chosen])
     lines = [*head_lines(data, title=title, seed=seed), *_comparison(finals, data), *chosen]
     for stage, evaluations in finals.items():
         lines += ["", f"== {stage} ==", *detail_lines(distinct(evaluations), data)]
@@ -81,7 +85,7 @@ def _notes(finals: Mapping[str, Evaluations]) -> list[str]:
     for stage, evaluations in finals.items():
         note = selection_note(evaluations.get("best"))
         if not note and "best" in evaluations and "best" not in distinct(evaluations):
-            note = "no steps, so last and best are the same model"
+            note = _SAME
         stages.setdefault(note, []).append(stage)
     return [f"{', '.join(of)}: {note}" for note, of in stages.items() if note]
 

@@ -65,7 +65,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> list[Path]:
             "class_counts.png": _class_counts(data, title) if data.get("counts") else None,
             "finals.png": draw_finals(finals, data, title) if len(finals) > 1 else None,
             "tried.png": draw_tried(chosen, title) if any(one.tried for one in chosen) else None,
-            **_pictures_of_a_result(found, data, _with_stage(title, found, finals)),
+            **_pictures_of_a_result(distinct(found), data, _with_stage(title, found, finals)),
         }
         for stage, own in finals.items():
             named = _pictures_of_a_result(distinct(own), data, _with_stage(title, own, finals))

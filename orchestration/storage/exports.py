@@ -61,7 +61,7 @@ def _problem(folder: Path, weights: str, config: RunConfig, stage: str | None) -
     except (OSError, ValueError) as error:
         return f"{RUN} cannot be read ({type(error).__name__}); needed a finished run"
     if status != "finished":
-        return f"the run is {status or 'not started'}; needed a finished one: give its command again to continue it"
+        return f"the run is {status or 'not started'}; needed a finished one: if it has stopped, give its command again"
     if problem := _misfit(folder / "export" / weights / DESCRIPTION, weights, config, stage):
         return problem
     return None if stage is None else _learnt_misfit(folder, config, stage)

@@ -9,7 +9,7 @@ from orchestration.commands import train
 from orchestration.commands.plan import plan_text
 
 SHORT = ["method=ce", "dataset=digits_lt", "method.stages.train.epochs=12"]
-NOTE = "stage train: 12 epochs of 24; scaled: lr_schedule.warmup_epochs 2; lr_schedule.milestones 10, 11"
+NOTE = "stage train: 12 instead of 24 epochs; scaled: lr_schedule.warmup_epochs 2; lr_schedule.milestones 10, 11"
 
 
 def test_a_plan_says_what_a_shorter_run_scales(monkeypatch):

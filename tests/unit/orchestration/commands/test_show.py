@@ -29,7 +29,7 @@ def test_each_value_names_its_layer_and_what_was_scaled():
         "# made of, later ones win: dataset/cifar100_lt, backbone/resnet32, method/ride, protocol/cifar_ride, "
         "pace/cifar100_lt, mix/mixup, then/h2t"
     )
-    assert head[1].startswith("# stage train: 20 epochs of 200; scaled: ")
+    assert head[1].startswith("# stage train: 20 instead of 200 epochs; scaled: ")
 
 
 def test_a_drop_that_is_left_out_is_said():

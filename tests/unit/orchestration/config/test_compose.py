@@ -78,6 +78,11 @@ def test_a_misspelt_key_is_told_its_neighbour(word, hint):
         ("cluster.gpus_per_worker=2", "input should be less than or equal to 1"),
         ("dataset.download=perhaps", "input should be a valid boolean"),
         ("backbone.depth=50", "backbone.depth = 50: needed 8, 14, 20 or 32"),
+        (
+            "method.stages.train.objective=ldam",
+            "method.stages.train.objective = ldam: a piece is set by its name; needed "
+            "method.stages.train.objective.name=ldam",
+        ),
         ("method.aggregator.name=median", "method.aggregator.name = median: unknown; needed one of"),
         ("method.stages.train.objective.scale=20", "objective 'ride' multiplies its margins by it"),
         ("dataset.test_list=a.txt", "only for source=image_list"),
@@ -85,6 +90,11 @@ def test_a_misspelt_key_is_told_its_neighbour(word, hint):
 )
 def test_a_wrong_value_is_named_with_what_is_needed(word, line):
     assert any(line in found for found in problems(word))
+
+
+def test_a_piece_without_a_name_is_refused():
+    words = ["method.stages.train.objective=cross_entropy", "method.stages.train.objective.scale=20"]
+    assert problems(*words) == ["method.stages.train.objective.name: not set; needed the name of a piece"]
 
 
 def test_an_unknown_choice_is_told_the_known_ones():

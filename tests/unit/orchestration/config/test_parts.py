@@ -119,15 +119,16 @@ def test_blocks_name_data_sets_and_protocols_that_exist():
         (
             ["method.stages.train.epochs=20"],
             [
-                "stage train: 20 epochs of 24; scaled: objective.reweight_epoch 16; lr_schedule.warmup_epochs 3; "
-                "lr_schedule.milestones 16, 18"
+                "stage train: 20 instead of 24 epochs; scaled: objective.reweight_epoch 16; "
+                "lr_schedule.warmup_epochs 3; lr_schedule.milestones 16, 18"
             ],
         ),
         (
             ["method=ce", "then=crt", "method.stages.crt.epochs=2", "method.stages.train.epochs=4"],
             [
-                "stage train: 4 epochs of 24; scaled: lr_schedule.warmup_epochs 1; lr_schedule.milestones 3, left out",
-                "stage crt: 2 epochs of 5",
+                "stage train: 4 instead of 24 epochs; scaled: lr_schedule.warmup_epochs 1; lr_schedule.milestones 3, "
+                "90% left out (the end)",
+                "stage crt: 2 instead of 5 epochs",
             ],
         ),
     ],

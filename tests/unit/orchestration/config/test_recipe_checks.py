@@ -87,25 +87,26 @@ def test_a_reinit_that_makes_no_sense_is_refused(words, line):
         (
             "epochs: 0, head: {name: tau_normalised}",
             COSINE_HOST,
-            "head 'tau_normalised' continues 'linear' only, found 'cosine'; set another head.name",
+            "head 'tau_normalised' continues 'linear' only, found 'cosine'; set another head.name, or leave the "
+            "stage out",
         ),
         (
             f"{STEPS}, head: {{name: linear}}",
             COSINE_HOST,
             "head 'linear' continues 'tau_normalised' only, found 'cosine'; set reinit=[heads] for new weights, or "
-            "another head.name",
+            "another head.name, or leave the stage out",
         ),
         (
             f"{STEPS}, head: {{name: cosine}}",
             HOST,
             "head 'cosine' takes over no other head's weights, found 'linear'; set reinit=[heads] for new weights, or "
-            "another head.name",
+            "another head.name, or leave the stage out",
         ),
         (
             "epochs: 0, head: {name: ncm}",
             HOST,
             "head 'ncm' takes over no other head's weights, found 'linear'; set reinit=[heads] for new weights, or "
-            "another head.name",
+            "another head.name, or leave the stage out",
         ),
     ],
     ids=["tau-norm on cosine", "linear on cosine", "cosine on linear", "ncm"],
@@ -175,3 +176,10 @@ def test_a_head_of_another_flow_is_refused_with_what_the_stage_can_do():
         "reinit=[heads] and head.name = cosine or "
     )
     assert said.endswith(", or set flow.name=bilateral") and " ncm " not in said
+
+
+def test_a_refused_rule_names_the_stage_that_trained_its_scores():
+    said = problem("method=crt", "then=uno_ic", host=[])
+    assert said.startswith("method: stages.uno_ic: its scores are trained in stage crt; aggregator 'uno_ic' subtracts")
+    own = problem("method=tade", "method.aggregator.name=logit_adjusted", host=[])
+    assert own.startswith("method: aggregator 'logit_adjusted' subtracts")

@@ -49,6 +49,11 @@ def test_an_unknown_part_is_told_its_neighbour():
     assert "did you mean mix=mixup" in refused("mix=mixupp")
 
 
+def test_a_part_of_another_group_is_told_its_own():
+    assert refused("mix=crt").startswith("mix=crt: no such mix, but there is method=crt and then=crt; known: ")
+    assert refused("then=mixup").startswith("then=mixup: no such then, but there is mix=mixup; known: ")
+
+
 @pytest.mark.parametrize(
     ("word", "instead"),
     [

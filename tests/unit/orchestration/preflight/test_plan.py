@@ -254,6 +254,14 @@ def test_a_stage_without_steps_has_sizes_and_no_exchanges():
     assert "stage ncm: no steps, head ncm" in text and "images per step, ncm" not in text
 
 
+def test_a_number_that_a_stage_chooses_is_told_with_its_default():
+    text = describe(load_config(["method=ce", "then=[tau_norm,logit_adjusted]"]))
+    assert "head.gamma: chosen on validation images; without any, 0.7 (Kang et al. 2020" in text
+    assert "aggregator.tau: chosen on validation images; without any, 1 (Menon et al. 2021" in text
+    fixed = describe(load_config(["method=ce", "then=tau_norm", "method.stages.tau_norm.head.gamma=1"]))
+    assert "chosen on validation images" not in fixed
+
+
 def test_features_that_training_keeps_are_counted_once():
     """405 x 64 x 4 bytes fit into dataset.resident_mib. Each of 2 replicas computes them all; steps run the heads."""
     off = ["dataset.augment.crop_padding=0", "dataset.augment.rotation=0"]
@@ -340,6 +348,11 @@ def test_groups_of_classes_of_unknown_size_do_not_stop_a_plan(method):
     found = plan(load_config([*FILES, f"method={method}", "pace=digits_lt", "cluster.workers=3"]))
     assert found.counts is None and found.final.steps_per_epoch is None
     assert found.final.size.parameters and found.final.sent() and found.memory
+
+
+def test_stages_without_steps_are_planned_where_counts_are_unknown():
+    found = plan(load_config([*FILES, "method=ce", "then=[ncm,tau_norm,joint]", "pace=digits_lt"]))
+    assert found.counts is None and [stage.epochs for stage in found.stages[1:]] == [0, 0, 0]
 
 
 def test_an_ensemble_of_a_group_of_unknown_size_is_left_open():

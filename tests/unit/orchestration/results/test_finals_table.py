@@ -57,7 +57,11 @@ def test_the_report_of_one_final_stage_is_its_table():
 
 def test_one_of_several_final_stages_alone_is_shown_as_one_result():
     ncm = finals()["ncm"]
-    assert report_table({}, {"ncm": ncm}, data(), seed=1) == final_table(ncm, data(), seed=1)
+    crt = finals()["crt"]
+    assert report_table({}, {"crt": crt}, data(), seed=1) == final_table(crt, data(), seed=1)
+    for text in (report_table({}, {"ncm": ncm}, data()), report_table(ncm, {}, data())):
+        assert "\nncm: no steps, so last and best are the same model\nlast: stage ncm, " in text
+        assert "\nbest: " not in text and row(text, "ensemble ")[1:] == ["25.00"] * 4
 
 
 def test_a_number_chosen_on_validation_is_shown_with_everything_that_was_tried():
