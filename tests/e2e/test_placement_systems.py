@@ -44,6 +44,29 @@ SYSTEMS = {
     ),
 }
 """Stage and further words of each. dr_h2t's first stage has mixup, and one expert; gcl's has mixup and draws."""
+COMBINED = {
+    "LDAM + DRW + mixup + cRT, host": (
+        "train",
+        ["method=ldam_drw", "mix=mixup", "then=crt", "method.stages.train.class_weights.after_epoch=1"],
+    ),
+    "LDAM + DRW + mixup + cRT": ("crt", ["method=ldam_drw", "mix=mixup", "then=crt"]),
+    "MiSLAS": ("mislas", ["method=mislas"]),
+    "MiSLAS + H2T": ("h2t", ["method=mislas_h2t"]),
+    "GCL, second stage": ("gcl", ["method=gcl"]),
+    "GCL + H2T": ("h2t", ["method=gcl_h2t"]),
+    "logit-adjusted TADE": (
+        "train",
+        [
+            "method=tade",
+            "method.stages.train.objective.name=per_expert",
+            "method.stages.train.objective.of=[{name: logit_adjustment, tau: .5},{name: lade},{name: inverse_softmax}]",
+        ],
+    ),
+    "cosine head + cRT": ("crt", ["method=ce", "method.head.name=cosine", "then=crt"]),
+}
+"""Stage and words. All with three experts."""
+COMBINED = {name: (stage, [*words, "method.num_experts=3"]) for name, (stage, words) in COMBINED.items()}
+SYSTEMS |= COMBINED
 LONG = pytest.mark.drill
 PLACEMENTS = [
     *(pytest.param(name, "spread", "1", id=f"{name}, spread") for name in ("ace", "bbn", "reslt", "ride_h2t")),
@@ -53,7 +76,7 @@ PLACEMENTS = [
     pytest.param("lade", "replicas", "1", id="lade, 2 replicas"),
     *(
         pytest.param(name, "spread", "1", id=f"{name}, spread", marks=LONG)
-        for name in ("tade", "reslt_h2t", "ride_router", "gcl", "esql", "seesaw", "lade")
+        for name in ("tade", "reslt_h2t", "ride_router", "gcl", "esql", "seesaw", "lade", *COMBINED)
     ),
     *(
         pytest.param(name, "replicas", "1", id=f"{name}, 2 replicas", marks=LONG)
@@ -72,13 +95,13 @@ PLACEMENTS = [
 def words_of(name: str) -> list[str]:
     stage, more = SYSTEMS[name]
     return [
-        f"method={name}",
+        *(more if name in COMBINED else [f"method={name}"]),
         "dataset.image_size=16",
         f"method.stages.{stage}.batch_size=50",
         "engine.threads=1",
         "engine.precision=float64",
         "cluster.cpus_per_worker=0.1",
-        *more,
+        *([] if name in COMBINED else more),
     ]
 
 
