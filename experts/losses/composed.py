@@ -191,6 +191,8 @@ class Sum(Composed):
                 raise ValueError(f"terms.{bad[0]}: needed a name of letters, digits and underscores")
             if unknown := sorted(set(self.weights) - set(self.terms)):
                 raise ValueError(f"weights.{unknown[0]}: there is no such term; the terms are {', '.join(self.terms)}")
+            if not any(self.weight(name) for name in self.terms):
+                raise ValueError(f"weights = {self.weights}: all terms count nothing; give one a weight that is not 0")
             return self
 
         @property

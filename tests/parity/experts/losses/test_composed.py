@@ -134,6 +134,12 @@ BAD = [
     (Sum.Config, {"terms": {}}, "terms = {}: needed at least one"),
     (Sum.Config, {"terms": {"a.b": {"name": "ldam"}}}, r"terms\.a\.b: needed a name of letters"),
     (Sum.Config, {"weights": {"divergence": -1.0}}, r"weights\.divergence: there is no such term"),
+    (Sum.Config, {"weights": {"cross_entropy": 0.0}}, r"weights = .*: all terms count nothing"),
+    (
+        Sum.Config,
+        {"terms": {"a": {"name": "lade"}, "b": {"name": "lfme"}}},
+        "needs the whole batch, another teachers",
+    ),
     (Sum.Config, {"terms": {"a": {"name": "bbn"}}}, r"terms\.a\.name = bbn: it is for flow 'bilateral'"),
     (PerExpert.Config, {"of": [{"name": "bbn"}]}, r"of\.0\.name = bbn: it is for flow"),
     (ClassWeights, {"rule": "power", "beta": 0.5}, "beta = 0.5: rule 'power' takes power only"),
