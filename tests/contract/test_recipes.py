@@ -225,6 +225,21 @@ class TestOnDigits:
         assert losses[0][0] == losses[2][0]
         assert losses[0][1] != losses[2][1]
 
+    @pytest.mark.parametrize("method", ["gcl", "esql"])
+    def test_draws_go_on_bitwise_in_the_middle_of_an_epoch(self, method, tmp_path):
+        words = ["dataset=digits_lt", "dataset.image_size=8", "engine.name=torch", "tracking.enabled=false"]
+        config = load_config([f"method={method}", *words, "method.stages.train.batch_size=16"])
+        dataset, mesh = open_dataset(config.dataset), Mesh(mesh_shape(1, 1))
+        whole = StageTrainer(config, "train", dataset, mesh)
+        expected = whole.train(6).losses
+        halves = [StageTrainer(config, "train", dataset, mesh) for _ in range(2)]
+        found = halves[0].train(3).losses
+        halves[0].save(str(tmp_path))
+        halves[1].load(str(tmp_path), halves[0].state())
+        assert found + halves[1].train(6).losses == expected
+        for trainer in (whole, *halves):
+            trainer.close()
+
     def check_fit(self, trainer):
         before = {name: value.clone() for name, value in trainer.setup.model.named_parameters()}
         trainer.fit()
