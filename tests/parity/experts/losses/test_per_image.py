@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from experts.losses.acsl import ACSL, suppression_mask
+from experts.losses.balanced_softmax import BalancedSoftmax
 from experts.losses.class_balanced import effective_number_weights
 from experts.losses.distribution_balanced import (
     Balance,
@@ -208,7 +209,13 @@ def distribution_balanced_in_numpy(z, labels, counts, *, focal, tolerance, over_
     return total / len(labels)
 
 
+def balanced_softmax_in_numpy(z, labels, counts):
+    mass = np.exp(z) * counts
+    return -np.mean(np.log(mass[range(len(labels)), labels] / mass.sum(1)))
+
+
 EQUATIONS = [
+    (BalancedSoftmax, balanced_softmax_in_numpy, {}),
     (Focal, focal_in_numpy, {"form": "softmax", "gamma": 3.0}),
     (Focal, focal_in_numpy, {"form": "sigmoid", "gamma": 2.0, "alpha": 0.25}),
     (ClassBalanced, class_balanced_in_numpy, {"form": "softmax", "beta": 0.99}),
@@ -240,6 +247,23 @@ def test_losses_equal_their_equations_in_float64(cls, equation, settings, seed):
     z, labels, counts = rng.normal(size=(9, 6)) * 3, rng.integers(0, 6, size=9), rng.integers(1, 500, size=6)
     found = loss_of(cls, torch.tensor(z), torch.tensor(labels), torch.tensor(counts), **settings)
     assert found.item() == pytest.approx(equation(z, labels, counts, **settings), rel=1e-11)
+
+
+# Balanced softmax
+
+
+def test_balanced_softmax_is_the_published_loss():
+    """jiawei-ren/BalancedMetaSoftmax-Classification @ 34a61e4."""
+    close(loss_of(BalancedSoftmax), 1.751670)
+    for b, expected in enumerate([0.094987, 2.953496, 2.206528]):
+        close(loss_of(BalancedSoftmax, Z[b : b + 1], LABELS[b : b + 1]), expected)
+
+
+def test_balanced_softmax_gradient_is_the_closed_form():
+    """dL/dz = (softmax(z + log n) - onehot) / B."""
+    onehot = torch.nn.functional.one_hot(LABELS, 4)
+    expected = ((Z.double() + COUNTS.double().log()).softmax(-1) - onehot) / 3
+    torch.testing.assert_close(gradient_of(BalancedSoftmax), expected, **EXACT)
 
 
 # Class-balanced
@@ -379,7 +403,9 @@ def test_equal_counts_are_smoothed_as_the_most_frequent_class():
 # What all of them must have
 
 
-@pytest.mark.parametrize("cls", [Focal, ClassBalanced, Seesaw, ACSL, LabelAwareSmoothing, DistributionBalanced])
+@pytest.mark.parametrize(
+    "cls", [BalancedSoftmax, Focal, ClassBalanced, Seesaw, ACSL, LabelAwareSmoothing, DistributionBalanced]
+)
 def test_renaming_classes_changes_nothing(cls):
     order = torch.tensor([2, 0, 3, 1])  # class order[k] gets the name k
     place = order.argsort()
