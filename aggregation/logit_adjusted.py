@@ -46,11 +46,13 @@ class PriorSettings(AggregatorSettings):
             )
 
     def check_head(self, head: Any) -> None:
-        """Refuse a head that is fitted: its scores are no log probabilities, which alone a prior can be taken from."""
-        if piece("head", head.name).fits:
+        """Refuse a head whose scores are no log probabilities of the training distribution: fitted, or evened out."""
+        cls = piece("head", head.name)
+        if cls.fits or cls.evens:
+            why = "is fitted" if cls.fits else "has taken away what frequent classes gained"
             raise ValueError(
                 f"aggregator '{self.name}' subtracts log frequencies from scores that were trained, but head.name = "
-                f"{head.name} is fitted; set head.name=linear, or aggregator.name=mean_logits"
+                f"{head.name} {why}; set head.name=linear, or aggregator.name=mean_logits"
             )
 
     def check_class_weights(self, weights: Any) -> None:

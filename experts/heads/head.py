@@ -32,6 +32,8 @@ class Head(nn.Module):
     """Names of other heads whose tensors it takes over as they are, under the same names."""
     own_per_expert: ClassVar[bool] = False
     """Whether it must be each expert's own, and cannot be one head that all experts share."""
+    evens: ClassVar[bool] = False
+    """Whether it takes away, in evaluation, what frequent classes have gained in training."""
     fits: ClassVar[bool] = False
     """Whether `fit` must see all training images before the scores mean anything."""
 

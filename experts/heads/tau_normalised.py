@@ -40,6 +40,7 @@ class TauNormalisedHead(nn.Linear, Head, Tunable):
         """Powers to choose from where gamma is null; published: 0, 0.1, ..., 2."""
 
     continues: ClassVar[tuple[str, ...]] = ("linear",)
+    evens: ClassVar[bool] = True
     tuned_key: ClassVar[str] = "gamma"
     published: ClassVar[float] = 0.7
     origin: ClassVar[str] = "Kang et al. 2020, ImageNet-LT with ResNeXt-50"

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -79,7 +80,7 @@ def _mapping(path: Path, changed: int) -> dict[Any, Any]:
     """Parse a file once for each time it is `changed`."""
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))
-    except (OmegaConfBaseException, ValueError, OSError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: found {type(content).__name__}, needed a mapping")

@@ -207,7 +207,10 @@ class Recipe(Settings):
         config, before = self.stages[stage], self.stage_before(stage)
         if config.calibration is not None or "heads" in config.reinit:  # new heads leave the old ones' calibration
             return config.calibration
-        return self.calibration if before is None else self.calibration_in(before)
+        if before is not None:
+            return self.calibration_in(before)
+        source = self.starts_from(stage)
+        return self.calibration if source is not None and source.run is not None else None
 
     def stage_before(self, stage: str) -> str | None:
         """Return the stage of this run whose weights a stage begins with; None if it begins with others."""

@@ -143,6 +143,13 @@ def _head_problems(name: str, stage: StageConfig, method: Recipe) -> Iterator[st
     source, before = method.starts_from(name), method.stage_before(name)
     if before is not None and (problem := head_problem(method, name, method.head_in(before).name)):
         yield f"head: {problem}"
+    learnt = method.calibration if before is None else method.calibration_in(before)
+    goes_on = source is not None and not {"heads", "calibration"} & set(stage.reinit)
+    if goes_on and learnt and stage.calibration and stage.calibration.name != learnt.name:
+        yield (
+            f"calibration.name = {stage.calibration.name}: a head has one calibration, and the weights it begins with "
+            f"have '{learnt.name}', which would be lost; set reinit=[calibration] to lose it, or leave the stage out"
+        )
     if missing := sorted(set(stage.reinit) - parts_of(method, name)):
         yield f"reinit = {list(stage.reinit)}: the stage's experts have no {missing[0]}; remove it"
     if "heads" in stage.reinit and not head.fits and ("heads" in stage.freeze or not stage.epochs):

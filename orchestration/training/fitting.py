@@ -110,7 +110,9 @@ def _fit_heads(setup: StageSetup, beat: Callable[[], None]) -> None:
         try:
             head.fit(lambda place=place: features.of(place), partial(setup.mesh.sum_over_data, what="sums of a fit"))
         except ValueError as problem:
-            raise ValueError(f"stage {setup.stage_name}: {problem}") from problem
+            empty = [setup.dataset.class_names[c] for c in (setup.counts_C == 0).nonzero().flatten().tolist()]
+            named = f" (named {', '.join(empty[:5])}{' ...' if len(empty) > 5 else ''})" if empty else ""
+            raise ValueError(f"stage {setup.stage_name}: {problem}{named}") from problem
 
 
 def _choose(setup: StageSetup, kind: str, key: str, beat: Callable[[], None]) -> Choice:
