@@ -14,7 +14,7 @@ go with the piece.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -73,7 +73,7 @@ def compose(words: list[str]) -> Composed:
     """
     read = parse(words)
     try:
-        layered, files = _lay_files(read)
+        layered, files, about_like = _lay_files(read)
     except ValueError as problem:
         raise ValueError(message(title(words), str(problem).splitlines())) from problem
     length = _lengths(layered)
@@ -83,17 +83,19 @@ def compose(words: list[str]) -> Composed:
     if problems:
         raise ValueError(message(title(words), sorted(problems)))
     config = _with_absolute_paths(check(layered.tree, title(words), lambda keys: _file_of(layered, keys)))
-    return Composed(config, layered, files, tuple(resolved), tuple(_notes(length, config, resolved)))
+    return Composed(config, layered, files, tuple(resolved), (*about_like, *_notes(length, config, resolved)))
 
 
-def _lay_files(read: Words) -> tuple[Layered, tuple[str, ...]]:
-    """Lay all files; returns their names, too."""
+def _lay_files(read: Words) -> tuple[Layered, tuple[str, ...], list[str]]:
+    """Lay all files; returns their names and notes about a saved run, too."""
     layered = Layered()
     base = read_yaml(configs_folder() / "config.yaml")
     choices: dict[str, str] = base.pop("defaults") | read.choices
     layered.lay(base, "config.yaml")
-    run = next((v.value() for v in reversed(read.values) if v.key_or_group == _LIKE), None)
-    like = None if run is None else saved_ensemble(str(run))
+    run, final = _value_of(read, _LIKE), _value_of(read, f"{_LIKE}_final")
+    if final is not None and run is None:
+        raise ValueError(f"{_LIKE}_final = {final}: of which run? set {_LIKE}=<folder of a finished run>, or remove it")
+    like = None if run is None else saved_ensemble(run, final)
     if like is not None and "dataset" not in read.choices:
         like.lay_data(layered)
     else:
@@ -120,7 +122,27 @@ def _lay_files(read: Words) -> tuple[Layered, tuple[str, ...]]:
             layered.put(("run", "name"), _name_after(like, parts, read), SAVED_RUN)
     lay_recipe(layered, recipe, like)
     _lay_published(layered, name, dataset)
-    return layered, (*made_of, *recipe.files)
+    notes = [] if like is None else list(_notes_about(like, method, [*layered.get(STAGES)]))
+    return layered, (*made_of, *recipe.files), notes
+
+
+def _value_of(read: Words, key: str) -> str | None:
+    """Return the last value that the command line gives a key; None if it gives none."""
+    found = [override.value() for override in read.values if override.key_or_group == key]
+    return str(found[-1]) if found and found[-1] is not None else None
+
+
+def _notes_about(like: SavedEnsemble, method: str | None, stages: list[str]) -> Iterator[str]:
+    """Say what is taken of a saved run where that may not be what was meant."""
+    if method is not None:
+        yield (
+            f"{_LIKE}: {stages[0]} is trained anew, on a network made like that of {like.folder.name}; leave out "
+            f"method={method} to go on from its weights"
+        )
+    elif like.finals and like.final is None:
+        last = list(like.config["method"]["stages"])[-1]
+        others = ", ".join(like.finals)
+        yield f"{_LIKE}: goes on from its last stage, {last}; {_LIKE}_final= takes another of {others}"
 
 
 def _name_after(like: SavedEnsemble, parts: Sequence[str], read: Words) -> str:

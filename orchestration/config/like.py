@@ -30,11 +30,15 @@ class SavedEnsemble:
 
     Attributes:
         folder: of the run, absolute.
+        final: of its final stages, the one asked for; None for its last stage.
+        finals: all of them, where it has several.
         model: contents of the exported model's model.json.
         config: contents of config.yaml.
     """
 
     folder: Path
+    final: str | None
+    finals: tuple[str, ...]
     model: dict[str, Any]
     config: dict[str, Any]
 
@@ -54,6 +58,7 @@ class SavedEnsemble:
             aggregator = self.config["method"]["aggregator"]
         made_of = {
             "like": str(self.folder),
+            "like_final": self.final,
             "num_experts": len(model["expert_names"]),
             "experts": list(model["expert_names"]),
             **{key: model[key] for key in ("head", "shared_head", "reduce_dimension")},
@@ -97,14 +102,15 @@ def _put_leaves(layered: Layered, path: tuple[str, ...], value: Any, origin: str
     layered.origins.pop(path, None)
 
 
-def saved_ensemble(run: str) -> SavedEnsemble:
+def saved_ensemble(run: str, final: str | None = None) -> SavedEnsemble:
     """Read what a saved run's ensemble is made of.
 
     Args:
         run: folder of a finished run.
+        final: of its final stages, where it has several; None for its last stage.
 
     Raises:
-        ValueError: there is no such run, it is not finished, or its model or config cannot be read.
+        ValueError: there is no such run or final stage, it is not finished, or its model or config cannot be read.
     """
     folder = Path(os.path.abspath(expand(run)))
     said = f"method.like = {run}"
@@ -117,13 +123,17 @@ def saved_ensemble(run: str) -> SavedEnsemble:
             f"{said}: the run is {status or 'not started'}; needed a finished one: "
             f"if it has stopped, give its command again"
         )
-    path = folder / "export" / "last" / "model.json"
+    finals = tuple(sorted(path.parent.parent.name for path in folder.glob("export/*/last/model.json")))
+    if final is not None and final not in finals:
+        has = f"it has {', '.join(finals)}" if finals else "it has one result; leave it out"
+        raise ValueError(f"method.like_final = {final}: no final stage of {run}; {has}")
+    path = folder.joinpath("export", *([final] if final else []), "last", "model.json")
     if not path.is_file():
         raise ValueError(f"{said}: it has no {path.relative_to(folder)}; needed its exported model; restore the folder")
     model = _read_json(path, said)
     try:
         config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-        ensemble = SavedEnsemble(folder, model, config)  # type: ignore[arg-type]
+        ensemble = SavedEnsemble(folder, final, finals, model, config)  # type: ignore[arg-type]
         trial = Layered()
         ensemble.lay(trial)
         ensemble.lay_data(trial)

@@ -160,7 +160,7 @@ def _lay_then(layered: Layered, step: Step, recipe: Recipe, like: SavedEnsemble 
     stages = list(layered.get(STAGES) or {})
     start: dict[str, Any] = {}  # unset, a stage follows the one before it and starts from its weights
     if like is not None:
-        start = {"after": [], "start_from": {"run": str(like.folder)}}
+        start = {"after": [], "start_from": {"run": str(like.folder)} | ({"final": like.final} if like.final else {})}
     elif step.files[1:]:
         start = {"after": [stages[-1]], "start_from": {"stage": stages[-1]}}
     for file in step.files:

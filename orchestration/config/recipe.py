@@ -44,6 +44,8 @@ class ModelSource(Settings):
     """An earlier stage of this run."""
     run: str | None = None
     """Folder of a finished run."""
+    final: str | None = None
+    """Which of that run's final stages, where it has several. Unset: its last stage."""
     weights: Literal["last", "best"] = "last"
     """Which of its two models."""
 
@@ -54,7 +56,14 @@ class ModelSource(Settings):
                 f"stage = {self.stage}, run = {self.run}: needed exactly one of them: stage (an earlier one of this "
                 f"run) or run (the folder of another)"
             )
+        if self.final is not None and self.run is None:
+            raise ValueError(f"final = {self.final}: names a stage of another run; set run, or remove it")
         return self
+
+    @property
+    def export(self) -> str:
+        """Where the model lies in the folder of another run."""
+        return "/".join(filter(None, ("export", self.final, self.weights)))
 
 
 class Teacher(ModelSource):
@@ -166,6 +175,8 @@ class Recipe(Settings):
     name: str
     like: str | None = None
     """Folder of a saved run whose backbone, experts and head this recipe goes on from. Composing fills them in."""
+    like_final: str | None = None
+    """Which of that run's final stages. Unset: its last stage."""
     num_experts: Annotated[int, Field(ge=1, le=8)]
     reduce_dimension: bool = False
     """Thinner late stages as in RIDE: 24 and 48 channels instead of 32 and 64."""

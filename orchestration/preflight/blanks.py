@@ -139,7 +139,7 @@ def _teacher(config: RunConfig, source: Teacher, counts_C: np.ndarray, *, counts
     if source.stage is None:
         assert source.run is not None
         try:
-            description = read_description(Path(expand(source.run)) / "export" / source.weights / DESCRIPTION)
+            description = read_description(Path(expand(source.run)) / source.export / DESCRIPTION)
         except ValueError:
             return None
         return BlankTeacher(ServedModel(blank_ensemble(description), description), known=True)

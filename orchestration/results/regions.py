@@ -194,7 +194,7 @@ def _starting_model(saved: SavedRun) -> ServedModel:
 
     method, source = saved.config.method, _starting_weights(saved)
     if source.run is not None:
-        model = load_model(expand(source.run) / "export" / source.weights)
+        model = load_model(expand(source.run) / source.export)
     else:
         assert source.stage is not None
         checkpoint = weights_of(Checkpoints(saved.folder, list(method.stages)), source)

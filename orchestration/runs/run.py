@@ -56,7 +56,7 @@ class Run:
         self._messages: set[str] = set()  # shown by `message_once`
         self._workers: dict[int, list[dict[str, Any]]] = {}  # hosts and stages, by id of the fleet
         self._described = False  # whether run.json has the facts of this start
-        self._models: dict[tuple[str | None, str | None, str], Path] = {}
+        self._models: dict[tuple[str | None, str], Path] = {}
         self._changing = threading.Lock()
 
     def raise_if_ending(self, stage: str) -> None:
@@ -77,7 +77,7 @@ class Run:
 
     def model(self, source: ModelSource) -> Path:
         """Return the exported model of a source. A stage of this run is exported once, for all that ask."""
-        asked = source.stage, source.run, source.weights
+        asked = source.stage or source.run, source.export
         # Under the lock: stages side by side may share a teacher, and two would write one folder.
         with self._changing:
             if asked not in self._models:

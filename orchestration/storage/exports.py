@@ -33,7 +33,7 @@ def check_sources(config: RunConfig) -> None:
     """
     problems = []
     for key, source, stage in _named(config):
-        if source.run is not None and (problem := _problem(Path(expand(source.run)), source.weights, config, stage)):
+        if source.run is not None and (problem := _problem(Path(expand(source.run)), source, config, stage)):
             problems.append(f"{key}.run = {source.run}: {problem}")
     if config.method.backbone_weights is not None:
         try:
@@ -53,7 +53,7 @@ def _named(config: RunConfig) -> Iterator[tuple[str, ModelSource, str | None]]:
             yield f"method.stages.{name}.teachers.{teacher}", source, None
 
 
-def _problem(folder: Path, weights: str, config: RunConfig, stage: str | None) -> str | None:
+def _problem(folder: Path, source: ModelSource, config: RunConfig, stage: str | None) -> str | None:
     if not (folder / "config.yaml").is_file():
         return "there is no run; needed the folder of a finished run, as runs/<run.name>"
     try:
@@ -62,12 +62,12 @@ def _problem(folder: Path, weights: str, config: RunConfig, stage: str | None) -
         return f"{RUN} cannot be read ({type(error).__name__}); needed a finished run"
     if status != "finished":
         return f"the run is {status or 'not started'}; needed a finished one: if it has stopped, give its command again"
-    if problem := _misfit(folder / "export" / weights / DESCRIPTION, weights, config, stage):
+    if problem := _misfit(folder, source, config, stage):
         return problem
-    return None if stage is None else _learnt_misfit(folder, config, stage)
+    return None if stage is None else _learnt_misfit(folder, source, config, stage)
 
 
-def _learnt_misfit(folder: Path, config: RunConfig, stage: str) -> str | None:
+def _learnt_misfit(folder: Path, origin: ModelSource, config: RunConfig, stage: str) -> str | None:
     """Return why a stage's rule does not fit what the experts of the run that it begins with have learnt."""
     if config.method.scores_trained_in(stage) is not None:
         return None  # its own steps decide, and those were checked with the recipe
@@ -75,13 +75,16 @@ def _learnt_misfit(folder: Path, config: RunConfig, stage: str) -> str | None:
         source = from_yaml(folder / CONFIG).method
     except ValueError:
         return None  # of an earlier version, which says nothing that could be asked
-    problems = learnt_problems(config.method.aggregator_in(stage), source, source.final)
-    return next((f"in its stage {source.scores_trained_in(source.final)}: {problem}" for problem in problems), None)
+    final = origin.final or source.final
+    problems = learnt_problems(config.method.aggregator_in(stage), source, final)
+    return next((f"in its stage {source.scores_trained_in(final)}: {problem}" for problem in problems), None)
 
 
-def _misfit(model: Path, weights: str, config: RunConfig, stage: str | None) -> str | None:
+def _misfit(folder: Path, source: ModelSource, config: RunConfig, stage: str | None) -> str | None:
+    model = folder / source.export / DESCRIPTION
     if not model.is_file():
-        return f"it has no export/{weights}; needed its exported model; restore the folder"
+        why = "restore the folder" if source.final is None else "name one of its final stages"
+        return f"it has no {source.export}; needed its exported model; {why}"
     try:
         found = read_description(model)
     except ValueError as error:
@@ -107,7 +110,7 @@ def model_folder(config: RunConfig, folder: RunFolder, checkpoints: Checkpoints,
         ValueError: a checkpoint is damaged.
     """
     if source.run is not None:
-        return Path(expand(source.run)).absolute() / "export" / source.weights
+        return Path(expand(source.run)).absolute() / source.export
     assert source.stage is not None
     target = folder.path / "export" / f"stage-{source.stage}-{source.weights}"
     weights, fitted = weights_of(checkpoints, source), _fitted(checkpoints, source.stage)

@@ -65,8 +65,29 @@ def test_another_seed_data_root_and_the_same_data_set_may_be_named(ride):
     assert load_config(words).dataset == load_config(["dataset=digits_lt", "dataset.image_size=16"]).dataset
 
 
+def test_of_several_final_stages_one_may_be_named_and_the_last_is_said(ride):
+    words = ["then=crt", f"method.like={ride}"]
+    assert compose(words).notes == ()
+    model = json.loads((ride / "export" / "last" / "model.json").read_text())
+    for final in ("lws", "ncm"):
+        (ride / "export" / final / "last").mkdir(parents=True)
+        calibrated = model | ({"calibration": {"name": "scales"}} if final == "lws" else {})
+        (ride / "export" / final / "last" / "model.json").write_text(json.dumps(calibrated))
+    [note] = compose(words).notes
+    assert note == "method.like: goes on from its last stage, train; method.like_final= takes another of lws, ncm"
+
+    asked = compose([*words, "method.like_final=lws"])
+    assert asked.notes == () and asked.config.method.calibration.name == "scales"
+    assert asked.config.method.stages["crt"].start_from.export == "export/lws/last"
+    said = refused(*words, "method.like_final=crt")
+    assert said == f"method.like_final = crt: no final stage of {ride}; it has lws, ncm"
+    assert "of which run?" in refused("method=ce", "method.like_final=lws")
+
+
 def test_a_method_trains_an_ensemble_of_the_same_make(ride):
-    method = load_config(["method=ce", f"method.like={ride}", "dataset=digits_lt"]).method
+    composed = compose(["method=ce", f"method.like={ride}", "dataset=digits_lt"])
+    method = composed.config.method
+    assert composed.notes[0].startswith("method.like: train is trained anew, on a network made like that of mine")
     assert (method.num_experts, method.reduce_dimension, method.head.name) == (3, True, "cosine")
     assert list(method.stages) == ["train"] and method.starts_from("train") is None
 

@@ -157,10 +157,17 @@ def test_new_heads_leave_the_calibration_of_the_old_ones_behind():
         ("lws", "with sampler.name = class_balanced the heads have seen another one"),
         ("disalign", "with objective.name = grw the experts learn: uniform"),
         ("ncm", "from scores that were trained, but head.name = ncm is fitted"),
+        ("tau_norm", "head.name = tau_normalised has taken away what frequent classes gained"),
     ],
 )
 def test_a_prior_is_not_taken_from_scores_that_are_calibrated_or_fitted(host, why):
     assert why in problem(f"method={host}", "then=logit_adjusted", host=[])
+
+
+def test_a_head_has_one_calibration():
+    said = problem("method=lws", "then=disalign", host=[])
+    assert "stages.disalign.calibration.name = disalign" in said and "'scales', which would be lost" in said
+    load_config(["method=lws", "then=disalign", "method.stages.disalign.reinit=[calibration]"])
 
 
 @pytest.mark.parametrize("name", ["last", "best"])
