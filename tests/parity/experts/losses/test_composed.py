@@ -189,3 +189,51 @@ def test_class_weights_are_refused_where_they_mean_nothing(config, num_experts, 
     objective = registry.build("objective", config, COUNTS, num_experts)
     with pytest.raises(ValueError, match=says):
         objective.weigh(ClassWeights(rule="power"), COUNTS)
+
+
+EQUAL = torch.tensor([7, 7, 7, 7])
+AS_CROSS_ENTROPY = [
+    {"name": "balanced_softmax"},
+    {"name": "class_balanced"},
+    {"name": "seesaw", "q": 0.0},
+    {"name": "las", "head": 0.0, "tail": 0.0},
+    {"name": "focal", "gamma": 0.0},
+    {"name": "inverse_softmax"},
+    {"name": "lade", "alpha": 0.0},
+]
+
+
+def with_counts(config, counts, weights=None):
+    """Return the loss of one expert at fixed scores, for other counts."""
+    objective, now = registry.build("objective", config, counts, 1), Progress(1, 4)
+    if weights is not None:
+        objective.weigh(weights, counts)
+    return objective(Z.double()[None], LABELS[:3], StepContext(objective.denominators(LABELS[:3], now), now))[0]
+
+
+@pytest.mark.parametrize("settings", AS_CROSS_ENTROPY, ids=lambda settings: settings["name"])
+def test_with_equal_counts_or_strength_zero_they_are_cross_entropy(settings):
+    config = registry.piece("objective", settings["name"]).Config(**settings)
+    torch.testing.assert_close(with_counts(config, EQUAL), with_counts(CrossEntropy.Config(), EQUAL), **EXACT)
+
+
+@pytest.mark.parametrize("rule", ["effective_number", "power", "log_ratio"])
+@pytest.mark.parametrize("mean", ["weights", "images"])
+def test_weights_of_equal_counts_change_nothing(rule, mean):
+    found = with_counts(CrossEntropy.Config(), EQUAL, ClassWeights(rule=rule, mean=mean))
+    torch.testing.assert_close(found, with_counts(CrossEntropy.Config(), EQUAL), **EXACT)
+
+
+@pytest.mark.parametrize(
+    "name", ["balanced_softmax", "las", "seesaw", "lade", "robal", "distribution_balanced", "ldam"]
+)
+def test_only_ratios_of_the_counts_matter(name):
+    config = registry.piece("objective", name).Config()
+    torch.testing.assert_close(with_counts(config, 10 * COUNTS), with_counts(config, COUNTS), **EXACT)
+
+
+@pytest.mark.parametrize(("rule", "same"), [("power", True), ("log_ratio", True), ("effective_number", False)])
+def test_only_ratios_of_the_counts_matter_to_weights_but_of_effective_numbers(rule, same):
+    weights = ClassWeights(rule=rule)
+    found, expected = (with_counts(CrossEntropy.Config(), times * COUNTS, weights) for times in (10, 1))
+    assert torch.isclose(found, expected, atol=1e-12, rtol=1e-12) == same
