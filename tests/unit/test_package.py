@@ -236,7 +236,7 @@ def test_an_installed_wheel_trains_away_from_the_checkout(built, tmp_path):
     assert all(Path(path).is_relative_to(site) for path in out(str(scripts / "python"), "-c", where).split())
     expertail = str(scripts / "expertail")
     assert out(expertail, "--version") == f"expertail {__version__}\n"
-    assert "dataset=cifar100_lt | cifar10_lt | digits_lt" in out(expertail, "train", "--list")
+    assert "dataset=cifar100_lt  " in out(expertail, "train", "--list")
     table = out(expertail, "train", *runs.SMALL, "run.max_steps=2", f"run.dir={tmp_path / 'runs'}", "run.name=run")
     assert "405 training images of 10 classes" in table
     assert len(runs.losses(tmp_path / "runs" / "run")) == 2
