@@ -41,7 +41,7 @@ class RefusedByDevice(RuntimeError):
 
 @dataclass
 class Seen:
-    """What the device was asked for.
+    """A record of what the device was asked for.
 
     Attributes:
         waits: of the host for the device, by kind and by the line of the project that asked.

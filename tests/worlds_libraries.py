@@ -1,4 +1,4 @@
-"""What the processes of worlds.py need, loaded once before they are forked."""
+"""Libraries that the processes of worlds.py need, loaded once before they are forked."""
 
 from __future__ import annotations
 

@@ -60,16 +60,16 @@ class ClassWeights(Settings):
     """
 
     rule: Literal["effective_number", "power", "log_ratio"]
-    """What makes weights of the counts n: inverse effective numbers (Cui et al. 2019), a power of the inverse
+    """Rule from counts n to weights: inverse effective numbers (Cui et al. 2019), a power of the inverse
     frequency, or 1 + ln(n_max / n) (the survey's weighted softmax)."""
     beta: Annotated[float, Field(ge=0, lt=1)] = 0.9999
-    """Of `effective_number`, no unit; published 0.9999; 0 gives ones, towards 1 inverse frequency."""
+    """Beta of `effective_number`, no unit; published 0.9999; 0 gives ones, towards 1 inverse frequency."""
     power: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-    """Of `power`, no unit; 1 is inverse frequency."""
+    """Exponent of `power`, no unit; 1 is inverse frequency."""
     after_epoch: Annotated[int, Field(ge=0)] | None = None
     """They apply in epochs after this one (1-based); published for LDAM-DRW: 160 of 200. null: from the first on."""
     mean: Literal["weights", "images"] = "weights"
-    """What the weighted sum is divided by: the "weights" of the batch's images, as published for LDAM-DRW and weighted
+    """Divisor of the weighted sum: the "weights" of the batch's images, as published for LDAM-DRW and weighted
     softmax, or the number of "images", as the paper on effective numbers has it."""
 
     @model_validator(mode="after")

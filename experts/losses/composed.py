@@ -117,7 +117,7 @@ class Composed(Objective):
 
     @property
     def detached(self) -> str:
-        """What the parts hold constant."""
+        """The quantities that the parts hold constant."""
         return "; ".join(part.detached for part in self._each().values() if part.detached)
 
     def weigh(self, weights: ClassWeights, counts_C: Tensor) -> None:

@@ -101,7 +101,7 @@ class DistributionBalanced(PerImage):
         focal: bool = True
         """Whether hard answers count more, by 2 (1 - p)^2, as published."""
         over_classes: Literal["sum", "mean"] = "sum"
-        """How the classes of an image are added up: "mean" as published; its gradient is C times smaller."""
+        """Reduction over the classes of an image: "mean" as published; its gradient is C times smaller."""
 
         @property
         def gives_probabilities(self) -> bool:

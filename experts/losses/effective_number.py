@@ -49,7 +49,7 @@ class ClassBalanced(PerImage):
         """The loss that is weighted: cross-entropy, a sigmoid per class, its focal form, or, as the survey's code,
         binary cross-entropy on the softmax's probabilities."""
         beta: Annotated[float, Field(ge=0, lt=1)] = 0.9999
-        """Of the effective number, no unit; published 0.9, 0.99, 0.999 and 0.9999, chosen for each data set."""
+        """Beta of the effective number, no unit; published 0.9, 0.99, 0.999 and 0.9999, chosen for each data set."""
         gamma: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
         """Power of the focal form, no unit; published 0.5, 1 and 2, chosen for each data set."""
 

@@ -68,14 +68,14 @@ class Focal(PerImage):
     class Config(ObjectiveSettings):
         name: Literal["focal"] = "focal"
         form: Literal["softmax", "sigmoid"] = "softmax"
-        """What gives the probability: a softmax over classes, as the long-tailed codes have it, or a sigmoid per class,
+        """Form of the probability: a softmax over classes, as the long-tailed codes have it, or a sigmoid per class,
         as the paper has it for detection."""
         gamma: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 3.0
         """Power of 1 - p, no unit; published 3 (the survey), 2 (detection), 1 (LDAM's code); 0 weights nothing."""
         detach: bool = True
         """Whether the factor is held constant in the gradient: true in the survey's code, false in the paper."""
         alpha: Annotated[float, Field(gt=0, lt=1)] | None = None
-        """Of the sigmoid form: weight of an image's own class, that of the others is 1 - alpha; published 0.25 for
+        """Sigmoid form only: weight of an image's own class, that of the others is 1 - alpha; published 0.25 for
         detection; null: 1 for all."""
 
         @property

@@ -70,9 +70,9 @@ class LabelAwareSmoothing(PerImage):
         tail: Annotated[float, Field(ge=0, lt=1)] = 0.0
         """Smoothing of the rarest class; published 0, and 0.1 where the head has 0.4."""
         shape: Shape = "concave"
-        """Of the curve between the two, by image count; published "concave"."""
+        """Shape of the curve between the two, by image count; published "concave"."""
         power: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
-        """Of the shape "exp", no unit."""
+        """Exponent of the shape "exp", no unit."""
         over: Literal["all", "others"] = "all"
         """The classes that share eps: "all", the label's too (code), or the "others" (paper)."""
 

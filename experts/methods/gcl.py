@@ -66,7 +66,7 @@ class GCL(PerImage):
         scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30.0
         """s of the head's cosines; must equal head.scale; published 30, second stage 20 (CIFAR), 15 (Places-LT)."""
         strength: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
-        """Of the noise, in units of a cosine; published 0.5 (CIFAR), 1 (Places-LT)."""
+        """Strength of the noise, in units of a cosine; published 0.5 (CIFAR), 1 (Places-LT)."""
         margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
         """m, off the label's cosine; published 0, in the second stage 0.1."""
         gamma: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0

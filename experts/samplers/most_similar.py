@@ -61,11 +61,11 @@ class MostSimilar(PartSampler):
         """Numbers, larger for more similar, without a unit: a list, or the path of a text file with one number per
         line. In the order of the class ids, or of the training images (of `dataset.train_list`: of its lines)."""
         of: Literal["classes", "images"] = "classes"
-        """What the numbers are of."""
+        """Kind of thing that each number is for."""
         keep: Annotated[int, Field(ge=1)]
-        """How many classes, or images, are kept."""
+        """Number of classes, or images, that are kept."""
         sha256: str | None = None
-        """Of the file; filled in when the recipe is read, so that a run never goes on with another file."""
+        """SHA-256 of the file; filled in when the recipe is read, so that a run never goes on with another file."""
 
         @field_validator("similarity")
         @classmethod

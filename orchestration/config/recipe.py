@@ -132,7 +132,7 @@ class StageConfig(Settings):
     """The experts' head from this stage on. Unset: that of the stage whose weights this one begins with, or the
     method's."""
     calibration: Annotated[Any, PieceOf("calibration", optional=True)] = None
-    """What changes the heads' scores from this stage on. Unset: as in the stage whose weights this one begins with, and
+    """Calibration of the heads' scores from here on. Unset: as in the stage whose weights this one begins with, and
     nothing on new heads."""
     reinit: tuple[Part, ...] = ()
     """Parts that begin with new weights, whatever the weights of `start_from` hold."""
@@ -183,7 +183,7 @@ class Recipe(Settings):
     head: Annotated[Any, PieceOf("head")]
     aggregator: Annotated[Any, PieceOf("aggregator")]
     calibration: Annotated[Any, PieceOf("calibration", optional=True)] = None
-    """What changes the heads' scores, where the recipe goes on from a saved run that has it."""
+    """Calibration of the heads' scores, where the recipe goes on from a saved run that has it."""
     experts: tuple[str, ...] | None = None
     """Names of the experts, in the order of the logits. Unset: expert0, expert1, ..."""
     shared_head: bool = False

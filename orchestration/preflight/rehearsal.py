@@ -64,7 +64,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a worker contributes to the exchanges of one name in a step.
+    """A worker's contribution to the exchanges of one name in a step.
 
     Attributes:
         what, kind, among: as of `Crossing`.

@@ -1,4 +1,4 @@
-"""What only a GPU shows: its kernels give the CPU's numbers, NCCL takes what workers exchange, float32 is float32."""
+"""Only a GPU shows this: its kernels give the CPU's numbers, NCCL takes what workers exchange, float32 is float32."""
 
 from __future__ import annotations
 

@@ -261,7 +261,7 @@ def test_gradients_of_the_prior_losses_are_the_closed_forms():
 
 
 def test_logit_adjustment_says_what_its_scores_are_trained_for():
-    """Of strength tau, pi^(1 - tau) is left."""
+    """With strength tau, pi^(1 - tau) is left."""
     log_share_C = log_prior(COUNTS)
     for tau, word in ((1.0, "uniform"), (0.0, "train"), (1.5, "train^-0.5")):
         found_EC, words = LogitAdjustment.Config(tau=tau).trained_log_prior(COUNTS, log_share_C, 2)

@@ -56,7 +56,7 @@ def test_the_clouds_are_the_published_ones_and_nothing_for_equal_counts():
 
 
 def test_the_noise_has_the_published_distribution():
-    """Of |eps| with deviation 1/3, cut at 1: mean sqrt(2 / pi) / 3 less what is cut, and 0.27 % at 1."""
+    """|eps| with deviation 1/3, cut at 1, has mean sqrt(2 / pi) / 3 less what is cut, and 0.27 % at 1."""
     even = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
     found = half_normal(even)
     assert found.mean().item() == pytest.approx(np.sqrt(2 / np.pi) / 3, rel=1e-3)

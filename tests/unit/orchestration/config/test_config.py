@@ -1,4 +1,4 @@
-"""What recipes resolve to: every method on every data set that had a schedule when resolved.json was stored.
+"""Recipes resolve to what is stored: every method on every data set that had a schedule when resolved.json was stored.
 
 `resolved.json` holds for each method (`common`) and data set (`dataset`) the values that all its pairs share, and for
 each pair the others. A recipe may be written in other files; what it computes may not change.

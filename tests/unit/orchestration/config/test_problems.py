@@ -1,4 +1,4 @@
-"""What is wrong with a config names the key, the piece that would know it, and the file that wrote it."""
+"""A message about a config names the key, the piece that would know it, and the file that wrote it."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def test_a_row_per_loss_has_the_numbers_of_every_classifier_as_the_survey_prints
 
 
 def test_seeds_of_one_loss_become_mean_and_standard_deviation():
-    """Of 10, 20 and 30 % the mean is 20 and the standard deviation 10; a classifier of one seed has none."""
+    """For 10, 20 and 30 % the mean is 20 and the standard deviation 10; a classifier of one seed has none."""
     one = [Entry("ce", seed, {"crt": top1(*[10 * (seed + 1)] * 4)}) for seed in range(3)]
     lines = classifier_table([one[0]._replace(top1=one[0].top1 | {"ncm": top1(5, 5, None, 5)}), *one[1:]])
     assert cells(lines, "ce ") == ["20.0"] * 4 + ["5.0", "5.0", "n/a", "5.0"]

@@ -1,4 +1,4 @@
-"""What a run goes on from is refused before the start where a stage would misread its scores."""
+"""A source of weights is refused before the start where a stage would misread its scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What crosses between workers goes through one file, and a mesh on paper records it."""
+"""Everything that crosses between workers goes through one file, and a mesh on paper records it."""
 
 from __future__ import annotations
 
