@@ -1,0 +1,27 @@
+"""Copies from the host to the device that computes, for which the host does not wait."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def to_device(values: np.ndarray | Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+    """Return values on a device. Where they have to be copied, the host goes on before the copy is done.
+
+    On the CPU nothing is copied that has the right type already: the result then shares memory with `values`.
+
+    Args:
+        values: a tensor on any device, or an array.
+        dtype: of the result; None keeps that of `values`.
+    """
+    device = torch.device(device)
+    tensor = torch.from_numpy(np.asarray(values, order="C")) if isinstance(values, np.ndarray) else values
+    if tensor.device.type == "cpu":
+        tensor = tensor.to(dtype=dtype)  # here, since a copy that also converts is made from memory that is not pinned
+        if device.type == "cuda":
+            # A GPU copies in the background from page-locked memory alone. The allocator of such memory gives it to
+            # others only after the copy.
+            tensor = tensor.pin_memory()
+    return tensor.to(device, dtype, non_blocking=True)
