@@ -18,9 +18,10 @@ from torch import Tensor
 
 from aggregation.aggregator import Outputs
 from aggregation.serving import ServedModel, load_model
-from experts.batches import EvalBatches, Replica
+from experts.batches import Replica
 from experts.data.dataset import Dataset, open_dataset
 from experts.data.images import ImageStore
+from experts.eval_batches import EvalBatches
 from orchestration.config.compose import from_yaml
 from orchestration.config.paths import expand
 from orchestration.config.problems import check

@@ -15,7 +15,8 @@ from torch import Tensor
 from aggregation.aggregator import Outputs
 from aggregation.diversity import Diversity
 from aggregation.metrics import Scores
-from experts.batches import EvalBatches, Replica
+from experts.batches import Replica
+from experts.eval_batches import EvalBatches
 from experts.objective import ExtraInputs
 from orchestration.training.engine import casting
 from orchestration.training.stage_setup import StageSetup, TrainingSetup

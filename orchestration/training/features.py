@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from experts.batches import EvalBatches, Replica
+from experts.batches import Replica
 from experts.data.images import ImageStore
+from experts.eval_batches import EvalBatches
 from orchestration.training.engine import casting
 from orchestration.training.stage_setup import StageSetup, TrainingSetup
 

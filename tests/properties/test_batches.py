@@ -5,9 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from experts.batches import EvalBatches, Replica, StreamConfig, TrainBatches
+from experts.batches import Replica, StreamConfig, TrainBatches
 from experts.data.config import Augment, DatasetConfig
 from experts.data.dataset import open_dataset
+from experts.eval_batches import EvalBatches
 from experts.progress import Progress
 from experts.registry import build
 from experts.samplers.class_balanced import ClassBalanced

@@ -201,7 +201,7 @@ def test_class_means_are_those_of_the_images_as_evaluation_sees_them(host):
     fitted = begun("ncm", folder)
     assert fitted.fit() == {}
     images = open_dataset(trainer.setup.config.dataset)
-    from experts.batches import EvalBatches
+    from experts.eval_batches import EvalBatches
 
     batches = list(EvalBatches(images.train_as_evaluated(), images.config, 1000))
     (pixels, labels), model = batches[0], trainer.setup.model.eval()
