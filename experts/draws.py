@@ -1,46 +1,119 @@
-"""Random numbers for objectives: of every image of a step, the same on every placement and after a resume.
+"""Numbers that the host makes for a step: random draws, the same on every placement and after a resume.
 
-Shapes: b images of one replica.
+A quantity is made from the moment of the step alone. So a step that is replayed, with the numbers of another moment in
+the same place on the device, asks for nothing that its first run did not ask for.
+
+Shapes: b images of one replica or of the whole batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from experts.data.keyed_random import uniforms
+from experts.data.transfer import to_device
 
 
 @dataclass(frozen=True)
-class RowDraws:
-    """Draws for one replica's images of one step, keyed by the image's row in the epoch.
+class Moment:
+    """All that numbers of a step may depend on.
 
     Attributes:
-        key_of: takes words to a key; it knows seed and stage.
         epoch: counted from 1.
-        first_row: row in the epoch of the replica's first image.
-        images: b; their rows follow each other.
-        device: where the draws go.
-        label_set: 1 for the labels of the images that are blended in; a loss with draws has others for them.
+        step: counted from 0 in the epoch.
+        first_row, images: rows of the epoch that this replica has in the step.
+        batch_first_row, batch_images: rows that the whole batch has.
     """
 
-    key_of: Callable[..., int]
     epoch: int
-    first_row: int
-    images: int
-    device: torch.device | str = "cpu"
-    label_set: int = 0
+    step: int
+    first_row: int = 0
+    images: int = 0
+    batch_first_row: int = 0
+    batch_images: int = 0
 
-    def __call__(self, what: str, width: int) -> Tensor:
-        """Return uniform numbers in [0, 1), float64 [b, width].
+
+Make = Callable[[Moment], np.ndarray]
+
+
+Held = dict[str, tuple[Make, Tensor]]
+
+
+class StepDraws:
+    """Makes a step's numbers and sends them to the device.
+
+    A step that is to be replayed (graphs.py) asks once. Its quantities are then held in tensors of their own, which are
+    filled again before every replay.
+
+    Args:
+        key_of: takes words and numbers to a key; it knows seed and stage.
+        device: where the numbers go.
+    """
+
+    def __init__(self, key_of: Callable[..., int], device: torch.device | str = "cpu") -> None:
+        self.key_of = key_of
+        self.device = torch.device(device)
+        self._moment = Moment(1, 0)
+        self._asked: dict[str, Make] = {}
+        self._static: Held = {}
+
+    def begin(self, moment: Moment) -> None:
+        """Begin a step: later calls make the numbers of this moment."""
+        self._moment, self._asked = moment, {}
+
+    def __call__(self, name: str, make: Make) -> Tensor:
+        """Return a quantity of this step, on the device.
 
         Args:
-            what: name of the quantity that is drawn; another name gives other numbers.
-            width: numbers for each image.
+            name: of the quantity; another one in the same step needs another name.
+            make: makes it from the moment, and from nothing else that changes.
         """
-        name = self.key_of(self.epoch, "objective", what, self.label_set)
-        drawn = torch.from_numpy(uniforms(name, self.first_row, self.images, width))
-        return drawn.to(self.device, non_blocking=True)
+        assert name not in self._asked, f"{name} is drawn twice in one step"
+        self._asked[name] = make
+        return self._static[name][1] if name in self._static else self._send(make)
+
+    def _send(self, make: Make) -> Tensor:
+        return to_device(make(self._moment), self.device)
+
+    def hold(self) -> Held:
+        """Return what the current step has asked for, each quantity in a tensor of its own."""
+        return {name: (make, self._send(make).clone()) for name, make in self._asked.items()}
+
+    def refill(self, held: Held) -> None:
+        """Fill held tensors with the numbers of the moment that has begun."""
+        for make, tensor in held.values():
+            tensor.copy_(self._send(make), non_blocking=True)
+
+    @contextmanager
+    def handing_out(self, held: Held) -> Iterator[None]:
+        """Hand out held tensors while this lasts, instead of new ones."""
+        self._static = held
+        try:
+            yield
+        finally:
+            self._static = {}
+
+    def of_rows(self, label_set: int = 0, *, whole: bool = False) -> Callable[[str, int], Tensor]:
+        """Return a function that takes the name of a quantity and a width to uniform numbers, float64 [b, width].
+
+        They lie in [0, 1), and are keyed by the image's row in the epoch.
+
+        Args:
+            label_set: 1 for the labels of the images that are blended in; a loss with draws has others for them.
+            whole: for the images of the whole batch, in its order, and not for this replica's alone.
+        """
+
+        def drawn(what: str, width: int) -> Tensor:
+            def make(moment: Moment) -> np.ndarray:
+                rows = (moment.batch_first_row, moment.batch_images) if whole else (moment.first_row, moment.images)
+                return uniforms(self.key_of(moment.epoch, "objective", what, label_set), *rows, width)
+
+            return self(f"{what}/{width}/{label_set}", make)
+
+        return drawn

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from experts.batches import Batch
 from experts.cases import Case
+from experts.draws import StepDraws
 from experts.objective import Objective
 from experts.progress import Progress
 from experts.registry import Settings, piece, registered_name, registered_names
@@ -28,16 +29,15 @@ of heads, a router."""
 
 
 class Network(Protocol):
-    """One worker's modules, for a flow to run. Every call goes through the engine, which must see it.
+    """One worker's modules, for a flow to run.
 
     Attributes:
         names: experts held here, in the order of the logits.
-        same_order: whether gradients of a part that several workers hold must arrive in the same order on all of them,
-            because they are summed as they come (ZeRO 2): a flow must then run such a part with a graph everywhere.
+        draws: makes random numbers of the step; see `StepDraws`.
     """
 
     names: tuple[str, ...]
-    same_order: bool
+    draws: StepDraws
 
     def trunk(self, run: Callable[[nn.Module], Result]) -> Result:
         """Return `run(trunk)`; called once per step."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+from experts.data.keyed_random import key
+from experts.draws import StepDraws
 from experts.ensemble import Ensemble
 
 
@@ -12,6 +16,7 @@ class PlainNetwork:
         self.net = net
         self.names = net.names
         self.same_order = False
+        self.draws = StepDraws(partial(key, 0))
 
     def trunk(self, run):
         return run(self.net.trunk)

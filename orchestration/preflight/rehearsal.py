@@ -23,7 +23,7 @@ Shapes: E experts, e in one slot, B images, C classes, D features.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -36,9 +36,10 @@ from experts.backbones.cost import multiply_adds, multiply_adds_by_shape
 from experts.ensemble import Ensemble, build_ensemble
 from orchestration.config.run_config import RunConfig
 from orchestration.preflight.blanks import BlankTeacher, NoArithmetic, blank_batches, blank_dataset
-from orchestration.training.engine import IN_WORDS, TorchEngine
+from orchestration.training.engine import IN_WORDS, TorchEngine, check, group_of
 from orchestration.training.exchange import Crossing, Kind, record_groups
 from orchestration.training.features import features_are_kept
+from orchestration.training.leaves import PARTS, Leaves
 from orchestration.training.mesh import Mesh, MeshShape
 from orchestration.training.stage_setup import TrainingSetup
 from orchestration.training.step import TrainingStep
@@ -167,11 +168,10 @@ def _setup(
 
 def _load(setup: TrainingSetup, record: list[Crossing], costs: Mapping[str, Costs], *, kept: bool) -> Load:
     """Take the steps, and return their load. With `kept`, on features that were computed before the first."""
-    assert isinstance(setup.engine, TorchEngine)
     load = Load(
         parameters=_parameters(setup.model),
         teacher_parameters=sum(p.numel() for held in setup.teachers.held.values() for p in held.parameters()),
-        learning=_learning(setup.engine),
+        learning=_learning(setup.leaves),
     )
     own = costs[""]
     with _Work(load, [("", setup.model), *setup.teachers.held.items()], costs):
@@ -227,31 +227,27 @@ def _traffic(few: list[Crossing], more: list[Crossing]) -> Iterator[Traffic]:
 class _EngineOnPaper(TorchEngine):
     """The control engine, but for the weights, which stay."""
 
-    def step(self, loss: Tensor, lr: float) -> None:
-        """See `Engine.step`."""
-        self.backward(loss)
+    def move(self, gradients: Sequence[Tensor], lr: float) -> None:
+        """See `TorchEngine.move`."""
 
 
 class _ZeroOnPaper(_EngineOnPaper):
     """The same in the place of DeepSpeed's engine, with ZeRO's exchanges."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.same_order = self.config.zero_stage == 2 and self.mesh.shape.workers > 1
+    def step(self, gradients: Sequence[Tensor], loss: Tensor, lr: float) -> Tensor:
+        """See `Engine.step`."""
+        self.sum_gradients(gradients)
+        return check(self.ok, self.mesh.groups.everyone, loss, gradients)
 
-    def sum_gradients(self) -> None:
-        """Record what ZeRO exchanges for each engine: gradients, norms, and the weights after the step."""
-        for part, sizes in _learning(self).items():
-            group = self.mesh.groups.data if part == "experts" else self.mesh.groups.everyone
-            if not sizes or group.size == 1:
-                continue
-            number = self.parameters_of(part)[0].detach().new_zeros(())
-            group.all_reduce(number.expand(sum(sizes)), f"gradient, {IN_WORDS[part]}")
-            # One float32 for each learning rate, whatever the precision.
-            group.all_reduce(number.float().expand(len(sizes)), f"norm of the gradient, {IN_WORDS[part]} (ZeRO)")
-            # ZeRO pads the parameters of each learning rate to a multiple of twice the workers.
-            own = sum(2 * -(-numbers // (2 * group.size)) for numbers in sizes)
-            group.all_gather(number.expand(own), f"updated weights, {IN_WORDS[part]} (ZeRO)")
+    def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """Record what ZeRO exchanges for each leaf: its gradient, and the weights after the step."""
+        super().sum_gradients(gradients)
+        for leaf in self.leaves:
+            group, number = group_of(leaf, self.mesh), leaf.flat.detach()[0]
+            if group.size > 1:
+                # ZeRO pads each leaf to a multiple of twice the workers.
+                own = 2 * -(-leaf.flat.numel() // (2 * group.size))
+                group.all_gather(number.expand(own), f"updated weights, {IN_WORDS[leaf.part]} (ZeRO)")
 
 
 # Sizes
@@ -269,14 +265,9 @@ def _parameters(model: Ensemble) -> dict[str, int]:
     return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 
 
-def _learning(engine: TorchEngine) -> dict[str, list[int]]:
+def _learning(leaves: Leaves) -> dict[str, list[int]]:
     """Return the numbers that learn, by part of the ensemble, for each learning rate."""
-    found = {}
-    for part in ("trunk", "experts", "shared"):
-        of_part = {id(p) for p in engine.parameters_of(part)}
-        sizes = [sum(p.numel() for p in group["params"] if id(p) in of_part) for group in engine.optimizer.param_groups]
-        found[part] = [size for size in sizes if size]
-    return found
+    return {part: [leaf.flat.numel() for leaf in leaves.of(part)] for part in PARTS}
 
 
 # Work

@@ -1,8 +1,7 @@
 """DeepSpeed behind the engine interface, and the only file that imports it.
 
-One ZeRO engine per non-empty group of parameters: the trunk's spans all workers, the experts' the data axis of their
-slot. DeepSpeed averages over an engine's workers, and we need sums. The loss comes multiplied by the replicas, which
-makes the average over the data axis a sum; a hook multiplies trunk gradients by the slots, which does the rest.
+One ZeRO engine per part that learns: the trunk's spans all workers, the experts' the data axis of their slot. ZeRO gets
+leaves and their gradients, one after the other and in one order on all workers; it never sees the network.
 """
 
 from __future__ import annotations
@@ -10,9 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
@@ -21,13 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from experts.ensemble import Ensemble
-from experts.flow import Result
 from orchestration.config.recipe import OptimizerConfig
 from orchestration.config.run_config import EngineConfig
-from orchestration.training.engine import NonFiniteGradient, casting, lr_groups, set_lr, sgd
+from orchestration.training.engine import check
 from orchestration.training.exchange import TorchGroup
+from orchestration.training.leaves import PARTS, Leaf, Leaves
 from orchestration.training.mesh import Mesh
+from orchestration.training.optimizer import HeldSGD
 
 
 def import_deepspeed(*, gpu: bool) -> ModuleType:
@@ -56,8 +54,9 @@ def import_deepspeed(*, gpu: bool) -> ModuleType:
         import deepspeed.runtime.zero.muon.muon_optimizer
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # The shared-memory exchange for CPUs is compiled at first use: 20 s and a compiler, for nothing that gloo lacks.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # The shared-memory exchange for CPUs is compiled at first use: 20 s and a compiler, for nothing that gloo lacks. Its
+    # table of what can be compiled is written here, not read: reading it runs compilers to find out.
+    deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
 
 
@@ -90,160 +89,94 @@ class _Axis:
 
 
 class _Part(nn.Module):
-    """One part of an ensemble, for a flow to run.
+    """The leaves of one part, as ZeRO sees them. The modules that hold views of them are not its business."""
 
-    It enters autocast itself, because DeepSpeed leaves the autocast of its caller. Beside the result it returns a zero
-    that depends on all its parameters: ZeRO waits for a gradient of each in every step, even if a batch has no image
-    for an expert or an expert's loss does not reach the trunk.
-    """
-
-    def __init__(self, module: nn.Module, config: EngineConfig, device: torch.device) -> None:
+    def __init__(self, leaves: Sequence[Leaf]) -> None:
         super().__init__()
-        self.module = module
-        self._context = partial(casting, config, device)
-
-    def forward(self, run: Callable[[nn.Module], Result]) -> tuple[Result, Tensor | None]:
-        with self._context():
-            result = run(self.module)
-        learning = [p for p in self.module.parameters() if p.requires_grad]
-        return result, _Zero.apply(*learning) if learning else None
-
-
-class _Zero(torch.autograd.Function):
-    """Zero, with a gradient of zero for each of some tensors.
-
-    A sum of the parameters times zero would do the same, but becomes NaN with them, and reads every weight.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        return tensors[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
-        # One element, expanded: it is added to a gradient and never written to.
-        return tuple(t.new_zeros(()).expand_as(t) for t in ctx.saved_tensors)
+        self.flats = nn.ParameterList([leaf.flat for leaf in leaves])
 
 
 class DeepSpeedEngine:
     """ZeRO stage 1 or 2 over a mesh of expert slots and data replicas. Arguments as of `TorchEngine`."""
 
-    def __init__(
-        self,
-        model: Ensemble,
-        mesh: Mesh,
-        optimizer: OptimizerConfig,
-        config: EngineConfig,
-        lr_factors: Mapping[str, float] | None = None,
-        part_factors: Mapping[str, float] | None = None,
-    ) -> None:
+    def __init__(self, leaves: Leaves, mesh: Mesh, optimizer: OptimizerConfig, config: EngineConfig) -> None:
         deepspeed = import_deepspeed(gpu=mesh.device.type == "cuda")
         # Ray shows each worker one GPU, which is number 0 there, whatever a launcher round Ray has numbered.
         os.environ["LOCAL_RANK"] = "0"
         os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
+        self.leaves = leaves
         self.mesh = mesh
-        self.names = model.names
-        # ZeRO 2 reduces gradients during the backward pass: parameters must get theirs in one order on all workers.
-        self.same_order = config.zero_stage == 2 and mesh.shape.workers > 1
-        self._names = {id(p): name for name, p in model.named_parameters()}
+        self.ok = torch.ones((), dtype=torch.bool, device=mesh.device)
         self._engines: dict[str, Any] = {}
-        self._parts: dict[str, nn.Module] = {}
-        self._zeros: list[Tensor] = []
         everyone, replicas = _Axis(dist.group.WORLD), _Axis(mesh.groups.data.handle or dist.group.WORLD)
-        for name, axis in (("trunk", everyone), ("experts", replicas), ("shared", everyone)):
-            part = _Part(getattr(model, name), config, mesh.device)
-            self._parts[name] = part
-            learning = [(f"{name}.{k}", p) for k, p in part.module.named_parameters() if p.requires_grad]
-            if learning:  # DeepSpeed refuses an engine without trainable parameters
-                groups = lr_groups(learning, lr_factors or {}, part_factors or {})
-                self._parts[name] = self._engines[name] = _initialize(deepspeed, part, groups, axis, optimizer, config)
+        for part in PARTS:
+            if own := leaves.of(part):  # DeepSpeed refuses an engine without trainable parameters
+                axis = replicas if part == "experts" else everyone
+                held = HeldSGD(own, optimizer, self.ok)
+                self._engines[part] = _initialize(deepspeed, _Part(own), held, axis, config)
+        leaves.relink()  # ZeRO has moved the leaves to memory of its own
 
-        # The engines of trunk and shared modules average over slots x replicas, and the loss is multiplied by the
-        # replicas only. The hook multiplies by the slots. An expert's engine averages over replicas: no hook.
-        slots = mesh.shape.slots
-        self._hooks = [
-            p.register_hook(lambda gradient: gradient * slots)
-            for name, p in model.named_parameters()
-            if p.requires_grad and not name.startswith("experts.") and slots > 1
-        ]
-
-    def trunk(self, run: Callable[[nn.Module], Result]) -> Result:
-        return self._run("trunk", run)
-
-    def experts(self, run: Callable[[nn.ModuleDict], Result]) -> Result:
-        return self._run("experts", run)
-
-    def shared(self, run: Callable[[nn.ModuleDict], Result]) -> Result:
-        return self._run("shared", run)
-
-    def _run(self, name: str, run: Callable[[Any], Result]) -> Result:
-        result, zero = self._parts[name](run)  # through the engine where there is one: its forward prepares ZeRO
-        if zero is not None and name in self._engines:
-            self._zeros.append(zero)
-        return result
-
-    def step(self, loss: Tensor, lr: float) -> None:
-        loss = loss + sum(zero.to(loss.dtype) for zero in self._zeros)
-        self._zeros.clear()
-
-        # Plain `backward`, not an engine's: one graph runs through all engines, whose hooks catch their gradients.
-        (loss * self.mesh.shape.replicas).backward()
-
-        for name, engine in self._engines.items():
-            set_lr(engine.optimizer, lr)
+    def step(self, gradients: Sequence[Tensor], loss: Tensor, lr: float) -> Tensor:
+        """See `Engine.step`."""
+        self._sum_gradients(gradients)
+        # After ZeRO's sums and before its step: each worker looks at the pieces that it moves weights by.
+        groups = list(self._groups())
+        pieces = [torch.cat([p.flatten() for p in zero.averaged_gradients[i]]) for zero, i in groups]
+        places = check(self.ok, self.mesh.groups.everyone, loss, pieces)
+        for engine in self._engines.values():
+            engine.optimizer.optimizer.set_lr(lr)
             engine.step()
-            if engine.skipped_steps:  # ZeRO says nothing: it leaves the weights and counts
-                raise NonFiniteGradient(f"gradient is not finite in the {name}; DeepSpeed skipped the step")
+        starts = [zero.partition_size[i] * dist.get_rank(zero.real_dp_process_group[i]) for zero, i in groups]
+        return torch.stack([torch.where(p < 0, p, p + start) for p, start in zip(places, starts, strict=True)])
+
+    def _sum_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """Let ZeRO sum the gradients and keep this worker's piece of each, without a graph or hooks."""
+        for leaf, gradient in zip(self.leaves, gradients, strict=True):
+            # ZeRO averages over the workers of its axis, and we need sums.
+            workers = dist.get_world_size(self._engines[leaf.part].optimizer.dp_process_group)
+            leaf.flat.grad = gradient * workers if workers > 1 else gradient
+        for engine in self._engines.values():
+            zero = engine.optimizer
+            # What its hooks would do, were the gradients to come from a backward pass.
+            zero.set_gradient_accumulation_boundary(True)
+            zero.setup_buckets()
+            zero.reduce_gradients()
 
     def momentum(self) -> dict[str, Tensor]:
-        # ZeRO has flattened each group and cut it into equal parts, one per worker of its axis. Whole tensors are put
-        # together here, so that a checkpoint fits any mesh.
+        """See `Engine.momentum`."""
+        # ZeRO has cut each leaf into equal parts, one per worker of its axis. Whole tensors are put together here, so
+        # that a checkpoint fits any mesh.
         found: dict[str, Tensor] = {}
-        for zero, i in self._groups():
-            partition = zero.single_partition_of_fp32_groups[i]
-            buffer = zero.optimizer.state.get(partition, {}).get("momentum_buffer")
-            if buffer is None:
-                continue
-            group = zero.real_dp_process_group[i]
-            flat = torch.cat(TorchGroup(group).all_gather(buffer, "momentum")).cpu()
-            for name, place, shape in self._layout(zero, i):
-                found[name] = flat[place].view(shape).clone()
+        for (zero, i), leaf in zip(self._groups(), self.leaves, strict=True):
+            buffer = zero.optimizer.state.get(zero.single_partition_of_fp32_groups[i], {}).get("momentum_buffer")
+            if buffer is not None:
+                group = zero.real_dp_process_group[i]
+                found |= leaf.by_name(torch.cat(TorchGroup(group).all_gather(buffer, "momentum")).cpu())
         return found
 
     def restore(self, momentum: dict[str, Tensor]) -> None:
+        """See `Engine.restore`."""
         for engine in self._engines.values():
             engine.optimizer.refresh_fp32_params()  # else the next step starts from the weights before loading
 
         # Written into the optimiser's own state: DeepSpeed's functions for it fail before the first step.
-        for zero, i in self._groups():
-            layout = self._layout(zero, i)
-            if not all(name in momentum for name, _, _ in layout):  # a checkpoint from before the first step
+        for (zero, i), leaf in zip(self._groups(), self.leaves, strict=True):
+            if not all(place.name in momentum for place in leaf.places):  # a checkpoint from before the first step
                 continue
-            partition = zero.single_partition_of_fp32_groups[i]
+            partition, group = zero.single_partition_of_fp32_groups[i], zero.real_dp_process_group[i]
             flat = torch.zeros_like(zero.bit16_groups_flat[i], dtype=partition.dtype)  # with ZeRO's padding at its end
-            for name, place, _ in layout:
-                flat[place] = momentum[name].to(flat.device, flat.dtype).flatten()
-            group = zero.real_dp_process_group[i]
+            flat[: leaf.flat.numel()] = leaf.gathered(momentum)
             own = flat.chunk(dist.get_world_size(group))[dist.get_rank(group)]
             zero.optimizer.state[partition]["momentum_buffer"] = own.clone()
 
     def _groups(self) -> Iterator[tuple[Any, int]]:
-        """Yield every ZeRO optimiser with the index of each of its groups; a group has one learning rate."""
+        """Yield every ZeRO optimiser with the index of each of its groups, in the order of the leaves."""
         for engine in self._engines.values():
             for i in range(len(engine.optimizer.param_groups)):
                 yield engine.optimizer, i
 
-    def _layout(self, zero: Any, i: int) -> list[tuple[str, slice, torch.Size]]:
-        """Return where each parameter lies in the flat buffer of a ZeRO optimiser's group."""
-        return [
-            (self._names[id(p)], slice(start, start + p.numel()), p.shape)
-            for p, start in zip(zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i], strict=True)
-        ]
-
     def close(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        """See `Engine.close`."""
         for engine in self._engines.values():
             engine.destroy()
         self._engines.clear()
@@ -256,33 +189,27 @@ def _settings(config: EngineConfig) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,  # never used: batches come from our own loader
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
-        "zero_allow_untested_optimizer": True,  # torch's own SGD
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,  # our own SGD
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device round every step
         "zero_optimization": {
             "stage": config.zero_stage,
             "overlap_comm": False,
             "reduce_scatter": False,  # refuses float64; trunks and experts here are small
             "contiguous_gradients": True,
-            "reduce_bucket_size": 20_000_000,
+            "compute_grad_norm": False,  # only clipping needs it; it would wait for the device
+            # A leaf is summed in place if it is larger than the bucket. Else ZeRO would copy it, and make a bucket anew,
+            # in every step.
+            "reduce_bucket_size": 1,
             "allgather_bucket_size": 20_000_000,
         },
     }
 
 
-def _initialize(
-    deepspeed: Any,
-    part: nn.Module,
-    groups: list[dict[str, Any]],
-    axis: _Axis,
-    optimizer: OptimizerConfig,
-    config: EngineConfig,
-) -> Any:
+def _initialize(deepspeed: Any, part: _Part, optimizer: HeldSGD, axis: _Axis, config: EngineConfig) -> Any:
     with _float64() if config.precision == "float64" else nullcontext():
         engine, *_ = deepspeed.initialize(
-            model=part,
-            optimizer=sgd(groups, optimizer),
-            config=_settings(config),
-            mpu=axis,
-            dist_init_required=False,
+            model=part, optimizer=optimizer, config=_settings(config), mpu=axis, dist_init_required=False
         )
     return engine
 

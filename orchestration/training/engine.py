@@ -1,4 +1,4 @@
-"""Engines take a step: forward, backward, sums over the mesh, SGD. Two of them behind one small interface.
+"""Engines turn the gradients of a step into moved weights. Two of them behind one small interface.
 
 `TorchEngine` is the control run: plain PyTorch, every sum written out. `DeepSpeedEngine` (deepspeed_engine.py) does the
 same with ZeRO. Tests compare the two.
@@ -6,40 +6,56 @@ same with ZeRO. Tests compare the two.
 Gradients. Every worker differentiates the whole ensemble's loss, as its share of the global batch, through its own
 experts only. So a parameter's gradient is the *sum* of what the workers that hold it computed: over all workers for
 shared parameters (the trunk), over the data axis for an expert's own.
+
+A step that is not finite. Nothing here waits for the device. A flag there, `ok`, holds the weights back from the first
+loss or gradient that is not finite on; all workers agree on it before any weight moves. `TrainingStep` keeps where it
+was found, and the trainer reads that after a while.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from experts.ensemble import Ensemble, part_of
-from experts.flow import Network, Result
 from experts.precision import allow_tf32
 from orchestration.config.recipe import OptimizerConfig
 from orchestration.config.run_config import EngineConfig
+from orchestration.training.exchange import Alone, Group
+from orchestration.training.leaves import Leaf, Leaves
 from orchestration.training.mesh import Mesh
+from orchestration.training.optimizer import HeldSGD, first_not_finite
 
 IN_WORDS = {"trunk": "trunk", "experts": "experts", "shared": "shared last layer"}
 """The parts whose gradients are summed apart, as `plan` calls them."""
+CHECK = "whether all gradients are finite"
 
 
-class NonFiniteGradient(FloatingPointError):
-    """A gradient is NaN or infinite. The parameters it belongs to have not moved."""
+class Engine(Protocol):
+    """Trains the parameters of one worker's share of an ensemble.
 
+    Attributes:
+        ok: bool scalar on the device; false once a loss or a gradient was not finite, on any worker.
+    """
 
-class Engine(Network, Protocol):
-    """Trains the parameters of one worker's share of an ensemble; flows run its modules."""
+    ok: Tensor
 
-    def step(self, loss: Tensor, lr: float) -> None:
-        """Back-propagate this worker's share of the loss, sum gradients over the mesh, move the weights.
+    def step(self, gradients: Sequence[Tensor], loss: Tensor, lr: float) -> Tensor:
+        """Sum gradients over the mesh and move the weights, unless something is not finite or was so before.
 
-        Raises:
-            NonFiniteGradient: on every worker that holds the parameter, before any weight of it moves.
+        Every worker of the mesh must take part. The host does not wait.
+
+        Args:
+            gradients: of this worker's share of the loss, one flat tensor per leaf; may be written to.
+            loss: of the whole batch, a scalar.
+            lr: base learning rate.
+
+        Returns:
+            For each leaf held here, the index of its first gradient that is not finite, -1 if all are; float64 [L].
+            With ZeRO each worker looks at the gradients that it moves weights by.
         """
         ...
 
@@ -69,136 +85,85 @@ def use_precision(config: EngineConfig) -> None:
 
 
 class TorchEngine:
-    """Plain PyTorch. Sums gradients of all parameters of a group in one flat exchange.
+    """Plain PyTorch. Sums the gradient of a leaf in one exchange.
 
     Args:
-        model: its parameters that require gradients learn.
+        leaves: what learns.
         mesh: this worker's place.
         optimizer, config: as in the run's config.
-        lr_factors: factor of an expert's learning rate, by name; 1 if missing.
-        part_factors: the same for "trunk", "features", "heads" and "gates" of all experts.
     """
 
-    def __init__(
-        self,
-        model: Ensemble,
-        mesh: Mesh,
-        optimizer: OptimizerConfig,
-        config: EngineConfig,
-        lr_factors: Mapping[str, float] | None = None,
-        part_factors: Mapping[str, float] | None = None,
-    ) -> None:
-        self.model = model
+    def __init__(self, leaves: Leaves, mesh: Mesh, optimizer: OptimizerConfig, config: EngineConfig) -> None:
+        self.leaves = leaves
         self.mesh = mesh
         self.config = config
-        self.names = model.names
-        self.same_order = False  # gradients are summed after the backward pass, in an order of our own
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = sgd(lr_groups(self.parameters.items(), lr_factors or {}, part_factors or {}), optimizer)
+        self.ok = torch.ones((), dtype=torch.bool, device=mesh.device)
+        self.optimizer = HeldSGD(leaves.all, optimizer, self.ok)
 
-    def trunk(self, run: Callable[[nn.Module], Result]) -> Result:
-        return self._run(run, self.model.trunk)
+    def step(self, gradients: Sequence[Tensor], loss: Tensor, lr: float) -> Tensor:
+        """See `Engine.step`."""
+        self.sum_gradients(gradients)
+        # With one slot everyone holds every leaf, and has seen it after the sum.
+        holders = self.mesh.groups.everyone if self.mesh.shape.slots > 1 else Alone()
+        places = check(self.ok, holders, loss, gradients)
+        self.move(gradients, lr)
+        return places
 
-    def experts(self, run: Callable[[nn.ModuleDict], Result]) -> Result:
-        return self._run(run, self.model.experts)
+    def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """Sum each gradient over the workers that hold its leaf."""
+        for leaf, gradient in zip(self.leaves, gradients, strict=True):
+            group_of(leaf, self.mesh).all_reduce(gradient, f"gradient, {IN_WORDS[leaf.part]}")
 
-    def shared(self, run: Callable[[nn.ModuleDict], Result]) -> Result:
-        return self._run(run, self.model.shared)
-
-    def _run(self, run: Callable[[Any], Result], module: nn.Module) -> Result:
-        with casting(self.config, self.mesh.device):
-            return run(module)
-
-    def step(self, loss: Tensor, lr: float) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        self.backward(loss)
-
-        # After the sum, which carries NaN to every worker that holds the parameter: all of them stop, none waits.
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-            raise NonFiniteGradient(_bad_parameter(self.parameters))
-
-        set_lr(self.optimizer, lr)
+    def move(self, gradients: Sequence[Tensor], lr: float) -> None:
+        """Move the weights by gradients that are summed."""
+        self.optimizer.set_lr(lr)
+        for leaf, gradient in zip(self.leaves, gradients, strict=True):
+            leaf.flat.grad = gradient
         self.optimizer.step()
-
-    def backward(self, loss: Tensor) -> None:
-        """Leave in every parameter its gradient of the whole batch."""
-        loss.backward()
-        for p in self.parameters.values():
-            if p.grad is None:  # this batch did not reach it here; other workers wait for its share
-                p.grad = torch.zeros_like(p)
-        if self.mesh.shape.workers > 1:
-            self.sum_gradients()
-
-    def sum_gradients(self) -> None:
-        """Sum each gradient over the workers that hold its parameter. All of them list parameters in the same order."""
-        groups = self.mesh.groups
-        for group, parts in ((groups.everyone, ("trunk", "shared")), (groups.data, ("experts",))):
-            of_part = {part: self.parameters_of(part) for part in parts}
-            parameters = [p for found in of_part.values() for p in found]
-            if parameters:
-                flat = torch.cat([p.grad.flatten() for p in parameters])  # type: ignore[union-attr]
-                words = [IN_WORDS[part] for part, found in of_part.items() if found]
-                group.all_reduce(flat, f"gradient, {' and '.join(words)}")
-                for p, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-                    p.grad = total.view_as(p)
-
-    def parameters_of(self, part: str) -> list[nn.Parameter]:
-        """Return what learns of the "trunk", the "experts" held here, or the modules "shared" after all experts."""
-        return [p for name, p in self.parameters.items() if name.startswith(f"{part}.")]
+        for leaf in self.leaves:
+            leaf.flat.grad = None
 
     def momentum(self) -> dict[str, Tensor]:
-        state = self.optimizer.state
-        return {
-            name: state[p]["momentum_buffer"].detach().cpu().clone()
-            for name, p in self.parameters.items()
-            if state.get(p, {}).get("momentum_buffer") is not None
-        }
+        """See `Engine.momentum`."""
+        found: dict[str, Tensor] = {}
+        for leaf in self.leaves:
+            buffer = self.optimizer.state[leaf.flat].get("momentum_buffer")
+            if buffer is not None:
+                found |= leaf.by_name(buffer.detach().to("cpu", copy=True))
+        return found
 
     def restore(self, momentum: dict[str, Tensor]) -> None:
-        for name, p in self.parameters.items():
-            if name in momentum:
-                self.optimizer.state[p]["momentum_buffer"] = momentum[name].to(p.device, p.dtype).clone()
+        """See `Engine.restore`."""
+        for leaf in self.leaves:
+            if all(place.name in momentum for place in leaf.places):
+                self.optimizer.state[leaf.flat]["momentum_buffer"] = leaf.gathered(momentum)
 
     def close(self) -> None:
+        """See `Engine.close`."""
         self.optimizer.state.clear()
 
 
-def sgd(groups: Sequence[dict[str, Any]], config: OptimizerConfig) -> torch.optim.SGD:
-    """Return the optimiser of a stage over `lr_groups`. `set_lr` sets its learning rate before every step."""
-    return torch.optim.SGD(
-        list(groups),
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
-        foreach=True,
-    )
+def group_of(leaf: Leaf, mesh: Mesh) -> Group:
+    """Return the group of workers that hold a leaf."""
+    return mesh.groups.data if leaf.part == "experts" else mesh.groups.everyone
 
 
-def lr_groups(
-    parameters: Iterable[tuple[str, Tensor]], lr_factors: Mapping[str, float], part_factors: Mapping[str, float]
-) -> list[dict[str, Any]]:
-    """Group parameters by learning rate, in the order of their first parameter.
+@torch.no_grad()
+def check(ok: Tensor, workers: Group, loss: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+    """Make `ok` false if the loss or a gradient is not finite here or on another worker.
 
     Args:
-        lr_factors: of experts by name; what belongs to no expert has the factor 1.
-        part_factors: of parts by name (`part_of`). The two are multiplied.
+        ok: bool scalar, written to.
+        workers: to agree with.
+        loss: of the whole batch, a scalar.
+        gradients: flat and summed; those that only some workers hold, or pieces of them.
+
+    Returns:
+        The index of the first gradient that is not finite, for each of them, -1 if all are; float64 [L].
     """
-    groups: dict[float, list[Tensor]] = {}
-    for name, p in parameters:
-        words = name.split(".")
-        factor = lr_factors.get(words[1], 1.0) if words[0] == "experts" else 1.0
-        groups.setdefault(factor * part_factors.get(part_of(name), 1.0), []).append(p)
-    return [{"params": members, "lr_factor": factor} for factor, members in groups.items()]
-
-
-def set_lr(optimizer: Any, lr: float) -> None:
-    """Set the learning rates of the next step from the base rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_factor"]
-
-
-def _bad_parameter(parameters: dict[str, nn.Parameter]) -> str:
-    bad = [name for name, p in parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
-    return f"gradient is not finite in {', '.join(bad[:3])}{' ...' if len(bad) > 3 else ''}"
+    found = [first_not_finite(gradient) for gradient in gradients]
+    # 0, or NaN: sums carry NaN to everyone.
+    zero = torch.stack([(loss - loss).double(), *(zero for zero, _ in found)]).sum()
+    workers.all_reduce(zero, CHECK)
+    ok.logical_and_(zero == 0)
+    return torch.stack([place for _, place in found]) if found else zero.new_zeros(0)

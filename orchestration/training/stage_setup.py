@@ -19,6 +19,7 @@ from experts.batches import Replica, StreamConfig, TrainBatches
 from experts.class_groups import split_classes
 from experts.data.dataset import Dataset
 from experts.data.keyed_random import key
+from experts.draws import StepDraws
 from experts.ensemble import Ensemble, build_ensemble, freeze
 from experts.flow import Flow
 from experts.objective import Objective
@@ -29,7 +30,9 @@ from orchestration.config.recipe_checks import parts_that_learn
 from orchestration.config.run_config import RunConfig
 from orchestration.storage.pretrained import load_pretrained
 from orchestration.training.engine import Engine, TorchEngine
+from orchestration.training.leaves import Leaves
 from orchestration.training.mesh import Mesh
+from orchestration.training.network import HeldModules
 from orchestration.training.teachers import Teachers
 
 
@@ -134,8 +137,12 @@ class TrainingSetup(StageSetup):
         self.distillation = self.stage.distillation and build("distillation", self.stage.distillation)
         self.schedule = build("lr_schedule", self.stage.lr_schedule)
         self.teachers = Teachers(self.stage.teachers, teachers or {}, dataset, mesh, self.dtype)
-        # The engine takes the parameters that `freeze` left trainable, in their final type and place.
+        # Leaves take the parameters that `freeze` left trainable, in their final type and place.
+        expert_factors = dict(zip(self.expert_names, self.objective.lr_factors, strict=True))
+        self.leaves = Leaves(self.model, expert_factors, self.stage.lr_factors.model_dump())
         self.engine: Engine = self._build_engine(make_engine)
+        self.step_draws = StepDraws(self.draws, mesh.device)
+        self.network = HeldModules(self.model, config.engine, mesh.device, self.step_draws)
 
         self.batches = self._build_batches(self.stage.sampler, "all")
         self.partners: TrainBatches | None = None
@@ -144,9 +151,7 @@ class TrainingSetup(StageSetup):
             _check_pairing(stage, self.batches, self.partners)
 
     def _build_engine(self, make_engine: type[TorchEngine] | None) -> Engine:
-        expert_factors = dict(zip(self.expert_names, self.objective.lr_factors, strict=True))
-        part_factors = self.stage.lr_factors.model_dump()
-        args = (self.model, self.mesh, self.optimizer, self.config.engine, expert_factors, part_factors)
+        args = (self.leaves, self.mesh, self.optimizer, self.config.engine)
         if make_engine is not None or self.config.engine.chosen(self.mesh.shape.workers) == "torch":
             return (make_engine or TorchEngine)(*args)
         from orchestration.training.deepspeed_engine import DeepSpeedEngine  # costs seconds, so only where it is used

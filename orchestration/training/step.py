@@ -1,26 +1,69 @@
-"""One training step on one worker: from a batch of images to moved weights. trainer.py shows it in ten lines."""
+"""One training step on one worker: from a batch of images to moved weights. trainer.py shows it in ten lines.
+
+The host asks for work and waits for none of it. What it wants to know of a step lies in a `Row` on the device, which
+the trainer reads after many steps. Then it says what was not finite, if anything was: from that step on no weight has
+moved (engine.py).
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from experts.batches import Batch
 from experts.batches import share as share_of
-from experts.draws import RowDraws
+from experts.draws import Moment
 from experts.objective import ExtraInputs, StepContext
 from experts.progress import Progress
-from orchestration.training.engine import NonFiniteGradient
 from orchestration.training.stage_setup import TrainingSetup
 
-# Shapes: E experts, B images of one replica, X outputs of an expert (C class scores and, for some objectives, more).
+# Shapes: E experts, B images of one replica, X outputs of an expert (C class scores and, for some objectives, more),
+# L leaves.
 
 
 class TrainingDiverged(FloatingPointError):
     """The loss or a gradient is not finite. The run ends here; its newest checkpoint is from before."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """All that the host wants to know of a step, in one tensor on the device.
+
+    Attributes:
+        now: the moment of the step.
+        lr: base learning rate.
+        images: of the global batch.
+        names: of the values: "loss" and its terms, a term with a value per expert as `<term>/<expert>`.
+        numbers: float64: the values, means per image over the global batch; a number for each expert that is 0 unless
+            its outputs were not finite; the index of each leaf's first gradient that was not finite, or -1; and 1 where
+            the weights moved, else 0.
+    """
+
+    now: Progress
+    lr: float
+    images: int
+    names: list[str]
+    numbers: Tensor
+
+
+@dataclass(frozen=True)
+class Computed:
+    """Results of the work that a step does before weights move, on the device.
+
+    Attributes:
+        names: see `Row`.
+        values: of this replica's share of the batch, summed over all replicas: the named values, then a number per
+            expert that is 0 unless its outputs are not finite; float64.
+        gradients: of this worker's share of the loss, one flat tensor per leaf.
+    """
+
+    names: list[str]
+    values: Tensor
+    gradients: list[Tensor]
 
 
 class TrainingStep:
@@ -29,37 +72,42 @@ class TrainingStep:
     def __init__(self, setup: TrainingSetup) -> None:
         self._setup = setup
 
-    def __call__(self, batch: Batch, now: Progress) -> tuple[float, dict[str, float]]:
-        """Move the weights by one batch. Every worker of the mesh must take part.
-
-        Returns:
-            The learning rate, and the mean per image of the "loss" and of its terms over the global batch.
-
-        Raises:
-            TrainingDiverged: names stage, epoch, step and what is not finite. Every worker raises it for a loss, those
-                that hold the parameter for a gradient.
-        """
+    def __call__(self, batch: Batch, now: Progress) -> Row:
+        """Move the weights by one batch, unless something was not finite. Every worker of the mesh must take part."""
         setup = self._setup
         self._set_mode()
         lr = setup.optimizer.lr * setup.schedule.factor(now)
+        setup.step_draws.begin(self._moment(batch, now))
         before = setup.mesh.statistics_before(setup.model.trunk) if setup.flow.own_streams else []
 
-        outputs_EBX = setup.flow(setup.engine, batch, now, setup.mesh.gather)
-        loss, terms = self._loss(outputs_EBX, batch, now)
-        values = self._global_values(loss, terms)
-
-        # Before the weights move: one bad step would spoil them, and the checkpoint after it. The value is the sum over
-        # the replicas, so all workers raise together.
-        if not np.isfinite(values["loss"]):
-            raise TrainingDiverged(self._diagnosis(outputs_EBX, now))
-        try:
-            setup.engine.step(loss, lr)
-        except NonFiniteGradient as problem:
-            raise TrainingDiverged(f"{self._moment(now)}: {problem}; {_ADVICE}") from problem
+        found = self._compute(batch, now)
+        places_L = setup.engine.step(found.gradients, found.values[0], lr)
 
         if setup.flow.own_streams:  # copies of the trunk saw different images; one trunk would have seen them in turn
             setup.mesh.statistics_in_turn(setup.model.trunk, before)
-        return lr, values
+        numbers = torch.cat([found.values, places_L, setup.engine.ok.reshape(1)])
+        return Row(now, lr, len(batch.global_labels), found.names, numbers)
+
+    def _moment(self, batch: Batch, now: Progress) -> Moment:
+        images, mesh = len(batch.global_labels), self._setup.mesh
+        first_of_batch = batch.first_row - share_of(images, mesh.replica, mesh.shape.replicas)[0]
+        return Moment(now.epoch, now.step, batch.first_row, len(batch.labels_B), first_of_batch, images)
+
+    def _compute(self, batch: Batch, now: Progress) -> Computed:
+        """Return values and gradients of this worker's share of a batch."""
+        setup = self._setup
+        with setup.leaves.lent():
+            outputs_EBX = setup.flow(setup.network, batch, now, setup.mesh.gather)
+        loss, terms = self._loss(outputs_EBX, batch, now)
+        names, values = self._global_values(loss, terms, outputs_EBX.detach())
+        return Computed(names, values, self._gradients(loss))
+
+    def _gradients(self, loss: Tensor) -> list[Tensor]:
+        """Return the gradient of each leaf; zeros where the loss of this batch does not depend on it."""
+        flats = self._setup.leaves.flats
+        if not flats or not loss.requires_grad:
+            return [torch.zeros_like(flat) for flat in flats]
+        return list(torch.autograd.grad(loss, flats, allow_unused=True, materialize_grads=True))
 
     def _set_mode(self) -> None:
         """Put the network in training mode, frozen parts as the stage says (evaluation may have come before)."""
@@ -78,16 +126,13 @@ class TrainingStep:
         if batch.mixed is not None:
             rest = 1 - batch.mixed.share
             parts = [(batch.mixed.share, *parts[0][1:]), (rest, batch.mixed.labels_B, batch.mixed.global_labels)]
-        seen_EBX, first_row, replicas = outputs_EBX, batch.first_row, 1
+        seen_EBX, replicas = outputs_EBX, 1
         if whole := setup.objective.config.whole_batch:  # every replica evaluates the loss of all images
             replicas, images = setup.mesh.shape.replicas, len(batch.global_labels)
             seen_EBX = setup.mesh.batch_rows(outputs_EBX, images)
-            first_row -= share_of(images, setup.mesh.replica, replicas)[0]
         total, terms = outputs_EBX.new_zeros(()), dict[str, Tensor]()
         for label_set, (share, labels, global_labels) in enumerate(parts):
-            size = seen_EBX.shape[1]
-            draws = RowDraws(setup.draws, now.epoch, first_row, size, seen_EBX.device, label_set)
-            given = replace(extra, draws=draws)
+            given = replace(extra, draws=setup.step_draws.of_rows(label_set, whole=whole))
             context = StepContext(setup.objective.denominators(global_labels, now), now, given)
             loss, found = setup.objective(seen_EBX, global_labels if whole else labels, context)
             total = total + share * loss
@@ -102,29 +147,51 @@ class TrainingStep:
             terms |= found
         return total, terms
 
-    def _global_values(self, loss: Tensor, terms: dict[str, Tensor]) -> dict[str, float]:
-        """Sum loss and terms over the replicas; a term with a value per expert becomes `<term>/<expert>`."""
+    def _global_values(
+        self, loss: Tensor, terms: dict[str, Tensor], outputs_EBX: Tensor
+    ) -> tuple[list[str], Tensor]:
+        """Return names and values as of `Computed`."""
         names, values = ["loss"], [loss.detach().reshape(1)]
         for term, value in terms.items():
             experts = self._setup.expert_names if value.ndim else ()
             names += [f"{term}/{expert}" for expert in experts] or [term]
             values.append(value.detach().reshape(-1))
-        total = self._setup.mesh.sum_over_data(torch.cat([v.double() for v in values]), "loss and its terms")
-        return dict(zip(names, total.tolist(), strict=True))
+        # 0, or NaN for an expert with outputs that are not finite; the images may be another replica's.
+        values.append((outputs_EBX - outputs_EBX).flatten(1).sum(dim=1))
+        total = torch.cat([v.double() for v in values])
+        return names, self._setup.mesh.sum_over_data(total, "loss, its terms, and whether outputs are finite")
 
-    def _moment(self, now: Progress) -> str:
-        done = (now.epoch - 1) * now.steps_per_epoch + now.step
-        return f"stage {self._setup.stage_name}, epoch {now.epoch}, step {done + 1}"
 
-    def _diagnosis(self, outputs_EBX: Tensor, now: Progress) -> str:
-        """Return the message of a loss that is not finite; names the experts whose outputs are not."""
-        bad_E = (~torch.isfinite(outputs_EBX)).flatten(1).any(1).double()
-        self._setup.mesh.sum_over_data(
-            bad_E, "experts whose outputs are not finite"
-        )  # the images may be another replica's
-        bad = [name for name, count in zip(self._setup.expert_names, bad_E.tolist(), strict=True) if count]
+def read(rows: Sequence[Row]) -> list[list[float]]:
+    """Return the numbers of some rows, after one wait for the device."""
+    numbers = torch.cat([row.numbers for row in rows]).tolist()
+    found, first = [], 0
+    for row in rows:
+        found.append(numbers[first : first + len(row.numbers)])
+        first += len(row.numbers)
+    return found
+
+
+def problem(setup: TrainingSetup, row: Row, numbers: Sequence[float]) -> str | None:
+    """Return what was not finite in a step that did not move the weights; None where nothing was, on this worker.
+
+    Args:
+        setup: of the stage.
+        row: of the step.
+        numbers: those of the row.
+    """
+    values, rest = numbers[: len(row.names)], numbers[len(row.names) : -1]
+    outputs_E, places_L = rest[: len(setup.expert_names)], rest[len(setup.expert_names) :]
+    done = (row.now.epoch - 1) * row.now.steps_per_epoch + row.now.step
+    moment = f"stage {setup.stage_name}, epoch {row.now.epoch}, step {done + 1}"
+    if not math.isfinite(values[0]):
+        bad = [name for name, number in zip(setup.expert_names, outputs_E, strict=True) if number != 0]
         where = f"logits of {', '.join(bad)}" if bad else "the objective, from finite logits"
-        return f"{self._moment(now)}: the loss is not finite; found in {where}; needed finite numbers; {_ADVICE}"
+        return f"{moment}: the loss is not finite; found in {where}; needed finite numbers; {_ADVICE}"
+    found = [leaf.name_at(int(place)) for leaf, place in zip(setup.leaves, places_L, strict=True) if place >= 0]
+    if not found:
+        return None
+    return f"{moment}: gradient is not finite in {', '.join(found)} (the first of each part); {_ADVICE}"
 
 
 _ADVICE = (

@@ -8,10 +8,11 @@ One step, on every worker of the mesh at the same time (step.py):
     outputs = gather(own)                                            # [E, B, X]; other slots' experts come detached
     given = teachers(images)                                         # frozen; their experts live on all slots too
     loss, terms = objective(outputs, labels, given) / denominators of the global batch
-    stop on all workers unless the sum of the losses is finite
-    gradients = backward(loss), summed over every worker that holds the parameter
-    stop unless the gradients are finite
-    weights -= SGD(gradients, schedule(now))                         # engine.py, deepspeed_engine.py
+    gradients = d loss / d leaves, summed over every worker that holds the leaf       # leaves.py
+    ok = ok and the sum of the losses and all gradients are finite
+    weights -= SGD(gradients, schedule(now)) where ok                # engine.py, deepspeed_engine.py
+
+The host waits for none of it. After an interval of steps it reads their losses, and stops if one was not ok.
 
 The loss is evaluated whole on every worker, as its replica's share of the global batch; only the worker's own experts
 carry gradients. So no feature or activation crosses the network, and any placement gives the same numbers.
@@ -40,7 +41,7 @@ from orchestration.training.engine import use_precision
 from orchestration.training.features import training_features
 from orchestration.training.mesh import Mesh
 from orchestration.training.stage_setup import StageSetup, TrainingSetup
-from orchestration.training.step import TrainingStep
+from orchestration.training.step import Row, TrainingDiverged, TrainingStep, problem, read
 
 
 @dataclass
@@ -104,7 +105,8 @@ class StageTrainer:
         """Take steps until `until` steps of the stage are done; never beyond the end of the epoch.
 
         Raises:
-            TrainingDiverged: names stage, epoch, step and what is not finite; see `TrainingStep`.
+            TrainingDiverged: names stage, epoch, step and what was not finite. Every worker raises it for a loss, those
+                that hold the parameter for a gradient. No weight has moved since.
         """
         assert self.training is not None, "a stage without steps"
         use_precision(self.setup.config.engine)
@@ -115,13 +117,13 @@ class StageTrainer:
         if self._upcoming is None:  # kept between intervals, so that files of the next one are decoded ahead
             self._upcoming = self._batches_of(self.training, now.epoch, now.step)
 
-        interval = Interval()
+        rows: list[Row] = []
         start = time.monotonic()
         for batch in itertools.islice(self._upcoming, until - self.done):
-            lr, values = self._step(batch, self.training.progress(self.done))
-            self._record(interval, len(batch.global_labels), lr, values)
+            rows.append(self._step(batch, self.training.progress(self.done)))
             self.done += 1
             self._alive()
+        interval = self._read(self.training, rows)
         interval.seconds = time.monotonic() - start
         if self.done % steps_per_epoch == 0:
             self._end_epoch(interval)
@@ -140,12 +142,28 @@ class StageTrainer:
             return batches[0]
         return (replace(batch, partner=partner) for batch, partner in zip(*batches, strict=True))
 
-    def _record(self, interval: Interval, images: int, lr: float, values: dict[str, float]) -> None:
+    def _read(self, setup: TrainingSetup, rows: list[Row]) -> Interval:
+        """Wait for some steps, and return what they were.
+
+        Raises:
+            TrainingDiverged: something was not finite.
+        """
+        interval = Interval()
+        for row, numbers in zip(rows, read(rows), strict=True):
+            if not numbers[-1]:  # nothing has moved since; a worker that did not find it says nothing
+                if (found := problem(setup, row, numbers)) is not None:
+                    raise TrainingDiverged(found)
+                break
+            self._record(interval, row, dict(zip(row.names, numbers, strict=False)))
+        self._alive()
+        return interval
+
+    def _record(self, interval: Interval, row: Row, values: dict[str, float]) -> None:
         for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value * images
-        self._sums["images"] = self._sums.get("images", 0.0) + images
+            self._sums[name] = self._sums.get(name, 0.0) + value * row.images
+        self._sums["images"] = self._sums.get("images", 0.0) + row.images
         interval.losses.append(values.pop("loss"))  # after the sums, which need it
-        interval.terms, interval.lr, interval.images = values, lr, interval.images + images
+        interval.terms, interval.lr, interval.images = values, row.lr, interval.images + row.images
 
     def _end_epoch(self, interval: Interval) -> None:
         images = self._sums.pop("images")

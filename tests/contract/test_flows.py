@@ -21,7 +21,7 @@ from experts.backbones.resnet_cifar import ResNetCifar
 from experts.batches import Batch, Mixed
 from experts.cases import Case, cases_of
 from experts.data.keyed_random import key
-from experts.draws import RowDraws
+from experts.draws import Moment, StepDraws
 from experts.ensemble import EnsembleConfig, build_ensemble, part_of
 from experts.flow import PARTS
 from experts.flows.plain import Plain
@@ -101,11 +101,19 @@ CASES = list({case.label(): case for case in [*OWN, *on_the_plain_flow()]}.value
 every_case = pytest.mark.parametrize("case", CASES, ids=Trial.label)
 
 
+def draws_at(now):
+    """Return the draws of a step of seven images."""
+    draws = StepDraws(partial(key, 0))
+    draws.begin(Moment(now.epoch, now.step, 0, 7))
+    return draws
+
+
 class Network:
     """One worker's modules, run in place; counts what the flow asks for."""
 
     def __init__(self, ensemble):
         self.ensemble, self.names, self.same_order = ensemble, ensemble.names, False
+        self.draws = draws_at(NOW)
         self.runs, self.trunk_outputs = [], None
 
     def trunk(self, run):
@@ -164,7 +172,8 @@ def step(case, network, batch, gather, now=NOW, flow=None):
     flow = flow or case.build_flow()
     outputs_EBX = flow(network, batch, now, gather)
     labels, global_labels = flow.labels(batch)
-    extra = ExtraInputs(draws=lambda what, width: RowDraws(partial(key, 0), 1, 0, 7)(what, width)[batch.positions_B])
+    drawn = draws_at(now).of_rows()
+    extra = ExtraInputs(draws=lambda what, width: drawn(what, width)[batch.positions_B])
     denominators = flow.objective.denominators(global_labels, now)
     loss, _ = flow.objective(outputs_EBX, labels, StepContext(denominators, now, extra))
     if loss.requires_grad:

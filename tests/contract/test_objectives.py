@@ -19,7 +19,7 @@ from experts import registry
 from experts.backbones.resnet_cifar import ResNetCifar
 from experts.cases import Case, cases_of
 from experts.data.keyed_random import key
-from experts.draws import RowDraws
+from experts.draws import Moment, StepDraws
 from experts.ensemble import EnsembleConfig, build_ensemble
 from experts.heads.cosine import CosineHead
 from experts.heads.linear import LinearHead
@@ -92,8 +92,10 @@ class Trial:
     def now(self, objective, images: Any = slice(None), labels=None) -> StepContext:
         """Return the context of some images, with the denominators of all."""
         teachers = {name: scores[images] for name, scores in teachers_of(objective, len(LABELS)).items()}
-        draws = RowDraws(partial(key, 0, "contract"), NOW.epoch, 0, len(LABELS))
-        extra = ExtraInputs(teachers, (torch.arange(len(LABELS)) * 50)[images], lambda *what: draws(*what)[images])
+        draws = StepDraws(partial(key, 0, "contract"))
+        draws.begin(Moment(NOW.epoch, 0, 0, len(LABELS)))
+        drawn = draws.of_rows()
+        extra = ExtraInputs(teachers, (torch.arange(len(LABELS)) * 50)[images], lambda *what: drawn(*what)[images])
         return StepContext(objective.denominators(self.labels() if labels is None else labels, NOW), NOW, extra)
 
     def loss(self, objective, logits_EBC):

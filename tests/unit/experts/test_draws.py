@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ from experts.batches import Replica, StreamConfig, TrainBatches
 from experts.data.config import DatasetConfig
 from experts.data.dataset import open_dataset
 from experts.data.keyed_random import key
-from experts.draws import RowDraws
+from experts.draws import Moment, StepDraws
 from experts.registry import build
 from experts.samplers.instance_balanced import InstanceBalanced
 
@@ -29,8 +30,9 @@ DATA = DatasetConfig.model_validate(
 
 
 def draws(batch, what="noise", epoch=2, label_set=0):
-    size = len(batch.labels_B)
-    return RowDraws(partial(key, 3, "train"), epoch, batch.first_row, size, label_set=label_set)(what, 5)
+    drawn = StepDraws(partial(key, 3, "train"))
+    drawn.begin(Moment(epoch, 0, batch.first_row, len(batch.labels_B), 0, len(batch.global_labels)))
+    return drawn.of_rows(label_set)(what, 5)
 
 
 @pytest.mark.parametrize("replicas", [2, 3, 9])
@@ -52,6 +54,39 @@ def test_every_row_epoch_quantity_and_label_set_has_its_own():
     assert all(not torch.equal(first, other) for other in others)
     assert len(first.unique()) == first.numel()
     assert torch.equal(first, draws(one.batch(2, 0)))
+
+
+def test_held_draws_are_those_of_the_step_that_has_begun():
+    """A replayed step reads them from the same place, and asks nothing again."""
+    draws = StepDraws(partial(key, 3, "train"))
+
+    def at(epoch, step, first_row):
+        draws.begin(Moment(epoch, step, first_row, 4, 20 * step, 20))
+
+    def asked():
+        mine, everyones = draws.of_rows()("noise", 3), draws.of_rows(1, whole=True)("noise", 3)
+        return [mine, everyones, draws("order", lambda moment: np.array([moment.epoch, moment.step]))]
+
+    at(1, 0, 8)
+    first = asked()
+    held = draws.hold()
+    with draws.handing_out(held):
+        at(1, 0, 8)
+        static = asked()
+    assert all(torch.equal(a, b) for a, b in zip(static, first, strict=True))
+    at(2, 1, 28)
+    draws.refill(held)
+    fresh = asked()
+    assert [tensor.shape for tensor in fresh] == [(4, 3), (20, 3), (2,)]
+    for place, now, before in zip(static, fresh, first, strict=True):
+        assert torch.equal(place, now)
+        assert not torch.equal(place, before)
+    assert torch.equal(fresh[1][8:12], draws_of_set(draws, 1))
+
+
+def draws_of_set(draws, label_set):
+    draws.begin(Moment(2, 1, 28, 4))
+    return draws.of_rows(label_set)("noise", 3)
 
 
 def test_features_in_place_of_pixels_keep_the_rows():

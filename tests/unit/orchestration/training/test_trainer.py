@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -85,7 +87,9 @@ def test_every_new_network_starts_from_pretrained_weights(stage, weights):
 def test_a_step_with_a_rate_for_each_part_trains_from_them(weights):
     factors = [f"method.stages.train.lr_factors.{part}=0.1" for part in ("trunk", "features")]
     trainer = trainer_of("method=tade", FULL_WIDTH, f"method.backbone_weights={weights}", *factors)
-    groups = {group["lr_factor"]: len(group["params"]) for group in trainer.training.engine.optimizer.param_groups}
+    groups = Counter()
+    for leaf in trainer.training.leaves:
+        groups[leaf.lr_factor] += len(leaf.places)
     heads = sum(".head." in name for name, _ in trainer.setup.model.named_parameters())
     assert groups == {0.1: len(list(trainer.setup.model.parameters())) - heads, 1.0: heads}
     assert len(trainer.train(1).losses) == 1
