@@ -58,11 +58,11 @@ def test_bytes_and_repeated_work_of_three_slots_and_two_replicas():
     assert [found.experts_on(rank) for rank in (0, 1, 2, 5)] == [("expert0",)] * 2 + [("expert1",), ("expert2",)]
 
 
-def test_zero_fills_up_its_parts_and_exchanges_a_norm():
-    """23,824 numbers of the trunk over 6 workers: 2 x ceil(23,824 / 12) = 3,972 each; the norm is one float32."""
+def test_zero_fills_up_its_parts_and_workers_agree_that_all_is_finite():
+    """23,824 numbers of the trunk over 6 workers: 2 x ceil(23,824 / 12) = 3,972 each; the check is one float64."""
     found = exchanges(plan(load_config([*CIFAR, "cluster.workers=6"])))
     assert found["updated weights, trunk (ZeRO)"] == (6, 4 * 3972, 4 * 3972 * 5)
-    assert found["norm of the gradient, trunk (ZeRO)"][:2] == (6, 4)
+    assert found["whether all gradients are finite"][:2] == (6, 8)
 
 
 def test_what_is_not_exchanged_is_not_listed():
