@@ -1,26 +1,31 @@
-"""Measure the cost of a step beyond the network itself, and the gain of spreading on two cores.
+"""Measure the cost of a step beyond the network itself, what options gain, and the gain of spreading on two cores.
 
-    python benchmarks/step.py [--blocks 20] [--steps 5] [--out benchmarks/results/step.json]
+    python benchmarks/step.py [--blocks 20] [--steps 5] [--only SIDE ...] [--out benchmarks/results/step.json]
 
-Compares, in one run, block by block in turn (A B B A ...), so that a drift of the machine's speed favours neither side:
-  overhead   RIDE-3 ResNet-32, batch 128, packed in one Ray actor with DeepSpeed, the driver's own loop, journal and
-             MLflow upload running,
-             against a bare PyTorch loop of the same model and loss on one batch in memory. Ours
-             also draws and augments its images.
-  spread     RIDE-2 ResNet-32, one worker with two threads against two workers with one thread each.
-Only one side computes at a time. Printed and saved: milliseconds per step (median over blocks) and the ratio of
-neighbouring blocks (median, lowest, highest).
+RIDE-3 on a ResNet-32, batch 128, two threads. All sides take blocks of steps in turn, in an order that changes from
+round to round, so that a drift of the machine's speed favours none. Only one computes at a time.
+  bare       a bare PyTorch loop of the same model and loss, on one batch in memory
+  auto       expertail as it comes: a Ray actor, the driver's own loop, journal and MLflow upload; it also draws and
+             augments its images
+  deepspeed  the same with engine.name=deepspeed
+  compiled   the same with engine.compile=true; compiling is not timed, but told
+  autocast   the same with engine.precision=autocast
+  packed, spread   RIDE-2: one worker with two threads, two workers with one thread each
+Printed and saved: milliseconds per step (median over blocks), and the ratio to the bare loop's (to packed, for spread)
+in the same round (median, lowest, highest).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,88 +54,60 @@ COMMON = [
     "run.evaluate_every_epochs=1000",
     "run.checkpoint_every_steps=100000",
 ]
-STEPS_PER_EPOCH = 9
+
+SIDES = ("bare", "auto", "deepspeed", "compiled", "autocast", "packed", "spread")
+WORDS = {
+    "auto": ["engine.name=auto"],
+    "deepspeed": ["engine.name=deepspeed"],
+    "compiled": ["engine.compile=true"],
+    "autocast": ["engine.precision=autocast"],
+    "packed": ["method.num_experts=2"],
+    "spread": ["method.num_experts=2", "cluster.workers=2", "cluster.cpus_per_worker=0.5"],
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=20)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--only", choices=("overhead", "spread"))
+    parser.add_argument("--only", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "step.json"))
     options = parser.parse_args()
     start_local_ray()
-    results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = RunFolder(Path(scratch) / "run")
-        if options.only != "spread":
-            results["overhead"] = overhead(folder, options)
-        if options.only != "overhead":
-            results["spread"] = spread(options)
-        host = host_of(folder)
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as open_sides:
+        sides = {name: open_sides.enter_context(side(name, Path(scratch))) for name in options.only}
+        results = in_turn(sides, options)
+        host = host_of(RunFolder(Path(scratch) / "host"))
     ray.shutdown()
-    record = {
-        "command": f"python benchmarks/step.py --blocks {options.blocks} --steps {options.steps}",
-        **host,
-        **results,
-    }
+    record = {"command": " ".join(["python", "benchmarks/step.py", *sys.argv[1:]]), **host, **results}
     Path(options.out).parent.mkdir(exist_ok=True)
     Path(options.out).write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(results, indent=1))
 
 
-def overhead(folder: RunFolder, options: argparse.Namespace) -> dict[str, Any]:
-    """Compare expertail, with everything switched on, with the bare loop."""
-    words = [*COMMON, "engine.threads=2", "cluster.cpus_per_worker=1"]
-    config = load_config(words)
+@contextlib.contextmanager
+def side(name: str, scratch: Path) -> Iterator[Callable[[int], None]]:
+    """Start a side, and yield the function that takes so many of its steps."""
+    if name == "bare":
+        bare = ray.remote(BareLoop).options(num_cpus=0).remote(to_yaml(load_config(COMMON)), 2)
+        yield lambda steps: ray.get(bare.run.remote(steps))
+        ray.kill(bare)
+        return
+    threads = 1 if name == "spread" else 2
+    config = load_config([*COMMON, f"engine.threads={threads}", "cluster.cpus_per_worker=0.1", *WORDS[name]])
+    folder = RunFolder(scratch / name)
     folder.write_config(config)
     folder.record_start(config, [], {})
-    uploader = start_uploader(folder.path, default_uri(folder.path.parent), "benchmark", "step")
-    fleet = Fleet(config, mesh_shape(config.method.num_experts, 1))
+    uploader = start_uploader(folder.path, default_uri(folder.path.parent), "benchmark", name)
+    fleet = Fleet(config, mesh_shape(config.method.num_experts, config.cluster.workers))
     fleet.start()
     run = Run(config, folder, Console(stream=io.StringIO()), StopSignals(), {})
-    bare = ray.remote(BareLoop).options(num_cpus=0).remote(to_yaml(config), 2)
     with run.journal:
         stage = StageRun(run, "train", fleet, run.console)
         stage.prepare()
-        result = in_turn(stage.take, lambda steps: ray.get(bare.run.remote(steps)), options)
+        yield stage.take
     fleet.close()
-    ray.kill(bare)
     uploader.finish(60)
-    return {"a": "expertail: Ray + DeepSpeed + journal + MLflow", "b": "bare PyTorch loop", **result}
-
-
-def spread(options: argparse.Namespace) -> dict[str, Any]:
-    """Compare packed on two threads with spread on two workers."""
-    packed_config = load_config([*COMMON, "method.num_experts=2", "engine.threads=2", "cluster.cpus_per_worker=0.5"])
-    spread_config = load_config(
-        [*COMMON, "method.num_experts=2", "engine.threads=1", "cluster.workers=2", "cluster.cpus_per_worker=0.5"]
-    )
-    fleets = []
-    for config in (packed_config, spread_config):
-        fleet = Fleet(config, mesh_shape(2, config.cluster.workers))
-        fleet.start()
-        fleet.build("train")
-        fleets.append(fleet)
-    result = in_turn(trained(fleets[1]), trained(fleets[0]), options)
-    for fleet in fleets:
-        fleet.close()
-    return {"a": "spread: 2 workers x 1 thread", "b": "packed: 1 worker x 2 threads", **result}
-
-
-def trained(fleet: Fleet) -> Callable[[int], None]:
-    """Return a function that takes steps on a fleet; a call to the workers never crosses the end of an epoch."""
-    done = 0
-
-    def take(steps: int) -> None:
-        nonlocal done
-        target = done + steps
-        while done < target:
-            done_after = min(target, (done // STEPS_PER_EPOCH + 1) * STEPS_PER_EPOCH)
-            fleet.call("train", done_after)
-            done = done_after
-
-    return take
 
 
 class BareLoop:
@@ -187,26 +164,33 @@ class BareLoop:
             loss.item()  # as ours, which records every loss
 
 
-def in_turn(a: Callable[[int], None], b: Callable[[int], None], options: argparse.Namespace) -> dict[str, Any]:
-    """Time blocks of steps of two sides in turn, after one warm-up block each."""
-    a(options.steps), b(options.steps)
-    times: dict[str, list[float]] = {"a": [], "b": []}
+def in_turn(sides: dict[str, Callable[[int], None]], options: argparse.Namespace) -> dict[str, Any]:
+    """Time blocks of steps of all sides in turn, after a block each that is not counted."""
+    first_block_s = {name: timed(take, options.steps) * options.steps for name, take in sides.items()}
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    names = list(sides)
     for block in range(options.blocks):
-        for name, side in (("a", a), ("b", b)) if block % 2 else (("b", b), ("a", a)):
-            start = time.perf_counter()
-            side(options.steps)
-            times[name].append((time.perf_counter() - start) / options.steps)
-    ratios = [x / y for x, y in zip(times["a"], times["b"], strict=True)]
-    return {
-        "steps_each": options.blocks * options.steps,
-        "a_ms": round(1000 * statistics.median(times["a"]), 1),
-        "b_ms": round(1000 * statistics.median(times["b"]), 1),
-        "a_images_per_s": round(128 / statistics.median(times["a"]), 1),
-        "b_images_per_s": round(128 / statistics.median(times["b"]), 1),
-        "ratio_median": round(statistics.median(ratios), 4),
-        "ratio_lowest": round(min(ratios), 4),
-        "ratio_highest": round(max(ratios), 4),
-    }
+        turned = names[block % len(names) :] + names[: block % len(names)]
+        for name in turned if block % 2 else reversed(turned):
+            times[name].append(timed(sides[name], options.steps))
+    found = {}
+    for name, own in times.items():
+        entry = {"ms": round(1000 * statistics.median(own), 1), "first_block_s": round(first_block_s[name], 1)}
+        entry["images_per_s"] = round(128 / statistics.median(own), 1)
+        reference = {"packed": None, "spread": "packed", "bare": None}.get(name, "bare")
+        if reference in times:
+            ratios = [x / y for x, y in zip(own, times[reference], strict=True)]
+            entry |= {f"ratio_to_{reference}": round(statistics.median(ratios), 4)}
+            entry |= {"lowest": round(min(ratios), 4), "highest": round(max(ratios), 4)}
+        found[name] = entry
+    return {"steps_each": options.blocks * options.steps, **found}
+
+
+def timed(take: Callable[[int], None], steps: int) -> float:
+    """Return the seconds that a step takes."""
+    start = time.perf_counter()
+    take(steps)
+    return (time.perf_counter() - start) / steps
 
 
 def host_of(folder: RunFolder) -> dict[str, Any]:
