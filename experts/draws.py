@@ -61,7 +61,7 @@ class StepDraws:
         self.device = torch.device(device)
         self._moment = Moment(1, 0)
         self._asked: dict[str, Make] = {}
-        self._static: Held = {}
+        self._static: Held | None = None
 
     def begin(self, moment: Moment) -> None:
         """Begin a step: later calls make the numbers of this moment."""
@@ -76,7 +76,11 @@ class StepDraws:
         """
         assert name not in self._asked, f"{name} is drawn twice in one step"
         self._asked[name] = make
-        return self._static[name][1] if name in self._static else self._send(make)
+        if self._static is None:
+            return self._send(make)
+        if name not in self._static:  # sending it now would leave the numbers of this step in every replay
+            raise ValueError(f"{name} is drawn in some steps only; needed the same draws in every step of a kind")
+        return self._static[name][1]
 
     def _send(self, make: Make) -> Tensor:
         return to_device(make(self._moment), self.device)
@@ -92,12 +96,12 @@ class StepDraws:
 
     @contextmanager
     def handing_out(self, held: Held) -> Iterator[None]:
-        """Hand out held tensors while this lasts, instead of new ones."""
-        self._static = held
+        """Hand out held tensors while this lasts, instead of new ones, to a step that asks from the start again."""
+        self._static, self._asked = held, {}
         try:
             yield
         finally:
-            self._static = {}
+            self._static = None
 
     def of_rows(self, label_set: int = 0, *, whole: bool = False) -> Callable[[str, int], Tensor]:
         """Return a function that takes the name of a quantity and a width to uniform numbers, float64 [b, width].

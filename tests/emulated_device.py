@@ -9,17 +9,19 @@ Numbers are the CPU's to the last bit. A GPU's refusals are refusals here: tenso
 `numpy()` of a tensor on the device, operations without a CUDA kernel for their type. Where the host would have to wait
 for the device is counted: `item`, `tolist`, copies either way, masks as indices, constants made from Python numbers.
 
-The device is called "meta", since torch refuses names it does not know. Not emulated: autocast, inference mode,
-streams, graphs, and the rounding of CUDA's own kernels.
+The device is called "meta", since torch refuses names it does not know. Its CUDA graphs are in emulated_graphs.py. Not
+emulated: autocast, inference mode, streams, and the rounding of CUDA's own kernels.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 from unittest.mock import patch
 
 import torch
@@ -32,6 +34,7 @@ _aten = torch.ops.aten
 _INDEXING = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
 _SIZED_BY_VALUES = {_aten.nonzero.default, _aten.masked_select.default, _aten._unique2.default}
 _NO_KERNEL = {(_aten._upsample_bilinear2d_aa.default, torch.uint8), (_aten._upsample_bicubic2d_aa.default, torch.uint8)}
+_UNFILLED = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
 _make_tensor, _enter_autocast = torch.tensor, torch.autocast
 
 
@@ -45,14 +48,20 @@ class Seen:
 
     Attributes:
         waits: of the host for the device, by kind and by the line of the project that asked.
-        launches: operations on the device, by name.
+        launches: operations on the device, by name; without views, and without memory that is taken and not filled.
     """
 
     waits: Counter[tuple[str, str]] = field(default_factory=Counter)
     launches: Counter[str] = field(default_factory=Counter)
 
     def wait(self, kind: str) -> None:
-        """Count one wait."""
+        """Count one wait.
+
+        Raises:
+            RefusedByDevice: a graph is being captured, as CUDA does by cudaErrorStreamCaptureUnsupported.
+        """
+        if _capture.recorder is not None:
+            raise RefusedByDevice(f"operation not permitted when stream is capturing: {kind}")
         ours = [
             frame
             for frame in traceback.extract_stack()
@@ -62,6 +71,33 @@ class Seen:
 
 
 _active = [Seen()]  # the innermost context is last
+
+
+class Recorder(Protocol):
+    """A graph that is being captured."""
+
+    def record(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Return the results of an operation, which have no numbers yet. Tensors are given as the CPU has them."""
+        ...
+
+
+class _Capture(threading.local):
+    """The graph that this thread captures."""
+
+    recorder: Recorder | None = None
+
+
+_capture = _Capture()
+
+
+@contextlib.contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """Have a recorder note the operations of this thread instead of carrying them out."""
+    _capture.recorder = recorder
+    try:
+        yield
+    finally:
+        _capture.recorder = None
 
 
 class OnDevice(Tensor):
@@ -99,7 +135,14 @@ class OnDevice(Tensor):
         return OnDevice(self.inner.detach().clone()).requires_grad_(self.requires_grad)
 
 
-class EmulatedDevice(TorchDispatchMode):
+class _Dispatch(TorchDispatchMode):
+    """Sends what a thread asks for to the emulated device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _carry_out(func, args, kwargs or {})
+
+
+class EmulatedDevice(_Dispatch):
     """While this lasts, DEVICE is the emulated device. Outside of it nothing is changed."""
 
     def __init__(self) -> None:
@@ -117,13 +160,15 @@ class EmulatedDevice(TorchDispatchMode):
         super().__enter__()
         return _active[-1]
 
+    @classmethod
+    def in_thread(cls) -> TorchDispatchMode:
+        """Return a context for a thread that is started while the device is emulated in the one that starts it."""
+        return _Dispatch()
+
     def __exit__(self, *problem: Any) -> None:
         super().__exit__(*problem)
         self._patches.close()
         _active.pop()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _carry_out(func, args, kwargs or {})
 
 
 def _carry_out(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -138,20 +183,51 @@ def _carry_out(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is _aten._to_copy.default:
         return _copied(args[0], kwargs, to_device)
     if func is _aten.copy_.default:
-        target, source = args[0], args[1]
-        if isinstance(target, OnDevice) != isinstance(source, OnDevice):
-            _active[-1].wait("copy_")
-        _inner(target).copy_(_inner(source))
-        return target
-
+        return _copied_to(*args, **kwargs)
     if on_device:
         _refuse_or_count(func, args, tensors)
-    inner_args, inner_kwargs = tree_map(_inner, (args, kwargs))
-    found = func(*inner_args, **inner_kwargs)
     if not to_device or func is _aten._local_scalar_dense.default:
-        return found
-    _active[-1].launches[str(func)] += 1
+        return func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
+    found = _launched(func, args, kwargs)
     return _written(func, args, kwargs, tree_map(lambda x: OnDevice(x) if isinstance(x, Tensor) else x, found))
+
+
+def _launched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Return an operation's results as the CPU has them: computed and counted, or recorded."""
+    given = [_inner(value) for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+    if _capture.recorder is not None:
+        # A number from the host becomes an argument of the kernel: it stays what it is now.
+        args, kwargs = tree_map(lambda x: x.clone() if is_on_host(x) else _inner(x), (args, kwargs))
+        return _capture.recorder.record(func, args, kwargs)
+    found = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
+    if not only_looks(func, given, found):
+        launched(str(func))
+    return found
+
+
+def launched(name: str) -> None:
+    """Count a launch."""
+    _active[-1].launches[name] += 1
+
+
+def is_on_host(value: Any) -> bool:
+    """Return whether a value is a tensor that is not on the device."""
+    return isinstance(value, Tensor) and not isinstance(value, OnDevice)
+
+
+def only_looks(func: Any, given: list[Tensor], found: Any) -> bool:
+    """Return whether an operation launches nothing: it makes a view, or takes memory without filling it.
+
+    Args:
+        given, found: tensors as the CPU has them.
+    """
+    if func.is_view or func.overloadpacket in _UNFILLED:
+        return True
+    if func._schema.is_mutable:
+        return False
+    made = [value for value in tree_flatten(found)[0] if isinstance(value, Tensor)]
+    storages = {value.untyped_storage()._cdata for value in given}
+    return bool(made) and all(value.untyped_storage()._cdata in storages for value in made)
 
 
 def _refuse_or_count(func: Any, args: Any, tensors: list[Tensor]) -> None:
@@ -172,10 +248,26 @@ def _refuse_or_count(func: Any, args: Any, tensors: list[Tensor]) -> None:
 
 
 def _copied(source: Tensor, kwargs: dict[str, Any], to_device: bool) -> Tensor:
-    if isinstance(source, OnDevice) != to_device and not kwargs.get("non_blocking"):
+    func = _aten._to_copy.default
+    if isinstance(source, OnDevice) and to_device:
+        return OnDevice(_launched(func, (source,), kwargs))
+    crosses = isinstance(source, OnDevice) or to_device
+    if crosses and (_capture.recorder is not None or not kwargs.get("non_blocking")):
         _active[-1].wait("to the device" if to_device else "to the host")
-    values = _aten._to_copy.default(_inner(source), **kwargs)
+    values = func(_inner(source), **kwargs)
     return OnDevice(values) if to_device else values
+
+
+def _copied_to(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    func = _aten.copy_.default
+    if isinstance(target, OnDevice) and isinstance(source, OnDevice):
+        _launched(func, (target, source), {})
+        return target
+    crosses = isinstance(target, OnDevice) or isinstance(source, OnDevice)
+    if crosses and (_capture.recorder is not None or not non_blocking):
+        _active[-1].wait("copy_")
+    func(_inner(target), _inner(source))
+    return target
 
 
 def _written(func: Any, args: Any, kwargs: dict[str, Any], found: Any) -> Any:

@@ -7,13 +7,21 @@ crosses.
 Two kinds of group behave alike. `TorchGroup` exchanges for real. `RecordingGroup` writes down what would cross and
 answers for the others with zeros, so that one process can take a worker's step in a mesh of any shape: `expertail plan`
 does so, and cannot miss what training makes. DeepSpeed alone exchanges behind our back, inside ZeRO.
+
+A third kind, `CutGroup`, stands before every group of a mesh. A step on a GPU is captured as CUDA graphs (graphs.py),
+and no exchange is part of one: a worker that waits for a lost one must still be found by the time limit, and gloo knows
+no graphs. So the group has the graph cut there, and says which exchange to make between the two pieces.
 """
 
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -152,6 +160,75 @@ class RecordingGroup:
             self._record.append(Crossing(what, kind, self.size, values.numel() * values.element_size()))
 
 
+class Capture(Protocol):
+    """A step that is being captured: its work is written down, and not done."""
+
+    def cut(self, exchange: Callable[[], None]) -> None:
+        """End a piece here and begin the next one. `exchange` is made between the two whenever they are replayed."""
+        ...
+
+
+class _UnderWay(threading.local):
+    """The capture that this thread is in; tests run a worker per thread."""
+
+    capture: Capture | None = None
+
+
+_under_way = _UnderWay()
+
+
+@contextmanager
+def capturing(capture: Capture) -> Iterator[None]:
+    """Let the exchanges of this thread cut a capture instead of being made."""
+    assert _under_way.capture is None, "a capture inside a capture"
+    _under_way.capture = capture
+    try:
+        yield
+    finally:
+        _under_way.capture = None
+
+
+class CutGroup:
+    """A group whose exchanges cut the capture that is under way; without one it passes them on.
+
+    In a capture nothing is exchanged: the tensors hold no numbers yet. So a worker whose capture fails half-way has
+    made no exchange that the others did not make, and its steps go on to fit theirs, captured or not.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self.size, self.rank, self.handle = group.size, group.rank, group.handle
+
+    def all_gather(self, own: Tensor, what: str) -> list[Tensor]:
+        """See `Group.all_gather`."""
+        if _under_way.capture is None:
+            return self._group.all_gather(own, what)
+        own = own.detach()
+        # The next piece reads from these tensors at every replay, so what comes in is copied to them.
+        everyone = [torch.empty(own.shape, dtype=own.dtype, device=own.device) for _ in range(self.size)]
+        group = self._group
+
+        def exchange() -> None:
+            torch._foreach_copy_(everyone, group.all_gather(own, what))
+
+        _under_way.capture.cut(exchange)
+        return everyone
+
+    def all_reduce(self, values: Tensor, what: str) -> None:
+        """See `Group.all_reduce`."""
+        self._in_place(self._group.all_reduce, values, what)
+
+    def broadcast(self, values: Tensor, what: str) -> None:
+        """See `Group.broadcast`."""
+        self._in_place(self._group.broadcast, values, what)
+
+    def _in_place(self, exchange: Callable[[Tensor, str], None], values: Tensor, what: str) -> None:
+        if _under_way.capture is None:
+            exchange(values, what)
+        else:
+            _under_way.capture.cut(partial(exchange, values.detach(), what))
+
+
 @dataclass(frozen=True)
 class Groups:
     """The groups of one worker.
@@ -165,6 +242,14 @@ class Groups:
     data: Group
     experts: Group
     everyone: Group
+
+    def with_cuts(self) -> Groups:
+        """Return the same groups, which cut a capture where they exchange."""
+        return Groups(_cutting(self.data), _cutting(self.experts), _cutting(self.everyone))
+
+
+def _cutting(group: Group) -> Group:
+    return group if isinstance(group, Alone | CutGroup) else CutGroup(group)
 
 
 NOBODY = Groups(Alone(), Alone(), Alone())

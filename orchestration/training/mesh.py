@@ -114,7 +114,7 @@ class Mesh:
         self.device = torch.device(device)
         if groups is None:
             groups = NOBODY if shape.workers == 1 else join_groups(shape.slots, shape.replicas, rank, timeout_s)
-        self.groups = groups
+        self.groups = groups.with_cuts()
 
     @property
     def own_experts(self) -> range:
