@@ -40,8 +40,8 @@ from experts.progress import Progress
 from experts.registry import build
 from orchestration.config.compose import load_config
 from orchestration.config.run_config import RunConfig
-from orchestration.training.engine import use_precision
 from orchestration.training.mesh import Mesh, mesh_shape
+from orchestration.training.precision import use_precision
 from orchestration.training.trainer import StageTrainer
 from orchestration.training.world import Rendezvous, leave_world
 
@@ -185,7 +185,7 @@ def bare(bench: Bench) -> dict[str, Any]:
     images = augment(raw, uniforms(1, 0, len(order), NUM_UNIFORMS), config.dataset)
     labels = torch.from_numpy(dataset.train.labels[order]).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    use_precision(config.engine)
+    use_precision(config.engine, device)
 
     def run(steps: int) -> None:
         for n in range(steps):

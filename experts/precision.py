@@ -1,7 +1,8 @@
-"""The float type that losses and scores are computed in, and what a GPU makes of float32."""
+"""The float type that losses and scores are computed in, what a GPU makes of float32, and whether it repeats itself."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,6 +23,21 @@ def allow_tf32(allowed: bool) -> None:
     """
     torch.backends.cudnn.allow_tf32 = allowed
     torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def repeat_bits(asked: bool) -> None:
+    """Say whether a GPU must compute the same bits from the same numbers, or may take faster kernels that do not.
+
+    A switch of the whole process, to be set before its first product of matrices. Operations that have no such kernel
+    then raise RuntimeError.
+    """
+    if asked:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(asked)
+    # By itself the switch also writes NaN to all new memory, one more kernel for each tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.deterministic = asked
+    torch.backends.cudnn.benchmark = False  # it would choose kernels by their time
 
 
 @contextmanager

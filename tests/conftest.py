@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import threading
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed takes CUDA wherever torch was built with it
 
 
 def pytest_collection_modifyitems(items):

@@ -30,7 +30,7 @@ def listen(node_address: str, *, gpu: bool) -> socket.socket | None:
         machine's, as behind a translation of addresses.
     """
     # The network that exchanges use may be another than Ray's: that one is to be tried.
-    chosen = os.environ.get("NCCL_SOCKET_IFNAME" if gpu else "GLOO_SOCKET_IFNAME", "")
+    chosen = os.environ.get("NCCL_SOCKET_IFNAME" if gpu else "GLOO_SOCKET_IFNAME", "").removeprefix("=")
     addresses = [a.address for a in psutil.net_if_addrs().get(chosen, []) if a.family == socket.AF_INET]
     address = addresses[0] if addresses else node_address
     family = socket.AF_INET6 if ":" in address else socket.AF_INET

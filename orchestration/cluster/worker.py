@@ -190,6 +190,7 @@ class Worker:
         """
         import torch
 
+        from orchestration.training.precision import use_precision
         from orchestration.training.trainer import StageTrainer
 
         self._note_progress()
@@ -200,6 +201,7 @@ class Worker:
         self._note_progress()
         opened = time.perf_counter()
         mesh = self._join(seat)
+        use_precision(config.engine, mesh.device)  # before the first product of matrices
 
         # Teachers are loaded while the trainer is built; their files are not needed after that.
         with contextlib.ExitStack() as held:
@@ -213,7 +215,7 @@ class Worker:
         from orchestration.training.mesh import Mesh
         from orchestration.training.world import Rendezvous, use_network_of
 
-        # Gloo reads the network's name when the world is joined.
+        # Gloo and NCCL read the network's name when the world is joined.
         use_network_of(ray.util.get_node_ip_address())
         workers = seat.shape.workers
         if seat.rank:
@@ -335,8 +337,16 @@ class Worker:
         leave_world()  # after the engine, which holds groups of it
 
     def peak_memory_gib(self) -> float:
-        """Return the most memory this worker's process has held, GiB."""
+        """Return the most memory this worker's process has held, GiB; not that of its GPU."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    def gpu_peak_memory_gib(self) -> float | None:
+        """Return the most memory of the GPU that torch has held, with the blocks that it keeps, GiB; None on a CPU."""
+        if not self.gpu:
+            return None
+        import torch
+
+        return torch.cuda.max_memory_reserved() / 2**30
 
     @ray.method(concurrency_group="watch")
     def stacks(self) -> str:

@@ -20,6 +20,7 @@ MAY_CHANGE = (
     "dataset.download",
     "dataset.loader_processes",
     "engine.name",
+    "engine.graphs",
 )
 """Keys that a resume may change, except `run.evaluate_every_epochs` and `run.select_on` (see `identity`). Other data
 under a moved root or list is detected by its digest."""

@@ -33,8 +33,14 @@ class EngineConfig(Settings):
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads per worker. They change results in the last bits, so the number of the first start is stored in the
     run's config.yaml. Unset: as many as a worker has whole CPUs, at least 1."""
+    deterministic: bool = False
+    """Have a GPU compute the same bits from the same numbers, in kernels that take longer, so that a run which was
+    killed and resumed ends bitwise equal. A CPU does so anyway."""
     sync_batchnorm: bool = True
     """Use statistics of the global batch where an expert's batch is split over several workers."""
+    graphs: Literal["auto", False] = "auto"
+    """'auto' records the kernels of a step on a GPU once and replays them, where the recipe's pieces allow it; false
+    launches them one by one. The kernels and their results are the same."""
 
     def chosen(self, workers: int) -> Literal["deepspeed", "torch"]:
         """Return the engine for a mesh of so many workers."""
@@ -144,6 +150,11 @@ class RunConfig(Settings):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    @property
+    def resume(self) -> Literal["bitwise", "to rounding"]:
+        """How exactly a run that was killed and resumed ends as one that was not."""
+        return "to rounding" if self.cluster.gpus_per_worker and not self.engine.deterministic else "bitwise"
 
     @property
     def side_by_side(self) -> int:

@@ -57,6 +57,7 @@ class StageProbe:
         images: images of the whole stage. A partial batch counts as its share of a full one.
         evaluations, saves: evaluations and checkpoints of the whole stage.
         peak_gib: most memory of a worker so far.
+        gpu_peak_gib: most memory of a worker's GPU so far; None on CPUs.
     """
 
     name: str
@@ -71,6 +72,7 @@ class StageProbe:
     evaluations: int
     saves: int
     peak_gib: float
+    gpu_peak_gib: float | None = None
 
     def spread(self) -> tuple[float, float, float]:
         """Return the mean step time, and bounds that enclose the middle 80 % of the step times, and the mean."""
@@ -227,6 +229,7 @@ class _ShortRun:
             evaluations=evaluations,
             saves=saves,
             peak_gib=max(self._fleet.call("peak_memory_gib")),
+            gpu_peak_gib=max((gib for gib in self._fleet.call("gpu_peak_memory_gib") if gib is not None), default=None),
         )
         return stage, total
 
@@ -343,5 +346,7 @@ def time_lines(found: Probe) -> Iterator[str]:
     cpus = worker_hours * (cluster_config.cpus_per_worker or 0)
     beside = f"; {found.at_once} stages at a time" if found.at_once > 1 else ""
     yield f"{gpus:.3g} GPU-hours, {cpus:.3g} CPU-hours of {plural(cluster_config.workers, 'worker')}{beside}"
-    yield f"peak memory of a worker: {max(stage.peak_gib for stage in found.stages):.2f} GiB (measured)"
+    on_gpu = [stage.gpu_peak_gib for stage in found.stages if stage.gpu_peak_gib is not None]
+    of_gpu = f", of its GPU {max(on_gpu):.2f} GiB" if on_gpu else ""
+    yield f"peak memory of a worker: {max(stage.peak_gib for stage in found.stages):.2f} GiB{of_gpu} (measured)"
     yield "not included: export, pictures and upload at the end of the run; failures; other load on the machines"

@@ -217,7 +217,7 @@ def _measure(saved: SavedRun, classes: list[int]) -> tuple[list[Panels], NDArray
     from aggregation.regions import ENSEMBLE, decision_regions, features_of, fit_plane, laid_end_to_end, window_of
     from experts.batches import Replica
     from experts.eval_batches import EvalBatches
-    from orchestration.training.engine import casting
+    from orchestration.training.precision import casting
 
     part = saved.dataset.only(np.array(classes))
     size = saved.config.run.evaluation_batch_size

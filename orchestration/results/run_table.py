@@ -31,6 +31,8 @@ def run_table(
     )
     if config.engine.precision != "float32":
         title += f", {config.engine.precision}"
+    if config.engine.deterministic:
+        title += ", deterministic"
     text = report_table(evaluations, finals or {}, data, title=title, seed=config.seed)
     line = published(config)
     return f"{text}\n{line}" if line else text

@@ -28,7 +28,7 @@ from orchestration.config.problems import check
 from orchestration.config.run_config import RunConfig
 from orchestration.config.words import parse
 from orchestration.storage.files import CONFIG, DATA, RUN, read_json, write_atomic
-from orchestration.training.engine import casting, use_precision
+from orchestration.training.precision import casting, use_precision
 
 MAY_DIFFER = (
     "dataset.root",
@@ -167,7 +167,7 @@ def open_run(run: str, which: str, split: str, overrides: list[str], stage: str 
     device = torch.device("cuda" if config.cluster.gpus_per_worker and torch.cuda.is_available() else "cpu")
     dtype = torch.float64 if config.engine.precision == "float64" else torch.float32
     model.ensemble.to(device, dtype).eval()
-    use_precision(config.engine)
+    use_precision(config.engine, device)
     return SavedRun(folder, config, data, which, stage, model, split, store, dataset, device, dtype)
 
 

@@ -192,9 +192,23 @@ class StageRun:
             self._evaluate(count=False)
             self._save()
         write_evaluations(self.folder, self.config, self.stage, {"best": self.best, "last": self.last})
-        self.run.cost.write(peak_memory_gib=[round(gib, 2) for gib in self.fleet.call("peak_memory_gib")])
+        self._note_memory()
         assert self.checkpoint is not None
         return Outcome(self.stage, self.step >= self.total_steps, self.total_steps, self.checkpoint)
+
+    def _note_memory(self) -> None:
+        """Note in run.json, and say where there are GPUs, the most memory that each worker has held."""
+        peaks = {}
+        for what in ("peak_memory_gib", "gpu_peak_memory_gib"):
+            found = self.fleet.call(what)
+            if None not in found:
+                peaks[what] = [round(gib, 2) for gib in found]
+        self.run.cost.write(**peaks)
+        if on_gpu := peaks.get("gpu_peak_memory_gib"):
+            host = max(peaks["peak_memory_gib"])
+            self.console.message(
+                f"stage {self.stage}: peak memory of a worker {host:.2f} GiB, of its GPU {max(on_gpu):.2f} GiB"
+            )
 
     def _fit(self) -> None:
         """Fit what a stage without steps fits, and say what was chosen."""

@@ -127,6 +127,7 @@ class RunFolder:
             "commit": _commit(),
             "config_hash": config_hash(config),
             "seed": config.seed,
+            "resume": config.resume,
             "status": "running",
             "versions": versions(),
             "host": {

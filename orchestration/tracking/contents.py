@@ -94,6 +94,8 @@ def tags(run: Mapping[str, Any], data: Mapping[str, Any], config: Mapping[str, A
         "dataset": data.get("dataset"),
         "dataset_digest": data.get("digest"),
         "dataset_images": data.get("total"),
+        "resume": run.get("resume"),
+        **{what: max(run[what]) for what in ("peak_memory_gib", "gpu_peak_memory_gib") if run.get(what)},
         **{f"version.{name}": version for name, version in (run.get("versions") or {}).items()},
     }
     host = run.get("host")

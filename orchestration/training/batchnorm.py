@@ -52,7 +52,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, group: Group, of_whom: str
     ) -> tuple[Tensor, ...]:
-        values = x if x.dtype == torch.float64 else x.float()
+        values = _in_full(x)
         num_channels = x.shape[1]
         local_count = x.numel() // num_channels
         if local_count:  # a worker without images has no mean, but the others wait for its share
@@ -62,7 +62,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
             mean_D = square_D = values.new_zeros(num_channels)
 
         # Gathered and combined by each worker in rank order, not reduced: the order of a reduction is not fixed.
-        own = torch.cat([mean_D, square_D, values.new_tensor([local_count])])
+        own = torch.cat([mean_D, square_D, values.new_full((1,), local_count)])
         shares = group.all_gather(own, f"BatchNorm statistics {of_whom}".rstrip())
         mean_D, square_D, count = _combine(torch.stack(shares), num_channels)
 
@@ -71,7 +71,8 @@ class _GlobalBatchNorm(torch.autograd.Function):
         scale_D = weight_D * inverse_D
         y = values * scale_D[:, None, None] + (bias_D - mean_D * scale_D)[:, None, None]
 
-        ctx.save_for_backward(values, weight_D, mean_D, inverse_D, count)
+        # As it came: under autocast a copy in float32 would take twice the memory of the activations.
+        ctx.save_for_backward(x, weight_D, mean_D, inverse_D, count)
         ctx.group, ctx.of_whom = group, of_whom
         # They only feed the running statistics; how the loss depends on them is in the formula of `backward`.
         ctx.mark_non_differentiable(mean_D, var_D, count)
@@ -79,8 +80,8 @@ class _GlobalBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        values, weight_D, mean_D, inverse_D, count = ctx.saved_tensors
-        grad = grads[0].to(values.dtype)
+        x, weight_D, mean_D, inverse_D, count = ctx.saved_tensors
+        values, grad = _in_full(x), _in_full(grads[0])
         # With n the normalised values and N the global count, dL/dx = weight / std * (g - sum(g) / N - n sum(g n) / N).
         # The two sums run over all workers: mean and variance depend on every worker's images. The gradients of weight
         # and bias stay local, since the engine sums those of all parameters.
@@ -99,6 +100,11 @@ class _GlobalBatchNorm(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _in_full(x: Tensor) -> Tensor:
+    """Return half types as float32, in which sums over a batch keep their digits."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _combine(shares: Tensor, num_channels: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,13 +15,11 @@ was found, and the trainer reads that after a while.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from experts.precision import allow_tf32
 from orchestration.config.recipe import OptimizerConfig
 from orchestration.config.run_config import EngineConfig
 from orchestration.training.exchange import Alone, Group
@@ -70,18 +68,6 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free hooks and buffers; the process serves another stage."""
         ...
-
-
-def casting(config: EngineConfig, device: torch.device) -> AbstractContextManager[Any]:
-    """Return the context a network computes in: bfloat16 if engine.precision = autocast, else its weights' type."""
-    if config.precision == "autocast":
-        return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()
-
-
-def use_precision(config: EngineConfig) -> None:
-    """Set what this process computes float32 convolutions in: a GPU's TF32 only if engine.precision = tf32."""
-    allow_tf32(config.precision == "tf32")
 
 
 class TorchEngine:

@@ -18,7 +18,7 @@ from aggregation.metrics import Scores
 from experts.batches import Replica
 from experts.eval_batches import EvalBatches
 from experts.objective import ExtraInputs
-from orchestration.training.engine import casting
+from orchestration.training.precision import casting
 from orchestration.training.stage_setup import StageSetup, TrainingSetup
 
 States = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]

@@ -13,7 +13,7 @@ from torch import Tensor
 from experts.batches import Replica
 from experts.data.images import ImageStore
 from experts.eval_batches import EvalBatches
-from orchestration.training.engine import casting
+from orchestration.training.precision import casting
 from orchestration.training.stage_setup import StageSetup, TrainingSetup
 
 

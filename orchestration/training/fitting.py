@@ -22,8 +22,8 @@ import torch
 from aggregation.aggregator import Outputs
 from experts.tunable import Tunable
 from orchestration.config.recipe_checks import open_choice
-from orchestration.training.engine import casting
 from orchestration.training.features import FeaturePasses
+from orchestration.training.precision import casting
 from orchestration.training.stage_setup import StageSetup
 
 Fitted = Mapping[str, Any]

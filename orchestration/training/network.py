@@ -12,7 +12,7 @@ from experts.draws import StepDraws
 from experts.ensemble import Ensemble
 from experts.flow import Result
 from orchestration.config.run_config import EngineConfig
-from orchestration.training.engine import casting
+from orchestration.training.precision import casting
 
 
 class HeldModules:

@@ -33,6 +33,7 @@ from orchestration.training.engine import Engine, TorchEngine
 from orchestration.training.leaves import Leaves
 from orchestration.training.mesh import Mesh
 from orchestration.training.network import HeldModules
+from orchestration.training.precision import memory_format_for
 from orchestration.training.teachers import Teachers
 
 
@@ -48,6 +49,7 @@ class StageSetup:
     Attributes:
         learns: parts of the network that learn in the stage.
         frozen: trunk and features that do not.
+        memory_format: of weights with four axes.
 
     Raises:
         ValueError: a group of classes is empty, or the pretrained weights do not fit.
@@ -65,6 +67,7 @@ class StageSetup:
             "aggregator", config.method.aggregator_in(stage), self.counts_C, self.expert_names
         )
         self.learns = parts_that_learn(config.method, stage)
+        self.memory_format = memory_format_for(config.engine, mesh.device)
         self.model = self._build_model()
         self.frozen = freeze(self.model, self.learns)
 
@@ -78,7 +81,7 @@ class StageSetup:
         )
         if method.backbone_weights is not None and method.starts_from(self.stage_name) is None:
             load_pretrained(model, method.backbone_weights)
-        model.to(self.mesh.device, self.dtype)
+        model.to(self.mesh.device, self.dtype).to(memory_format=self.memory_format)
         if self.config.engine.sync_batchnorm:
             self.mesh.synchronise_batchnorm(model)
         return model.train()
@@ -136,10 +139,15 @@ class TrainingSetup(StageSetup):
         self.flow: Flow = build("flow", self.stage.flow, self.objective, self.expert_names, self.draws)
         self.distillation = self.stage.distillation and build("distillation", self.stage.distillation)
         self.schedule = build("lr_schedule", self.stage.lr_schedule)
-        self.teachers = Teachers(self.stage.teachers, teachers or {}, dataset, mesh, self.dtype)
+        self.teachers = Teachers(self.stage.teachers, teachers or {}, dataset, mesh, self.dtype, config.engine)
         # Leaves take the parameters that `freeze` left trainable, in their final type and place.
         expert_factors = dict(zip(self.expert_names, self.objective.lr_factors, strict=True))
-        self.leaves = Leaves(self.model, expert_factors, self.stage.lr_factors.model_dump())
+        self.leaves = Leaves(
+            self.model,
+            expert_factors,
+            self.stage.lr_factors.model_dump(),
+            channels_last=self.memory_format is torch.channels_last,
+        )
         self.engine: Engine = self._build_engine(make_engine)
         self.step_draws = StepDraws(self.draws, mesh.device)
         self.network = HeldModules(self.model, config.engine, mesh.device, self.step_draws)

@@ -19,7 +19,9 @@ from aggregation.serving import ServedModel, load_model, preprocessing_problem
 from experts.data.dataset import Dataset
 from experts.ensemble import Ensemble
 from orchestration.config.recipe import Teacher
+from orchestration.config.run_config import EngineConfig
 from orchestration.training.mesh import Mesh
+from orchestration.training.precision import casting, memory_format_for
 
 
 class Teachers:
@@ -30,7 +32,8 @@ class Teachers:
         models: their exported models or the folders of these, by name. A folder's model is checked.
         dataset: of the run, whole; teachers must know its preprocessing and classes, or a group of them.
         mesh: this worker's place.
-        dtype: that scores are computed in.
+        dtype: of weights and scores.
+        engine: how the network computes; teachers compute likewise.
 
     Attributes:
         held: this worker's experts of each teacher, by its name; missing where it has none of them.
@@ -46,8 +49,9 @@ class Teachers:
         dataset: Dataset,
         mesh: Mesh,
         dtype: torch.dtype,
+        engine: EngineConfig,
     ) -> None:
-        self._mesh = mesh
+        self._mesh, self._engine = mesh, engine
         self.held: dict[str, Ensemble] = {}
         self._rules: dict[str, tuple[Aggregator, Tensor, int, int]] = {}
         self._slots: dict[str, list[int]] = {}  # of each expert, by teacher
@@ -74,7 +78,8 @@ class Teachers:
             if own:
                 # Of modules after the experts only a shared head makes scores; a router is not held.
                 shared = {key: m for key, m in model.ensemble.shared.items() if key == "head"}
-                held = Ensemble(model.ensemble.trunk, own, shared).to(mesh.device, dtype)  # type: ignore[arg-type]
+                held = Ensemble(model.ensemble.trunk, own, shared)  # type: ignore[arg-type]
+                held.to(mesh.device, dtype).to(memory_format=memory_format_for(engine, mesh.device))
                 mesh.synchronise_batchnorm(held, f"of teacher {name}")
                 self.held[name] = held.train(config.mode == "train").requires_grad_(False)
         self._dtype = dtype
@@ -91,7 +96,8 @@ class Teachers:
             most = max(self._slots[name].count(slot) for slot in range(self._mesh.shape.slots))
             own = torch.zeros(most, len(images_B3HW), num_classes, device=images_B3HW.device, dtype=self._dtype)
             if name in self.held:
-                found = self.held[name](images_B3HW)
+                with casting(self._engine, self._mesh.device):
+                    found = self.held[name](images_B3HW)
                 own[: len(found)] = found
             gathered = self._mesh.gather(own, f"scores of teacher {name}").unflatten(0, (self._mesh.shape.slots, most))
 

@@ -37,9 +37,9 @@ from experts.data.dataset import Dataset
 from orchestration.config.run_config import RunConfig
 from orchestration.storage.checkpoint import FileEntry
 from orchestration.training import evaluation, fitting, stage_files
-from orchestration.training.engine import use_precision
 from orchestration.training.features import training_features
 from orchestration.training.mesh import Mesh
+from orchestration.training.precision import use_precision
 from orchestration.training.stage_setup import StageSetup, TrainingSetup
 from orchestration.training.step import Row, TrainingDiverged, TrainingStep, problem, read
 
@@ -109,7 +109,7 @@ class StageTrainer:
                 that hold the parameter for a gradient. No weight has moved since.
         """
         assert self.training is not None, "a stage without steps"
-        use_precision(self.setup.config.engine)
+        use_precision(self.setup.config.engine, self.setup.mesh.device)
         steps_per_epoch = self.setup.steps_per_epoch
         now = self.training.progress(self.done)
         last = now.step + until - self.done
@@ -174,7 +174,7 @@ class StageTrainer:
     def prepare(self) -> None:
         """Let the objective look at the data before the first step of a stage; see `prepare_objective`."""
         assert self.training is not None
-        use_precision(self.setup.config.engine)
+        use_precision(self.setup.config.engine, self.setup.mesh.device)
         evaluation.prepare_objective(self.training, self._alive)
 
     def observe(self, per_class: list[float | None]) -> None:
@@ -184,7 +184,7 @@ class StageTrainer:
 
     def fit(self) -> fitting.Fitted:
         """Fit heads and choose open numbers, all that a stage without steps does. See `fitting.fit`."""
-        use_precision(self.setup.config.engine)
+        use_precision(self.setup.config.engine, self.setup.mesh.device)
         self.fitted = fitting.fit(self.setup, self._alive)
         return self.fitted
 
@@ -192,7 +192,7 @@ class StageTrainer:
 
     def evaluate(self, split: str) -> evaluation.States | None:
         """Score a split; see `evaluation.evaluate`."""
-        use_precision(self.setup.config.engine)
+        use_precision(self.setup.config.engine, self.setup.mesh.device)
         return evaluation.evaluate(self.setup, split, self._alive)
 
     # Checkpoints

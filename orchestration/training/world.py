@@ -12,14 +12,17 @@ import torch.distributed as dist
 
 
 def use_network_of(address: str) -> None:
-    """Make gloo use the network interface that has this address of the machine.
+    """Make gloo and NCCL use the network interface that has this address of the machine.
 
-    Left alone, gloo takes the address of the host's name, on many machines 127.0.0.1, where no other node answers.
-    GLOO_SOCKET_IFNAME in the environment comes first.
+    Left alone, gloo takes the address of the host's name, on many machines 127.0.0.1, where no other node answers; NCCL
+    takes the first interface that it likes. GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME in the environment come first,
+    whoever set them.
     """
     for interface, addresses in psutil.net_if_addrs().items():
         if any(found.address == address for found in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            # To NCCL a name alone stands for every interface that begins with it.
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
 
 
 def _listen(address: str, port: int) -> socket.socket:

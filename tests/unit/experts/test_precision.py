@@ -1,6 +1,11 @@
-"""float32 is float32 on a GPU too, unless the config says tf32. The switches are torch's; a CPU has them as well."""
+"""float32 is float32 on a GPU too, unless the config says tf32, and the same bits come if it says deterministic.
+
+The switches are torch's; a CPU has them as well.
+"""
 
 from __future__ import annotations
+
+import os
 
 import numpy as np
 import pytest
@@ -11,25 +16,31 @@ from experts.data.dataset import open_dataset
 from experts.ensemble import build_ensemble
 from experts.precision import allow_tf32, exact_float32
 from orchestration.config.compose import load_config
+from orchestration.config.identity import identity
 from orchestration.results.run_table import run_table
 from orchestration.training import trainer as training
 from orchestration.training.mesh import Mesh, mesh_shape
+from orchestration.training.precision import memory_format_for, use_precision
 from orchestration.training.trainer import StageTrainer
 
 SWITCHES = {"float32": False, "tf32": True, "float64": False, "autocast": False}
 
 
 @pytest.fixture(autouse=True)
-def switches():
+def switches(monkeypatch):
     """Leave torch's switches as they were."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     yield
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
 
 
-def config_of(precision):
+def config_of(precision, *more):
     words = ["dataset.image_size=8", "engine.name=torch", "cluster.gpus_per_worker=1", f"engine.precision={precision}"]
-    return load_config(words)
+    return load_config([*words, *more])
 
 
 @pytest.mark.parametrize("what", ["train", "evaluate", "prepare", "fit"])
@@ -84,6 +95,66 @@ def test_a_served_model_answers_in_float32_whatever_its_program_does(tmp_path, m
     assert torch.backends.cudnn.allow_tf32
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_gpu_alone_is_made_to_repeat_itself(deterministic, device):
+    config = config_of("float32", f"engine.deterministic={str(deterministic).lower()}")
+    torch.backends.cudnn.benchmark = True
+    use_precision(config.engine, torch.device(device))
+    expected = deterministic and device == "cuda"
+    assert torch.are_deterministic_algorithms_enabled() == torch.backends.cudnn.deterministic == expected
+    assert not torch.backends.cudnn.benchmark, "it measures kernels and takes the fastest, another each time"
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if expected else None)
+    use_precision(config_of("float32").engine, torch.device(device))
+    assert not torch.are_deterministic_algorithms_enabled(), "the process serves another run"
+
+
+def test_an_operators_workspace_stays(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    use_precision(config_of("float32", "engine.deterministic=true").engine, torch.device("cuda"))
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+@pytest.mark.parametrize(
+    ("words", "resume"),
+    [
+        (["cluster.gpus_per_worker=0"], "bitwise"),
+        (["cluster.gpus_per_worker=1"], "to rounding"),
+        (["cluster.gpus_per_worker=1", "engine.deterministic=true"], "bitwise"),
+    ],
+)
+def test_a_run_says_how_exactly_it_resumes(words, resume):
+    assert load_config(words).resume == resume
+
+
+def test_repeatability_is_part_of_a_runs_identity_and_graphs_are_not():
+    plain = identity(load_config([]))
+    assert identity(load_config(["engine.deterministic=true"])) != plain
+    assert identity(load_config(["engine.graphs=false"])) == plain
+    assert load_config([]).engine.graphs == "auto"
+    assert load_config(["engine.graphs=false"]).engine.graphs is False
+    with pytest.raises(ValueError, match=r"engine\.graphs"):
+        load_config(["engine.graphs=true"])
+
+
+@pytest.mark.parametrize("precision", SWITCHES)
+def test_channels_lie_side_by_side_where_a_gpu_rounds(precision):
+    if precision != "tf32":  # which a CPU has not
+        on_cpu = load_config([f"engine.precision={precision}"]).engine
+        assert memory_format_for(on_cpu, torch.device("cpu")) is torch.contiguous_format
+    found = memory_format_for(config_of(precision).engine, torch.device("cuda"))
+    assert (found is torch.channels_last) == (precision in ("tf32", "autocast"))
+
+
+def test_weights_alone_decide_how_results_lie():
+    """So images need no conversion."""
+    convolution = torch.nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
+    found = convolution(torch.zeros(2, 3, 8, 8))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_the_table_names_a_precision_other_than_float32():
     assert run_table(config_of("tf32"), {}, {}).splitlines()[0].endswith("digits_lt, tf32")
     assert run_table(config_of("float32"), {}, {}).splitlines()[0].endswith("digits_lt")
+    repeatable = config_of("float32", "engine.deterministic=true")
+    assert run_table(repeatable, {}, {}).splitlines()[0].endswith("digits_lt, deterministic")

@@ -33,12 +33,14 @@ def test_a_listener_that_swallows_packets_is_unreachable_in_time(monkeypatch):
         assert 0.2 <= time.monotonic() - begun < 2
 
 
-def test_a_listener_is_on_the_network_that_exchanges_use(monkeypatch):
+@pytest.mark.parametrize(("gpu", "name"), [(False, "GLOO_SOCKET_IFNAME"), (True, "NCCL_SOCKET_IFNAME")])
+@pytest.mark.parametrize("form", ["{}", "={}"])
+def test_a_listener_is_on_the_network_that_exchanges_use(gpu, name, form, monkeypatch):
     loopback = next(
         name for name, found in psutil.net_if_addrs().items() if any(a.address == "127.0.0.1" for a in found)
     )
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", loopback)
-    with listen("192.0.2.1", gpu=False) as listener:
+    monkeypatch.setenv(name, form.format(loopback))
+    with listen("192.0.2.1", gpu=gpu) as listener:
         assert listener.getsockname()[0] == "127.0.0.1"
 
 

@@ -9,17 +9,32 @@ import pytest
 
 from orchestration.training.world import Rendezvous, use_network_of
 
+NAMES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
-def test_gloo_uses_the_network_of_the_nodes_address(monkeypatch):
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+
+@pytest.fixture(autouse=True)
+def names(monkeypatch):
+    for name in NAMES:
+        monkeypatch.setenv(name, "")  # so that it is restored, even if it was not set
+        monkeypatch.delenv(name)
+
+
+def test_exchanges_use_the_network_of_the_nodes_address():
     use_network_of("192.0.2.1")  # nobody's
-    assert "GLOO_SOCKET_IFNAME" not in os.environ
+    assert not any(name in os.environ for name in NAMES)
     use_network_of("127.0.0.1")
     loopback = os.environ["GLOO_SOCKET_IFNAME"]
     assert any(found.address == "127.0.0.1" for found in psutil.net_if_addrs()[loopback])
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "chosen")
+    assert os.environ["NCCL_SOCKET_IFNAME"] == f"={loopback}", "that one, not all that begin so"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_network_that_was_named_stays(name, monkeypatch):
+    monkeypatch.setenv(name, "chosen")
     use_network_of("127.0.0.1")
-    assert os.environ["GLOO_SOCKET_IFNAME"] == "chosen"
+    other = next(n for n in NAMES if n != name)
+    assert os.environ[name] == "chosen"
+    assert os.environ[other] != "chosen"
 
 
 def test_a_world_is_opened_at_one_address_alone():

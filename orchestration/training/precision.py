@@ -1,0 +1,34 @@
+"""How a run computes, as its `engine` keys say: in which types, how exactly, and how tensors lie in memory."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from experts.precision import allow_tf32, repeat_bits
+from orchestration.config.run_config import EngineConfig
+
+
+def casting(config: EngineConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context a network computes in: bfloat16 if engine.precision = autocast, else its weights' type."""
+    if config.precision == "autocast":
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+def use_precision(config: EngineConfig, device: torch.device) -> None:
+    """Set how this process computes: TF32 only if engine.precision = tf32, the same bits always if deterministic."""
+    allow_tf32(config.precision == "tf32")
+    repeat_bits(config.deterministic and device.type == "cuda")  # a CPU does so anyway
+
+
+def memory_format_for(config: EngineConfig, device: torch.device) -> torch.memory_format:
+    """Return how images and the weights of convolutions lie in memory.
+
+    A GPU's tensor cores, which bfloat16 and TF32 use, want the channels of a pixel side by side. Where the weights lie
+    so, convolutions give results that do, whatever their input.
+    """
+    rounded = config.precision in ("autocast", "tf32")
+    return torch.channels_last if device.type == "cuda" and rounded else torch.contiguous_format
