@@ -13,7 +13,7 @@ from torch import Tensor
 
 from experts.batches import Batch
 from experts.cases import Case
-from experts.flow import Flow, FlowSettings, Network, through_shared_head
+from experts.flow import Flow, FlowSettings, Network, side_by_side, through_shared_head
 from experts.losses.cross_entropy import CrossEntropy
 from experts.progress import Progress
 from experts.registry import register
@@ -43,8 +43,8 @@ class Plain(Flow):
 
         def scores_of(experts: Any) -> Tensor:
             if features is None:
-                return torch.stack([expert(h) for expert in experts.values()])
-            return torch.stack([x.head(f) for x, f in zip(experts.values(), features, strict=True)])
+                return torch.stack(side_by_side(lambda expert: expert(h), experts.values()))
+            return torch.stack(side_by_side(lambda expert, f: expert.head(f), experts.values(), features))
 
         scores = network.experts(scores_of)
         return gather(through_shared_head(network, scores))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from experts.batches import Batch
 from experts.cases import Case
-from experts.flow import Flow, FlowSettings, Network
+from experts.flow import Flow, FlowSettings, Network, side_by_side
 from experts.heads.head import Head
 from experts.losses.cross_entropy import cross_entropy
 from experts.objective import Objective, ObjectiveSettings, StepContext
@@ -178,9 +178,9 @@ class Bilateral(Flow):
         maps = network.trunk(lambda trunk: [trunk(streams[k]) for k in held])
 
         def run_experts(experts: Any) -> Tensor:
-            scores = []
-            for k, h, expert in zip(held, maps, experts.values(), strict=True):
-                scores.append(expert.head(factors[k] * expert.features(h)))
-            return torch.stack(scores)
+            def score(expert: Any, k: int, h: Tensor) -> Tensor:
+                return expert.head(factors[k] * expert.features(h))
+
+            return torch.stack(side_by_side(score, experts.values(), held, maps))
 
         return gather(network.experts(run_experts))

@@ -26,6 +26,9 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
     worker, backward 2 D. Shares are combined in rank order, so every worker computes the same bits.
     """
 
+    exchanges = True
+    """With other workers, forward and backward; see `side_by_side` in experts/flow.py."""
+
     # Both are set by `Mesh.synchronise_batchnorm`, which changes the class of modules that exist.
     group: Group
     of_whom: str

@@ -125,11 +125,6 @@ class Leaves:
         """Return the leaves of some parts."""
         return [leaf for leaf in self.all if leaf.part in parts]
 
-    @property
-    def flats(self) -> list[nn.Parameter]:
-        """The flat tensors that learn."""
-        return [leaf.flat for leaf in self.all]
-
     def relink(self) -> None:
         """Make the modules' parameters views of the leaves again, after these have moved in memory."""
         for leaf in self.all:
@@ -137,14 +132,20 @@ class Leaves:
                 place.module._parameters[place.attribute] = nn.Parameter(place.view(leaf.flat.detach()))
 
     @contextmanager
-    def lent(self) -> Iterator[None]:
-        """Give the modules views through which gradients reach the leaves; one forward pass each time."""
-        for leaf in self.all:
-            pieces = leaf.flat.split([place.stop - place.start for place in leaf.places])
+    def lent(self) -> Iterator[list[Tensor]]:
+        """Give the modules views of the leaves for one forward pass; yield what to ask gradients of, one per leaf.
+
+        These are new tensors on the leaves' memory, not the leaves: autograd's node of a leaf lives on where something
+        has hooked to it, as DeepSpeed does, and keeps the CUDA stream that it was made on; a graph cannot be captured
+        through another stream (graphs.py).
+        """
+        flats = [leaf.flat.detach().requires_grad_() for leaf in self.all]
+        for leaf, flat in zip(self.all, flats, strict=True):
+            pieces = flat.split([place.stop - place.start for place in leaf.places])
             for place, piece in zip(leaf.places, pieces, strict=True):
                 place.module.__dict__[place.attribute] = place.shaped(piece)
         try:
-            yield
+            yield flats
         finally:  # the views hold the graph of a step, which must not outlive it
             for leaf in self.all:
                 for place in leaf.places:

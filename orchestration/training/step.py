@@ -96,18 +96,11 @@ class TrainingStep:
     def _compute(self, batch: Batch, now: Progress) -> Computed:
         """Return values and gradients of this worker's share of a batch."""
         setup = self._setup
-        with setup.leaves.lent():
+        with setup.leaves.lent() as flats:
             outputs_EBX = setup.flow(setup.network, batch, now, setup.mesh.gather)
         loss, terms = self._loss(outputs_EBX, batch, now)
         names, values = self._global_values(loss, terms, outputs_EBX.detach())
-        return Computed(names, values, self._gradients(loss))
-
-    def _gradients(self, loss: Tensor) -> list[Tensor]:
-        """Return the gradient of each leaf; zeros where the loss of this batch does not depend on it."""
-        flats = self._setup.leaves.flats
-        if not flats or not loss.requires_grad:
-            return [torch.zeros_like(flat) for flat in flats]
-        return list(torch.autograd.grad(loss, flats, allow_unused=True, materialize_grads=True))
+        return Computed(names, values, _gradients(loss, flats))
 
     def _set_mode(self) -> None:
         """Put the network in training mode, frozen parts as the stage says (evaluation may have come before)."""
@@ -160,6 +153,13 @@ class TrainingStep:
         values.append((outputs_EBX - outputs_EBX).flatten(1).sum(dim=1))
         total = torch.cat([v.double() for v in values])
         return names, self._setup.mesh.sum_over_data(total, "loss, its terms, and whether outputs are finite")
+
+
+def _gradients(loss: Tensor, flats: Sequence[Tensor]) -> list[Tensor]:
+    """Return the gradient of each leaf; zeros where the loss of this batch does not depend on it."""
+    if not flats or not loss.requires_grad:
+        return [torch.zeros_like(flat) for flat in flats]
+    return list(torch.autograd.grad(loss, flats, allow_unused=True, materialize_grads=True))
 
 
 def read(rows: Sequence[Row]) -> list[list[float]]:

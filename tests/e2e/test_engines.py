@@ -19,11 +19,12 @@ from experts.progress import Progress
 from experts.registry import build
 from orchestration.config.compose import load_config
 from orchestration.config.recipe import OptimizerConfig
-from orchestration.training.engine import TorchEngine, casting
+from orchestration.training.engine import TorchEngine
 from orchestration.training.leaves import Leaf, Leaves
 from orchestration.training.mesh import Mesh, MeshShape
 from orchestration.training.optimizer import HeldSGD
 from orchestration.training.trainer import StageTrainer
+from orchestration.training.precision import casting
 from orchestration.training.world import Rendezvous, leave_world
 
 ENGINES = {"plain": ["engine.name=torch"], "ZeRO 1": ["engine.zero_stage=1"], "ZeRO 2": ["engine.zero_stage=2"]}
@@ -45,9 +46,9 @@ class Learner:
 
     def step(self, images, loss_of, lr=0.1):
         """Move the weights by a loss of the logits; return the loss and the places of bad gradients."""
-        with self.leaves.lent(), casting(self.config, torch.device("cpu")):
+        with self.leaves.lent() as flats, casting(self.config, torch.device("cpu")):
             loss = loss_of(self.model(images))
-        gradients = torch.autograd.grad(loss, self.leaves.flats, materialize_grads=True)
+        gradients = torch.autograd.grad(loss, flats, materialize_grads=True)
         return loss.item(), self.engine.step(list(gradients), loss.detach(), lr).tolist()
 
 
