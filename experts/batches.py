@@ -6,15 +6,22 @@ and by the image's row in the epoch. So resuming needs no state, an image drawn 
 neither the number of replicas nor that of loader processes changes a pixel.
 
     draws     = sampler.draw(epoch)                     # positions of the epoch's images, on every replica alike
-    rows      = this replica's part of step s           # with mixup the whole step: partners come from all of it
+    labels    = labels of all draws                     # go to the device with the positions, once per epoch
+    rows      = this replica's parts of some steps      # with mixup whole steps: partners come from all of one
     raw       = pixels at draws[rows]                   # from the device, or decoded from files ahead of time
     images    = augment(raw, uniforms(key, rows))       # on the device, each image by the draws of its row
+    batches   = slices of images and labels             # views; no step copies anything to the device
+
+Files are augmented one step at a time, since they arrive so. Images in memory are augmented ahead on a device that is
+not the CPU, as many whole steps at once as fit in AHEAD_BYTES: an epoch of CIFAR-LT takes a few launches in place of a
+few per step. On the CPU one step at a time is faster, as its pixels stay in the cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,9 +32,26 @@ from experts.augmentation.augment import NUM_UNIFORMS, augment, random_resized_c
 from experts.data.config import DatasetConfig
 from experts.data.decode import CROP_UNIFORMS
 from experts.data.images import FileImages, ImageStore, ResidentImages
-from experts.data.keyed_random import KeyedRandom, key, permutation, uniforms
+from experts.data.keyed_random import key, uniforms
 from experts.data.prefetch import Prefetcher, Request, read
+from experts.data.transfer import to_device
+from experts.epoch import Epoch, Pairs, draw_pairs, joined
 from experts.progress import Progress
+
+AHEAD_BYTES = 512 * 2**20  # of augmented pixels
+
+
+@dataclass(frozen=True)
+class HostLabels:
+    """The labels of a batch in main memory, for pieces whose shapes follow them.
+
+    Attributes:
+        labels_B: int64, of this replica's images.
+        global_labels: int64, of the whole batch, in its order.
+    """
+
+    labels_B: np.ndarray
+    global_labels: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -35,13 +59,16 @@ class Mixed:
     """How the images of a batch were blended with others of the same batch (mixup).
 
     Attributes:
-        share: weight of the image itself, in [0, 1]; its partner has the rest.
-        labels_B, global_labels: as in `Batch`, of the partners.
+        share, rest: weight of the image itself, in [0, 1], and of its partner; together 1. Tensors without axes, of
+            the images' type and on their device, so that a graph of the step can have other values each time.
+        labels_B, global_labels, host_labels: as in `Batch`, of the partners.
     """
 
-    share: float
+    share: Tensor
+    rest: Tensor
     labels_B: Tensor
     global_labels: Tensor
+    host_labels: HostLabels | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +86,7 @@ class Batch:
         first_row: row in the epoch of the replica's first image; the others follow.
         features: inputs of the heads of the experts held here, one [B, D] each, in place of images, which then have no
             pixels; None where the stage runs trunk and features on the images.
+        host_labels: the same labels in main memory; see `on_host`.
     """
 
     images_B3HW: Tensor
@@ -69,6 +97,14 @@ class Batch:
     mixed: Mixed | None = None
     features: tuple[Tensor, ...] | None = None
     first_row: int = 0
+    host_labels: HostLabels | None = None
+
+
+def on_host(batch: Batch | Mixed) -> HostLabels:
+    """Return a batch's labels in main memory. `TrainBatches` has put them there; otherwise the host waits for them."""
+    if batch.host_labels is not None:
+        return batch.host_labels
+    return HostLabels(batch.labels_B.cpu().numpy(), batch.global_labels.cpu().numpy())
 
 
 def share(count: int, part: int, parts: int) -> tuple[int, int]:
@@ -159,12 +195,23 @@ class TrainBatches:
                 f"batch; lower batch_size"
             )
         self.steps_per_epoch = -(-self.draws_per_epoch // config.batch_size)  # rounded up
+        self.steps_ahead = self._most_ahead()
         self._cached: tuple[int, np.ndarray] | None = None  # the draws of the current epoch, which every step reads
+        self._epoch: Epoch | None = None
         self._prefetcher: Prefetcher | None = None
         if isinstance(self.store, FileImages):
             self._prefetcher = Prefetcher(
                 self.store, dataset_config.loader_processes, pin_memory=self.device.type == "cuda"
             )
+
+    def _most_ahead(self) -> int:
+        """Return the number of steps to augment at once."""
+        if isinstance(self.store, FileImages) or self.device.type == "cpu":
+            return 1
+        side, in_step = self.store.images.shape[-1], self.config.batch_size
+        if self.config.mixup_alpha is None:
+            in_step = -(-in_step // self.replica.count)
+        return max(1, AHEAD_BYTES // (in_step * 3 * side * side * self.replica.dtype.itemsize))
 
     def positions(self, epoch: int) -> np.ndarray:
         """Return the epoch's global sequence of positions in the store, int64 [draws_per_epoch]; epochs start at 1."""
@@ -176,8 +223,7 @@ class TrainBatches:
 
     def labels(self, epoch: int, step: int) -> np.ndarray:
         """Return the labels of the whole batch, int64 [global B], without touching pixels; steps start at 0."""
-        first, last = self._rows(step)
-        return self.store.labels[self.positions(epoch)[first:last]]
+        return self.store.labels[self.positions(epoch)[self._rows(step)]]
 
     def batch(self, epoch: int, step: int) -> Batch:
         """Return this replica's part of one batch, decoding in this process.
@@ -185,12 +231,15 @@ class TrainBatches:
         Raises:
             ValueError: an image file is missing or damaged; names it.
         """
-        request = self._request(epoch, step)
-        images = read(self.store, request) if isinstance(self.store, FileImages) else self._take(self.store, request)
-        return self._finish(images, epoch, step)
+        drawn, steps = self._drawn(epoch), range(step, step + 1)
+        if isinstance(self.store, FileImages):
+            images = read(self.store, self._request(epoch, step))
+        else:
+            images = self._take(self.store, drawn, steps)
+        return next(self._finish(images, drawn, steps))
 
     def iterate(self, epoch: int, first_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
-        """Yield the batches of steps first_step .. stop_step - 1; loader processes decode files ahead of them.
+        """Yield the batches of steps first_step .. stop_step - 1, made ahead: see the head of this file.
 
         Args:
             stop_step: None goes on to the end of the epoch.
@@ -199,12 +248,16 @@ class TrainBatches:
             ValueError: an image file is missing or damaged; names it.
         """
         steps = range(first_step, self.steps_per_epoch if stop_step is None else stop_step)
+        drawn = self._drawn(epoch)
         if self._prefetcher is None:
-            yield from (self.batch(epoch, step) for step in steps)
+            assert isinstance(self.store, ResidentImages)
+            for at in range(0, len(steps), self.steps_ahead):
+                some = steps[at : at + self.steps_ahead]
+                yield from self._finish(self._take(self.store, drawn, some), drawn, some)
             return
         requests = [self._request(epoch, step) for step in steps]
         for step, images in zip(steps, self._prefetcher.read_all(requests), strict=True):
-            yield self._finish(images, epoch, step)
+            yield from self._finish(images, drawn, range(step, step + 1))
 
     def of_features(self, features: Sequence[Tensor], epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield the rest of an epoch's batches with features in place of pixels, which are neither read nor augmented.
@@ -213,12 +266,12 @@ class TrainBatches:
             features: [N, D] of every image in the store, one tensor for each expert held here.
             epoch, first_step: as `iterate`.
         """
+        drawn = self._drawn(epoch)
         for step in range(first_step, self.steps_per_epoch):
-            labels_B, global_labels, positions_B = self._labels_and_positions(epoch, step)
-            images_B3HW = torch.empty(len(labels_B), 3, 0, 0, device=self.device, dtype=self.replica.dtype)
+            positions_B = drawn.positions_N[self._own_rows(step)]
+            images_B3HW = torch.empty(len(positions_B), 3, 0, 0, device=self.device, dtype=self.replica.dtype)
             own = tuple(features_ND[positions_B] for features_ND in features)
-            row = self._local_rows(step)[0]
-            yield Batch(images_B3HW, labels_B, global_labels, positions_B, features=own, first_row=row)
+            yield self._batch(images_B3HW, drawn, step, own)
 
     def close(self) -> None:
         """Stop the loader processes, if there are any."""
@@ -228,58 +281,93 @@ class TrainBatches:
     def _key(self, epoch: int, what: str) -> int:
         return key(self.config.seed, self.config.stage, epoch, self.config.stream, what)
 
-    def _rows(self, step: int) -> tuple[int, int]:
+    # Rows of the epoch
+
+    def _rows(self, step: int) -> slice:
         assert 0 <= step < self.steps_per_epoch, (step, self.steps_per_epoch)
-        return step * self.config.batch_size, min((step + 1) * self.config.batch_size, self.draws_per_epoch)
+        return slice(step * self.config.batch_size, min((step + 1) * self.config.batch_size, self.draws_per_epoch))
 
-    def _local_rows(self, step: int) -> tuple[int, int]:
-        first, last = self._rows(step)
-        start, stop = share(last - first, self.replica.index, self.replica.count)
-        return first + start, first + stop
+    def _own_rows(self, step: int) -> slice:
+        rows = self._rows(step)
+        start, stop = share(rows.stop - rows.start, self.replica.index, self.replica.count)
+        return slice(rows.start + start, rows.start + stop)
 
-    def _local_places(self, step: int) -> tuple[int, int]:
-        """Return the same rows counted from the start of the step; all other rows count from the start of the epoch."""
-        first, last = self._local_rows(step)
-        return first - step * self.config.batch_size, last - step * self.config.batch_size
+    def _pixel_rows(self, steps: range) -> list[slice]:
+        """Return the rows whose pixels this replica makes for consecutive steps; with mixup those of whole steps."""
+        if self.replica.count == 1 or self.config.mixup_alpha is not None:
+            return [slice(self._rows(steps[0]).start, self._rows(steps[-1]).stop)]
+        return [self._own_rows(step) for step in steps]
 
-    def _pixel_rows(self, step: int) -> tuple[int, int]:
-        """Return the rows whose pixels this replica makes; with mixup those of the whole step (see above)."""
-        return self._local_rows(step) if self.config.mixup_alpha is None else self._rows(step)
+    def _drawn(self, epoch: int) -> Epoch:
+        """Return what the epoch draws, on the device; every step reads it."""
+        if self._epoch is None or self._epoch.number != epoch:
+            positions = self.positions(epoch)
+            labels, pairs = self.store.labels[positions], None
+            if self.config.mixup_alpha is not None:
+                steps = [self._rows(step) for step in range(self.steps_per_epoch)]
+                key_of = partial(self._key, epoch)
+                pairs = draw_pairs(labels, steps, self.config.mixup_alpha, key_of, self.device, self.replica.dtype)
+            labels_N, positions_N = to_device(labels, self.device), to_device(positions, self.device)
+            self._epoch = Epoch(epoch, labels, labels_N, positions_N, pairs)
+        return self._epoch
+
+    # Pixels of consecutive steps, and the batches cut from them
 
     def _request(self, epoch: int, step: int) -> Request:
-        first, last = self._pixel_rows(step)
-        return Request(self.positions(epoch)[first:last], self._key(epoch, f"crop/{self.config.view}"), first)
+        (rows,) = self._pixel_rows(range(step, step + 1))
+        return Request(self.positions(epoch)[rows], self._key(epoch, f"crop/{self.config.view}"), rows.start)
 
-    def _take(self, store: ResidentImages, request: Request) -> Tensor:
-        images = store.take(request.positions)
+    def _take(self, store: ResidentImages, epoch: Epoch, steps: range) -> Tensor:
+        rows = self._pixel_rows(steps)
+        images = store.images.index_select(0, joined(epoch.positions_N, rows))
         scale = self.dataset_config.augment.random_resized_crop
         if scale is None:
             return images
-        draws = uniforms(request.crop_key, request.first_draw, len(request.positions), CROP_UNIFORMS)
-        return random_resized_crops(images, draws, scale)
+        return random_resized_crops(images, self._uniforms(epoch, "crop", rows, CROP_UNIFORMS), scale)
 
-    def _finish(self, raw: Tensor, epoch: int, step: int) -> Batch:
-        first, last = self._pixel_rows(step)
-        draws = uniforms(self._key(epoch, f"pixels/{self.config.view}"), first, last - first, NUM_UNIFORMS)
-        images = augment(raw.to(self.device, non_blocking=True), draws, self.dataset_config, self.replica.dtype)
-        own_labels, labels, positions = self._labels_and_positions(epoch, step)
-        mixed = None
-        if self.config.mixup_alpha is not None:
-            # Share and order have keys without the replica, so all replicas blend the same pairs.
-            share_ = self._mixup_share(epoch, step)
-            order = torch.from_numpy(permutation(self._key(epoch, f"mixup order/{step}"), len(labels))).to(self.device)
-            start, stop = self._local_places(step)
-            images = share_ * images[start:stop] + (1 - share_) * images[order[start:stop]]
-            mixed = Mixed(share_, labels[order[start:stop]], labels[order])
-        return Batch(images, own_labels, labels, positions, mixed=mixed, first_row=self._local_rows(step)[0])
+    def _uniforms(self, epoch: Epoch, what: str, rows: list[slice], width: int) -> np.ndarray:
+        name = self._key(epoch.number, f"{what}/{self.config.view}")
+        return np.concatenate([uniforms(name, part.start, part.stop - part.start, width) for part in rows])
 
-    def _labels_and_positions(self, epoch: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the labels of this replica's images and of the whole batch, and the rows of this replica's images."""
-        labels = torch.from_numpy(self.labels(epoch, step)).to(self.device)
-        positions = torch.from_numpy(self.positions(epoch)[slice(*self._local_rows(step))]).to(self.device)
-        return labels[slice(*self._local_places(step))], labels, positions
+    def _finish(self, raw: Tensor, epoch: Epoch, steps: range) -> Iterator[Batch]:
+        """Augment the images of consecutive steps at once and return their batches."""
+        draws = self._uniforms(epoch, "pixels", self._pixel_rows(steps), NUM_UNIFORMS)
+        images = augment(to_device(raw, self.device), draws, self.dataset_config, self.replica.dtype)
+        if epoch.pairs is not None:
+            images = self._blend(images, epoch.pairs, steps)
+        return self._cut(images, epoch, steps)
 
-    def _mixup_share(self, epoch: int, step: int) -> float:
-        assert self.config.mixup_alpha is not None
-        source = KeyedRandom(self._key(epoch, f"mixup share/{step}"))
-        return source.betavariate(self.config.mixup_alpha, self.config.mixup_alpha)
+    def _cut(self, images: Tensor, epoch: Epoch, steps: range) -> Iterator[Batch]:
+        first = 0
+        for step in steps:
+            rows = self._own_rows(step)
+            last = first + rows.stop - rows.start
+            yield self._batch(images[first:last], epoch, step)
+            first = last
+
+    def _blend(self, images: Tensor, pairs: Pairs, steps: range) -> Tensor:
+        """Return this replica's images of the steps, each blended with its partner; `images` is written to."""
+        own = [self._own_rows(step) for step in steps] if self.replica.count > 1 else self._pixel_rows(steps)
+        first = self._rows(steps[0]).start
+        partners = images.index_select(0, joined(pairs.partner_N, own) - first)
+        mine = joined(images, [slice(rows.start - first, rows.stop - first) for rows in own])
+        share_B, rest_B = (joined(weights, own) for weights in (pairs.share_N, pairs.rest_N))
+        return mine.mul_(share_B[:, None, None, None]).add_(partners.mul_(rest_B[:, None, None, None]))
+
+    def _batch(self, images: Tensor, epoch: Epoch, step: int, features: tuple[Tensor, ...] | None = None) -> Batch:
+        rows, own = self._rows(step), self._own_rows(step)
+        mixed, pairs = None, epoch.pairs
+        if pairs is not None:
+            host = HostLabels(pairs.host_labels[own], pairs.host_labels[rows])
+            weights = pairs.share_N[rows.start], pairs.rest_N[rows.start]
+            mixed = Mixed(*weights, pairs.labels_N[own], pairs.labels_N[rows], host)
+        return Batch(
+            images,
+            epoch.labels_N[own],
+            epoch.labels_N[rows],
+            epoch.positions_N[own],
+            mixed=mixed,
+            features=features,
+            first_row=own.start,
+            host_labels=HostLabels(epoch.host_labels[own], epoch.host_labels[rows]),
+        )

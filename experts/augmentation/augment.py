@@ -12,6 +12,7 @@ Shapes: B images, S = image_size.
 from __future__ import annotations
 
 import itertools
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from experts.data.config import Augment, ColorJitter, DatasetConfig
 from experts.data.decode import resized_crop, resized_crop_box
 from experts.data.resampling import resample
+from experts.data.transfer import to_device
 
 # Columns of the uniform draws of one image.
 CROP_TOP, CROP_LEFT, FLIP, ROTATION, BRIGHTNESS, CONTRAST, SATURATION, ORDER = range(NUM_UNIFORMS := 8)
@@ -99,14 +101,13 @@ def _move(images_BcHW: Tensor, uniforms_BK: np.ndarray, config: Augment) -> Tens
         y_BHW, x_BHW = _rotated_from(degrees_B, height, width, device)
         valid_BHW = (y_BHW >= 0) & (y_BHW < height) & (x_BHW >= 0) & (x_BHW < width)
     else:
-        y_BHW = torch.arange(height, device=device)[None, :, None]
-        x_BHW = torch.arange(width, device=device)[None, None, :]
+        y_BHW, x_BHW = _counted(height, device)[None, :, None], _counted(width, device)[None, None, :]
         valid_BHW = None
 
     # Per image, x -> a + b x undoes flip and crop together.
     sign_B = np.where(flip_B, -1, 1)
     start_B = np.where(flip_B, width - 1, 0) + offset_B2[:, 1]
-    line_3B11 = torch.from_numpy(np.stack([sign_B, start_B, offset_B2[:, 0]])).to(device)[:, :, None, None]
+    line_3B11 = to_device(np.stack([sign_B, start_B, offset_B2[:, 0]]), device)[:, :, None, None]
     x_BHW = x_BHW * line_3B11[0] + line_3B11[1]
     y_BHW = y_BHW + line_3B11[2]
 
@@ -127,9 +128,9 @@ def _rotated_from(degrees_B: np.ndarray, height: int, width: int, device: torch.
     They may lie outside the image.
     """
     angle_B = np.deg2rad(degrees_B)
-    cos_B11, sin_B11 = torch.from_numpy(np.stack([np.cos(angle_B), np.sin(angle_B)])).to(device)[:, :, None, None]
-    y_H1 = torch.arange(height, device=device, dtype=torch.float64)[:, None] - (height - 1) / 2
-    x_W = torch.arange(width, device=device, dtype=torch.float64) - (width - 1) / 2
+    cos_B11, sin_B11 = to_device(np.stack([np.cos(angle_B), np.sin(angle_B)]), device)[:, :, None, None]
+    y_H1 = _counted(height, device, torch.float64)[:, None] - (height - 1) / 2
+    x_W = _counted(width, device, torch.float64) - (width - 1) / 2
     # The products have shape [B, H, 1] and [B, 1, W]; only their sums have full size.
     x_BHW = cos_B11 * x_W - sin_B11 * y_H1
     y_BHW = sin_B11 * x_W + cos_B11 * y_H1
@@ -143,12 +144,23 @@ def _to_unit(images_BcHW: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _normalise(pixels_B3HW: Tensor, config: DatasetConfig) -> Tensor:
-    mean, std = (
-        torch.tensor(v, dtype=pixels_B3HW.dtype, device=pixels_B3HW.device)[:, None, None]
-        for v in (config.mean, config.std)
-    )
+    mean, std = (per_channel(values, pixels_B3HW.device, pixels_B3HW.dtype) for values in (config.mean, config.std))
     # In place: `_to_unit` and `_jitter` return new tensors.
     return pixels_B3HW.sub_(mean).div_(std).contiguous()
+
+
+# Constants are made once for each device and type: making one anew is a copy and two launches in every batch.
+
+
+@lru_cache(maxsize=64)
+def per_channel(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a number for each channel, [channels, 1, 1]; shared, so not to be written to."""
+    return to_device(torch.tensor(values, dtype=dtype)[:, None, None], device)
+
+
+@lru_cache(maxsize=64)
+def _counted(count: int, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.arange(count, device=device, dtype=dtype)
 
 
 def _jitter(pixels_B3HW: Tensor, uniforms_BK: np.ndarray, config: ColorJitter) -> Tensor:
@@ -167,7 +179,7 @@ def _jitter(pixels_B3HW: Tensor, uniforms_BK: np.ndarray, config: ColorJitter) -
         operation_B = order_B3[:, turn]
         # One table, so that factors and masks go to the device in one transfer.
         table_3B = np.stack([factors_B3[rows_B, operation_B], operation_B == 1, operation_B == 2])
-        factor, is_contrast, is_saturation = torch.from_numpy(table_3B).to(pixels_B3HW.device, pixels_B3HW.dtype)[
+        factor, is_contrast, is_saturation = to_device(table_3B, pixels_B3HW.device, pixels_B3HW.dtype)[
             :, :, None, None, None
         ]
 

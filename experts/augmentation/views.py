@@ -23,11 +23,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import pad
 
-from experts.augmentation.augment import GREY_WEIGHTS, NUM_UNIFORMS, augment, random_resized_crops
+from experts.augmentation.augment import GREY_WEIGHTS, NUM_UNIFORMS, augment, per_channel, random_resized_crops
 from experts.data.config import Augment, DatasetConfig
 from experts.data.decode import CROP_UNIFORMS
 from experts.data.images import FileImages, ImageStore, usable_cpus
 from experts.data.keyed_random import key, uniforms
+from experts.data.transfer import to_device
 from experts.registry import Settings
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -136,9 +137,9 @@ class ViewMaker:
         """
         crops_BK, draws_BK = self._draws(positions, epoch, view)
         if isinstance(self.store, FileImages):
-            images = _read_on_threads(self.store, positions, crops_BK).to(self.device)
+            images = to_device(_read_on_threads(self.store, positions, crops_BK), self.device)
         else:
-            images = self.store.take(positions).to(self.device)
+            images = to_device(self.store.take(positions), self.device)
             if self.views.random_resized_crop is not None:
                 images = random_resized_crops(images, crops_BK, self.views.random_resized_crop)
         pixels = augment(images, draws_BK[:, :NUM_UNIFORMS], self._moves, self.dtype)
@@ -176,15 +177,16 @@ def change_colours(pixels_B3HW: Tensor, draws_BK: np.ndarray, views: Views) -> T
         (draws_BK[:, BLURRED] < views.blur, _blur),
     ):
         if rows.any():
-            chosen = torch.from_numpy(np.flatnonzero(rows)).to(pixels.device)
+            chosen = to_device(np.flatnonzero(rows), pixels.device)
             pixels[chosen] = step(pixels[chosen], draws_BK[rows], views)
     return pixels
 
 
 def normalise(pixels_B3HW: Tensor, config: DatasetConfig) -> Tensor:
     """Return pixels of 0 to 1, normalised as the network takes them."""
-    mean, std = (torch.tensor(values).to(pixels_B3HW)[:, None, None] for values in (config.mean, config.std))
-    return (pixels_B3HW - mean) / std
+    # Rounded to float32 whatever the pixels' type.
+    mean, std = (per_channel(values, pixels_B3HW.device, torch.float32) for values in (config.mean, config.std))
+    return (pixels_B3HW - mean.to(pixels_B3HW.dtype)) / std.to(pixels_B3HW.dtype)
 
 
 def _jitter(pixels_B3HW: Tensor, draws_BK: np.ndarray, views: Views) -> Tensor:
@@ -199,9 +201,10 @@ def _jitter(pixels_B3HW: Tensor, draws_BK: np.ndarray, views: Views) -> Tensor:
             chosen = np.flatnonzero(order_B4[:, turn] == operation)
             if not len(chosen):
                 continue
-            rows = torch.from_numpy(chosen).to(pixels.device)
+            rows = to_device(chosen, pixels.device)
             values = turn_B[chosen] if operation == 3 else factors_B3[chosen, operation]
-            pixels[rows] = _change(pixels[rows], operation, torch.from_numpy(values).to(pixels)[:, None, None, None])
+            amount = to_device(values, pixels.device, pixels.dtype)[:, None, None, None]
+            pixels[rows] = _change(pixels[rows], operation, amount)
     return pixels
 
 
@@ -233,8 +236,7 @@ def turn_hue(pixels_B3HW: Tensor, turn_B111: Tensor) -> Tensor:
         brightest == 0, green - blue, torch.where(brightest == 1, blue - red, red - green)
     ) / span.clamp(min=torch.finfo(span.dtype).tiny) + 2 * brightest.to(span.dtype)
     turned = sixths + 6 * turn_B111
-    offset_3 = torch.tensor([5.0, 3.0, 1.0], dtype=span.dtype, device=span.device)[:, None, None]
-    place = (turned + offset_3).remainder(6)
+    place = (turned + per_channel((5.0, 3.0, 1.0), span.device, span.dtype)).remainder(6)
     return most - span * torch.minimum(place, 4 - place).clamp(0, 1)
 
 
@@ -255,7 +257,7 @@ def _blur(pixels_B3HW: Tensor, draws_BK: np.ndarray, views: Views) -> Tensor:
     reach = min(math.ceil(3 * high), *pixels_B3HW.shape[-2:])  # 3 standard deviations hold 99.7 % of a Gaussian
     taps_T = np.arange(-reach, reach + 1)
     kernel_BT = np.exp(-0.5 * (taps_T / sigma_B[:, None]) ** 2)
-    kernel_TB = torch.from_numpy((kernel_BT / kernel_BT.sum(axis=1, keepdims=True)).T.copy()).to(pixels_B3HW)
+    kernel_TB = to_device((kernel_BT / kernel_BT.sum(axis=1, keepdims=True)).T, pixels_B3HW.device, pixels_B3HW.dtype)
 
     # A Gaussian over the plane is one over columns, then one over rows.
     for axis in (2, 3):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from experts.data.decode import UnreadableImage, decode_file, frame, resized_crop
 from experts.data.pools import ArrayPool, FilePool
+from experts.data.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class ResidentImages:
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> ResidentImages:
-        """Return the same split with its images on a device."""
-        return ResidentImages(self.images.to(device), self.labels)
+        """Return the same split with its images on a device; itself where they are there already."""
+        moved = self.images.to(device)
+        return self if moved is self.images else ResidentImages(moved, self.labels)
 
     def counts(self, num_classes: int) -> np.ndarray:
         """Return the number of images per class, int64 [C]."""
@@ -43,7 +45,7 @@ class ResidentImages:
 
     def take(self, positions: np.ndarray) -> Tensor:
         """Return the images at these positions, uint8 [B, channels, S, S], on the images' device."""
-        return self.images[torch.from_numpy(np.ascontiguousarray(positions)).to(self.images.device)]
+        return self.images.index_select(0, to_device(positions, self.images.device))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experts.data.transfer import to_device
+
 _WEIGHT_LIMIT = 2**15  # weights are int16
 _MAX_BITS = 22
 
@@ -42,8 +44,8 @@ def _resample_axis(images_BcHW: Tensor, start_L: np.ndarray, length_L: np.ndarra
     taps = np.arange(weight_LST.shape[2])
     # Weights beyond the end of a stretch are 0; the index must stay inside the image all the same.
     index_LST = start_L[:, None, None] + np.minimum(first_LS[:, :, None] + taps, length_L[:, None, None] - 1)
-    index, weight = torch.from_numpy(np.stack([index_LST, weight_LST])).to(images_BcHW.device).movedim(3, 1)
-    bits = torch.from_numpy(bits_L).to(images_BcHW.device, torch.int32)[:, None, None, None]
+    index, weight = to_device(np.stack([index_LST, weight_LST]), images_BcHW.device).movedim(3, 1)
+    bits = to_device(bits_L, images_BcHW.device, torch.int32)[:, None, None, None]
 
     rows = (*images_BcHW.shape[:3], size)
     total = (torch.ones_like(bits) << (bits - 1)).expand(rows)  # one half, so that the shift below rounds

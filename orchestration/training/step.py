@@ -115,10 +115,9 @@ class TrainingStep:
         extra = ExtraInputs(setup.teachers(batch.images_B3HW) if setup.teachers else {}, batch.positions_B)
 
         # Mixup blends the losses of two sets of labels; without it there is one set, with a share of 1.
-        parts = [(1.0, *setup.flow.labels(batch))]
-        if batch.mixed is not None:
-            rest = 1 - batch.mixed.share
-            parts = [(batch.mixed.share, *parts[0][1:]), (rest, batch.mixed.labels_B, batch.mixed.global_labels)]
+        parts: list[tuple[Tensor | float, Tensor, Tensor]] = [(1.0, *setup.flow.labels(batch))]
+        if (mixed := batch.mixed) is not None:
+            parts = [(mixed.share, *parts[0][1:]), (mixed.rest, mixed.labels_B, mixed.global_labels)]
         seen_EBX, replicas = outputs_EBX, 1
         if whole := setup.objective.config.whole_batch:  # every replica evaluates the loss of all images
             replicas, images = setup.mesh.shape.replicas, len(batch.global_labels)
@@ -140,9 +139,7 @@ class TrainingStep:
             terms |= found
         return total, terms
 
-    def _global_values(
-        self, loss: Tensor, terms: dict[str, Tensor], outputs_EBX: Tensor
-    ) -> tuple[list[str], Tensor]:
+    def _global_values(self, loss: Tensor, terms: dict[str, Tensor], outputs_EBX: Tensor) -> tuple[list[str], Tensor]:
         """Return names and values as of `Computed`."""
         names, values = ["loss"], [loss.detach().reshape(1)]
         for term, value in terms.items():

@@ -433,7 +433,7 @@ def test_ace_expert_with_too_few_images_skips_the_step(min_rows):
 
 def test_ace_with_mixup_scores_images_that_are_partly_of_an_experts_classes():
     """Both of a blend's labels are compared with the same scores, so none of them may be a zero left by the other."""
-    batch = replace(batch_of(ACE_CASE), mixed=Mixed(0.6, PARTNERS, PARTNERS))
+    batch = replace(batch_of(ACE_CASE), mixed=Mixed(torch.tensor(0.6), torch.tensor(0.4), PARTNERS, PARTNERS))
     outputs_EBX, _ = step(ACE_CASE, Network(ACE_CASE.ensemble()), batch, Packed())
     scored = (outputs_EBX != 0).any(dim=-1)
     assert torch.equal(scored[2], (LABELS >= 2) | (PARTNERS >= 2))
