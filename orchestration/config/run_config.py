@@ -38,6 +38,9 @@ class EngineConfig(Settings):
     killed and resumed ends bitwise equal. A CPU does so anyway."""
     sync_batchnorm: bool = True
     """Use statistics of the global batch where an expert's batch is split over several workers."""
+    compile: bool = False
+    """Have torch compile trunk and experts on every worker, which takes minutes at the first start and needs a C++
+    compiler there. Changes results in the last bits."""
     graphs: Literal["auto", False] = "auto"
     """'auto' records the kernels of a step on a GPU once and replays them, where the recipe's pieces allow it; false
     launches them one by one. The kernels and their results are the same."""

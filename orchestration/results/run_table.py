@@ -33,6 +33,8 @@ def run_table(
         title += f", {config.engine.precision}"
     if config.engine.deterministic:
         title += ", deterministic"
+    if config.engine.compile:
+        title += ", compiled"
     text = report_table(evaluations, finals or {}, data, title=title, seed=config.seed)
     line = published(config)
     return f"{text}\n{line}" if line else text

@@ -37,6 +37,7 @@ from experts.data.dataset import Dataset
 from orchestration.config.run_config import RunConfig
 from orchestration.storage.checkpoint import FileEntry
 from orchestration.training import evaluation, fitting, stage_files
+from orchestration.training.compiling import compile_parts
 from orchestration.training.features import training_features
 from orchestration.training.mesh import Mesh
 from orchestration.training.precision import use_precision
@@ -90,6 +91,8 @@ class StageTrainer:
         self.training: TrainingSetup | None = None
         if config.method.stages[stage].epochs:
             self.training = TrainingSetup(config, stage, dataset, mesh, teacher_folders)
+            if config.engine.compile:
+                compile_parts(self.training, self._alive)
             self._step = TrainingStep(self.training)
         self.setup = self.training or StageSetup(config, stage, dataset, mesh)
         self.done = 0

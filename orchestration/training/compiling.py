@@ -1,0 +1,99 @@
+"""The network of a stage in compiled code, if `engine.compile` says so.
+
+torch compiles the trunk and the features of each expert for whole batches, in place: modules keep their names, weights
+and hooks. Experts of one shape share one code. Everything else runs as it always does: heads and losses, which are
+small; batches that are not whole, as the last of an epoch may be; evaluation; and BatchNorms that exchange between
+replicas, with the parts that have them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from experts.batches import share
+from orchestration.training.batchnorm import SynchronisedBatchNorm2d
+from orchestration.training.stage_setup import TrainingSetup
+
+_MOST_CODES = 64  # of all parts of all stages of a process; torch would stop at 8, and say nothing
+
+
+class _WholeBatches:
+    """Stands for a module when it is called.
+
+    Args:
+        module: that is called.
+        rows: images of a whole batch.
+        beat: is called after each use, since the first may take a minute.
+    """
+
+    def __init__(self, module: nn.Module, rows: int, beat: Callable[[], None]) -> None:
+        self._plain: Any = module._call_impl
+        self._compiled: Any = torch.compile(module._call_impl, dynamic=False)
+        self._rows, self._beat = rows, beat
+
+    def __call__(self, x: Any, *more: Any, **words: Any) -> Any:
+        # A rule that knows the number of rows alone: a resumed run takes the same steps in the same code. Flows may
+        # lay several batches under one another.
+        whole = torch.is_grad_enabled() and len(x) > 0 and len(x) % self._rows == 0
+        found = (self._compiled if whole else self._plain)(x, *more, **words)
+        self._beat()
+        return found
+
+
+def compile_parts(setup: TrainingSetup, beat: Callable[[], None]) -> None:
+    """Let the trunk and the features of a stage's experts compute in compiled code.
+
+    The code is made when a module is first called.
+
+    Args:
+        setup: the stage's.
+        beat: tells that this worker is alive.
+
+    Raises:
+        ValueError: this machine has no compiler.
+    """
+    _check_compiler(setup.mesh.device)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_CACHE.expanduser()))
+    import torch._dynamo.config as tracing
+    import torch._inductor.config as generating
+
+    tracing.recompile_limit = max(tracing.recompile_limit, _MOST_CODES)
+    # Else it times kernels on a GPU and takes the fastest.
+    generating.deterministic = setup.config.engine.deterministic
+
+    images = min(setup.batches.config.batch_size, setup.batches.draws_per_epoch)
+    first, last = share(images, setup.mesh.replica, setup.mesh.shape.replicas)
+    for module in (setup.model.trunk, *(expert.features for expert in setup.model.members())):
+        exchanges = any(isinstance(part, SynchronisedBatchNorm2d) for part in module.modules())
+        if last > first and not exchanges and any(True for _ in module.parameters()):
+            # As `Module.compile` sets it: no part of a module's state, so copies and files do not have it.
+            module._compiled_call_impl = _WholeBatches(module, last - first, beat)
+
+
+_CACHE = Path("~/.cache/expertail/compiled")  # of the user, since what lies there is run
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Raise ValueError unless torch can make code for the device."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+    from torch.utils._triton import has_triton
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ValueError(
+            "engine.compile = true: found no C++ compiler on this worker's node; needed one, which torch calls; "
+            "install g++ on every node, or set engine.compile=false"
+        ) from error
+    if device.type == "cuda" and not has_triton():
+        raise ValueError(
+            "engine.compile = true: this worker's torch cannot use Triton, which makes code for a GPU; install triton "
+            "on every node, or set engine.compile=false"
+        )
