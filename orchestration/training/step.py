@@ -149,7 +149,7 @@ class TrainingStep:
         # 0, or NaN for an expert with outputs that are not finite; the images may be another replica's.
         values.append((outputs_EBX - outputs_EBX).flatten(1).sum(dim=1))
         total = torch.cat([v.double() for v in values])
-        return names, self._setup.mesh.sum_over_data(total, "loss, its terms, and whether outputs are finite")
+        return names, self._setup.mesh.sum_over_data(total, "loss, its terms and checks")
 
 
 def _gradients(loss: Tensor, flats: Sequence[Tensor]) -> list[Tensor]:
