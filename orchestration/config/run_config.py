@@ -45,6 +45,12 @@ class EngineConfig(Settings):
     """'auto' records the kernels of a step on a GPU once and replays them, where the recipe's pieces allow it; false
     launches them one by one. The kernels and their results are the same."""
 
+    @property
+    def differences(self) -> list[str]:
+        """Say how the run computes otherwise than by default, as far as it changes bits."""
+        precision = [self.precision] if self.precision != "float32" else []
+        return precision + ["deterministic"] * self.deterministic + ["compiled"] * self.compile
+
     def chosen(self, workers: int) -> Literal["deepspeed", "torch"]:
         """Return the engine for a mesh of so many workers."""
         if self.name == "auto":

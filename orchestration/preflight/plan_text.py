@@ -214,7 +214,8 @@ def _mesh(config: RunConfig, found: Plan) -> Iterator[str]:
     threads = "as many threads as whole CPUs" if config.engine.threads is None else f"{config.engine.threads} threads"
     engine = config.engine.chosen(shape.workers)
     zero = f", ZeRO {config.engine.zero_stage}" if engine == "deepspeed" else ""
-    yield f"each: {cpus}, {device}, {threads}; engine {engine}{zero}, {config.engine.precision}"
+    computing = ", ".join(dict.fromkeys([config.engine.precision, *config.engine.differences]))
+    yield f"each: {cpus}, {device}, {threads}; engine {engine}{zero}, {computing}"
     where = cluster.address or "RAY_ADDRESS if set, else its own Ray on this machine"
     yield f"cluster: {where}"
     yield from _waves(found)

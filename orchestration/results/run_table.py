@@ -25,16 +25,9 @@ def run_table(
         evaluations: "last" and "best", as in `evaluation/*.json`; either may be missing.
         finals: the evaluations of every final stage, where the recipe has several.
     """
-    title = (
-        f"{config.method.name}, {plural(config.method.num_experts, 'expert')}, "
-        f"{config.backbone.name} {config.backbone.depth}, {config.dataset.name}"
-    )
-    if config.engine.precision != "float32":
-        title += f", {config.engine.precision}"
-    if config.engine.deterministic:
-        title += ", deterministic"
-    if config.engine.compile:
-        title += ", compiled"
+    backbone = f"{config.backbone.name} {config.backbone.depth}"
+    experts = plural(config.method.num_experts, "expert")
+    title = ", ".join([config.method.name, experts, backbone, config.dataset.name, *config.engine.differences])
     text = report_table(evaluations, finals or {}, data, title=title, seed=config.seed)
     line = published(config)
     return f"{text}\n{line}" if line else text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import ray
+import torch
 from ray import cloudpickle
 
 from orchestration.cluster.reachability import unreachable_from_here
@@ -24,6 +25,15 @@ def test_a_config_that_was_sent_equals_the_original(method):
     assert all(type(a) is type(b) for (_, a), (_, b) in zip(sent[0].method, config.method, strict=True))
     with pytest.raises(ValueError, match="frozen"):
         sent[0].seed = 1
+
+
+def test_the_memory_of_a_gpu_is_told_apart_from_the_processs(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 3 * 2**29)
+    make = Worker.__ray_metadata__.modified_class
+    assert make(gpu=True, threads=1).gpu_peak_memory_gib() == 1.5
+    assert make(gpu=False, threads=1).gpu_peak_memory_gib() is None
+    assert 0.01 < make(gpu=True, threads=1).peak_memory_gib() != 1.5
 
 
 def test_every_try_to_reach_a_worker_finds_a_new_listener(monkeypatch):

@@ -49,6 +49,12 @@ def test_a_run_is_its_start_and_its_stages():
     assert "10 x 3.00 s" in text and "0.1 to 0.2" in text and "1.25 GiB (measured)" in text and "not included: " in text
 
 
+def test_the_memory_of_a_gpu_is_told_where_there_is_one():
+    assert "1.25 GiB (measured)" in "\n".join(time_lines(found(STAGE)))
+    on_gpu = [replace(STAGE, gpu_peak_gib=gib) for gib in (2.5, 1.0)]
+    assert "1.25 GiB, of its GPU 2.50 GiB (measured)" in "\n".join(time_lines(found(*on_gpu)))
+
+
 def test_stages_side_by_side_share_the_workers():
     """LFME's three experts and its student: one set of workers takes the sum; of two sets, one takes two."""
     stages = [replace(STAGE, name=name) for name in ("many", "medium", "few", "student")]
