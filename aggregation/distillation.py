@@ -7,7 +7,7 @@ Shapes: E experts, B images of this piece of the batch, C classes, S student sco
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -38,7 +38,7 @@ def distillation_loss(student_SBC: Tensor, teacher_BC: Tensor, *, temperature: f
     student_SBC = at_least_float32(student_SBC)
     log_p_SBC = (student_SBC / temperature).log_softmax(dim=-1)
     log_q_BC = (teacher_BC.detach().to(student_SBC.dtype) / temperature).log_softmax(dim=-1)
-    kl_S = (log_q_BC.exp() * (log_q_BC - log_p_SBC)).sum(dim=(-2, -1)) / images.to(student_SBC.dtype)
+    kl_S = (log_q_BC.exp() * (log_q_BC - log_p_SBC)).sum(dim=(-2, -1)) / images
     # T^2 undoes the factor 1 / T^2 that a temperature puts on gradients.
     return temperature**2 * kl_S
 
@@ -64,6 +64,9 @@ class Distillation(ABC):
     and terms of the pieces add up to those of the whole.
     """
 
+    capturable: bool = True
+    """As `Objective.capturable`."""
+
     def __init__(self, config: Any) -> None:
         self.config = config
 
@@ -74,6 +77,15 @@ class Distillation(ABC):
     def denominators(self, labels_B: Tensor) -> dict[str, Tensor]:
         """Return `images`, a float64 scalar that adds up over pieces of a batch. Labels are [B], or [2, B] of pairs."""
         return {"images": num_images(labels_B)}
+
+    def phase(self, progress: Progress) -> Hashable:
+        """Return a value that changes whenever the term is made of other operations or Python numbers.
+
+        While it stays the same, operations that were captured once are right for every moment, as for
+        `Objective.phase`. By default it never changes.
+        """
+        del progress
+        return ()
 
     def __call__(
         self,

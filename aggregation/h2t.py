@@ -10,8 +10,10 @@ Shapes: E experts, e of them held here, B images, C classes, D features.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -19,6 +21,7 @@ from torch import Tensor
 from experts.batches import Batch
 from experts.cases import Case
 from experts.data.keyed_random import permutation
+from experts.draws import Moment
 from experts.flow import Flow, FlowSettings, Network, through_shared_head
 from experts.losses.cross_entropy import CrossEntropy, cross_entropy
 from experts.objective import Objective, ObjectiveSettings, StepContext
@@ -100,11 +103,10 @@ class H2T(Flow):
         shared = Case(cls.Config(ratio=0.5), objective=MeanCrossEntropy.Config(), shared_head=True)
         return [Case(cls.Config(), objective=CrossEntropy.Config()), shared]
 
-    def channels(self, expert: str, num_features: int, progress: Progress) -> Tensor:
-        """Return this step's order of an expert's channels, int64 [D] on the CPU; every replica draws the same."""
+    def channels(self, expert: str, num_features: int, moment: Moment) -> np.ndarray:
+        """Return a step's order of an expert's channels, int64 [D]; every replica draws the same."""
         # Keyed by expert and step: replicas swap the same channels, and a resumed run the same as before.
-        order = permutation(self.draws("h2t channels", expert, progress.epoch, progress.step), num_features)
-        return torch.from_numpy(order)
+        return permutation(self.draws("h2t channels", expert, moment.epoch, moment.step), num_features)
 
     def __call__(
         self, network: Network, batch: Batch, progress: Progress, gather: Callable[[Tensor], Tensor]
@@ -132,7 +134,8 @@ class H2T(Flow):
                 else:
                     with torch.no_grad():
                         receiver_BD, donor_BD = expert.features(receiver_h), expert.features(donor_h)
-                order_D = self.channels(name, receiver_BD.shape[1], progress).to(receiver_BD.device)
+                make = partial(self.channels, name, receiver_BD.shape[1])
+                order_D = network.draws(f"channels of {name}", make)
                 scores.append(expert.head(fuse(receiver_BD, donor_BD, self.config.ratio, order_D)))
             return torch.stack(scores)
 

@@ -136,6 +136,13 @@ class RouterObjective(Objective):
     last_expert_learns: ClassVar[bool] = False  # it has no gate
     roles: ClassVar[str] = "a router chooses between them"
     flow: ClassVar[str | None] = "router"
+    pos_weight: Tensor
+
+    def __init__(self, config: Config, counts_C: Tensor, num_experts: int) -> None:
+        super().__init__(config, counts_C, num_experts)
+        # Not persistent: it follows from the config, and an old checkpoint must not bring another.
+        pos_weight = torch.tensor(config.pos_weight, dtype=torch.float64)
+        self.register_buffer("pos_weight", pos_weight, persistent=False)
 
     def forward(self, logits_EBC: Tensor, labels_B: Tensor, now: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean over gates of the mean per image.
@@ -154,7 +161,7 @@ class RouterObjective(Objective):
         score_GB = outputs[:-1, :, -1]
         target_GB = gate_targets(running_correct(outputs[..., :-1].detach(), labels_B)).to(outputs.dtype)
         bce_GB = F.binary_cross_entropy_with_logits(
-            score_GB, target_GB, reduction="none", pos_weight=outputs.new_tensor(self.config.pos_weight)
+            score_GB, target_GB, reduction="none", pos_weight=self.pos_weight.to(outputs.dtype)
         )
         gate_G = bce_GB.sum(dim=1) / images
         asked_G = (score_GB.detach() > 0).to(outputs.dtype).sum(dim=1) / images

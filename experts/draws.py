@@ -40,8 +40,6 @@ class Moment:
 
 
 Make = Callable[[Moment], np.ndarray]
-
-
 Held = dict[str, tuple[Make, Tensor]]
 
 
@@ -102,6 +100,10 @@ class StepDraws:
             yield
         finally:
             self._static = None
+
+    def of_labels(self, label_set: int) -> Callable[[str, Make], Tensor]:
+        """Return the same for a set of labels, whose quantities have names of their own."""
+        return lambda name, make: self(f"{name}/{label_set}", make)
 
     def of_rows(self, label_set: int = 0, *, whole: bool = False) -> Callable[[str, int], Tensor]:
         """Return a function that takes the name of a quantity and a width to uniform numbers, float64 [b, width].

@@ -9,7 +9,7 @@ Shapes: E experts, e of them held here, B images of one replica, C classes, D fe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cache
 from typing import Any, ClassVar, Protocol
 
@@ -34,7 +34,7 @@ class Network(Protocol):
 
     Attributes:
         names: experts held here, in the order of the logits.
-        draws: makes random numbers of the step; see `StepDraws`.
+        draws: makes numbers of the step, random ones and others that change with time; see `StepDraws`.
     """
 
     names: tuple[str, ...]
@@ -104,6 +104,9 @@ class Flow(ABC):
     """Whether expert k sees the k-th of the paired batches only, so that trunks that live apart see different ones."""
     recipe: ClassVar[str | None] = None
     """A recipe that uses the flow, for messages to name."""
+    capturable: bool = True
+    """Whether shapes follow from shapes alone, so that its operations can be captured once and replayed. False where
+    they follow values: such a flow runs operation by operation."""
 
     def __init__(
         self, config: Any, objective: Objective, expert_names: Sequence[str], draws: Callable[..., int]
@@ -142,6 +145,15 @@ class Flow(ABC):
                 f"{refused}; the objective wants the labels of two batches, which flow {_or(others)} has: set flow.name"
             )
         return None
+
+    def phase(self, progress: Progress) -> Hashable:
+        """Return a value that changes whenever the flow is made of other operations or Python numbers.
+
+        While it stays the same, operations that were captured once are right for every moment, as for
+        `Objective.phase`. By default it never changes: what changes from step to step comes from `network.draws`.
+        """
+        del progress
+        return ()
 
     @abstractmethod
     def __call__(self, network: Network, batch: Batch, progress: Progress, gather: Gather) -> Tensor:

@@ -6,8 +6,8 @@ Shapes: E experts, B images of this piece of the batch, C classes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from experts.cases import Case
 from experts.class_groups import GroupRule
 from experts.progress import Progress
 from experts.registry import Settings, piece, registered_name
+from experts.scalars import Numbers, scalar_of_step
 
 MAX_EXPERTS = 8
 
@@ -113,11 +114,13 @@ class ExtraInputs:
         positions_B: rows of the training set that the images are, int64.
         draws: takes the name of a quantity and a width to uniform numbers in [0, 1), float64 [B, width], the same for
             an image on every placement and after a resume; None where a loss is not evaluated in a training step.
+        numbers: makes other numbers of the step, for `StepContext.scalar`; None where no step will be replayed.
     """
 
     teachers: Mapping[str, Tensor] = field(default_factory=dict)
     positions_B: Tensor | None = None
     draws: Callable[[str, int], Tensor] | None = None
+    numbers: Numbers | None = None
 
     def uniforms(self, what: str, width: int) -> Tensor:
         """Return uniform numbers in [0, 1) for every image, float64 [B, width].
@@ -133,6 +136,15 @@ class ExtraInputs:
             raise ValueError(f"the objective draws {what} for every image, and only a training step has draws to give")
         return self.draws(what, width)
 
+    def within(self, part: str) -> ExtraInputs:
+        """Return the same for a part of an objective, whose quantities have names, and so numbers, of their own."""
+        draws, numbers = self.draws, self.numbers
+        return replace(
+            self,
+            draws=None if draws is None else lambda what, width: draws(f"{part}.{what}", width),
+            numbers=None if numbers is None else lambda name, make: numbers(f"{part}.{name}", make),
+        )
+
 
 @dataclass(frozen=True)
 class StepContext:
@@ -147,6 +159,19 @@ class StepContext:
     denominators: Mapping[str, Tensor]
     progress: Progress
     extra: ExtraInputs = field(default_factory=ExtraInputs)
+
+    def scalar(self, name: str, value: Callable[[Progress], float], like: Tensor) -> Tensor:
+        """Return a number that changes with time, 0-dim, to multiply a tensor like `like` by.
+
+        For what may change from step to step or from epoch to epoch. What has a few values, each for many epochs, is a
+        Python number and in `Objective.phase`.
+
+        Args:
+            name: of the number, its own in this objective.
+            value: takes the moment to the number, and depends on nothing else that changes.
+            like: gives device and type.
+        """
+        return scalar_of_step(self.extra.numbers, name, value, self.progress, like)
 
 
 class Objective(nn.Module, ABC):
@@ -190,6 +215,9 @@ class Objective(nn.Module, ABC):
     of the batch, the other replicas' rows detached. Read it from the config, as it may depend on that."""
     last_expert_learns: ClassVar[bool] = True
     """False where the loss ignores whatever the last expert alone computes."""
+    capturable: bool = True
+    """Whether shapes follow from shapes alone, so that its operations can be captured once and replayed. False where
+    they follow values: such a loss runs operation by operation."""
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ()
     """Settings beside the defaults that take another path through the code, for `cases`."""
     teacher_classes: Mapping[str, Any]
@@ -247,6 +275,15 @@ class Objective(nn.Module, ABC):
         """
         del progress
         return {"images": num_images(labels_B)}
+
+    def phase(self, progress: Progress) -> Hashable:
+        """Return a value that changes whenever loss or denominators are made of other operations or Python numbers.
+
+        While it stays the same, operations that were captured once are right for every moment: nothing of what they
+        read but tensors, `StepContext.scalar` and draws has changed. By default it is which of the config's `switches`
+        are behind.
+        """
+        return tuple(progress.epoch > last for last in self.config.switches.values())
 
     @abstractmethod
     def forward(self, logits_EBC: Tensor, labels_B: Tensor, now: StepContext) -> tuple[Tensor, dict[str, Tensor]]:

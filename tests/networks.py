@@ -5,18 +5,20 @@ from __future__ import annotations
 from functools import partial
 
 from experts.data.keyed_random import key
-from experts.draws import StepDraws
+from experts.draws import Moment, StepDraws
 from experts.ensemble import Ensemble
+from experts.progress import Progress
 
 
 class PlainNetwork:
-    """A `Network` that runs an ensemble's modules and nothing else."""
+    """A `Network` that runs an ensemble's modules and nothing else, in one step."""
 
-    def __init__(self, net: Ensemble) -> None:
+    def __init__(self, net: Ensemble, progress: Progress) -> None:
         self.net = net
         self.names = net.names
         self.same_order = False
         self.draws = StepDraws(partial(key, 0))
+        self.draws.begin(Moment(progress.epoch, progress.step))
 
     def trunk(self, run):
         return run(self.net.trunk)
@@ -36,7 +38,7 @@ def run_together(flow, net, batch, progress):
         gathered.append(own.detach().clone())
         return own
 
-    return flow(PlainNetwork(net), batch, progress, gather), gathered
+    return flow(PlainNetwork(net, progress), batch, progress, gather), gathered
 
 
 def run_apart(flow, net, batch, progress, gathered, slot):
@@ -51,6 +53,6 @@ def run_apart(flow, net, batch, progress, gathered, slot):
         whole[slot] = own[0]
         return whole
 
-    outputs = flow(PlainNetwork(worker), batch, progress, gather)
+    outputs = flow(PlainNetwork(worker, progress), batch, progress, gather)
     assert next(played, None) is None, "a worker must gather as often as the others"
     return outputs

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -111,6 +111,7 @@ class Composed(Objective):
         self.teacher_classes = {}
         for part in parts.values():
             self.teacher_classes |= part.teacher_classes
+        self.capturable = all(part.capturable for part in parts.values())
 
     def _each(self) -> dict[str, Any]:
         return dict(self.parts.items())
@@ -128,6 +129,10 @@ class Composed(Objective):
             if part.config.weighting_problem() is None:
                 part.weigh(weights, counts_C)
 
+    def phase(self, progress: Progress) -> Hashable:
+        """Return the parts' phases. See `Objective.phase`."""
+        return tuple(part.phase(progress) for part in self._each().values())
+
     def denominators(self, labels_B: Tensor, progress: Progress) -> dict[str, Tensor]:
         """Return the parts' denominators, each named `<part>.<denominator>`."""
         return {
@@ -142,10 +147,9 @@ class Composed(Objective):
         """Return a part's loss and its terms, with its own denominators."""
         above = f"{name}."
         own = {key.removeprefix(above): v for key, v in now.denominators.items() if key.startswith(above)}
-        extra, draws = now.extra, now.extra.draws
-        if draws is not None:  # parts that draw the same quantity get other numbers
-            extra = replace(extra, draws=lambda what, width: draws(f"{name}.{what}", width))
-        loss, terms = self.parts[name](logits_EBC, labels_B, replace(now, denominators=own, extra=extra))
+        # Parts that draw the same quantity get other numbers.
+        inside = replace(now, denominators=own, extra=now.extra.within(name))
+        loss, terms = self.parts[name](logits_EBC, labels_B, inside)
         return loss, terms
 
     def prepare(self, batches: Callable[[str], Iterable[tuple[ExtraInputs, Tensor]]]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from experts.losses.per_image import PerImage
@@ -24,9 +25,35 @@ def of_label(values_EBC: Tensor, labels_B: Tensor) -> Tensor:
     return values_EBC.gather(-1, labels_B.expand(len(values_EBC), -1).unsqueeze(-1)).squeeze(-1)
 
 
-def negative_log_likelihood(logits_EBC: Tensor, labels_B: Tensor) -> Tensor:
-    """Return -log softmax(z)_y of every expert and image, nats [E, B]; raises as `of_label`."""
-    return -of_label(logits_EBC.log_softmax(dim=-1), labels_B)
+def negative_log_likelihood(logits_EBC: Tensor, labels_B: Tensor, weight_C: Tensor | None = None) -> Tensor:
+    """Return -log softmax(z)_y of every expert and image, nats [E, B], times the weight of its class.
+
+    Raises:
+        IndexError: a label outside [0, C).
+    """
+    return minus_of_label(logits_EBC.log_softmax(dim=-1), labels_B, weight_C)
+
+
+def minus_of_label(values_EBC: Tensor, labels_B: Tensor, weight_C: Tensor | None = None) -> Tensor:
+    """Return -w_y times the value of every image's own class y, [E, B]; w is 1 without weights.
+
+    Raises:
+        IndexError: a label outside [0, C).
+    """
+    num_experts = len(values_EBC)
+    # torch's own loss, given logarithms: one operation each way, where a look-up, a product and a sign would be seven.
+    # -100 would mean a label to leave out; no label does here.
+    found = F.nll_loss(
+        values_EBC.flatten(0, 1),
+        labels_B.expand(num_experts, -1).flatten(),
+        None if weight_C is None else weight_C.to(values_EBC.dtype),
+        ignore_index=_NONE,
+        reduction="none",
+    )
+    return found.view(num_experts, -1)
+
+
+_NONE = -(2**31)
 
 
 def cross_entropy(
@@ -45,15 +72,13 @@ def cross_entropy(
         Nats per expert, [E]; 0 with zero gradient where B = 0.
 
     Raises:
-        RuntimeError: a label outside [0, C), from the look-up.
+        IndexError: a label outside [0, C).
 
     Source: the usual definition; weighted mean as torch.nn.CrossEntropyLoss(weight) and the long-tailed codes have it.
     """
-    nll_EB = negative_log_likelihood(at_least_float32(logits_EBC), labels_B)
-    if weight_C is not None:
-        nll_EB = nll_EB * weight_C.to(nll_EB.dtype)[labels_B]
+    nll_EB = negative_log_likelihood(at_least_float32(logits_EBC), labels_B, weight_C)
     # A sum, not a mean: replicas hold pieces of unequal size, and only the global denominator lets them add up.
-    return nll_EB.sum(dim=-1) / denominator.to(nll_EB.dtype)
+    return nll_EB.sum(dim=-1) / denominator
 
 
 @register("objective", "cross_entropy")

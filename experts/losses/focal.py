@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from experts.losses.binary import binary_cross_entropy, focal_factor, one_hot
-from experts.losses.cross_entropy import of_label
+from experts.losses.cross_entropy import minus_of_label
 from experts.losses.per_image import PerImage
 from experts.objective import ObjectiveSettings, StepContext
 from experts.registry import register
@@ -35,7 +35,7 @@ def softmax_focal(logits_EBC: Tensor, labels_B: Tensor, *, gamma: float, detach:
     index_EB1 = labels_B.expand(len(logits_EBC), -1).unsqueeze(-1)
     log_rest_EB = log_p_EBC.scatter(-1, index_EB1, -float("inf")).logsumexp(dim=-1)
     factor_EB = (gamma * log_rest_EB).exp()
-    return (factor_EB.detach() if detach else factor_EB) * -of_label(log_p_EBC, labels_B)
+    return (factor_EB.detach() if detach else factor_EB) * minus_of_label(log_p_EBC, labels_B)
 
 
 def sigmoid_focal(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from experts.losses.counts import positive_counts
@@ -59,16 +58,15 @@ def ldam_loss(
     Source: Cao et al. 2019, arXiv:1906.07413, section 3.
     Differs: the paper's s (cos - m) is applied to unscaled cosines; here the head scales, which is the same number.
     """
-    logits_EBC = with_margins(at_least_float32(logits_EBC), labels_B, scale * margin_C)
+    logits_EBC = with_margins(at_least_float32(logits_EBC), labels_B, margin_C, scale=scale)
     return cross_entropy(logits_EBC, labels_B, denominator=denominator, weight_C=weight_C)
 
 
-def with_margins(logits_EBC: Tensor, labels_B: Tensor, margin_C: Tensor) -> Tensor:
-    """Return the scores with that of every image's own class lowered by the class's margin, [E, B, C]."""
-    # Only the label's score is lowered; scattering into zeros leaves the other classes as they are.
-    shift_B1 = margin_C.to(logits_EBC.dtype)[labels_B].unsqueeze(-1)
-    shift_BC = torch.zeros_like(logits_EBC[0]).scatter(-1, labels_B.unsqueeze(-1), shift_B1)
-    return logits_EBC - shift_BC
+def with_margins(logits_EBC: Tensor, labels_B: Tensor, margin_C: Tensor, *, scale: float) -> Tensor:
+    """Return the scores with that of every image's own class lowered by `scale` times its margin, [E, B, C]."""
+    shift_B = (-scale * margin_C).to(logits_EBC.dtype)[labels_B]
+    index_EB1, shift_EB1 = (x_B.expand(len(logits_EBC), -1).unsqueeze(-1) for x_B in (labels_B, shift_B))
+    return logits_EBC.scatter_add(-1, index_EB1, shift_EB1)
 
 
 def check_same_scale(objective: Any, head: Any) -> None:

@@ -6,6 +6,7 @@ Shapes: E experts, B images, C classes.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Hashable
 from typing import Any, ClassVar
 
 import torch
@@ -52,6 +53,10 @@ class PerImage(Objective):
         applies = self.class_weights is not None and self.class_weights.apply_in(progress.epoch)
         return self.class_weight_C if applies else None
 
+    def phase(self, progress: Progress) -> Hashable:
+        """Return also whether class weights apply. See `Objective.phase`."""
+        return super().phase(progress), self.weights_at(progress) is not None
+
     def denominators(self, labels_B: Tensor, progress: Progress) -> dict[str, Tensor]:
         """Return `images`, or `class_weight`, the sum of the labels' weights, where the mean is a weighted one."""
         weight_C = self.weights_at(progress)
@@ -73,5 +78,5 @@ class PerImage(Objective):
             loss_EB = loss_EB * weight_C.to(loss_EB.dtype)[labels_B]
         denominator = now.denominators[self._denominator(now.progress)]
         # A sum, not a mean: replicas hold pieces of unequal size, and only the global denominator lets them add up.
-        loss_E = loss_EB.sum(dim=-1) / denominator.to(loss_EB.dtype)
+        loss_E = loss_EB.sum(dim=-1) / denominator
         return loss_E.sum(), {self.config.name: loss_E.detach()}

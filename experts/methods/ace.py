@@ -198,6 +198,8 @@ class OwnClasses(Flow):
 
     takes: ClassVar[type[Objective] | None] = ACE
     needs_own_heads: ClassVar[bool] = True
+    capturable: bool = False
+    """Labels say which images an expert scores, and with them the shapes of all that it computes."""
     objective: ACE
 
     @classmethod

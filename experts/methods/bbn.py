@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -29,6 +30,7 @@ from experts.objective import Objective, ObjectiveSettings, StepContext
 from experts.precision import at_least_float32
 from experts.progress import Progress
 from experts.registry import Settings, register
+from experts.scalars import scalar_of_step
 
 
 def cumulative_alpha(epoch: int, span: int) -> float:
@@ -45,7 +47,7 @@ def cumulative_alpha(epoch: int, span: int) -> float:
 
 
 def bbn_loss(
-    logits_EBC: Tensor, labels_2B: Tensor, *, alpha: float, images: Tensor
+    logits_EBC: Tensor, labels_2B: Tensor, *, alpha: Tensor | float, rest: Tensor | float, images: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return alpha CE(z, y) + (1 - alpha) CE(z, y'), z the sum of the halves, y and y' the labels of the two batches.
 
@@ -53,6 +55,7 @@ def bbn_loss(
         logits_EBC: half scores of the two branches, of images paired by row; half types are computed in float32.
         labels_2B: class ids of the conventional and of the re-balancing batch, int64, in [0, C).
         alpha: in [0, 1].
+        rest: 1 - alpha.
         images: scalar, pairs of the global batch.
 
     Returns:
@@ -66,7 +69,7 @@ def bbn_loss(
     conventional, rebalancing = (
         cross_entropy(sum_1BC, labels_B, denominator=images).squeeze(0) for labels_B in labels_2B
     )
-    loss = alpha * conventional + (1 - alpha) * rebalancing
+    loss = alpha * conventional + rest * rebalancing
     return loss, {"conventional": conventional.detach(), "rebalancing": rebalancing.detach()}
 
 
@@ -107,7 +110,10 @@ class BBN(Objective):
     def forward(self, logits_EBC: Tensor, labels_B: Tensor, now: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
         """See `bbn_loss` and `Objective.forward`. Labels are [2, B]."""
         self.check_shapes(logits_EBC, labels_B)
-        return bbn_loss(logits_EBC, labels_B, alpha=self.alpha(now.progress), images=now.denominators["images"])
+        logits_EBC = at_least_float32(logits_EBC)
+        alpha = now.scalar("alpha", self.alpha, logits_EBC)
+        rest = now.scalar("1 - alpha", lambda at: 1 - self.alpha(at), logits_EBC)
+        return bbn_loss(logits_EBC, labels_B, alpha=alpha, rest=rest, images=now.denominators["images"])
 
 
 @register("head", "bilateral")
@@ -164,23 +170,34 @@ class Bilateral(Flow):
         half = Case(cls.Config(), 2, objective=BBN.Config(), head=BilateralHead.Config())
         return [half, Case(cls.Config(scale=1.0), 2, objective=BBN.Config())]
 
+    def factor(self, branch: int, progress: Progress) -> float:
+        """Return what a branch's features are multiplied by."""
+        alpha = self.objective.alpha(progress)
+        return float(self.config.scale * (alpha if branch == 0 else 1 - alpha))
+
     def __call__(
         self, network: Network, batch: Batch, progress: Progress, gather: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """See `Flow.__call__`."""
         assert batch.partner is not None
         streams = batch.images_B3HW, batch.partner.images_B3HW
-        alpha = self.objective.alpha(progress)
-        factors = self.config.scale * alpha, self.config.scale * (1 - alpha)
         held = [self.expert_names.index(name) for name in network.names]
+        factors = [
+            scalar_of_step(network.draws, f"factor of branch {k}", partial(self.factor, k), progress, streams[k])
+            for k in held
+        ]
         # One after the other, never as one batch: BatchNorm must normalise each stream by itself, and the running
         # statistics depend on this order.
         maps = network.trunk(lambda trunk: [trunk(streams[k]) for k in held])
 
         def run_experts(experts: Any) -> Tensor:
-            def score(expert: Any, k: int, h: Tensor) -> Tensor:
-                return expert.head(factors[k] * expert.features(h))
+            def score(expert: Any, h: Tensor, factor: Tensor) -> Tensor:
+                features_BD = expert.features(h)
+                # Not in a half type, to which the factor would be rounded first.
+                weighted_BD = factor * at_least_float32(features_BD)
+                scores: Tensor = expert.head(weighted_BD.to(features_BD.dtype))
+                return scores
 
-            return torch.stack(side_by_side(score, experts.values(), held, maps))
+            return torch.stack(side_by_side(score, experts.values(), maps, factors))
 
         return gather(network.experts(run_experts))

@@ -78,11 +78,14 @@ class GCL(PerImage):
 
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({"margin": 0.1, "gamma": 1.0},)
     cloud_C: Tensor
+    margin_C: Tensor
 
     def __init__(self, config: Config, counts_C: Tensor, num_experts: int) -> None:
         super().__init__(config, counts_C, num_experts)
-        # Not persistent: it follows from the counts, and an old checkpoint must not bring another.
-        self.register_buffer("cloud_C", cloud_sizes(counts_C), persistent=False)
+        cloud_C = cloud_sizes(counts_C)
+        # Not persistent: they follow from config and counts, and an old checkpoint must not bring others.
+        self.register_buffer("cloud_C", cloud_C, persistent=False)
+        self.register_buffer("margin_C", torch.full_like(cloud_C, config.margin), persistent=False)
 
     @property
     def detached(self) -> str:
@@ -94,8 +97,7 @@ class GCL(PerImage):
         config, classes = self.config, logits_EBC.shape[-1]
         drawn = [half_normal(now.extra.uniforms(f"noise/{expert}", classes)) for expert in range(len(logits_EBC))]
         noise_EBC = (config.scale * config.strength * torch.stack(drawn) * self.cloud_C).to(logits_EBC.dtype)
-        margin_C = torch.full_like(self.cloud_C, config.scale * config.margin)
-        clouded_EBC = with_margins(logits_EBC - noise_EBC, labels_B, margin_C)
+        clouded_EBC = with_margins(logits_EBC - noise_EBC, labels_B, self.margin_C, scale=config.scale)
         if config.gamma:
             return softmax_focal(clouded_EBC, labels_B, gamma=config.gamma, detach=True)
         return negative_log_likelihood(clouded_EBC, labels_B)

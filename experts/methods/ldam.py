@@ -76,5 +76,5 @@ class LDAM(PerImage):
     def per_image(self, logits_EBC: Tensor, labels_B: Tensor, now: StepContext) -> Tensor:
         """See `ldam_loss` and `PerImage.per_image`."""
         del now
-        margin_C = self.config.scale * self.margin_C
-        return negative_log_likelihood(with_margins(logits_EBC, labels_B, margin_C), labels_B)
+        lowered_EBC = with_margins(logits_EBC, labels_B, self.margin_C, scale=self.config.scale)
+        return negative_log_likelihood(lowered_EBC, labels_B)

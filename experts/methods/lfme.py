@@ -68,16 +68,20 @@ def scaled_confidences(confidence_N: Tensor, labels_N: Tensor, lowest_C: Tensor)
     return scaled_N.where(range_N > 0, 1)
 
 
-def instance_factors(u_B: Tensor, progress: Progress, *, clamp: bool) -> Tensor:
-    """Return v = u + (1 - u) e / (half the epochs), at epoch e counted from 1: half-way all images count alike.
+def instance_share(progress: Progress, *, clamp: bool) -> float:
+    """Return e / (half the epochs), at epoch e counted from 1: the way to where all images count alike.
 
     Args:
-        u_B: scaled confidences.
         progress: where training stands.
-        clamp: stay at 1 from there on. Unset, v goes on to 2 - u, as in the published code.
+        clamp: stay at 1 from half-way on. Unset, it goes on to 2, as in the published code.
     """
     share = progress.epoch / (progress.epochs / 2)
-    return u_B + (1 - u_B) * (min(share, 1.0) if clamp else share)
+    return min(share, 1.0) if clamp else share
+
+
+def instance_factors(u_B: Tensor, share: Tensor | float) -> Tensor:
+    """Return v = u + (1 - u) share; u are scaled confidences, for the share see `instance_share`."""
+    return u_B + (1 - u_B) * share
 
 
 def lfme_loss(
@@ -192,6 +196,7 @@ class LFME(Objective):
         self.register_buffer("student_accuracy_T", torch.zeros(len(TEACHERS), dtype=torch.float64))
         self.register_buffer("prepared", torch.zeros((), dtype=torch.bool))
         self._known_prepared = False  # a copy of `prepared` that costs no wait for the device
+        self.register_load_state_dict_post_hook(_note_prepared)
 
     def groups(self) -> list[Tensor]:
         """Return the class ids of each teacher, on the module's device."""
@@ -237,11 +242,12 @@ class LFME(Objective):
         self.teacher_accuracy_T.copy_(self._group_means(accuracy_C))
         self.instance_u_N.copy_(scaled_confidences(confidence_N, labels_N, self.lowest_C))
         self.student_accuracy_T.zero_()
-        self.prepared.fill_(True)
+        self.assume_prepared()
 
     def assume_prepared(self) -> None:
         """See `Objective.assume_prepared`."""
         self.prepared.fill_(True)
+        self._known_prepared = True
 
     def observe(self, per_class_top1: Sequence[float | None]) -> None:
         """Record the student's accuracy on the validation split, which sets the weights of its teachers.
@@ -301,7 +307,9 @@ class LFME(Objective):
         self._check_prepared()
         config = self.config
         scores = self._teacher_scores(now.extra.teachers, len(labels_B))
-        factor_B = instance_factors(self.instance_u_N[self._rows(now.extra)], now.progress, clamp=config.clamp)
+        u_B = self.instance_u_N[self._rows(now.extra)]
+        share = now.scalar("instance share", lambda at: instance_share(at, clamp=config.clamp), u_B)
+        factor_B = instance_factors(u_B, share)
         weight_T = teacher_weights(self.student_accuracy_T, self.teacher_accuracy_T, alpha=config.alpha)
         images = now.denominators["images"]
         loss, ce, kl_T = lfme_loss(
@@ -323,8 +331,6 @@ class LFME(Objective):
 
     def _check_prepared(self) -> None:
         if not self._known_prepared:
-            self._known_prepared = bool(self.prepared)  # true after `prepare`, and from a checkpoint
-        if not self._known_prepared:
             raise ValueError(
                 "objective 'lfme': the teachers have not been asked yet; call `prepare` before the first step, or load "
                 "the state of a run"
@@ -344,3 +350,8 @@ class LFME(Objective):
                 f"teachers.many, .medium and .few to experts trained with the same groups"
             )
         return [teachers[name] for name in TEACHERS]
+
+
+def _note_prepared(objective: Any, _: Any) -> None:
+    """Read from a state that was loaded whether the teachers have been asked."""
+    objective._known_prepared = bool(objective.prepared)

@@ -71,7 +71,7 @@ def reslt_loss(
     nll_EB = guarded_nll(logits_EBC, labels_B, log_guard)
     learns_EB = targets_EC[:, labels_B].to(nll_EB.dtype)
     # One denominator for all branches: a branch weighs as much as it has images.
-    independent_E = (learns_EB * nll_EB).sum(dim=-1) / branch_images.to(nll_EB.dtype)
+    independent_E = (learns_EB * nll_EB).sum(dim=-1) / branch_images
 
     sum_1BC = logits_EBC.sum(dim=0, keepdim=True)
     if fused == "exact":

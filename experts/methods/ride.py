@@ -64,8 +64,8 @@ def ride_loss(
     labels_B: Tensor,
     *,
     margin_C: Tensor,
-    weight_C: Tensor,
-    temperature_C: Tensor,
+    weight_C: Tensor | None,
+    temperature_C: Tensor | None,
     scale: float,
     diversity_factor: float,
     class_weight: Tensor,
@@ -79,8 +79,9 @@ def ride_loss(
         logits_EBC: scores z, already multiplied by the head's scale; half types are computed in float32.
         labels_B: class ids, int64, in [0, C).
         margin_C: LDAM margins, in units of a cosine.
-        weight_C: class weights of the LDAM term; ones before re-weighting.
-        temperature_C: T, divides the logits in the KL term; equal to the base temperature before re-weighting.
+        weight_C: class weights of the LDAM term; None, for ones, before re-weighting.
+        temperature_C: T, divides the logits in the KL term; equal to the base temperature before re-weighting; None
+            for ones.
         scale: the head's scale; multiplies the margins only.
         diversity_factor: lambda; negative pushes experts apart.
         class_weight: scalar, sum of weight_C[labels] over the global batch: denominator of the LDAM term.
@@ -100,36 +101,59 @@ def ride_loss(
     if base_on == "published" and diversity_factor == 0:
         base_EBC = logits_EBC.mean(dim=0).expand_as(logits_EBC)
     ldam_E = ldam_loss(base_EBC, labels_B, margin_C=margin_C, scale=scale, denominator=class_weight, weight_C=weight_C)
-    temperature_C = temperature_C.to(logits_EBC.dtype)
     divergence = divergence_from_mean if diversity_reference == "mean" else pairwise_divergence
-    kl_E = divergence(logits_EBC, temperature_C) / images.to(logits_EBC.dtype)
-    # T^2 undoes the factor 1 / T^2 that a temperature puts on gradients; T differs by class, so its mean is taken.
-    loss_E = ldam_E + diversity_factor * temperature_C.mean() ** 2 * kl_E
+    kl_E = divergence(logits_EBC, temperature_C) / images
+    loss_E = ldam_E + diversity_factor * _of_gradients(temperature_C) * kl_E
     return loss_E.sum(), {"ldam": ldam_E.detach(), "divergence": kl_E.detach()}
 
 
-def divergence_from_mean(logits_EBC: Tensor, temperature_C: Tensor) -> Tensor:
+def divergence_from_mean(logits_EBC: Tensor, temperature_C: Tensor | None) -> Tensor:
     """Return the sum over images of KL(softmax(mean logits / T) || softmax(z_k / T)) for every expert k, [E].
+
+    T is 1 where there is none.
 
     The mean is detached, as published. That saves work and changes nothing in the sum over experts: softmax(mean) is
     where the sum of these divergences is least, so its gradient through the mean is zero.
     """
-    log_p_EBC = (logits_EBC / temperature_C).log_softmax(dim=-1)
-    log_q_BC = (logits_EBC.detach().mean(dim=0) / temperature_C).log_softmax(dim=-1)
+    log_p_EBC = _tempered(logits_EBC, temperature_C).log_softmax(dim=-1)
+    log_q_BC = _tempered(logits_EBC.detach().mean(dim=0), temperature_C).log_softmax(dim=-1)
     return (log_q_BC.exp() * (log_q_BC - log_p_EBC)).sum(dim=(-2, -1))
 
 
-def pairwise_divergence(logits_EBC: Tensor, temperature_C: Tensor) -> Tensor:
+def pairwise_divergence(logits_EBC: Tensor, temperature_C: Tensor | None) -> Tensor:
     """Return the sum over images of the mean over j != k of KL(softmax(z_k / T) || softmax(z_j / T)), [E].
 
-    Gradients reach both experts of a pair. A single expert has no pair: 0.
+    Gradients reach both experts of a pair. A single expert has no pair: 0. T is 1 where there is none.
     """
-    log_p_EBC = (logits_EBC / temperature_C).log_softmax(dim=-1)
+    log_p_EBC = _tempered(logits_EBC, temperature_C).log_softmax(dim=-1)
     # The mean over j of log p_k - log p_j needs only the sum of all log p_j, not E^2 pairs.
     num_experts = len(log_p_EBC)
     # The pair (k, k) contributes zero, so the sum over all j is the sum over the others.
     gap_EBC = (num_experts * log_p_EBC - log_p_EBC.sum(dim=0)) / max(num_experts - 1, 1)
     return (log_p_EBC.exp() * gap_EBC).sum(dim=(-2, -1))
+
+
+def temperatures_at(late: bool, class_C: Tensor, base: float, dtype: torch.dtype) -> Tensor | None:
+    """Return the temperatures in use, [C]; None where all are 1, which spares the division.
+
+    Args:
+        late: whether the class temperatures apply.
+        class_C: class temperatures.
+        base: multiplies them, or stands for all classes before.
+        dtype: of the result.
+    """
+    if late:
+        return (class_C if base == 1 else base * class_C).to(dtype)
+    return None if base == 1 else torch.full_like(class_C, base, dtype=dtype)
+
+
+def _tempered(logits: Tensor, temperature_C: Tensor | None) -> Tensor:
+    return logits if temperature_C is None else logits / temperature_C
+
+
+def _of_gradients(temperature_C: Tensor | None) -> Tensor | float:
+    """Return mean(T)^2. It undoes the factor 1 / T^2 that a temperature puts on gradients; T differs by class."""
+    return 1.0 if temperature_C is None else temperature_C.mean() ** 2
 
 
 @register("objective", "ride")
@@ -181,7 +205,6 @@ class RIDE(Objective):
     margin_C: Tensor
     weight_C: Tensor
     temperature_C: Tensor
-    no_weight_C: Tensor
 
     def __init__(self, config: Config, counts_C: Tensor, num_experts: int) -> None:
         super().__init__(config, counts_C, num_experts)
@@ -193,7 +216,6 @@ class RIDE(Objective):
         self.register_buffer("margin_C", margin_C, persistent=False)
         self.register_buffer("weight_C", weight_C, persistent=False)
         self.register_buffer("temperature_C", temperature_C, persistent=False)
-        self.register_buffer("no_weight_C", torch.ones_like(weight_C), persistent=False)
 
     def reweighting(self, progress: Progress) -> bool:
         """Return whether this epoch comes after the switch."""
@@ -201,20 +223,22 @@ class RIDE(Objective):
 
     def denominators(self, labels_B: Tensor, progress: Progress) -> dict[str, Tensor]:
         """Return `images`, and `class_weight`: the sum of the labels' weights, before the switch their number."""
-        weight_C = self.weight_C if self.reweighting(progress) else self.no_weight_C
-        return {"images": num_images(labels_B), "class_weight": weight_C[labels_B].sum(dtype=torch.float64)}
+        images = num_images(labels_B)
+        late = self.reweighting(progress)
+        class_weight = self.weight_C[labels_B].sum(dtype=torch.float64) if late else images
+        return {"images": images, "class_weight": class_weight}
 
     def forward(self, logits_EBC: Tensor, labels_B: Tensor, now: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
         """See `ride_loss` and `Objective.forward`."""
         self.check_shapes(logits_EBC, labels_B)
-        late = self.reweighting(now.progress)
-        config = self.config
+        logits_EBC = at_least_float32(logits_EBC)
+        late, config = self.reweighting(now.progress), self.config
         return ride_loss(
             logits_EBC,
             labels_B,
             margin_C=self.margin_C,
-            weight_C=self.weight_C if late else self.no_weight_C,
-            temperature_C=config.base_temperature * (self.temperature_C if late else self.no_weight_C),
+            weight_C=self.weight_C if late else None,
+            temperature_C=temperatures_at(late, self.temperature_C, config.base_temperature, logits_EBC.dtype),
             scale=config.scale,
             diversity_factor=config.diversity_factor,
             class_weight=now.denominators["class_weight"],
@@ -272,9 +296,8 @@ class Divergence(Objective):
         logits_EBC = at_least_float32(logits_EBC)
         config = self.config
         late = config.reweight_epoch is not None and now.progress.epoch > config.reweight_epoch
-        temperature_C = self.temperature_C if late else torch.ones_like(self.temperature_C)
-        temperature_C = (config.base_temperature * temperature_C).to(logits_EBC.dtype)
+        temperature_C = temperatures_at(late, self.temperature_C, config.base_temperature, logits_EBC.dtype)
         divergence = divergence_from_mean if config.reference == "mean" else pairwise_divergence
         of_label(logits_EBC, labels_B)  # not read; but a label out of range is an error of every objective
-        kl_E = divergence(logits_EBC, temperature_C) / now.denominators["images"].to(logits_EBC.dtype)
-        return (temperature_C.mean() ** 2 * kl_E).sum(), {"divergence": kl_E.detach()}
+        kl_E = divergence(logits_EBC, temperature_C) / now.denominators["images"]
+        return (_of_gradients(temperature_C) * kl_E).sum(), {"divergence": kl_E.detach()}

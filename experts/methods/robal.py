@@ -95,7 +95,7 @@ class RoBal(PerImage):
         """See `PerImage.per_image`."""
         del now
         prior_C = (self.config.prior_strength * self.log_prior_C).to(logits_EBC.dtype)
-        logits_EBC = with_margins(logits_EBC, labels_B, self.config.scale * self.margin_C)
+        logits_EBC = with_margins(logits_EBC, labels_B, self.margin_C, scale=self.config.scale)
         return negative_log_likelihood(logits_EBC + prior_C, labels_B)
 
 

@@ -124,7 +124,8 @@ class TrainingStep:
             seen_EBX = setup.mesh.batch_rows(outputs_EBX, images)
         total, terms = outputs_EBX.new_zeros(()), dict[str, Tensor]()
         for label_set, (share, labels, global_labels) in enumerate(parts):
-            given = replace(extra, draws=setup.step_draws.of_rows(label_set, whole=whole))
+            draws = setup.step_draws
+            given = replace(extra, draws=draws.of_rows(label_set, whole=whole), numbers=draws.of_labels(label_set))
             context = StepContext(setup.objective.denominators(global_labels, now), now, given)
             loss, found = setup.objective(seen_EBX, global_labels if whole else labels, context)
             total = total + share * loss

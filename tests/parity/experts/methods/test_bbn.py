@@ -185,7 +185,7 @@ def test_gradient_is_the_closed_form(alpha):
     """dL/dz = (softmax(z) - alpha onehot(y_a) - (1 - alpha) onehot(y_b)) / B, the same for both halves."""
     draws = torch.Generator().manual_seed(0)
     half_EBC = torch.randn(2, 2, 3, generator=draws, dtype=torch.float64, requires_grad=True)
-    bbn_loss(half_EBC, LABELS, alpha=alpha, images=torch.tensor(2.0))[0].backward()
+    bbn_loss(half_EBC, LABELS, alpha=alpha, rest=1 - alpha, images=torch.tensor(2.0))[0].backward()
     a, b = torch.nn.functional.one_hot(LABELS, 3).double()
     expected = (half_EBC.detach().sum(dim=0).softmax(dim=-1) - alpha * a - (1 - alpha) * b) / 2
     torch.testing.assert_close(half_EBC.grad, expected.expand(2, -1, -1), atol=1e-12, rtol=1e-12)

@@ -14,7 +14,15 @@ import pytest
 import torch
 
 from experts.class_groups import GroupRule
-from experts.methods.lfme import LFME, TEACHERS, instance_factors, lfme_loss, scaled_confidences, teacher_weights
+from experts.methods.lfme import (
+    LFME,
+    TEACHERS,
+    instance_factors,
+    instance_share,
+    lfme_loss,
+    scaled_confidences,
+    teacher_weights,
+)
 from experts.objective import ExtraInputs, StepContext
 from experts.progress import Progress
 from experts.samplers.class_balanced import ClassBalanced
@@ -59,8 +67,8 @@ def test_a_teacher_that_is_never_right_has_no_weight():
 )
 def test_the_instance_schedule_is_the_published_one(epoch, published):
     u = tensor([1, 12 / 53, 12 / 230, 0.5])
-    close(instance_factors(u, Progress(epoch, 90), clamp=False), published)
-    close(instance_factors(u, Progress(epoch, 90), clamp=True), np.minimum(published, 1).tolist())
+    close(instance_factors(u, instance_share(Progress(epoch, 90), clamp=False)), published)
+    close(instance_factors(u, instance_share(Progress(epoch, 90), clamp=True)), np.minimum(published, 1).tolist())
 
 
 P = [0.2, 0.5, 0.9, 0.1, 0.4, 0.6, 0.3, 0.7]
@@ -110,7 +118,7 @@ def test_total_and_gradient_are_the_published_ones():
     logits = tensor(Z).requires_grad_()
     weights = teacher_weights(tensor([0.45, 0.1]), tensor([0.6, 0.5]), alpha=0.3)
     close(weights, [0.357143, 1])
-    factors = instance_factors(tensor([0.25, 1]), NOW, clamp=False)
+    factors = instance_factors(tensor([0.25, 1]), instance_share(NOW, clamp=False))
     close(factors, [0.3, 1])
     loss, ce, kl_T = call(logits, Y, [T_MANY, T_LOW], [[0, 2], [1, 3]], weights.tolist(), factors.tolist())
     loss.backward()
