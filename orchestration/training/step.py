@@ -8,7 +8,7 @@ moved (engine.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,7 @@ from experts.batches import share as share_of
 from experts.draws import Moment
 from experts.objective import ExtraInputs, StepContext
 from experts.progress import Progress
+from orchestration.training.graphs import StepGraphs, graphs_for
 from orchestration.training.stage_setup import TrainingSetup
 
 # Shapes: E experts, B images of one replica, X outputs of an expert (C class scores and, for some objectives, more),
@@ -67,10 +68,18 @@ class Computed:
 
 
 class TrainingStep:
-    """Takes one step at a time with a stage's network, objective and engine."""
+    """Takes one step at a time with a stage's network, objective and engine.
 
-    def __init__(self, setup: TrainingSetup) -> None:
+    Args:
+        setup: of the stage.
+        report: takes a sentence that an operator should read.
+    """
+
+    def __init__(self, setup: TrainingSetup, report: Callable[[str], None] = lambda _: None) -> None:
         self._setup = setup
+        self._pieces = [piece for piece in (setup.flow, setup.objective, setup.distillation) if piece is not None]
+        backend = graphs_for(setup.config.engine, setup.mesh.device, *self._pieces)
+        self._graphs = StepGraphs(self._compute, setup.step_draws, backend, report)
 
     def __call__(self, batch: Batch, now: Progress) -> Row:
         """Move the weights by one batch, unless something was not finite. Every worker of the mesh must take part."""
@@ -80,7 +89,7 @@ class TrainingStep:
         setup.step_draws.begin(self._moment(batch, now))
         before = setup.mesh.statistics_before(setup.model.trunk) if setup.flow.own_streams else []
 
-        found = self._compute(batch, now)
+        found = self._graphs(batch, now, tuple(piece.phase(now) for piece in self._pieces))
         places_L = setup.engine.step(found.gradients, found.values[0], lr)
 
         if setup.flow.own_streams:  # copies of the trunk saw different images; one trunk would have seen them in turn
@@ -94,7 +103,7 @@ class TrainingStep:
         return Moment(now.epoch, now.step, batch.first_row, len(batch.labels_B), first_of_batch, images)
 
     def _compute(self, batch: Batch, now: Progress) -> Computed:
-        """Return values and gradients of this worker's share of a batch."""
+        """Return values and gradients of this worker's share of a batch. A graph may replay what this does."""
         setup = self._setup
         with setup.leaves.lent() as flats:
             outputs_EBX = setup.flow(setup.network, batch, now, setup.mesh.gather)

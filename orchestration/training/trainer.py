@@ -56,6 +56,7 @@ class Interval:
         images: number of images in the global batches.
         seconds: duration of these steps.
         epoch_means: mean per image of the loss and of each term, if the epoch ended; else empty.
+        notes: sentences for the operator to read.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -64,6 +65,7 @@ class Interval:
     images: int = 0
     seconds: float = 0.0
     epoch_means: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 class StageTrainer:
@@ -89,11 +91,12 @@ class StageTrainer:
     ) -> None:
         self.beat = time.monotonic()
         self.training: TrainingSetup | None = None
+        self._notes: list[str] = []
         if config.method.stages[stage].epochs:
             self.training = TrainingSetup(config, stage, dataset, mesh, teacher_folders)
             if config.engine.compile:
                 compile_parts(self.training, self._alive)
-            self._step = TrainingStep(self.training)
+            self._step = TrainingStep(self.training, self._notes.append)
         self.setup = self.training or StageSetup(config, stage, dataset, mesh)
         self.done = 0
         self.fitted: fitting.Fitted = {}
@@ -128,6 +131,7 @@ class StageTrainer:
             self._alive()
         interval = self._read(self.training, rows)
         interval.seconds = time.monotonic() - start
+        interval.notes, self._notes[:] = self._notes[:], []
         if self.done % steps_per_epoch == 0:
             self._end_epoch(interval)
         return interval
