@@ -87,12 +87,17 @@ def read_tensors(folder: Path, name: str) -> dict[str, Any]:
         ) from None
 
 
-def write_file(folder: Path, name: str, data: bytes) -> FileEntry:
+def write_file(folder: Path, name: str, data: bytes | memoryview) -> FileEntry:
     """Write a file and flush it to disk."""
     with open(folder / name, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+    return entry_of(name, data)
+
+
+def entry_of(name: str, data: bytes | memoryview) -> FileEntry:
+    """Return the entry of a file with this content."""
     return FileEntry(name, len(data), hashlib.sha256(data).hexdigest())
 
 

@@ -151,7 +151,7 @@ class DeepSpeedEngine:
             buffer = zero.optimizer.state.get(zero.single_partition_of_fp32_groups[i], {}).get("momentum_buffer")
             if buffer is not None:
                 group = zero.real_dp_process_group[i]
-                found |= leaf.by_name(torch.cat(TorchGroup(group).all_gather(buffer, "momentum")).cpu())
+                found |= leaf.by_name(torch.cat(TorchGroup(group).all_gather(buffer, "momentum")))
         return found
 
     def restore(self, momentum: dict[str, Tensor]) -> None:

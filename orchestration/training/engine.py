@@ -58,7 +58,10 @@ class Engine(Protocol):
         ...
 
     def momentum(self) -> dict[str, Tensor]:
-        """Return whole momentum tensors by parameter name, on the CPU; {} before the first step. All must call it."""
+        """Return whole momentum tensors by parameter name; {} before the first step. All must call it.
+
+        They lie where the weights lie, and the next step may change them.
+        """
         ...
 
     def restore(self, momentum: dict[str, Tensor]) -> None:
@@ -115,7 +118,7 @@ class TorchEngine:
         for leaf in self.leaves:
             buffer = self.optimizer.state[leaf.flat].get("momentum_buffer")
             if buffer is not None:
-                found |= leaf.by_name(buffer.detach().to("cpu", copy=True))
+                found |= leaf.by_name(buffer.detach())
         return found
 
     def restore(self, momentum: dict[str, Tensor]) -> None:

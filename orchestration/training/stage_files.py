@@ -2,6 +2,9 @@
 
 Slot 0 writes the trunk, shared modules and the objective. Every slot writes its own experts. So any mesh can load a
 checkpoint that another one saved.
+
+Saving is two acts. Training stops for the first, a copy in host memory that all workers take at the same step. The
+second writes the files from that copy, while the next steps change the weights.
 """
 
 from __future__ import annotations
@@ -9,45 +12,87 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from aggregation.serving import load_model
 from experts.ensemble import part_of
-from orchestration.storage.checkpoint import FileEntry, read_tensors, write_tensors
+from orchestration.storage.checkpoint import FileEntry, entry_of, read_tensors, write_file
+from orchestration.storage.tensor_file import TensorFile
 from orchestration.training.stage_setup import StageSetup, TrainingSetup
 from orchestration.training.teachers import check_teacher
 
 
-def save(setup: StageSetup, folder: Path, beat: Callable[[], None]) -> list[FileEntry]:
-    """Write this worker's files to a folder that exists. Every worker must take part.
+class Snapshot:
+    """A copy of one worker's part of a checkpoint in host memory, as files to be written.
 
-    Args:
-        setup: of the stage.
-        folder: where to write.
-        beat: called after every file.
-
-    Returns:
-        The files for the manifest; none on replicas after the first, whose weights are the same.
+    Training calls `take`; another thread may call `write` or `contents` while the next steps run, but not while the
+    next copy is taken: the driver waits for the files first. The memory is kept from one copy to the next, because
+    page-locked memory takes longer to get than to fill.
     """
-    # Two exchanges between replicas, so before those after the first return.
-    if not setup.config.engine.sync_batchnorm:
-        setup.mesh.broadcast_buffers(setup.model)
-    momentum = setup.engine.momentum() if isinstance(setup, TrainingSetup) else {}
-    if setup.mesh.replica:
-        return []
 
-    entries = []
+    def __init__(self) -> None:
+        self._files: dict[str, TensorFile] = {}
+        self._names: list[str] = []  # of the files in the newest copy
+
+    def take(self, setup: StageSetup) -> None:
+        """Copy what a checkpoint holds. Every worker must take part; those after the first replica hold no file.
+
+        The host waits for a GPU once, after it was asked for all copies.
+        """
+        # Two exchanges between replicas, so before those after the first return.
+        if not setup.config.engine.sync_batchnorm:
+            setup.mesh.broadcast_buffers(setup.model)
+        momentum = setup.engine.momentum() if isinstance(setup, TrainingSetup) else {}
+        if setup.mesh.replica:
+            return
+
+        on_gpu = setup.mesh.device.type == "cuda"
+        tensors = _tensors_by_file(setup, momentum)
+        for name, held in tensors.items():
+            if name not in self._files or not self._files[name].fits(held):
+                self._files[name] = TensorFile(held, pinned=on_gpu)
+            self._files[name].fill(held)
+        self._names = list(tensors)
+        if on_gpu:
+            torch.cuda.current_stream(setup.mesh.device).synchronize()
+
+    def write(self, folder: Path, beat: Callable[[], None]) -> list[FileEntry]:
+        """Write the files to a folder that exists, and return their entries for the manifest.
+
+        Args:
+            folder: where to write.
+            beat: called after every file.
+        """
+        entries = []
+        for name in self._names:
+            entries.append(write_file(folder, name, self._files[name].data()))
+            beat()
+        return entries
+
+    def contents(self) -> tuple[list[FileEntry], dict[str, bytes]]:
+        """Return the files' entries for the manifest, and what is in them, for a folder on another node."""
+        files = {name: bytes(self._files[name].data()) for name in self._names}
+        return [entry_of(name, data) for name, data in files.items()], files
+
+
+def save(setup: StageSetup, folder: Path, beat: Callable[[], None]) -> list[FileEntry]:
+    """Write this worker's files to a folder that exists, at once. Every worker must take part. See `Snapshot`."""
+    snapshot = Snapshot()
+    snapshot.take(setup)
+    return snapshot.write(folder, beat)
+
+
+def _tensors_by_file(setup: StageSetup, momentum: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors that this worker writes, by file name and by name within the file. No file is empty."""
+    weights = setup.model.state_dict()
+    files = {}
     for file, prefix in _own_files(setup):
-        weights = {k: v.cpu() for k, v in setup.model.state_dict().items() if k.startswith(prefix)}
-        if weights:
-            entries.append(write_tensors(folder, file, weights))
-        moving = {k: v for k, v in momentum.items() if k.startswith(prefix)}
-        if moving:
-            entries.append(write_tensors(folder, f"{file}.momentum", moving))
-        beat()
-    if setup.mesh.slot == 0 and isinstance(setup, TrainingSetup) and (state := setup.objective.state_dict()):
-        entries.append(write_tensors(folder, "objective", {k: v.cpu() for k, v in state.items()}))
-    return entries
+        files[file] = {k: v for k, v in weights.items() if k.startswith(prefix)}
+        files[f"{file}.momentum"] = {k: v for k, v in momentum.items() if k.startswith(prefix)}
+    if setup.mesh.slot == 0 and isinstance(setup, TrainingSetup):
+        files["objective"] = dict(setup.objective.state_dict())
+    return {f"{file}.safetensors": tensors for file, tensors in files.items() if tensors}
 
 
 def _own_files(setup: StageSetup) -> list[tuple[str, str]]:

@@ -76,6 +76,7 @@ class StageTrainer:
     Attributes:
         setup: data, network and aggregator of the stage.
         training: objective, flow, engine and batches too; None in a stage without steps.
+        snapshot: the copy that the newest checkpoint is written from.
         fitted: what a stage without steps chose, as `fitting.fit` returns it.
         done: optimiser steps taken.
         beat: time of the last sign of life, by `time.monotonic`; the driver finds hanging workers by it.
@@ -98,6 +99,7 @@ class StageTrainer:
                 compile_parts(self.training, self._alive)
             self._step = TrainingStep(self.training, self._notes.append)
         self.setup = self.training or StageSetup(config, stage, dataset, mesh)
+        self.snapshot = stage_files.Snapshot()
         self.done = 0
         self.fitted: fitting.Fitted = {}
         self._features: list[Tensor] | None = None
@@ -208,10 +210,19 @@ class StageTrainer:
         """Write this worker's files to a folder that exists; every worker must take part. See `stage_files.save`."""
         return stage_files.save(self.setup, Path(folder), self._alive)
 
+    def take_snapshot(self) -> dict[str, Any]:
+        """Copy what a checkpoint holds, for `snapshot` to write, and return `state`; every worker must take part."""
+        self.snapshot.take(self.setup)
+        return self.state()
+
+    def write_snapshot(self, folder: str) -> list[FileEntry]:
+        """Write the newest copy to a folder that exists. Another thread may call it while this one trains."""
+        return self.snapshot.write(Path(folder), self._alive)
+
     def state(self) -> dict[str, Any]:
         """Return the counters of a checkpoint; the same on every worker."""
         fitted = {"fitted": self.fitted} if self.fitted else {}
-        return {"step": self.done, "sums": self._sums, **fitted}
+        return {"step": self.done, "sums": dict(self._sums), **fitted}
 
     def load(self, folder: str, state: dict[str, Any]) -> None:
         """Continue from a complete checkpoint, with the `state` that was saved with it."""

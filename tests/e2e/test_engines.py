@@ -88,8 +88,11 @@ def make(words, **factors):
 
 def everything(learner):
     """Return copies of weights and momentum by name."""
-    weights = {name: p.detach().clone() for name, p in learner.model.named_parameters()}
-    return weights, learner.momentum()
+    return copied(dict(learner.model.named_parameters())), copied(learner.momentum())
+
+
+def copied(tensors):
+    return {name: value.detach().clone() for name, value in tensors.items()}
 
 
 def same(before, after):
@@ -236,7 +239,7 @@ def two_steps(words, first=None, **factors):
             learner.step(images, lambda z: z.square().mean())
             seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
             if seed == 0:
-                after = {name: value.clone() for name, value in model.state_dict().items()}, learner.momentum()
+                after = copied(model.state_dict()), copied(learner.momentum())
         return seen, after if first is None else first
     finally:
         learner.close()
