@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
 
@@ -64,33 +63,24 @@ def received(folder: str | Sent, wanted: Callable[[str], bool] = lambda name: Tr
         yield str(path)
 
 
-def receive_saved(
-    answers: list[tuple[list[FileEntry], dict[str, Any], dict[str, bytes]]], folder: Path
-) -> list[FileEntry]:
+def receive_saved(answers: list[tuple[list[FileEntry], dict[str, bytes]]], folder: Path) -> list[FileEntry]:
     """Write the files of a checkpoint that workers sent, and return the entries of all files that they saved.
 
     Args:
-        answers: of `Worker.save`, in the order of ranks.
+        answers: of `Worker.write`, in the order of ranks.
         folder: to write to.
 
     Raises:
         DamagedCheckpoint: a file differs from the one that was saved.
     """
-    entries = [entry for written, _, _ in answers for entry in written]
+    entries = [entry for written, _ in answers for entry in written]
     expected = {entry.name: entry for entry in entries}
-    for _, _, files in answers:
+    for _, files in answers:
         for name, content in files.items():
             # The hash is the worker's own, so the manifest vouches for what it saved and not for what arrived.
             if write_file(folder, name, content) != expected[name]:
                 raise DamagedCheckpoint(f"{folder / name}: changed on its way from its worker; give the command again")
     return entries
-
-
-def save_to_send(save: Callable[[str], list[FileEntry]]) -> tuple[list[FileEntry], dict[str, bytes]]:
-    """Return the result of `save` for a folder of this node, and the content of the files it wrote there."""
-    with _disk_errors_explained(), tempfile.TemporaryDirectory(prefix="expertail-") as scratch:
-        entries = save(scratch)
-        return entries, {path.name: path.read_bytes() for path in Path(scratch).iterdir()}
 
 
 @contextlib.contextmanager
@@ -101,5 +91,5 @@ def _disk_errors_explained() -> Iterator[None]:
     except OSError as error:
         raise ValueError(
             f"{tempfile.gettempdir()} on node {platform.node()}: {error.strerror or error}; needed room for what one "
-            f"worker has of a checkpoint, on its way to or from run.dir; make room, or set TMPDIR where Ray is started"
+            f"worker has of a checkpoint, on its way from run.dir; make room, or set TMPDIR where Ray is started"
         ) from error

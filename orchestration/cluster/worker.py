@@ -17,11 +17,12 @@ import ray
 
 from orchestration.cluster.hangs import own_stacks
 from orchestration.cluster.reachability import Address, listen, unreachable_from_here
-from orchestration.cluster.transfer import Sent, received, save_to_send
+from orchestration.cluster.transfer import Sent, received
 
 if TYPE_CHECKING:  # these load torch, for which `load_libraries` prepares the process first
     from experts.data.dataset import Dataset
     from orchestration.config.run_config import DatasetConfig, RunConfig
+    from orchestration.storage.checkpoint import FileEntry
     from orchestration.training.mesh import Mesh, MeshShape
 
 
@@ -58,8 +59,8 @@ def keep_freed_memory() -> None:
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
-# A second thread for what must answer while the first one trains, or hangs: heartbeats and stacks.
-@ray.remote(concurrency_groups={"watch": 1})  # type: ignore[call-overload]
+# Threads beside the one that trains: for what must answer while it trains or hangs, and for the files of a checkpoint.
+@ray.remote(concurrency_groups={"watch": 1, "files": 1})  # type: ignore[call-overload]
 class Worker:
     """Holds some experts of an ensemble and trains them in step with the other workers."""
 
@@ -271,20 +272,31 @@ class Worker:
                 f"fewer dataset.loader_processes or a smaller dataset.resident_mib"
             )
 
-    def save(self, folder: str | None) -> tuple[list[Any], dict[str, Any], dict[str, bytes]]:
-        """Save this worker's part of a checkpoint.
+    def snapshot(self) -> dict[str, Any]:
+        """Copy this worker's part of a checkpoint in memory; see `StageTrainer.take_snapshot`.
+
+        Returns:
+            The state that belongs to the files.
+        """
+        self._note_progress()
+        state: dict[str, Any] = self.trainer.take_snapshot()
+        return state
+
+    @ray.method(concurrency_group="files")
+    def write(self, folder: str | None) -> tuple[list[FileEntry], dict[str, bytes]]:
+        """Write the files of the newest snapshot, beside the work. The next one may be taken once they are written.
 
         Args:
             folder: to write to; None where this worker does not see the run folder.
 
         Returns:
-            The files, the state that belongs to them, and, where there was no folder, the files' content.
+            The files, and, where there was no folder, their content.
         """
         self._note_progress()
         if folder is not None:
-            return self.trainer.save(folder), self.trainer.state(), {}
-        entries, files = save_to_send(self.trainer.save)
-        return entries, self.trainer.state(), files
+            return self.trainer.write_snapshot(folder), {}
+        entries, files = self.trainer.snapshot.contents()
+        return entries, files
 
     def load(self, folder: str | Sent, state: dict[str, Any]) -> None:
         """See `StageTrainer.load`."""

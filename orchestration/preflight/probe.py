@@ -52,7 +52,7 @@ class StageProbe:
         step_s: seconds of each full batch that was timed.
         call_s: seconds that one call of the driver adds to an interval of steps.
         begin_s: seconds from loaded libraries to the first step, plus the extra time of the first steps.
-        evaluation_s, save_s: seconds of one evaluation of all splits, and of one checkpoint.
+        evaluation_s, save_s: seconds that training stops for one evaluation of all splits, and for one checkpoint.
         steps: steps of the whole stage.
         images: images of the whole stage. A partial batch counts as its share of a full one.
         evaluations, saves: evaluations and checkpoints of the whole stage.
@@ -290,14 +290,17 @@ class _ShortRun:
         return time.monotonic() - begun, answers
 
     def _save(self, name: str, done: int, total: int) -> float:
-        """Write a checkpoint, which later stages may start from or learn from. Returns the seconds it took."""
-        begun = time.monotonic()
+        """Write a checkpoint, which later stages may start from or learn from. Returns the seconds that training stops.
+
+        That is the copy in the workers' memory: files are written while training goes on.
+        """
+        stopped_s, counters = self._timed("snapshot")
         writing = self._checkpoints.begin()
-        answers = self._fleet.call("save", str(writing) if self._folder.shared else None)
+        answers = self._fleet.call("write", str(writing) if self._folder.shared else None)
         entries = receive_saved(answers, writing)
-        state = {"stage": name, "total_steps": total, **answers[0][1], "best": None, "last": None}
+        state = {"stage": name, "total_steps": total, **counters[0], "best": None, "last": None}
         self._checkpoints.complete(writing, self._checkpoints.name(name, done), entries, state)
-        return time.monotonic() - begun
+        return stopped_s
 
 
 def count_due(steps: int, total: int, per_epoch: int, run: RunSettings) -> tuple[int, int]:

@@ -6,7 +6,7 @@ stage drops the journal lines after its checkpoint and takes the same steps.
     prepare      build the stage on the workers, load its newest checkpoint or its first weights
     carry_out    until the target:
                      train an interval: to the next evaluation or checkpoint, at most about a second
-                     note its losses; evaluate and save if due
+                     note its losses; evaluate and save if due (checkpoint_writer.py writes beside the next steps)
                      end early, with a checkpoint, on a signal, or when nodes are taken away
                  evaluate and save the end if that was not due
 
@@ -24,9 +24,10 @@ from aggregation.diversity import Diversity, metrics
 from aggregation.metrics import Scores
 from orchestration.cluster.fleet import Fleet
 from orchestration.cluster.preemption import Preempted, PreemptionNotice
-from orchestration.cluster.transfer import Sent, receive_saved, send
+from orchestration.cluster.transfer import Sent, send
 from orchestration.config.recipe import stage_classes
 from orchestration.config.run_config import RunConfig
+from orchestration.runs.checkpoint_writer import CheckpointWriter
 from orchestration.runs.console import Console
 from orchestration.runs.pause import Pause
 from orchestration.runs.run import Run
@@ -55,7 +56,6 @@ class StageRun:
         step: optimiser steps done.
         best: the best evaluation so far that counts, with its step, value and checkpoint.
         last: the newest evaluation, with its step.
-        checkpoint: the one that this start loaded, or wrote last; None before either.
         fitted: what a stage without steps chose, as `fitting.fit` returns it.
         built: what `Worker.build` returned, in the order of ranks.
     """
@@ -70,10 +70,11 @@ class StageRun:
         self.step = 0
         self.best: dict[str, Any] | None = None
         self.last: dict[str, Any] | None = None
-        self.checkpoint: Path | None = None
         self.fitted: dict[str, Any] = {}
         self._epoch_images, self._epoch_seconds = 0, 0.0
         self._pace = 0.0  # steps per second of the last interval
+        self._writer = CheckpointWriter(run, stage, fleet)
+        self._loaded: Path | None = None  # the checkpoint that this start goes on from
 
     def prepare(self) -> None:
         """Build the stage on the workers, note what the data is, and load the newest checkpoint or first weights.
@@ -154,7 +155,7 @@ class StageRun:
         self.fitted = state.get("fitted", {})  # checkpoints of earlier versions have none
         self.fleet.call("load", sent, {"step": state["step"], "sums": state["sums"], "fitted": self.fitted})
         self.step, self.best, self.last = state["step"], state["best"], state["last"]
-        self.checkpoint = checkpoint.folder
+        self._loaded = checkpoint.folder
         if self.best and self.best["step"] == self.step:
             # Written after the checkpoint that names it, so the start before may have been killed in between.
             self.checkpoints.copy_weights(checkpoint.folder, self.best["checkpoint"])
@@ -172,6 +173,11 @@ class StageRun:
     # Training
 
     @property
+    def checkpoint(self) -> Path | None:
+        """The checkpoint that this start wrote last, or else loaded; None before either."""
+        return self._writer.newest or self._loaded
+
+    @property
     def target(self) -> int:
         """The step that this start trains to."""
         limit = self.config.run.max_steps
@@ -185,12 +191,13 @@ class StageRun:
 
     def carry_out(self) -> Outcome:
         """Train to the target and make sure that the end is evaluated and saved."""
-        if not self.epochs and self.last is None:
-            self._fit()
-        self.take(self.target - self.step)
-        if self.last is None or self.last["step"] != self.step:
-            self._evaluate(count=False)
-            self._save()
+        with self._writer:  # however this ends, no checkpoint is written after it
+            if not self.epochs and self.last is None:
+                self._fit()
+            self.take(self.target - self.step)
+            if self.last is None or self.last["step"] != self.step:
+                self._evaluate(count=False)
+                self._save()
         write_evaluations(self.folder, self.config, self.stage, {"best": self.best, "last": self.last})
         self._note_memory()
         assert self.checkpoint is not None
@@ -231,6 +238,7 @@ class StageRun:
             Stopped, GivenUp: the run is to end.
             Preempted, PreemptionNotice: this command's node, or workers' nodes, are being taken away.
         """
+        self._writer.check()  # not hours later, at the next checkpoint
         until = self._next_stop(target)
         first, begun = self.step, time.monotonic()
         interval: Interval = self.fleet.call("train", until)[0]
@@ -249,34 +257,38 @@ class StageRun:
         if evaluated:
             self._evaluate(count=True)
 
-        # Read once, before the save: a signal that comes during it waits for the end of the next interval.
-        stop, given_up = self.run.signals.received, self.run.signals.given_up.is_set()
-        leaving = self._leaving_nodes() if self.step < target else []  # at the end there is nothing left to move
-        every = self.config.run.checkpoint_every_steps
-        if evaluated or self.step % every == 0 or stop is not None or given_up or leaving:
+        # Asked once, before the save: a signal that comes during it waits for the end of the next interval.
+        ending = self._ending(target)
+        if evaluated or self.step % self.config.run.checkpoint_every_steps == 0 or ending is not None:
             self._save()
+        if ending is not None:
+            self._writer.wait()  # it says that there is a checkpoint
+            raise ending
 
-        if given_up and stop is None:
-            raise GivenUp(f"stage {self.stage} stopped after step {self.step}")
+    def _ending(self, target: int) -> Exception | None:
+        """Return what is to be raised once a checkpoint is written; None if the stage goes on."""
+        stop, leaving = self.run.signals.received, self.run.leaving_nodes
         if stop is not None:
-            raise Stopped(
+            return Stopped(
                 stop,
                 f"stopped after step {self.step} of {self.total_steps} of stage {self.stage}; the same command "
                 f"continues from there",
             )
-        if self.run.leaving_nodes.own_node in leaving:  # the command cannot move itself
-            raise Preempted(
+        if self.run.signals.given_up.is_set():
+            return GivenUp(f"stage {self.stage} stopped after step {self.step}")
+        if self.step >= target:  # nothing is left to move
+            return None
+
+        gone = leaving.among([*self.fleet.node_ids, leaving.own_node])
+        if leaving.own_node in gone:  # the command cannot move itself
+            return Preempted(
                 f"the node of this command is being taken away; stopped after step {self.step} of {self.total_steps} "
                 f"of stage {self.stage}, with a checkpoint; the same command continues from there"
             )
-        if leaving:
-            nodes = sorted({h["node"] for h in self.fleet.hosts if h["node_id"] in leaving})
-            raise PreemptionNotice(f"{', '.join(nodes)} will be taken away; checkpoint written after step {self.step}")
-
-    def _leaving_nodes(self) -> list[str]:
-        """Return the ids of those nodes, of the workers and of this command, that will be taken away."""
-        leaving = self.run.leaving_nodes
-        return leaving.among([*self.fleet.node_ids, leaving.own_node])
+        if gone:
+            nodes = sorted({h["node"] for h in self.fleet.hosts if h["node_id"] in gone})
+            return PreemptionNotice(f"{', '.join(nodes)} will be taken away; checkpoint written after step {self.step}")
+        return None
 
     def _next_stop(self, target: int) -> int:
         """Return the step of the next evaluation or checkpoint, or an earlier one about an interval away."""
@@ -363,27 +375,11 @@ class StageRun:
         self.console.evaluation(evaluation)
 
     def _save(self) -> None:
-        """Write a checkpoint. When the evaluation of this step is the best, keep its weights apart as well."""
-        self.journal.flush(sync=True)  # first: a checkpoint must not be on disk without the lines before it
-        writing = self.checkpoints.begin()
-        answers = self.fleet.call("save", str(writing) if self.folder.shared else None)
-        entries = receive_saved(answers, writing)
-        state = {
-            "stage": self.stage,
-            "total_steps": self.total_steps,
-            **answers[0][1],
-            "best": self.best,
-            "last": self.last,
-        }
-
-        # In this order: best weights are copied from a complete checkpoint, and pruned once no checkpoint names them.
-        folder = self.checkpoints.complete(writing, self.checkpoints.name(self.stage, self.step), entries, state)
-        if self.best and self.best["step"] == self.step:
-            self.checkpoints.copy_weights(folder, self.best["checkpoint"])
-        self.checkpoint = folder
-        self.checkpoints.prune(self.stage, folder, self.config.run.keep_checkpoints)
-        self.run.cost.write()
-        self.folder.announce_checkpoint()
+        """Let the workers copy what a checkpoint holds. It is written while training goes on."""
+        self._writer.wait()  # the workers hold one copy
+        counters = self.fleet.call("snapshot")[0]
+        state = {"stage": self.stage, "total_steps": self.total_steps, **counters, "best": self.best, "last": self.last}
+        self._writer.start(state)
 
 
 def write_evaluations(folder: RunFolder, config: RunConfig, stage: str, state: dict[str, Any]) -> None:

@@ -102,6 +102,19 @@ class Journal:
             if sync:
                 os.fsync(self._file)
 
+    def sync(self) -> None:
+        """Wait until the lines that were written are on disk; those still in memory are not among them.
+
+        Other threads may append meanwhile: the lock is not held while the disk works. A journal that is rewound
+        meanwhile is a new file, with these lines, that is on disk before it takes the name.
+        """
+        with self._lock:
+            handle = os.dup(self._file)  # `rewind` and `close` close the other one
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
     def rewind(self, kept_steps: Mapping[str, int], known: Collection[str]) -> int:
         """Drop the lines after the checkpoints of some stages, so that a resumed run can write them again; atomic.
 

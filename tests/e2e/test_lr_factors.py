@@ -13,7 +13,7 @@ from orchestration.cluster.fleet import Fleet
 from orchestration.config.compose import load_config
 from orchestration.training.mesh import Mesh, mesh_shape
 from orchestration.training.trainer import StageTrainer
-from tests.e2e.test_placement import saved_tensors
+from tests.e2e.test_placement import save, saved_tensors
 
 pytestmark = pytest.mark.ray
 
@@ -46,7 +46,7 @@ def train(words, folder, *stops):
             losses += fleet.call("train", stop)[0].losses
             saved = folder / str(stop)
             saved.mkdir(parents=True)
-            before = str(saved), fleet.call("save", str(saved))[0][1]
+            before = str(saved), save(fleet, saved)
         finally:
             fleet.close()
     return np.array(losses), saved_tensors(saved)

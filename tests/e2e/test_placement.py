@@ -58,10 +58,17 @@ def train_on(words, folder, stage, steps):
             losses += answers[0].losses
             done = until
         folder.mkdir()
-        fleet.call("save", str(folder))
+        save(fleet, folder)
     finally:
         fleet.close()
     return np.array(losses), saved_tensors(folder)
+
+
+def save(fleet, folder):
+    """Let workers write what a checkpoint holds; returns the state that belongs to it."""
+    state = fleet.call("snapshot")[0]
+    fleet.call("write", str(folder))
+    return state
 
 
 def saved_tensors(folder):

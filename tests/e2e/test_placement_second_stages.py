@@ -16,7 +16,7 @@ from orchestration.cluster.fleet import Fleet
 from orchestration.config.compose import load_config
 from orchestration.training.mesh import Mesh, mesh_shape
 from orchestration.training.trainer import StageTrainer
-from tests.e2e.test_placement import saved_tensors
+from tests.e2e.test_placement import save, saved_tensors
 from tests.second_stages import HOST, WITH_STEPS, WITHOUT_STEPS, second_stages
 
 pytestmark = pytest.mark.ray
@@ -115,7 +115,7 @@ def placed(request, control, warm_pool, tmp_path_factory):
                 fleet.call("start_from", str(control[0]))
                 found = learn(train, PER_EPOCH) if stage in WITH_STEPS else same("fit")
                 folder = tmp_path_factory.mktemp(stage)
-                fleet.call("save", str(folder))
+                save(fleet, folder)
                 results[stage] = found, saved_tensors(folder)
         finally:
             fleet.close()
@@ -168,13 +168,13 @@ def test_a_stage_in_partitions_goes_on_bitwise_in_mid_epoch(stage, control, warm
         fleet.build(stage)
         fleet.call("start_from", str(control[0]))
         losses = fleet.call("train", 4)[0].losses
-        half = fleet.call("save", str(saved["half"]))[0][1]
+        half = save(fleet, saved["half"])
         losses += fleet.call("train", PER_EPOCH)[0].losses
-        fleet.call("save", str(saved["whole"]))
+        save(fleet, saved["whole"])
         fleet.build(stage)
         fleet.call("load", str(saved["half"]), half)
         assert fleet.call("train", PER_EPOCH)[0].losses == losses[4:]
-        fleet.call("save", str(saved["again"]))
+        save(fleet, saved["again"])
     finally:
         fleet.close()
     whole, again = saved_tensors(saved["whole"]), saved_tensors(saved["again"])

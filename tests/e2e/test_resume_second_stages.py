@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+from orchestration.runs.checkpoint_writer import CheckpointWriter
 from orchestration.runs.stage_run import StageRun
 from tests import runs
 from tests.second_stages import HOST, second_stages
@@ -43,15 +44,36 @@ class Killed(BaseException):
 
 
 def die_after(patch, stage, method, step):
-    """Let the run die once a method of a stage's `StageRun` has done its work, at one step."""
-    real = getattr(StageRun, method)
+    """Let the run die once a method has done its work, at one step of a stage.
+
+    It is a method of its `StageRun`, or of the writer of its checkpoints, which works while the stage goes on.
+    """
+    owner = StageRun if hasattr(StageRun, method) else CheckpointWriter
+    real = getattr(owner, method)
 
     def dying(self, *args, **kwargs):
-        real(self, *args, **kwargs)
-        if (self.stage, self.step) == (stage, step):
+        found = real(self, *args, **kwargs)
+        at = (self.stage, self.step) if owner is StageRun else (self._stage, writing[self._stage])
+        if at == (stage, step):
             raise Killed(f"{stage} {method} {step}")
+        return found
 
-    patch.setattr(StageRun, method, dying)
+    patch.setattr(owner, method, dying)
+
+
+writing: dict[str, int] = {}  # the step of the checkpoint that is being written, by stage
+
+
+@pytest.fixture(autouse=True)
+def note_what_is_written(monkeypatch):
+    """Note the step of every checkpoint before its writing begins."""
+    start = CheckpointWriter.start
+
+    def noting(self, state):
+        writing[self._stage] = state["step"]
+        start(self, state)
+
+    monkeypatch.setattr(CheckpointWriter, "start", noting)
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +102,13 @@ DEATHS = [
     ("ncm", "_fit", 0),
     ("ncm", "_evaluate", 0),  # its lines are in the journal, its checkpoint is not
     ("ncm", "_save", 0),
-    ("lws", "_save", 4),  # in mid-epoch
-    ("lws", "_save", PER_EPOCH),
+    ("lws", "_collect", 4),  # in mid-epoch: workers have written their files, and there is no checkpoint yet
+    ("lws", "_complete", 4),
+    ("lws", "_collect", PER_EPOCH),
+    ("lws", "_name", PER_EPOCH),  # there is one, and its weights are not copied as the best
     ("tau", "_fit", 0),
     ("tau", "_evaluate", 0),
-    ("tau", "_save", 0),  # before it is written as the run's result
+    ("tau", "_keep_best", 0),  # before it is written as the run's result
 ]
 
 
