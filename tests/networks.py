@@ -16,7 +16,6 @@ class PlainNetwork:
     def __init__(self, net: Ensemble, progress: Progress) -> None:
         self.net = net
         self.names = net.names
-        self.same_order = False
         self.draws = StepDraws(partial(key, 0))
         self.draws.begin(Moment(progress.epoch, progress.step))
 

@@ -10,16 +10,18 @@ Shapes: E experts, e of them held here, B images, b of them of an expert's own c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from experts.batches import Batch
+from experts.batches import Batch, on_host
 from experts.cases import Case
 from experts.class_groups import GroupRule, nested_targets
+from experts.data.transfer import to_device
 from experts.flow import Flow, FlowSettings, Network
 from experts.objective import Objective, ObjectiveSettings, StepContext, num_images
 from experts.precision import at_least_float32
@@ -128,6 +130,7 @@ class ACE(Objective):
         self._shares = tuple((images_E / images_E[0]).tolist())
         # Not persistent: it follows from config and counts, and an old checkpoint must not bring another.
         self.register_buffer("targets_EC", targets_EC, persistent=False)
+        self.host_targets_EC = targets_EC.cpu().numpy()  # for a flow that counts rows without waiting for a device
 
     @property
     def lr_factors(self) -> tuple[float, ...]:
@@ -158,21 +161,6 @@ class ACE(Objective):
             images=now.denominators["images"],
             min_rows=config.min_rows,
         )
-
-
-class _ZeroGradient(torch.autograd.Function):
-    """Pass the input on unchanged, and zeros back.
-
-    Unlike `detach`, it leaves a graph: zeros travel through the trunk in the same order as a gradient would.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor) -> Tensor:
-        return h.view_as(h)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return torch.zeros_like(grads[0])
 
 
 @register("flow", "ace")
@@ -214,50 +202,55 @@ class OwnClasses(Flow):
     ) -> Tensor:
         """See `Flow.__call__`."""
         held = [self.expert_names.index(name) for name in network.names]
-        enough, rows_EB, num_rows = self._own_rows(batch)
+        enough, rows_EB = self._own_rows(batch)
 
         def run_trunk(trunk: nn.Module) -> Tensor:
-            # The trunk learns from the first expert alone. A worker without it builds no graph, which saves the memory,
-            # unless other workers wait for a gradient from here (`same_order`).
-            with torch.set_grad_enabled(torch.is_grad_enabled() and (0 in held or network.same_order)):
+            # The trunk learns from the first expert alone. A worker without it builds no graph, which saves the memory.
+            with torch.set_grad_enabled(torch.is_grad_enabled() and 0 in held):
                 return trunk(batch.images_B3HW)
 
         h = network.trunk(run_trunk)
-        # Zeros are needed only where nobody here sends the trunk a gradient and others wait for one.
-        h_of_others = h.detach() if 0 in held or not network.same_order else _ZeroGradient.apply(h)
+        places = self._places(rows_EB[held], h.device)
 
         def run_experts(experts: Any) -> Tensor:
             scores = []
-            for k, (name, expert) in zip(held, experts.items(), strict=True):
-                h_k = h if k == 0 else h_of_others
+            for k, places_b, (name, expert) in zip(held, places, experts.items(), strict=True):
+                h_k = h if k == 0 else h.detach()
                 if not enough[k]:
-                    # A gradient of zero, since every worker must have a graph to go back through, the trunk's included.
-                    zero = sum((0 * p.sum() for p in expert.parameters()), 0 * at_least_float32(h_k).sum())
-                    scores.append(zero.expand(len(h), self.objective.num_classes))
-                elif num_rows[k] == len(h):  # all images are its own: nothing to select, nothing to copy
+                    scores.append(at_least_float32(h[:0].detach()).new_zeros(len(h), self.objective.num_classes))
+                elif len(places_b) == len(h):  # all images are its own: nothing to select, nothing to copy
                     scores.append(at_least_float32(self._run(name, expert, h_k)))
                 elif self.config.select == "after":
-                    scores.append(at_least_float32(self._run(name, expert, h_k)) * rows_EB[k, :, None])
+                    all_BC = at_least_float32(self._run(name, expert, h_k))
+                    scores.append(all_BC * all_BC.new_zeros(len(h), 1).index_fill(0, places_b, 1))
                 else:
-                    some_bC = at_least_float32(self._run(name, expert, h_k[rows_EB[k]]))
+                    some_bC = at_least_float32(self._run(name, expert, h_k.index_select(0, places_b)))
                     none_BC = some_bC.new_zeros(len(h), some_bC.shape[1])
-                    scores.append(none_BC.index_put((rows_EB[k],), some_bC))
+                    scores.append(none_BC.index_put((places_b,), some_bC))
             return torch.stack(scores)
 
         return gather(network.experts(run_experts))
 
-    def _own_rows(self, batch: Batch) -> tuple[list[bool], Tensor, list[int]]:
-        """Return for each expert whether the global batch has enough images for it, its rows here, and their number."""
-        rows_EB = self.objective.rows_EB(batch.labels_B)
-        global_rows_EB = self.objective.rows_EB(batch.global_labels)
+    def _own_rows(self, batch: Batch) -> tuple[list[bool], np.ndarray]:
+        """Return for each expert whether the global batch has enough images for it, and where its own lie here.
+
+        The labels are read on the host, since shapes follow them.
+        """
+        targets_EC, labels = self.objective.host_targets_EC, on_host(batch)
+        rows_EB, global_rows_EB = targets_EC[:, labels.labels_B], targets_EC[:, labels.global_labels]
         if batch.mixed is not None:
-            rows_EB = rows_EB | self.objective.rows_EB(batch.mixed.labels_B)
-            global_rows_EB = global_rows_EB | self.objective.rows_EB(batch.mixed.global_labels)
+            others = on_host(batch.mixed)
+            rows_EB = rows_EB | targets_EC[:, others.labels_B]
+            global_rows_EB = global_rows_EB | targets_EC[:, others.global_labels]
         if self.objective.config.com_batch == "all":  # then every expert's scores of every image enter the loss
-            rows_EB, global_rows_EB = torch.ones_like(rows_EB), torch.ones_like(global_rows_EB)
-        # One transfer to the host for both: each makes an accelerator wait.
-        global_rows, num_rows = torch.stack([global_rows_EB.sum(dim=-1), rows_EB.sum(dim=-1)]).tolist()
-        return [count >= self.objective.config.min_rows for count in global_rows], rows_EB, num_rows
+            rows_EB, global_rows_EB = np.ones_like(rows_EB), np.ones_like(global_rows_EB)
+        return (global_rows_EB.sum(axis=1) >= self.objective.config.min_rows).tolist(), rows_EB
+
+    @staticmethod
+    def _places(rows_EB: np.ndarray, device: torch.device) -> Sequence[Tensor]:
+        """Return the places of each expert's rows, int64, on the device after one copy; a mask would make it wait."""
+        places = [np.flatnonzero(rows_B) for rows_B in rows_EB]
+        return to_device(np.concatenate(places), device).split([len(found) for found in places])
 
     @staticmethod
     def _run(name: str, expert: Any, h: Tensor) -> Tensor:

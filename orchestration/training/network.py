@@ -28,7 +28,6 @@ class HeldModules:
     def __init__(self, model: Ensemble, config: EngineConfig, device: torch.device, draws: StepDraws) -> None:
         self.names = model.names
         self.draws = draws
-        self.same_order = False
         self._model, self._config, self._device = model, config, device
 
     def trunk(self, run: Callable[[nn.Module], Result]) -> Result:

@@ -18,7 +18,7 @@ import aggregation
 import experts
 from experts import registry
 from experts.backbones.resnet_cifar import ResNetCifar
-from experts.batches import Batch, Mixed
+from experts.batches import Batch, Mixed, on_host
 from experts.cases import Case, cases_of
 from experts.data.keyed_random import key
 from experts.draws import Moment, StepDraws
@@ -30,6 +30,7 @@ from experts.methods.ace import ACE, OwnClasses
 from experts.methods.bbn import BBN, Bilateral, BilateralHead
 from experts.objective import ExtraInputs, StepContext
 from experts.progress import Progress
+from tests.emulated_device import DEVICE, EmulatedDevice, OnDevice
 
 registry.import_pieces(experts, aggregation)
 
@@ -112,7 +113,7 @@ class Network:
     """One worker's modules, run in place; counts what the flow asks for."""
 
     def __init__(self, ensemble):
-        self.ensemble, self.names, self.same_order = ensemble, ensemble.names, False
+        self.ensemble, self.names = ensemble, ensemble.names
         self.draws = draws_at(NOW)
         self.runs, self.trunk_outputs = [], None
 
@@ -399,7 +400,7 @@ def test_ace_batchnorm_sees_own_images_or_the_whole_batch_as_set(select, rows):
 
 @pytest.mark.parametrize("select", ["before", "after"])
 def test_ace_expert_without_images_in_the_global_batch_is_not_run(select):
-    """Its scores are zeros, its gradients too, its BatchNorm does not move; the others learn as ever."""
+    """Its scores are zeros, it gets no gradient, its BatchNorm does not move; the others learn as ever."""
     case = Trial("ace", Case(OwnClasses.Config(select=select), objective=ACE.Config()))
     ensemble, untouched = case.ensemble(), statistics(case.ensemble().members()[2])
     outputs_EBX, loss = step(case, Network(ensemble), batch_of(case, labels=NO_FEW), Packed())
@@ -407,8 +408,7 @@ def test_ace_expert_without_images_in_the_global_batch_is_not_run(select):
     assert torch.count_nonzero(outputs_EBX[2]) == 0
     for name, value in statistics(ensemble.members()[2]).items():
         assert torch.equal(value, untouched[name]), name
-    # Gradients of zero, not none: every worker must have something to go back through.
-    assert all(torch.count_nonzero(p.grad) == 0 for p in ensemble.members()[2].parameters())
+    assert all(p.grad is None for p in ensemble.members()[2].parameters())  # for which a step takes zeros
     assert all(torch.count_nonzero(p.grad) > 0 for p in ensemble.members()[1].parameters())
 
 
@@ -438,6 +438,33 @@ def test_ace_with_mixup_scores_images_that_are_partly_of_an_experts_classes():
     scored = (outputs_EBX != 0).any(dim=-1)
     assert torch.equal(scored[2], (LABELS >= 2) | (PARTNERS >= 2))
     assert torch.equal(scored[1], (LABELS >= 1) | (PARTNERS >= 1))
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(2, 4)], ids=["alone", "without the few"])
+@pytest.mark.parametrize("select", ["before", "after"])
+@pytest.mark.parametrize("mixup", [False, True])
+def test_ace_counts_and_selects_rows_without_waiting_for_a_device(rows, select, mixup):
+    case = Trial("ace", Case(OwnClasses.Config(select=select), objective=ACE.Config()))
+
+    def work(device):
+        batch = batch_of(case, rows)
+        others = Mixed(torch.tensor(0.6), torch.tensor(0.4), PARTNERS[rows], PARTNERS)
+        held = [replace(b, host_labels=on_host(b)) for b in (batch, others)]
+        mixed = replace(held[1], labels_B=others.labels_B.to(device), global_labels=PARTNERS.to(device))
+        there = replace(held[0], images_B3HW=batch.images_B3HW.to(device), labels_B=batch.labels_B.to(device))
+        there = replace(there, global_labels=LABELS.to(device), mixed=mixed if mixup else None)
+        ensemble, flow = case.ensemble().to(device), case.build_flow()
+        seen.waits.clear()
+        outputs_EBX = flow(Network(ensemble), there, NOW, Packed())
+        outputs_EBX.square().sum().backward()
+        assert not seen.waits
+        found = [outputs_EBX.detach(), *gradients(ensemble).values()]
+        return [value.inner if isinstance(value, OnDevice) else value for value in found]
+
+    with EmulatedDevice() as seen:
+        on_device = work(DEVICE)
+        on_cpu = work("cpu")
+    assert all(torch.equal(a, b) for a, b in zip(on_cpu, on_device, strict=True))
 
 
 def test_ace_with_one_image_on_maps_of_one_pixel_says_what_to_set():
