@@ -15,6 +15,10 @@ _PARTNER_WORDS = (
 _REFUSED_WORDS = ("invalid usage", "invalid argument")
 """NCCL's, for calls that would fail every time, as of two workers on one GPU."""
 
+_NOT_REPEATABLE = "does not have a deterministic implementation"
+"""torch's words after the name of an operation."""
+_COMPILER_TYPES = ("BackendCompilerFailed", "InductorError", "InternalTorchDynamoError")
+
 
 class WorkerLost(RuntimeError):
     """A worker died or hangs; the run can go on from its newest checkpoint.
@@ -40,6 +44,17 @@ def refusal(error: RayTaskError) -> Exception | None:
         return ValueError(
             f"a worker's GPU is out of memory ({_last_line(str(cause))}); use more workers "
             f"(cluster.workers, cluster.experts_per_worker), or engine.precision=autocast"
+        )
+    if _NOT_REPEATABLE in str(cause):
+        operation = str(cause).partition(_NOT_REPEATABLE)[0].strip()
+        return ValueError(
+            f"engine.deterministic = true: {operation} has no kernel on a GPU that gives the same bits every time; set "
+            f"engine.deterministic=false, with which a resume is equal to rounding"
+        )
+    if type(cause).__name__ in _COMPILER_TYPES:
+        return ValueError(
+            f"engine.compile = true: torch could not compile the network ({_first_line(str(cause))}); set "
+            f"engine.compile=false"
         )
     return None
 
@@ -79,3 +94,7 @@ def _from_partner(cause: BaseException) -> bool:
 
 def _last_line(text: str) -> str:
     return text.strip().splitlines()[-1]
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0]

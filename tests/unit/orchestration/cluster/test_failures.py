@@ -71,3 +71,28 @@ def test_the_backend_refuses_what_it_says_it_refuses():
     finally:
         leave_world()
     assert broken_exchange(raised(caught.value)) is None
+
+
+def test_an_operation_that_cannot_repeat_its_bits_is_refused_with_its_name():
+    """In the installed torch's words; one of the few operations that a CPU refuses as well."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError) as caught:
+            torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    found = refusal(RayTaskError("train", TRACE, caught.value))
+    assert isinstance(found, ValueError)
+    assert "engine.deterministic = true: put_ has no kernel" in str(found)
+
+
+@pytest.mark.parametrize("name", ["BackendCompilerFailed", "InductorError", "InternalTorchDynamoError"])
+def test_code_that_cannot_be_made_is_refused_with_the_reason(name):
+    import torch._dynamo.exc as tracing
+    import torch._inductor.exc as generating
+
+    assert hasattr(tracing, name) or hasattr(generating, name), "the installed torch has it"
+    cause = type(name, (RuntimeError,), {})("CppCompileError: C++ compile error\nmuch more")
+    found = refusal(RayTaskError("train", TRACE, cause))
+    assert isinstance(found, ValueError)
+    assert "engine.compile = true: torch could not compile the network (CppCompileError: C++ compile err" in str(found)
