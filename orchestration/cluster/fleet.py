@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from orchestration.cluster.connection import node_resources
 from orchestration.cluster.failures import broken_exchange, failure_of, refusal
 from orchestration.cluster.hangs import Watch
-from orchestration.cluster.placement import NoRoom, bundle_of, check_fits
+from orchestration.cluster.placement import NoRoom, bundle_of, check_fits, seats
 from orchestration.cluster.ray_internals import draining_nodes
 from orchestration.cluster.reachability import disconnected_pair, unreachable_from_here
 from orchestration.cluster.transfer import Sent
@@ -60,6 +60,7 @@ class Fleet:
         self.hosts: list[dict[str, Any]] = []
         self.left_out: list[dict[str, Any]] | None = None
         self._group: PlacementGroup | None = None
+        self._seats: list[int] = []  # place in the group by rank
         self._spares: list[tuple[Any, Any]] = []  # a process, and the promise of what `warm_up` returns
 
     # Places
@@ -72,6 +73,9 @@ class Fleet:
         """
         self.check_room()
         self._group = self._new_group()
+        # Ray fills places in an order of its own, so that neighbours among the places may be on different nodes.
+        nodes: dict[int, str] = placement_group_table(self._group)["bundles_to_node_id"]
+        self._seats = seats([nodes[place] for place in range(self.shape.workers)], self.shape.replicas)
 
     def check_room(self) -> None:
         """Refuse to go on if the nodes that there are now could not hold the workers.
@@ -125,7 +129,9 @@ class Fleet:
                 num_gpus=share.get("GPU", 0),
                 memory=share.get("memory", 0),
                 max_restarts=0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    self._group, placement_group_bundle_index=self._seats[rank]
+                ),
             ).remote(gpu="GPU" in self._bundle, threads=self.config.engine.threads)
             for rank in ranks
         ]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from orchestration.config.run_config import ClusterConfig
-from orchestration.training.mesh import MeshShape
+from orchestration.config.run_config import ClusterConfig, RunConfig
+from orchestration.training.mesh import MeshShape, mesh_shape
 
 GIB = 2**30
 _MAX_CPUS = 8  # of one worker by default; small images do not use more
@@ -33,9 +33,40 @@ class Placement:
     nodes: tuple[str, ...]
     node_of: tuple[int, ...]
 
+    def seated(self, replicas: int) -> Placement:
+        """Return the same places with ranks as a fleet seats them, so many workers per slot; see `seats`."""
+        order = seats([self.nodes[index] for index in self.node_of], replicas)
+        return replace(self, node_of=tuple(self.node_of[bundle] for bundle in order))
+
     def on(self, node: str) -> list[int]:
         """Return the ranks on a node."""
         return [rank for rank, index in enumerate(self.node_of) if self.nodes[index] == node]
+
+
+def shapes_of(num_experts: int, workers: int) -> list[MeshShape]:
+    """Return every mesh that lays so many experts on exactly so many workers, the fewest experts per worker first.
+
+    There is always one: all experts in every worker.
+    """
+    shapes = [MeshShape(num_experts, each) for each in range(1, num_experts + 1) if num_experts % each == 0]
+    return [replace(shape, replicas=workers // shape.slots) for shape in shapes if workers % shape.slots == 0]
+
+
+def shape_of(num_experts: int, cluster: ClusterConfig) -> MeshShape:
+    """Return the mesh that a config asks for. While experts_per_worker is auto, the first that fits stands for it.
+
+    Raises:
+        ValueError: as `mesh_shape`.
+    """
+    if cluster.experts_per_worker == "auto":
+        return shapes_of(num_experts, cluster.workers)[0]
+    return mesh_shape(num_experts, cluster.workers, cluster.experts_per_worker)
+
+
+def with_shape(config: RunConfig, shape: MeshShape) -> RunConfig:
+    """Return the config of the same run on another mesh."""
+    update = {"workers": shape.workers, "experts_per_worker": shape.experts_per_worker}
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update=update)})
 
 
 def bundle_of(cluster: ClusterConfig, cpus: float) -> dict[str, float]:
@@ -119,6 +150,28 @@ def pack(workers: int, bundle: Resources, nodes: Mapping[str, Resources]) -> Pla
         node_of += [len(order)] * min(places(nodes[name], bundle), workers - len(node_of))
         order.append(name)
     return Placement(tuple(order), tuple(node_of)) if len(node_of) == workers else None
+
+
+def seats(node_of_bundle: Sequence[str], replicas: int) -> list[int]:
+    """Return the bundle for each rank, so that the replicas of a slot sit on one node as far as possible.
+
+    Ranks of a slot follow each other, and its replicas exchange most: gradients of the experts, and statistics of
+    BatchNorm. So every node takes as many whole slots as it has room for. The slots that are left are made of what is
+    left on the nodes, node by node, so that neighbours in a ring are on one node.
+
+    Args:
+        node_of_bundle: node of each place that Ray reserved.
+        replicas: workers per slot.
+    """
+    bundles: dict[str, list[int]] = {}
+    for bundle, node in enumerate(node_of_bundle):
+        bundles.setdefault(node, []).append(bundle)
+    whole, left = list[int](), list[list[int]]()
+    for own in sorted(bundles.values(), key=len, reverse=True):  # stable: of equal nodes the first that Ray filled
+        fit = len(own) // replicas * replicas
+        whole += own[:fit]
+        left.append(own[fit:])
+    return whole + [bundle for rest in sorted(left, key=len, reverse=True) for bundle in rest]
 
 
 def draw(

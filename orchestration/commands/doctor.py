@@ -149,6 +149,16 @@ def _gpus(config: RunConfig) -> Iterator[Finding]:
         yield Finding("ok", "gpus", text)
 
 
+def _autocast(config: RunConfig) -> Iterator[Finding]:
+    """Measure what autocast would give, if the run computes on this machine's CPU."""
+    if config.cluster.named_address or config.cluster.gpus_per_worker:
+        return
+    from orchestration.preflight.autocast import autocast_line
+
+    without = "this CPU has neither AMX nor AVX512-BF16: engine.precision=autocast would not be faster here"
+    yield Finding("ok", "autocast", autocast_line() or without)
+
+
 def _memory(config: RunConfig) -> Iterator[Finding]:
     if config.cluster.named_address:
         return  # workers run on the cluster, whose nodes are asked
@@ -199,10 +209,10 @@ def _run_dir(config: RunConfig) -> Iterator[Finding]:
 def _cluster(config: RunConfig) -> Iterator[Finding]:
     """Compare the placement with the cluster that the config names, which must answer, or else with this machine."""
     from experts.data.images import usable_cpus
-    from orchestration.training.mesh import mesh_shape
+    from orchestration.cluster.placement import shape_of
 
     wanted = config.cluster
-    shape = mesh_shape(config.method.num_experts, wanted.workers, wanted.experts_per_worker)
+    shape = shape_of(config.method.num_experts, wanted)
     sizes = (plural(shape.workers, "worker"), plural(shape.slots, "expert slot"), plural(shape.replicas, "replica"))
     yield Finding("ok", "mesh", "{} = {} x {}".format(*sizes))
 
@@ -357,6 +367,7 @@ def _image_folder(root: str) -> str:
 
 CHECKS: dict[str, Check] = {
     "gpus": _gpus,
+    "autocast": _autocast,
     "memory": _memory,
     "cluster": _cluster,
     "run.dir": _run_dir,

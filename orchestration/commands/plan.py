@@ -5,7 +5,8 @@ If the config names a cluster, its nodes are shown. With `--probe`, a few real s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 
 from orchestration.config.compose import Composed, compose
 from orchestration.config.run_config import RunConfig
@@ -22,7 +23,8 @@ def plan_text(overrides: list[str]) -> str:
         ValueError: the config is not valid, or as `describe`.
     """
     composed = compose(overrides)
-    return _noted(composed, describe(composed.config, _nodes_of(composed.config)))
+    text = describe(composed.config, _nodes_of(composed.config))
+    return _noted(composed, "\n\n".join([text, *_autocast(composed.config)]))
 
 
 def probe_text(overrides: list[str], begun: float) -> str:
@@ -36,12 +38,38 @@ def probe_text(overrides: list[str], begun: float) -> str:
         ValueError, FloatingPointError, WorkerLost: as for training.
     """
     from orchestration.cluster.connection import cluster, node_resources
+    from orchestration.cluster.placement import with_shape
+    from orchestration.preflight.placements import Comparison, compare, measure_for
+    from orchestration.preflight.placements_text import prediction_lines
     from orchestration.preflight.probe import probe, time_lines
 
     composed = compose(overrides)
-    with cluster(composed.config.cluster.address):  # one connection for the steps and for the nodes that are shown
-        found = probe(composed.config, begun)
-        return _noted(composed, describe(found.config, node_resources(), time_lines(found)))
+    config, placements = composed.config, None
+
+    def measured() -> Comparison:
+        return compare(config, nodes, measure_for(config, nodes))
+
+    with cluster(config.cluster.address):  # one connection for the steps and for the nodes that are shown
+        nodes = node_resources()
+        probed = config
+        if config.cluster.experts_per_worker == "auto":
+            since = time.time()
+            placements = measured()
+            probed = with_shape(config, placements.choice.shape)
+            begun += time.time() - since  # a start that is not the run's first measures nothing
+        found = probe(probed, begun)
+        placements = placements or measured()  # afterwards: what training refuses is refused first
+        lines = [*time_lines(found), *prediction_lines(placements, found)]
+        return _noted(composed, describe(found.config, nodes, lines, placements))
+
+
+def _autocast(config: RunConfig) -> Iterator[str]:
+    """Yield a section about autocast if the run computes on this machine's CPU, and that has a unit for bfloat16."""
+    if config.cluster.named_address is None and not config.cluster.gpus_per_worker:
+        from orchestration.preflight.autocast import autocast_line
+
+        if (line := autocast_line()) is not None:
+            yield f"autocast\n  {line}"
 
 
 def _noted(composed: Composed, text: str) -> str:

@@ -3,6 +3,7 @@
 train_and_report
     `admit`               refuse a config that cannot work
     `open_run_folder`     hold the folder; print the table of a finished run and stop
+    `_placed`             decide cluster.experts_per_worker=auto
     `train`               all stages, resumed where they stopped
     `_report`             models, pictures, table
 """
@@ -14,7 +15,10 @@ import errno
 import shutil
 import sys
 import time
+from dataclasses import replace
 
+from orchestration.cluster.connection import cluster, node_resources
+from orchestration.cluster.placement import shape_of, shapes_of, with_shape
 from orchestration.cluster.preemption import Preempted
 from orchestration.config.run_config import RunConfig
 from orchestration.results.run_table import run_table
@@ -44,7 +48,7 @@ def train_and_report(config: RunConfig, marks: dict[str, float]) -> int:
             print(_stored_table(config, folder))
             folder.wait_until_stored()
             return 0
-        return _train(admitted, folder, marks)
+        return _train(_placed(admitted, folder), folder, marks)
     finally:
         folder.close()  # releases the lock of the folder
 
@@ -65,6 +69,33 @@ def with_threads(config: RunConfig, stored: RunConfig) -> RunConfig:
     """Return the config with the threads of a run's first start, if it leaves them open."""
     threads = config.engine.threads or stored.engine.threads
     return config.model_copy(update={"engine": config.engine.model_copy(update={"threads": threads})})
+
+
+def _placed(admitted: Admission, folder: RunFolder) -> Admission:
+    """Decide cluster.experts_per_worker=auto: as the run began, or else by what is fastest on this cluster."""
+    config = admitted.config
+    if config.cluster.experts_per_worker != "auto":
+        return admitted
+    num_experts = config.method.num_experts
+    fitting = {shape.experts_per_worker: shape for shape in shapes_of(num_experts, config.cluster.workers)}
+    if folder.started:
+        # A measurement may come out otherwise this time, and the last bits of a result would change within the run.
+        begun = shape_of(num_experts, folder.stored_config().cluster).experts_per_worker
+        if begun in fitting:
+            return admit(with_shape(config, fitting[begun]))
+    if len(fitting) == 1:
+        return admit(with_shape(config, admitted.shape))
+
+    from orchestration.preflight.placements import compare, measure_for
+    from orchestration.preflight.placements_text import choice_line, record
+
+    print("expertail: measuring which placement is fastest, before the first start", file=sys.stderr)
+    with cluster(config.cluster.address):
+        nodes = node_resources()
+        found = compare(config, nodes, measure_for(config, nodes))
+    for line in [choice_line(found), *(found.measured.problems if found.measured else ())]:
+        print(f"expertail: {line}", file=sys.stderr)
+    return replace(admit(with_shape(config, found.choice.shape)), placement=record(found))
 
 
 def _train(admitted: Admission, folder: RunFolder, marks: dict[str, float]) -> int:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from experts.data.config import DatasetConfig
 from experts.ensemble import EnsembleConfig
@@ -58,14 +58,22 @@ class EngineConfig(Settings):
         return self.name
 
 
+def _number_or_auto(value: Any) -> Any:
+    """Refuse what is neither a positive whole number nor 'auto', in one message for both."""
+    if value is None or value == "auto" or (type(value) is int and value >= 1):
+        return value
+    raise ValueError("needed a whole number of 1 or more, or auto")
+
+
 class ClusterConfig(Settings):
     """Where a run is carried out. Never changes its results beyond rounding."""
 
     address: str | None = None
     """Ray's address; 'auto' for the cluster of this machine. Unset: RAY_ADDRESS, else its own Ray."""
     workers: Annotated[int, Field(ge=1)] = 1
-    experts_per_worker: Annotated[int, Field(ge=1)] | None = None
-    """Unset: 1 worker holds all experts (packed); with a multiple of the number of experts, each holds one (spread)."""
+    experts_per_worker: Annotated[int | Literal["auto"] | None, BeforeValidator(_number_or_auto)] = None
+    """Unset: 1 worker holds all experts (packed); with a multiple of the number of experts, each holds one (spread).
+    'auto': what `expertail plan` finds fastest for these workers when a run first starts; the run keeps that number."""
     cpus_per_worker: Annotated[float, Field(gt=0)] | None = None
     """CPUs of a worker, which may be a fraction. Unset: the cluster's CPUs divided by the workers."""
     gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0

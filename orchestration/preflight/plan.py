@@ -18,14 +18,14 @@ from experts.class_groups import GroupRule
 from experts.data.imbalance import hold_out, long_tailed_counts, select
 from experts.flow import PARTS
 from experts.registry import build, piece
-from orchestration.cluster.placement import bundle_of, check_fits
+from orchestration.cluster.placement import bundle_of, check_fits, shape_of
 from orchestration.config.recipe import StageConfig, stage_classes
 from orchestration.config.recipe_checks import parts_that_learn
 from orchestration.config.run_config import RunConfig
 from orchestration.preflight.blanks import blank_teachers
 from orchestration.preflight.rehearsal import Costs, Load, rehearse, size_without_steps
 from orchestration.preflight.traffic import Exchange, exchanges, shares_of
-from orchestration.training.mesh import MeshShape, mesh_shape
+from orchestration.training.mesh import MeshShape
 
 WORKER_GIB = (0.8, 1.5)
 """Memory of a worker's process without weights, GiB; measured: digits on ResNet-8, CIFAR JPEGs on ResNet-32."""
@@ -81,6 +81,8 @@ class StagePlan:
             count as one.
         work_before: multiply-adds per training image before the first step, over all workers, where features are
             computed once for all steps; else 0.
+        slot_work: multiply-adds of a training step per image, by slot; `work` is their sum.
+        slot_calls: functions of torch that a step calls, by slot, as `Load.calls`.
         repeated: multiply-adds that a spread placement adds to the forward pass, as a share of the packed one's.
         teachers: by name; None where the run is missing, or only the data can say.
     """
@@ -100,6 +102,8 @@ class StagePlan:
     memory: int | None
     work: float | None
     work_before: float
+    slot_work: tuple[float, ...] | None
+    slot_calls: tuple[int, ...]
     repeated: float | None
     teachers: dict[str, TeacherSize | None]
 
@@ -146,18 +150,23 @@ class Plan:
         return tuple(names[i] for i in self.shape.experts_of(self.shape.position(rank)[0]))
 
 
-def plan(config: RunConfig, nodes: Mapping[str, Mapping[str, float]] | None = None) -> Plan:
+def plan(
+    config: RunConfig,
+    nodes: Mapping[str, Mapping[str, float]] | None = None,
+    slots: range | None = None,
+) -> Plan:
     """Plan a run.
 
     Args:
-        config: validated.
+        config: validated. `cluster.experts_per_worker=auto` stands for the first number that fits.
         nodes: resources by node, as Ray names them. If given, a placement that does not fit them is refused.
+        slots: those to rehearse, from 0 on; all by default. Whatever is a sum over slots is of these alone.
 
     Raises:
         ValueError: experts and workers do not fit, the data set has too few images for the counts asked for, a group
             of the method has no class, or the nodes have too little room.
     """
-    shape = mesh_shape(config.method.num_experts, config.cluster.workers, config.cluster.experts_per_worker)
+    shape = shape_of(config.method.num_experts, config.cluster)
     if nodes is not None and config.cluster.cpus_per_worker is not None:
         check_fits(shape.workers, bundle_of(config.cluster, config.cluster.cpus_per_worker), nodes)
     num_classes = _num_classes(config)
@@ -168,7 +177,7 @@ def plan(config: RunConfig, nodes: Mapping[str, Mapping[str, float]] | None = No
         shape=shape,
         num_classes=num_classes,
         counts=None if counts is None else tuple(counts.tolist()),
-        stages=tuple(_stage(config, name, shape, num_classes, counts) for name in config.method.stages),
+        stages=tuple(_stage(config, name, shape, num_classes, counts, slots) for name in config.method.stages),
         waves=waves,
         side_by_side=config.side_by_side,
     )
@@ -223,13 +232,14 @@ def _stage(
     shape: MeshShape,
     num_classes: int | None,
     counts: np.ndarray | None,
+    slots: range | None,
 ) -> StagePlan:
     """Plan a stage. Where the counts are unknown, assume some, and leave open every number that depends on them."""
     stage = config.method.stages[name]
     if counts is not None:
-        return _stage_with(config, name, shape, counts, known=True)
+        return _stage_with(config, name, shape, counts, slots, known=True)
     counts = _assumed_counts(num_classes, _rule(config, stage))
-    assumed = _stage_with(config, name, shape, counts, known=False)
+    assumed = _stage_with(config, name, shape, counts, slots, known=False)
     return _without_classes(assumed) if num_classes is None or stage.classes is not None else assumed
 
 
@@ -244,6 +254,7 @@ def _without_classes(stage: StagePlan) -> StagePlan:
         exchanges=tuple(replace(exchange, payloads=unknown) for exchange in stage.exchanges),
         memory=None,
         work=None,
+        slot_work=None,
         repeated=None,
     )
 
@@ -257,6 +268,13 @@ def _rule(config: RunConfig, stage: StageConfig) -> GroupRule:
     return next((rule for rule in rules if rule is not None), GroupRule())
 
 
+def blank_counts(config: RunConfig, stage: str) -> np.ndarray:
+    """Return training images per class, int64 [C]: those that are expected, or else assumed ones."""
+    num_classes = _num_classes(config)
+    counts = expected_counts(config, num_classes)
+    return _assumed_counts(num_classes, _rule(config, config.method.stages[stage])) if counts is None else counts
+
+
 def _assumed_counts(num_classes: int | None, rule: GroupRule) -> np.ndarray:
     """Return counts, int64 [C], with a class in each of a rule's groups."""
     # Enough classes for the cuts of a rule by index, and counts on either side of its limits.
@@ -267,7 +285,9 @@ def _assumed_counts(num_classes: int | None, rule: GroupRule) -> np.ndarray:
     return np.array(values[:size], dtype=np.int64)
 
 
-def _stage_with(config: RunConfig, name: str, shape: MeshShape, counts: np.ndarray, *, known: bool) -> StagePlan:
+def _stage_with(
+    config: RunConfig, name: str, shape: MeshShape, counts: np.ndarray, slots: range | None, *, known: bool
+) -> StagePlan:
     stage = config.method.stages[name]
     counts_C = counts[stage_classes(config.method, name, counts.tolist())]
     if not stage.epochs:
@@ -275,7 +295,7 @@ def _stage_with(config: RunConfig, name: str, shape: MeshShape, counts: np.ndarr
     assert stage.batch_size is not None
     images, steps, last = epoch_of(name, stage, counts_C) if known else (None, None, None)
     teachers = blank_teachers(config, name, counts, counts_known=known)
-    loads, costs = rehearse(config, name, counts, shape, teachers, counts_known=known)
+    loads, costs = rehearse(config, name, counts, shape, teachers, counts_known=known, slots=slots)
     unknown = [teacher for teacher, blank in teachers.items() if not blank.known]
     work, repeated = (None, None) if unknown else _work(stage, loads)
     shares = shares_of(stage.batch_size, shape.replicas)
@@ -296,6 +316,8 @@ def _stage_with(config: RunConfig, name: str, shape: MeshShape, counts: np.ndarr
         memory=None if unknown else _memory(config, stage, shape, loads),
         work=work,
         work_before=shape.replicas * sum(load.work_before for load in loads),
+        slot_work=None if unknown else tuple(load.training_work for load in loads),
+        slot_calls=tuple(load.calls for load in loads),
         repeated=repeated,
         teachers={
             teacher: TeacherSize(blank.num_experts, blank.num_classes) if blank.known else None
@@ -327,6 +349,8 @@ def _without_steps(config: RunConfig, name: str, shape: MeshShape, num_classes: 
         memory=_number_bytes(config) * max(own),
         work=0.0,
         work_before=0.0,
+        slot_work=(),
+        slot_calls=(),
         repeated=0.0,
         teachers={},
     )

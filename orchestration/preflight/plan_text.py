@@ -1,4 +1,5 @@
-"""The text of `expertail plan`: a section for each of run, mesh, nodes, size, step, exchanges, time and folder.
+"""The text of `expertail plan`: a section for each of run, mesh, nodes, size, step, exchanges, placements,
+time and folder.
 
 An operator reads it before a start, so every number carries its unit, and what only the data can say is n/a with the
 reason. A section is a generator of lines; `describe` puts them together.
@@ -15,13 +16,15 @@ from experts.data.readers import open_raw
 from experts.flow import PARTS
 from experts.progress import Progress
 from experts.registry import build, piece
-from orchestration.cluster.placement import bundle_of, draw, largest_share, pack
+from orchestration.cluster.placement import bundle_of, draw, largest_share, pack, with_shape
 from orchestration.config.identity import published
 from orchestration.config.paths import expand
 from orchestration.config.recipe import ModelSource, StageConfig
 from orchestration.config.recipe_checks import open_choice, parts_of
 from orchestration.config.run_config import RunConfig
 from orchestration.config.secrets import redact
+from orchestration.preflight.placements import Comparison, compare
+from orchestration.preflight.placements_text import placement_lines
 from orchestration.preflight.plan import WORKER_GIB, Plan, Size, StagePlan, plan
 from orchestration.preflight.traffic import Exchange, shares_of
 from orchestration.results.text import bytes_, number, plural, text_table
@@ -36,6 +39,7 @@ def describe(
     config: RunConfig,
     nodes: Mapping[str, Mapping[str, float]] | str | None = None,
     time_lines: Iterable[str] | None = None,
+    placements: Comparison | None = None,
 ) -> str:
     """Describe a run in words and tables.
 
@@ -43,12 +47,17 @@ def describe(
         config: validated.
         nodes: resources by node, as for `plan`; a text that says why they are unknown; or None if there is no cluster.
         time_lines: the result of a probe; None if there was none.
+        placements: the run's placements, if they were compared before; else they are compared without times.
 
     Raises:
         ValueError: as `plan`.
     """
     known, unknown = (None, nodes) if isinstance(nodes, str) else (nodes, None)
+    if placements is None and config.cluster.experts_per_worker == "auto":
+        placements = compare(config, known)
+        config = with_shape(config, placements.choice.shape)
     found = plan(config, known)
+    placements = placements or compare(config, known, planned=found)
     sections = [
         ("run", _run(config, found)),
         ("mesh", _mesh(config, found)),
@@ -56,6 +65,7 @@ def describe(
         ("size", _size_table(found)),
         ("step", _step(config, found)),
         ("exchanged per step and worker", _exchange_table(found)),
+        ("placements", placement_lines(placements)),
         ("time", time_lines if time_lines is not None else _no_time()),
         ("folder", _folders(config)),
     ]
@@ -250,6 +260,7 @@ def _nodes(
     if placement is None:
         yield f"n/a: {plural(len(nodes), 'node')}, without room for all workers"
         return
+    placement = placement.seated(found.shape.replicas)
     experts = {rank: found.experts_on(rank) for rank in range(found.shape.workers)}
     yield "as Ray packs them when nothing else runs; it may fill another of several equal nodes first"
     yield from draw(placement, nodes, found.shape, experts, _SHOWN_WORKERS)

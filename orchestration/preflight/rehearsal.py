@@ -9,7 +9,8 @@ crosses a group there is written down. So a plan covers every recipe, and cannot
         setup = TrainingSetup(config, labels without images, mesh on paper, teachers)
         hook trunk, features, heads and gates                          `_Work`: images that pass, forward and back
         for 2 images, then 3:
-            TrainingStep(setup)(black images of the rarest class)      each exchange in the record, with its bytes
+            TrainingStep(setup)(black images of the rarest class)      each exchange in the record, with its bytes;
+                                                                       `_Calls` counts calls of torch
                                                                        (features, where training keeps them)
         bytes per image = the difference; the rest does not grow
 
@@ -22,7 +23,7 @@ Shapes: E experts, e in one slot, B images, C classes, D features.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -31,8 +32,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from experts.backbones.cost import multiply_adds, multiply_adds_by_shape
+from experts.batches import Batch
 from experts.ensemble import Ensemble, build_ensemble
 from orchestration.config.run_config import RunConfig
 from orchestration.preflight.blanks import BlankTeacher, NoArithmetic, blank_batches, blank_dataset
@@ -71,6 +74,7 @@ class Traffic:
         what, kind, among: as of `Crossing`.
         fixed: bytes that do not depend on the number of images.
         per_image: bytes for each image of the worker's replica.
+        times: how often it is made in one step.
     """
 
     what: str
@@ -78,6 +82,7 @@ class Traffic:
     among: int
     fixed: int
     per_image: int
+    times: int
 
 
 @dataclass
@@ -93,6 +98,7 @@ class Load:
         work: the same of everything, teachers included. An image and its partner count as one.
         training_work: the same with backward passes.
         work_before: multiply-adds per training image before the first step, where features are computed once.
+        calls: functions of torch that a step calls. One that is differentiated counts twice, for it runs backward too.
     """
 
     parameters: dict[str, int]
@@ -103,6 +109,7 @@ class Load:
     work: float = 0.0
     training_work: float = 0.0
     work_before: float = 0.0
+    calls: int = 0
 
 
 def rehearse(
@@ -113,6 +120,7 @@ def rehearse(
     teachers: Mapping[str, BlankTeacher],
     *,
     counts_known: bool = True,
+    slots: range | None = None,
 ) -> tuple[list[Load], Costs]:
     """Rehearse a step of a stage for a worker of each slot.
 
@@ -124,9 +132,10 @@ def rehearse(
         teachers: stand-ins, by name.
         counts_known: False where the counts are assumed; whether features of all images can be kept is open then, and
             the load is that of a stage that cannot.
+        slots: those to rehearse, from 0 on; all by default.
 
     Returns:
-        The load of each slot, and the costs of the ensemble's parts.
+        The load of each of these slots, and the costs of the ensemble's parts.
 
     Raises:
         ValueError: a piece refuses the classes, the number of experts or a teacher.
@@ -134,7 +143,7 @@ def rehearse(
     size = config.dataset.image_size
     costs = {name: costs_of(teacher.model.ensemble, size) for name, teacher in teachers.items()}
     loads = []
-    for slot in range(shape.slots):
+    for slot in slots or range(shape.slots):
         record: list[Crossing] = []
         setup = _setup(config, stage, counts_C, shape, slot, teachers, record)
         if slot == 0:  # whose first expert has a gate, if there are any
@@ -175,11 +184,12 @@ def _load(setup: TrainingSetup, record: list[Crossing], costs: Mapping[str, Cost
     )
     own = costs[""]
     with _Work(load, [("", setup.model), *setup.teachers.held.items()], costs):
-        few = _step(setup, record, _FEW, own.width if kept else None)
+        few, load.calls = _step(setup, record, _FEW, own.width if kept else None)
     if kept:
         load.work_before = own.trunk + len(setup.model.experts) * own.features
     if setup.mesh.shape.workers > 1:
-        load.traffic = tuple(_traffic(few, _step(setup, record, _MORE, own.width if kept else None)))
+        more, _ = _step(setup, record, _MORE, own.width if kept else None)
+        load.traffic = tuple(_traffic(few, more))
     return load
 
 
@@ -194,8 +204,17 @@ def _small(config: RunConfig, stage: str) -> RunConfig:
     return config.model_copy(update={"method": method, "dataset": dataset})
 
 
-def _step(setup: TrainingSetup, record: list[Crossing], images: int, width: int | None) -> list[Crossing]:
-    """Take a step on so many images, or on features of this width, and return what it exchanged."""
+def _step(setup: TrainingSetup, record: list[Crossing], images: int, width: int | None) -> tuple[list[Crossing], int]:
+    """Take a step on so many images, or on features of this width. Return what it exchanged, and its calls of torch."""
+    batch = blank_batch(setup, images, width)
+    record.clear()
+    with NoArithmetic(), _Calls() as calls:
+        TrainingStep(setup)(batch, setup.progress(0))
+    return list(record), calls.count
+
+
+def blank_batch(setup: TrainingSetup, images: int, width: int | None = None) -> Batch:
+    """Return so many black images, or features of this width, as a batch; with its partner if the stage pairs them."""
     rarest = int(setup.dataset.counts_C.argmin())  # a class that every expert of any method learns
     streams = [setup.batches] if setup.partners is None else [setup.batches, setup.partners]
     blank = [blank_batches(stream, rarest, images) for stream in streams]
@@ -204,16 +223,13 @@ def _step(setup: TrainingSetup, record: list[Crossing], images: int, width: int 
     else:
         features = [torch.zeros(1, width, dtype=setup.dtype) for _ in setup.model.experts]
         batches = [next(stream.of_features(features, 1)) for stream in blank]
-    batch = batches[0] if setup.partners is None else replace(batches[0], partner=batches[1])
-    record.clear()
-    with NoArithmetic():
-        TrainingStep(setup)(batch, setup.progress(0))
-    return list(record)
+    return batches[0] if setup.partners is None else replace(batches[0], partner=batches[1])
 
 
 def _traffic(few: list[Crossing], more: list[Crossing]) -> Iterator[Traffic]:
     """Tell bytes that grow with the images from those that do not, in two records of the same step."""
     sums = [defaultdict[tuple[str, Kind, int], int](int) for _ in (few, more)]
+    times = Counter((crossing.what, crossing.kind, crossing.among) for crossing in few)
     for found, record in zip(sums, (few, more), strict=True):
         for crossing in record:
             found[crossing.what, crossing.kind, crossing.among] += crossing.bytes
@@ -221,7 +237,7 @@ def _traffic(few: list[Crossing], more: list[Crossing]) -> Iterator[Traffic]:
     for (what, kind, among), low in sums[0].items():
         per_image, rest = divmod(sums[1][what, kind, among] - low, _MORE - _FEW)
         assert rest == 0, f"{what}: bytes must grow evenly with the images"
-        yield Traffic(what, kind, among, low - _FEW * per_image, per_image)
+        yield Traffic(what, kind, among, low - _FEW * per_image, per_image, times[what, kind, among])
 
 
 class _EngineOnPaper(TorchEngine):
@@ -321,6 +337,25 @@ class _Work:
         self._load.training_work += images * cost * (1 + backward)
         if trunk_of is not None:
             self._load.trunk_work[trunk_of] = self._load.trunk_work.get(trunk_of, 0.0) + images * cost
+
+
+class _Calls(TorchFunctionMode):
+    """While open, counts the functions of torch that are called and give a tensor; twice where gradients are on.
+
+    Attributes:
+        count: so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See `TorchFunctionMode`."""
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor):
+            self.count += 1 + torch.is_grad_enabled()
+        return found
 
 
 def _parts(model: Ensemble, costs: Costs) -> Iterator[tuple[nn.Module, int]]:

@@ -20,12 +20,14 @@ class Exchange:
         among: number of workers that take part.
         payloads: bytes that a worker contributes, by its slot; None where that needs the number of classes. Where it
             grows with the images, the share of the first replica, which is the largest.
+        times: how often a worker takes part in one step, in the slot that does so most often.
     """
 
     what: str
     kind: Kind
     among: int
     payloads: tuple[int | None, ...]
+    times: int = 1
 
     @property
     def payload(self) -> int | None:
@@ -57,11 +59,14 @@ def exchanges(loads: list[Load], images: int, unknown_teachers: Collection[str])
     """
     # Slots may differ in what they exchange; a slot that takes no part in an exchange contributes 0 bytes.
     found: dict[tuple[str, Kind, int], list[int | None]] = {}
+    times: dict[tuple[str, Kind, int], int] = {}
     for slot, load in enumerate(loads):
         for row in load.traffic:
-            payloads = found.setdefault((row.what, row.kind, row.among), [0] * len(loads))
+            key = row.what, row.kind, row.among
+            payloads = found.setdefault(key, [0] * len(loads))
+            times[key] = max(row.times, times.get(key, 0))
             payloads[slot] = None if _is_of(row, unknown_teachers) else row.fixed + images * row.per_image
-    return tuple(Exchange(*key, tuple(payloads)) for key, payloads in found.items())
+    return tuple(Exchange(*key, tuple(payloads), times[key]) for key, payloads in found.items())
 
 
 def _is_of(row: Traffic, teachers: Collection[str]) -> bool:

@@ -7,13 +7,15 @@ on them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from orchestration.cluster.connection import resolve_resources
+from orchestration.cluster.placement import shape_of
 from orchestration.config.run_config import RunConfig
 from orchestration.storage.exports import check_sources
 from orchestration.storage.location import check_run_dir
-from orchestration.training.mesh import MeshShape, mesh_shape
+from orchestration.training.mesh import MeshShape
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,12 @@ class Admission:
     Attributes:
         config: of the run.
         shape: of its mesh.
+        placement: how `cluster.experts_per_worker=auto` was decided, for run.json; empty where a number was given.
     """
 
     config: RunConfig
     shape: MeshShape
+    placement: Mapping[str, Any] = field(default_factory=dict)
 
     def on(self, nodes: Mapping[str, Mapping[str, float]], threads: int | None = None) -> Admission:
         """Return the same with CPUs and threads filled in.
@@ -58,7 +62,7 @@ def admit(config: RunConfig) -> Admission:
         ValueError: experts and workers do not fit; another run or a file that is named is missing or does not fit; or
             run.dir would vanish with a submitted job, or is a URL that cannot be used.
     """
-    shape = mesh_shape(config.method.num_experts, config.cluster.workers, config.cluster.experts_per_worker)
+    shape = shape_of(config.method.num_experts, config.cluster)
     check_sources(config)
     check_run_dir(config)
     return Admission(config, shape)

@@ -59,6 +59,8 @@ def train(
         if folder.started:
             folder.check_same_config(config)
         folder.write_config(config)
+        if admitted.placement:
+            folder.update_run(placement=dict(admitted.placement))
         fleet = Fleet(config, admitted.shape)
         try:
             fleet.reserve()

@@ -97,3 +97,36 @@ def test_raylets_of_one_address_are_asked_apart(fleet, monkeypatch):
     monkeypatch.setattr(module, "unreachable_from_here", unreachable)
     assert fleet.unreachable_nodes() == ["127.0.0.1"]
     assert asked == {"a": ("127.0.0.1", 1), "b": ("127.0.0.1", 2)}
+
+
+def test_ranks_are_seated_node_by_node(monkeypatch):
+    """Six places that Ray filled in turn on two nodes, three slots of two replicas: no slot lies on both nodes."""
+    asked = []
+
+    class Ready:
+        def wait(self, seconds):
+            return True
+
+    class Options:
+        @staticmethod
+        def options(**options):
+            asked.append(options["scheduling_strategy"].placement_group_bundle_index)
+            return SimpleNamespace(remote=lambda **more: len(asked))
+
+    table = {"bundles_to_node_id": {0: "a", 1: "b", 2: "a", 3: "b", 4: "a", 5: "a"}}
+    monkeypatch.setattr(module, "node_resources", lambda: {"a": {"CPU": 4.0}, "b": {"CPU": 2.0}})
+    monkeypatch.setattr(module, "placement_group", lambda bundles, strategy: Ready())
+    monkeypatch.setattr(module, "placement_group_table", lambda group: table)
+    monkeypatch.setattr(module, "Worker", Options)
+    monkeypatch.setattr(
+        module, "PlacementGroupSchedulingStrategy",
+        lambda group, placement_group_bundle_index: SimpleNamespace(
+            placement_group_bundle_index=placement_group_bundle_index
+        ),
+    )  # fmt: skip
+    config = load_config([*WORDS[:-1], "cluster.workers=6"])
+    fleet = Fleet(config, MeshShape(3, 1, 2))
+    fleet.reserve()
+    fleet._create(range(6))
+    assert asked == [0, 2, 4, 5, 1, 3]
+    assert fleet._create([5]) and asked[-1] == 3, "a worker that is replaced takes its own place again"

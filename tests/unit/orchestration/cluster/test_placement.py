@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from orchestration.cluster.placement import NoRoom, check_fits, largest_share, pack
+from orchestration.cluster.placement import NoRoom, check_fits, largest_share, pack, seats, shape_of, shapes_of
+from orchestration.config.compose import load_config
+from orchestration.training.mesh import MeshShape
 
 
 @pytest.mark.parametrize(
@@ -42,3 +44,49 @@ def test_packing_counts_gpus_memory_and_fractions():
     assert pack(3, {"CPU": 1.0, "GPU": 1.0}, nodes) is None
     assert pack(3, {"CPU": 1.0, "memory": 3e9}, nodes).nodes == ("b",)
     assert pack(3, {"CPU": 0.66}, {"one": {"CPU": 2.0}}).node_of == (0, 0, 0)
+
+
+def nodes_by_rank(node_of_bundle, replicas):
+    order = seats(node_of_bundle, replicas)
+    assert sorted(order) == list(range(len(node_of_bundle))), "every place is taken once"
+    return "".join(node_of_bundle[bundle] for bundle in order)
+
+
+@pytest.mark.parametrize(
+    ("reserved", "replicas", "by_rank"),
+    [
+        ("abab", 1, "aabb"),  # neighbours in a ring share nodes
+        ("ababab", 3, "aaabbb"),
+        ("abcabc", 2, "aabbcc"),
+        ("aaabbc", 2, "aabbac"),  # by node alone, two slots of three would lie on two nodes
+        ("bbaaaa", 4, "aaaabb"),
+        ("abbbba", 6, "bbbbaa"),
+        ("aaaa", 2, "aaaa"),
+    ],
+)
+def test_the_replicas_of_a_slot_sit_on_one_node_as_far_as_possible(reserved, replicas, by_rank):
+    """Nodes of the places in Ray's order, workers per slot, and the nodes of the ranks then."""
+    assert nodes_by_rank(reserved, replicas) == by_rank
+
+
+def test_a_plan_draws_ranks_where_a_fleet_seats_them():
+    nodes = {"a": {"CPU": 2.0}, "b": {"CPU": 3.0}, "c": {"CPU": 1.0}}
+    packed = pack(6, {"CPU": 1.0}, nodes)
+    assert packed.on("b") == [0, 1, 2] and packed.on("a") == [3, 4]
+    seated = packed.seated(2)
+    assert (seated.on("b"), seated.on("a"), seated.on("c")) == ([0, 1, 4], [2, 3], [5])
+
+
+def test_meshes_fill_their_workers_exactly():
+    assert shapes_of(6, 6) == [MeshShape(6, 1), MeshShape(6, 2, 2), MeshShape(6, 3, 3), MeshShape(6, 6, 6)]
+    assert shapes_of(3, 2) == [MeshShape(3, 3, 2)]
+    assert shapes_of(3, 1) == [MeshShape(3, 3)]
+
+
+def test_auto_stands_for_a_number_that_fits_until_it_is_decided():
+    def shape(*words):
+        return shape_of(3, load_config(["method=ride", *words]).cluster)
+
+    assert shape("cluster.experts_per_worker=auto") == MeshShape(3, 3)
+    assert shape("cluster.experts_per_worker=auto", "cluster.workers=2") == MeshShape(3, 3, 2)
+    assert shape("cluster.experts_per_worker=auto", "cluster.workers=6") == shape("cluster.workers=6")

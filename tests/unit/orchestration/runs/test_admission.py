@@ -40,11 +40,11 @@ def test_each_refusal_names_its_key(words, message):
 
 def test_every_check_is_made_once_and_the_mesh_is_carried(monkeypatch):
     made = []
-    for name in ("mesh_shape", "check_sources", "check_run_dir"):
+    for name in ("shape_of", "check_sources", "check_run_dir"):
         check = getattr(admission, name)
         monkeypatch.setattr(admission, name, lambda *args, name=name, check=check: made.append(name) or check(*args))
     admitted = admit(load_config(["method=ride", "cluster.workers=3", "run.dir=/runs"]))
-    assert made == ["mesh_shape", "check_sources", "check_run_dir"]
+    assert made == ["shape_of", "check_sources", "check_run_dir"]
     assert admitted.shape == MeshShape(3, 1)
 
 
