@@ -18,6 +18,7 @@ from aggregation.serving import ServedModel
 from experts.batches import Replica, StreamConfig, TrainBatches
 from experts.class_groups import split_classes
 from experts.data.dataset import Dataset
+from experts.data.images import ImageStore
 from experts.data.keyed_random import key
 from experts.draws import StepDraws
 from experts.ensemble import Ensemble, build_ensemble, freeze
@@ -152,10 +153,11 @@ class TrainingSetup(StageSetup):
         self.step_draws = StepDraws(self.draws, mesh.device)
         self.network = HeldModules(self.model, config.engine, mesh.device, self.step_draws)
 
-        self.batches = self._build_batches(self.stage.sampler, "all")
+        train = self.dataset.train.to(mesh.device)  # once, for both streams
+        self.batches = self._build_batches(train, self.stage.sampler, "all")
         self.partners: TrainBatches | None = None
         if self.stage.partner_sampler is not None:
-            self.partners = self._build_batches(self.stage.partner_sampler, "partner")
+            self.partners = self._build_batches(train, self.stage.partner_sampler, "partner")
             _check_pairing(stage, self.batches, self.partners)
 
     def _build_engine(self, make_engine: type[TorchEngine] | None) -> Engine:
@@ -166,8 +168,7 @@ class TrainingSetup(StageSetup):
 
         return DeepSpeedEngine(*args)
 
-    def _build_batches(self, sampler: Any, stream: str) -> TrainBatches:
-        train = self.dataset.train
+    def _build_batches(self, train: ImageStore, sampler: Any, stream: str) -> TrainBatches:
         assert self.stage.batch_size is not None
         return TrainBatches(
             train,

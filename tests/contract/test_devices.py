@@ -14,6 +14,7 @@ from experts.data.dataset import open_dataset
 from orchestration.config.compose import load_config
 from orchestration.training.exchange import Alone, Groups
 from orchestration.training.mesh import Mesh, MeshShape, mesh_shape
+from orchestration.training.stage_setup import TrainingSetup
 from orchestration.training.trainer import StageTrainer
 from tests.emulated_device import DEVICE, EmulatedDevice, OnDevice, RefusedByDevice
 from tests.recipes import WORDS, Recipe, digits, every_recipe, export, numbers
@@ -88,6 +89,15 @@ def test_resident_images_are_cropped_at_random():
 
     on_cpu, on_device = on_both(losses)
     assert on_cpu == on_device
+
+
+def test_both_streams_of_a_stage_take_their_images_from_one_copy():
+    config = load_config(["method=bbn", *WORDS])
+    with EmulatedDevice():
+        setup = TrainingSetup(config, "train", digits(0), Mesh(mesh_shape(2, 1), device=DEVICE))
+        images, partners = setup.batches.store.images, setup.partners.store.images
+        assert isinstance(images, OnDevice)
+        assert images.inner.data_ptr() == partners.inner.data_ptr()
 
 
 @pytest.mark.parametrize("views", [Views(), Views(random_resized_crop=(0.2, 1.0), crop_padding=0)])
