@@ -328,6 +328,8 @@ class StageRun:
             )
             self._epoch_images, self._epoch_seconds = 0, 0.0
 
+        for note in interval.notes:
+            self.console.message(f"stage {self.stage}: {note}")
         shown = {"loss": interval.losses[-1], "lr": interval.lr, "images/s": speed, **interval.terms}
         self.console.step(epoch, self.epochs, self.step, self.target, shown)
 
