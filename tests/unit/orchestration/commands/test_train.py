@@ -1,0 +1,89 @@
+"""What training decides before it starts: cluster.experts_per_worker=auto."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+
+from orchestration.commands import train
+from orchestration.config.compose import load_config
+from orchestration.preflight import placements
+from orchestration.preflight.node_speed import Measured
+from orchestration.preflight.placements import ONE_NODE
+from orchestration.runs.admission import admit
+
+AUTO = ["method=ride", "dataset=digits_lt", "run.dir=/runs", "cluster.experts_per_worker=auto", "cluster.workers=3"]
+WORK = {1: [(16, 0.25), (64, 1.0)]}
+FAST, SLOW = [(1024, 1e-6), (2**22, 1e-4)], [(1024, 1.0), (2**22, 2.0)]
+
+
+@pytest.fixture
+def measuring(monkeypatch):
+    """A cluster of one node; returns how often it was measured, and what it measures."""
+    links = {ONE_NODE: FAST}
+    asked = []
+    monkeypatch.setattr(train, "cluster", lambda address: contextlib.nullcontext())
+    monkeypatch.setattr(train, "node_resources", lambda: {"a": {"CPU": 3.0}})
+
+    def measure_for(config, nodes):
+        asked.append(config)
+        return Measured(WORK, dict(links))
+
+    monkeypatch.setattr(placements, "measure_for", measure_for)
+    return SimpleNamespace(asked=asked, links=links)
+
+
+def begun(*words):
+    """A run folder whose first start had this config."""
+    return SimpleNamespace(started=True, stored_config=lambda: load_config([*AUTO, *words]))
+
+
+NEW = SimpleNamespace(started=False)
+
+
+def placed(folder, *words):
+    return train._placed(admit(load_config([*AUTO, *words])), folder)
+
+
+def test_a_first_start_takes_what_is_fastest_and_says_why(measuring, capsys):
+    words = ["engine.threads=1"]
+    found = placed(NEW, *words)
+    assert found.config.cluster.experts_per_worker == found.shape.experts_per_worker == 3
+    assert found.placement["experts_per_worker"] == 3 and found.placement["measured"] is True
+    assert "cluster.experts_per_worker=auto is 3 for 3 workers: the fastest by measurement" in capsys.readouterr().err
+    measuring.links[ONE_NODE] = SLOW
+    assert placed(NEW, *words).config.cluster.experts_per_worker == 1
+
+
+def test_a_resumed_run_keeps_its_number_whatever_a_measurement_would_say(measuring):
+    for number in (1, 3):
+        found = placed(begun(f"cluster.experts_per_worker={number}"))
+        assert found.config.cluster.experts_per_worker == number and not found.placement
+    packed = placed(begun("cluster.experts_per_worker=null", "cluster.workers=1"))
+    assert packed.shape.replicas == 3, "its one worker had all experts"
+    assert not measuring.asked
+
+
+def test_a_resumed_run_chooses_again_where_its_number_does_not_fit(measuring):
+    found = placed(begun("cluster.experts_per_worker=1"), "cluster.workers=2")
+    assert found.config.cluster.experts_per_worker == 3
+    assert not measuring.asked, "no other number fits"
+
+
+def test_one_worker_and_a_given_number_need_no_measurement(measuring):
+    assert placed(NEW, "cluster.workers=1").config.cluster.experts_per_worker == 3
+    given = admit(load_config([*AUTO[:-2], "cluster.workers=3", "cluster.experts_per_worker=1"]))
+    assert train._placed(given, NEW) is given
+    assert not measuring.asked
+
+
+def test_without_a_measurement_the_model_decides_and_says_so(measuring, monkeypatch, capsys):
+    nothing = Measured(problems=["the link inside a node was not measured: no answer in time"])
+    monkeypatch.setattr(placements, "measure_for", lambda config, nodes: nothing)
+    found = placed(NEW)
+    assert found.placement["measured"] is False
+    said = capsys.readouterr().err
+    assert "by orders of magnitude, since nothing was measured" in said and "no answer in time" in said
+    assert placed(NEW).shape == found.shape
