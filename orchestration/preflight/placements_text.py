@@ -11,6 +11,8 @@ from orchestration.preflight.probe import Probe
 from orchestration.results.text import bytes_, duration, number, plural, text_table
 from orchestration.training.mesh import MeshShape
 
+_NOISE = 1.2  # a gain beyond the number of workers by more than this is no gain: caches make a few percent
+
 
 def placement_lines(found: Comparison) -> Iterator[str]:
     """Describe the placements of a run."""
@@ -84,6 +86,8 @@ def _advice(found: Comparison) -> Iterator[str]:
     more = [c for c in found.candidates if c.shape.workers > 1]
     spread = [c for c in more if c.shape.slots > 1]
     if found.complete:
+        if any((found.gain(c) or 0.0) > _NOISE * c.shape.workers for c in more):
+            yield "NOTE: gains of more than there are workers: other load disturbed the measurement; measure again"
         best = max((c for c in more if c.prediction), key=lambda c: found.gain(c) or 0.0, default=None)
         gain = None if best is None else found.gain(best)
         if best is not None and gain is not None and gain < WORTH:

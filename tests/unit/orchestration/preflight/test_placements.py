@@ -122,6 +122,14 @@ def test_what_could_not_be_measured_leaves_its_rows_open_and_says_why():
     assert "was not measured: no answer in time" in text and "recommended" not in text
 
 
+def test_a_gain_beyond_the_number_of_workers_is_doubted():
+    free = load_config([*SMALL, "cluster.workers=3"])
+    disturbed = Measured({1: [(16, 0.25), (64, 1.0)], 2: [(16, 3.0), (64, 9.0)]}, FAST_LINK)
+    text = "\n".join(placement_lines(compare(free, {"a": {"CPU": 2.0}}, disturbed)))
+    assert "NOTE: gains of more than there are workers" in text
+    assert "gains of more" not in "\n".join(lines("cluster.workers=3"))
+
+
 def test_auto_takes_the_fastest_on_the_workers_asked_for():
     words = ["cluster.workers=3", "cluster.experts_per_worker=auto"]
     found = compare(config(*words), BOX, measured())
