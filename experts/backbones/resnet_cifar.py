@@ -11,6 +11,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experts.backbones.batchnorm import BatchNorm2d
 from experts.backbones.splits import GlobalMean, Split, SplitResNet
 from experts.cases import Case
 from experts.registry import Settings, register
@@ -22,9 +23,9 @@ class BasicBlock(nn.Module):
     def __init__(self, in_planes: int, planes: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes)
+        self.bn1 = BatchNorm2d(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
+        self.bn2 = BatchNorm2d(planes)
         self.stride = stride
         self.new_planes = planes - in_planes
 
@@ -71,13 +72,13 @@ class ResNetCifar(SplitResNet):
         self.head_init = config.head_init
 
     def stem(self) -> dict[str, nn.Module]:
-        return {"conv1": nn.Conv2d(3, 16, 3, padding=1, bias=False), "bn1": nn.BatchNorm2d(16), "relu": nn.ReLU()}
+        return {"conv1": nn.Conv2d(3, 16, 3, padding=1, bias=False), "bn1": BatchNorm2d(16), "relu": nn.ReLU()}
 
     def block(self, stage: int, index: int, in_planes: int, planes: int) -> nn.Module:
         return BasicBlock(in_planes, planes, stride=2 if stage and not index else 1)
 
     def branch(self, num_features: int) -> nn.Module:
-        return nn.Sequential(OrderedDict(bn=nn.BatchNorm2d(num_features), pool=GlobalMean()))
+        return nn.Sequential(OrderedDict(bn=BatchNorm2d(num_features), pool=GlobalMean()))
 
     def initialise(self, module: nn.Module) -> None:
         """Draw convolutions and linear heads from a Kaiming normal; BatchNorm, biases and cosine heads stay as made."""

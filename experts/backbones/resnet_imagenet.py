@@ -15,6 +15,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
+from experts.backbones.batchnorm import BatchNorm2d
 from experts.backbones.splits import GlobalMean, Split, SplitResNet
 from experts.cases import Case
 from experts.registry import Settings, register
@@ -35,9 +36,9 @@ class BasicBlock(nn.Module):
     def __init__(self, in_planes: int, planes: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes)
+        self.bn1 = BatchNorm2d(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
+        self.bn2 = BatchNorm2d(planes)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = shortcut(in_planes, planes, stride)
 
@@ -61,11 +62,11 @@ class Bottleneck(nn.Module):
         inner = planes if cardinality == 1 else planes * 4 // 64 * cardinality
         outer = planes * self.expansion
         self.conv1 = nn.Conv2d(in_planes, inner, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(inner)
+        self.bn1 = BatchNorm2d(inner)
         self.conv2 = nn.Conv2d(inner, inner, 3, stride, padding=1, groups=cardinality, bias=False)
-        self.bn2 = nn.BatchNorm2d(inner)
+        self.bn2 = BatchNorm2d(inner)
         self.conv3 = nn.Conv2d(inner, outer, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(outer)
+        self.bn3 = BatchNorm2d(outer)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = shortcut(in_planes, outer, stride)
 
@@ -80,7 +81,7 @@ def shortcut(in_planes: int, out_planes: int, stride: int) -> nn.Module:
     """Return the identity, or a 1x1 convolution and BatchNorm where the shape changes."""
     if stride == 1 and in_planes == out_planes:
         return nn.Identity()
-    return nn.Sequential(nn.Conv2d(in_planes, out_planes, 1, stride, bias=False), nn.BatchNorm2d(out_planes))
+    return nn.Sequential(nn.Conv2d(in_planes, out_planes, 1, stride, bias=False), BatchNorm2d(out_planes))
 
 
 class Branch(nn.Module):
@@ -92,7 +93,7 @@ class Branch(nn.Module):
     def __init__(self, num_features: int, order: Order, eval_order: Order) -> None:
         super().__init__()
         self.conv = nn.Conv2d(num_features, num_features, 1, bias=False)
-        self.bn = nn.BatchNorm2d(num_features)
+        self.bn = BatchNorm2d(num_features)
         self.relu = nn.ReLU(inplace=True)
         self.pool = GlobalMean()
         self.order, self.eval_order = order, eval_order
@@ -169,7 +170,7 @@ class ResNetImageNet(SplitResNet):
     def stem(self) -> dict[str, nn.Module]:
         return {
             "conv1": nn.Conv2d(3, self.planes[0], 7, stride=2, padding=3, bias=False),
-            "bn1": nn.BatchNorm2d(self.planes[0]),
+            "bn1": BatchNorm2d(self.planes[0]),
             "relu": nn.ReLU(inplace=True),
             "maxpool": nn.MaxPool2d(3, stride=2, padding=1),
         }

@@ -20,6 +20,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from experts.backbones.batchnorm import counted
+
 Split = Literal["ride", "last_stage", "last_block", "whole", "branches"]
 
 
@@ -87,7 +89,7 @@ class SplitResNet(ABC):
         """Return the part that experts share: [B, 3, H, W] to the map at the cut."""
         if self.split == "whole":
             return nn.Identity()
-        return _chain(self.stem() | self._stages(0, self.num_shared_blocks, self.planes))
+        return counted(_chain(self.stem() | self._stages(0, self.num_shared_blocks, self.planes)))
 
     def late_stages(self, *, reduce_dimension: bool) -> nn.Module:
         """Return the part that an expert owns before its head: the trunk's output to [B, D].
@@ -96,10 +98,10 @@ class SplitResNet(ABC):
             ValueError: `reduce_dimension` with a split whose experts have no stage of their own.
         """
         if self.split == "branches":
-            return self.branch(self.num_features(reduce_dimension=reduce_dimension))
+            return counted(self.branch(self.num_features(reduce_dimension=reduce_dimension)))
         parts = self.stem() if self.split == "whole" else {}
         parts |= self._stages(self.num_shared_blocks, len(self.places), self.widths(reduce_dimension))
-        return _chain({**parts, "pool": GlobalMean()})
+        return counted(_chain({**parts, "pool": GlobalMean()}))
 
     def num_features(self, *, reduce_dimension: bool) -> int:
         """Return D."""

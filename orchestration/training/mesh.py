@@ -207,7 +207,7 @@ class Mesh:
         """
         if self.shape.replicas > 1:
             for module in model.modules():
-                if type(module) is nn.BatchNorm2d:
+                if isinstance(module, nn.BatchNorm2d) and not isinstance(module, SynchronisedBatchNorm2d):
                     # The class alone: names, parameters and whoever refers to the module stay as they are.
                     module.__class__ = SynchronisedBatchNorm2d
                     module.group, module.of_whom = self.groups.data, of_whom  # type: ignore[assignment]
