@@ -153,6 +153,55 @@ def test_resuming_with_two_replicas_is_bitwise(engine, warm, tmp_path):
     assert runs.weights(parts) == runs.weights(whole)
 
 
+DRIVER = """
+import os, signal, sys
+from orchestration.cli import main
+from orchestration.runs.checkpoint_writer import CheckpointWriter
+moment, step = sys.argv[1], int(sys.argv[2])
+real = getattr(CheckpointWriter, moment)
+start = CheckpointWriter.start
+
+def noting(writer, state):
+    writer.at = state["step"]
+    start(writer, state)
+
+def dying(writer, *args):
+    found = real(writer, *args)
+    if writer.at == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return found
+
+CheckpointWriter.start = noting
+setattr(CheckpointWriter, moment, dying)
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "complete"),
+    [
+        pytest.param("_collect", False, id="files written and not named", marks=pytest.mark.drill),
+        pytest.param("_name", True, id="best weights not copied"),
+        pytest.param("_keep_best", True, id="older ones not removed", marks=pytest.mark.drill),
+    ],
+)
+def test_a_driver_killed_while_a_checkpoint_is_written_goes_on_bitwise(moment, complete, undisturbed, warm, tmp_path):
+    """Step 9 ends an epoch, whose evaluation is the best so far; the next steps run when the kill comes."""
+    import ray
+
+    folder = tmp_path / "run"
+    words = ["train", *runs.SMALL, f"run.dir={tmp_path}", "run.name=run"]
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    killed = subprocess.run(
+        [sys.executable, "-c", DRIVER, moment, "9", *words], env=environment, capture_output=True, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert (folder / "checkpoints" / "00-train-00000009").exists() == complete
+    assert (folder / "checkpoints" / "best-00-train-00000009").exists() == (moment == "_keep_best")
+    assert runs.train(folder) == 0
+    same(folder, undisturbed)
+
+
 STAGES = (
     "method.stages.second={epochs: 1, batch_size: 50, optimizer: {lr: 1e-12}, lr_schedule: {name: steps}, "
     "sampler: {name: class_balanced}, objective: {name: ride, scale: 30}}"
