@@ -94,8 +94,9 @@ def lend(pool, monkeypatch):
         pool.give_back(fleet.workers)
         fleet.workers = []
 
-    monkeypatch.setattr(Fleet, "_new_group", lambda fleet: None)
-    monkeypatch.setattr(Fleet, "unreachable_nodes", lambda fleet: [])  # the pool has no placement group
+    # The pool has no placement group.
+    monkeypatch.setattr(Fleet, "reserve", Fleet.check_room)
+    monkeypatch.setattr(Fleet, "unreachable_nodes", lambda fleet: [])
     monkeypatch.setattr(Fleet, "_create", create)
     monkeypatch.setattr(Fleet, "close", close)
 
