@@ -22,7 +22,7 @@ from experts.batches import Batch
 from experts.cases import Case
 from experts.data.keyed_random import permutation
 from experts.draws import Moment
-from experts.flow import Flow, FlowSettings, Network, through_shared_head
+from experts.flow import Flow, FlowSettings, Network, side_by_side, through_shared_head
 from experts.losses.cross_entropy import CrossEntropy, cross_entropy
 from experts.objective import Objective, ObjectiveSettings, StepContext
 from experts.precision import at_least_float32
@@ -126,17 +126,17 @@ class H2T(Flow):
             with torch.no_grad():  # frozen up to the features: no graph, and none of its memory
                 receiver_h, donor_h = network.trunk(lambda trunk: (trunk(batch.images_B3HW), trunk(donor.images_B3HW)))
 
+        def score(expert: Any, name: str, place: int) -> Tensor:
+            if known is not None:
+                receiver_BD, donor_BD = known[place]
+            else:
+                with torch.no_grad():
+                    receiver_BD, donor_BD = expert.features(receiver_h), expert.features(donor_h)
+            order_D = network.draws(f"channels of {name}", partial(self.channels, name, receiver_BD.shape[1]))
+            scores: Tensor = expert.head(fuse(receiver_BD, donor_BD, self.config.ratio, order_D))
+            return scores
+
         def heads(experts: Any) -> Tensor:
-            scores = []
-            for place, (name, expert) in enumerate(experts.items()):
-                if known is not None:
-                    receiver_BD, donor_BD = known[place]
-                else:
-                    with torch.no_grad():
-                        receiver_BD, donor_BD = expert.features(receiver_h), expert.features(donor_h)
-                make = partial(self.channels, name, receiver_BD.shape[1])
-                order_D = network.draws(f"channels of {name}", make)
-                scores.append(expert.head(fuse(receiver_BD, donor_BD, self.config.ratio, order_D)))
-            return torch.stack(scores)
+            return torch.stack(side_by_side(score, experts.values(), experts, range(len(experts))))
 
         return gather(through_shared_head(network, network.experts(heads)))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from aggregation.aggregator import Aggregator, AggregatorSettings, Outputs
 from experts.batches import Batch
 from experts.cases import Case
-from experts.flow import Flow, FlowSettings, Gather, Network, through_shared_head
+from experts.flow import Flow, FlowSettings, Gather, Network, side_by_side, through_shared_head
 from experts.objective import MAX_EXPERTS, Objective, ObjectiveSettings, StepContext
 from experts.precision import at_least_float32
 from experts.progress import Progress
@@ -193,15 +193,15 @@ class RouterFlow(Flow):
         with torch.no_grad():  # only the gates learn, and they start from the features
             h = network.trunk(lambda trunk: trunk(batch.images_B3HW))
 
+        def score_and_hidden(expert: Any) -> tuple[Tensor, tuple[int, Tensor] | None]:
+            with torch.no_grad():
+                features_BD = expert.features(h)
+                scores = expert.head(features_BD)
+            return scores, None if expert.gate is None else (expert.position, expert.gate(features_BD))
+
         def scores_and_hidden(experts: Any) -> tuple[Tensor, list[tuple[int, Tensor] | None]]:
-            scores: list[Tensor] = []
-            hidden: list[tuple[int, Tensor] | None] = []
-            for expert in experts.values():
-                with torch.no_grad():
-                    features_BD = expert.features(h)
-                    scores.append(expert.head(features_BD))
-                hidden.append(None if expert.gate is None else (expert.position, expert.gate(features_BD)))
-            return torch.stack(scores), hidden
+            found = side_by_side(score_and_hidden, experts.values())
+            return torch.stack([scores for scores, _ in found]), [hidden for _, hidden in found]
 
         scores, hidden = network.experts(scores_and_hidden)
         with torch.no_grad():
