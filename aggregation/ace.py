@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from aggregation.aggregator import Aggregator, AggregatorSettings, Outputs
 from experts.cases import Case
 from experts.class_groups import GroupRule, nested_targets
+from experts.data.transfer import to_device
 from experts.heads.cosine import CosineHead
 from experts.heads.linear import LinearHead
 from experts.precision import at_least_float32
@@ -79,22 +80,26 @@ class Ace(Aggregator):
         return at_least_float32(head.weight.detach()).norm(dim=1)
 
     def scales(self, norms_EC: Tensor) -> Tensor:
-        """Return a_1 / a_i for every expert i, [E].
+        """Return a_1 / a_i for every expert i, [E]."""
+        mean_E = self._means(norms_EC)
+        return mean_E[0] / mean_E
 
-        Raises:
-            ValueError: an expert's rows are zero or not finite.
-        """
-        targets_EC = self._targets_EC.to(norms_EC.device)
+    def _means(self, norms_EC: Tensor) -> Tensor:
+        """Return a_i for every expert i, [E]."""
+        targets_EC = to_device(self._targets_EC, norms_EC.device)
         # Only the classes that an expert answers for: its rows for the others were never meant to win.
         powers_EC = at_least_float32(norms_EC) ** self.config.norm_power
-        mean_E = powers_EC.where(targets_EC, 0).sum(dim=1) / targets_EC.sum(dim=1)
-        bad = [name for name, mean in zip(self.expert_names, mean_E.tolist(), strict=True) if not 0 < mean < math.inf]
+        return powers_EC.where(targets_EC, 0).sum(dim=1) / targets_EC.sum(dim=1)
+
+    def check(self, numbers_EK: Tensor) -> None:
+        """Refuse experts whose rows are zero or not finite; see `Aggregator.check`."""
+        means = self._means(numbers_EK).tolist()
+        bad = [name for name, mean in zip(self.expert_names, means, strict=True) if not 0 < mean < math.inf]
         if bad:
             raise ValueError(
                 f"method.aggregator 'ace': the head of {', '.join(bad)} has rows of norm 0 or not finite for all the "
                 f"classes it answers for; needed trained weights: evaluate another checkpoint"
             )
-        return mean_E[0] / mean_E
 
     def __call__(self, outputs: Outputs) -> Tensor:
         """See `Aggregator.__call__`."""
@@ -102,7 +107,7 @@ class Ace(Aggregator):
             raise ValueError("method.aggregator 'ace': found no row norms of the experts' heads, needed one per class")
         logits_EBC = at_least_float32(outputs.logits_EBC)
         scale_E11 = self.scales(outputs.numbers_EK).to(logits_EBC)[:, None, None]
-        targets_EC = self._targets_EC.to(logits_EBC.device)
+        targets_EC = to_device(self._targets_EC, logits_EBC.device)
         # Every class has at least the first expert, so the divisor is never 0.
         return (scale_E11 * logits_EBC).where(targets_EC[:, None], 0).sum(dim=0) / targets_EC.sum(dim=0)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from experts.cases import Case
 from experts.class_groups import GroupRule
+from experts.data.transfer import to_device
 from experts.precision import at_least_float32
 from experts.registry import Settings, register
 
@@ -91,6 +92,8 @@ class Aggregator(ABC):
     """Why an expert's place or name matters to the rule; empty where it does not."""
     agreement_adds: ClassVar[str] = ""
     """Why experts that agree are surer together than each alone; empty where they are not."""
+    undecided: ClassVar[str] = ""
+    """Message for images where `experts_used` is NaN; empty where it never is."""
     corrects_classes: ClassVar[str] = ""
     """Why the scores of even a single expert change, by a number per class; empty where they do not."""
     Config: ClassVar[Any]
@@ -112,16 +115,29 @@ class Aggregator(ABC):
         """
         return torch.zeros(0, device=next((p.device for p in expert.parameters()), None))
 
+    def check(self, numbers_EK: Tensor) -> None:
+        """Look at the numbers of the experts before the first of their outputs come; most rules have no need to.
+
+        A rule that does waits for the device here, once, and not in every batch.
+
+        Raises:
+            ValueError: the rule cannot be applied with such numbers.
+        """
+        del numbers_EK
+
     @abstractmethod
     def __call__(self, outputs: Outputs) -> Tensor:
-        """Return the ensemble's scores [B, C]: argmax gives the class, softmax the probabilities."""
+        """Return the ensemble's scores [B, C]: argmax gives the class, softmax the probabilities.
+
+        No value is read here, so that the host never waits. Where there is no sound answer the scores are not finite.
+        """
 
     def members(self, outputs: Outputs) -> dict[str, Tensor]:
         """Return scores [B, C] to be measured, by name: "ensemble" first, then those to compare it with."""
         return {"ensemble": self(outputs)}
 
     def experts_used(self, outputs: Outputs) -> Tensor | None:
-        """Return how many experts scored each image, [B]; None where all of them always do."""
+        """Return how many experts scored each image, [B]; NaN where that is not known, None where all always do."""
         return None
 
 
@@ -216,12 +232,13 @@ class Weighted(Aggregator):
         super().__init__(config, counts_C, expert_names)
         config.check_experts(expert_names)
         # Named in the config, in the order of the logits here.
-        self._weights = [config.weights[name] for name in expert_names]
+        self._weights_E = torch.tensor([config.weights[name] for name in expert_names], dtype=torch.float64)
 
     def __call__(self, outputs: Outputs) -> Tensor:
         """See `Aggregator.__call__`."""
         logits_EBC = at_least_float32(outputs.logits_EBC)
-        return torch.einsum("e,ebc->bc", logits_EBC.new_tensor(self._weights), logits_EBC)
+        weights_E = to_device(self._weights_E, logits_EBC.device, logits_EBC.dtype)
+        return torch.einsum("e,ebc->bc", weights_E, logits_EBC)
 
 
 @register("aggregator", "only")

@@ -10,39 +10,35 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aggregation.metrics import all_groups, group_means
+from aggregation.metrics import SplitMeans, all_groups
+from aggregation.per_image import LABELS, MemberScores, PerImage
+from experts.data.transfer import to_device
 
-STORED = {"prediction": np.int32, "divergence": np.float64}
 _MAIN = "main"
 
 
-class Diversity:
+class Diversity(PerImage):
     """Predictions of every expert, image by image, to be merged and summarised.
 
     Stored per image: its label, the experts' main prediction, and every expert's prediction and divergence from the
     mean: 12 bytes, and 12 per expert. Pieces of a split can be added separately and merged in any order: the summary is
     the same to the last bit.
+
+    The arrays of a state: `labels`, `main` and `<expert>/<prediction|divergence>`.
     """
 
-    def __init__(self) -> None:
-        self._labels: list[NDArray[np.int64]] = []
-        self._main: list[NDArray[np.int32]] = []
-        self._experts: dict[str, dict[str, list[NDArray[Any]]]] = {}
-
-    @property
-    def num_images(self) -> int:
-        """N so far."""
-        return sum(map(len, self._labels))
+    stored: ClassVar[Mapping[str, Any]] = {LABELS: np.int64, _MAIN: np.int32, "prediction": np.int32}
 
     def update(self, expert_logits: Mapping[str, Tensor], labels_B: Tensor) -> None:
-        """Add one batch, which may be empty.
+        """Add one batch, which may be empty. No value is read: labels that are no class, and logits that are not
+        finite, are refused by `state`, `merge` and `result`.
 
         Args:
             expert_logits: logits [B, C] by expert, the same experts in every call. Equal largest scores count as the
@@ -50,86 +46,47 @@ class Diversity:
             labels_B: class ids.
 
         Raises:
-            ValueError: shapes or experts do not fit, a label is not in [0, C), or a logit is not finite.
+            ValueError: shapes or experts do not fit.
         """
-        labels = labels_B.detach().cpu().numpy().astype(np.int64)
         if not expert_logits:
             raise ValueError("diversity needs the logits of 1 expert or more, got none")
         shapes = {tuple(logits_BC.shape) for logits_BC in expert_logits.values()}
-        if len(shapes) > 1 or (shape := next(iter(shapes)))[:1] != labels.shape or len(shape) != 2:
-            raise ValueError(f"logits {', '.join(map(str, sorted(shapes)))} do not fit {len(labels)} labels")
-        if len(labels) and not 0 <= labels.min() <= labels.max() < shape[1]:
-            raise ValueError(f"labels lie in {labels.min()} to {labels.max()}; the experts have {shape[1]} classes")
-        # float64, so that a divergence of nearly equal experts is more than rounding.
-        logits_EBC = torch.stack([logits_BC.detach().double() for logits_BC in expert_logits.values()])
-        bad = [name for name, z_BC in zip(expert_logits, logits_EBC, strict=True) if not torch.isfinite(z_BC).all()]
+        if len(shapes) > 1 or (shape := next(iter(shapes)))[:1] != labels_B.shape or len(shape) != 2:
+            raise ValueError(f"logits {', '.join(map(str, sorted(shapes)))} do not fit {len(labels_B)} labels")
+        self.add(MemberScores.stacked(expert_logits), labels_B)
+
+    def add(self, scores: MemberScores, labels_B: Tensor) -> None:
+        """Add one batch as `update` does."""
+        # In float64, so that a divergence of nearly equal experts is more than rounding.
+        mean_BC = scores.logits_MBC.mean(dim=0)
+        main_B = main_predictions(scores.prediction_MB, mean_BC)
+        divergence_EB = _divergence(mean_BC.log_softmax(dim=1), scores.log_p_MBC)
+        labels_B = to_device(labels_B.detach(), mean_BC.device)
+        # No class is -1: that marks logits that are not finite.
+        prediction_EB = scores.prediction_MB.where(scores.finite_MB, -1)
+        integers = torch.cat([labels_B[None], main_B[None], prediction_EB])
+        names = [f"{name}/{key}" for key in ("prediction", "divergence") for name in scores.names]
+        self._append((LABELS, _MAIN, *names), torch.cat([integers.double(), divergence_EB]), mean_BC.shape[1])
+
+    @property
+    def _experts(self) -> list[str]:
+        return _experts(self._names)
+
+    def _misfit(self, names: tuple[str, ...]) -> str:
+        return f"diversity of {', '.join(self._experts)} cannot take in predictions of {', '.join(_experts(names))}"
+
+    def _check(self, piece: Mapping[str, NDArray[Any]], num_classes: int) -> None:
+        labels_N = piece[LABELS]
+        if len(labels_N) and not 0 <= labels_N.min() <= labels_N.max() < num_classes:
+            raise ValueError(
+                f"labels lie in {labels_N.min()} to {labels_N.max()}; the experts have {num_classes} classes"
+            )
+        bad = [name for name in self._experts if (piece[f"{name}/prediction"] < 0).any()]
         if bad:
             raise ValueError(
                 f"{', '.join(bad)}: logits are not finite (NaN or infinite); the model has diverged or its weights are "
                 f"damaged: evaluate an earlier checkpoint"
             )
-        prediction_EB = logits_EBC.argmax(dim=2)
-        values = {
-            "prediction": prediction_EB.cpu().numpy(),
-            "divergence": divergence_from_mean(logits_EBC).cpu().numpy(),
-        }
-        batch = {
-            name: {key: values[key][k].astype(dtype) for key, dtype in STORED.items()}
-            for k, name in enumerate(expert_logits)
-        }
-        main_B = main_predictions(prediction_EB, logits_EBC.mean(dim=0))
-        self._append(labels, main_B.cpu().numpy().astype(np.int32), batch)
-
-    def merge(self, other: Diversity) -> None:
-        """Add the images of another piece of the same split.
-
-        Raises:
-            ValueError: the other piece has other experts.
-        """
-        if other._experts:
-            experts = {n: {k: np.concatenate(v) for k, v in kept.items()} for n, kept in other._experts.items()}
-            self._append(np.concatenate(other._labels), np.concatenate(other._main), experts)
-
-    def _append(
-        self, labels: NDArray[np.int64], main: NDArray[np.int32], batch: dict[str, dict[str, NDArray[Any]]]
-    ) -> None:
-        if self._experts and set(batch) != set(self._experts):
-            raise ValueError(
-                f"diversity of {', '.join(self._experts)} cannot take in predictions of {', '.join(batch)}"
-            )
-        self._labels.append(labels)
-        self._main.append(main)
-        for name, values in batch.items():
-            kept = self._experts.setdefault(name, {key: [] for key in STORED})
-            for key in STORED:
-                kept[key].append(values[key])
-
-    def state(self) -> dict[str, NDArray[Any]]:
-        """Return everything as arrays, to send to another process.
-
-        They are `labels`, `main`, and `<expert>/<prediction|divergence>` for every expert.
-        """
-        arrays: dict[str, NDArray[Any]] = {
-            "labels": np.concatenate([np.empty(0, np.int64), *self._labels]),
-            _MAIN: np.concatenate([np.empty(0, np.int32), *self._main]),
-        }
-        for name, kept in self._experts.items():
-            for key, parts in kept.items():
-                arrays[f"{name}/{key}"] = np.concatenate(parts)
-        return arrays
-
-    @classmethod
-    def from_state(cls, arrays: Mapping[str, NDArray[Any]]) -> Diversity:
-        """Rebuild the object that `state` was taken from."""
-        diversity = cls()
-        experts: dict[str, dict[str, NDArray[Any]]] = {}
-        for name, values in arrays.items():
-            if "/" in name:
-                expert, key = name.rsplit("/", 1)
-                experts.setdefault(expert, {})[key] = values
-        if experts:
-            diversity._append(arrays["labels"], arrays[_MAIN], experts)
-        return diversity
 
     def result(self, counts_C: Sequence[int] | NDArray[Any], cuts: Sequence[int] | None) -> dict[str, Any]:
         """Return a summary as plain numbers, fit for JSON; the key `diversity` of an evaluation.
@@ -164,32 +121,29 @@ class Diversity:
         """
         if not self.num_images:
             raise ValueError("diversity: no image was taken in; the split to evaluate is empty")
-        labels, main = np.concatenate(self._labels), np.concatenate(self._main)
-        if labels.max() >= len(counts_C):
-            raise ValueError(f"diversity: an image has label {labels.max()}; there are {len(counts_C)} classes")
+        arrays = self.state()
+        labels_N, main_N = arrays[LABELS], arrays[_MAIN]
+        if labels_N.max() >= len(counts_C):
+            raise ValueError(f"diversity: an image has label {labels_N.max()}; there are {len(counts_C)} classes")
         groups = all_groups(counts_C, cuts)
-        kept = {name: {k: np.concatenate(v) for k, v in parts.items()} for name, parts in self._experts.items()}
-        prediction_EN = np.stack([values["prediction"] for values in kept.values()])
-
-        def means(values_N: NDArray[Any]) -> dict[str, float | None]:
-            return group_means(values_N, labels, groups, len(counts_C))
-
-        pairs = {
-            (a, b): means(kept[a]["prediction"] != kept[b]["prediction"]) for a, b in itertools.combinations(kept, 2)
-        }
+        means = SplitMeans(labels_N, groups, len(counts_C)).of_groups
+        names = self._experts
+        said = {name: arrays[f"{name}/prediction"] for name in names}
+        said_EN = np.stack(list(said.values()))
+        pairs = {(a, b): means(said[a] != said[b]) for a, b in itertools.combinations(names, 2)}
         no_pairs: dict[str, float | None] = dict.fromkeys(["all", *groups])
-        divergence = {name: means(values["divergence"]) for name, values in kept.items()}
+        divergence = {name: means(arrays[f"{name}/divergence"]) for name in names}
         return {
-            "num_experts": len(kept),
-            "experts": list(kept),
+            "num_experts": len(names),
+            "experts": names,
             "disagreement": _mean(list(pairs.values())) if pairs else no_pairs,
-            "agreement": means((prediction_EN == prediction_EN[0]).all(axis=0)) if pairs else no_pairs,
+            "agreement": means((said_EN == said_EN[0]).all(axis=0)) if pairs else no_pairs,
             "pairs": [{"experts": list(pair), "disagreement": by_group} for pair, by_group in pairs.items()],
             "divergence": divergence,
             "mean_divergence": _mean(list(divergence.values())),
-            "error": means((prediction_EN != labels).mean(axis=0)),
-            "bias": means(main != labels),
-            "variance": means((prediction_EN != main).mean(axis=0)),
+            "error": means((said_EN != labels_N).mean(axis=0)),
+            "bias": means(main_N != labels_N),
+            "variance": means((said_EN != main_N).mean(axis=0)),
         }
 
 
@@ -198,19 +152,24 @@ def main_predictions(prediction_EB: Tensor, mean_logits_BC: Tensor) -> Tensor:
 
     Neither the order of experts nor, but for equal mean logits, the order of classes matters.
     """
-    votes_BC = torch.zeros_like(mean_logits_BC)
-    votes_BC.scatter_add_(1, prediction_EB.T, torch.ones_like(prediction_EB.T, dtype=votes_BC.dtype))
-    # Among the classes with the most votes alone, the mean logits decide.
-    most_BC = votes_BC == votes_BC.amax(dim=1, keepdim=True)
-    return mean_logits_BC.masked_fill(~most_BC, float("-inf")).argmax(dim=1)
+    votes_EB = (prediction_EB[:, None] == prediction_EB).sum(dim=0)
+    # Among the classes with the most votes alone, the mean logits decide, and of equal ones the first class.
+    mean_EB = mean_logits_BC.gather(1, prediction_EB.T).T.where(votes_EB == votes_EB.amax(dim=0), float("-inf"))
+    return prediction_EB.where(mean_EB == mean_EB.amax(dim=0), mean_logits_BC.shape[1]).amin(dim=0)
 
 
 def divergence_from_mean(logits_EBC: Tensor) -> Tensor:
     """Return KL(softmax(mean logits) || softmax(logits of k)) of every expert k and image, nats, [E, B], at least 0."""
-    log_p_EBC = logits_EBC.log_softmax(dim=2)
-    log_q_BC = logits_EBC.mean(dim=0).log_softmax(dim=1)
+    return _divergence(logits_EBC.mean(dim=0).log_softmax(dim=1), logits_EBC.log_softmax(dim=2))
+
+
+def _divergence(log_q_BC: Tensor, log_p_EBC: Tensor) -> Tensor:
     # Rounding can leave the divergence of equal distributions just below 0.
     return (log_q_BC.exp() * (log_q_BC - log_p_EBC)).sum(dim=2).clamp(min=0)
+
+
+def _experts(names: Sequence[str]) -> list[str]:
+    return [name.rsplit("/", 1)[0] for name in names if name.endswith("/prediction")]
 
 
 def metrics(result: Mapping[str, Any]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from aggregation.aggregator import Aggregator, AggregatorSettings, Outputs
 from experts.cases import Case
+from experts.data.transfer import to_device
 from experts.losses.counts import log_prior
 from experts.objective import MAX_EXPERTS
 from experts.precision import at_least_float32
@@ -95,7 +96,7 @@ class PriorCorrected(Aggregator, Tunable):
     def __call__(self, outputs: Outputs) -> Tensor:
         """See `Aggregator.__call__`."""
         logits_BC = at_least_float32(outputs.logits_EBC).mean(dim=0)
-        return logits_BC - self.value * self._log_prior_C.to(logits_BC)
+        return logits_BC - self.value * to_device(self._log_prior_C, logits_BC.device, logits_BC.dtype)
 
 
 @register("aggregator", "logit_adjusted")

@@ -5,19 +5,23 @@ Shapes: N images of a split, B images of one update, C classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from aggregation.per_image import LABELS, MemberScores, PerImage
+from experts.data.transfer import to_device
+
 MANY_ABOVE = 100
 FEW_BELOW = 20
 GROUPS = ("many", "medium", "few")
 CALIBRATION_BINS = 15
-MEASURED = {"correct": np.bool_, "confidence": np.float64, "nll": np.float64}
+MEASURED = ("correct", "confidence", "nll")
 _EXTRA = "per_image:"  # before the names of extra numbers in a state; a member's arrays have a "/"
 
 
@@ -59,36 +63,50 @@ def all_groups(counts_C: Sequence[int] | NDArray[Any], cuts: Sequence[int] | Non
     return groups_by_count(counts_C) | {f"{group}_by_index": ids for group, ids in by_index.items()}
 
 
-def class_means(values_N: NDArray[Any], labels_N: NDArray[np.int64], num_classes: int) -> NDArray[np.float64]:
-    """Return the mean over the images of each class, [C], NaN without images; their order does not matter."""
-    # Float sums depend on their order: sorted, they do not depend on how the split was divided among replicas.
-    order = np.lexsort((values_N, labels_N))
-    size_C = np.bincount(labels_N, minlength=num_classes)
-    total_C = np.bincount(labels_N[order], values_N[order].astype(np.float64), num_classes)
-    return total_C / np.where(size_C, size_C, np.nan)  # NaN without NumPy's warning about 0 / 0
+class SplitMeans:
+    """Means over the images of a split, over those of each class, and over groups of classes.
 
-
-def group_means(
-    values_N: NDArray[Any], labels_N: NDArray[np.int64], groups: Mapping[str, NDArray[np.int64]], num_classes: int
-) -> dict[str, float | None]:
-    """Summarise a number per image as accuracies are summarised.
+    None of them depends on the order of the images, to the last bit.
 
     Args:
-        values_N: the number, at least one.
-        labels_N: class ids, in [0, num_classes).
+        labels_N: class ids, in [0, C); at least one.
         groups: class ids by group, see `all_groups`.
         num_classes: C.
-
-    Returns:
-        `all`: mean over the images; for every group the unweighted mean over its classes' means, None where no class of
-        it has an image. Neither depends on the order of the images, to the last bit.
     """
-    mean_C = class_means(values_N, labels_N, num_classes)
-    means: dict[str, float | None] = {"all": float(np.sort(values_N).mean())}  # sorted: the same sum in any order
-    for group, ids in groups.items():
-        present = mean_C[ids][~np.isnan(mean_C[ids])]
-        means[group] = float(present.mean()) if len(present) else None
-    return means
+
+    def __init__(self, labels_N: NDArray[np.int64], groups: Mapping[str, NDArray[np.int64]], num_classes: int) -> None:
+        self._num_classes = num_classes
+        self._labels_N = labels_N
+        # NumPy sorts integers of 16 bits in linear time.
+        self._short_labels_N = labels_N.astype(np.uint16) if num_classes <= 2**16 else labels_N
+        size_C = np.bincount(labels_N, minlength=num_classes)
+        self._size_C = np.where(size_C, size_C, np.nan)  # NaN without NumPy's warning about 0 / 0
+        self._present = {group: ids[size_C[ids] > 0] for group, ids in groups.items()}
+
+    def of_classes(self, values_N: NDArray[Any]) -> NDArray[np.float64]:
+        """Return the mean of a number over the images of each class, [C]; NaN where a class has none."""
+        if values_N.dtype == np.bool_:  # counts are the same in any order
+            return np.bincount(self._labels_N[values_N], minlength=self._num_classes) / self._size_C
+        # Sums of floats depend on their order: sorted, they do not depend on how the split was divided among replicas.
+        order_N = np.argsort(values_N)
+        order_N = order_N[np.argsort(self._short_labels_N[order_N], kind="stable")]
+        return np.bincount(self._labels_N[order_N], values_N[order_N], self._num_classes) / self._size_C
+
+    def of_groups(self, values_N: NDArray[Any], mean_C: NDArray[np.float64] | None = None) -> dict[str, float | None]:
+        """Summarise a number per image as accuracies are summarised.
+
+        Args:
+            values_N: the number.
+            mean_C: `of_classes` of it, where that is there already.
+
+        Returns:
+            `all`: mean over the images; for every group the unweighted mean over its classes' means, None where no
+            class of it has an image.
+        """
+        mean_C = self.of_classes(values_N) if mean_C is None else mean_C
+        ordered_N = values_N if values_N.dtype == np.bool_ else np.sort(values_N)  # the same sum in any order
+        by_group = {group: float(mean_C[ids].mean()) if len(ids) else None for group, ids in self._present.items()}
+        return {"all": float(ordered_N.mean()), **by_group}
 
 
 def expected_calibration_error(
@@ -116,7 +134,7 @@ def expected_calibration_error(
         raise ValueError(f"calibration needs one confidence per result, got {confidence.shape} and {correct.shape}")
     if not (confidence.min() >= 0 and confidence.max() <= 1):
         raise ValueError(f"confidences lie in {confidence.min()} to {confidence.max()}; needed 0 to 1")
-    order = np.argsort(confidence, kind="stable")  # so that the sums below do not depend on the order of the images
+    order = np.argsort(confidence)  # so that the sums below do not depend on the order of the images
     confidence, correct = confidence[order], correct[order]
     # side="left" puts a confidence on an edge into the bin below, (low, high]; 0 has none below and goes to the first.
     bin_N = np.maximum(np.searchsorted(np.linspace(0, 1, bins + 1), confidence, side="left") - 1, 0)
@@ -126,28 +144,31 @@ def expected_calibration_error(
     return float(gap.sum() / len(confidence)), float((gap[filled] / size[filled]).max())
 
 
-class Scores:
+class Scores(PerImage):
     """Results per image of the members of an evaluation, to be merged and summarised.
 
     Stored per image: its label and, for every member, whether it was right, how sure it was and its negative
     log-likelihood: 17 bytes per member; and any extra numbers, such as how many experts a router asked. Pieces of a
     split can be scored separately and merged in any order: the summary is the same to the last bit.
+
+    The arrays of a state: `labels`, `<member>/<correct|confidence|nll>` and `per_image:<name>`.
+
+    Args:
+        reasons: by name of an extra number, the message for images where it is not finite, if there is a better one
+            than their number.
     """
 
-    def __init__(self) -> None:
-        self._labels: list[NDArray[np.int64]] = []
-        self._members: dict[str, dict[str, list[NDArray[Any]]]] = {}
-        self._extras: dict[str, list[NDArray[np.float64]]] = {}
+    stored: ClassVar[Mapping[str, Any]] = {LABELS: np.int64, "correct": np.bool_}
 
-    @property
-    def num_images(self) -> int:
-        """N so far."""
-        return sum(map(len, self._labels))
+    def __init__(self, reasons: Mapping[str, str] | None = None) -> None:
+        super().__init__()
+        self._reasons = dict(reasons or {})
 
     def update(
         self, member_logits: Mapping[str, Tensor], labels_B: Tensor, per_image: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Score one batch, which may be empty.
+        """Score one batch, which may be empty. No value is read: labels that are no class, and numbers that are not
+        finite, are refused by `state`, `merge` and `result`.
 
         Args:
             member_logits: logits or log-probabilities [B, C] by member, the same members in every call. Equal largest
@@ -156,83 +177,63 @@ class Scores:
             per_image: extra numbers [B] by name, such as `experts_used`; the same names in every call.
 
         Raises:
-            ValueError: shapes, members or names do not fit, a label is not in [0, C), or a score or an extra number is
-                not finite.
+            ValueError: shapes, members or names do not fit.
         """
-        labels = labels_B.detach().cpu().numpy().astype(np.int64)
-        batch = {}
+        if not member_logits:
+            raise ValueError(f"scores of {', '.join(self._members) or 'nobody'} cannot take in scores of nobody")
+        num_classes = next(iter(member_logits.values())).shape[-1]
         for member, logits_BC in member_logits.items():
-            if logits_BC.ndim != 2 or len(logits_BC) != len(labels):
-                raise ValueError(f"{member}: scores {tuple(logits_BC.shape)} do not fit {len(labels)} labels")
-            if len(labels) and not 0 <= labels.min() <= labels.max() < logits_BC.shape[1]:
+            if logits_BC.shape != (len(labels_B), num_classes):
                 raise ValueError(
-                    f"labels lie in {labels.min()} to {labels.max()}; {member} has {logits_BC.shape[1]} classes"
+                    f"{member}: scores {tuple(logits_BC.shape)} do not fit {len(labels_B)} labels and {num_classes} "
+                    f"classes"
                 )
-            batch[member] = _measure(member, logits_BC.detach(), labels_B.detach())
-        extras = {name: _extra(name, values_B, len(labels)) for name, values_B in (per_image or {}).items()}
-        self._append(labels, batch, extras)
+        self.add(MemberScores.stacked(member_logits), labels_B, per_image)
 
-    def merge(self, other: Scores) -> None:
-        """Add the images of another piece of the same split.
+    def add(self, scores: MemberScores, labels_B: Tensor, per_image: Mapping[str, Tensor] | None = None) -> None:
+        """Score one batch as `update` does."""
+        extras = per_image or {}
+        for name, values_B in extras.items():
+            if values_B.shape != labels_B.shape or "/" in name:
+                raise ValueError(
+                    f"{name}: numbers {tuple(values_B.shape)} do not fit {len(labels_B)} labels; "
+                    f"needed one for each image, and a name without '/'"
+                )
+        names = [f"{member}/{key}" for key in MEASURED for member in scores.names]
+        extra_rows = [values_B.detach().double()[None] for values_B in extras.values()]
+        labels_B = to_device(labels_B.detach(), scores.logits_MBC.device)
+        rows_KB = torch.cat([labels_B.double()[None], _measured(scores, labels_B), *extra_rows])
+        self._append((LABELS, *names, *(_EXTRA + name for name in extras)), rows_KB, scores.logits_MBC.shape[2])
 
-        Raises:
-            ValueError: the other piece has other members or other extra numbers.
-        """
-        if other._members:
-            members = {m: {k: np.concatenate(v) for k, v in kept.items()} for m, kept in other._members.items()}
-            extras = {name: np.concatenate(parts) for name, parts in other._extras.items()}
-            self._append(np.concatenate(other._labels), members, extras)
+    @property
+    def _members(self) -> list[str]:
+        return _members(self._names)
 
-    def _append(
-        self,
-        labels: NDArray[np.int64],
-        batch: dict[str, dict[str, NDArray[Any]]],
-        extras: dict[str, NDArray[np.float64]],
-    ) -> None:
-        if not len(labels) and not batch:  # an empty piece of a replica that scored nothing
-            return
-        if not batch or (self._members and set(batch) != set(self._members)):
+    def _misfit(self, names: tuple[str, ...]) -> str:
+        if set(_members(names)) != set(self._members):
+            return f"scores of {', '.join(self._members)} cannot take in scores of {', '.join(_members(names))}"
+        return (
+            f"scores with {', '.join(_extras(self._names)) or 'no extra number'} per image cannot take in "
+            f"scores with {', '.join(_extras(names)) or 'no extra number'}"
+        )
+
+    def _check(self, piece: Mapping[str, NDArray[Any]], num_classes: int) -> None:
+        labels_N = piece[LABELS]
+        if len(labels_N) and not 0 <= labels_N.min() <= labels_N.max() < num_classes:
             raise ValueError(
-                f"scores of {', '.join(self._members) or 'nobody'} cannot take in "
-                f"scores of {', '.join(batch) or 'nobody'}"
+                f"labels lie in {labels_N.min()} to {labels_N.max()}; {self._members[0]} has {num_classes} classes"
             )
-        if self._members and set(extras) != set(self._extras):
-            raise ValueError(
-                f"scores with {', '.join(self._extras) or 'no extra number'} per image cannot take in "
-                f"scores with {', '.join(extras) or 'no extra number'}"
-            )
-        self._labels.append(labels)
-        for name, numbers in extras.items():
-            self._extras.setdefault(name, []).append(numbers)
-        for member, values in batch.items():
-            kept = self._members.setdefault(member, {key: [] for key in MEASURED})
-            for key in MEASURED:
-                kept[key].append(values[key])
-
-    def state(self) -> dict[str, NDArray[Any]]:
-        """Return everything as arrays, to send to another process: `labels`, `<member>/<correct|confidence|nll>` and
-        `per_image:<name>`."""
-        arrays: dict[str, NDArray[Any]] = {"labels": np.concatenate([np.empty(0, np.int64), *self._labels])}
-        for member, kept in self._members.items():
-            for key, parts in kept.items():
-                arrays[f"{member}/{key}"] = np.concatenate(parts)
-        return arrays | {_EXTRA + name: np.concatenate(parts) for name, parts in self._extras.items()}
-
-    @classmethod
-    def from_state(cls, arrays: Mapping[str, NDArray[Any]]) -> Scores:
-        """Rebuild the scores that `state` was taken from."""
-        scores = cls()
-        members: dict[str, dict[str, NDArray[Any]]] = {}
-        extras: dict[str, NDArray[np.float64]] = {}
-        for name, values in arrays.items():
-            if "/" in name:
-                member, key = name.rsplit("/", 1)
-                members.setdefault(member, {})[key] = values
-            elif name != "labels":
-                extras[name.removeprefix(_EXTRA)] = values
-        if members:
-            scores._append(arrays["labels"], members, extras)
-        return scores
+        for name in _extras(self._names):
+            bad = np.count_nonzero(~np.isfinite(piece[_EXTRA + name]))
+            if bad:
+                raise ValueError(self._reasons.get(name) or f"{name}: {bad} of {len(labels_N)} numbers are not finite")
+        for member in self._members:
+            bad = np.count_nonzero(np.isnan(piece[f"{member}/nll"]))
+            if bad:
+                raise ValueError(
+                    f"{member}: {bad} of {len(labels_N)} images have scores that are not finite (NaN or infinite); "
+                    f"the model has diverged or its weights are damaged: evaluate an earlier checkpoint"
+                )
 
     def result(
         self, counts_C: Sequence[int] | NDArray[Any], cuts: Sequence[int] | None, probabilities: bool = True
@@ -256,54 +257,47 @@ class Scores:
         """
         if not self.num_images:
             raise ValueError("no image was scored; the split to evaluate is empty")
-        labels = np.concatenate(self._labels)
-        if labels.max() >= len(counts_C):
-            raise ValueError(f"a scored image has label {labels.max()}; there are {len(counts_C)} classes")
-        groups = all_groups(counts_C, cuts)
+        arrays = self.state()
+        labels_N = arrays[LABELS]
+        if labels_N.max() >= len(counts_C):
+            raise ValueError(f"a scored image has label {labels_N.max()}; there are {len(counts_C)} classes")
+        means = SplitMeans(labels_N, all_groups(counts_C, cuts), len(counts_C))
         members = {}
-        for member, parts in self._members.items():
-            kept = {key: np.concatenate(values) for key, values in parts.items()}
-            accuracy_C = class_means(kept["correct"], labels, len(counts_C))
-            ece, mce = expected_calibration_error(kept["confidence"], kept["correct"])
+        for member in self._members:
+            correct_N = arrays[f"{member}/correct"]
+            accuracy_C = means.of_classes(correct_N)
+            ece, mce = expected_calibration_error(arrays[f"{member}/confidence"], correct_N)
             members[member] = {
-                "top1": group_means(kept["correct"], labels, groups, len(counts_C)),
-                "nll": float(np.sort(kept["nll"]).mean()) if probabilities else None,
+                "top1": means.of_groups(correct_N, accuracy_C),
+                "nll": float(np.sort(arrays[f"{member}/nll"]).mean()) if probabilities else None,
                 "ece": ece if probabilities else None,
                 "mce": mce if probabilities else None,
-                "per_class": [None if np.isnan(value) else float(value) for value in accuracy_C],
+                "per_class": [None if math.isnan(value) else value for value in accuracy_C.tolist()],
             }
-        per_image = {
-            name: group_means(np.concatenate(parts), labels, groups, len(counts_C))
-            for name, parts in self._extras.items()
-        }
-        return {"num_images": len(labels), "members": members, "per_image": per_image}
+        per_image = {name: means.of_groups(arrays[_EXTRA + name]) for name in _extras(self._names)}
+        return {"num_images": len(labels_N), "members": members, "per_image": per_image}
 
 
-def _measure(member: str, logits_BC: Tensor, labels_B: Tensor) -> dict[str, NDArray[Any]]:
-    """Measure one batch, image by image; in float64, because float32 rounds confidences across the edges of bins."""
-    bad = int((~torch.isfinite(logits_BC)).any(dim=1).sum())
-    if bad:
-        raise ValueError(
-            f"{member}: {bad} of {len(logits_BC)} images have scores that are not finite (NaN or infinite); "
-            f"the model has diverged or its weights are damaged: evaluate an earlier checkpoint"
-        )
-    log_p_BC = logits_BC.double().log_softmax(dim=1)
-    labels_B = labels_B.to(log_p_BC.device)
-    values = {
-        "correct": logits_BC.argmax(dim=1) == labels_B,
-        "confidence": log_p_BC.amax(dim=1).exp().clamp(max=1),
-        "nll": -log_p_BC.gather(1, labels_B[:, None])[:, 0],
-    }
-    return {key: values[key].cpu().numpy().astype(dtype) for key, dtype in MEASURED.items()}
+def _measured(scores: MemberScores, labels_B: Tensor) -> Tensor:
+    """Measure one batch, image by image: whether a member was right, its confidence and its negative log-likelihood.
+
+    In float64, because float32 rounds confidences across the edges of bins.
+
+    Returns:
+        [3 M, B]; the last M are NaN where a score is not finite.
+    """
+    # A label that is no class must not read outside of the scores; `state` refuses it.
+    known_B = labels_B.clamp(0, scores.logits_MBC.shape[2] - 1)
+    asked_MB2 = torch.stack([scores.prediction_MB, known_B.expand_as(scores.prediction_MB)], dim=2)
+    sure_MB, nll_MB = scores.log_p_MBC.gather(2, asked_MB2).unbind(2)
+    correct_MB = scores.prediction_MB == labels_B
+    nll_MB = torch.where(scores.finite_MB, -nll_MB, torch.nan)
+    return torch.cat([correct_MB.double(), sure_MB.exp().clamp(max=1), nll_MB])
 
 
-def _extra(name: str, values_B: Tensor, num_images: int) -> NDArray[np.float64]:
-    if values_B.shape != (num_images,) or "/" in name:
-        raise ValueError(
-            f"{name}: numbers {tuple(values_B.shape)} do not fit {num_images} labels; "
-            f"needed one for each image, and a name without '/'"
-        )
-    numbers = values_B.detach().double().cpu().numpy()
-    if not np.isfinite(numbers).all():
-        raise ValueError(f"{name}: {int((~np.isfinite(numbers)).sum())} of {num_images} numbers are not finite")
-    return numbers
+def _members(names: Sequence[str]) -> list[str]:
+    return [name.rsplit("/", 1)[0] for name in names if name.endswith("/correct")]
+
+
+def _extras(names: Sequence[str]) -> list[str]:
+    return [name.removeprefix(_EXTRA) for name in names if name.startswith(_EXTRA) and "/" not in name]

@@ -225,12 +225,13 @@ class RouterFlow(Flow):
 class Router(Aggregator):
     """The mean over the experts used: each image goes to the first, and on to the next while the gates ask for more.
 
-    An image stops at the first gate whose score is 0 or less (a probability of 1/2 or less).
+    An image stops at the first gate whose score is 0 or less (a probability of 1/2 or less). Where the score of a gate
+    is not finite, neither are the ensemble's.
 
     Source: Wang et al. 2021, arXiv:2010.01809 (expert assignment), and the published code's evaluation.
 
     Raises:
-        ValueError: the ensemble has no gates, or their scores are not finite.
+        ValueError: the ensemble has no gates.
     """
 
     class Config(AggregatorSettings):
@@ -238,9 +239,13 @@ class Router(Aggregator):
 
     needs_router: ClassVar[bool] = True
     order_matters: ClassVar[str] = "experts are asked in their order"
+    undecided: ClassVar[str] = (
+        "method.aggregator.name = router: scores of the gates are not finite (NaN or infinite); the router has "
+        "diverged or its weights are damaged: evaluate an earlier checkpoint"
+    )
 
     def experts_used(self, outputs: Outputs) -> Tensor:
-        """Return 1 to E for each image, int64 [B]."""
+        """Return 1 to E for each image, NaN where the score of a gate is not finite; float64 [B]."""
         gates_EB = outputs.gates_EB
         if gates_EB is None:
             raise ValueError(
@@ -248,20 +253,16 @@ class Router(Aggregator):
                 "use method.aggregator.name = mean_logits"
             )
         asks_EB = gates_EB[:-1]
-        if not bool(torch.isfinite(asks_EB).all()):
-            raise ValueError(
-                "method.aggregator.name = router: scores of the gates are not finite (NaN or infinite); the router has "
-                "diverged or its weights are damaged: evaluate an earlier checkpoint"
-            )
         # The running product turns to 0 at the first gate that stops, whatever later gates would say.
-        return 1 + (asks_EB > 0).long().cumprod(dim=0).sum(dim=0)
+        used_B = 1 + (asks_EB > 0).long().cumprod(dim=0).sum(dim=0)
+        return used_B.double().where(torch.isfinite(asks_EB).all(dim=0), torch.nan)
 
     def __call__(self, outputs: Outputs) -> Tensor:
         """See `Aggregator.__call__`."""
         logits_EBC = at_least_float32(outputs.logits_EBC)
         used_B = self.experts_used(outputs)
         shown_EB = torch.arange(len(logits_EBC), device=used_B.device)[:, None] < used_B
-        return logits_EBC.where(shown_EB[..., None], 0).sum(dim=0) / used_B[:, None]
+        return logits_EBC.where(shown_EB[..., None], 0).sum(dim=0) / used_B[:, None].to(logits_EBC.dtype)
 
     def members(self, outputs: Outputs) -> dict[str, Tensor]:
         """Return the routed scores, and the mean over all experts."""

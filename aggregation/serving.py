@@ -34,6 +34,7 @@ from aggregation.aggregator import Aggregator, Outputs
 from experts.augmentation.augment import prepare_eval
 from experts.data.config import DatasetConfig, Evaluation
 from experts.data.decode import frame
+from experts.data.transfer import to_device
 from experts.ensemble import Ensemble, EnsembleConfig, build_ensemble
 from experts.precision import exact_float32
 from experts.registry import Settings, build, import_pieces, piece
@@ -240,7 +241,9 @@ class ServedModel:
             torch.tensor(description.counts),
             description.expert_names,
         )
-        self._numbers_EK = torch.stack([self.aggregator.describe(expert) for expert in ensemble.experts.values()])
+        numbers_EK = torch.stack([self.aggregator.describe(expert) for expert in ensemble.experts.values()])
+        self._numbers_EK = numbers_EK.cpu()
+        self._checked = False  # not now: a model may be loaded that is never asked
         self._dataset = description.preprocessing.dataset_config()
         self._device = next(ensemble.parameters()).device
 
@@ -256,22 +259,38 @@ class ServedModel:
             Probabilities of the ensemble, float32 [B, C]; a row sums to 1.
 
         Raises:
-            ValueError: another type, shape or size of images than the model takes.
+            ValueError: another type, shape or size of images than the model takes, or as `outputs`.
         """
         images_BcHW = self._check(np.asarray(images))
-        rows = [np.empty((0, self.description.num_classes), np.float32)]
+        rows = [torch.empty(0, self.description.num_classes + 1, device=self._device)]
         with torch.inference_mode(), exact_float32():
             for start in range(0, len(images_BcHW), batch_size):
-                raw = torch.from_numpy(images_BcHW[start : start + batch_size].copy()).to(self._device)
+                raw = to_device(images_BcHW[start : start + batch_size].copy(), self._device)
                 square = frame(raw, self._dataset.image_size, self._dataset.eval.resize)
-                scores_BC = self.aggregator(self.outputs(prepare_eval(square, self._dataset)))
-                rows.append(scores_BC.softmax(dim=1).float().cpu().numpy())
-        return np.concatenate(rows)
+                rows.append(self._probabilities(self.outputs(prepare_eval(square, self._dataset))))
+            found = torch.cat(rows).cpu().numpy()  # all batches together, so that the host waits once
+        if np.isnan(found[:, -1]).any():
+            raise ValueError(self.aggregator.undecided)
+        return np.ascontiguousarray(found[:, :-1])
+
+    def _probabilities(self, outputs: Outputs) -> Tensor:
+        """Return float32 [B, C + 1]: probabilities, and a number that is NaN where the aggregator has no answer."""
+        probabilities_BC = self.aggregator(outputs).softmax(dim=1).float()
+        used_B = self.aggregator.experts_used(outputs)
+        sound_B = probabilities_BC.new_zeros(len(probabilities_BC)) if used_B is None else used_B.float()
+        return torch.cat([probabilities_BC, sound_B[:, None]], dim=1)
 
     def outputs(self, images_B3HW: Tensor) -> Outputs:
-        """Return the experts' outputs for images that are normalised already. The caller decides about gradients."""
+        """Return the experts' outputs for images that are normalised already. The caller decides about gradients.
+
+        Raises:
+            ValueError: the aggregator cannot be applied to these weights.
+        """
+        if not self._checked:
+            self.aggregator.check(self._numbers_EK)
+            self._checked = True
         logits_EBC, gates_EB = self.ensemble.outputs(images_B3HW)
-        return Outputs(logits_EBC, self._numbers_EK.to(logits_EBC.device), gates_EB)
+        return Outputs(logits_EBC, to_device(self._numbers_EK, logits_EBC.device), gates_EB)
 
     def _check(self, images: NDArray[Any]) -> NDArray[np.uint8]:
         height, width, channels = self.description.image_shape

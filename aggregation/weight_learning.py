@@ -23,6 +23,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from experts.data.transfer import to_device
 from experts.precision import at_least_float32
 from experts.registry import Settings
 
@@ -68,7 +69,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 def combine(weights_E: Tensor, logits_EBC: Tensor) -> Tensor:
     """Return the weighted sum of the experts' logits, [B, C]."""
     logits_EBC = at_least_float32(logits_EBC)
-    return torch.einsum("e,ebc->bc", weights_E.to(logits_EBC), logits_EBC)
+    return torch.einsum("e,ebc->bc", to_device(weights_E, logits_EBC.device, logits_EBC.dtype), logits_EBC)
 
 
 def disagreement(weights_E: Tensor, views_2EBC: Tensor, entropy: float = 0.0) -> Tensor:
@@ -103,6 +104,7 @@ class Learner:
     Attributes:
         trajectory: the weights after every pass.
         stopped: whether a weight became so small that no further pass follows.
+        steps: taken in finished passes.
     """
 
     def __init__(self, num_experts: int, settings: WeightLearning, device: torch.device | str = "cpu") -> None:
@@ -110,6 +112,8 @@ class Learner:
         self.trajectory: list[list[float]] = []
         self.stopped = False
         self.steps = 0
+        self._losses: list[Tensor] = []  # of the steps since then
+        self._ok = torch.ones((), dtype=torch.bool, device=device)  # all losses so far are finite
         # Any equal numbers give uniform weights; 1 / E is the published start, and weight decay acts on it.
         start = torch.full((num_experts,), 1 / num_experts, dtype=torch.float64, device=device)
         self._w_E = start.requires_grad_()
@@ -131,27 +135,39 @@ class Learner:
         """Softmax of the learnt numbers, float64."""
         return self.numbers_E.softmax(dim=0)
 
-    def step(self, views_2EBC: Tensor) -> float:
+    def step(self, views_2EBC: Tensor) -> Tensor:
         """Take one step on a batch of views and return the loss before it.
 
-        Raises:
-            FloatingPointError: the loss is not finite.
+        The host does not wait for it: `end_pass` finds out whether the loss was finite. If not, the numbers stay as
+        they are from here on.
         """
+        before_E = self.numbers_E
         self._optimizer.zero_grad()
         loss = disagreement(self._w_E.softmax(dim=0), views_2EBC, self.settings.entropy).mean()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"test-time weights: the loss of step {self.steps + 1} is {loss.item()}; the experts' logits are not "
-                "finite or too large: the model has diverged, evaluate another one (--model last or best)"
-            )
         loss.backward()
         self._optimizer.step()
-        self.steps += 1
-        return loss.item()
+        self._ok = self._ok & loss.isfinite()
+        with torch.no_grad():
+            self._w_E.copy_(torch.where(self._ok, self._w_E, before_E))
+        self._losses.append(loss.detach())
+        return self._losses[-1]
 
     def end_pass(self) -> None:
-        """Record the weights of a finished pass over the images, and decide whether it was the last."""
-        weights = self.weights_E.tolist()
+        """Record the weights of a finished pass over the images, and decide whether it was the last.
+
+        Raises:
+            FloatingPointError: the loss of a step was not finite.
+        """
+        numbers = torch.stack([*self._losses, *self.weights_E]).tolist()
+        losses, weights = numbers[: len(self._losses)], numbers[len(self._losses) :]
+        for step, loss in enumerate(losses, self.steps + 1):
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"test-time weights: the loss of step {step} is {loss}; the experts' logits are not finite or too "
+                    "large: the model has diverged, evaluate another one (--model last or best)"
+                )
+        self.steps += len(losses)
+        self._losses.clear()
         self.trajectory.append(weights)
         self.stopped = min(round(weight, 2) for weight in weights) < self.settings.stop_below
 
@@ -229,10 +245,10 @@ def correct_counts(weights_GE: np.ndarray, logits_ENC: Tensor, labels_N: Tensor)
     """
     top_EN = logits_ENC.argmax(dim=-1)
     alike_N = (top_EN == top_EN[0]).all(dim=0)
-    total_G = torch.full((len(weights_GE),), int((top_EN[0] == labels_N)[alike_N].sum()), device=logits_ENC.device)
+    total_G = ((top_EN[0] == labels_N) & alike_N).sum().repeat(len(weights_GE))
     # As many images at a time as keep the scores of all weightings in bounds.
     open_N = (~alike_N).nonzero()[:, 0]
-    weights = torch.from_numpy(weights_GE).to(logits_ENC)
+    weights = to_device(weights_GE, logits_ENC.device, logits_ENC.dtype)
     images = max(1, SCORES_AT_ONCE // max(1, len(weights_GE) * logits_ENC.shape[-1]))
     for rows in open_N.split(images):
         predicted_GB = torch.einsum("ge,ebc->gbc", weights, logits_ENC[:, rows]).argmax(dim=-1)
@@ -252,7 +268,7 @@ def oracle_weights(logits_ENC: Tensor, labels_N: Tensor, also: Iterable[Sequence
         also: further weightings to begin from.
     """
     num_experts = len(logits_ENC)
-    logits_ENC, labels_N = at_least_float32(logits_ENC), labels_N.to(logits_ENC.device)
+    logits_ENC, labels_N = at_least_float32(logits_ENC), to_device(labels_N, logits_ENC.device)
     tried_GE = np.concatenate([simplex_grid(num_experts), np.array([list(w) for w in also]).reshape(-1, num_experts)])
     correct_G = correct_counts(tried_GE, logits_ENC, labels_N)
     best_E, most = tried_GE[correct_G.argmax()], correct_G.max()
@@ -318,4 +334,4 @@ def correct_for_prior(logits_EBC: Tensor, target_C: np.ndarray, trained_log_EC: 
         )
     shift_EC = np.log(target_C) - trained_log_EC
     logits_EBC = at_least_float32(logits_EBC)
-    return logits_EBC + torch.from_numpy(shift_EC).to(logits_EBC)[:, None]
+    return logits_EBC + to_device(shift_EC, logits_EBC.device, logits_EBC.dtype)[:, None]

@@ -11,8 +11,9 @@ from torch import Tensor
 from experts.augmentation.augment import prepare_eval
 from experts.batches import Replica, share
 from experts.data.config import DatasetConfig
-from experts.data.images import FileImages, ImageStore
+from experts.data.images import ImageStore, ResidentImages
 from experts.data.prefetch import Prefetcher, Request
+from experts.data.transfer import to_device
 
 _ALONE = Replica()
 
@@ -40,24 +41,25 @@ class EvalBatches:
         return (self.stop - self.start + self.batch_size - 1) // self.batch_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield images [B, 3, S, S] and labels int64 [B], on the device.
+        """Yield images [B, 3, S, S] and labels int64 [B], on the device; the host does not wait for it.
 
         Raises:
             ValueError: an image file is missing or damaged; names it.
         """
         firsts = range(self.start, self.stop, self.batch_size)
-        parts = [np.arange(first, min(first + self.batch_size, self.stop)) for first in firsts]
-
-        prefetcher = None
-        if isinstance(self.store, FileImages):
-            prefetcher = Prefetcher(self.store, self.config.loader_processes, pin_memory=self.device.type == "cuda")
-            pixels = prefetcher.read_all([Request(part) for part in parts])
-        else:
-            pixels = map(self.store.take, parts)
+        parts = [slice(first, min(first + self.batch_size, self.stop)) for first in firsts]
+        if isinstance(self.store, ResidentImages):
+            for part in parts:
+                yield self._prepared(self.store.images[part], part)
+            return
+        prefetcher = Prefetcher(self.store, self.config.loader_processes, pin_memory=self.device.type == "cuda")
         try:
-            for part, images in zip(parts, pixels, strict=True):
-                labels = torch.from_numpy(self.store.labels[part]).to(self.device)
-                yield prepare_eval(images.to(self.device, non_blocking=True), self.config, self.dtype), labels
+            requests = [Request(np.arange(part.start, part.stop)) for part in parts]
+            for part, images in zip(parts, prefetcher.read_all(requests), strict=True):
+                yield self._prepared(images, part)
         finally:
-            if prefetcher is not None:
-                prefetcher.close()
+            prefetcher.close()
+
+    def _prepared(self, images_BcHW: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        images_B3HW = prepare_eval(to_device(images_BcHW, self.device), self.config, self.dtype)
+        return images_B3HW, to_device(self.store.labels[part], self.device)

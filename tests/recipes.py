@@ -20,7 +20,10 @@ from orchestration.config.words import available
 from orchestration.training.mesh import Mesh, mesh_shape
 from orchestration.training.trainer import StageTrainer
 
-WORDS = ["dataset=digits_lt", "dataset.image_size=8", "engine.name=torch", "tracking.enabled=false"]
+WORDS = [
+    "dataset=digits_lt", "dataset.image_size=8", "engine.name=torch", "tracking.enabled=false",
+    "run.evaluation_batch_size=60",  # the same batches on every device
+]  # fmt: skip
 QUICK = {"ride", "ace"}
 """Recipes that `make unit` tries: one whose rule asks for no numbers of the experts, one whose rule does."""
 every_recipe = pytest.mark.parametrize(

@@ -98,7 +98,7 @@ class NearestClassMean(Head):
             # A product, because adding rows by index is not deterministic on a GPU.
             sums_CX += F.one_hot(labels_B, classes).T.to(sums_CX) @ torch.cat([values_BD, ones_B1], dim=1)
         sums_CX = total(sums_CX)
-        empty = torch.nonzero(sums_CX[:, width] == 0).flatten().tolist()
+        empty = [c for c, images in enumerate(sums_CX[:, width].tolist()) if not images]
         if empty:
             raise ValueError(
                 f"head 'ncm': {len(empty)} of {classes} classes have no training image: class "

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from aggregation.diversity import Diversity
-from aggregation.metrics import Scores
+from aggregation.tally import Tally
 from orchestration.results.run_table import run_table
 from orchestration.results.saved_run import SavedRun, open_run, same_threads, stages_to_measure
 from orchestration.storage.location import local_run
@@ -95,18 +94,10 @@ def reevaluate(run: str, which: str | None, split: str, overrides: list[str], st
 @torch.no_grad()
 def _score(saved: SavedRun) -> dict[str, Any]:
     """Score as a worker does during training, so that an unchanged run gives its own numbers again."""
-    model, names = saved.model, saved.model.description.expert_names
-    scores, diversity = Scores(), Diversity()
+    tally = Tally(saved.model.aggregator, saved.model.description.expert_names)
     for images_B3HW, labels_B in saved.batches():
-        outputs = saved.outputs(images_B3HW)
-        experts = dict(zip(names, outputs.logits_EBC.unbind(), strict=True))
-        used_B = model.aggregator.experts_used(outputs)
-        extra = {} if used_B is None else {"experts_used": used_B}
-        scores.update({**model.aggregator.members(outputs), **experts}, labels_B, extra)
-        diversity.update(experts, labels_B)
-    counts = saved.data["counts"]
-    probabilities = saved.config.method.gives_probabilities(saved.final)
-    return {**scores.result(counts, saved.cuts, probabilities), "diversity": diversity.result(counts, saved.cuts)}
+        tally.add(saved.outputs(images_B3HW), labels_B)
+    return tally.result(saved.data["counts"], saved.cuts, saved.config.method.gives_probabilities(saved.final))
 
 
 def _shown(evaluation: dict[str, Any]) -> dict[str, Any]:

@@ -25,8 +25,8 @@ def check(tree: dict[str, Any], title: str, origin: Origin = lambda keys: None) 
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        lines = sorted({_line(problem, tree, origin) for problem in error.errors()})
-    raise ValueError(message(title, lines))
+        lines = {_line(problem, tree, origin): None for problem in error.errors()}
+    raise ValueError(message(title, sorted(_joined(list(lines)))))
 
 
 def _line(problem: Any, tree: dict[str, Any], origin: Origin) -> str:
@@ -52,6 +52,18 @@ def _line(problem: Any, tree: dict[str, Any], origin: Origin) -> str:
     return f"{key} = {found}: {text[0].lower() + text[1:]}"
 
 
+def _joined(lines: list[str]) -> list[str]:
+    """Make one line of those about one value: what each of the types that its key may have says of it."""
+    by_value: dict[str, list[str]] = {}
+    for line in lines:
+        value, _, text = line.partition(": ")
+        if " = " in value:
+            by_value.setdefault(f"{value}: ", []).append(text)
+        else:
+            by_value[line] = []
+    return [value + ", or ".join(texts) for value, texts in by_value.items()]
+
+
 def _wrong_piece(key: str, problem: Any) -> str:
     """Say what is wrong with a mapping that should name a piece."""
     found = problem.get("input")
@@ -70,9 +82,14 @@ def _nearest(key: str, known: list[str]) -> list[str]:
 
 
 def _path(loc: tuple[Any, ...], tree: Any) -> list[Any]:
-    """Return the keys as the operator wrote them, without the tags that pydantic inserts for chosen pieces."""
+    """Return the keys as the operator wrote them, without the tags that pydantic inserts.
+
+    It does so for chosen pieces, and below a value for each of the types that it may have.
+    """
     keys: list[Any] = []
     for part in loc:
+        if isinstance(tree, str | int | float):
+            break
         if isinstance(tree, dict) and part not in tree and part == tree.get("name"):
             continue
         keys.append(part)

@@ -124,7 +124,10 @@ class RunSettings(Settings):
     """Stop after this many optimiser steps, counted over all stages; evaluate and exit 0."""
     evaluate_every_epochs: Annotated[int, Field(ge=1)] = 1
     """The 'best' model is chosen among the evaluated epochs. The last epoch is always evaluated."""
-    evaluation_batch_size: Annotated[int, Field(ge=1)] = 256
+    evaluation_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Images scored at once. auto: 256 on a CPU; on other devices as many as have 2^22 pixels together, rounded down to
+    a power of two (4096 images of 32 x 32, 64 of 224 x 224), but at least 1. Never by free memory, since the last bits
+    of scores may depend on it. Set a number where a device has no room for so many."""
     select_on: Literal["auto", "val", "test"] = "auto"
     """The split that chooses the 'best' model. auto: val if there is one, else test; every table names it."""
     checkpoint_every_steps: Annotated[int, Field(ge=1)] = 500
@@ -160,6 +163,15 @@ class RunConfig(Settings):
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     run: RunSettings = Field(default_factory=RunSettings)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+
+    def evaluation_batch_size(self, device_type: str) -> int:
+        """Return the number of images to score at once on a device of this type, e.g. "cuda"."""
+        if self.run.evaluation_batch_size != "auto":
+            return self.run.evaluation_batch_size
+        if device_type == "cpu":
+            return 256
+        images = max(1, 2**22 // self.dataset.image_size**2)
+        return 2 ** (images.bit_length() - 1)
 
     @model_validator(mode="after")
     def _data_fits(self) -> RunConfig:

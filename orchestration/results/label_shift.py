@@ -207,7 +207,8 @@ def _compare(
 
     # In batches, because each member has logits of its own, and N x C of them may not fit on the device.
     scores = Scores()
-    for part in torch.arange(len(labels_N)).split(saved.config.run.evaluation_batch_size):
+    size = saved.config.evaluation_batch_size(saved.device.type)
+    for part in (slice(first, first + size) for first in range(0, len(labels_N), size)):
         logits_EBC = logits_ENC[:, part]
         members = {AS_TRAINED: own_NC[part], KNOWN: correct_for_prior(logits_EBC, target_C, trained_EC).mean(dim=0)}
         members |= {rule: combine(torch.tensor(weights_E), logits_EBC) for rule, weights_E in weights.items()}
@@ -252,10 +253,10 @@ def _logits(saved: SavedRun) -> tuple[Tensor, Tensor, Tensor]:
     logits, own, labels = [], [], []
     for images_B3HW, labels_B in saved.batches():
         outputs = saved.outputs(images_B3HW)
-        logits.append(at_least_float32(outputs.logits_EBC).cpu())
-        own.append(saved.model.aggregator.members(outputs)["ensemble"].cpu())
-        labels.append(labels_B.cpu())
-    return torch.cat(logits, dim=1), torch.cat(own), torch.cat(labels)
+        logits.append(at_least_float32(outputs.logits_EBC))
+        own.append(saved.model.aggregator.members(outputs)["ensemble"])
+        labels.append(labels_B)
+    return torch.cat(logits, dim=1).cpu(), torch.cat(own).cpu(), torch.cat(labels).cpu()
 
 
 def _learn(
@@ -307,12 +308,12 @@ def _learn(
 
 def _view_logits(saved: SavedRun, maker: ViewMaker, number: int, positions: np.ndarray) -> Callable[[Tensor], Tensor]:
     """Compute the logits of two views of these images. Return a function: positions in the split -> [2, E, B, C]."""
-    size = saved.config.run.evaluation_batch_size
+    size = saved.config.evaluation_batch_size(saved.device.type)
     cuts = [share(len(positions), part, -(-len(positions) // size)) for part in range(-(-len(positions) // size))]
     views = []
     for view in range(2):
         batches = (maker.make(positions[first:last], number, view) for first, last in cuts)
-        views.append(torch.cat([at_least_float32(saved.outputs(b).logits_EBC).cpu() for b in batches], dim=1))
+        views.append(torch.cat([at_least_float32(saved.outputs(b).logits_EBC) for b in batches], dim=1).cpu())
     logits_2EUC = torch.stack(views)
     # From a position in the split to its row here; only positions that have one are asked for.
     place = torch.full((len(saved.store),), -1, dtype=torch.int64)

@@ -220,7 +220,7 @@ def _measure(saved: SavedRun, classes: list[int]) -> tuple[list[Panels], NDArray
     from orchestration.training.precision import casting
 
     part = saved.dataset.only(np.array(classes))
-    size = saved.config.run.evaluation_batch_size
+    size = saved.config.evaluation_batch_size(saved.device.type)
     models = {"before": _starting_model(saved), "after": saved.model}
     found: dict[str, list[list[Any]]] = {moment: [] for moment in models}
     labels = []

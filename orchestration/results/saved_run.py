@@ -110,7 +110,7 @@ class SavedRun:
 
     def batches(self) -> EvalBatches:
         """Return the split in its own order, in batches of run.evaluation_batch_size."""
-        size = self.config.run.evaluation_batch_size
+        size = self.config.evaluation_batch_size(self.device.type)
         return EvalBatches(self.store, self.dataset.config, size, Replica(device=self.device, dtype=self.dtype))
 
     def outputs(self, images_B3HW: Tensor) -> Outputs:

@@ -8,20 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from aggregation.aggregator import Outputs
-from aggregation.diversity import Diversity
-from aggregation.metrics import Scores
+from aggregation.tally import States, Tally
 from experts.batches import Replica
 from experts.eval_batches import EvalBatches
 from experts.objective import ExtraInputs
 from orchestration.training.precision import casting
 from orchestration.training.stage_setup import StageSetup, TrainingSetup
-
-States = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
 
 
 @torch.no_grad()
@@ -35,34 +31,27 @@ def evaluate(setup: StageSetup, split: str, beat: Callable[[], None]) -> States 
 
     Returns:
         The states of `Scores` and `Diversity` on workers of the first slot, None on the others.
+
+    Raises:
+        ValueError: scores are not finite, or the aggregator cannot be applied to these weights.
     """
     mesh = setup.mesh
     if not setup.config.engine.sync_batchnorm:  # replicas have statistics of their own: all score with the first's
         mesh.broadcast_buffers(setup.model)
     setup.model.eval()  # the next step sets the training mode again
     numbers_EK = setup.numbers_of_experts()
-    scores, diversity = Scores(), Diversity()
-    for images_B3HW, labels_B in _share_of(setup, split):
+    setup.aggregator.check(numbers_EK)
+    tally = Tally(setup.aggregator, setup.expert_names)
+    batches = EvalBatches(setup.scored(split), setup.dataset.config, setup.scored_at_once, setup.replica)
+    for images_B3HW, labels_B in batches:
         with casting(setup.config.engine, mesh.device):
             logits_EBC, gates_EB = setup.model.outputs(images_B3HW, mesh.gather)
         if mesh.slot == 0:  # after the gather every slot holds the same; one counts
-            _count(setup, Outputs(logits_EBC, numbers_EK, gates_EB), labels_B, scores, diversity)
+            tally.add(Outputs(logits_EBC, numbers_EK, gates_EB), labels_B)
         beat()
-    return (scores.state(), diversity.state()) if mesh.slot == 0 else None
-
-
-def _share_of(setup: StageSetup, split: str) -> EvalBatches:
-    images = setup.dataset.test if split == "test" else setup.dataset.val
-    assert images is not None, split
-    return EvalBatches(images, setup.dataset.config, setup.config.run.evaluation_batch_size, setup.replica)
-
-
-def _count(setup: StageSetup, outputs: Outputs, labels_B: Tensor, scores: Scores, diversity: Diversity) -> None:
-    members = dict(zip(setup.expert_names, outputs.logits_EBC.unbind(), strict=True))
-    used = setup.aggregator.experts_used(outputs)
-    per_image = None if used is None else {"experts_used": used}
-    scores.update({**setup.aggregator.members(outputs), **members}, labels_B, per_image)
-    diversity.update(members, labels_B)
+    states = tally.states() if mesh.slot == 0 else None
+    beat()  # the host has waited for the device
+    return states
 
 
 def prepare_objective(setup: TrainingSetup, beat: Callable[[], None]) -> None:
@@ -97,7 +86,7 @@ def _teacher_scores(setup: TrainingSetup, split: str, beat: Callable[[], None]) 
             f"{setup.dataset.config.name} has not; set dataset.val_per_class (cut from the training pool) or "
             f"dataset.val_list; the test set is never used for this"
         )
-    size, row = setup.config.run.evaluation_batch_size, 0
+    size, row = setup.scored_at_once, 0
     batches = EvalBatches(images, setup.dataset.config, size, Replica(device=setup.mesh.device, dtype=setup.dtype))
     for images_B3HW, labels_B in batches:
         positions_B = torch.arange(row, row + len(labels_B), device=setup.mesh.device)

@@ -38,8 +38,7 @@ class FeaturePasses:
         keep: bool = True,
     ) -> None:
         self._setup, self._beat = setup, beat
-        size = setup.config.run.evaluation_batch_size
-        self._batches = EvalBatches(store, setup.dataset.config, size, replica or setup.replica)
+        self._batches = EvalBatches(store, setup.dataset.config, setup.scored_at_once, replica or setup.replica)
         self._kept: list[tuple[list[Tensor], Tensor]] | None = None
         self._too_many = not keep  # or a pass has found more than it may keep
 

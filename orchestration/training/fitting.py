@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from aggregation.aggregator import Outputs
 from experts.tunable import Tunable
@@ -121,27 +122,37 @@ def _choose(setup: StageSetup, kind: str, key: str, beat: Callable[[], None]) ->
     first = tunables[0]
     value, tried = first.published, []
     if setup.dataset.val is not None:
-        features = FeaturePasses(setup, setup.dataset.val, beat)
-        for candidate in first.candidates():
+        features = FeaturePasses(setup, setup.scored("val"), beat)
+        candidates, counted = list(first.candidates()), []
+        for candidate in candidates:
             _set(tunables, candidate)
-            tried.append((candidate, _mean_accuracy(setup, features)))
+            counted.append(_right_and_all(setup, features))
             beat()  # a pass over features that are kept gives no sign of life
+        # Read together, so that the host does not wait for every candidate.
+        tried = [(n, _mean_accuracy(found)) for n, found in zip(candidates, torch.stack(counted).cpu(), strict=True)]
         value = max(tried, key=lambda one: one[1])[0]
     _set(tunables, value)
     split = "val" if tried else None
     return Choice(f"{kind}.{key}", value, split, first.origin, first.published, tuple(tried))
 
 
-def _mean_accuracy(setup: StageSetup, features: FeaturePasses) -> float:
-    """Return the mean over classes of the ensemble's accuracy, of those classes that the split has images of."""
-    mesh, num_classes = setup.mesh, setup.dataset.num_classes
+def _right_and_all(setup: StageSetup, features: FeaturePasses) -> Tensor:
+    """Return by class the images that the ensemble has right, and all images; float64 [2, C]."""
+    mesh = setup.mesh
     numbers_EK = setup.numbers_of_experts()
-    right_and_all = torch.zeros(2, num_classes, dtype=torch.float64, device=mesh.device)
+    setup.aggregator.check(numbers_EK)
+    right_and_all_2C = torch.zeros(2, setup.dataset.num_classes, dtype=torch.float64, device=mesh.device)
     for own, labels_B in features.all():
         with casting(setup.config.engine, mesh.device):
             logits_EBC, gates_EB = setup.model.outputs_of(own, mesh.gather)
         found_B = setup.aggregator(Outputs(logits_EBC, numbers_EK, gates_EB)).argmax(dim=1)
-        for row, labels in enumerate((labels_B[found_B == labels_B], labels_B)):
-            right_and_all[row] += torch.bincount(labels, minlength=num_classes)
-    right_C, all_C = mesh.sum_over_data(right_and_all, "right answers")
+        right_B = found_B == labels_B
+        # Whole numbers, so that the order in which a GPU adds them does not matter.
+        right_and_all_2C.index_add_(1, labels_B, torch.stack([right_B, torch.ones_like(right_B)]).double())
+    return mesh.sum_over_data(right_and_all_2C, "right answers")
+
+
+def _mean_accuracy(right_and_all_2C: Tensor) -> float:
+    """Return the mean over classes of the accuracy, of those classes that the split has images of."""
+    right_C, all_C = right_and_all_2C
     return (right_C / all_C)[all_C > 0].mean().item()

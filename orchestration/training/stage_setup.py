@@ -67,6 +67,7 @@ class StageSetup:
         self.aggregator: Aggregator = build(
             "aggregator", config.method.aggregator_in(stage), self.counts_C, self.expert_names
         )
+        self._scored: dict[str, ImageStore] = {}
         self.learns = parts_that_learn(config.method, stage)
         self.memory_format = memory_format_for(config.engine, mesh.device)
         self.model = self._build_model()
@@ -97,6 +98,19 @@ class StageSetup:
     @property
     def steps_per_epoch(self) -> int:
         return 0
+
+    @property
+    def scored_at_once(self) -> int:
+        """The number of images of a batch for scoring."""
+        return self.config.evaluation_batch_size(self.mesh.device.type)
+
+    def scored(self, split: str) -> ImageStore:
+        """Return the images of "test" or "val". Those in memory are moved to the device at the first call."""
+        if split not in self._scored:
+            images = self.dataset.test if split == "test" else self.dataset.val
+            assert images is not None, split
+            self._scored[split] = images.to(self.mesh.device)
+        return self._scored[split]
 
     def numbers_of_experts(self) -> Tensor:
         """Return what the aggregator wants to know of every expert's weights, [E, K]. Every worker must take part."""

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from aggregation.ace import Ace
 from aggregation.aggregator import MeanLogits, MeanProbabilities, Only, Outputs, SumLogits, Weighted
 from aggregation.router import ALL_EXPERTS, Router
+from aggregation.tally import Tally
 from experts.class_groups import GroupRule
 from experts.ensemble import Expert
 from experts.heads.cosine import CosineHead
@@ -162,7 +163,8 @@ def test_ace_refuses_what_it_cannot_scale():
         norms = torch.ones(3, 3)
         norms[1, 1:] = bad
         with pytest.raises(ValueError, match="the head of mid has rows of norm 0 or not finite"):
-            ace([500, 50, 5])(Outputs(z, norms))
+            ace([500, 50, 5]).check(norms)
+    ace([500, 50, 5]).check(torch.ones(3, 3))
 
 
 def test_groups_without_a_class_are_refused():
@@ -204,8 +206,12 @@ def test_a_router_needs_sound_gates():
         rule(Router)(Outputs(ROUTED))
     broken = GATES.clone()
     broken[1, 2] = float("nan")
+    given = Outputs(ROUTED, gates_EB=broken)
+    assert rule(Router)(given).isnan().any(dim=1).tolist() == [False, False, True, False]
+    tally = Tally(rule(Router), NAMES)
+    tally.add(given, torch.tensor([0, 1, 0, 1]))
     with pytest.raises(ValueError, match="scores of the gates are not finite"):
-        rule(Router)(Outputs(ROUTED, gates_EB=broken))
+        tally.states()
 
 
 def test_scores_of_experts_that_were_not_asked_do_not_matter():

@@ -252,10 +252,10 @@ def test_half_precision_logits_are_compared_in_float64():
 def test_logits_that_are_not_finite_are_refused_by_expert(bad):
     experts, labels = draw()
     experts["expert1"][7, 2] = bad
-    diversity = Diversity()
-    with pytest.raises(ValueError, match=r"^expert1: logits are not finite"):
-        diversity.update(experts, labels)
-    assert diversity.num_images == 0
+    diversity = taken(experts, labels, slice(0, 20), slice(20, 60))
+    for read in (diversity.state, lambda: Diversity().merge(diversity), lambda: diversity.result(COUNTS, None)):
+        with pytest.raises(ValueError, match=r"^expert1: logits are not finite"):
+            read()
 
 
 def test_inputs_that_do_not_fit_are_refused():
@@ -274,7 +274,7 @@ def test_inputs_that_do_not_fit_are_refused():
         Diversity().update({}, labels)
     for wrong in (6, -1):
         with pytest.raises(ValueError, match="the experts have 6 classes"):
-            Diversity().update(experts, torch.cat([labels[1:], torch.tensor([wrong])]))
+            taken(experts, torch.cat([labels[1:], torch.tensor([wrong])])).state()
     with pytest.raises(ValueError, match="label 5; there are 5 classes"):
         diversity.result(COUNTS[:5], None)
     with pytest.raises(ValueError, match="no image was taken in"):

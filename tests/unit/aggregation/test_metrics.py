@@ -178,10 +178,10 @@ def test_equal_scores_count_as_the_first_class():
 def test_scores_that_are_not_finite_are_refused_by_member(bad):
     member_logits, labels = draw()
     member_logits["expert1"][7, 2] = bad
-    scores = Scores()
-    with pytest.raises(ValueError, match="expert1: 1 of 40 images have scores that are not finite"):
-        scores.update(member_logits, labels)
-    assert scores.num_images == 0
+    scores = scored(member_logits, labels, slice(0, 10), slice(10, 40))
+    for read in (scores.state, lambda: Scores().merge(scores), lambda: scores.result(COUNTS, None)):
+        with pytest.raises(ValueError, match="expert1: 1 of 40 images have scores that are not finite"):
+            read()
 
 
 def test_inputs_that_do_not_fit_are_refused():
@@ -195,7 +195,11 @@ def test_inputs_that_do_not_fit_are_refused():
         Scores().update(member_logits, labels[1:])
     for wrong in (6, -1):
         with pytest.raises(ValueError, match="ensemble has 6 classes"):
-            Scores().update(member_logits, torch.cat([labels[1:], torch.tensor([wrong])]))
+            scored(member_logits, torch.cat([labels[1:], torch.tensor([wrong])])).state()
+    with pytest.raises(ValueError, match=r"expert0: scores \(40, 5\) do not fit 40 labels and 6 classes"):
+        Scores().update(member_logits | {"expert0": member_logits["expert0"][:, 1:]}, labels)
+    with pytest.raises(ValueError, match="nobody"):
+        Scores().update({}, labels)
     with pytest.raises(ValueError, match="label 5; there are 5 classes"):
         scores.result(COUNTS[:5], None)
     with pytest.raises(ValueError, match="no image was scored"):
@@ -262,8 +266,13 @@ def test_extra_numbers_that_do_not_fit_are_refused():
         scored(member_logits, labels, per_image={"experts_used": torch.ones(40, 1)})
     with pytest.raises(ValueError, match="a name without '/'"):
         scored(member_logits, labels, per_image={"experts/used": numbers})
+    broken = {"doubt": numbers.masked_fill(torch.arange(40) == 3, float("nan"))}
     with pytest.raises(ValueError, match="doubt: 1 of 40 numbers are not finite"):
-        scored(member_logits, labels, per_image={"doubt": numbers.masked_fill(torch.arange(40) == 3, float("nan"))})
+        scored(member_logits, labels, per_image=broken).state()
+    explained = Scores({"doubt": "ask again"})
+    explained.update(member_logits, labels, broken)
+    with pytest.raises(ValueError, match=r"^ask again$"):
+        explained.state()
     with_numbers, without = scored(member_logits, labels, per_image={"doubt": numbers}), scored(member_logits, labels)
     with pytest.raises(ValueError, match="doubt per image cannot take in scores with no extra number"):
         with_numbers.merge(without)

@@ -65,15 +65,18 @@ def test_views_that_are_equal_move_nothing_but_the_weight_decay():
     torch.testing.assert_close(learner.weights_E, torch.full((3,), 1 / 3, dtype=torch.float64), atol=1e-12, rtol=0)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights_change():
+def test_after_a_loss_that_is_not_finite_the_weights_stay_and_the_pass_ends_with_an_error():
     learner = Learner(3, WeightLearning())
     views = one_stable_expert()
     learner.step(views)
     before = learner.numbers_E
-    views[0, 2, 5, 1] = float("nan")
-    with pytest.raises(FloatingPointError, match="step 2 is nan"):
-        learner.step(views)
+    spoilt = views.clone()
+    spoilt[0, 2, 5, 1] = float("nan")
+    learner.step(spoilt)
+    learner.step(views)
     assert torch.equal(learner.numbers_E, before)
+    with pytest.raises(FloatingPointError, match="step 2 is nan"):
+        learner.end_pass()
 
 
 def test_learnt_weights_are_kept_when_new_views_agree_more():
