@@ -59,9 +59,13 @@ def scaled_confidences(confidence_N: Tensor, labels_N: Tensor, lowest_C: Tensor)
 
     Source: published code of arXiv:2001.01536. Differs: there a class with equal confidences divides by 0.
     """
-    empty_C = confidence_N.new_zeros(len(lowest_C))  # include_self=False keeps these zeros out of least and most
-    least_N = empty_C.scatter_reduce(0, labels_N, confidence_N, "amin", include_self=False)[labels_N]
-    most_N = empty_C.scatter_reduce(0, labels_N, confidence_N, "amax", include_self=False)[labels_N]
+    # Sorted by class, and by confidence within each: a GPU repeats that to the bit, as it does not `scatter_reduce`.
+    order_N = confidence_N.argsort()
+    order_N = order_N[labels_N[order_N].argsort(stable=True)]
+    classes_C = torch.arange(len(lowest_C), device=labels_N.device)
+    first_C = torch.searchsorted(labels_N[order_N], classes_C)
+    last_C = torch.searchsorted(labels_N[order_N], classes_C, right=True) - 1
+    least_N, most_N = confidence_N[order_N[first_C[labels_N]]], confidence_N[order_N[last_C[labels_N]]]
     lowest_N = lowest_C.to(confidence_N)[labels_N]
     range_N = most_N - least_N
     scaled_N = (confidence_N - least_N) / range_N.where(range_N > 0, 1) * (1 - lowest_N) + lowest_N

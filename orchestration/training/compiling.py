@@ -61,12 +61,8 @@ def compile_parts(setup: TrainingSetup, beat: Callable[[], None]) -> None:
     _check_compiler(setup.mesh.device)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_CACHE.expanduser()))
     import torch._dynamo.config as tracing
-    import torch._inductor.config as generating
 
     tracing.recompile_limit = max(tracing.recompile_limit, _MOST_CODES)
-    # Else it times kernels on a GPU and takes the fastest.
-    generating.deterministic = setup.config.engine.deterministic
-
     images = min(setup.batches.config.batch_size, setup.batches.draws_per_epoch)
     first, last = share(images, setup.mesh.replica, setup.mesh.shape.replicas)
     for module in (setup.model.trunk, *(expert.features for expert in setup.model.members())):
