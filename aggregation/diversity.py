@@ -165,7 +165,7 @@ def divergence_from_mean(logits_EBC: Tensor) -> Tensor:
 
 def _divergence(log_q_BC: Tensor, log_p_EBC: Tensor) -> Tensor:
     # Rounding can leave the divergence of equal distributions just below 0.
-    return (log_q_BC.exp() * (log_q_BC - log_p_EBC)).sum(dim=2).clamp(min=0)
+    return (log_q_BC - log_p_EBC).mul_(log_q_BC.exp()).sum(dim=2).clamp(min=0)
 
 
 def _experts(names: Sequence[str]) -> list[str]:

@@ -83,30 +83,31 @@ class SplitMeans:
         self._size_C = np.where(size_C, size_C, np.nan)  # NaN without NumPy's warning about 0 / 0
         self._present = {group: ids[size_C[ids] > 0] for group, ids in groups.items()}
 
-    def of_classes(self, values_N: NDArray[Any]) -> NDArray[np.float64]:
-        """Return the mean of a number over the images of each class, [C]; NaN where a class has none."""
-        if values_N.dtype == np.bool_:  # counts are the same in any order
-            return np.bincount(self._labels_N[values_N], minlength=self._num_classes) / self._size_C
-        # Sums of floats depend on their order: sorted, they do not depend on how the split was divided among replicas.
-        order_N = np.argsort(values_N)
-        order_N = order_N[np.argsort(self._short_labels_N[order_N], kind="stable")]
-        return np.bincount(self._labels_N[order_N], values_N[order_N], self._num_classes) / self._size_C
-
-    def of_groups(self, values_N: NDArray[Any], mean_C: NDArray[np.float64] | None = None) -> dict[str, float | None]:
+    def of_groups(self, values_N: NDArray[Any]) -> dict[str, float | None]:
         """Summarise a number per image as accuracies are summarised.
-
-        Args:
-            values_N: the number.
-            mean_C: `of_classes` of it, where that is there already.
 
         Returns:
             `all`: mean over the images; for every group the unweighted mean over its classes' means, None where no
             class of it has an image.
         """
-        mean_C = self.of_classes(values_N) if mean_C is None else mean_C
-        ordered_N = values_N if values_N.dtype == np.bool_ else np.sort(values_N)  # the same sum in any order
+        return self.of_groups_and_classes(values_N)[0]
+
+    def of_groups_and_classes(self, values_N: NDArray[Any]) -> tuple[dict[str, float | None], NDArray[np.float64]]:
+        """Return what `of_groups` does, and the mean over the images of each class, [C], NaN where it has none."""
+        mean, mean_C = self._means(values_N)
         by_group = {group: float(mean_C[ids].mean()) if len(ids) else None for group, ids in self._present.items()}
-        return {"all": float(ordered_N.mean()), **by_group}
+        return {"all": mean, **by_group}, mean_C
+
+    def _means(self, values_N: NDArray[Any]) -> tuple[float, NDArray[np.float64]]:
+        """Return the mean over all images, and those over the images of each class."""
+        if values_N.dtype == np.bool_:  # counts are the same in any order
+            right_C = np.bincount(self._labels_N[values_N], minlength=self._num_classes)
+            return float(values_N.mean()), right_C / self._size_C
+        # Sums of floats depend on their order: sorted, they do not depend on how the split was divided among replicas.
+        by_value_N = np.argsort(values_N)
+        order_N = by_value_N[np.argsort(self._short_labels_N[by_value_N], kind="stable")]
+        sum_C = np.bincount(self._labels_N[order_N], values_N[order_N], self._num_classes)
+        return float(values_N[by_value_N].mean()), sum_C / self._size_C
 
 
 def expected_calibration_error(
@@ -265,10 +266,10 @@ class Scores(PerImage):
         members = {}
         for member in self._members:
             correct_N = arrays[f"{member}/correct"]
-            accuracy_C = means.of_classes(correct_N)
+            top1, accuracy_C = means.of_groups_and_classes(correct_N)
             ece, mce = expected_calibration_error(arrays[f"{member}/confidence"], correct_N)
             members[member] = {
-                "top1": means.of_groups(correct_N, accuracy_C),
+                "top1": top1,
                 "nll": float(np.sort(arrays[f"{member}/nll"]).mean()) if probabilities else None,
                 "ece": ece if probabilities else None,
                 "mce": mce if probabilities else None,

@@ -353,7 +353,7 @@ class StageRun:
                     diversity.merge(Diversity.from_state(part[1]))
             found = scores.result(self.counts, cuts, self.config.method.gives_probabilities(self.stage))
             results[split] = found | {"diversity": diversity.result(self.counts, cuts)}
-            self.journal.append(self.stage, epoch, self.step, _metrics(split, results[split]))
+            self.journal.append(self.stage, epoch, self.step, metrics_of(split, results[split]))
         self.journal.flush()
 
         if count and "val" in results and self.built[0]["observes"]:
@@ -399,7 +399,7 @@ def write_evaluations(folder: RunFolder, config: RunConfig, stage: str, state: d
         folder.write_evaluation(f"{below}best", (state["best"] or state["last"])["evaluation"])
 
 
-def _metrics(split: str, result: dict[str, Any]) -> dict[str, float]:
+def metrics_of(split: str, result: dict[str, Any]) -> dict[str, float]:
     """Return the metrics of an evaluation by name. Groups without a class are left out."""
     values = {}
     for member, measured in result["members"].items():

@@ -60,3 +60,13 @@ def test_a_recipe_resolves_to_what_it_always_did(pair):
     assert {key: found.get(key, "absent") for key in then} == then
     # The stored keys alone make the same config: a key that the schema has gained since has its default.
     assert check(nested(then), pair).model_dump(mode="json") == now
+
+
+@pytest.mark.parametrize(("size", "images"), [(8, 65536), (32, 4096), (224, 64), (299, 32), (4096, 1)])
+def test_auto_scores_as_many_images_as_have_four_million_pixels(size, images):
+    """A power of two; on a CPU always 256. Of the config alone: free memory would show in the last bits."""
+    config = load_config(["method=ce", "dataset=digits_lt", f"dataset.image_size={size}"])
+    assert config.evaluation_batch_size("cuda") == images
+    assert config.evaluation_batch_size("cpu") == 256
+    fixed = load_config(["method=ce", "dataset=digits_lt", "run.evaluation_batch_size=100"])
+    assert fixed.evaluation_batch_size("cuda") == fixed.evaluation_batch_size("cpu") == 100
