@@ -1,22 +1,26 @@
-"""Measure what predictions are made of: steps of a packed run on blank images, and all-reduces between two workers.
+"""Measure what predictions are made of: what one worker computes in a step, and all-reduces between two workers.
 
-Neither needs data or weights. node_speed.py runs both on nodes of the cluster.
+Neither needs data, weights or partners: images are black, and the mesh of the step exists on paper, as in a rehearsal.
+But here convolutions are computed. node_speed.py runs both on nodes of the cluster.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
+from orchestration.cluster.placement import shape_of
 from orchestration.config.run_config import RunConfig
 from orchestration.preflight.blanks import blank_dataset, blank_teachers
 from orchestration.preflight.rehearsal import blank_batch
-from orchestration.training.exchange import Group
-from orchestration.training.mesh import Mesh, MeshShape
+from orchestration.preflight.traffic import shares_of
+from orchestration.training.engine import TorchEngine
+from orchestration.training.exchange import Group, record_groups
+from orchestration.training.mesh import Mesh
 from orchestration.training.precision import use_precision
 from orchestration.training.stage_setup import TrainingSetup
 from orchestration.training.step import TrainingStep
@@ -26,34 +30,26 @@ SMALL, LARGE = 1 << 10, 1 << 22
 _WARM_UP = 4  # steps that still allocate memory, or capture graphs
 _STEPS = (3, 20)  # the fewest and the most that are timed
 _ENOUGH_S = 1.5  # of steps, once the fewest are timed
-_SLOW_S = 5.0  # a step that takes as long is not measured with more images
+_SLOW_S = 5.0  # a step that takes as long is taken once
 _EXCHANGES = 20
 
 
-def time_steps(
-    config: RunConfig, stage: str, counts_C: np.ndarray, sizes: Sequence[int], device: str = "cpu"
-) -> list[tuple[int, float]]:
-    """Time steps of a stage with all experts in this process, on black images.
+def time_step(config: RunConfig, stage: str, counts_C: np.ndarray, device: str = "cpu") -> float:
+    """Return the median seconds that the first worker of a mesh computes in a step, without its exchanges.
 
     Args:
-        config: of the run. Weights from files are left out: they cost no time in a step. Nothing is compiled.
+        config: of the run, with its mesh. Weights from files are left out: they cost no time in a step. Nothing is
+            compiled.
         stage: with steps.
         counts_C: training images per class.
-        sizes: images of a step, from few to many.
         device: "cpu" or "cuda".
-
-    Returns:
-        Images and median seconds of a step, for each size; only the first sizes where steps take long.
     """
     use_precision(config.engine, torch.device(device))
     setup = _setup(config, stage, counts_C, device)
     try:
-        found = list[tuple[int, float]]()
-        for images in sizes:
-            if found and found[-1][1] > _SLOW_S:
-                break
-            found.append((images, _step_s(setup, images)))
-        return found
+        batch_size, replicas = setup.stage.batch_size, setup.mesh.shape.replicas
+        assert batch_size is not None
+        return _step_s(setup, shares_of(batch_size, replicas)[0])
     finally:
         setup.close()
 
@@ -62,20 +58,23 @@ def _setup(config: RunConfig, stage: str, counts_C: np.ndarray, device: str) -> 
     method = config.method
     stages = {**method.stages, stage: method.stages[stage].model_copy(update={"drop_last": False})}
     method = method.model_copy(update={"backbone_weights": None, "stages": stages})
-    config = config.model_copy(update={"method": method, "engine": config.engine.model_copy(update={"name": "torch"})})
+    config = config.model_copy(update={"method": method})
     teachers = blank_teachers(config, stage, counts_C, counts_known=True)
     models = {name: teacher.fresh() for name, teacher in teachers.items()}
-    mesh = Mesh(MeshShape(method.num_experts, method.num_experts), device=device)
-    setup = TrainingSetup(config, stage, blank_dataset(config.dataset, counts_C), mesh, models)
+
+    shape = shape_of(method.num_experts, config.cluster)
+    mesh = Mesh(shape, device=device, groups=record_groups(shape.slots, shape.replicas, 0, []))
+    setup = TrainingSetup(config, stage, blank_dataset(config.dataset, counts_C), mesh, models, TorchEngine)
     setup.objective.assume_prepared()
     return setup
 
 
 def _step_s(setup: TrainingSetup, images: int) -> float:
     step, now, device = TrainingStep(setup), setup.progress(0), setup.mesh.device
+    batch = blank_batch(setup, images)
 
     def timed() -> float:
-        return _timed(lambda: step(blank_batch(setup, images), now), device)
+        return _timed(lambda: step(batch, now), device)
 
     for _ in range(_WARM_UP):
         if (first := timed()) > _SLOW_S:  # where a step is so long, what comes with the first one is little of it

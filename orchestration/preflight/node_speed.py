@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +14,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestration.cluster.worker import keep_freed_memory
 from orchestration.config.run_config import RunConfig
+from orchestration.results.text import plural
+from orchestration.training.mesh import MeshShape
 from orchestration.training.world import Rendezvous
 
 _START_S = 120.0  # until a node has room, has started a process and imported torch
-_STEPS_S = 300.0
+_STEP_S = 300.0
 _EXCHANGES_S = 60.0
 
 
@@ -26,21 +28,17 @@ class Task:
     """What to measure.
 
     Attributes:
-        config: of the run.
-        stage: whose step is timed.
-        counts_C: training images per class.
-        sizes: images of a step, from few to many.
-        threads: of a worker, each in turn.
+        configs: of the run on each mesh.
+        threads: of a worker, by mesh.
+        counts_C: training images per class, by stage; of the stages that have steps.
         first: name, as `node_resources` has it, of the node whose worker takes the steps.
         partners: nodes of the workers that it exchanges with, by a name for what lies between them.
         bundle: resources of a worker.
     """
 
-    config: RunConfig
-    stage: str
-    counts_C: np.ndarray
-    sizes: tuple[int, ...]
-    threads: Collection[int]
+    configs: Mapping[MeshShape, RunConfig]
+    threads: Mapping[MeshShape, int]
+    counts_C: Mapping[str, np.ndarray]
     first: str
     partners: Mapping[str, str]
     bundle: Mapping[str, float]
@@ -51,12 +49,12 @@ class Measured:
     """What was measured.
 
     Attributes:
-        steps: images and seconds of packed steps, by threads.
+        compute_s: seconds that the first worker computes in a step, by mesh and stage.
         links: bytes and seconds of all-reduces between two workers, by the name of the partner.
         problems: why something is missing.
     """
 
-    steps: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
+    compute_s: dict[MeshShape, dict[str, float]] = field(default_factory=dict)
     links: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -74,14 +72,14 @@ class SpeedGauge:
         keep_freed_memory()  # before torch allocates, as in a worker
         import orchestration.preflight.gauge  # noqa: F401  (imported for its time)
 
-    def time_steps(self, task: Task, threads: int) -> list[tuple[int, float]]:
-        """See `gauge.time_steps`."""
+    def time_step(self, config: RunConfig, stage: str, counts_C: np.ndarray, threads: int) -> float:
+        """See `gauge.time_step`."""
         import torch
 
-        from orchestration.preflight.gauge import time_steps
+        from orchestration.preflight.gauge import time_step
 
         torch.set_num_threads(threads)
-        return time_steps(task.config, task.stage, task.counts_C, task.sizes, self._device)
+        return time_step(config, stage, counts_C, self._device)
 
     def open_world(self) -> tuple[str, int]:
         """Open the meeting point of two workers, and return its address and port."""
@@ -116,9 +114,14 @@ def measure(task: Task) -> Measured:
         first, partners = gauges
         everyone = [first, *partners.values()]
         ray.get([gauge.load.remote() for gauge in everyone], timeout=_START_S)
-        for threads in task.threads:  # while the others wait
-            with _noted(found, f"a step on {threads} threads"):
-                found.steps[threads] = ray.get(first.time_steps.remote(task, threads), timeout=_STEPS_S)
+        for shape, config in task.configs.items():  # while the others wait
+            with _noted(found, f"a step of {plural(shape.workers, 'worker')}"):
+                found.compute_s[shape] = {
+                    stage: ray.get(
+                        first.time_step.remote(config, stage, counts_C, task.threads[shape]), timeout=_STEP_S
+                    )
+                    for stage, counts_C in task.counts_C.items()
+                }
         for name, partner in partners.items():
             with _noted(found, f"the link {name}"):
                 found.links[name] = _time_link(first, partner)

@@ -1,7 +1,7 @@
 """Compare the placements that a run could have: what each asks of its busiest worker, how long it takes, which to take.
 
 candidates     packed on one worker; every mesh that fits the workers asked for, or at hand
-measure        speed of a worker, links between workers                        node_speed.py, if Ray runs
+measure        what one worker computes in a step, links between two           node_speed.py, if Ray runs
 compare        a plan of each candidate, and its predicted time                prediction.py
 Comparison.choice       what `cluster.experts_per_worker=auto` stands for
 """
@@ -9,7 +9,7 @@ Comparison.choice       what `cluster.experts_per_worker=auto` stands for
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from orchestration.cluster.placement import Placement, bundle_of, largest_share, pack, places, shapes_of, with_shape
@@ -17,14 +17,13 @@ from orchestration.config.run_config import RunConfig
 from orchestration.preflight.node_speed import Measured, Task, measure
 from orchestration.preflight.plan import Plan, StagePlan, blank_counts, plan
 from orchestration.preflight.prediction import (
-    Circumstances,
     Link,
     Prediction,
     Speed,
+    assumed_compute_s,
     busiest_work,
     fastest,
     fit_link,
-    fit_speed,
     predict,
     recommended,
     step_of,
@@ -33,7 +32,6 @@ from orchestration.training.mesh import MeshShape
 
 Nodes = Mapping[str, Mapping[str, float]]
 ONE_NODE, NODES = "inside a node", "between nodes"
-_FEW = 4  # the smaller of the steps that are timed has a quarter of the images
 
 _ASSUMED_SPEED = {"cpu": Speed(1e-5, 5e-11), "gpu": Speed(1e-5, 3e-13)}
 _ASSUMED_LINK = {
@@ -203,23 +201,17 @@ def workers_of(config: RunConfig, shape: MeshShape, nodes: Nodes) -> tuple[Worke
 
 def measure_for(config: RunConfig, nodes: Nodes) -> Measured:
     """Measure what `compare` needs, on the connected cluster. Takes some ten seconds, and longer for big networks."""
-    found = [(shape, workers_of(config, shape, nodes)) for shape in shapes(config, nodes)]
+    found = {shape: workers_of(config, shape, nodes) for shape in shapes(config, nodes)}
     if len(found) == 1:  # nothing to compare
         return Measured()
-    fitting = {shape: where for shape, where in found if where is not None}
-    stage = next((name for name, stage in config.method.stages.items() if stage.epochs), None)
-    if not fitting or stage is None:
-        return Measured(problems=["nothing was measured: the workers do not fit, or no stage has steps"])
-    batch_size = config.method.stages[stage].batch_size
-    assert batch_size is not None
-
+    fitting = {shape: where for shape, where in found.items() if where is not None}
+    if not fitting:
+        return Measured(problems=["nothing was measured: no placement fits the cluster"])
     first, partners = _partners(list(fitting.values()))
     task = Task(
-        config=config,
-        stage=stage,
-        counts_C=blank_counts(config, stage),
-        sizes=(max(batch_size // _FEW, 2), batch_size),
-        threads=sorted({workers.threads for workers, _ in fitting.values()}),
+        configs={shape: with_shape(config, shape) for shape in fitting},
+        threads={shape: workers.threads for shape, (workers, _) in fitting.items()},
+        counts_C={name: blank_counts(config, name) for name, stage in config.method.stages.items() if stage.epochs},
         first=first,
         partners=partners,
         bundle=bundle_of(config.cluster, min(workers.cpus for workers, _ in fitting.values())),
@@ -252,54 +244,43 @@ def compare(
     """
     found = []
     auto = config.cluster.experts_per_worker == "auto"
-    packed: tuple[StagePlan, ...] | None = None
     for shape in shapes(config, nodes):
         known = planned is not None and planned.shape == shape
         stages = planned.stages if planned and known else plan(with_shape(config, shape), slots=range(1)).stages
-        packed = packed or stages
         where = None if nodes is None else workers_of(config, shape, nodes)
         workers = where[0] if where else None
         if nodes is None and auto:
             workers = Workers(1, config.engine.threads or 1, ONE_NODE, 1.0)
-        found.append(_candidate(config, shape, workers, stages, packed, measured, assume=auto))
+        candidate = Candidate(shape, workers, stages, None)
+        if workers is not None:
+            candidate = _timed(candidate, workers, measured) or (
+                _assumed(config, candidate, workers) if auto else candidate
+            )
+        found.append(candidate)
     return Comparison(config.cluster.workers, tuple(found), measured, auto, config.engine.sync_batchnorm)
 
 
-def _candidate(
-    config: RunConfig,
-    shape: MeshShape,
-    workers: Workers | None,
-    stages: tuple[StagePlan, ...],
-    packed: tuple[StagePlan, ...],
-    measured: Measured | None,
-    *,
-    assume: bool,
-) -> Candidate:
-    if workers is None:
-        return Candidate(shape, None, stages, None)
-    speed, link = _measured(packed, workers, measured)
-    assumed_speed, assumed_link = _assumed(config, workers)
-    lacking = speed is None or (link is None and shape.workers > 1)
-    if lacking and not assume:
-        return Candidate(shape, workers, stages, None)
-    around = Circumstances(speed or assumed_speed, link or assumed_link, workers.crowding)
-    return Candidate(shape, workers, stages, predict(shape, stages, around), assumed=lacking)
+def _timed(candidate: Candidate, workers: Workers, measured: Measured | None) -> Candidate | None:
+    """Return a candidate with its time, if everything that this takes was measured."""
+    if measured is None or candidate.shape not in measured.compute_s:
+        return None
+    link = Link(0.0, 1.0)
+    if candidate.shape.workers > 1:
+        if workers.link not in measured.links:
+            return None
+        link = fit_link(2, *measured.links[workers.link])
+    compute_s = measured.compute_s[candidate.shape]
+    return replace(candidate, prediction=predict(candidate.shape, candidate.stages, compute_s, link, workers.crowding))
 
 
-def _measured(
-    packed: tuple[StagePlan, ...], workers: Workers, measured: Measured | None
-) -> tuple[Speed | None, Link | None]:
-    """Return speed and link of some workers as they were measured; None for what was not."""
-    if measured is None:
-        return None, None
-    steps, times = measured.steps.get(workers.threads), measured.links.get(workers.link)
-    asked = next((step_of(stage) for stage in packed if stage.epochs), None)  # the stage whose steps were timed
-    speed = fit_speed(asked.calls, asked.work, steps[0], steps[-1]) if steps and asked is not None else None
-    return speed, None if times is None else fit_link(2, *times)
-
-
-def _assumed(config: RunConfig, workers: Workers) -> tuple[Speed, Link]:
-    if config.cluster.gpus_per_worker:
-        return _ASSUMED_SPEED["gpu"], _ASSUMED_LINK["gpu", workers.link]
-    one = _ASSUMED_SPEED["cpu"]
-    return Speed(one.call_s, one.work_s / workers.threads), _ASSUMED_LINK["cpu", workers.link]
+def _assumed(config: RunConfig, candidate: Candidate, workers: Workers) -> Candidate:
+    """Return a candidate with a time by orders of magnitude."""
+    kind = "gpu" if config.cluster.gpus_per_worker else "cpu"
+    speed = _ASSUMED_SPEED[kind]
+    if kind == "cpu":
+        speed = Speed(speed.call_s, speed.work_s / workers.threads)
+    steps = {stage.name: step_of(stage) for stage in candidate.stages if stage.epochs}
+    compute_s = {name: assumed_compute_s(step, speed) for name, step in steps.items() if step is not None}
+    link = _ASSUMED_LINK[kind, workers.link]
+    prediction = predict(candidate.shape, candidate.stages, compute_s, link, workers.crowding)
+    return replace(candidate, prediction=prediction, assumed=True)

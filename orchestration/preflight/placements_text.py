@@ -115,11 +115,12 @@ def _origin(found: Comparison) -> Iterator[str]:
     """Say what the times are made of, or why there are none."""
     measured = found.measured
     if measured is None:
-        yield "no times: nothing was measured; `expertail plan --probe ...` measures a worker's speed and the links"
+        yield "no times: nothing was measured; `expertail plan --probe ...` measures workers and links"
         return
-    for threads, steps in sorted(measured.steps.items()):
-        times = ", ".join(f"{plural(images, 'image')} {seconds:.3g} s" for images, seconds in steps)
-        yield f"measured: a packed step on blank images, {plural(threads, 'thread')}: {times}"
+    if measured.compute_s:
+        threads = sorted({c.workers.threads for c in found.candidates if c.workers})
+        many = plural(threads[0], "thread") if len(threads) == 1 else f"{threads[0]} to {threads[-1]} threads"
+        yield f"measured: what one worker of each placement computes in a step, on blank images, {many}"
     for name, times_ in measured.links.items():
         link = fit_link(2, *times_)
         rate = f"{link.bytes_per_s / 1e9:.3g} GB/s"

@@ -1,13 +1,12 @@
 """Predict how long a training step takes in a placement. Pure functions of what it asks and of what was measured.
 
-    step     = (calls x seconds per call  +  work x images x seconds per multiply-add) x crowding  +  exchanges
+    step     = compute x crowding  +  exchanges
     exchange = times x rounds x latency  +  bytes sent / bandwidth
 
-Calls of torch, multiply-adds per image and exchanges are those of the busiest worker, from a rehearsed step
-(rehearsal.py). Seconds per call and per multiply-add are fitted to two measured steps of the packed run, with few and
-with many images: what remains without images is the cost of the calls. So an expert fewer on a worker saves its calls
-and its work, an image fewer saves work alone. Latency and bandwidth are fitted to two measured all-reduces. Exchanges
-run as rings, and nothing overlaps.
+Compute is that of the busiest worker, measured by itself, without partners (gauge.py). Where that is not possible it is
+calls of torch x seconds per call + multiply-adds x seconds each, of an order of magnitude. Latency and bandwidth are
+fitted to two measured all-reduces. Exchanges are those of a rehearsed step (rehearsal.py), run as rings, and nothing
+overlaps.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _EQUAL = 1.1  # times within this factor are not told apart: measurements differ
 
 @dataclass(frozen=True)
 class Speed:
-    """The speed of a worker that has its CPUs or its GPU to itself: seconds per call of torch, and per multiply-add."""
+    """The speed of a worker, as an order of magnitude: seconds per call of torch, and per multiply-add."""
 
     call_s: float
     work_s: float
@@ -59,21 +58,6 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Circumstances:
-    """Where the workers of one placement run.
-
-    Attributes:
-        speed: of one of them.
-        link: between them.
-        crowding: threads of the fullest node divided by its CPUs, at least 1; 1 on GPUs.
-    """
-
-    speed: Speed
-    link: Link
-    crowding: float = 1.0
-
-
-@dataclass(frozen=True)
 class Prediction:
     """The time of one placement.
 
@@ -91,19 +75,6 @@ class Prediction:
 
 
 # What was measured
-
-
-def fit_speed(calls: int, work: float, few: tuple[int, float], many: tuple[int, float]) -> Speed:
-    """Return the speed that explains two measured steps, each given by its images and seconds.
-
-    Args:
-        calls, work: of the step, as of `Step`.
-        few, many: with fewer and with more images.
-    """
-    (a, a_s), (b, b_s) = few, many
-    image_s = max(b_s - a_s, 0.0) / (b - a) if b > a else 0.0
-    image_s = min(image_s, b_s / b)  # noise may make few images look faster than free
-    return Speed(max(b_s - b * image_s, 0.0) / calls, image_s / work if work else 0.0)
 
 
 def fit_link(among: int, small: tuple[int, float], large: tuple[int, float]) -> Link:
@@ -136,10 +107,14 @@ def exchange_s(exchange: Exchange, link: Link) -> float:
     return latency_s + max(sent) / link.bytes_per_s
 
 
-def step_s(step: Step, where: Circumstances) -> float:
-    """Return the seconds of a step."""
-    computing = step.calls * where.speed.call_s + step.work * step.images * where.speed.work_s
-    return computing * where.crowding + sum(exchange_s(exchange, where.link) for exchange in step.exchanges)
+def exchanges_s(step: Step, link: Link) -> float:
+    """Return the seconds of all exchanges of a step."""
+    return sum(exchange_s(exchange, link) for exchange in step.exchanges)
+
+
+def assumed_compute_s(step: Step, speed: Speed) -> float:
+    """Return the seconds that a worker of this speed computes in a step."""
+    return step.calls * speed.call_s + step.work * step.images * speed.work_s
 
 
 def step_of(stage: StagePlan) -> Step | None:
@@ -151,13 +126,17 @@ def step_of(stage: StagePlan) -> Step | None:
     return Step(calls, work, images, stage.exchanges)
 
 
-def predict(shape: MeshShape, stages: Sequence[StagePlan], where: Circumstances) -> Prediction | None:
-    """Predict the time of a placement; None where the data or a teacher must say first what a step asks.
+def predict(
+    shape: MeshShape, stages: Sequence[StagePlan], compute_s: Mapping[str, float], link: Link, crowding: float = 1.0
+) -> Prediction | None:
+    """Predict the time of a placement; None where the data or a teacher must say first what a step exchanges.
 
     Args:
         shape: of the mesh.
         stages: of the run, planned on that mesh.
-        where: the workers run.
+        compute_s: seconds that the busiest worker computes in a step, by stage, if nothing else uses its CPUs.
+        link: between the workers.
+        crowding: threads of the fullest node divided by its CPUs, at least 1; 1 on GPUs.
     """
     each: dict[str, float] = {}
     epochs: dict[str, float | None] = {}
@@ -168,7 +147,7 @@ def predict(shape: MeshShape, stages: Sequence[StagePlan], where: Circumstances)
         step = step_of(stage)
         if step is None:
             return None
-        each[stage.name] = step_s(step, where)
+        each[stage.name] = compute_s[stage.name] * crowding + exchanges_s(step, link)
         epochs[stage.name] = None if stage.steps_per_epoch is None else stage.steps_per_epoch * each[stage.name]
         run_s += stage.epochs * (epochs[stage.name] or each[stage.name])
     return Prediction(shape, each, epochs, run_s)

@@ -13,9 +13,10 @@ from orchestration.preflight import placements
 from orchestration.preflight.node_speed import Measured
 from orchestration.preflight.placements import ONE_NODE
 from orchestration.runs.admission import admit
+from orchestration.training.mesh import MeshShape
 
 AUTO = ["method=ride", "dataset=digits_lt", "run.dir=/runs", "cluster.experts_per_worker=auto", "cluster.workers=3"]
-WORK = {1: [(16, 0.25), (64, 1.0)]}
+COMPUTE_S = {MeshShape(3, 3): 1.0, MeshShape(3, 1): 0.5, MeshShape(3, 3, 3): 0.4}
 FAST, SLOW = [(1024, 1e-6), (2**22, 1e-4)], [(1024, 1.0), (2**22, 2.0)]
 
 
@@ -29,7 +30,7 @@ def measuring(monkeypatch):
 
     def measure_for(config, nodes):
         asked.append(config)
-        return Measured(WORK, dict(links))
+        return Measured({shape: {"train": s} for shape, s in COMPUTE_S.items()}, dict(links))
 
     monkeypatch.setattr(placements, "measure_for", measure_for)
     return SimpleNamespace(asked=asked, links=links)
@@ -48,13 +49,12 @@ def placed(folder, *words):
 
 
 def test_a_first_start_takes_what_is_fastest_and_says_why(measuring, capsys):
-    words = ["engine.threads=1"]
-    found = placed(NEW, *words)
+    found = placed(NEW)
     assert found.config.cluster.experts_per_worker == found.shape.experts_per_worker == 3
     assert found.placement["experts_per_worker"] == 3 and found.placement["measured"] is True
     assert "cluster.experts_per_worker=auto is 3 for 3 workers: the fastest by measurement" in capsys.readouterr().err
     measuring.links[ONE_NODE] = SLOW
-    assert placed(NEW, *words).config.cluster.experts_per_worker == 1
+    assert placed(NEW).config.cluster.experts_per_worker == 1
 
 
 def test_a_resumed_run_keeps_its_number_whatever_a_measurement_would_say(measuring):

@@ -2,47 +2,30 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from orchestration.preflight.prediction import (
-    Circumstances,
     Link,
     Prediction,
     Speed,
     Step,
+    assumed_compute_s,
+    busiest_work,
     exchange_s,
     fastest,
     fit_link,
-    fit_speed,
+    predict,
     recommended,
     rounds,
-    step_s,
+    step_of,
 )
 from orchestration.preflight.traffic import Exchange
 from orchestration.training.mesh import MeshShape
 
 LINK = Link(latency_s=0.001, bytes_per_s=1e6)
 PACKED, SPREAD, REPLICAS = MeshShape(3, 3), MeshShape(3, 1), MeshShape(3, 3, 3)
-
-
-def test_two_steps_give_the_cost_of_calls_and_of_work():
-    """32 images 0.5 s, 128 images 1.1 s: an image is 6.25 ms, what is left 0.3 s, over 600 calls and 2e8 a piece."""
-    speed = fit_speed(600, 2e8, (32, 0.5), (128, 1.1))
-    assert speed.call_s == pytest.approx(0.3 / 600)
-    assert speed.work_s == pytest.approx(0.00625 / 2e8)
-
-
-@pytest.mark.parametrize(("few_s", "call_s"), [(0.2, 0.0), (1.2, 1.1 / 600)])
-def test_noise_makes_neither_calls_nor_images_cheaper_than_free(few_s, call_s):
-    """A quarter of the images in less than a quarter of the time; more time for fewer images."""
-    speed = fit_speed(600, 2e8, (32, few_s), (128, 1.1))
-    assert speed.call_s == pytest.approx(call_s)
-    assert speed.work_s >= 0
-    assert 600 * speed.call_s + 128 * 2e8 * speed.work_s == pytest.approx(1.1), "the packed step is what was measured"
-
-
-def test_one_measured_step_is_all_work():
-    assert fit_speed(600, 2e8, (32, 0.64), (32, 0.64)).call_s == pytest.approx(0.02 * 32 / 600)
 
 
 def test_two_all_reduces_give_latency_and_bandwidth():
@@ -61,12 +44,31 @@ def test_rings_have_rounds_and_send_parts():
     assert exchange_s(often, LINK) == pytest.approx(0.02 + 0.012), "the slot that sends most, a latency each time"
 
 
-def test_a_step_is_calls_work_and_exchanges():
-    """100 calls of 1 ms, 8 images of 10 at 1 ms, 8 ms of exchanges; twice as many threads as CPUs slow work alone."""
-    step = Step(100, 10.0, 8, (Exchange("a", "all-reduce", 3, (3000,)),))
-    speed = Speed(call_s=0.001, work_s=0.001)
-    assert step_s(step, Circumstances(speed, LINK)) == pytest.approx(0.1 + 0.08 + 0.008)
-    assert step_s(step, Circumstances(speed, LINK, crowding=2.0)) == pytest.approx(0.2 + 0.16 + 0.008)
+def test_a_step_is_compute_and_exchanges():
+    """A step of 0.18 s on twice as many threads as CPUs, and 8 ms of exchanges; 2 epochs of 10 steps."""
+    exchange = Exchange("a", "all-reduce", 3, (3000,))
+    stage = SimpleNamespace(
+        name="train", epochs=2, steps_per_epoch=10, shares=(8,), slot_work=(10.0,), slot_calls=(100,),
+        exchanges=(exchange,),
+    )  # fmt: skip
+    found = predict(SPREAD, [stage], {"train": 0.18}, LINK, crowding=2.0)
+    assert found.step_s["train"] == pytest.approx(0.36 + 0.008)
+    assert found.epoch_s["train"] == pytest.approx(3.68) and found.run_s == pytest.approx(7.36)
+    assert busiest_work([stage]) == 2 * 10 * 8 * 10.0
+    stage.steps_per_epoch = None
+    assert predict(SPREAD, [stage], {"train": 0.18}, LINK).epoch_s["train"] is None
+    stage.slot_work = None
+    assert predict(SPREAD, [stage], {"train": 0.18}, LINK) is None and busiest_work([stage]) is None
+
+
+def test_the_busiest_slot_counts():
+    stage = SimpleNamespace(shares=(8,), slot_work=(10.0, 30.0, 20.0), slot_calls=(5, 6, 7), exchanges=())
+    assert step_of(stage) == Step(6, 30.0, 8)
+
+
+def test_compute_is_assumed_from_calls_and_work():
+    """100 calls of 1 ms and 8 images of 10 at 1 ms."""
+    assert assumed_compute_s(Step(100, 10.0, 8), Speed(0.001, 0.001)) == pytest.approx(0.1 + 0.08)
 
 
 def said(shape, run_s):
