@@ -14,7 +14,8 @@ neither the number of replicas nor that of loader processes changes a pixel.
 
 Files are augmented one step at a time, since they arrive so. Images in memory are augmented ahead on a device that is
 not the CPU, as many whole steps at once as fit in AHEAD_BYTES: an epoch of CIFAR-LT takes a few launches in place of a
-few per step. On the CPU one step at a time is faster, as its pixels stay in the cache.
+few per step. On the CPU one step at a time: with 16 at once their pixels leave the cache, and a step takes up to 1.4
+times as long.
 """
 
 from __future__ import annotations
