@@ -59,7 +59,7 @@ def compile_parts(setup: TrainingSetup, beat: Callable[[], None]) -> None:
         ValueError: this machine has no compiler.
     """
     _check_compiler(setup.mesh.device)
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_CACHE.expanduser()))
+    _keep_code()
     import torch._dynamo.config as tracing
 
     tracing.recompile_limit = max(tracing.recompile_limit, _MOST_CODES)
@@ -73,6 +73,22 @@ def compile_parts(setup: TrainingSetup, beat: Callable[[], None]) -> None:
 
 
 _CACHE = Path("~/.cache/expertail/compiled")  # of the user, since what lies there is run
+_CACHE_KEY = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def _keep_code() -> None:
+    """Have torch keep compiled code in the user's cache, unless the environment names another folder."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    # torch itself writes its default there, below /tmp, whenever a part of its compiler is imported.
+    if os.environ.get(_CACHE_KEY, default_cache_dir()) == default_cache_dir():
+        folder = _CACHE.expanduser()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:  # a home that cannot be written: the default will do until the node starts again
+            return
+        if os.access(folder, os.W_OK):
+            os.environ[_CACHE_KEY] = str(folder)
 
 
 def _check_compiler(device: torch.device) -> None:

@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from orchestration.config.compose import load_config
 from orchestration.config.identity import identity
@@ -100,10 +101,24 @@ def test_whole_batches_alone_run_in_compiled_code(rows, monkeypatch):
     assert beats == [1, 1]
 
 
-def test_code_lies_in_the_users_cache(monkeypatch):
+@pytest.mark.parametrize("named", [None, default_cache_dir(), "/elsewhere"])
+def test_code_lies_in_the_users_cache_unless_another_folder_is_named(named, monkeypatch, tmp_path):
+    """Torch names its own default, which is not another."""
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    if named is not None:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", named)
     trainer("engine.compile=true")
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == os.path.expanduser("~/.cache/expertail/compiled")
+    expected = named if named == "/elsewhere" else str(tmp_path / ".cache" / "expertail" / "compiled")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == expected
+
+
+def test_a_home_that_cannot_be_written_is_no_hindrance(monkeypatch, tmp_path):
+    (tmp_path / ".cache").write_text("a file")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
+    trainer("engine.compile=true")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == default_cache_dir()
 
 
 def test_a_node_without_a_compiler_is_refused(monkeypatch):
