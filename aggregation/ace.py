@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from aggregation.aggregator import Aggregator, AggregatorSettings, Outputs
 from experts.cases import Case
 from experts.class_groups import GroupRule, nested_targets
-from experts.data.transfer import to_device
+from experts.data.transfer import Constant
 from experts.heads.cosine import CosineHead
 from experts.heads.linear import LinearHead
 from experts.precision import at_least_float32
@@ -68,7 +68,7 @@ class Ace(Aggregator):
 
     def __init__(self, config: Config, counts_C: Tensor, expert_names: tuple[str, ...]) -> None:
         super().__init__(config, counts_C, expert_names)
-        self._targets_EC = nested_targets(counts_C.cpu(), len(expert_names), config.groups)
+        self._targets_EC = Constant(nested_targets(counts_C.cpu(), len(expert_names), config.groups))
 
     def describe(self, expert: nn.Module) -> Tensor:
         """Return the norms of the head's rows, [C]; all equal to the scale where a head normalises them."""
@@ -86,7 +86,7 @@ class Ace(Aggregator):
 
     def _means(self, norms_EC: Tensor) -> Tensor:
         """Return a_i for every expert i, [E]."""
-        targets_EC = to_device(self._targets_EC, norms_EC.device)
+        targets_EC = self._targets_EC.on(norms_EC.device)
         # Only the classes that an expert answers for: its rows for the others were never meant to win.
         powers_EC = at_least_float32(norms_EC) ** self.config.norm_power
         return powers_EC.where(targets_EC, 0).sum(dim=1) / targets_EC.sum(dim=1)
@@ -107,7 +107,7 @@ class Ace(Aggregator):
             raise ValueError("method.aggregator 'ace': found no row norms of the experts' heads, needed one per class")
         logits_EBC = at_least_float32(outputs.logits_EBC)
         scale_E11 = self.scales(outputs.numbers_EK).to(logits_EBC)[:, None, None]
-        targets_EC = to_device(self._targets_EC, logits_EBC.device)
+        targets_EC = self._targets_EC.on(logits_EBC.device)
         # Every class has at least the first expert, so the divisor is never 0.
         return (scale_E11 * logits_EBC).where(targets_EC[:, None], 0).sum(dim=0) / targets_EC.sum(dim=0)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from experts.cases import Case
 from experts.class_groups import GroupRule
-from experts.data.transfer import to_device
+from experts.data.transfer import Constant
 from experts.precision import at_least_float32
 from experts.registry import Settings, register
 
@@ -232,12 +232,12 @@ class Weighted(Aggregator):
         super().__init__(config, counts_C, expert_names)
         config.check_experts(expert_names)
         # Named in the config, in the order of the logits here.
-        self._weights_E = torch.tensor([config.weights[name] for name in expert_names], dtype=torch.float64)
+        self._weights_E = Constant(torch.tensor([config.weights[name] for name in expert_names], dtype=torch.float64))
 
     def __call__(self, outputs: Outputs) -> Tensor:
         """See `Aggregator.__call__`."""
         logits_EBC = at_least_float32(outputs.logits_EBC)
-        weights_E = to_device(self._weights_E, logits_EBC.device, logits_EBC.dtype)
+        weights_E = self._weights_E.on(logits_EBC.device, logits_EBC.dtype)
         return torch.einsum("e,ebc->bc", weights_E, logits_EBC)
 
 

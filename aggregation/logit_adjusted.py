@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aggregation.aggregator import Aggregator, AggregatorSettings, Outputs
 from experts.cases import Case
-from experts.data.transfer import to_device
+from experts.data.transfer import Constant
 from experts.losses.counts import log_prior
 from experts.objective import MAX_EXPERTS
 from experts.precision import at_least_float32
@@ -91,12 +91,12 @@ class PriorCorrected(Aggregator, Tunable):
     def __init__(self, config: Any, counts_C: Tensor, expert_names: tuple[str, ...]) -> None:
         super().__init__(config, counts_C, expert_names)
         self.take_number(config)
-        self._log_prior_C = log_prior(counts_C)
+        self._log_prior_C = Constant(log_prior(counts_C).cpu())
 
     def __call__(self, outputs: Outputs) -> Tensor:
         """See `Aggregator.__call__`."""
         logits_BC = at_least_float32(outputs.logits_EBC).mean(dim=0)
-        return logits_BC - self.value * to_device(self._log_prior_C, logits_BC.device, logits_BC.dtype)
+        return logits_BC - self.value * self._log_prior_C.on(logits_BC.device, logits_BC.dtype)
 
 
 @register("aggregator", "logit_adjusted")

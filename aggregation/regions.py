@@ -121,6 +121,7 @@ def scores_of(model: ServedModel, member: str, features: Sequence[Tensor]) -> Te
         return logits_EBC[0]
     gates_EB = ensemble.gate_scores(features, logits_EBC) if ensemble.has_router else None
     numbers_EK = torch.stack([model.aggregator.describe(expert) for expert in chosen])
+    model.aggregator.check(numbers_EK)
     return model.aggregator(Outputs(logits_EBC, numbers_EK, gates_EB))
 
 

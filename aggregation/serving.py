@@ -34,7 +34,7 @@ from aggregation.aggregator import Aggregator, Outputs
 from experts.augmentation.augment import prepare_eval
 from experts.data.config import DatasetConfig, Evaluation
 from experts.data.decode import frame
-from experts.data.transfer import to_device
+from experts.data.transfer import Constant, to_device
 from experts.ensemble import Ensemble, EnsembleConfig, build_ensemble
 from experts.precision import exact_float32
 from experts.registry import Settings, build, import_pieces, piece
@@ -242,7 +242,7 @@ class ServedModel:
             description.expert_names,
         )
         numbers_EK = torch.stack([self.aggregator.describe(expert) for expert in ensemble.experts.values()])
-        self._numbers_EK = numbers_EK.cpu()
+        self._numbers_EK = Constant(numbers_EK.cpu())
         self._checked = False  # not now: a model may be loaded that is never asked
         self._dataset = description.preprocessing.dataset_config()
         self._device = next(ensemble.parameters()).device
@@ -287,10 +287,10 @@ class ServedModel:
             ValueError: the aggregator cannot be applied to these weights.
         """
         if not self._checked:
-            self.aggregator.check(self._numbers_EK)
+            self.aggregator.check(self._numbers_EK.values)
             self._checked = True
         logits_EBC, gates_EB = self.ensemble.outputs(images_B3HW)
-        return Outputs(logits_EBC, to_device(self._numbers_EK, logits_EBC.device), gates_EB)
+        return Outputs(logits_EBC, self._numbers_EK.on(logits_EBC.device), gates_EB)
 
     def _check(self, images: NDArray[Any]) -> NDArray[np.uint8]:
         height, width, channels = self.description.image_shape

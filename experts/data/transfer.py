@@ -25,3 +25,21 @@ def to_device(values: np.ndarray | Tensor, device: torch.device | str, dtype: to
             # others only after the copy.
             tensor = tensor.pin_memory()
     return tensor.to(device, dtype, non_blocking=True)
+
+
+class Constant:
+    """A tensor on the host that never changes, with a copy for each device and type that asked for one.
+
+    Kept, because a captured graph would repeat a copy from memory that has long been used for something else.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self._copies: dict[tuple[torch.device, torch.dtype | None], Tensor] = {}
+
+    def on(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the tensor as `to_device` does, the same object in every call."""
+        asked = torch.device(device), dtype
+        if asked not in self._copies:
+            self._copies[asked] = to_device(self.values, *asked)
+        return self._copies[asked]

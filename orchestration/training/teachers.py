@@ -64,6 +64,7 @@ class Teachers:
             rule = model.aggregator
             if model.ensemble.has_router:  # a router stops early to save work; a teacher uses all its experts
                 rule = MeanLogits(MeanLogits.Config(), torch.tensor(model.description.counts), names)
+            rule.check(numbers_EK)
             self._rules[name] = rule, numbers_EK.to(mesh.device), len(names), model.description.num_classes
 
             # Dealt out in turn over all teachers: three teachers of one expert each lie in three slots.

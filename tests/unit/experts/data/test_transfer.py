@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from experts.data.transfer import to_device
+from experts.data.transfer import Constant, to_device
 from tests.emulated_device import DEVICE, EmulatedDevice, OnDevice
 
 VALUES = np.arange(12, dtype=np.float64).reshape(3, 4)
@@ -44,3 +44,13 @@ def test_a_gpu_gets_many_copies_in_the_background_unmixed():
     """The host's memory is given back while copies are under way; none may be overwritten."""
     there = [to_device(np.full(100_000, n), "cuda", torch.float32) for n in range(200)]
     assert [tensor.unique().tolist() for tensor in there] == [[float(n)] for n in range(200)]
+
+
+def test_a_constant_is_copied_once_per_device_and_type():
+    constant = Constant(torch.tensor([1.5, 2.5], dtype=torch.float64))
+    as_float32 = constant.on("cpu", torch.float32)
+    assert as_float32.tolist() == [1.5, 2.5]
+    assert constant.on("cpu", torch.float32) is as_float32
+    with EmulatedDevice() as seen:
+        assert constant.on(DEVICE) is constant.on(torch.device(DEVICE))
+    assert not seen.waits
