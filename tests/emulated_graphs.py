@@ -35,12 +35,15 @@ class EmulatedGraphs:
 
     Attributes:
         pieces: the number of operations in each captured piece.
+        captures: that have begun.
         replays: of pieces.
+        problems: that ended captures.
     """
 
     def __init__(self) -> None:
         self.pieces: list[int] = []
-        self.replays = 0
+        self.captures = self.replays = 0
+        self.problems: list[Exception] = []
         self._open: _Piece | None = None
         self._recording: ExitStack | None = None
 
@@ -53,9 +56,13 @@ class EmulatedGraphs:
     @contextmanager
     def capturing(self) -> Iterator[None]:
         """See `graphs.GraphBackend.capturing`."""
+        self.captures += 1
         try:
             self.begin()
             yield
+        except Exception as problem:
+            self.problems.append(problem)
+            raise
         finally:
             self._stop()
 

@@ -220,10 +220,9 @@ def graphs_for(config: EngineConfig, device: torch.device, *pieces: Any) -> Grap
 
     Args:
         config: `engine.graphs` = false means none.
-        pieces: the stage's, each saying by `capturable` whether its work depends on keys and tensors alone; None is no
-            piece.
+        pieces: the stage's, each saying by `capturable` whether its shapes follow from shapes alone.
     """
-    if getattr(config, "graphs", "auto") is False or not all(piece.capturable for piece in pieces if piece is not None):
+    if config.graphs is False or not all(piece.capturable for piece in pieces):
         return None
     return graph_backend(device)
 

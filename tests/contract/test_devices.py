@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -12,10 +14,10 @@ from aggregation.weight_learning import Learner, WeightLearning, correct_for_pri
 from experts.augmentation.views import ViewMaker, Views
 from experts.data.dataset import open_dataset
 from orchestration.config.compose import load_config
-from orchestration.training.exchange import Alone, Groups
-from orchestration.training.mesh import Mesh, MeshShape, mesh_shape
+from orchestration.training.mesh import Mesh, mesh_shape
 from orchestration.training.stage_setup import TrainingSetup
 from orchestration.training.trainer import StageTrainer
+from tests.echo import spread
 from tests.emulated_device import DEVICE, EmulatedDevice, OnDevice, RefusedByDevice
 from tests.recipes import WORDS, Recipe, digits, every_recipe, export, numbers
 
@@ -27,49 +29,29 @@ def test_numbers_are_the_cpus(method, tmp_path):
         assert str(numbers(method, tmp_path / "device", DEVICE)) == str(expected)  # text, since NaN is not itself
 
 
-class Echo:
-    """A group whose other workers hold what this one holds. It takes nothing from the CPU, as NCCL does not."""
-
-    handle = None
-
-    def __init__(self, size, rank, crossed):
-        self.size, self.rank, self._crossed = size, rank, crossed
-
-    def all_gather(self, own, what):
-        return [self._look(own, what).detach()] * self.size
-
-    def all_reduce(self, values, what):
-        self._look(values, what).mul_(self.size)
-
-    def broadcast(self, values, what):
-        self._look(values, what)
-
-    def _look(self, values, what):
-        assert isinstance(values, OnDevice), f"{what}: on the CPU"
-        self._crossed.append(what)
-        return values
-
-
 @every_recipe
 def test_all_that_workers_exchange_lies_on_the_device(method, tmp_path):
-    """One expert per worker, two replicas; one where heads are fitted, for which an echo has too few classes."""
     crossed = []
-
-    def mesh(config):
-        experts = config.method.num_experts
-        replicas = 2 if all(stage.epochs for stage in config.method.stages.values()) else 1
-        if experts == replicas == 1:
-            pytest.skip("one worker: nothing crosses")
-        sizes = (replicas, experts, replicas * experts)
-        groups = Groups(*(Echo(size, 0, crossed) if size > 1 else Alone() for size in sizes))
-        return Mesh(MeshShape(experts, 1, replicas), device=DEVICE, groups=groups)
-
+    mesh = partial(spread, crossed)
     with EmulatedDevice():
         for trainer in Recipe(method, tmp_path, mesh=mesh).trainers():
             if trainer.training is not None:
                 trainer.train(1)
             trainer.evaluate("test")
     assert crossed
+
+
+@pytest.mark.parametrize(("backbone", "most"), [("resnet8", 500), ("resnet32", 900)])
+def test_launches_of_a_step(backbone, most):
+    """Three experts on ResNet-32 have 71 convolutions with BatchNorm and ReLU: six launches each, forward and back."""
+    config = load_config(["method=ride", f"backbone={backbone}", *WORDS])
+    with EmulatedDevice() as seen:
+        trainer = StageTrainer(config, "train", digits(0), Mesh(mesh_shape(3, 1), device=DEVICE))
+        launches = []
+        for until in (1, 2, 3):
+            trainer.train(until)
+            launches.append(seen.launches.total())
+    assert launches[2] - launches[1] <= most
 
 
 def on_both(work):

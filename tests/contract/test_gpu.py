@@ -8,20 +8,27 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.functional import interpolate
 
 from aggregation.serving import load_model
+from experts import flow
 from experts.augmentation.augment import random_resized_crops
 from experts.augmentation.views import ViewMaker, Views
+from experts.batches import Batch
 from experts.data.dataset import open_dataset
 from experts.data.decode import CROP_UNIFORMS
 from experts.data.resampling import resample
+from experts.draws import StepDraws
+from experts.progress import Progress
 from orchestration.config.compose import load_config
-from orchestration.training.exchange import TorchGroup
+from orchestration.training.batchnorm import SynchronisedBatchNorm2d
+from orchestration.training.exchange import CutGroup, TorchGroup
+from orchestration.training.graphs import StepGraphs, graph_backend
 from orchestration.training.mesh import Mesh, mesh_shape
 from orchestration.training.trainer import StageTrainer
 from orchestration.training.world import Rendezvous, leave_world
-from tests.recipes import WORDS, digits, every_recipe, export, numbers
+from tests.recipes import WORDS, Recipe, digits, every_recipe, export, numbers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -46,6 +53,126 @@ def test_numbers_are_the_cpus_in_float64(method, tmp_path):
 def trainer_of(*words):
     config = load_config(["method=ride", *WORDS, *words])
     return StageTrainer(config, "train", open_dataset(config.dataset), Mesh(mesh_shape(3, 1), device="cuda"))
+
+
+# Steps
+
+
+@every_recipe
+def test_graphs_and_streams_give_the_numbers_of_single_kernels(method, tmp_path, monkeypatch):
+    """Experts on streams of their own in captured steps, against one kernel after the other; switched in mid-stage."""
+    found = []
+    for name in ("auto", "false"):
+        with monkeypatch.context() as patches:
+            if name == "false":
+                patches.setattr(flow, "_exchanges", lambda expert: True)  # and so in turn, on one stream
+            (tmp_path / name).mkdir()
+            words = ("engine.precision=float64", f"engine.graphs={name}")
+            found.append([])
+            for trainer in Recipe(method, tmp_path / name, *words, mesh=packed).trainers():
+                if trainer.training is None:
+                    continue
+                for item in steps_of(trainer):
+                    found[-1] += flat(item)
+                capturable = all(piece.capturable for piece in trainer._step._pieces)
+                assert bool(trainer._step._graphs._replays) == (name == "auto" and capturable)
+    assert found[0] == pytest.approx(found[1], rel=1e-9, abs=1e-9, nan_ok=True)
+
+
+def packed(config):
+    return Mesh(mesh_shape(config.method.num_experts, 1), device="cuda")
+
+
+def steps_of(trainer):
+    """Yield losses and terms of three epochs of a stage, at most, with checkpoint-like reads of the weights between."""
+    per_epoch = trainer.setup.steps_per_epoch
+    for epoch in range(min(3, trainer.setup.stage.epochs)):
+        interval = trainer.train(per_epoch * (epoch + 1))
+        assert not interval.notes
+        yield interval.losses
+        yield interval.terms
+    yield [float(value.double().norm()) for value in trainer.setup.model.state_dict().values()]
+
+
+def test_experts_on_streams_wait_for_what_they_read():
+    """Long work before the fork and after the join, so that a missing wait would read what is not there yet."""
+    torch.manual_seed(0)
+    experts = [nn.Sequential(nn.Conv2d(8, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3)).cuda().double() for _ in range(3)]
+    trunk = nn.Sequential(*[nn.Conv2d(8, 8, 3, padding=1) for _ in range(20)]).cuda().double()
+    weights = [*trunk.parameters(), *(p for expert in experts for p in expert.parameters())]
+
+    def gradients(of):
+        x = torch.linspace(-1, 1, 16 * 8 * 32 * 32, device="cuda", dtype=torch.float64).view(16, 8, 32, 32)
+        for _ in range(5):  # the allocator hands out memory again
+            h = trunk(x)
+            loss = torch.stack(of(h)).square().mean()
+            found = torch.autograd.grad(loss, weights)
+        return torch.cat([g.flatten() for g in found])
+
+    streams = gradients(lambda h: flow.side_by_side(lambda expert: expert(h), experts))
+    loop = gradients(lambda h: [expert(h) for expert in experts])
+    assert torch.allclose(streams, loop, rtol=1e-9, atol=1e-12)
+
+
+class TestGraphs:
+    """The toy steps of the tests on the emulated device, on CUDA."""
+
+    def test_a_capture_is_cut_in_both_directions(self, world):
+        """Synchronised BatchNorm over a group of one, which exchanges all the same."""
+        group = CutGroup(TorchGroup(dist.group.WORLD))
+        found = []
+        for backend in (graph_backend(torch.device("cuda", 0)), None):
+            torch.manual_seed(0)
+            network = (
+                nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 1, 3)).cuda().double()
+            )
+            network[1].__class__ = SynchronisedBatchNorm2d
+            network[1].group, network[1].of_whom = group, ""
+            found.append(self.steps(network, backend))
+        assert torch.allclose(*found, rtol=1e-9, atol=1e-12)
+
+    def steps(self, network, backend):
+        def compute(batch, now):
+            loss = network(batch.images_B3HW).square().mean()
+            return loss, *torch.autograd.grad(loss, list(network.parameters()))
+
+        reports = []
+        steps = StepGraphs(compute, StepDraws(lambda *_: 0, "cuda"), backend, reports.append)
+        found = []
+        for step in range(6):
+            found += [value.clone().flatten() for value in steps(self.batch(step), Progress(1, 1, step, 9))]
+        assert not reports
+        assert bool(steps._replays) == (backend is not None)
+        return torch.cat([*found, network[1].running_mean, network[1].running_var])
+
+    def batch(self, step):
+        images = torch.linspace(-1 - step, 1, 8 * 3 * 16 * 16, device="cuda", dtype=torch.float64).view(8, 3, 16, 16)
+        labels = torch.arange(8, device="cuda")
+        return Batch(images, labels, labels)
+
+    def test_a_step_that_waits_goes_on_without_graphs(self):
+        """And so do others after it: the allocator has left the pool of the capture that failed."""
+        reports = []
+        wait = [True]
+
+        def compute(batch, now):
+            x = torch.stack([batch.images_B3HW] * 4).square()
+            return x * float(x.mean()) if wait[0] else x * 2
+
+        steps = StepGraphs(
+            compute, StepDraws(lambda *_: 0, "cuda"), graph_backend(torch.device("cuda", 0)), reports.append
+        )
+        for step in range(5):
+            batch = self.batch(step)
+            x = batch.images_B3HW.square()
+            assert torch.allclose(steps(batch, Progress(1, 1, step, 9))[0], x * x.mean())
+        assert len(reports) == 1
+        wait[0] = False
+        for step in range(5):
+            batch = self.batch(step)
+            found = steps(batch, Progress(1, 1, step, 9), "another key")
+            assert torch.equal(found[0], batch.images_B3HW.square() * 2)
+        assert len(steps._replays) == 1
 
 
 # Images

@@ -23,8 +23,8 @@ from orchestration.training.engine import TorchEngine
 from orchestration.training.leaves import Leaf, Leaves
 from orchestration.training.mesh import Mesh, MeshShape
 from orchestration.training.optimizer import HeldSGD
-from orchestration.training.trainer import StageTrainer
 from orchestration.training.precision import casting
+from orchestration.training.trainer import StageTrainer
 from orchestration.training.world import Rendezvous, leave_world
 
 ENGINES = {"plain": ["engine.name=torch"], "ZeRO 1": ["engine.zero_stage=1"], "ZeRO 2": ["engine.zero_stage=2"]}

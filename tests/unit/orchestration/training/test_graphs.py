@@ -13,10 +13,11 @@ from torch import nn
 from experts.batches import Batch
 from experts.draws import Moment, StepDraws
 from experts.progress import Progress
+from orchestration.config.run_config import EngineConfig
 from orchestration.training.exchange import Alone, Groups
 from orchestration.training.graphs import EAGER_CALLS, MOST_KEYS, StepGraphs, graphs_for, rebuilt, tensors_in
 from tests.emulated_device import DEVICE, EmulatedDevice, OnDevice, RefusedByDevice
-from tests.emulated_graphs import EmulatedGraphs
+from tests.emulated_graphs import EmulatedGraphs, emulated_graphs
 
 
 @pytest.fixture
@@ -390,11 +391,23 @@ def test_trees_are_rebuilt():
     assert [t.tolist() for t in tensors_in(found.partner)] == [[1], [2], [2]]
 
 
-def test_a_cpu_has_no_graphs():
-    class Piece:
-        capturable = True
+class Piece:
+    def __init__(self, capturable=True):
+        self.capturable = capturable
 
-    assert graphs_for(None, torch.device("cpu"), Piece(), None) is None
+
+@pytest.mark.parametrize(
+    ("words", "device", "pieces", "has"),
+    [
+        ({}, "meta", [Piece(), Piece()], True),
+        ({}, "cpu", [Piece()], False),
+        ({"graphs": False}, "meta", [Piece()], False),
+        ({}, "meta", [Piece(), Piece(capturable=False)], False),
+    ],
+)
+def test_one_place_decides_who_has_graphs(words, device, pieces, has):
+    with emulated_graphs() as made:
+        assert (graphs_for(EngineConfig(**words), torch.device(device), *pieces) is not None) == has == bool(made)
 
 
 class TestTheEmulation:

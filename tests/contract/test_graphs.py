@@ -1,0 +1,96 @@
+"""Every recipe trains by replays of graphs to the bits of steps that run one kernel at a time.
+
+On the emulated device, whose graphs know nothing but the operations and tensors of their capture: see emulated_graphs.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+
+from orchestration.config.compose import load_config
+from orchestration.training import graphs
+from orchestration.training.mesh import Mesh, mesh_shape
+from tests.echo import spread
+from tests.emulated_device import DEVICE, EmulatedDevice
+from tests.emulated_graphs import emulated_graphs
+from tests.recipes import WORDS, Recipe, every_recipe
+
+BATCH = 48
+"""Images of a step: an epoch of 405 ends with a step of another size."""
+
+
+def moments(setup):
+    """Yield (epoch, step) of some steps: of both sizes, and round every epoch in which the loss changes."""
+    last, epochs = setup.steps_per_epoch - 1, setup.stage.epochs
+    yield from ((1, 0), (1, 1), (1, last), (2, 0), (2, last))
+    switches = {epochs - 1, *setup.stage.objective.switches.values()}
+    if setup.stage.class_weights is not None:
+        switches |= set(setup.stage.class_weights.switches.values())
+    for epoch in sorted(switches):
+        if 2 < epoch < epochs:
+            yield from ((epoch, 0), (epoch + 1, 0), (epoch + 1, 1))
+
+
+def take(trainer):
+    """Yield losses and terms of some steps, which need not follow each other, then the weights and the momentum."""
+    setup = trainer.training
+    for epoch, step in moments(setup):
+        trainer.done, trainer._upcoming = (epoch - 1) * setup.steps_per_epoch + step, None
+        interval = trainer.train(trainer.done + 1)
+        assert not interval.notes
+        yield f"{setup.stage_name}, epoch {epoch}, step {step}: {interval.losses} {interval.terms}"
+    for name, value in [*setup.model.state_dict().items(), *setup.engine.momentum().items()]:
+        yield f"{setup.stage_name}, {name}", value.cpu()
+
+
+def trained(method, folder, mesh, context):
+    """Return all that `take` yields for the stages of a recipe, and what captured them."""
+    folder.mkdir()
+    stages = load_config([f"method={method}", *WORDS]).method.stages
+    words = [f"method.stages.{name}.batch_size={BATCH}" for name, stage in stages.items() if stage.epochs]
+    with EmulatedDevice(), context as made:
+        trainers = Recipe(method, folder, *words, mesh=mesh).trainers()
+        return [item for trainer in trainers if trainer.training is not None for item in take(trainer)], made
+
+
+def compare(method, folder, mesh):
+    """Train a recipe with graphs and without, find no difference, and return what captured the stages."""
+    eager, _ = trained(method, folder / "eager", mesh, nullcontext())
+    captured, made = trained(method, folder / "captured", mesh, emulated_graphs())
+    for expected, found in zip(eager, captured, strict=True):
+        if isinstance(expected, str):
+            assert found == expected  # text, since NaN is not itself
+        else:
+            assert found[0] == expected[0]
+            assert torch.equal(found[1], expected[1]), expected[0]
+    return made
+
+
+@pytest.fixture(autouse=True)
+def early(monkeypatch):
+    """Capture the first step of a kind: the libraries of the emulated device need no second one."""
+    monkeypatch.setattr(graphs, "EAGER_CALLS", 1)
+
+
+@every_recipe
+def test_replays_give_the_bits_of_steps_of_their_own(method, tmp_path):
+    def packed(config):
+        return Mesh(mesh_shape(config.method.num_experts, 1), device=DEVICE)
+
+    for backend in compare(method, tmp_path, packed):
+        assert not backend.problems
+        assert backend.replays
+
+
+@every_recipe
+def test_replays_are_cut_where_workers_exchange(method, tmp_path):
+    crossed = []
+    for backend in compare(method, tmp_path, partial(spread, crossed)):
+        assert not backend.problems
+        assert len(backend.pieces) >= 2 * backend.captures
+        assert all(backend.pieces), "a graph without a kernel"
+    assert crossed
