@@ -34,10 +34,11 @@ from tests.emulated_device import DEVICE, EmulatedDevice
 registry.import_pieces(experts, aggregation)
 
 EPOCHS, STEPS = 8, 3
-EVERY_MOMENT = [Progress(epoch, EPOCHS, step, STEPS) for epoch in range(1, EPOCHS + 1) for step in range(STEPS)]
-SOME_MOMENTS = [Progress(epoch, EPOCHS, step, STEPS) for epoch in (1, 2, 5, 8) for step in (0, STEPS - 1)]
+EVERY_MOMENT = [Progress(epoch, EPOCHS, step, STEPS) for epoch in range(1, EPOCHS + 1) for step in (0, STEPS - 1)]
+SOME_MOMENTS = [now for now in EVERY_MOMENT if now.epoch in (1, 2, 5, 8)]
 ACCURACIES = itertools.cycle([[0.1, 0.2, 0.3, 0.4], [0.9, 0.3, 0.2, 0.0]])
-distillations = pytest.mark.parametrize("name", registry.registered_names("distillation"))
+every_flow = pytest.mark.parametrize("case", flows.OWN, ids=flows.Trial.label)
+every_distillation = pytest.mark.parametrize("name", registry.registered_names("distillation"))
 
 
 def trials():
@@ -209,7 +210,7 @@ def on_device(batch, device):
     return replace(batch, images_B3HW=batch.images_B3HW.float().to(device), partner=partner, **moved)
 
 
-@flows.every_case
+@every_flow
 def test_a_flow_makes_the_host_wait_for_nothing_unless_it_says_so(case):
     with EmulatedDevice():
         step = FlowStep(case, DEVICE)
@@ -222,7 +223,7 @@ def test_a_flow_makes_the_host_wait_for_nothing_unless_it_says_so(case):
         assert seen.waits == {}
 
 
-@pytest.mark.parametrize("case", flows.OWN, ids=flows.Trial.label)
+@every_flow
 def test_a_flow_replayed_in_the_same_phase_gives_what_it_would_give_itself(case):
     step = FlowStep(case)
     for replayed, own in replays(
@@ -249,7 +250,7 @@ def distilled(piece, device, now):
     return {"loss": loss.detach(), **terms, "gradient": logits_EBC.grad}
 
 
-@distillations
+@every_distillation
 def test_a_distillation_makes_the_host_wait_for_nothing(name):
     piece = registry.build("distillation", registry.piece("distillation", name).Config())
     with EmulatedDevice() as seen:
@@ -257,7 +258,7 @@ def test_a_distillation_makes_the_host_wait_for_nothing(name):
     assert {kind for kind, _ in seen.waits} <= {"to the device"}  # of the scores that the test makes
 
 
-@distillations
+@every_distillation
 def test_a_distillation_gives_the_same_in_the_same_phase(name):
     piece = registry.build("distillation", registry.piece("distillation", name).Config())
     of_phase = {}
