@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from orchestration.results import label_shift
 from orchestration.results.saved_run import SavedRun
 from orchestration.training import fitting
 from orchestration.training.mesh import Mesh, mesh_shape
+from tests.echo import spread
 from tests.emulated_device import DEVICE, EmulatedDevice
 from tests.recipes import WORDS, Recipe, digits, every_recipe, export
 
@@ -31,6 +33,15 @@ class TestEvaluation:
         with EmulatedDevice():
             for trainer in Recipe(method, tmp_path, mesh=packed).trainers():
                 assert len(trainer.setup.scored("test")) > trainer.setup.scored_at_once
+                with EmulatedDevice() as seen:
+                    trainer.evaluate("test")
+                assert seen.waits.total() <= 2, seen.waits
+
+    @pytest.mark.parametrize("method", ["ride", "ace", "ride_router"])
+    def test_has_so_on_workers_that_hold_one_expert_of_two_replicas(self, method, tmp_path):
+        with EmulatedDevice():
+            for trainer in Recipe(method, tmp_path, mesh=partial(spread, [])).trainers():
+                trainer.setup.scored("test")
                 with EmulatedDevice() as seen:
                     trainer.evaluate("test")
                 assert seen.waits.total() <= 2, seen.waits
