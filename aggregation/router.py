@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from aggregation.aggregator import Aggregator, AggregatorSettings, Outputs
 from experts.batches import Batch
 from experts.cases import Case
+from experts.directions import directions
 from experts.flow import Flow, FlowSettings, Gather, Network, side_by_side, through_shared_head
 from experts.objective import MAX_EXPERTS, Objective, ObjectiveSettings, StepContext
 from experts.precision import at_least_float32
@@ -57,7 +58,7 @@ class Hidden(nn.Module):
         self.linear = nn.Linear(num_features, width)
 
     def forward(self, features_BD: Tensor) -> Tensor:
-        direction_BD = F.normalize(at_least_float32(features_BD), dim=1)
+        direction_BD = directions(at_least_float32(features_BD), dim=1)
         return F.relu(self.linear(direction_BD))
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from experts.directions import directions
 from experts.heads.head import Head
 from experts.precision import at_least_float32
 from experts.registry import Settings, register
@@ -40,8 +41,8 @@ class CosineHead(Head):
 
     def forward(self, features_BD: Tensor) -> Tensor:
         with torch.autocast(features_BD.device.type, enabled=False):
-            direction_BD = F.normalize(at_least_float32(features_BD), dim=-1)
-            return self.scale * (direction_BD @ F.normalize(self.weight.to(direction_BD.dtype), dim=0))
+            direction_BD = directions(at_least_float32(features_BD), dim=-1)
+            return self.scale * (direction_BD @ directions(self.weight.to(direction_BD.dtype), dim=0))
 
     def extra_repr(self) -> str:
         return f"features={self.weight.shape[0]}, classes={self.weight.shape[1]}, scale={self.scale:g}"

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from experts.directions import directions
 from experts.heads.head import Head
 from experts.precision import at_least_float32
 from experts.registry import Settings, register
@@ -48,12 +49,12 @@ class GistHead(Head):
 
     def forward(self, features_BD: Tensor) -> Tensor:
         with torch.autocast(features_BD.device.type, enabled=False):
-            direction_BD = F.normalize(at_least_float32(features_BD), dim=-1)
+            direction_BD = directions(at_least_float32(features_BD), dim=-1)
             weight_CD = self.weight.to(direction_BD.dtype).T
             displacement_SD = self.displacement_SD.to(direction_BD.dtype)
             copies = torch.cat([weight_CD[None], weight_CD + displacement_SD[:, None]])  # [S + 1, C, D]
             # One product with all rows; [B, C, S + 1, D] would not fit in memory for many classes.
-            cosines = direction_BD @ F.normalize(copies, dim=-1).flatten(0, 1).T
+            cosines = direction_BD @ directions(copies, dim=-1).flatten(0, 1).T
             best_BC = cosines.unflatten(-1, copies.shape[:2]).max(dim=-2).values
             return self.learnt_scale.to(best_BC.dtype) * best_BC
 

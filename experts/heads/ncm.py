@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experts.cases import Case
+from experts.directions import directions
 from experts.heads.head import Head, Passes, Total
 from experts.precision import at_least_float32
 from experts.registry import Settings, register
@@ -85,7 +86,7 @@ class NearestClassMean(Head):
     def _normalised(self, features_BD: Tensor, mean_D: Tensor) -> Tensor:
         if self.config.features == "un":
             return features_BD
-        return F.normalize(features_BD - mean_D, dim=-1)  # without cl2n the mean is zero
+        return directions(features_BD - mean_D, dim=-1)  # without cl2n the mean is zero
 
     def _sums(self, features: Passes, total: Total, transform: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Return the sums [C, D] of transformed features over all replicas, and the images per class [C]."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from experts.directions import directions
 from experts.heads.head import Head
 from experts.losses.counts import log_prior, positive_counts
 from experts.losses.cross_entropy import negative_log_likelihood
@@ -123,7 +124,7 @@ class RoBalHead(Head):
 
     def forward(self, features_BD: Tensor) -> Tensor:
         with torch.autocast(features_BD.device.type, enabled=False):
-            direction_BD = F.normalize(at_least_float32(features_BD), dim=-1)
+            direction_BD = directions(at_least_float32(features_BD), dim=-1)
             weight_DC = self.weight.to(direction_BD.dtype)
             length_1C = weight_DC.norm(dim=0, keepdim=True).clamp_min(1e-12) + self.norm_offset
             return self.scale * (direction_BD @ (weight_DC / length_1C))
