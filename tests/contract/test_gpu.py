@@ -20,6 +20,7 @@ from experts.data.dataset import open_dataset
 from experts.data.decode import CROP_UNIFORMS
 from experts.data.resampling import resample
 from experts.draws import StepDraws
+from experts.precision import repeat_bits
 from experts.progress import Progress
 from orchestration.config.compose import load_config
 from orchestration.training.batchnorm import SynchronisedBatchNorm2d
@@ -272,3 +273,41 @@ def test_float32_is_not_tf32():
     exact = gradient("float64")
     error = {p: float((gradient(p) - exact).norm() / exact.norm()) for p in ("float32", "tf32")}
     assert 5 * error["float32"] < error["tf32"], error
+
+
+def test_deterministic_steps_repeat_their_bits():
+    def epoch():
+        trainer = trainer_of("engine.deterministic=true", "engine.precision=autocast")
+        losses = trainer.train(trainer.setup.steps_per_epoch).losses
+        weights = [value.cpu() for value in trainer.setup.model.state_dict().values()]
+        trainer.close()
+        return losses, weights
+
+    try:
+        (losses, weights), (again, same) = epoch(), epoch()
+        assert losses == again
+        assert all(torch.equal(one, other) for one, other in zip(weights, same, strict=True))
+    finally:
+        repeat_bits(False)
+
+
+@pytest.mark.parametrize(("precision", "last"), [("float32", False), ("tf32", True), ("autocast", True)])
+def test_channels_lie_side_by_side_all_the_way_where_it_rounds(precision, last):
+    trainer, found = trainer_of(f"engine.precision={precision}"), []
+    for module in trainer.setup.model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.register_forward_hook(lambda _, inputs, out: found.append(out))
+    trainer.train(1)
+    trainer.close()
+    assert found
+    assert {out.is_contiguous(memory_format=torch.channels_last) for out in found} == {last}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's compiler raises some itself, and hides them
+def test_compiled_steps_agree():
+    losses = {}
+    for compiled in ("true", "false"):
+        trainer = trainer_of("engine.precision=float64", f"engine.compile={compiled}")
+        losses[compiled] = trainer.train(5).losses
+        trainer.close()
+    assert losses["true"] == pytest.approx(losses["false"], rel=1e-6)
