@@ -33,6 +33,7 @@ class Task:
         counts_C: training images per class, by stage; of the stages that have steps.
         first: name, as `node_resources` has it, of the node whose worker takes the steps.
         partners: nodes of the workers that it exchanges with, by a name for what lies between them.
+        beside: a partner that takes the same step at the same time, by mesh, where its workers share a node.
         bundle: resources of a worker.
     """
 
@@ -41,6 +42,7 @@ class Task:
     counts_C: Mapping[str, np.ndarray]
     first: str
     partners: Mapping[str, str]
+    beside: Mapping[MeshShape, str]
     bundle: Mapping[str, float]
 
 
@@ -110,22 +112,23 @@ class SpeedGauge:
 def measure(task: Task) -> Measured:
     """Measure on the connected cluster. What cannot be measured, for lack of room say, is missing from the result."""
     found = Measured()
-    with _gauges(task) as gauges, _noted(found, "a worker's speed"):
-        first, partners = gauges
+    with _gauges(task) as (first, partners), _noted(found, "a worker's speed"):
         everyone = [first, *partners.values()]
         ray.get([gauge.load.remote() for gauge in everyone], timeout=_START_S)
-        for shape, config in task.configs.items():  # while the others wait
+        for shape in task.configs:
             with _noted(found, f"a step of {plural(shape.workers, 'worker')}"):
-                found.compute_s[shape] = {
-                    stage: ray.get(
-                        first.time_step.remote(config, stage, counts_C, task.threads[shape]), timeout=_STEP_S
-                    )
-                    for stage, counts_C in task.counts_C.items()
-                }
+                gauges = [first, *([partners[task.beside[shape]]] if shape in task.beside else [])]
+                found.compute_s[shape] = {stage: _time_step(gauges, task, shape, stage) for stage in task.counts_C}
         for name, partner in partners.items():
             with _noted(found, f"the link {name}"):
                 found.links[name] = _time_link(first, partner)
     return found
+
+
+def _time_step(gauges: list[Any], task: Task, shape: MeshShape, stage: str) -> float:
+    """Return the seconds of a step that some gauges take at the same time, on the slowest of them."""
+    asked = task.configs[shape], stage, task.counts_C[stage], task.threads[shape]
+    return max(ray.get([gauge.time_step.remote(*asked) for gauge in gauges], timeout=_STEP_S))
 
 
 def _time_link(first: Any, second: Any) -> list[tuple[int, float]]:

@@ -214,9 +214,25 @@ def measure_for(config: RunConfig, nodes: Nodes) -> Measured:
         counts_C={name: blank_counts(config, name) for name, stage in config.method.stages.items() if stage.epochs},
         first=first,
         partners=partners,
+        beside={
+            shape: ONE_NODE
+            for shape, (workers, _) in fitting.items()
+            if _share_node(config, shape, workers, nodes[first], partners)
+        },
         bundle=bundle_of(config.cluster, min(workers.cpus for workers, _ in fitting.values())),
     )
     return measure(task)
+
+
+def _share_node(
+    config: RunConfig, shape: MeshShape, workers: Workers, node: Mapping[str, float], partners: Mapping[str, str]
+) -> bool:
+    """Return whether two workers of a mesh can be timed at once on a node, so that they share its memory and caches.
+
+    Not where their threads would outnumber its CPUs: that is what crowding is for.
+    """
+    room = config.cluster.gpus_per_worker or 2 * workers.threads <= node["CPU"]
+    return shape.workers > 1 and ONE_NODE in partners and bool(room)
 
 
 def _partners(found: Sequence[tuple[Workers, Placement]]) -> tuple[str, dict[str, str]]:

@@ -120,7 +120,7 @@ def _origin(found: Comparison) -> Iterator[str]:
     if measured.compute_s:
         threads = sorted({c.workers.threads for c in found.candidates if c.workers})
         many = plural(threads[0], "thread") if len(threads) == 1 else f"{threads[0]} to {threads[-1]} threads"
-        yield f"measured: what one worker of each placement computes in a step, on blank images, {many}"
+        yield f"measured: what a worker of each placement computes in a step, on blank images, {many}"
     for name, times_ in measured.links.items():
         link = fit_link(2, *times_)
         rate = f"{link.bytes_per_s / 1e9:.3g} GB/s"

@@ -3,7 +3,7 @@
     step     = compute x crowding  +  exchanges
     exchange = times x rounds x latency  +  bytes sent / bandwidth
 
-Compute is that of the busiest worker, measured by itself, without partners (gauge.py). Where that is not possible it is
+Compute is that of the busiest worker, measured without its exchanges (gauge.py). Where that is not possible it is
 calls of torch x seconds per call + multiply-adds x seconds each, of an order of magnitude. Latency and bandwidth are
 fitted to two measured all-reduces. Exchanges are those of a rehearsed step (rehearsal.py), run as rings, and nothing
 overlaps.

@@ -184,6 +184,9 @@ def test_every_link_and_every_kind_of_worker_is_measured_once(monkeypatch):
         ("b", {NODES: "a"}, {PACKED: 1, MeshShape(3, 1, 2): 1, MeshShape(3, 3, 6): 1}),
         ("a", {ONE_NODE: "a"}, {PACKED: 2, SPREAD: 1, REPLICAS: 1}),
     ]
+    assert [set(t.beside) for t in tasks] == [{SPREAD, REPLICAS}, set(), {SPREAD, REPLICAS}], "two at once on a node"
+    measure_for(config("cluster.workers=3", "engine.threads=2"), {"a": {"CPU": 3.0}})
+    assert not tasks.pop().beside, "four threads on three CPUs would be slower for that alone"
     assert tasks[0].configs[REPLICAS].cluster.experts_per_worker == 3 and list(tasks[0].counts_C) == ["train"]
     measure_for(load_config(["method=ce"]), BOX)
     assert len(tasks) == 3, "with one placement there is nothing to compare"
