@@ -19,7 +19,7 @@ import contextlib
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from unittest.mock import patch
@@ -27,7 +27,6 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 DEVICE = "meta"
 _aten = torch.ops.aten
@@ -173,7 +172,7 @@ class EmulatedDevice(_Dispatch):
 
 def _carry_out(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Compute an operation on the CPU; its results lie on the device if its inputs do or it says so."""
-    tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+    tensors = tensors_of((args, kwargs))
     on_device = any(isinstance(value, OnDevice) for value in tensors)
     asked = kwargs.get("device")
     to_device = on_device if asked is None else torch.device(asked).type == DEVICE
@@ -187,20 +186,20 @@ def _carry_out(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if on_device:
         _refuse_or_count(func, args, tensors)
     if not to_device or func is _aten._local_scalar_dense.default:
-        return func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
+        return func(*changed(args, _inner), **changed(kwargs, _inner))
     found = _launched(func, args, kwargs)
-    return _written(func, args, kwargs, tree_map(lambda x: OnDevice(x) if isinstance(x, Tensor) else x, found))
+    return _written(func, args, kwargs, changed(found, OnDevice))
 
 
 def _launched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Return an operation's results as the CPU has them: computed and counted, or recorded."""
-    given = [_inner(value) for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
     if _capture.recorder is not None:
         # A number from the host becomes an argument of the kernel: it stays what it is now.
-        args, kwargs = tree_map(lambda x: x.clone() if is_on_host(x) else _inner(x), (args, kwargs))
+        args, kwargs = changed((args, kwargs), lambda x: _inner(x) if isinstance(x, OnDevice) else x.clone())
         return _capture.recorder.record(func, args, kwargs)
-    found = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
-    if not only_looks(func, given, found):
+    args, kwargs = changed((args, kwargs), _inner)
+    found = func(*args, **kwargs)
+    if not only_looks(func, tensors_of((args, kwargs)), found):
         launched(str(func))
     return found
 
@@ -210,22 +209,40 @@ def launched(name: str) -> None:
     _active[-1].launches[name] += 1
 
 
-def is_on_host(value: Any) -> bool:
-    """Return whether a value is a tensor that is not on the device."""
-    return isinstance(value, Tensor) and not isinstance(value, OnDevice)
+def tensors_of(value: Any) -> list[Tensor]:
+    """Return the tensors among an operation's arguments or results, in a fraction of the time of torch's own trees."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, tuple | list):
+        return []
+    return [tensor for item in value for tensor in tensors_of(item)]
+
+
+def changed(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Return an operation's arguments or results with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: changed(item, change) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)([changed(item, change) for item in value])
+    return value
 
 
 def only_looks(func: Any, given: list[Tensor], found: Any) -> bool:
     """Return whether an operation launches nothing: it makes a view, or takes memory without filling it.
 
     Args:
-        given, found: tensors as the CPU has them.
+        given: tensors among its arguments, as the CPU has them.
+        found: its results, as the CPU has them.
     """
     if func.is_view or func.overloadpacket in _UNFILLED:
         return True
     if func._schema.is_mutable:
         return False
-    made = [value for value in tree_flatten(found)[0] if isinstance(value, Tensor)]
+    made = tensors_of(found)
     storages = {value.untyped_storage()._cdata for value in given}
     return bool(made) and all(value.untyped_storage()._cdata in storages for value in made)
 

@@ -24,10 +24,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_flatten
 
 from orchestration.training import graphs
-from tests.emulated_device import DEVICE, launched, only_looks, recording
+from tests.emulated_device import DEVICE, launched, only_looks, recording, tensors_of
 
 
 class EmulatedGraphs:
@@ -104,7 +103,7 @@ class _Piece:
 
     def record(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Return the operation's results, without numbers. See `emulated_device.Recorder`."""
-        given = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+        given = tensors_of((args, kwargs))
         # Not by the schema: it does not say that BatchNorm writes to its running statistics.
         before = [value.clone() for value in given]
         found = func(*args, **kwargs)
@@ -112,7 +111,7 @@ class _Piece:
             if not _overlaps(value):
                 value.copy_(old)
         known = {value.untyped_storage()._cdata for value in given}
-        results = [value for value in tree_flatten(found)[0] if isinstance(value, Tensor)]
+        results = tensors_of(found)
         made = [None if value.untyped_storage()._cdata in known else value for value in results]
         for value in made:
             if value is not None:
@@ -127,7 +126,7 @@ class _Piece:
         with _disable_current_modes():
             for func, args, kwargs, made in self._operations:
                 found = func(*args, **kwargs)
-                results = [value for value in tree_flatten(found)[0] if isinstance(value, Tensor)]
+                results = tensors_of(found)
                 for place, value in zip(made, results, strict=True):
                     if place is not None:
                         place.copy_(value)
