@@ -40,7 +40,7 @@ class MemberScores:
     def stacked(cls, member_logits: Mapping[str, Tensor]) -> MemberScores:
         """Take scores [B, C] of one member or more, by name, all of one shape."""
         logits_MBC = torch.stack([logits_BC.detach() for logits_BC in member_logits.values()]).double()
-        largest_MB, prediction_MB = logits_MBC.max(dim=2)
+        largest_MB, prediction_MB = _largest(logits_MBC)
         # NaN counts as largest and smallest, and infinity less anything is not finite.
         finite_MB = (largest_MB - logits_MBC.amin(dim=2)).isfinite()
         return cls(tuple(member_logits), logits_MBC, logits_MBC.log_softmax(dim=2), prediction_MB, finite_MB)
@@ -53,6 +53,15 @@ class MemberScores:
         return MemberScores(
             names, self.logits_MBC[part], self.log_p_MBC[part], self.prediction_MB[part], self.finite_MB[part]
         )
+
+
+def _largest(logits_MBC: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest scores and their classes, the first of equals; NaN counts as largest."""
+    if logits_MBC.device.type != "cpu":
+        return logits_MBC.max(dim=2)
+    # On a CPU torch takes five times as long as NumPy to find the place of a maximum.
+    prediction_MB = torch.from_numpy(logits_MBC.numpy().argmax(axis=2))
+    return logits_MBC.gather(2, prediction_MB[..., None])[..., 0], prediction_MB
 
 
 class PerImage(ABC):
