@@ -46,8 +46,8 @@ def found(monkeypatch):
     def measured(first, partner):
         gauges = contextlib.nullcontext((Gauge(first), {"inside a node": Gauge(partner)}))
         monkeypatch.setattr(node_speed, "_gauges", lambda task: gauges)
-        configs = {shape: None for shape in (PACKED, SPREAD)}
-        threads = {shape: 1 for shape in configs}
+        configs = dict.fromkeys((PACKED, SPREAD))
+        threads = dict.fromkeys(configs, 1)
         counts = {"train": np.ones(2)}
         return measure(
             Task(configs, threads, counts, "a", {"inside a node": "a"}, {SPREAD: "inside a node"}, {"CPU": 1})
