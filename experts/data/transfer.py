@@ -15,12 +15,17 @@ def to_device(values: np.ndarray | Tensor, device: torch.device | str, dtype: to
     Args:
         values: a tensor on any device, or an array.
         dtype: of the result; None keeps that of `values`.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, whose replays would all copy what lies in this memory then.
     """
     device = torch.device(device)
     tensor = torch.from_numpy(np.asarray(values, order="C")) if isinstance(values, np.ndarray) else values
     if tensor.device.type == "cpu":
         tensor = tensor.to(dtype=dtype)  # here, since a copy that also converts is made from memory that is not pinned
         if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():  # CUDA does not refuse it
+                raise RuntimeError("a step that is captured copies from the host; needed StepDraws for what it copies")
             # A GPU copies in the background from page-locked memory alone. The allocator of such memory gives it to
             # others only after the copy.
             tensor = tensor.pin_memory()

@@ -97,6 +97,10 @@ class TrainingStep:
         numbers = torch.cat([found.values, places_L, setup.engine.ok.reshape(1)])
         return Row(now, lr, len(batch.global_labels), found.names, numbers)
 
+    def close(self) -> None:
+        """Free what was captured; no step follows."""
+        del self._graphs  # which knows this object: left to Python's collector, a stage's memory would stay for a while
+
     def _moment(self, batch: Batch, now: Progress) -> Moment:
         images, mesh = len(batch.global_labels), self._setup.mesh
         first_of_batch = batch.first_row - share_of(images, mesh.replica, mesh.shape.replicas)[0]

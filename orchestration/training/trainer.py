@@ -243,8 +243,10 @@ class StageTrainer:
         stage_files.start_from_model(self.setup, Path(folder))
 
     def close(self) -> None:
-        """Stop loader processes and free the engine's buffers."""
+        """Stop loader processes and free captured steps and the engine's buffers."""
         self._upcoming = None
+        if self.training is not None:
+            self._step.close()
         self.setup.close()
 
     def _alive(self) -> None:

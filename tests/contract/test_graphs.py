@@ -5,6 +5,7 @@ On the emulated device, whose graphs know nothing but the operations and tensors
 
 from __future__ import annotations
 
+import weakref
 from contextlib import nullcontext
 from functools import partial
 
@@ -78,11 +79,12 @@ def early(monkeypatch):
     monkeypatch.setattr(graphs, "EAGER_CALLS", 1)
 
 
+def packed(config):
+    return Mesh(mesh_shape(config.method.num_experts, 1), device=DEVICE)
+
+
 @every_recipe
 def test_replays_give_the_bits_of_steps_of_their_own(method, tmp_path):
-    def packed(config):
-        return Mesh(mesh_shape(config.method.num_experts, 1), device=DEVICE)
-
     for backend in compare(method, tmp_path, packed):
         assert not backend.problems
         assert backend.replays
@@ -96,3 +98,14 @@ def test_replays_are_cut_where_workers_exchange(method, tmp_path):
         assert len(backend.pieces) >= 2 * backend.captures
         assert all(backend.pieces), "a graph without a kernel"
     assert crossed
+
+
+def test_a_stage_that_is_closed_leaves_no_captures(tmp_path):
+    """Its memory is free for the next stage, without a wait for Python's collector."""
+    with EmulatedDevice(), emulated_graphs() as made:
+        trainer = next(Recipe("ce", tmp_path, mesh=packed).trainers())
+        trainer.train(3)
+        kept = weakref.ref(made.pop())
+        assert kept() is not None
+        trainer.close()
+        assert kept() is None
