@@ -54,7 +54,7 @@ def import_deepspeed(*, gpu: bool) -> ModuleType:
         import deepspeed.runtime.zero.muon.muon_optimizer
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # The shared-memory exchange for CPUs is compiled at first use: 20 s and a compiler, for nothing that gloo lacks. Its
+    # The shared-memory exchange for CPUs is compiled at first use: 20 s and a compiler, for nothing that gloo lacks. The
     # table of what can be compiled is written here, not read: reading it runs compilers to find out.
     deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
@@ -198,8 +198,8 @@ def _settings(config: EngineConfig) -> dict[str, Any]:
             "reduce_scatter": False,  # refuses float64; trunks and experts here are small
             "contiguous_gradients": True,
             "compute_grad_norm": False,  # only clipping needs it; it would wait for the device
-            # A leaf is summed in place if it is larger than the bucket. Else ZeRO would copy it, and make a bucket anew,
-            # in every step.
+            # A leaf is summed in place if it is larger than the bucket. Else ZeRO would copy it into a new bucket in
+            # every step.
             "reduce_bucket_size": 1,
             "allgather_bucket_size": 20_000_000,
         },

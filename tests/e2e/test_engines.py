@@ -97,9 +97,7 @@ def copied(tensors):
 
 def same(before, after):
     return all(
-        torch.equal(tensor, new[name])
-        for old, new in zip(before, after, strict=True)
-        for name, tensor in old.items()
+        torch.equal(tensor, new[name]) for old, new in zip(before, after, strict=True) for name, tensor in old.items()
     )
 
 
@@ -203,9 +201,7 @@ def test_momentum_is_whole_and_comes_back(learner):
     assert learner.momentum() == {}
     a_good_step(learner)
     momentum = learner.momentum()
-    assert {name: m.shape for name, m in momentum.items()} == {
-        n: p.shape for n, p in learner.model.named_parameters()
-    }
+    assert {name: m.shape for name, m in momentum.items()} == {n: p.shape for n, p in learner.model.named_parameters()}
     learner.restore({name: m + 1 for name, m in momentum.items()})
     back = learner.momentum()
     assert all(torch.equal(back[name], m + 1) for name, m in momentum.items())
