@@ -43,6 +43,7 @@ types: setup
 
 bench: setup
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/epoch.py --out
 	$(BIN)/python benchmarks/startup.py
 	@echo 'longer, or with data: benchmarks/demo.py, loader.py, learning_check.py, systems.py, soak.py'
 
