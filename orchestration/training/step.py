@@ -99,7 +99,8 @@ class TrainingStep:
 
     def close(self) -> None:
         """Free what was captured; no step follows."""
-        del self._graphs  # which knows this object: left to Python's collector, a stage's memory would stay for a while
+        # It knows this object, too: left to Python's collector, a stage's memory would stay for a while.
+        vars(self).pop("_graphs", None)
 
     def _moment(self, batch: Batch, now: Progress) -> Moment:
         images, mesh = len(batch.global_labels), self._setup.mesh

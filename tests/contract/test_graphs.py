@@ -5,6 +5,7 @@ On the emulated device, whose graphs know nothing but the operations and tensors
 
 from __future__ import annotations
 
+import threading
 import weakref
 from contextlib import nullcontext
 from functools import partial
@@ -14,11 +15,13 @@ import torch
 
 from orchestration.config.compose import load_config
 from orchestration.training import graphs
-from orchestration.training.mesh import Mesh, mesh_shape
-from tests.echo import spread
+from orchestration.training.exchange import Alone, Groups
+from orchestration.training.mesh import Mesh, MeshShape, mesh_shape
+from orchestration.training.trainer import StageTrainer
+from tests.echo import Crossing, spread
 from tests.emulated_device import DEVICE, EmulatedDevice
 from tests.emulated_graphs import emulated_graphs
-from tests.recipes import WORDS, Recipe, every_recipe
+from tests.recipes import WORDS, Recipe, digits, every_recipe
 
 BATCH = 48
 """Images of a step: an epoch of 405 ends with a step of another size."""
@@ -64,13 +67,18 @@ def compare(method, folder, mesh):
     """Train a recipe with graphs and without, find no difference, and return what captured the stages."""
     eager, _ = trained(method, folder / "eager", mesh, nullcontext())
     captured, made = trained(method, folder / "captured", mesh, emulated_graphs())
+    same(eager, captured)
+    return made
+
+
+def same(eager, captured):
+    """Compare what `take` yielded, bit by bit."""
     for expected, found in zip(eager, captured, strict=True):
         if isinstance(expected, str):
             assert found == expected  # text, since NaN is not itself
         else:
             assert found[0] == expected[0]
             assert torch.equal(found[1], expected[1]), expected[0]
-    return made
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +106,33 @@ def test_replays_are_cut_where_workers_exchange(method, tmp_path):
         assert len(backend.pieces) >= 2 * backend.captures
         assert all(backend.pieces), "a graph without a kernel"
     assert crossed
+
+
+@pytest.mark.parametrize("method", ["ride", "bbn"])
+@pytest.mark.parametrize("shape", [(1, 2), (2, 1)], ids=["replicas", "slots"])
+def test_two_workers_replay_in_step(method, shape, tmp_path):
+    """Two threads that exchange for real: what they hold after steps with graphs is what they hold without."""
+    slots, replicas = shape
+    words = [*WORDS, f"method={method}", f"method.stages.train.batch_size={BATCH}"]
+    if method == "ride":
+        words.append("method.num_experts=2")
+    config, found, one_by_one = load_config(words), [], threading.Lock()
+
+    def work(rank, half):
+        groups = Groups(half if replicas == 2 else Alone(), half if slots == 2 else Alone(), half)
+        mesh = Mesh(MeshShape(2, 2 // slots, replicas), rank, device=DEVICE, groups=groups)
+        with one_by_one:  # torch draws new weights from one generator for all threads
+            trainer = StageTrainer(config, "train", digits(config.dataset.val_per_class), mesh)
+        return list(take(trainer)), half.made
+
+    for context in (nullcontext(), emulated_graphs()):
+        with EmulatedDevice(), context as made:
+            found.append(Crossing().run(work))
+    for eager, captured in zip(*found, strict=True):
+        same(eager[0], captured[0])
+        assert captured[1] == eager[1]
+    assert len(made) == 2
+    assert all(backend.replays and not backend.problems for backend in made)
 
 
 def test_a_stage_that_is_closed_leaves_no_captures(tmp_path):

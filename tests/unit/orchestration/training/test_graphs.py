@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +15,8 @@ from experts.progress import Progress
 from orchestration.config.run_config import EngineConfig
 from orchestration.training.exchange import Alone, Groups
 from orchestration.training.graphs import EAGER_CALLS, MOST_KEYS, StepGraphs, graphs_for, rebuilt, tensors_in
-from tests.emulated_device import DEVICE, EmulatedDevice, OnDevice, RefusedByDevice
+from tests.echo import Crossing
+from tests.emulated_device import DEVICE, EmulatedDevice, RefusedByDevice
 from tests.emulated_graphs import EmulatedGraphs, emulated_graphs
 
 
@@ -246,64 +246,6 @@ def test_weights_in_another_place_are_missed_until_it_is_told(seen):
 
 
 # Cuts
-
-
-class Crossing:
-    """Two workers in two threads, who exchange for real, on the emulated device."""
-
-    def __init__(self):
-        self.barrier = threading.Barrier(2, timeout=60)
-        self.given = [None, None]
-
-    def group(self, rank):
-        return _Half(self, rank)
-
-    def run(self, work):
-        """Return what `work(rank, group)` returns for both."""
-        found, problems = [None, None], []
-
-        def one(rank):
-            try:
-                with EmulatedDevice.in_thread():
-                    found[rank] = work(rank, self.group(rank))
-            except BaseException as problem:  # for the test to see
-                problems.append(problem)
-                self.barrier.abort()
-
-        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if problems:
-            raise problems[0]
-        return found
-
-
-class _Half:
-    size, handle = 2, None
-
-    def __init__(self, crossing, rank):
-        self.crossing, self.rank = crossing, rank
-        self.made = []
-
-    def _exchange(self, own, what):
-        assert isinstance(own, OnDevice)
-        self.made.append(what)
-        self.crossing.given[self.rank] = own.detach().clone()
-        self.crossing.barrier.wait()
-        found = list(self.crossing.given)
-        self.crossing.barrier.wait()
-        return found
-
-    def all_gather(self, own, what):
-        return self._exchange(own, what)
-
-    def all_reduce(self, values, what):
-        values.copy_(sum(self._exchange(values, what)))
-
-    def broadcast(self, values, what):
-        values.copy_(self._exchange(values, what)[0])
 
 
 class Summed(torch.autograd.Function):
