@@ -108,7 +108,7 @@ def training_features(setup: TrainingSetup, beat: Callable[[], None]) -> list[Te
     whole = Replica(device=setup.replica.device, dtype=setup.replica.dtype)
     tables: list[Tensor] = []
     number, done = len(setup.dataset.train), 0
-    for features, _ in FeaturePasses(setup, setup.dataset.train, beat, whole, keep=False).all():
+    for features, _ in FeaturePasses(setup, setup.batches.store, beat, whole, keep=False).all():
         if not tables:
             # Decided by the first batch, and written in place: joined parts would take the memory twice.
             if number * sum(f[0].nbytes for f in features) > _limit(setup):

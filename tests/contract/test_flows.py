@@ -113,8 +113,7 @@ class Network:
     """One worker's modules, run in place; counts what the flow asks for."""
 
     def __init__(self, ensemble):
-        self.ensemble, self.names = ensemble, ensemble.names
-        self.draws = draws_at(NOW)
+        self.ensemble, self.names, self.draws = ensemble, ensemble.names, draws_at(NOW)
         self.runs, self.trunk_outputs = [], None
 
     def trunk(self, run):
