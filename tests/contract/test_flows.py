@@ -50,9 +50,7 @@ class Trial:
     def label(self) -> str:
         settings = self.case.config.model_dump(exclude_unset=True) | self.case.objective.model_dump(exclude_unset=True)
         more = [f"{key}={value}" for key, value in settings.items()]
-        return "-".join(
-            [self.flow, self.case.objective.name, *more, *(["shared_head"] if self.case.shared_head else [])]
-        )
+        return "-".join([self.flow, self.case.objective.name, *more, *["shared_head"] * self.case.shared_head])
 
     @property
     def num_experts(self) -> int:
