@@ -1,9 +1,9 @@
 """The network of a stage in compiled code, if `engine.compile` says so.
 
-torch compiles the trunk and the features of each expert for whole batches, in place: modules keep their names, weights
-and hooks. Experts of one shape share one code. Everything else runs as it always does: heads and losses, which are
-small; batches that are not whole, as the last of an epoch may be; evaluation; and BatchNorms that exchange between
-replicas, with the parts that have them.
+torch compiles the trunk and the features of each expert for whole batches, those of training and those of evaluation,
+in place: modules keep their names, weights and hooks. Experts of one shape share one code. Everything else runs as it
+always does: heads and losses, which are small; batches that are not whole, as the last of an epoch may be; and
+BatchNorms that exchange between replicas, with the parts that have them.
 """
 
 from __future__ import annotations
@@ -28,22 +28,26 @@ class _WholeBatches:
 
     Args:
         module: that is called.
-        rows: images of a whole batch.
+        rows: images of a whole batch in training.
+        scored: images of a whole batch in evaluation.
         beat: is called after each use, since the first may take a minute.
     """
 
-    def __init__(self, module: nn.Module, rows: int, beat: Callable[[], None]) -> None:
+    def __init__(self, module: nn.Module, rows: int, scored: int, beat: Callable[[], None]) -> None:
         self._plain: Any = module._call_impl
         self._compiled: Any = torch.compile(module._call_impl, dynamic=False)
-        self._rows, self._beat = rows, beat
+        self._rows, self._scored, self._beat = rows, scored, beat
 
     def __call__(self, x: Any, *more: Any, **words: Any) -> Any:
-        # A rule that knows the number of rows alone: a resumed run takes the same steps in the same code. Flows may
-        # lay several batches under one another.
-        whole = torch.is_grad_enabled() and len(x) > 0 and len(x) % self._rows == 0
-        found = (self._compiled if whole else self._plain)(x, *more, **words)
+        found = (self._compiled if self._is_whole(len(x)) else self._plain)(x, *more, **words)
         self._beat()
         return found
+
+    def _is_whole(self, rows: int) -> bool:
+        """Say whether these are whole batches. A rule of numbers alone: a resumed run computes in the same code."""
+        if not torch.is_grad_enabled():
+            return rows == self._scored
+        return rows > 0 and rows % self._rows == 0  # flows may lay several under one another
 
 
 def compile_parts(setup: TrainingSetup, beat: Callable[[], None]) -> None:
@@ -69,7 +73,7 @@ def compile_parts(setup: TrainingSetup, beat: Callable[[], None]) -> None:
         exchanges = any(isinstance(part, SynchronisedBatchNorm2d) for part in module.modules())
         if last > first and not exchanges and any(True for _ in module.parameters()):
             # As `Module.compile` sets it: no part of a module's state, so copies and files do not have it.
-            module._compiled_call_impl = _WholeBatches(module, last - first, beat)
+            module._compiled_call_impl = _WholeBatches(module, last - first, setup.scored_at_once, beat)
 
 
 _CACHE = Path("~/.cache/expertail/compiled")  # of the user, since what lies there is run

@@ -9,6 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+from aggregation.metrics import Scores
 from orchestration.config.compose import load_config
 from orchestration.config.identity import identity
 from orchestration.results.run_table import run_table
@@ -19,6 +20,7 @@ from orchestration.training.trainer import StageTrainer
 from tests.recipes import WORDS, digits
 
 SMALL = ["method=ride", *WORDS, "backbone.depth=8", "method.stages.train.batch_size=16"]
+SMALL += ["run.evaluation_batch_size=64"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,8 +57,10 @@ def test_an_epoch_in_compiled_code(tmp_path):
     assert [*first.losses, *last.losses] == pytest.approx(expected.losses, rel=1e-6)
     for name, value in plain.setup.model.state_dict().items():
         torch.testing.assert_close(compiled.setup.model.state_dict()[name], value, rtol=1e-5, atol=1e-7)
-    compiled.evaluate("test")
-    assert counters["stats"]["unique_graphs"] == 2, "evaluation computes as ever"
+    scores = {name: one.evaluate("test") for name, one in (("plain", plain), ("compiled", compiled))}
+    assert counters["stats"]["unique_graphs"] == 4, "evaluation has two of its own, for whole batches"
+    top1 = [Scores.from_state(states[0]).result([1] * 10, None)["members"] for states in scores.values()]
+    assert [m["top1"] for m in top1[0].values()] == [m["top1"] for m in top1[1].values()]
 
     resumed = trainer("engine.precision=float64", "engine.compile=true")
     resumed.load(str(tmp_path / "half"), {"step": steps - 1, "sums": {}})
@@ -85,17 +89,21 @@ def test_a_part_with_batchnorms_that_exchange_is_not(sync):
     assert bool(whole(compiled.setup.model)) != sync
 
 
-@pytest.mark.parametrize("rows", [16, 32, 15, 0])
+@pytest.mark.parametrize("rows", [16, 32, 15, 0, 20])
 def test_whole_batches_alone_run_in_compiled_code(rows, monkeypatch):
-    """Flows may lay two of them under one another. Every use tells that the worker is alive."""
+    """Of 16 in training, where flows may lay two of them under one another, and of 20 in evaluation.
+
+    Every use tells that the worker is alive.
+    """
     called, beats = [], []
     monkeypatch.setattr(torch, "compile", lambda plain, **_: lambda x: (called.append(len(x)), plain(x))[1])
     module = torch.nn.Linear(2, 2)
-    module._compiled_call_impl = compiling._WholeBatches(module, 16, lambda: beats.append(1))
+    module._compiled_call_impl = compiling._WholeBatches(module, 16, 20, lambda: beats.append(1))
     x = torch.zeros(rows, 2)
     with torch.no_grad():
         module(x)
-    assert called == []
+    assert called == ([20] if rows == 20 else [])
+    called.clear()
     assert torch.equal(module(x), module.bias.expand(rows, 2))
     assert called == ([rows] if rows in (16, 32) else [])
     assert beats == [1, 1]
