@@ -174,7 +174,7 @@ class StageRun:
 
     @property
     def checkpoint(self) -> Path | None:
-        """The checkpoint that this start wrote last, or else loaded; None before either."""
+        """Return the checkpoint that this start wrote last, or else loaded; None before either."""
         return self._writer.newest or self._loaded
 
     @property
