@@ -21,6 +21,7 @@ from orchestration.results.run_table import run_table
 from orchestration.training import trainer as training
 from orchestration.training.mesh import Mesh, mesh_shape
 from orchestration.training.precision import memory_format_for, use_precision
+from orchestration.training.step import TrainingStep
 from orchestration.training.trainer import StageTrainer
 
 SWITCHES = {"float32": False, "tf32": True, "float64": False, "autocast": False}
@@ -56,8 +57,8 @@ def test_a_worker_computes_in_the_precision_of_its_run(precision, allowed, what,
     monkeypatch.setattr(training.evaluation, "evaluate", look)
     monkeypatch.setattr(training.evaluation, "prepare_objective", look)
     monkeypatch.setattr(training.fitting, "fit", look)
-    step = trainer._step
-    trainer._step = lambda batch, now: (look(), step(batch, now))[1]
+    take = TrainingStep.__call__
+    monkeypatch.setattr(TrainingStep, "__call__", lambda step, batch, now: (look(), take(step, batch, now))[1])
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = not allowed, True
     getattr(trainer, what)(*{"train": (1,), "evaluate": ("test",)}.get(what, ()))
     assert seen == [(allowed, False)]
