@@ -22,12 +22,13 @@ from experts.batches import Batch
 from experts.cases import Case
 from experts.data.keyed_random import permutation
 from experts.draws import Moment
-from experts.flow import Flow, FlowSettings, Network, side_by_side, through_shared_head
+from experts.flow import Flow, FlowSettings, Network, through_shared_head
 from experts.losses.cross_entropy import CrossEntropy, cross_entropy
 from experts.objective import Objective, ObjectiveSettings, StepContext
 from experts.precision import at_least_float32
 from experts.progress import Progress
 from experts.registry import register
+from experts.side_by_side import side_by_side
 
 
 def fuse(receiver_BD: Tensor, donor_BD: Tensor, ratio: float, permutation_D: Tensor) -> Tensor:

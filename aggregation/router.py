@@ -21,11 +21,12 @@ from aggregation.aggregator import Aggregator, AggregatorSettings, Outputs
 from experts.batches import Batch
 from experts.cases import Case
 from experts.directions import directions
-from experts.flow import Flow, FlowSettings, Gather, Network, side_by_side, through_shared_head
+from experts.flow import Flow, FlowSettings, Gather, Network, through_shared_head
 from experts.objective import MAX_EXPERTS, Objective, ObjectiveSettings, StepContext
 from experts.precision import at_least_float32
 from experts.progress import Progress
 from experts.registry import Settings, register
+from experts.side_by_side import side_by_side
 
 ALL_EXPERTS = "all experts"
 """The aggregator's second member: the ensemble's scores if every image went to every expert."""

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from experts.batches import Batch
 from experts.cases import Case
-from experts.flow import Flow, FlowSettings, Network, side_by_side, through_shared_head
+from experts.flow import Flow, FlowSettings, Network, through_shared_head
 from experts.losses.cross_entropy import CrossEntropy
 from experts.progress import Progress
 from experts.registry import register
+from experts.side_by_side import side_by_side
 
 
 @register("flow", "plain")

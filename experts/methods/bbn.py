@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from experts.batches import Batch
 from experts.cases import Case
-from experts.flow import Flow, FlowSettings, Network, side_by_side
+from experts.flow import Flow, FlowSettings, Network
 from experts.heads.head import Head
 from experts.losses.cross_entropy import cross_entropy
 from experts.objective import Objective, ObjectiveSettings, StepContext
@@ -31,6 +31,7 @@ from experts.precision import at_least_float32
 from experts.progress import Progress
 from experts.registry import Settings, register
 from experts.scalars import scalar_of_step
+from experts.side_by_side import side_by_side
 
 
 def cumulative_alpha(epoch: int, span: int) -> float:

@@ -27,7 +27,7 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
     """
 
     exchanges = True
-    """With other workers, forward and backward; see `side_by_side` in experts/flow.py."""
+    """With other workers, forward and backward; see experts/side_by_side.py."""
 
     # Both are set by `Mesh.synchronise_batchnorm`, which changes the class of modules that exist.
     group: Group

@@ -54,8 +54,8 @@ def import_deepspeed(*, gpu: bool) -> ModuleType:
         import deepspeed.runtime.zero.muon.muon_optimizer
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # The shared-memory exchange for CPUs is compiled at first use: 20 s and a compiler, for nothing that gloo lacks. The
-    # table of what can be compiled is written here, not read: reading it runs compilers to find out.
+    # The shared-memory exchange for CPUs is compiled at first use: 20 s and a compiler, for nothing that gloo lacks.
+    # The table of what can be compiled is written here, not read: reading it runs compilers to find out.
     deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
 

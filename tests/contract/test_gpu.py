@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from aggregation.serving import load_model
-from experts import flow
+from experts import side_by_side
 from experts.augmentation.augment import random_resized_crops
 from experts.augmentation.views import ViewMaker, Views
 from experts.batches import Batch
@@ -66,7 +66,7 @@ def test_graphs_and_streams_give_the_numbers_of_single_kernels(method, tmp_path,
     for name in ("auto", "false"):
         with monkeypatch.context() as patches:
             if name == "false":
-                patches.setattr(flow, "_exchanges", lambda expert: True)  # and so in turn, on one stream
+                patches.setattr(side_by_side, "_exchanges", lambda expert: True)  # and so in turn, on one stream
             (tmp_path / name).mkdir()
             words = ("engine.precision=float64", f"engine.graphs={name}")
             found.append([])
@@ -110,7 +110,7 @@ def test_experts_on_streams_wait_for_what_they_read():
             found = torch.autograd.grad(loss, weights)
         return torch.cat([g.flatten() for g in found])
 
-    streams = gradients(lambda h: flow.side_by_side(lambda expert: expert(h), experts))
+    streams = gradients(lambda h: side_by_side.side_by_side(lambda expert: expert(h), experts))
     loop = gradients(lambda h: [expert(h) for expert in experts])
     assert torch.allclose(streams, loop, rtol=1e-9, atol=1e-12)
 

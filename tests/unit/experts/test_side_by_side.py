@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from experts import flow
-from experts.flow import side_by_side
+import experts.side_by_side as code
+from experts.side_by_side import side_by_side
 from orchestration.training.batchnorm import SynchronisedBatchNorm2d
 
 
@@ -51,7 +51,7 @@ def cuda(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here[-1])
     monkeypatch.setattr(torch.cuda, "stream", on)
-    monkeypatch.setattr(flow, "_streams", lambda device, count: [Stream(f"s{k}", record) for k in range(count)])
+    monkeypatch.setattr(code, "_streams", lambda device, count: [Stream(f"s{k}", record) for k in range(count)])
     return record, run
 
 
