@@ -76,13 +76,16 @@ def _step_s(setup: TrainingSetup, images: int) -> float:
     def timed() -> float:
         return _timed(lambda: step(batch, now), device)
 
-    for _ in range(_WARM_UP):
-        if (first := timed()) > _SLOW_S:  # where a step is so long, what comes with the first one is little of it
-            return first
-    seconds = list[float]()
-    while len(seconds) < _STEPS[0] or (sum(seconds) < _ENOUGH_S and len(seconds) < _STEPS[1]):
-        seconds.append(timed())
-    return statistics.median(seconds)
+    try:
+        for _ in range(_WARM_UP):
+            if (first := timed()) > _SLOW_S:  # where a step is so long, what comes with the first one is little of it
+                return first
+        seconds = list[float]()
+        while len(seconds) < _STEPS[0] or (sum(seconds) < _ENOUGH_S and len(seconds) < _STEPS[1]):
+            seconds.append(timed())
+        return statistics.median(seconds)
+    finally:
+        step.close()
 
 
 def time_all_reduce(group: Group, device: torch.device) -> list[tuple[int, float]]:

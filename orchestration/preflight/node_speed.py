@@ -25,7 +25,7 @@ _EXCHANGES_S = 60.0
 
 @dataclass(frozen=True)
 class Task:
-    """What to measure.
+    """A request to measure.
 
     Attributes:
         configs: of the run on each mesh.
@@ -48,7 +48,7 @@ class Task:
 
 @dataclass
 class Measured:
-    """What was measured.
+    """Results of measuring.
 
     Attributes:
         compute_s: seconds that the first worker computes in a step, by mesh and stage.
@@ -119,6 +119,8 @@ def measure(task: Task) -> Measured:
             with _noted(found, f"a step of {plural(shape.workers, 'worker')}"):
                 gauges = [first, *([partners[task.beside[shape]]] if shape in task.beside else [])]
                 found.compute_s[shape] = {stage: _time_step(gauges, task, shape, stage) for stage in task.counts_C}
+            if shape not in found.compute_s:  # a gauge may still be at it, and whatever comes next would wait for it
+                return found
         for name, partner in partners.items():
             with _noted(found, f"the link {name}"):
                 found.links[name] = _time_link(first, partner)

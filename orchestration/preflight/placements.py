@@ -140,7 +140,7 @@ class Comparison:
 
     @cached_property
     def choice(self) -> Candidate:
-        """What `cluster.experts_per_worker=auto` stands for: the fastest placement on the workers asked for.
+        """The fastest placement on the workers asked for, for which `cluster.experts_per_worker=auto` stands.
 
         Without times it is the one with the fewest experts per worker, and so it is where replicas would change results
         because each has BatchNorm statistics of its own.
@@ -268,11 +268,10 @@ def compare(
         if nodes is None and auto:
             workers = Workers(1, config.engine.threads or 1, ONE_NODE, 1.0)
         candidate = Candidate(shape, workers, stages, None)
-        if workers is not None:
-            candidate = _timed(candidate, workers, measured) or (
-                _assumed(config, candidate, workers) if auto else candidate
-            )
-        found.append(candidate)
+        found.append(candidate if workers is None else _timed(candidate, workers, measured) or candidate)
+    if auto and any(c.workers is not None and c.prediction is None for c in found):
+        # All of them: a measured time and an order of magnitude cannot be compared.
+        found = [c if c.workers is None else _assumed(config, c, c.workers) for c in found]
     return Comparison(config.cluster.workers, tuple(found), measured, auto, config.engine.sync_batchnorm)
 
 

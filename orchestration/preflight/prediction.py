@@ -34,7 +34,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Link:
-    """What lies between two workers: seconds that every round of an exchange takes, and bytes per second."""
+    """The link between two workers: seconds that every round of an exchange takes, and bytes per second."""
 
     latency_s: float
     bytes_per_s: float
@@ -42,7 +42,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step asks of the busiest worker.
+    """The load of a step on the busiest worker.
 
     Attributes:
         calls: of torch, as `Load.calls`.
