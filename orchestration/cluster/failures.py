@@ -43,7 +43,8 @@ def refusal(error: RayTaskError) -> Exception | None:
     if type(cause).__name__ == "OutOfMemoryError":  # torch's, by name: workers import this file before torch
         return ValueError(
             f"a worker's GPU is out of memory ({_last_line(str(cause))}); use more workers "
-            f"(cluster.workers, cluster.experts_per_worker), or engine.precision=autocast"
+            f"(cluster.workers, cluster.experts_per_worker), engine.precision=autocast, or a smaller "
+            f"run.evaluation_batch_size if it was scoring images"
         )
     if _NOT_REPEATABLE in str(cause):
         operation = str(cause).partition(_NOT_REPEATABLE)[0].strip()

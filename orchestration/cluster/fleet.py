@@ -294,16 +294,19 @@ class Fleet:
         if refused is not None:
             return refused
 
-        # Not a refusal: an exchange broke. Its partners' answers, which come within seconds, tell who died.
+        # Not a refusal: an exchange broke. Its partners' answers, which come within seconds, tell who died, or who
+        # refused and left the exchange.
         later, _ = ray.wait(pending, num_returns=len(pending), timeout=_DEATH_S) if pending else ([], [])
         for ref in later:
             try:
                 ray.get(ref)
             except (RayActorError, OutOfMemoryError) as death:
                 return failure_of(death)
+            except RayTaskError as other:
+                refused = refused or refusal(other)
             except RayError:
                 continue
-        return broken_exchange(error) or error
+        return refused or broken_exchange(error) or error
 
     # Nodes
 

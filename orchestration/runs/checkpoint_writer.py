@@ -8,7 +8,7 @@ can be copied again.
     complete     state, manifest, final name: from here on the checkpoint exists
     keep best    copy the weights of the best evaluation, if it is this one
     prune        remove checkpoints that are no longer to stay, and best weights that none of the others names
-    tell         hours used, to run.json; storage at a URL, which uploads what is complete
+    announce     hours used, to run.json; storage at a URL, which uploads what is complete
 
 A writer is in one of five states. `start`, `check`, `wait` and leaving the `with` block belong to the thread that
 trains the stage; the thread of a write changes the state at its own end alone.
@@ -112,6 +112,12 @@ class CheckpointWriter:
         Raises:
             ValueError, OSError: the write failed, before the problem that ends the block.
         """
+        try:
+            self._leave(problem)
+        finally:  # also where Ctrl-C ended the waiting
+            self._given_up = True
+
+    def _leave(self, problem: BaseException | None) -> None:
         if problem is None:
             self.wait()
         elif isinstance(problem, WorkerLost) or not isinstance(problem, Exception):
@@ -125,7 +131,10 @@ class CheckpointWriter:
                 raise earlier from problem
 
     def _give_up(self) -> None:
-        """Wait a little for the write in flight. After that it completes no more."""
+        """Wait a little for the files of the write in flight. After that it completes no more.
+
+        A checkpoint that is getting its name is waited for: it must be there or not, for whoever looks next.
+        """
         if self._thread is not None:
             self._thread.join(_LAST_FILES_S)
             with self._completing:

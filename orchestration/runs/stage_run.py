@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +242,8 @@ class StageRun:
         self._writer.check()  # not hours later, at the next checkpoint
         until = self._next_stop(target)
         first, begun = self.step, time.monotonic()
-        interval: Interval = self.fleet.call("train", until)[0]
+        intervals: list[Interval] = self.fleet.call("train", until)
+        interval = replace(intervals[0], notes=list(dict.fromkeys(note for each in intervals for note in each.notes)))
         self.step = until
 
         if self._pause is not None:  # the stage stood still until these steps
