@@ -58,14 +58,14 @@ EAGER_CALLS = 2
 """Steps of a key before its capture: one in which libraries choose algorithms and pieces make their constants, one in
 which all is as in the steps to come."""
 MOST_KEYS = 8
-"""Keys that are kept; whoever has more changes them too often for captures to pay."""
+"""Keys that are kept. A stage that has come to five times as many changes them too often for captures to pay."""
 
 
 class GraphBackend(Protocol):
     """A way to capture work and replay it: CUDA's, or a test's."""
 
     def apart(self) -> AbstractContextManager[None]:
-        """Where steps are computed, captured or not."""
+        """Compute steps inside, captured or not."""
         ...
 
     def capturing(self) -> AbstractContextManager[None]:
@@ -101,6 +101,7 @@ class StepGraphs(Generic[Computed]):
     ) -> None:
         self._compute, self._draws, self._backend, self._report = compute, draws, backend, report
         self.forget()
+        self._captures = 0
         self._reported = False
 
     def __call__(self, batch: Batch, now: Progress, key: Hashable = ()) -> Computed:
@@ -118,8 +119,11 @@ class StepGraphs(Generic[Computed]):
         with self._backend.apart():
             found = self._compute(batch, now)
         self._calls[key] += 1
-        if self._calls[key] == EAGER_CALLS:
+        if self._calls[key] == EAGER_CALLS and self._captures < 5 * MOST_KEYS:
+            self._captures += 1
             self._capture(key, batch, now)
+            if self._captures == 5 * MOST_KEYS:
+                self._note(f"their kind changed {self._captures} times, too often to capture each")
         return found
 
     def forget(self) -> None:
@@ -138,12 +142,15 @@ class StepGraphs(Generic[Computed]):
             with self._backend.apart():
                 replay.capture(self._compute, now)
         except Exception as problem:  # whatever it is: the same code has just run, so the capture is at fault
-            if not self._reported:
-                first_line = str(problem).strip().partition("\n")[0]
-                self._report(f"steps run without CUDA graphs: {type(problem).__name__}: {first_line}")
-            self._reported = True
+            first_line = str(problem).strip().partition("\n")[0]
+            self._note(f"{type(problem).__name__}: {first_line}")
         else:
             self._replays[key] = replay
+
+    def _note(self, reason: str) -> None:
+        if not self._reported:
+            self._report(f"some steps run without CUDA graphs: {reason}")
+        self._reported = True
 
 
 class _Replay(Generic[Computed]):

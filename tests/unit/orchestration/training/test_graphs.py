@@ -167,7 +167,7 @@ def test_what_cannot_be_captured_goes_on_one_kernel_at_a_time(bad, seen):
     captured, eager, steps = both(lambda: lambda batch, now: bad(batch.images_B3HW))
     assert captured == eager
     assert len(steps.reports) == 1
-    assert "steps run without CUDA graphs: RefusedByDevice: operation not permitted" in steps.reports[0]
+    assert "some steps run without CUDA graphs: RefusedByDevice: operation not permitted" in steps.reports[0]
     assert steps.backend.replays == 0
 
 
