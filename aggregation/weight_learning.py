@@ -138,16 +138,16 @@ class Learner:
     def step(self, views_2EBC: Tensor) -> Tensor:
         """Take one step on a batch of views and return the loss before it.
 
-        The host does not wait for it: `end_pass` finds out whether the loss was finite. If not, the numbers stay as
-        they are from here on.
+        The host does not wait for it: `end_pass` finds out whether loss and numbers were finite. If not, the numbers
+        stay as they were before.
         """
         before_E = self.numbers_E
         self._optimizer.zero_grad()
         loss = disagreement(self._w_E.softmax(dim=0), views_2EBC, self.settings.entropy).mean()
         loss.backward()
         self._optimizer.step()
-        self._ok = self._ok & loss.isfinite()
         with torch.no_grad():
+            self._ok = self._ok & loss.isfinite() & self._w_E.isfinite().all()
             self._w_E.copy_(torch.where(self._ok, self._w_E, before_E))
         self._losses.append(loss.detach())
         return self._losses[-1]

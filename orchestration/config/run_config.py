@@ -182,7 +182,7 @@ class RunConfig(Settings):
 
     @property
     def resume(self) -> Literal["bitwise", "to rounding"]:
-        """How exactly a run that was killed and resumed ends as one that was not."""
+        """Say how exactly a run that was killed and resumed ends as one that was not."""
         return "to rounding" if self.cluster.gpus_per_worker and not self.engine.deterministic else "bitwise"
 
     @property

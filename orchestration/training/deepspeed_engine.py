@@ -15,10 +15,12 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from experts.data.transfer import to_device
 from orchestration.config.recipe import OptimizerConfig
 from orchestration.config.run_config import EngineConfig
 from orchestration.training.engine import check
@@ -127,7 +129,7 @@ class DeepSpeedEngine:
             engine.optimizer.optimizer.set_lr(lr)
             engine.step()
         starts = [zero.partition_size[i] * dist.get_rank(zero.real_dp_process_group[i]) for zero, i in groups]
-        return torch.stack([torch.where(p < 0, p, p + start) for p, start in zip(places, starts, strict=True)])
+        return torch.where(places < 0, places, places + to_device(np.array(starts, dtype=float), places.device))
 
     def _sum_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Let ZeRO sum the gradients and keep this worker's piece of each, without a graph or hooks."""

@@ -30,6 +30,7 @@ from orchestration.training.optimizer import HeldSGD, first_not_finite
 IN_WORDS = {"trunk": "trunk", "experts": "experts", "shared": "shared last layer"}
 """The parts whose gradients are summed apart, as `plan` calls them."""
 CHECK = "whether all gradients are finite"
+"""The exchange in which workers agree on a step, in words."""
 
 
 class Engine(Protocol):

@@ -153,11 +153,12 @@ class Leaves:
 
 
 def _learning(part: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Yield name, module and attribute of the parameters of a part that learn, each once."""
+    """Yield name, module and attribute of the parameters of a part that learn."""
     seen: set[int] = set()
     for path, owner in module.named_modules(prefix=part):
         for attribute, parameter in owner.named_parameters(recurse=False):
-            if parameter.requires_grad and id(parameter) not in seen:
+            if parameter.requires_grad:
+                assert id(parameter) not in seen, f"{path}.{attribute} belongs to another module too"
                 seen.add(id(parameter))
                 yield f"{path}.{attribute}", owner, attribute
 

@@ -1,4 +1,4 @@
-"""How a run computes, as its `engine` keys say: in which types, how exactly, and how tensors lie in memory."""
+"""The arithmetic of a run, as its `engine` keys say: in which types, how exactly, and how tensors lie in memory."""
 
 from __future__ import annotations
 

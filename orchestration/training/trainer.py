@@ -47,7 +47,7 @@ from orchestration.training.step import Row, TrainingDiverged, TrainingStep, pro
 
 @dataclass
 class Interval:
-    """Some consecutive steps of one epoch. The same on every worker, but for `seconds`.
+    """Some consecutive steps of one epoch. The same on every worker, but for `seconds` and `notes`.
 
     Attributes:
         losses: the ensemble's loss at each step, nats.
@@ -134,7 +134,7 @@ class StageTrainer:
         interval = self._read(self.training, rows)
         interval.seconds = time.monotonic() - start
         interval.notes, self._notes[:] = self._notes[:], []
-        if self.done % steps_per_epoch == 0:
+        if self.done % steps_per_epoch == 0 and interval.images:
             self._end_epoch(interval)
         return interval
 
@@ -161,7 +161,8 @@ class StageTrainer:
         for row, numbers in zip(rows, read(rows), strict=True):
             if not numbers[-1]:  # nothing has moved since; a worker that did not find it says nothing
                 if (found := problem(setup, row, numbers)) is not None:
-                    raise TrainingDiverged(found)
+                    before = ", ".join(f"{loss:.4g}" for loss in interval.losses[-3:]) or "none since the last report"
+                    raise TrainingDiverged(f"{found}; losses before it: {before}")
                 break
             self._record(interval, row, dict(zip(row.names, numbers, strict=False)))
         self._alive()
