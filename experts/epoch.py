@@ -1,4 +1,4 @@
-"""What an epoch of training draws, row by row, before its first step: images, labels, who is blended with whom.
+"""The draws of an epoch of training, row by row, made before its first step: images, labels, who is blended with whom.
 
 The device gets all of it once per epoch. A batch takes slices, so no step has anything of this to copy.
 

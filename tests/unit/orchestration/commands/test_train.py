@@ -1,4 +1,4 @@
-"""What training decides before it starts: cluster.experts_per_worker=auto."""
+"""Training decides before it starts for what cluster.experts_per_worker=auto stands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is left out of a measurement, and which of two workers counts; Ray is a fake."""
+"""A measurement goes on without what fails, and the slower of two workers counts; Ray is a fake."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def test_a_part_with_batchnorms_that_exchange_is_not(sync):
 
 @pytest.mark.parametrize("rows", [16, 32, 15, 0, 20])
 def test_whole_batches_alone_run_in_compiled_code(rows, monkeypatch):
-    """Of 16 in training, where flows may lay two of them under one another, and of 20 in evaluation.
+    """Batches of 16 in training, where flows may lay two of them under one another, and of 20 in evaluation.
 
     Every use tells that the worker is alive.
     """
