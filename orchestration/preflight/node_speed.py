@@ -119,8 +119,6 @@ def measure(task: Task) -> Measured:
             with _noted(found, f"a step of {plural(shape.workers, 'worker')}"):
                 gauges = [first, *([partners[task.beside[shape]]] if shape in task.beside else [])]
                 found.compute_s[shape] = {stage: _time_step(gauges, task, shape, stage) for stage in task.counts_C}
-            if shape not in found.compute_s:  # a gauge may still be at it, and whatever comes next would wait for it
-                return found
         for name, partner in partners.items():
             with _noted(found, f"the link {name}"):
                 found.links[name] = _time_link(first, partner)

@@ -42,7 +42,7 @@ from orchestration.preflight.blanks import BlankTeacher, NoArithmetic, blank_bat
 from orchestration.training.engine import IN_WORDS, TorchEngine, check, group_of
 from orchestration.training.exchange import Crossing, Kind, record_groups
 from orchestration.training.features import features_are_kept
-from orchestration.training.leaves import PARTS, Leaves
+from orchestration.training.leaves import PARTS, Leaves, number_of
 from orchestration.training.mesh import Mesh, MeshShape
 from orchestration.training.stage_setup import TrainingSetup
 from orchestration.training.step import TrainingStep
@@ -283,7 +283,7 @@ def _parameters(model: Ensemble) -> dict[str, int]:
 
 def _learning(leaves: Leaves) -> dict[str, list[int]]:
     """Return the numbers that learn, by part of the ensemble, for each learning rate."""
-    return {part: [leaf.flat.numel() for leaf in leaves.of(part)] for part in PARTS}
+    return {part: [number_of(leaf) for leaf in leaves.of(part)] for part in PARTS}
 
 
 # Work

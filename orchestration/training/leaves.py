@@ -11,7 +11,7 @@ one exchange without copying them together, one hook of DeepSpeed, a few launche
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,6 +22,8 @@ from experts.ensemble import Ensemble, part_of
 
 PARTS = ("trunk", "experts", "shared")
 """Parts of an ensemble whose gradients are summed over different workers."""
+_ALIGNED = 4
+"""Parameters begin at multiples of so many elements: a GPU's fastest kernels take addresses in steps of 16 bytes."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Leaf:
     Attributes:
         part: one of PARTS.
         lr_factor: factor of the learning rate.
-        flat: all their elements. It is what learns.
+        flat: all their elements, and a few zeros between them, which stay zeros. It is what learns.
         places: of the parameters, in the order of the ensemble.
     """
 
@@ -72,13 +74,22 @@ class Leaf:
     flat: nn.Parameter
     places: list[Place]
 
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of empty elements before each parameter and of its own, in turn."""
+        sizes, end = [], 0
+        for place in self.places:
+            sizes += [place.start - end, place.stop - place.start]
+            end = place.stop
+        return sizes
+
     def by_name(self, flat: Tensor) -> dict[str, Tensor]:
         """Return the views of a tensor as large as the leaf, by parameter."""
         return {place.name: place.view(flat) for place in self.places}
 
     def gathered(self, named: Mapping[str, Tensor]) -> Tensor:
         """Return a new flat tensor with the values of every parameter, in the type and on the device of the leaf."""
-        flat = torch.empty_like(self.flat.detach())
+        flat = torch.zeros_like(self.flat.detach())
         for place in self.places:
             place.view(flat).copy_(named[place.name])
         return flat
@@ -141,8 +152,8 @@ class Leaves:
         """
         flats = [leaf.flat.detach().requires_grad_() for leaf in self.all]
         for leaf, flat in zip(self.all, flats, strict=True):
-            pieces = flat.split([place.stop - place.start for place in leaf.places])
-            for place, piece in zip(leaf.places, pieces, strict=True):
+            # In one operation, whose gradient is one too. Between two parameters there may be some empty elements.
+            for place, piece in zip(leaf.places, flat.split(leaf.sizes)[1::2], strict=True):
                 place.module.__dict__[place.attribute] = place.shaped(piece)
         try:
             yield flats
@@ -175,11 +186,11 @@ def _leaf(part: str, factor: float, found: Sequence[tuple[str, nn.Module, str]],
     for name, module, attribute in found:
         value = module._parameters[attribute]
         assert value is not None
-        stop = start + value.numel()
-        last = channels_last and value.ndim == 4
-        places.append(Place(name, module, attribute, value.shape, start, stop, last))
+        aligned = -(-start // _ALIGNED) * _ALIGNED
+        elements.append(value.detach().new_zeros(aligned - start))
+        start, last = aligned + value.numel(), channels_last and value.ndim == 4
+        places.append(Place(name, module, attribute, value.shape, aligned, start, last))
         elements.append(_flattened(value.detach(), last))
-        start = stop
     return Leaf(part, factor, nn.Parameter(torch.cat(elements)), places)
 
 
@@ -187,6 +198,6 @@ def _flattened(value: Tensor, channels_last: bool) -> Tensor:
     return (value.permute(0, 2, 3, 1) if channels_last else value).reshape(-1)
 
 
-def number_of(leaves: Iterable[Leaf]) -> int:
-    """Return the number of elements in some leaves."""
-    return sum(leaf.flat.numel() for leaf in leaves)
+def number_of(leaf: Leaf) -> int:
+    """Return the number of elements of the parameters in a leaf."""
+    return sum(place.stop - place.start for place in leaf.places)

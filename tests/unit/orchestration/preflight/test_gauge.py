@@ -35,7 +35,7 @@ def test_a_replica_computes_its_share_of_the_images_and_a_slot_its_experts(monke
     seen = []
     monkeypatch.setattr(gauge, "_ENOUGH_S", 0.0)
     monkeypatch.setattr(gauge, "_timed", lambda action, device: action() or 0.001)
-    monkeypatch.setattr(gauge, "TrainingStep", lambda setup: lambda batch, now: seen.append((setup, batch)))
+    monkeypatch.setattr(gauge.TrainingStep, "__call__", lambda step, batch, now: seen.append((step._setup, batch)))
     for words in ([], ["cluster.workers=3"], ["cluster.workers=2", "cluster.experts_per_worker=3"]):
         asked = config("ride", "method.stages.train.batch_size=9", *words)
         time_step(asked, "train", blank_counts(asked, "train"))

@@ -140,8 +140,8 @@ def test_momentum_and_master_weights_are_shared_out_by_zero():
 
 
 def test_a_router_stage_moves_gates_alone():
-    """Second stage: logits and a column of scores; 27 numbers of the shared layer, a gate of 48 x 16 + 16 in all but
-    the last slot; frozen BatchNorms neither learn nor normalise by the batch."""
+    """Second stage: logits and a column of scores; 26 + 1 numbers of the shared layer and 2 between them; a gate of
+    48 x 16 + 16 in all but the last slot; frozen BatchNorms neither learn nor normalise by the batch."""
     found = plan(load_config(["method=ride_router", "cluster.workers=6", "engine.name=torch"]))
     train, router = found.stages
     assert "gates" not in train.learns and router.learns == ("gates",)
@@ -151,7 +151,7 @@ def test_a_router_stage_moves_gates_alone():
         "loss, its terms and checks", "whether all gradients are finite",
     }  # fmt: skip
     assert sent["scores of the gates"][1] == sent["logits"][1] // 10 == 4 * router.shares[0]
-    assert sent["gradient, shared last layer"][:2] == (6, 4 * 27)
+    assert sent["gradient, shared last layer"][:2] == (6, 4 * 29)
     gates = next(x for x in router.exchanges if x.what == "gradient, experts")
     assert gates.payloads == (4 * 784, 4 * 784, 0)
     assert router.size.experts == (train.size.experts[2] + 784,) * 2 + (train.size.experts[2],)

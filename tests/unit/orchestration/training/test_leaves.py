@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from experts.ensemble import EnsembleConfig, build_ensemble, freeze
+from experts.heads.linear import LinearHead
 from orchestration.config.compose import load_config
 from orchestration.training.leaves import Leaves
 
@@ -74,6 +75,28 @@ def test_a_move_of_a_leaf_and_a_loaded_file_reach_each_other():
     for leaf in leaves:
         assert torch.equal(leaf.flat, leaf.gathered(before))
     assert model.trunk.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_parameters_begin_where_a_gpus_kernels_want_them_and_gaps_stay_empty():
+    """Biases of 5 classes: what follows them begins 3 elements later."""
+    config = load_config([])
+    parts = EnsembleConfig(
+        config.backbone, LinearHead.Config(), num_classes=5, expert_names=NAMES, reduce_dimension=True
+    )
+    model = build_ensemble(parts, seed=0)
+    leaves = Leaves(model)
+    (leaf,) = leaves.of("experts")
+    assert all(place.start % 4 == 0 for place in leaf.places)
+    held = torch.zeros(leaf.flat.numel(), dtype=torch.bool)
+    for place in leaf.places:
+        held[place.start : place.stop] = True
+    assert (~held).sum() == 3
+    with leaves.lent() as flats:
+        loss = loss_of(model, torch.rand(3, 3, 16, 16))
+    gradient = torch.autograd.grad(loss, flats)[leaves.all.index(leaf)]
+    assert not leaf.flat[~held].any()
+    assert not gradient[~held].any()
+    assert gradient[held].any()
 
 
 def test_every_element_of_a_leaf_has_the_name_of_its_parameter():
