@@ -76,10 +76,11 @@ class Leaf:
 
     @property
     def sizes(self) -> list[int]:
-        """Numbers of empty elements before each parameter and of its own, in turn."""
+        """Numbers of elements of each parameter, and of the empty ones before it where there are any."""
         sizes, end = [], 0
         for place in self.places:
-            sizes += [place.start - end, place.stop - place.start]
+            sizes += [place.start - end] if place.start > end else []
+            sizes.append(place.stop - place.start)
             end = place.stop
         return sizes
 
@@ -153,8 +154,13 @@ class Leaves:
         flats = [leaf.flat.detach().requires_grad_() for leaf in self.all]
         for leaf, flat in zip(self.all, flats, strict=True):
             # In one operation, whose gradient is one too. Between two parameters there may be some empty elements.
-            for place, piece in zip(leaf.places, flat.split(leaf.sizes)[1::2], strict=True):
-                place.module.__dict__[place.attribute] = place.shaped(piece)
+            pieces = iter(flat.split(leaf.sizes))
+            end = 0
+            for place in leaf.places:
+                if place.start > end:
+                    next(pieces)
+                place.module.__dict__[place.attribute] = place.shaped(next(pieces))
+                end = place.stop
         try:
             yield flats
         finally:  # the views hold the graph of a step, which must not outlive it

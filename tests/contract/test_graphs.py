@@ -100,6 +100,8 @@ def test_replays_give_the_bits_of_steps_of_their_own(method, tmp_path):
 
 @every_recipe
 def test_replays_are_cut_where_workers_exchange(method, tmp_path):
+    if method != "ce" and load_config([f"method={method}"]).method.num_experts == 1:
+        pytest.skip("one expert exchanges what that of ce does")
     crossed = []
     for backend in compare(method, tmp_path, partial(spread, crossed)):
         assert not backend.problems

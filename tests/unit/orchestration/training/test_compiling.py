@@ -40,7 +40,7 @@ def trainer(*words, mesh=None):
     return StageTrainer(config, "train", digits(0), mesh or Mesh(MeshShape(3, 3)))
 
 
-@pytest.mark.slow
+@pytest.mark.drill  # 40 s of compiling
 @pytest.mark.filterwarnings("ignore")  # torch's compiler raises some itself, and hides them
 def test_an_epoch_in_compiled_code(tmp_path):
     """The epoch ends with a batch that is not whole; it is saved before that, and resumed."""
