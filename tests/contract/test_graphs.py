@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from orchestration.config.compose import load_config
+from orchestration.config.words import available
 from orchestration.training import graphs
 from orchestration.training.exchange import Alone, Groups
 from orchestration.training.mesh import Mesh, MeshShape, mesh_shape
@@ -25,6 +26,7 @@ from tests.recipes import WORDS, Recipe, digits, every_recipe
 
 BATCH = 48
 """Images of a step: an epoch of 405 ends with a step of another size."""
+SEVERAL_EXPERTS = [m for m in available("method") if load_config([f"method={m}"]).method.num_experts > 1]
 
 
 def moments(setup):
@@ -98,10 +100,9 @@ def test_replays_give_the_bits_of_steps_of_their_own(method, tmp_path):
         assert backend.replays
 
 
-@every_recipe
+@pytest.mark.parametrize("method", ["ce", *(pytest.param(m, marks=pytest.mark.slow) for m in SEVERAL_EXPERTS)])
 def test_replays_are_cut_where_workers_exchange(method, tmp_path):
-    if method != "ce" and load_config([f"method={method}"]).method.num_experts == 1:
-        pytest.skip("one expert exchanges what that of ce does")
+    """Recipes of one expert exchange what that of cross-entropy does."""
     crossed = []
     for backend in compare(method, tmp_path, partial(spread, crossed)):
         assert not backend.problems

@@ -31,7 +31,7 @@ def test_a_step_of_every_kind_is_timed_without_data_weights_teachers_or_partners
 
 
 def test_a_replica_computes_its_share_of_the_images_and_a_slot_its_experts(monkeypatch):
-    """Of 9 images and 3 experts: all; all images of one expert; 5 of two replicas' images, with all experts."""
+    """With 9 images and 3 experts: all; all images of one expert; 5 of two replicas' images, with all experts."""
     seen = []
     monkeypatch.setattr(gauge, "_ENOUGH_S", 0.0)
     monkeypatch.setattr(gauge, "_timed", lambda action, device: action() or 0.001)
