@@ -7,7 +7,7 @@ neither the number of replicas nor that of loader processes changes a pixel.
 
     draws     = sampler.draw(epoch)                     # positions of the epoch's images, on every replica alike
     labels    = labels of all draws                     # go to the device with the positions, once per epoch
-    rows      = this replica's parts of some steps      # with mixup whole steps: partners come from all of one
+    rows      = this replica's parts of some steps      # mixed ones whole: partners come from all of a step
     raw       = pixels at draws[rows]                   # from the device, or decoded from files ahead of time
     images    = augment(raw, uniforms(key, rows))       # on the device, each image by the draws of its row
     batches   = slices of images and labels             # views; no step copies anything to the device
@@ -37,6 +37,7 @@ from experts.data.keyed_random import key, uniforms
 from experts.data.prefetch import Prefetcher, Request, read
 from experts.data.transfer import to_device
 from experts.epoch import Epoch, Pairs, draw_pairs, joined
+from experts.mixing.mixing import Mixing
 from experts.progress import Progress
 
 AHEAD_BYTES = 512 * 2**20  # of augmented pixels
@@ -57,7 +58,7 @@ class HostLabels:
 
 @dataclass(frozen=True)
 class Mixed:
-    """How the images of a batch were blended with others of the same batch (mixup).
+    """How the images of a batch were blended with others of the same batch.
 
     Attributes:
         share, rest: weight of the image itself, in [0, 1], and of its partner; together 1. Tensors without axes, of
@@ -129,8 +130,6 @@ class StreamConfig:
         batch_size: images of the global batch; the last one of an epoch may be smaller, unless dropped.
         drop_last: leave out the last batch of an epoch where it is smaller.
         view: another value augments the same images differently.
-        mixup_alpha: blend every image with another of the global batch, the share of the first one drawn per batch
-            from Beta(alpha, alpha); None blends nothing.
     """
 
     seed: int
@@ -140,7 +139,6 @@ class StreamConfig:
     batch_size: int
     drop_last: bool = False
     view: int = 0
-    mixup_alpha: float | None = None
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,7 @@ class Replica:
 class TrainBatches:
     """The training batches of one stage and stream, for one replica.
 
-    With mixup every replica makes the pixels of the whole batch, because partners come from all of it.
+    With a mixing every replica makes the pixels of the whole batch, because partners come from all of it.
     """
 
     def __init__(
@@ -173,17 +171,20 @@ class TrainBatches:
         dataset_config: DatasetConfig,
         config: StreamConfig,
         replica: Replica = Replica(),
+        mixing: Mixing | None = None,
     ) -> None:
         """Move a store that is in memory to the device; loader processes start with the first batch.
 
         Args:
             sampler: a built piece of kind "sampler", over the store's labels.
+            mixing: of the images; None leaves them as they are.
 
         Raises:
             ValueError: the epoch has no whole batch and partial ones are dropped.
         """
         self.config = config
         self.replica = replica
+        self.mixing = mixing
         self.dataset_config = dataset_config
         self.store = store.to(replica.device)
         self.sampler = sampler
@@ -210,16 +211,15 @@ class TrainBatches:
         if isinstance(self.store, FileImages) or self.device.type == "cpu":
             return 1
         side, in_step = self.store.images.shape[-1], self.config.batch_size
-        if self.config.mixup_alpha is None:
+        if self.mixing is None:
             in_step = -(-in_step // self.replica.count)
         return max(1, AHEAD_BYTES // (in_step * 3 * side * side * self.replica.dtype.itemsize))
 
     def positions(self, epoch: int) -> np.ndarray:
         """Return the epoch's global sequence of positions in the store, int64 [draws_per_epoch]; epochs start at 1."""
         if self._cached is None or self._cached[0] != epoch:
-            # Step 0 whatever the step: an epoch is drawn as a whole, so a sampler may depend on the epoch alone.
-            progress = Progress(epoch, self.config.epochs, 0, self.steps_per_epoch)
-            self._cached = epoch, self.sampler.draw(progress, self._key(epoch, "draws"))[: self.draws_per_epoch]
+            draws = self.sampler.draw(self._start(epoch), self._key(epoch, "draws"))
+            self._cached = epoch, draws[: self.draws_per_epoch]
         return self._cached[1]
 
     def labels(self, epoch: int, step: int) -> np.ndarray:
@@ -282,6 +282,10 @@ class TrainBatches:
     def _key(self, epoch: int, what: str) -> int:
         return key(self.config.seed, self.config.stage, epoch, self.config.stream, what)
 
+    def _start(self, epoch: int) -> Progress:
+        """Return the moment of an epoch's first step. Its draws are made at once, and depend on no other."""
+        return Progress(epoch, self.config.epochs, 0, self.steps_per_epoch)
+
     # Rows of the epoch
 
     def _rows(self, step: int) -> slice:
@@ -294,8 +298,8 @@ class TrainBatches:
         return slice(rows.start + start, rows.start + stop)
 
     def _pixel_rows(self, steps: range) -> list[slice]:
-        """Return the rows whose pixels this replica makes for consecutive steps; with mixup those of whole steps."""
-        if self.replica.count == 1 or self.config.mixup_alpha is not None:
+        """Return the rows whose pixels this replica makes for consecutive steps; mixed, those of whole steps."""
+        if self.replica.count == 1 or self.mixing is not None:
             return [slice(self._rows(steps[0]).start, self._rows(steps[-1]).stop)]
         return [self._own_rows(step) for step in steps]
 
@@ -304,10 +308,10 @@ class TrainBatches:
         if self._epoch is None or self._epoch.number != epoch:
             positions = self.positions(epoch)
             labels, pairs = self.store.labels[positions], None
-            if self.config.mixup_alpha is not None:
+            if self.mixing is not None:
                 steps = [self._rows(step) for step in range(self.steps_per_epoch)]
-                key_of = partial(self._key, epoch)
-                pairs = draw_pairs(labels, steps, self.config.mixup_alpha, key_of, self.device, self.replica.dtype)
+                start, key_of = self._start(epoch), partial(self._key, epoch)
+                pairs = draw_pairs(self.mixing, labels, steps, start, key_of, self.device, self.replica.dtype)
             labels_N, positions_N = to_device(labels, self.device), to_device(positions, self.device)
             self._epoch = Epoch(epoch, labels, labels_N, positions_N, pairs)
         return self._epoch

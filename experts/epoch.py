@@ -8,19 +8,20 @@ Shapes: N rows of the epoch, of all replicas and steps in order.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from experts.data.keyed_random import KeyedRandom, permutation
 from experts.data.transfer import to_device
+from experts.mixing.mixing import Mixing, Step
+from experts.progress import Progress
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Blends of images with others of the same step (mixup).
+    """Blends of images with others of the same step.
 
     Attributes:
         host_labels, labels_N: of the partners, int64, in main memory and on the device.
@@ -54,30 +55,32 @@ class Epoch:
 
 
 def draw_pairs(
+    mixing: Mixing,
     labels: np.ndarray,
     steps: Sequence[slice],
-    alpha: float,
+    start: Progress,
     key_of: Callable[[str], int],
     device: torch.device,
     dtype: torch.dtype,
 ) -> Pairs:
-    """Draw a partner for every row, of the same step, and for every step a share from Beta(alpha, alpha).
+    """Draw how every step of an epoch is mixed.
 
     Args:
+        mixing: that draws.
         labels: of the epoch, int64 [N].
         steps: rows of each step.
+        start: the moment of the epoch's first step.
         key_of: takes a name to the key of its draws. It knows nothing of replicas, so that all blend the same pairs.
         device, dtype: of the images.
     """
     sizes = [rows.stop - rows.start for rows in steps]
-    partners, shares = [], []
-    for step, (rows, size) in enumerate(zip(steps, sizes, strict=True)):
-        partners.append(rows.start + permutation(key_of(f"mixup order/{step}"), size))
-        shares.append(KeyedRandom(key_of(f"mixup share/{step}")).betavariate(alpha, alpha))
-    partner_N, share_N = np.concatenate(partners), np.repeat(shares, sizes)
+    blends = [mixing.blend(Step(labels[rows], replace(start, step=step), key_of)) for step, rows in enumerate(steps)]
+    host_labels = np.concatenate([blend.second_B for blend in blends])
+    partner_N = np.concatenate([rows.start + blend.order_B for rows, blend in zip(steps, blends, strict=True)])
+    share_N = np.repeat([blend.share for blend in blends], sizes)
     return Pairs(
-        labels[partner_N],
-        to_device(labels[partner_N], device),
+        host_labels,
+        to_device(host_labels, device),
         to_device(partner_N, device),
         to_device(share_N, device, dtype),
         to_device(1 - share_N, device, dtype),  # in double before: 1 less a rounded share is another number

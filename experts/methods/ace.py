@@ -169,8 +169,8 @@ class OwnClasses(Flow):
 
     Rows that an expert does not score are 0. An expert whose classes are not in the global batch is not run at all:
     its BatchNorm must not count the step, while momentum and weight decay go on. An expert whose classes are only in
-    other replicas' parts is run on no image, since its BatchNorm may be exchanging statistics with theirs. With mixup
-    an expert scores every image that one of its classes was blended into.
+    other replicas' parts is run on no image, since its BatchNorm may be exchanging statistics with theirs. Of
+    mixed images an expert scores every one that has a label of its classes.
     """
 
     class Config(FlowSettings):

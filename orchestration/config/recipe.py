@@ -81,16 +81,6 @@ class ClassSubset(Settings):
     """How classes are divided into the three groups."""
 
 
-class Mixup(Settings):
-    """Blends every training image with another one of its batch, and their losses with the same weights.
-
-    Source: Zhang et al. 2018, arXiv:1710.09412.
-    """
-
-    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """The share of the first image is drawn from Beta(alpha, alpha), once per batch."""
-
-
 Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -127,7 +117,8 @@ class StageConfig(Settings):
     """How images become the outputs that the objective sees."""
     partner_sampler: Annotated[Any, PieceOf("sampler", optional=True)] = None
     """Sampler of a second batch, paired with the first row by row, for flows that need one."""
-    mixup: Mixup | None = None
+    mixing: Annotated[Any, PieceOf("mixing", optional=True)] = None
+    """How images are mixed with others, and their labels with them."""
     head: Annotated[Any, PieceOf("head", optional=True)] = None
     """The experts' head from this stage on. Unset: that of the stage whose weights this one begins with, or the
     method's."""

@@ -212,8 +212,8 @@ def _flow_problems(name: str, stage: StageConfig, method: Recipe) -> Iterator[st
         yield f"{flow_is}: head '{head_name}' is for flow '{head.flow}'; {way}"
     if flow.needs_own_heads and method.shared_head:
         yield f"{flow_is}: method.shared_head = true; needed a head in each expert; set method.shared_head=false"
-    if stage.mixup is not None and flow.needs_partner:
-        yield f"mixup: {flow_is} pairs batches already; set mixup=null"
+    if stage.mixing is not None and flow.needs_partner:
+        yield f"mixing.name = {stage.mixing.name}: {flow_is} pairs batches already; set mixing=null"
     number = stage.objective.number_problem(method.num_experts)
     if number is not None:
         yield number

@@ -78,6 +78,7 @@ def blank_batches(stream: TrainBatches, label: int, images: int) -> TrainBatches
         stream.dataset_config,
         replace(stream.config, batch_size=in_all),
         stream.replica,
+        stream.mixing,
     )
 
 

@@ -23,6 +23,7 @@ from experts.data.keyed_random import key
 from experts.draws import StepDraws
 from experts.ensemble import Ensemble, build_ensemble, freeze
 from experts.flow import Flow
+from experts.mixing.mixing import Mixing
 from experts.objective import Objective
 from experts.progress import Progress
 from experts.registry import build
@@ -168,7 +169,8 @@ class TrainingSetup(StageSetup):
         self.network = HeldModules(self.model, config.engine, mesh.device, self.step_draws)
 
         train = self.dataset.train.to(mesh.device)  # once, for both streams
-        self.batches = self._build_batches(train, self.stage.sampler, "all")
+        mixing = self.stage.mixing and build("mixing", self.stage.mixing, self.dataset.counts_C)
+        self.batches = self._build_batches(train, self.stage.sampler, "all", mixing)
         self.partners: TrainBatches | None = None
         if self.stage.partner_sampler is not None:
             self.partners = self._build_batches(train, self.stage.partner_sampler, "partner")
@@ -182,7 +184,9 @@ class TrainingSetup(StageSetup):
 
         return DeepSpeedEngine(*args)
 
-    def _build_batches(self, train: ImageStore, sampler: Any, stream: str) -> TrainBatches:
+    def _build_batches(
+        self, train: ImageStore, sampler: Any, stream: str, mixing: Mixing | None = None
+    ) -> TrainBatches:
         assert self.stage.batch_size is not None
         return TrainBatches(
             train,
@@ -195,16 +199,16 @@ class TrainingSetup(StageSetup):
                 epochs=self.stage.epochs,
                 batch_size=self.stage.batch_size,
                 drop_last=self.stage.drop_last,
-                mixup_alpha=self.stage.mixup.alpha if self.stage.mixup else None,
             ),
             self.replica,
+            mixing,
         )
 
     @property
     def features_are_fixed(self) -> bool:
         """Whether the heads see the same of an image each time it is drawn, so that it can be computed once."""
         moving = self.learns & {"trunk", "features", "gates"} or self.stage.frozen_batchnorm == "train"
-        other = self.stage.mixup is not None or self.stage.teachers or not self.dataset.config.augment.is_off
+        other = self.stage.mixing is not None or self.stage.teachers or not self.dataset.config.augment.is_off
         return self.flow.takes_features and not moving and not other
 
     @property

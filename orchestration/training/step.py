@@ -124,11 +124,11 @@ class TrainingStep:
                 module.eval()
 
     def _loss(self, outputs_EBX: Tensor, batch: Batch, now: Progress) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return this replica's share of the loss and its terms; with mixup, blended from both sets of labels."""
+        """Return this replica's share of the loss and its terms; of mixed images, blended from both sets of labels."""
         setup = self._setup
         extra = ExtraInputs(setup.teachers(batch.images_B3HW) if setup.teachers else {}, batch.positions_B)
 
-        # Mixup blends the losses of two sets of labels; without it there is one set, with a share of 1.
+        # Mixed images have two sets of labels, whose losses are blended; others have one set, with a share of 1.
         parts: list[tuple[Tensor | float, Tensor, Tensor]] = [(1.0, *setup.flow.labels(batch))]
         if (mixed := batch.mixed) is not None:
             parts = [(mixed.share, *parts[0][1:]), (mixed.rest, mixed.labels_B, mixed.global_labels)]

@@ -27,6 +27,7 @@ KINDS = (
     "flow",
     "head",
     "lr_schedule",
+    "mixing",
     "model",
     "objective",
     "router",

@@ -13,6 +13,7 @@ from experts.batches import AHEAD_BYTES, Batch, Replica, StreamConfig, TrainBatc
 from experts.data.config import Augment, ColorJitter, DatasetConfig
 from experts.data.images import ResidentImages
 from experts.data.keyed_random import KeyedRandom, key
+from experts.mixing.mixup import Mixup
 from experts.samplers.instance_balanced import InstanceBalanced
 from tests.emulated_device import DEVICE, EmulatedDevice, OnDevice
 
@@ -41,8 +42,10 @@ def batches(augment=STEPS["all"], replica=WHOLE, alpha=None, images=None, batch_
     config = DatasetConfig(
         name="made up", source="cifar10", image_size=images.images.shape[-1], augment=augment, mean=(0.5, 0.4, 0.3)
     )
-    stream = StreamConfig(seed=1, stage="s", stream="m", epochs=2, batch_size=batch_size, mixup_alpha=alpha)
-    return TrainBatches(images, InstanceBalanced(InstanceBalanced.Config(), images.labels, 3), config, stream, replica)
+    stream = StreamConfig(seed=1, stage="s", stream="m", epochs=2, batch_size=batch_size)
+    sampler = InstanceBalanced(InstanceBalanced.Config(), images.labels, 3)
+    mixing = None if alpha is None else Mixup(Mixup.Config(alpha=alpha), sampler.counts_C)
+    return TrainBatches(images, sampler, config, stream, replica, mixing)
 
 
 def tensors(batch: Batch):

@@ -26,14 +26,14 @@ def test_later_layers_win_in_the_order_of_the_parts():
     assert origin(words, *TRAIN, "objective", "tau") == "method/tade"
     assert origin(words, *TRAIN, "optimizer", "momentum") == "protocol/cifar_sade"
     assert origin(words, *TRAIN, "optimizer", "lr") == "method/tade on cifar10_lt"
-    assert origin(words, *TRAIN, "mixup", "alpha") == "mix/mixup"
+    assert origin(words, *TRAIN, "mixing", "alpha") == "mix/mixup"
     assert origin(words, "method", "stages", "h2t", "flow", "ratio") == "then/h2t"
     assert origin(f"{words} method.num_experts=3", "method", "num_experts") == "command line"
     small = "method=ride dataset=digits_lt then=h2t"
     assert origin(small, *TRAIN, "epochs") == origin(small, "method", "stages", "h2t", "epochs") == "pace/digits_lt"
     big = "method=ce dataset=imagenet_lt then=crt mix=mixup"
     assert origin(big, "method", "stages", "crt", "lr_schedule", "name") == "then/crt on survey"
-    assert origin(big, *TRAIN, "mixup", "alpha") == "mix/mixup on imagenet_lt"
+    assert origin(big, *TRAIN, "mixing", "alpha") == "mix/mixup on imagenet_lt"
     assert origin(f"{big} protocol=imagenet_decoupling", "method", "stages", "crt", "optimizer", "lr") == (
         "then/crt on imagenet_decoupling"
     )
@@ -67,9 +67,9 @@ def test_one_part_follows_its_host_and_several_start_side_by_side():
 
 def test_mixing_changes_the_stages_that_learn_the_trunk():
     stages = load_config(["method=ride_router", "mix=mixup"]).method.stages
-    assert stages["train"].mixup is not None and stages["router"].mixup is None
+    assert stages["train"].mixing is not None and stages["router"].mixing is None
     lfme = load_config(["method=lfme", "mix=mixup"]).method.stages
-    assert all(stage.mixup is not None for stage in lfme.values())
+    assert all(stage.mixing is not None for stage in lfme.values())
 
 
 def test_a_part_that_the_recipe_has_already_is_refused():

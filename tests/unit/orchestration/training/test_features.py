@@ -60,7 +60,7 @@ def test_the_trunk_runs_once_for_every_image_and_the_numbers_stay(words):
     [
         "dataset.augment.rotation=10",
         "method.stages.second.frozen_batchnorm=train",
-        "method.stages.second.mixup.alpha=1",
+        "method.stages.second.mixing.name=mixup",
         "method.stages.second.freeze=[trunk]",
     ],
 )
