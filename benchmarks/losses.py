@@ -1,0 +1,294 @@
+"""Every loss, second stage and mixing on the same real images with one schedule and the same seeds.
+
+    python -m benchmarks.losses run   [--cifar <folder>] [--fashion <folder>] [--seeds 0,1,2] [--only mixing]
+    python -m benchmarks.losses table [--docs]
+    python -m benchmarks.losses list
+
+A ResNet-8 for 40 epochs, second stages for 10, all by pace=fashion_mnist_lt; the last epoch counts. `run` trains what
+is not finished, two runs at a time with one thread each, CIFAR-10-LT first and seeds outermost, so that a part of the
+table is a table. It can be stopped and started again; a file PAUSE in the folder of the runs makes it wait before the
+next run; several commands may work on one folder, also from different checkouts (seeds.py). `table` reads the finished
+runs, writes benchmarks/results/losses.json and prints the tables; with --docs it also puts them into docs/results.md.
+`list` prints the words of each run.
+
+Second stages of the same network are final stages of one run, so they share its training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from benchmarks import seeds
+from benchmarks.seeds import CIFAR, FASHION, GROUPS, Job, mean_and_spread, percent
+
+RESULTS = Path(__file__).parent / "results" / "losses.json"
+DOCS = Path(__file__).parents[1] / "docs" / "results.md"
+PUBLISHED = Path(__file__).parents[1] / "configs" / "published.yaml"
+SCHEDULE = ("pace=fashion_mnist_lt", "run.evaluate_every_epochs=1000")
+IMAGES = {"cifar": CIFAR, "fashion": FASHION}
+TITLES = {"cifar": "CIFAR-10-LT", "fashion": "Fashion-MNIST-LT"}
+
+_STAGE = "method.stages.train"
+_GCL = "{name: gcl, scale: 30, strength: 0.5, margin: 0.0, gamma: 0.0}"
+LOSSES: dict[str, tuple[str, ...]] = {
+    "ce": ("method=ce", "then=[joint,las,gist_classifier,acsl]"),
+    "balanced_softmax": ("method=balanced_softmax",),
+    "ldam_drw": ("method=ldam_drw",),
+    # method=gcl from its parts, so that its first stage has a row too
+    "gcl": ("method=ce", "mix=mixup", "method.head={name: cosine, scale: 30}", f"{_STAGE}.objective={_GCL}",
+            "then=[joint,gcl]"),
+    "weighted_softmax": ("method=weighted_softmax",),
+    "class_balanced": ("method=class_balanced",),
+    "class_balanced_sigmoid": ("method=class_balanced", f"{_STAGE}.objective.form=sigmoid"),
+    "class_balanced_focal": ("method=class_balanced", f"{_STAGE}.objective.form=focal"),
+    "focal": ("method=focal",),
+    "focal_sigmoid": ("method=focal", f"{_STAGE}.objective.form=sigmoid"),
+    "ce_drw": ("method=ce", f"{_STAGE}.class_weights.rule=effective_number", f"{_STAGE}.class_weights.after_epoch=80%"),
+    "lade": ("method=lade",),
+    "seesaw": ("method=seesaw",),
+    "esql": ("method=esql",),
+    "distribution_balanced": ("method=distribution_balanced",),
+    "robal": ("method=robal",),
+    "mixup": ("method=ce", "mix=mixup", "then=[joint,mislas]"),
+    "ride": ("method=ride",),
+    "dive": ("method=dive",),
+}  # fmt: skip
+"""The words of every network that is trained, by the name of its run."""
+MIXING: dict[str, tuple[str, ...]] = {
+    f"{host}_{mix}": (f"method={host}", f"mix={mix}")
+    for mix in ("cmo", "cutmix", "remix")
+    for host in ("ce", "balanced_softmax", "ldam_drw", "ride")
+}
+NETWORKS: dict[str, dict[str, tuple[str, ...]]] = {"losses": LOSSES, "mixing": MIXING}
+CIFAR_WORDS = {"mixup": ("method.stages.mislas.lr_factors.heads=0.5", "method.stages.mislas.frozen_batchnorm=eval")}
+"""What was published for CIFAR-10 and would else not apply, because here it is a folder of images."""
+
+
+OTHERWISE = {
+    "focal": {"cifar100_lt": {"all": 38.41}},  # Cao et al. 2019 as the field quotes it: gamma 1, with a gradient
+    "ce+mixup": {"cifar10_lt": {"all": 72.8}, "cifar100_lt": {"all": 39.5}},  # README of MiSLAS, its first stage
+}
+"""Published top-1 of recipes with other keys than ours, which configs/published.yaml therefore does not have."""
+
+
+class Row(NamedTuple):
+    """A row of the table: which stage of which network it shows.
+
+    Attributes:
+        label: how the table names it.
+        network: the name of the network's run.
+        final: its stage, of a network with several; None for the only one.
+        published: the recipe in configs/published.yaml, or above, whose numbers stand beside.
+    """
+
+    label: str
+    network: str
+    final: str | None = None
+    published: str | None = None
+
+
+ROWS = (
+    Row("`ce`: cross-entropy", "ce", "joint", "ce"),
+    Row("`weighted_softmax`", "weighted_softmax"),
+    Row("`class_balanced`", "class_balanced", None, "class_balanced"),
+    Row("`class_balanced`, form sigmoid", "class_balanced_sigmoid"),
+    Row("`class_balanced`, form focal", "class_balanced_focal"),
+    Row("`focal`", "focal", None, "focal"),
+    Row("`focal`, form sigmoid", "focal_sigmoid"),
+    Row("`esql`", "esql"),
+    Row("`seesaw`", "seesaw"),
+    Row("`distribution_balanced`", "distribution_balanced"),
+    Row("`acsl`: `ce`, then ACSL", "ce", "acsl"),
+    Row("`ce` with DRW", "ce_drw"),
+    Row("`ldam_drw`", "ldam_drw", None, "ldam_drw"),
+    Row("`robal`, clean", "robal"),
+    Row("`balanced_softmax`", "balanced_softmax", None, "logit_adjustment"),
+    Row("`lade`", "lade", None, "lade"),
+    Row("`gcl`, first stage", "gcl", "joint"),
+    Row("`gcl`", "gcl", "gcl", "gcl"),
+    Row("`ce` + `las`", "ce", "las"),
+    Row("`ce` + `gist_classifier`", "ce", "gist_classifier"),
+    Row("`ce` + `mixup`", "mixup", "joint", "ce+mixup"),
+    Row("`mislas`: mixup, then its stage", "mixup", "mislas", "mislas"),
+    Row("`dive`", "dive", None, "dive"),
+    Row("`ride`", "ride", None, "ride"),
+    *(Row(f"`{host}` + `{mix}`", f"{host}_{mix}", None, f"{host}+{mix}")
+      for host in ("ce", "balanced_softmax", "ldam_drw", "ride") for mix in ("remix", "cutmix", "cmo")),
+)  # fmt: skip
+BASELINE = ROWS[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("run", "table", "list"))
+    parser.add_argument("--cifar", type=Path, help="CIFAR-10 as a tree train/<class>/*, test/<class>/*")
+    parser.add_argument("--fashion", type=Path, help="folder of the four .gz files")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--only", choices=NETWORKS, help="one kind of networks")
+    parser.add_argument("--epochs", type=int, default=40, help="of first stages; all runs of a folder need the same")
+    parser.add_argument("--runs", type=Path, default=Path("runs/losses"))
+    parser.add_argument("--docs", action="store_true", help="put the tables into docs/results.md")
+    options = parser.parse_args()
+    networks = {name: words for kind, found in NETWORKS.items() if options.only in (None, kind)
+                for name, words in found.items()}  # fmt: skip
+    if options.command == "list":
+        print("\n".join(f"{name}: {' '.join(words)}" for name, words in networks.items()))
+    elif options.command == "run":
+        folders = {data: folder for data, folder in (("cifar", options.cifar), ("fashion", options.fashion)) if folder}
+        numbers = [int(seed) for seed in options.seeds.split(",")]
+        jobs = [
+            Job(f"{data}-{name}-s{seed}", (*words_of(data, name, options.epochs), f"dataset.root={folder.absolute()}",
+                                           f"seed={seed}"))
+            for data, folder in folders.items() for seed in numbers for name in networks
+        ]  # fmt: skip
+        seeds.train_all(options.runs.absolute(), jobs)
+    else:
+        record = summary(options.runs)
+        RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+        tables = {data: "\n".join(table(rows)) for data, rows in record["results"].items()}
+        print("\n\n".join(tables.values()))
+        if options.docs:
+            DOCS.write_text(filled_in(DOCS.read_text(), tables))
+
+
+def words_of(data: str, network: str, epochs: int = 40) -> tuple[str, ...]:
+    """Return the words of a network's run, without the folder of its images and its seed."""
+    words = (LOSSES | MIXING)[network]
+    if data == "cifar":
+        words += CIFAR_WORDS.get(network, ())
+    stages = ("train", "teacher") if network == "dive" else ("train",)
+    shorter = () if epochs == 40 else tuple(f"method.stages.{stage}.epochs={epochs}" for stage in stages)
+    return (*words, *SCHEDULE, *shorter, *IMAGES[data])
+
+
+def summary(runs: Path) -> dict[str, Any]:
+    """Return for every data set and row what its finished runs found, with commits, versions and hardware."""
+    results: dict[str, dict[str, Any]] = {}
+    makers: dict[str, Any] = {}
+    for data in IMAGES:
+        for row in ROWS:
+            folders = {seed: runs / f"{data}-{row.network}-s{seed}" for seed in range(10)}
+            done = {seed: folder for seed, folder in folders.items() if seeds.is_finished(folder)}
+            if done:
+                results.setdefault(data, {})[row.label] = entry_of(data, row, done)
+                makers = makers or seeds.made_by(next(iter(done.values())))
+    for rows in results.values():
+        for entry in rows.values():
+            entry["gain"] = gains(entry, rows[BASELINE.label]) if BASELINE.label in rows else None
+    return {"command": "python -m benchmarks.losses run --cifar <folder> --fashion <folder>", **makers,
+            "results": results}  # fmt: skip
+
+
+def entry_of(data: str, row: Row, done: Mapping[int, Path]) -> dict[str, Any]:
+    """Return a row's accuracies by seed, their mean and spread, what its training costs, and published numbers."""
+    top1 = seeds.accuracies(seeds.evaluation(folder, row.final) for folder in done.values())
+    both = {group: mean_and_spread(values) for group, values in top1.items()}
+    runs = [json.loads((folder / "run.json").read_text()) for folder in done.values()]
+    epochs = epochs_of(next(iter(done.values())))
+    return {
+        "words": list((LOSSES | MIXING)[row.network]),
+        "final": row.final,
+        "seeds": list(done),
+        "commits": sorted({run["commit"] for run in runs}),
+        "epochs": epochs,
+        "top1": top1,
+        "mean": {group: mean for group, (mean, _) in both.items()},
+        "spread": {group: spread for group, (_, spread) in both.items()},
+        "training_multiply_adds": work_of(data, row, epochs["train"]),
+        "published": published_of(row),
+    }
+
+
+def published_of(row: Row) -> dict[str, dict[str, float]]:
+    """Return the published top-1 for CIFAR-10-LT and CIFAR-100-LT, in percent by group."""
+    found = yaml.safe_load(PUBLISHED.read_text())["results"].get(row.published, {})
+    numbers = OTHERWISE.get(row.published or "", {}) | {name: entry["top1"] for name, entry in found.items()}
+    return {name: top1 for name, top1 in numbers.items() if name in ("cifar10_lt", "cifar100_lt")}
+
+
+def gains(entry: dict[str, Any], baseline: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """Return by how much a row beats the baseline: in shares, and in standard deviations over seeds.
+
+    The deviation is the root of the mean of both variances.
+    """
+    found: dict[str, dict[str, float | None]] = {}
+    for group in GROUPS:
+        means, spreads = ([part[kind][group] for part in (entry, baseline)] for kind in ("mean", "spread"))
+        gain = None if None in means else means[0] - means[1]
+        spread = None if None in spreads else math.sqrt(sum(value**2 for value in spreads) / 2)
+        found[group] = {"gain": gain, "deviations": gain / spread if gain is not None and spread else None}
+    return found
+
+
+def epochs_of(folder: Path) -> dict[str, int]:
+    """Return the epochs of every stage of a run."""
+    stages = yaml.safe_load((folder / "config.yaml").read_text())["method"]["stages"]
+    return {name: stage["epochs"] for name, stage in stages.items()}
+
+
+def work_of(data: str, row: Row, epochs: int) -> float | None:
+    """Return the multiply-adds of training the stages that a row needs, as `expertail plan` counts them."""
+    from orchestration.config.compose import load_config
+    from orchestration.preflight.plan import plan
+
+    classes = ["dataset.num_classes=10"] if data == "cifar" else []  # a folder that is not there is not counted
+    config = load_config([*words_of(data, row.network, epochs), *classes])
+    others = set(config.method.finals) - {row.final} if row.final else set()
+    return seeds.training_work(stage for stage in plan(config).stages if stage.name not in others)
+
+
+def table(rows: Mapping[str, dict[str, Any]]) -> Iterator[str]:
+    """Yield the lines of a table: rows without finished runs are left out."""
+    columns = ("loss", "all", "many > 100", "medium", "few < 20", "by index", "medium and few beyond `ce`",
+               "10^12 multiply-adds", "published")  # fmt: skip
+    yield f"| {' | '.join(columns)} |"
+    yield "|---" * len(columns) + "|"
+    for label, entry in rows.items():
+        cells = [percent(entry["mean"][group], entry["spread"][group]) for group in GROUPS[:4]]
+        index = " / ".join(percent(entry["mean"][group]) for group in GROUPS[4:])
+        work = entry["training_multiply_adds"]
+        cost = "n/a" if work is None else f"{work / 1e12:.2f}"
+        yield f"| {label} | {' | '.join(cells)} | {index} | {beyond(entry)} | {cost} | {beside(entry)} |"
+
+
+def beyond(entry: dict[str, Any]) -> str:
+    """Say by how many points a row beats the baseline, and whether that is more than two standard deviations."""
+    parts = []
+    for group in ("medium", "few"):
+        found = (entry["gain"] or {}).get(group) or {"gain": None, "deviations": None}
+        if found["gain"] is None:
+            parts.append("n/a")
+            continue
+        sure = found["deviations"] is not None and abs(found["deviations"]) > 2
+        parts.append(f"{'**' if sure else ''}{100 * found['gain']:+.1f}{'**' if sure else ''}")
+    return " / ".join(parts)
+
+
+def beside(entry: dict[str, Any]) -> str:
+    """Return the published numbers for CIFAR-10-LT and CIFAR-100-LT."""
+    found = [entry["published"].get(name, {}).get("all") for name in ("cifar10_lt", "cifar100_lt")]
+    return "" if found == [None, None] else " / ".join("-" if value is None else f"{value:.1f}" for value in found)
+
+
+def filled_in(text: str, tables: Mapping[str, str]) -> str:
+    """Put tables into a document, between `<!-- losses: NAME -->` and `<!-- end -->`."""
+    for data, lines in tables.items():
+        start, end = f"<!-- losses: {data} -->\n", "<!-- end -->"
+        before, found, rest = text.partition(start)
+        if not found or end not in rest:
+            raise ValueError(
+                f"{DOCS}: found no lines '{start.strip()}' and '{end}'; needed both, with the table between"
+            )
+        text = f"{before}{start}\n{lines}\n\n{end}{rest.partition(end)[2]}"
+    return text
+
+
+if __name__ == "__main__":
+    main()
