@@ -7,9 +7,10 @@ neither the number of replicas nor that of loader processes changes a pixel.
 
     draws     = sampler.draw(epoch)                     # positions of the epoch's images, on every replica alike
     labels    = labels of all draws                     # go to the device with the positions, once per epoch
-    rows      = this replica's parts of some steps      # mixed ones whole: partners come from all of a step
+    rows      = this replica's parts of some steps      # whole steps where partners are of the same step
     raw       = pixels at draws[rows]                   # from the device, or decoded from files ahead of time
     images    = augment(raw, uniforms(key, rows))       # on the device, each image by the draws of its row
+    images    = blend(images, partners)                 # where a mixing says so, see experts/mixing/
     batches   = slices of images and labels             # views; no step copies anything to the device
 
 Files are augmented one step at a time, since they arrive so. Images in memory are augmented ahead on a device that is
@@ -23,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,8 +37,8 @@ from experts.data.images import FileImages, ImageStore, ResidentImages
 from experts.data.keyed_random import key, uniforms
 from experts.data.prefetch import Prefetcher, Request, read
 from experts.data.transfer import to_device
-from experts.epoch import Epoch, Pairs, draw_pairs, joined
-from experts.mixing.mixing import Mixing
+from experts.epoch import Epoch, Stream, draw_mixes, joined, merged
+from experts.mixing.mixing import Mixing, Part, Step, mix
 from experts.progress import Progress
 
 AHEAD_BYTES = 512 * 2**20  # of augmented pixels
@@ -58,12 +59,13 @@ class HostLabels:
 
 @dataclass(frozen=True)
 class Mixed:
-    """How the images of a batch were blended with others of the same batch.
+    """The second set of labels of a batch whose images were mixed with others.
 
     Attributes:
-        share, rest: weight of the image itself, in [0, 1], and of its partner; together 1. Tensors without axes, of
-            the images' type and on their device, so that a graph of the step can have other values each time.
-        labels_B, global_labels, host_labels: as in `Batch`, of the partners.
+        share, rest: weights of the losses of the batch's own labels, in [0, 1], and of these; together 1. Tensors
+            without axes, of the images' type and on their device, so that a graph of the step can have other values
+            each time.
+        labels_B, global_labels, host_labels: as in `Batch`.
     """
 
     share: Tensor
@@ -79,12 +81,12 @@ class Batch:
 
     Attributes:
         images_B3HW: float; B is 0 where the global batch has fewer images than there are replicas.
-        labels_B: int64, of these images.
+        labels_B: int64, of these images; the first of two sets where they are mixed.
         global_labels: int64, of the whole batch, in its order. Every replica has them, so each computes the
             denominators of the global batch without asking the others.
         positions_B: rows of the training set, int64.
         partner: a second batch of as many images, paired with this one by row, where the stage has one.
-        mixed: how the images were blended, where the stage does so.
+        mixed: the second set of labels, where the images of the step are mixed.
         first_row: row in the epoch of the replica's first image; the others follow.
         features: inputs of the heads of the experts held here, one [B, D] each, in place of images, which then have no
             pixels; None where the stage runs trunk and features on the images.
@@ -158,10 +160,18 @@ class Replica:
     dtype: torch.dtype = torch.float32
 
 
+class _Pixels(NamedTuple):
+    """Pixels to be made: rows of the epoch, of one of its streams, with its positions on the device."""
+
+    stream: Stream
+    positions_N: Tensor
+    rows: list[slice]
+
+
 class TrainBatches:
     """The training batches of one stage and stream, for one replica.
 
-    With a mixing every replica makes the pixels of the whole batch, because partners come from all of it.
+    Where partners are images of the same step, every replica makes the pixels of the whole step.
     """
 
     def __init__(
@@ -172,22 +182,23 @@ class TrainBatches:
         config: StreamConfig,
         replica: Replica = Replica(),
         mixing: Mixing | None = None,
+        second_sampler: Any = None,
     ) -> None:
         """Move a store that is in memory to the device; loader processes start with the first batch.
 
         Args:
             sampler: a built piece of kind "sampler", over the store's labels.
             mixing: of the images; None leaves them as they are.
+            second_sampler: a built one like `sampler`, of the stream that the mixing takes partners from, if it does.
 
         Raises:
             ValueError: the epoch has no whole batch and partial ones are dropped.
         """
         self.config = config
         self.replica = replica
-        self.mixing = mixing
+        self.mixing, self.second_sampler = mixing, second_sampler
         self.dataset_config = dataset_config
         self.store = store.to(replica.device)
-        self.sampler = sampler
         self.device = torch.device(replica.device)
         draws = sampler.draws_per_epoch
         self.draws_per_epoch = draws - draws % config.batch_size if config.drop_last else draws
@@ -197,8 +208,11 @@ class TrainBatches:
                 f"batch; lower batch_size"
             )
         self.steps_per_epoch = -(-self.draws_per_epoch // config.batch_size)  # rounded up
+        self._own = Stream(sampler, self._key, self.draws_per_epoch)
+        self._second: Stream | None = None
+        if second_sampler is not None:
+            self._second = Stream(second_sampler, partial(self._key, mixed_in=True), self.draws_per_epoch)
         self.steps_ahead = self._most_ahead()
-        self._cached: tuple[int, np.ndarray] | None = None  # the draws of the current epoch, which every step reads
         self._epoch: Epoch | None = None
         self._prefetcher: Prefetcher | None = None
         if isinstance(self.store, FileImages):
@@ -211,19 +225,16 @@ class TrainBatches:
         if isinstance(self.store, FileImages) or self.device.type == "cpu":
             return 1
         side, in_step = self.store.images.shape[-1], self.config.batch_size
-        if self.mixing is None:
+        if self.mixing is None or self._second is not None:
             in_step = -(-in_step // self.replica.count)
         return max(1, AHEAD_BYTES // (in_step * 3 * side * side * self.replica.dtype.itemsize))
 
     def positions(self, epoch: int) -> np.ndarray:
         """Return the epoch's global sequence of positions in the store, int64 [draws_per_epoch]; epochs start at 1."""
-        if self._cached is None or self._cached[0] != epoch:
-            draws = self.sampler.draw(self._start(epoch), self._key(epoch, "draws"))
-            self._cached = epoch, draws[: self.draws_per_epoch]
-        return self._cached[1]
+        return self._own.positions(self._start(epoch))
 
     def labels(self, epoch: int, step: int) -> np.ndarray:
-        """Return the labels of the whole batch, int64 [global B], without touching pixels; steps start at 0."""
+        """Return the labels of a step's images, int64 [global B], without touching pixels; steps start at 0."""
         return self.store.labels[self.positions(epoch)[self._rows(step)]]
 
     def batch(self, epoch: int, step: int) -> Batch:
@@ -233,11 +244,12 @@ class TrainBatches:
             ValueError: an image file is missing or damaged; names it.
         """
         drawn, steps = self._drawn(epoch), range(step, step + 1)
+        wanted = self._wanted(drawn, steps)
         if isinstance(self.store, FileImages):
-            images = read(self.store, self._request(epoch, step))
+            raw = [read(self.store, self._request(pixels, drawn)) for pixels in wanted]
         else:
-            images = self._take(self.store, drawn, steps)
-        return next(self._finish(images, drawn, steps))
+            raw = [self._take(self.store, pixels, drawn) for pixels in wanted]
+        return next(self._finish(raw, wanted, drawn, steps))
 
     def iterate(self, epoch: int, first_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
         """Yield the batches of steps first_step .. stop_step - 1, made ahead: see the head of this file.
@@ -254,11 +266,15 @@ class TrainBatches:
             assert isinstance(self.store, ResidentImages)
             for at in range(0, len(steps), self.steps_ahead):
                 some = steps[at : at + self.steps_ahead]
-                yield from self._finish(self._take(self.store, drawn, some), drawn, some)
+                wanted = self._wanted(drawn, some)
+                raw = [self._take(self.store, pixels, drawn) for pixels in wanted]
+                yield from self._finish(raw, wanted, drawn, some)
             return
-        requests = [self._request(epoch, step) for step in steps]
-        for step, images in zip(steps, self._prefetcher.read_all(requests), strict=True):
-            yield from self._finish(images, drawn, range(step, step + 1))
+        wanted_in = [self._wanted(drawn, range(step, step + 1)) for step in steps]
+        requests = [self._request(pixels, drawn) for wanted in wanted_in for pixels in wanted]
+        decoded = self._prefetcher.read_all(requests)
+        for step, wanted in zip(steps, wanted_in, strict=True):
+            yield from self._finish([next(decoded) for _ in wanted], wanted, drawn, range(step, step + 1))
 
     def of_features(self, features: Sequence[Tensor], epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield the rest of an epoch's batches with features in place of pixels, which are neither read nor augmented.
@@ -267,6 +283,7 @@ class TrainBatches:
             features: [N, D] of every image in the store, one tensor for each expert held here.
             epoch, first_step: as `iterate`.
         """
+        assert self.mixing is None, "features are of images as they are"
         drawn = self._drawn(epoch)
         for step in range(first_step, self.steps_per_epoch):
             positions_B = drawn.positions_N[self._own_rows(step)]
@@ -279,8 +296,9 @@ class TrainBatches:
         if self._prefetcher is not None:
             self._prefetcher.close()
 
-    def _key(self, epoch: int, what: str) -> int:
-        return key(self.config.seed, self.config.stage, epoch, self.config.stream, what)
+    def _key(self, epoch: int, what: str, *, mixed_in: bool = False) -> int:
+        words = (self.config.stream, "mixed in") if mixed_in else (self.config.stream,)
+        return key(self.config.seed, self.config.stage, epoch, *words, what)
 
     def _start(self, epoch: int) -> Progress:
         """Return the moment of an epoch's first step. Its draws are made at once, and depend on no other."""
@@ -297,50 +315,84 @@ class TrainBatches:
         start, stop = share(rows.stop - rows.start, self.replica.index, self.replica.count)
         return slice(rows.start + start, rows.start + stop)
 
-    def _pixel_rows(self, steps: range) -> list[slice]:
-        """Return the rows whose pixels this replica makes for consecutive steps; mixed, those of whole steps."""
-        if self.replica.count == 1 or self.mixing is not None:
-            return [slice(self._rows(steps[0]).start, self._rows(steps[-1]).stop)]
-        return [self._own_rows(step) for step in steps]
+    def _made_rows(self, epoch: Epoch, step: int) -> slice:
+        """Return the rows whose pixels this replica makes: its own, or those of the step that partners are of."""
+        blend = epoch.blend(step)
+        return self._own_rows(step) if blend is None or blend.order_B is None else self._rows(step)
 
-    def _drawn(self, epoch: int) -> Epoch:
-        """Return what the epoch draws, on the device; every step reads it."""
-        if self._epoch is None or self._epoch.number != epoch:
-            positions = self.positions(epoch)
-            labels, pairs = self.store.labels[positions], None
+    def _drawn(self, number: int) -> Epoch:
+        """Return what an epoch draws, on the device; every step reads it."""
+        if self._epoch is None or self._epoch.number != number:
+            start, second, mixes = self._start(number), None, None
+            positions = self.positions(number)
+            labels = self.store.labels[positions]
+            if self._second is not None:
+                second = self._second.positions(start)
             if self.mixing is not None:
+                others = None if second is None else self.store.labels[second]
+                whole = Step(labels, others, self.dataset_config.image_size, start, partial(self._key, number))
                 steps = [self._rows(step) for step in range(self.steps_per_epoch)]
-                start, key_of = self._start(epoch), partial(self._key, epoch)
-                pairs = draw_pairs(self.mixing, labels, steps, start, key_of, self.device, self.replica.dtype)
+                mixes = draw_mixes(self.mixing, whole, steps, self.device, self.replica.dtype)
+                labels = mixes.first
             labels_N, positions_N = to_device(labels, self.device), to_device(positions, self.device)
-            self._epoch = Epoch(epoch, labels, labels_N, positions_N, pairs)
+            second_N = None if second is None else to_device(second, self.device)
+            self._epoch = Epoch(number, labels, labels_N, positions_N, second_N, mixes)
         return self._epoch
 
     # Pixels of consecutive steps, and the batches cut from them
 
-    def _request(self, epoch: int, step: int) -> Request:
-        (rows,) = self._pixel_rows(range(step, step + 1))
-        return Request(self.positions(epoch)[rows], self._key(epoch, f"crop/{self.config.view}"), rows.start)
+    def _wanted(self, epoch: Epoch, steps: range) -> list[_Pixels]:
+        """Return the pixels that consecutive steps need: images, then partners of the mixing's own stream, if any."""
+        made = [self._made_rows(epoch, step) for step in steps]
+        wanted = [_Pixels(self._own, epoch.positions_N, merged(made))]
+        mixed = [step for step in steps if epoch.blend(step) is not None]
+        if self._second is not None and mixed:
+            assert epoch.second_N is not None
+            rows = merged([self._own_rows(step) for step in mixed])
+            wanted.append(_Pixels(self._second, epoch.second_N, rows))
+        return wanted
 
-    def _take(self, store: ResidentImages, epoch: Epoch, steps: range) -> Tensor:
-        rows = self._pixel_rows(steps)
-        images = store.images.index_select(0, joined(epoch.positions_N, rows))
+    def _request(self, pixels: _Pixels, epoch: Epoch) -> Request:
+        (rows,) = pixels.rows
+        positions = pixels.stream.positions(self._start(epoch.number))[rows]
+        return Request(positions, pixels.stream.key_of(epoch.number, f"crop/{self.config.view}"), rows.start)
+
+    def _take(self, store: ResidentImages, pixels: _Pixels, epoch: Epoch) -> Tensor:
+        images = store.images.index_select(0, joined(pixels.positions_N, pixels.rows))
         scale = self.dataset_config.augment.random_resized_crop
         if scale is None:
             return images
-        return random_resized_crops(images, self._uniforms(epoch, "crop", rows, CROP_UNIFORMS), scale)
+        return random_resized_crops(images, self._uniforms(pixels, epoch, "crop", CROP_UNIFORMS), scale)
 
-    def _uniforms(self, epoch: Epoch, what: str, rows: list[slice], width: int) -> np.ndarray:
-        name = self._key(epoch.number, f"{what}/{self.config.view}")
-        return np.concatenate([uniforms(name, part.start, part.stop - part.start, width) for part in rows])
+    def _uniforms(self, pixels: _Pixels, epoch: Epoch, what: str, width: int) -> np.ndarray:
+        name = pixels.stream.key_of(epoch.number, f"{what}/{self.config.view}")
+        return np.concatenate([uniforms(name, part.start, part.stop - part.start, width) for part in pixels.rows])
 
-    def _finish(self, raw: Tensor, epoch: Epoch, steps: range) -> Iterator[Batch]:
-        """Augment the images of consecutive steps at once and return their batches."""
-        draws = self._uniforms(epoch, "pixels", self._pixel_rows(steps), NUM_UNIFORMS)
-        images = augment(to_device(raw, self.device), draws, self.dataset_config, self.replica.dtype)
-        if epoch.pairs is not None:
-            images = self._blend(images, epoch.pairs, steps)
+    def _finish(self, raw: Sequence[Tensor], wanted: list[_Pixels], epoch: Epoch, steps: range) -> Iterator[Batch]:
+        """Augment and mix the images of consecutive steps at once, and return their batches."""
+        made = []
+        for values, pixels in zip(raw, wanted, strict=True):
+            draws = self._uniforms(pixels, epoch, "pixels", NUM_UNIFORMS)
+            made.append(augment(to_device(values, self.device), draws, self.dataset_config, self.replica.dtype))
+        images = made[0] if self.mixing is None else self._mix(made[0], made[1:], epoch, steps)
         return self._cut(images, epoch, steps)
+
+    def _mix(self, images: Tensor, second: Sequence[Tensor], epoch: Epoch, steps: range) -> Tensor:
+        """Return this replica's images of the steps, mixed where they are to be; what is given is written to."""
+        own, others, mixed, first, done = [], [], [], 0, 0  # `first` counts the rows made, `done` those returned
+        for step in steps:
+            blend, made, mine = epoch.blend(step), self._made_rows(epoch, step), self._own_rows(step)
+            start, count = first + mine.start - made.start, mine.stop - mine.start
+            own.append(slice(start, start + count))
+            if blend is not None:
+                mixed.append(Part(blend, slice(done, done + count)))
+                if blend.order_B is not None:
+                    others.append(first + blend.order_B[mine.start - made.start :][:count])
+            first, done = first + made.stop - made.start, done + count
+        if not mixed:
+            return joined(images, merged(own))
+        partners = second[0] if second else images.index_select(0, to_device(np.concatenate(others), self.device))
+        return mix(joined(images, merged(own)), partners, mixed)
 
     def _cut(self, images: Tensor, epoch: Epoch, steps: range) -> Iterator[Batch]:
         first = 0
@@ -350,22 +402,12 @@ class TrainBatches:
             yield self._batch(images[first:last], epoch, step)
             first = last
 
-    def _blend(self, images: Tensor, pairs: Pairs, steps: range) -> Tensor:
-        """Return this replica's images of the steps, each blended with its partner; `images` is written to."""
-        own = [self._own_rows(step) for step in steps] if self.replica.count > 1 else self._pixel_rows(steps)
-        first = self._rows(steps[0]).start
-        partners = images.index_select(0, joined(pairs.partner_N, own) - first)
-        mine = joined(images, [slice(rows.start - first, rows.stop - first) for rows in own])
-        share_B, rest_B = (joined(weights, own) for weights in (pairs.share_N, pairs.rest_N))
-        return mine.mul_(share_B[:, None, None, None]).add_(partners.mul_(rest_B[:, None, None, None]))
-
     def _batch(self, images: Tensor, epoch: Epoch, step: int, features: tuple[Tensor, ...] | None = None) -> Batch:
         rows, own = self._rows(step), self._own_rows(step)
-        mixed, pairs = None, epoch.pairs
-        if pairs is not None:
-            host = HostLabels(pairs.host_labels[own], pairs.host_labels[rows])
-            weights = pairs.share_N[rows.start], pairs.rest_N[rows.start]
-            mixed = Mixed(*weights, pairs.labels_N[own], pairs.labels_N[rows], host)
+        mixed, mixes = None, epoch.mixes
+        if mixes is not None and mixes.blends[step] is not None:
+            host = HostLabels(mixes.host_labels[own], mixes.host_labels[rows])
+            mixed = Mixed(mixes.share_T[step], mixes.rest_T[step], mixes.labels_N[own], mixes.labels_N[rows], host)
         return Batch(
             images,
             epoch.labels_N[own],

@@ -1,39 +1,72 @@
-"""The draws of an epoch of training, row by row, made before its first step: images, labels, who is blended with whom.
+"""The draws of an epoch of training, row by row, made before its first step: images, labels, who is mixed with whom.
 
-The device gets all of it once per epoch. A batch takes slices, so no step has anything of this to copy.
+The device gets what every step needs once per epoch. A batch takes slices, so no step has anything of this to copy.
 
-Shapes: N rows of the epoch, of all replicas and steps in order.
+Shapes: N rows of the epoch, of all replicas and steps in order; T steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from experts.data.transfer import to_device
-from experts.mixing.mixing import Mixing, Step
+from experts.mixing.mixing import Blend, Mixing, Step
 from experts.progress import Progress
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Blends of images with others of the same step.
+class Stream:
+    """The positions that a sampler draws, epoch by epoch, and the keys of what is random about their images.
 
-    Attributes:
-        host_labels, labels_N: of the partners, int64, in main memory and on the device.
-        partner_N: rows of the partners in the epoch, int64.
-        share_N, rest_N: weights of the image and of its partner, float; equal within a step.
+    Args:
+        sampler: a built piece of kind "sampler".
+        key_of: takes an epoch and words to a key, which no other stream has.
+        draws: per epoch. A sampler that draws fewer draws again, with other keys; what is beyond is left out.
     """
 
+    def __init__(self, sampler: Any, key_of: Callable[[int, str], int], draws: int) -> None:
+        self.sampler = sampler
+        self.key_of = key_of
+        self.draws = draws
+        self._cached: tuple[int, np.ndarray] | None = None  # of the current epoch, which every step reads
+
+    def positions(self, start: Progress) -> np.ndarray:
+        """Return the epoch's positions in the store, int64 [draws].
+
+        Args:
+            start: the moment of the epoch's first step. An epoch is drawn as a whole, so it depends on no other.
+        """
+        if self._cached is None or self._cached[0] != start.epoch:
+            rounds = -(-self.draws // self.sampler.draws_per_epoch)
+            names = ["draws", *(f"draws/{more}" for more in range(1, rounds))]
+            drawn = [self.sampler.draw(start, self.key_of(start.epoch, name)) for name in names]
+            self._cached = start.epoch, np.concatenate(drawn)[: self.draws]
+        return self._cached[1]
+
+
+@dataclass(frozen=True)
+class Mixes:
+    """How the steps of an epoch are mixed.
+
+    Attributes:
+        blends: of each step; None where it is not mixed.
+        first: the first set of labels, int64 [N], in main memory.
+        host_labels, labels_N: the second set, in main memory and on the device; without meaning in steps that are not
+            mixed.
+        share_T, rest_T: weights of the two sets, float.
+    """
+
+    blends: tuple[Blend | None, ...]
+    first: np.ndarray
     host_labels: np.ndarray
     labels_N: Tensor
-    partner_N: Tensor
-    share_N: Tensor
-    rest_N: Tensor
+    share_T: Tensor
+    rest_T: Tensor
 
 
 @dataclass(frozen=True)
@@ -42,51 +75,71 @@ class Epoch:
 
     Attributes:
         number: counted from 1.
-        host_labels, labels_N: int64, in main memory and on the device.
+        host_labels, labels_N: int64, in main memory and on the device; the first set where images are mixed.
         positions_N: of the images in the store, int64.
-        pairs: None where nothing is blended.
+        second_N: of those that a mixing's own stream draws; None where there is none.
+        mixes: None where nothing is mixed.
     """
 
     number: int
     host_labels: np.ndarray
     labels_N: Tensor
     positions_N: Tensor
-    pairs: Pairs | None
+    second_N: Tensor | None
+    mixes: Mixes | None
+
+    def blend(self, step: int) -> Blend | None:
+        """Return how a step is mixed; None where it is not."""
+        return None if self.mixes is None else self.mixes.blends[step]
 
 
-def draw_pairs(
+def draw_mixes(
     mixing: Mixing,
-    labels: np.ndarray,
+    whole: Step,
     steps: Sequence[slice],
-    start: Progress,
-    key_of: Callable[[str], int],
     device: torch.device,
     dtype: torch.dtype,
-) -> Pairs:
+) -> Mixes:
     """Draw how every step of an epoch is mixed.
 
     Args:
         mixing: that draws.
-        labels: of the epoch, int64 [N].
+        whole: the epoch as if it were one step, its first.
         steps: rows of each step.
-        start: the moment of the epoch's first step.
-        key_of: takes a name to the key of its draws. It knows nothing of replicas, so that all blend the same pairs.
         device, dtype: of the images.
     """
-    sizes = [rows.stop - rows.start for rows in steps]
-    blends = [mixing.blend(Step(labels[rows], replace(start, step=step), key_of)) for step, rows in enumerate(steps)]
-    host_labels = np.concatenate([blend.second_B for blend in blends])
-    partner_N = np.concatenate([rows.start + blend.order_B for rows, blend in zip(steps, blends, strict=True)])
-    share_N = np.repeat([blend.share for blend in blends], sizes)
-    return Pairs(
-        host_labels,
-        to_device(host_labels, device),
-        to_device(partner_N, device),
-        to_device(share_N, device, dtype),
-        to_device(1 - share_N, device, dtype),  # in double before: 1 less a rounded share is another number
+    blends = tuple(mixing.blend(_step_of(whole, number, rows)) for number, rows in enumerate(steps))
+    first, second = whole.labels_B.copy(), whole.labels_B.copy()
+    for rows, blend in zip(steps, blends, strict=True):
+        if blend is not None:
+            first[rows], second[rows] = blend.first_B, blend.second_B
+    share_T = np.array([1.0 if blend is None else blend.share for blend in blends])
+    return Mixes(
+        blends,
+        first,
+        second,
+        to_device(second, device),
+        to_device(share_T, device, dtype),
+        to_device(1 - share_T, device, dtype),  # in double before: 1 less a rounded share is another number
     )
+
+
+def _step_of(whole: Step, number: int, rows: slice) -> Step:
+    second_B = None if whole.second_B is None else whole.second_B[rows]
+    return replace(whole, labels_B=whole.labels_B[rows], second_B=second_B, now=replace(whole.now, step=number))
 
 
 def joined(values: Tensor, rows: Sequence[slice]) -> Tensor:
     """Return some rows one after the other; a view if they are one slice."""
     return values[rows[0]] if len(rows) == 1 else torch.cat([values[part] for part in rows])
+
+
+def merged(rows: Sequence[slice]) -> list[slice]:
+    """Return the same rows in as few slices as possible."""
+    found: list[slice] = []
+    for part in rows:
+        if found and found[-1].stop == part.start:
+            found[-1] = slice(found[-1].start, part.stop)
+        else:
+            found.append(part)
+    return found

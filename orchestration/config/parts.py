@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestration.config.layers import STAGES, File, lay_block, lay_part, named_in, read_file
+from orchestration.config.layers import STAGES, File, lay_block, lay_part, named_in, read_file, stages_that
 from orchestration.config.like import SavedEnsemble
 from orchestration.config.origins import Layered
 from orchestration.config.words import available
@@ -130,6 +130,8 @@ def lay_recipe(layered: Layered, recipe: Recipe, like: SavedEnsemble | None) -> 
             _lay_then(layered, step, recipe, None if has_method else like)
             continue
         [file] = step.files
+        if step.kind == "mix" and not stages_that(layered, learns_trunk=True):
+            raise ValueError(f"mix={file.choice}: no stage of the recipe learns the trunk; leave it out")
         before = set(layered.get(STAGES) or {})
         lay_block(layered, file.content, file.name)
         if step.kind == "method":

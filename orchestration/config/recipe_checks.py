@@ -126,7 +126,10 @@ def _stage_problems(name: str, stage: StageConfig, method: Recipe, earlier: list
             if stage.class_weights is not None and (problem := stage.objective.weighting_problem()):
                 yield f"class_weights: {problem}"
             yield from _flow_problems(name, stage, method)
+            yield from _mixing_problems(stage)
             yield from _teacher_problems(stage, method)
+    elif stage.mixing is not None:
+        yield f"mixing.name = {stage.mixing.name}: the stage has no steps (epochs = 0); set mixing=null, or epochs"
     started = (stage.start_from.stage,) if stage.start_from and stage.start_from.stage else ()
     taught = tuple(teacher.stage for teacher in stage.teachers.values() if teacher.stage)
     for key, names in (("after", stage.after or ()), ("start_from.stage", started), ("teachers", taught)):
@@ -212,11 +215,19 @@ def _flow_problems(name: str, stage: StageConfig, method: Recipe) -> Iterator[st
         yield f"{flow_is}: head '{head_name}' is for flow '{head.flow}'; {way}"
     if flow.needs_own_heads and method.shared_head:
         yield f"{flow_is}: method.shared_head = true; needed a head in each expert; set method.shared_head=false"
-    if stage.mixing is not None and flow.needs_partner:
-        yield f"mixing.name = {stage.mixing.name}: {flow_is} pairs batches already; set mixing=null"
     number = stage.objective.number_problem(method.num_experts)
     if number is not None:
         yield number
+
+
+def _mixing_problems(stage: StageConfig) -> Iterator[str]:
+    """Yield why the images of a stage cannot be mixed as they are to be."""
+    if stage.mixing is None:
+        return
+    if piece("flow", stage.flow.name).needs_partner:
+        yield f"mixing.name = {stage.mixing.name}: flow '{stage.flow.name}' pairs batches already; set mixing=null"
+    if problem := stage.mixing.length_problem(stage.epochs):
+        yield problem
 
 
 def _learning_problems(name: str, stage: StageConfig, method: Recipe) -> Iterator[str]:

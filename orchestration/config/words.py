@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
@@ -64,8 +64,8 @@ def parse(words: list[str]) -> Words:
                 together = ",".join(dict.fromkeys((*read.then, *parts)))
                 problems.append(f"{word}: then= is set twice; needed once; both side by side are 'then=[{together}]'")
             read = read._replace(then=parts)
-        elif key == "mix" and override.value() is None:
-            read.choices.pop("mix", None)
+        elif key == "mix":
+            problems += _set_mix(read.choices, word, override.value())
         elif key in GROUPS:
             read.choices[key] = str(override.value())
         else:
@@ -121,6 +121,17 @@ def _parse_literally(parser: OverridesParser, word: str) -> Override:
             raise
         quoted = text.replace("\\", "\\\\").replace("'", "\\'")
         return parser.parse_override(f"{key}='{quoted}'")
+
+
+def _set_mix(choices: dict[str, str], word: str, value: Any) -> Iterator[str]:
+    """Choose the mixing of a word, or none; yield a problem where that makes two."""
+    chosen = list(map(str, value if isinstance(value, list) else [] if value is None else [value]))
+    before = choices.pop("mix", None)
+    together = list(dict.fromkeys([before, *chosen] if before and chosen else chosen))
+    if len(together) > 1:
+        yield f"{word}: {len(together)} mixings, {' and '.join(together)}; needed one, as images are mixed once"
+    if together:
+        choices["mix"] = together[0]
 
 
 def _unknown(group: str, choice: str) -> Iterator[str]:

@@ -79,6 +79,7 @@ def blank_batches(stream: TrainBatches, label: int, images: int) -> TrainBatches
         replace(stream.config, batch_size=in_all),
         stream.replica,
         stream.mixing,
+        _OneImage(in_all) if stream.second_sampler is not None else None,
     )
 
 

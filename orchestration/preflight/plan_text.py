@@ -128,6 +128,10 @@ def _peculiarities(config: RunConfig, stage: StagePlan) -> Iterator[str]:
     if settings.partner_sampler is not None:
         shown = "each is shown to its own expert" if flow.own_streams else "experts see both"
         yield f"every image comes with a partner, sampler {settings.partner_sampler.name}; {shown}"
+    if settings.mixing is not None:
+        second = settings.mixing.second_sampler
+        drawn = "of the same step" if second is None else f"of a second stream, sampler {second.name}"
+        yield f"images are mixed with others {drawn}: {settings.mixing.name}"
     source = method.starts_from(stage.name)
     if source is not None:
         yield f"starts from the weights of {_source(source)}"

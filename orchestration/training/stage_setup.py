@@ -23,7 +23,7 @@ from experts.data.keyed_random import key
 from experts.draws import StepDraws
 from experts.ensemble import Ensemble, build_ensemble, freeze
 from experts.flow import Flow
-from experts.mixing.mixing import Mixing
+from experts.mixing.mixing import MixingSettings
 from experts.objective import Objective
 from experts.progress import Progress
 from experts.registry import build
@@ -169,8 +169,7 @@ class TrainingSetup(StageSetup):
         self.network = HeldModules(self.model, config.engine, mesh.device, self.step_draws)
 
         train = self.dataset.train.to(mesh.device)  # once, for both streams
-        mixing = self.stage.mixing and build("mixing", self.stage.mixing, self.dataset.counts_C)
-        self.batches = self._build_batches(train, self.stage.sampler, "all", mixing)
+        self.batches = self._build_batches(train, self.stage.sampler, "all", self.stage.mixing)
         self.partners: TrainBatches | None = None
         if self.stage.partner_sampler is not None:
             self.partners = self._build_batches(train, self.stage.partner_sampler, "partner")
@@ -185,12 +184,13 @@ class TrainingSetup(StageSetup):
         return DeepSpeedEngine(*args)
 
     def _build_batches(
-        self, train: ImageStore, sampler: Any, stream: str, mixing: Mixing | None = None
+        self, train: ImageStore, sampler: Any, stream: str, mixing: MixingSettings | None = None
     ) -> TrainBatches:
         assert self.stage.batch_size is not None
+        second_sampler = None if mixing is None else mixing.second_sampler
         return TrainBatches(
             train,
-            build("sampler", sampler, train.labels, self.dataset.num_classes),
+            self._build_sampler(sampler, train),
             self.dataset.config,
             StreamConfig(
                 seed=self.config.seed,
@@ -201,8 +201,12 @@ class TrainingSetup(StageSetup):
                 drop_last=self.stage.drop_last,
             ),
             self.replica,
-            mixing,
+            None if mixing is None else build("mixing", mixing, self.dataset.counts_C),
+            None if second_sampler is None else self._build_sampler(second_sampler, train),
         )
+
+    def _build_sampler(self, config: Any, train: ImageStore) -> Any:
+        return build("sampler", config, train.labels, self.dataset.num_classes)
 
     @property
     def features_are_fixed(self) -> bool:

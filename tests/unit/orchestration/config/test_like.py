@@ -145,3 +145,10 @@ def test_what_does_not_fit_the_run_is_refused(ride, words, message):
 
 def test_a_run_to_go_on_from_needs_something_to_train(ride):
     assert "nothing to train; needed stages that start from the run, e.g. then=crt" in refused(f"method.like={ride}")
+
+
+def test_a_mixing_that_would_mix_nothing_is_refused(ride):
+    """The stages that go on from the run train heads alone."""
+    words = [f"method.like={ride}", "then=crt"]
+    assert refused(*words, "mix=cmo") == "mix=cmo: no stage of the recipe learns the trunk; leave it out"
+    assert load_config(words).method.stages["crt"].mixing is None

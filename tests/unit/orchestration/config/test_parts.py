@@ -135,3 +135,17 @@ def test_blocks_name_data_sets_and_protocols_that_exist():
 )
 def test_what_a_shortened_run_scales_is_noted(words, notes):
     assert list(compose(["dataset=digits_lt", *words]).notes) == notes
+
+
+@pytest.mark.parametrize("mix", available("mix"))
+@pytest.mark.parametrize("method", ["ldam_drw", "ride", "ace"])
+def test_every_mixing_goes_with_every_recipe_whose_batches_are_not_paired(mix, method):
+    method = load_config([f"method={method}", f"mix={mix}", "then=h2t", "dataset=digits_lt"]).method
+    first, *_, last = method.stages.values()
+    assert first.mixing.name == mix and last.mixing is None
+
+
+def test_another_mixing_takes_the_place_of_a_recipes_own():
+    """DR+H2T has mixup; none of its keys is left."""
+    method = load_config(["method=dr_h2t", "mix=cutmix", "dataset=cifar100_lt"]).method
+    assert method.stages["train"].mixing.model_dump() == {"name": "cutmix", "alpha": 1.0, "probability": 0.5}

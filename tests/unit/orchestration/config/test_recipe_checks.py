@@ -1,10 +1,11 @@
-"""Second stages that cannot work are refused by key, one message for each mistake."""
+"""Second stages and mixings that cannot work are refused by key, one message for each mistake."""
 
 from __future__ import annotations
 
 import pytest
 
 from orchestration.config.compose import load_config
+from orchestration.config.words import available
 from tests.second_stages import HOST, WITH_STEPS, WITHOUT_STEPS, second_stages
 
 
@@ -190,3 +191,63 @@ def test_a_refused_rule_names_the_stage_that_trained_its_scores():
     assert said.startswith("method: stages.uno_ic: its scores are trained in stage crt; aggregator 'uno_ic' subtracts")
     own = problem("method=tade", "method.aggregator.name=logit_adjusted", host=[])
     assert own.startswith("method: aggregator 'logit_adjusted' subtracts")
+
+
+# Mixings
+
+MIXED = ["dataset=digits_lt", "method=ce", "mix=cmo"]
+
+
+@pytest.mark.parametrize("pace", ["demo", "digits_lt", "fashion_mnist_lt", "places_lt"])
+def test_short_paces_leave_cmo_epochs_between_its_quiet_ones(pace):
+    words = ["method=ride", "mix=cmo", f"pace={pace}", "dataset=digits_lt", "method.backbone_weights=null"]
+    stage = load_config(words).method.stages["train"]
+    assert stage.epochs > stage.mixing.quiet_first + stage.mixing.quiet_last
+
+
+@pytest.mark.parametrize("where", [("epochs=7",), ("epochs=20", "mixing.quiet_first=12", "mixing.quiet_last=8")])
+def test_cmo_with_no_epoch_between_its_quiet_ones_is_refused(where):
+    train = "method.stages.train"
+    schedule = [f"{train}.lr_schedule.name=cosine"]  # whose drops do not fall on each other
+    said = problem(*schedule, *(f"{train}.{word}" for word in where), host=MIXED)
+    for part in ("stages.train.mixing.quiet_first = ", "mixing.quiet_last = ", "found epochs = "):
+        assert part in said
+    epochs = int(said.split("or epochs = ")[1].split()[0])
+    given = [word for word in where if not word.startswith("epochs")]
+    load_config([*MIXED, *schedule, *(f"{train}.{word}" for word in (*given, f"epochs={epochs}"))])
+
+
+def test_cmo_in_a_short_stage_of_a_pace_is_refused_by_the_stage():
+    """The second stages of pace=digits_lt have 5 epochs."""
+    said = problem("then=crt", "method.stages.crt.mixing.name=cmo", host=["dataset=digits_lt", "method=ce"])
+    assert "stages.crt.mixing.quiet_first = 4, mixing.quiet_last = 3" in said and "found epochs = 5" in said
+
+
+@pytest.mark.parametrize("mix", available("mix"))
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["method=bbn", "mix={}"], ["stages.train.mixing.name = {}", "flow 'bilateral' pairs batches", "mixing=null"]),
+        (["method=ride", "then=h2t", "method.stages.h2t.mixing.name={}"], ["h2t.mixing.name = {}", "flow 'h2t'"]),
+        (["method=ce", "then=ncm", "method.stages.ncm.mixing.name={}"], ["stages.ncm.mixing.name = {}", "no steps"]),
+    ],
+    ids=["paired", "paired second stage", "no steps"],
+)  # fmt: skip
+def test_a_stage_that_cannot_be_mixed_is_refused_by_key(mix, words, parts):
+    epochs = ["method.stages.h2t.epochs=20"] if "then=h2t" in words else []
+    said = problem(*(word.format(mix) for word in words), *epochs, host=["dataset=digits_lt"])
+    assert all(part.format(mix) in said for part in parts), said
+
+
+@pytest.mark.parametrize(
+    ("word", "part"),
+    [
+        ("mixing.alpha=0", "mixing.alpha = 0"),
+        ("mixing.probability=1.5", "mixing.probability = 1.5"),
+        ("mixing.quiet_first=-1", "mixing.quiet_first = -1"),
+        ("mixing.sampler.name=rare", "mixing.sampler.name = rare"),
+        ("mixing.kappa=2", "mixing 'cmo' has no key kappa; 'remix' has"),
+    ],
+)
+def test_a_value_that_means_nothing_is_refused_by_key(word, part):
+    assert part in problem(f"method.stages.train.{word}", host=MIXED)

@@ -71,3 +71,20 @@ def test_a_schedule_is_refused_with_what_replaces_it(word, instead):
 
 def test_every_group_has_choices():
     assert all(available(group) for group in GROUPS)
+
+
+@pytest.mark.parametrize(
+    ("words", "before"),
+    [(["mix=[cmo,mixup]"], "mix=[cmo,mixup]"), (["mix=cmo", "mix=mixup"], "mix=mixup")],
+    ids=["a list", "two words"],
+)
+def test_two_mixings_are_refused(words, before):
+    said = refused("method=ce", *words)
+    assert said == f"{before}: 2 mixings, cmo and mixup; needed one, as images are mixed once"
+
+
+@pytest.mark.parametrize(
+    "words", [["mix=cmo"], ["mix=[cmo]"], ["mix=cmo", "mix=cmo"], ["mix=mixup", "mix=null", "mix=cmo"]]
+)
+def test_one_mixing_may_be_said_in_other_ways(words):
+    assert parse(words).choices == {"mix": "cmo"}

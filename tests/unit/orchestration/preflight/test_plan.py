@@ -218,6 +218,12 @@ def test_h2t_passes_pairs_and_moves_heads():
     assert "starts from the weights of stage train, last" in text
 
 
+def test_a_plan_says_what_images_are_mixed_with():
+    assert "images are mixed with others of the same step: mixup" in describe(load_config(["mix=mixup"]))
+    said = describe(load_config(["mix=cmo", "method.stages.train.mixing.sampler.name=reversed"]))
+    assert "images are mixed with others of a second stream, sampler reversed: cmo" in said
+
+
 def test_a_shared_head_is_exchanged_by_all():
     words, head = ["method=reslt", "cluster.workers=3"], 4 * (64 * 10 + 10)
     for engine in ("torch", "deepspeed"):
