@@ -36,7 +36,7 @@ from experts.data.config import DatasetConfig, Evaluation
 from experts.data.decode import frame
 from experts.data.transfer import Constant, to_device
 from experts.ensemble import Ensemble, EnsembleConfig, build_ensemble
-from experts.precision import exact_float32
+from experts.precision import exact_float32, faster_memory_format
 from experts.registry import Settings, build, import_pieces, piece
 
 FORMAT = 2
@@ -204,7 +204,8 @@ def load_model(folder: str | os.PathLike[str], device: torch.device | str = "cpu
     ensemble = blank_ensemble(description)
     _check_tensors(path, tensors, ensemble.state_dict())
     ensemble.load_state_dict(tensors)
-    return ServedModel(ensemble.to(device).eval().requires_grad_(False), description)
+    ensemble.to(device).to(memory_format=faster_memory_format(torch.device(device)))
+    return ServedModel(ensemble.eval().requires_grad_(False), description)
 
 
 def blank_ensemble(description: Description) -> Ensemble:

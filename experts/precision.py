@@ -40,6 +40,20 @@ def repeat_bits(asked: bool) -> None:
     torch.backends.cudnn.benchmark = False  # it would choose kernels by their time
 
 
+def faster_memory_format(device: torch.device, precision: str = "float32") -> torch.memory_format:
+    """Return how the weights of convolutions should lie in memory to compute fast; see docs/results.md for a CPU.
+
+    A CPU's float32 and bfloat16 kernels and a GPU's tensor cores, which compute bfloat16 and TF32, want the channels of
+    a pixel side by side. float64, for which nobody has written such kernels, does not.
+
+    Args:
+        device: that computes.
+        precision: as `engine.precision`.
+    """
+    last = precision != "float64" if device.type == "cpu" else precision in ("autocast", "tf32")
+    return torch.channels_last if last else torch.contiguous_format
+
+
 @contextmanager
 def exact_float32() -> Iterator[None]:
     """Compute without TF32 inside the block, then as before."""

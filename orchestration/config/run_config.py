@@ -41,6 +41,10 @@ class EngineConfig(Settings):
     compile: bool = False
     """Have torch compile trunk and experts on every worker, which takes minutes at the first start and needs a C++
     compiler there. Changes results in the last bits."""
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    """How images and the weights of convolutions lie in memory: the channels of a pixel side by side (channels_last) or
+    each channel by itself (contiguous). 'auto' is the faster one of the two for device and precision. Changes results
+    in the last bits."""
     graphs: Literal["auto", False] = "auto"
     """'auto' records the kernels of a step on a GPU once and replays them, where the recipe's pieces allow it; false
     launches them one by one. The kernels and their results are the same."""
@@ -49,7 +53,8 @@ class EngineConfig(Settings):
     def differences(self) -> list[str]:
         """Say how the run computes otherwise than by default, as far as it changes bits."""
         precision = [self.precision] if self.precision != "float32" else []
-        return precision + ["deterministic"] * self.deterministic + ["compiled"] * self.compile
+        memory = [self.memory_format.replace("_", " ")] if self.memory_format != "auto" else []
+        return precision + ["deterministic"] * self.deterministic + ["compiled"] * self.compile + memory
 
     def chosen(self, workers: int) -> Literal["deepspeed", "torch"]:
         """Return the engine for a mesh of so many workers."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from experts.precision import allow_tf32, repeat_bits
+from experts.precision import allow_tf32, faster_memory_format, repeat_bits
 from orchestration.config.run_config import EngineConfig
 
 
@@ -27,8 +27,8 @@ def use_precision(config: EngineConfig, device: torch.device) -> None:
 def memory_format_for(config: EngineConfig, device: torch.device) -> torch.memory_format:
     """Return how images and the weights of convolutions lie in memory.
 
-    A GPU's tensor cores, which bfloat16 and TF32 use, want the channels of a pixel side by side. Where the weights lie
-    so, convolutions give results that do, whatever their input.
+    Where the weights lie channels last, convolutions give results that do, whatever their input.
     """
-    rounded = config.precision in ("autocast", "tf32")
-    return torch.channels_last if device.type == "cuda" and rounded else torch.contiguous_format
+    if config.memory_format != "auto":
+        return torch.channels_last if config.memory_format == "channels_last" else torch.contiguous_format
+    return faster_memory_format(device, config.precision)

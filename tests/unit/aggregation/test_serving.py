@@ -16,6 +16,7 @@ from experts.data.decode import frame
 from experts.ensemble import EnsembleConfig, build_ensemble
 from experts.heads.cosine import CosineHead
 from experts.heads.linear import LinearHead
+from experts.precision import faster_memory_format
 
 NAMES = ("expert0", "expert1")
 COUNTS = (500, 50, 20, 5)
@@ -67,6 +68,7 @@ def pixels(*shape):
 def test_served_probabilities_are_those_of_evaluation(tmp_path, aggregator, config, head):
     images, network = pixels(5, 8, 8), ensemble(head)
     folder = export(tmp_path / "m", aggregator=config, head=head, state=network.state_dict())
+    network.to(memory_format=faster_memory_format(torch.device("cpu")))
     found = load_model(folder).predict(images)
     prepared = prepare_eval(frame(torch.from_numpy(images)[:, None], 32), GREY)
     rule = aggregator(config, torch.tensor(COUNTS), NAMES)

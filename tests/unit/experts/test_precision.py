@@ -140,12 +140,23 @@ def test_repeatability_is_part_of_a_runs_identity_and_graphs_are_not():
 
 
 @pytest.mark.parametrize("precision", SWITCHES)
-def test_channels_lie_side_by_side_where_a_gpu_rounds(precision):
+def test_channels_lie_side_by_side_where_that_is_faster(precision):
     if precision != "tf32":  # which a CPU has not
         on_cpu = load_config([f"engine.precision={precision}"]).engine
-        assert memory_format_for(on_cpu, torch.device("cpu")) is torch.contiguous_format
+        found = memory_format_for(on_cpu, torch.device("cpu"))
+        assert (found is torch.channels_last) == (precision != "float64")
     found = memory_format_for(config_of(precision).engine, torch.device("cuda"))
     assert (found is torch.channels_last) == (precision in ("tf32", "autocast"))
+
+
+@pytest.mark.parametrize("asked", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_memory_format_can_be_asked_for(asked, device):
+    config = load_config([f"engine.memory_format={asked}"])
+    wanted = torch.channels_last if asked == "channels_last" else torch.contiguous_format
+    assert memory_format_for(config.engine, torch.device(device)) is wanted
+    assert identity(config) != identity(load_config([]))
+    assert asked.replace("_", " ") in run_table(config, {}, {}).splitlines()[0]
 
 
 def test_weights_alone_decide_how_results_lie():

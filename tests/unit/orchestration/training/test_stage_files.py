@@ -15,6 +15,7 @@ from orchestration.storage.tensor_file import TensorFile
 from orchestration.training.mesh import Mesh, mesh_shape
 from orchestration.training.trainer import StageTrainer
 from tests.emulated_device import DEVICE, EmulatedDevice
+from tests.recipes import AS_ON_A_GPU
 
 WORDS = [
     "method=ride",
@@ -26,7 +27,7 @@ WORDS = [
 
 
 def trainer_on(device, *, steps):
-    config = load_config(WORDS)
+    config = load_config([*WORDS, AS_ON_A_GPU])
     mesh = Mesh(mesh_shape(config.method.num_experts, 1), device=device)
     trainer = StageTrainer(config, "train", open_dataset(config.dataset), mesh)
     if steps:
