@@ -138,6 +138,26 @@ def test_two_workers_replay_in_step(method, shape, tmp_path):
     assert all(backend.replays and not backend.problems for backend in made)
 
 
+def test_steps_that_are_mixed_and_steps_that_are_not_are_replayed(tmp_path):
+    """A whole epoch in the middle of training, of which CMO leaves about half of the steps alone."""
+    found, words = [], ["mix=cmo", f"method.stages.train.batch_size={BATCH}"]
+    for context in (nullcontext(), emulated_graphs()):
+        folder = tmp_path / str(len(found))
+        folder.mkdir()
+        with EmulatedDevice(), context as made:
+            trainer = next(Recipe("ride", folder, *words, mesh=packed).trainers())
+            steps = trainer.setup.steps_per_epoch
+            trainer.done = 9 * steps
+            interval = trainer.train(10 * steps)
+            mixed = {batch.mixed is not None for batch in trainer.training.batches.iterate(10)}
+            found.append([f"{interval.losses} {interval.terms}", *take(trainer)])
+    same(*found)
+    [backend] = made
+    assert not backend.problems
+    assert mixed == {True, False}
+    assert backend.captures >= 3  # the last step of an epoch has another size
+
+
 def test_a_stage_that_is_closed_leaves_no_captures(tmp_path):
     """Its memory is free for the next stage, without a wait for Python's collector."""
     with EmulatedDevice(), emulated_graphs() as made:

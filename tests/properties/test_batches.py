@@ -9,6 +9,8 @@ from experts.batches import Replica, StreamConfig, TrainBatches
 from experts.data.config import Augment, DatasetConfig
 from experts.data.dataset import open_dataset
 from experts.eval_batches import EvalBatches
+from experts.mixing.cmo import CMO
+from experts.mixing.cutmix import CutMix
 from experts.progress import Progress
 from experts.registry import build
 from experts.samplers.class_balanced import ClassBalanced
@@ -56,11 +58,15 @@ def settings(tree, **more):
 STREAMED = {"resident": "never", "augment": Augment(random_resized_crop=(0.2, 1.0), horizontal_flip=0.5)}
 
 
-def batches(config, sampler=None, replica=WHOLE, **more):
+def batches(config, sampler=None, replica=WHOLE, mixing=None, **more):
     store = open_dataset(config).train
     made = build("sampler", sampler or InstanceBalanced.Config(), store.labels, 3)
     arguments = {"batch_size": 5, "seed": 0, "stage": "train", "stream": "main", "epochs": 3} | more
-    return TrainBatches(store, made, config, StreamConfig(**arguments), replica)
+    mixings = []
+    if mixing is not None:
+        second = mixing.second_sampler and build("sampler", mixing.second_sampler, store.labels, 3)
+        mixings = [build("mixing", mixing, np.array(COUNTS)), second]
+    return TrainBatches(store, made, config, StreamConfig(**arguments), replica, *mixings)
 
 
 def same(a, b):
@@ -115,6 +121,33 @@ def test_loader_processes_change_nothing_even_when_left_early(tree, processes):
                 assert same(a, b)
     finally:
         there.close()
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize(
+    "mixing", [CutMix.Config(probability=0.5), CMO.Config(quiet_first=0, quiet_last=0)], ids=lambda mixing: mixing.name
+)
+def test_mixed_images_are_read_from_files_ahead_of_time(tree, mixing, replicas):
+    """Partners of a second stream too, in mixed steps alone; outside the box images are what they would be."""
+    config, kinds, changed = settings(tree, **STREAMED), set(), False
+    for index in range(replicas):
+        replica = Replica(index, replicas)
+        plain, here = batches(config, replica=replica), batches(config, replica=replica, mixing=mixing)
+        there = batches(settings(tree, **STREAMED, loader_processes=1), replica=replica, mixing=mixing)
+        try:
+            next(there.iterate(3))  # stopped early
+            for epoch in (1, 2, 3):
+                steps = [list(loader.iterate(epoch)) for loader in (plain, here, there)]
+                for step, (alone, batch, found) in enumerate(zip(*steps, strict=True)):
+                    assert same(found, batch) and same(here.batch(epoch, step), batch)
+                    kinds.add(batch.mixed is None)
+                    share = 1.0 if batch.mixed is None else float(batch.mixed.share)
+                    pixels = (batch.images_B3HW != alone.images_B3HW).any(1).float().mean((1, 2))
+                    assert (pixels <= 1 - share + 1e-6).all()
+                    changed = changed or bool(pixels.any())
+        finally:
+            there.close()
+    assert changed and kinds == {True, False}
 
 
 def test_loading_leaves_the_global_generators_alone(tree):
