@@ -44,11 +44,17 @@ SYSTEMS = {
     ),
 }
 """Stage and further words of each. dr_h2t's first stage has mixup, and one expert; gcl's has mixup and draws."""
+LOUD = ["method.stages.train.mixing.quiet_first=0"]  # so that CMO mixes the epochs that are compared
 COMBINED = {
     "LDAM + DRW + mixup + cRT, host": (
         "train",
         ["method=ldam_drw", "mix=mixup", "then=crt", "method.stages.train.class_weights.after_epoch=1"],
     ),
+    "RIDE + CMO": ("train", ["method=ride", "mix=cmo", *LOUD]),
+    "BSCE + CMO": ("train", ["method=balanced_softmax", "mix=cmo", *LOUD]),
+    "RIDE + CMO + H2T": ("h2t", ["method=ride", "mix=cmo", "then=h2t"]),
+    "LADE + CutMix": ("train", ["method=lade", "mix=cutmix"]),
+    "ACE + Remix": ("train", ["method=ace", "mix=remix"]),
     "LDAM + DRW + mixup + cRT": ("crt", ["method=ldam_drw", "mix=mixup", "then=crt"]),
     "MiSLAS": ("mislas", ["method=mislas"]),
     "MiSLAS + H2T": ("h2t", ["method=mislas_h2t"]),
@@ -73,14 +79,20 @@ PLACEMENTS = [
     pytest.param("dr_h2t", "replicas", "1", id="dr_h2t, 2 replicas"),
     pytest.param("gcl", "replicas", "1", id="gcl, 2 replicas"),
     pytest.param("ride", "spread", "1", id="ride of parts, spread"),
+    pytest.param("RIDE + CMO", "spread", "1", id="RIDE + CMO, spread"),
+    pytest.param("BSCE + CMO", "replicas", "1", id="BSCE + CMO, 2 replicas"),
     pytest.param("lade", "replicas", "1", id="lade, 2 replicas"),
     *(
         pytest.param(name, "spread", "1", id=f"{name}, spread", marks=LONG)
         for name in ("tade", "reslt_h2t", "ride_router", "gcl", "esql", "seesaw", "lade", *COMBINED)
+        if name != "RIDE + CMO"
     ),
     *(
         pytest.param(name, "replicas", "1", id=f"{name}, 2 replicas", marks=LONG)
-        for name in ("tade", "ace", "bbn", "reslt", "ride_h2t", "reslt_h2t", "ride_router", "esql", "seesaw", "ride")
+        for name in (
+            *("tade", "ace", "bbn", "reslt", "ride_h2t", "reslt_h2t", "ride_router", "esql", "seesaw", "ride"),
+            *("RIDE + CMO", "LADE + CutMix", "ACE + Remix"),
+        )
     ),
     *(pytest.param(name, "packed", "1", id=f"{name}, packed", marks=LONG) for name in SYSTEMS),
     pytest.param("ace", "spread", "2", id="ace, spread, ZeRO 2", marks=LONG),
