@@ -68,19 +68,23 @@ def box_around(column: int, row: int, share: float, size: int) -> Box:
 
 
 def paste(images_N3SS: Tensor, others_N3SS: Tensor, boxes: Sequence[Box], counts: Sequence[int]) -> Tensor:
-    """Return images with a box of others in them. `others_N3SS` is written to.
+    """Return images with a box of others in them. Both are written to.
 
     Args:
         images_N3SS, others_N3SS: paired by row, on one device.
         boxes: each for the next so many images, as `counts` says.
         counts: their sum is N.
     """
+    if len(boxes) == 1:  # a single step, as on a CPU: nothing beside the box is touched
+        [box] = boxes
+        place = (..., slice(box.top, box.bottom), slice(box.left, box.right))
+        images_N3SS[place] = others_N3SS[place]
+        return images_N3SS
     size, device = images_N3SS.shape[-1], images_N3SS.device
-    boxes_N4 = np.array(boxes)
-    if len(boxes) > 1:  # one box serves all images as it is
-        boxes_N4 = np.repeat(boxes_N4, counts, axis=0)
-    left, top, right, bottom = to_device(boxes_N4.T, device)[:, :, None, None]
+    edges_4N = np.repeat(np.array(boxes), counts, axis=0).T
+    left_N1, top_N1, right_N1, bottom_N1 = to_device(edges_4N, device)[:, :, None]
     place_S = torch.arange(size, device=device)
-    columns_N1S = (place_S >= left) & (place_S < right)
-    rows_NS1 = ((place_S >= top[:, 0]) & (place_S < bottom[:, 0]))[:, :, None]
-    return torch.where((columns_N1S & rows_NS1)[:, None], others_N3SS, images_N3SS, out=others_N3SS)
+    columns_NS = (place_S >= left_N1) & (place_S < right_N1)
+    rows_NS = (place_S >= top_N1) & (place_S < bottom_N1)
+    inside_N1SS = (rows_NS[:, :, None] & columns_NS[:, None, :])[:, None]
+    return torch.where(inside_N1SS, others_N3SS, images_N3SS, out=others_N3SS)

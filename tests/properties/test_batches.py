@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+import experts
 from experts.batches import Replica, StreamConfig, TrainBatches
 from experts.data.config import Augment, DatasetConfig
 from experts.data.dataset import open_dataset
@@ -12,13 +13,15 @@ from experts.eval_batches import EvalBatches
 from experts.mixing.cmo import CMO
 from experts.mixing.cutmix import CutMix
 from experts.progress import Progress
-from experts.registry import build
+from experts.registry import build, import_pieces
 from experts.samplers.class_balanced import ClassBalanced
 from experts.samplers.effective_number import EffectiveNumber
 from experts.samplers.instance_balanced import InstanceBalanced
 from experts.samplers.progressively_balanced import ProgressivelyBalanced
 from experts.samplers.reversed import Reversed
 from experts.samplers.square_root import SquareRoot
+
+import_pieces(experts)  # CMO's config takes any sampler
 
 SAMPLERS = [
     InstanceBalanced.Config(),

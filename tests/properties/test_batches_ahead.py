@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import experts.batches
+from experts import registry
 from experts.batches import AHEAD_BYTES, Batch, Replica, StreamConfig, TrainBatches, on_host
 from experts.data.config import Augment, ColorJitter, DatasetConfig
 from experts.data.images import ResidentImages
@@ -17,9 +18,10 @@ from experts.mixing.cmo import CMO
 from experts.mixing.cutmix import CutMix
 from experts.mixing.mixup import Mixup
 from experts.mixing.remix import Remix
-from experts.registry import build
 from experts.samplers.instance_balanced import InstanceBalanced
 from tests.emulated_device import DEVICE, EmulatedDevice, OnDevice
+
+registry.import_pieces(experts)  # CMO's config takes any sampler
 
 JITTER = ColorJitter(brightness=0.4, contrast=0.3, saturation=0.2)
 STEPS = {
@@ -66,8 +68,10 @@ def batches(augment=STEPS["all"], replica=WHOLE, mixing=None, images=None, batch
     sampler = InstanceBalanced(InstanceBalanced.Config(), images.labels, 3)
     if mixing is None:
         return TrainBatches(images, sampler, config, stream, replica)
-    second = mixing.second_sampler and build("sampler", mixing.second_sampler, images.labels, 3)
-    return TrainBatches(images, sampler, config, stream, replica, build("mixing", mixing, sampler.counts_C), second)
+    second = mixing.second_sampler and registry.build("sampler", mixing.second_sampler, images.labels, 3)
+    return TrainBatches(
+        images, sampler, config, stream, replica, registry.build("mixing", mixing, sampler.counts_C), second
+    )
 
 
 def tensors(batch: Batch):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import experts
 from experts.batches import Batch, Mixed
 from experts.draws import StepDraws
 from experts.losses.class_weights import ClassWeights
@@ -25,8 +26,10 @@ from experts.mixing.mixing import Blend, Part, Step, mix
 from experts.mixing.mixup import Mixup
 from experts.mixing.remix import Remix, label_shares
 from experts.progress import Progress
-from experts.registry import build
+from experts.registry import build, import_pieces
 from orchestration.training.step import TrainingStep
+
+import_pieces(experts)  # CMO's config takes any sampler
 
 COUNTS = np.array([100, 40, 10, 4])
 Z = torch.tensor([[2, 0.5, -1, 0], [0.1, 1.2, 0.3, -0.7], [-0.5, 0.4, 0.9, 1.5]], dtype=torch.float64)
