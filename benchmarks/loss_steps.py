@@ -1,12 +1,13 @@
 """Measure what the step of every loss and mixing costs, against cross-entropy with the same network.
 
-    python -m benchmarks.loss_steps [--rounds 9] [--only ROW ...] [--beside "what else ran"] [--out FILE]
+    python -m benchmarks.loss_steps [--rounds 60] [--only ROW ...] [--beside "what else ran"] [--out FILE]
+    python -m benchmarks.loss_steps --docs      put the table of what was measured into docs/results.md
 
 Each side is the product's own `StageTrainer`, in one process without Ray, on one thread: a ResNet-8 on made-up images
 of the form of CIFAR-100-LT, batch 128. A small network is the hard case, as a loss costs the same whatever network it
-judges. In each round a row and its baseline take one epoch each, in an order that changes. Printed and saved
-(benchmarks/results/loss_steps.json): the median over rounds of the ratio of both, in time and in processor's time,
-which other processes disturb less.
+judges. In each round a row and its baseline take one step each, in an order that changes. Printed and saved
+(benchmarks/results/loss_steps.json): the median over rounds of the ratio of both and its quartiles, in time and in
+processor's time, which other processes disturb less.
 """
 
 from __future__ import annotations
@@ -15,29 +16,31 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks import seeds
 from benchmarks.gpu import write_images
-from benchmarks.losses import LOSSES
+from benchmarks.losses import DOCS, LOSSES, filled_in
 from experts.data.dataset import open_dataset
 from experts.ensemble import build_ensemble
 from orchestration.config.compose import load_config
 from orchestration.config.run_config import RunConfig
 from orchestration.config.words import available
 from orchestration.storage.exports import TrainingData, export_model
-from orchestration.storage.run_folder import versions
+from orchestration.storage.run_folder import RunFolder
 from orchestration.training.mesh import Mesh, mesh_shape
 from orchestration.training.trainer import StageTrainer
 
 RESULTS = Path(__file__).parent / "results" / "loss_steps.json"
 COMMON = ("dataset=cifar100_lt", "dataset.max_per_class=30", "dataset.imbalance_ratio=10", "pace=fashion_mnist_lt",
           "protocol=small", "engine.name=torch", "engine.threads=1")  # fmt: skip
+WARM_UP = 4  # steps before those that are timed
 _TRAIN = "method.stages.train"
 _CE = f"{_TRAIN}.objective.name=cross_entropy"
 _COSINE = ("method=ce", "method.head={name: cosine, scale: 30}")
@@ -89,14 +92,19 @@ ROWS: dict[str, Row] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--beside", default="nothing", help="what else ran on the machine, for the record")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--docs", action="store_true", help="measure nothing, put the table into docs/results.md")
     options = parser.parse_args()
+    if options.docs:
+        rows = json.loads(options.out.read_text())["rows"]
+        DOCS.write_text(filled_in(DOCS.read_text(), {"steps": "\n".join(table(rows))}))
+        return
     torch.set_num_threads(1)
     record: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.loss_steps", *sys.argv[1:]]), "versions": versions(), "threads": 1,
+        "command": f"python -m benchmarks.loss_steps --rounds {options.rounds}", **machine(), "threads": 1,
         "load": [round(value, 2) for value in os.getloadavg()], "beside": options.beside, "rows": {},
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -107,23 +115,34 @@ def main() -> None:
             options.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
+def machine() -> dict[str, Any]:
+    """Return commit, versions and hardware, as a run's folder has them."""
+    with tempfile.TemporaryDirectory() as folder:
+        RunFolder(Path(folder) / "run").record_start(load_config([]), [], {})
+        return seeds.made_by(Path(folder) / "run")
+
+
 def measured(row: Row, folder: Path, rounds: int) -> dict[str, Any]:
     """Return milliseconds per step of a row and of its baseline, and the ratios of both in the same round."""
     sides = {"row": trainer(row.words, row.stage or "gist_classifier", folder),
              "baseline": trainer(row.baseline, row.stage or "crt", folder)}  # fmt: skip
     for side in sides.values():
-        epoch(side)  # warm-up
+        for _ in range(WARM_UP):
+            step(side)
     took: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for turn in range(rounds):
         for name in list(sides)[:: 1 if turn % 2 else -1]:
-            took[name].append(epoch(sides[name]))
+            took[name].append(step(sides[name]))
     found: dict[str, Any] = {"words": row.words, "baseline": row.baseline, "more": row.more}
     for at, kind in enumerate(("time", "cpu")):
         ms = {name: 1000 * statistics.median(pair[at] for pair in pairs) for name, pairs in took.items()}
         ratios = [own[at] / base[at] for own, base in zip(took["row"], took["baseline"], strict=True)]
         found[kind] = {
             **{f"{name}_ms": round(value, 2) for name, value in ms.items()},
-            **{name: round(of(ratios), 4) for name, of in (("ratio", statistics.median), ("low", min), ("high", max))},
+            **{
+                name: round(of, 4)
+                for name, of in zip(("low", "ratio", "high"), statistics.quantiles(ratios), strict=True)
+            },
         }
     for side in sides.values():
         side.close()
@@ -152,16 +171,22 @@ def export(config: RunConfig, stage: str, folder: Path) -> str:
     return str(place)
 
 
-def epoch(side: StageTrainer) -> tuple[float, float]:
-    """Take an epoch's steps; return the seconds and the processor's seconds of one."""
-    steps = side.setup.steps_per_epoch
+def step(side: StageTrainer) -> tuple[float, float]:
+    """Take a step; return its seconds and the processor's."""
     time_s, cpu_s = time.perf_counter(), time.process_time()
-    side.train(side.done + steps)
-    return (time.perf_counter() - time_s) / steps, (time.process_time() - cpu_s) / steps
+    side.train(side.done + 1)
+    return time.perf_counter() - time_s, time.process_time() - cpu_s
+
+
+def table(rows: Mapping[str, dict[str, Any]]) -> Iterator[str]:
+    """Yield the lines of the table in docs/results.md."""
+    yield "| loss | ms per step | time | processor's time | what the method does more |"
+    yield "|---" * 5 + "|"
+    yield from (line(name, found) for name, found in rows.items())
 
 
 def line(name: str, found: dict[str, Any]) -> str:
-    """Return a row of the table in docs/results.md."""
+    """Return a row of the table."""
     ratios = [
         f"{found[kind]['ratio']:.2f} ({found[kind]['low']:.2f} to {found[kind]['high']:.2f})"
         for kind in ("time", "cpu")
