@@ -22,7 +22,10 @@ from experts.data.keyed_random import key
 from experts.mixing.mixing import Step
 from experts.progress import Progress
 from experts.samplers.instance_balanced import InstanceBalanced
+from orchestration.config.words import available
+from orchestration.training.mesh import Mesh, MeshShape
 from tests.emulated_device import DEVICE, EmulatedDevice
+from tests.recipes import Recipe
 
 registry.import_pieces(experts)
 
@@ -194,6 +197,22 @@ def test_an_epoch_goes_on_from_any_step_without_a_wait_for_the_device(config):
             for batch, other in zip(whole[first:], found, strict=True):
                 assert torch.equal(other.images_B3HW.inner, batch.images_B3HW)
                 assert torch.equal(other.labels_B.inner, batch.labels_B)
+
+
+@pytest.mark.parametrize("mix", available("mix"))
+def test_a_stage_that_stops_within_an_epoch_goes_on_bitwise(mix, tmp_path):
+    words = [f"mix={mix}", "method.stages.train.batch_size=50"]
+    loud = ["method.stages.train.mixing.quiet_first=0"] if mix == "cmo" else []
+    whole, first, second = (
+        next(Recipe("ce", tmp_path, *words, *loud, mesh=lambda _: Mesh(MeshShape(1, 1))).trainers()) for _ in range(3)
+    )
+    losses = whole.train(8).losses
+    begun = first.train(3).losses
+    first.save(str(tmp_path))
+    second.load(str(tmp_path), first.state())
+    assert begun + second.train(8).losses == losses
+    for name, value in whole.setup.model.state_dict().items():
+        assert torch.equal(second.setup.model.state_dict()[name], value), name
 
 
 @every_mixing
