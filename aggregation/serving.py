@@ -31,7 +31,7 @@ from torch import Tensor
 import aggregation
 import experts
 from aggregation.aggregator import Aggregator, Outputs
-from experts.augmentation.augment import prepare_eval
+from experts.augmentation.stack import prepare_eval
 from experts.data.config import DatasetConfig, Evaluation
 from experts.data.decode import frame
 from experts.data.transfer import Constant, to_device

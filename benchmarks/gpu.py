@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 from aggregation.metrics import Scores
-from experts.augmentation.augment import NUM_UNIFORMS, augment
+from experts.augmentation.stack import Stack
 from experts.data.dataset import Dataset, open_dataset
 from experts.data.keyed_random import uniforms
 from experts.ensemble import build_ensemble
@@ -192,7 +192,8 @@ def bare(bench: Bench) -> dict[str, Any]:
     assert batch is not None
     order = np.random.default_rng(0).permutation(len(dataset.train.labels))[: 8 * batch]
     raw = dataset.train.to(device).take(order)  # type: ignore[union-attr]
-    images = augment(raw, uniforms(1, 0, len(order), NUM_UNIFORMS), config.dataset)
+    stack = Stack.of(config.dataset)
+    images = stack(raw, stack.draw(lambda _, width: uniforms(1, 0, len(order), width)))
     labels = torch.from_numpy(dataset.train.labels[order]).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
     use_precision(config.engine, device)

@@ -9,7 +9,8 @@ neither the number of replicas nor that of loader processes changes a pixel.
     labels    = labels of all draws                     # go to the device with the positions, once per epoch
     rows      = this replica's parts of some steps      # whole steps where partners are of the same step
     raw       = pixels at draws[rows]                   # from the device, or decoded from files ahead of time
-    images    = augment(raw, uniforms(key, rows))       # on the device, each image by the draws of its row
+    images    = stack(raw, uniforms(key, rows))         # augmented on the device, each image by the draws of its row
+    views     = other stacks(raw, other draws)          # of the same rows, where the stage has further views
     images    = blend(images, partners)                 # where a mixing says so, see experts/mixing/
     batches   = slices of images and labels             # views; no step copies anything to the device
 
@@ -30,12 +31,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experts.augmentation.augment import NUM_UNIFORMS, augment, random_resized_crops
-from experts.data.config import DatasetConfig
-from experts.data.decode import CROP_UNIFORMS
+from experts.augmentation.stack import Stack
+from experts.data.config import Augment, DatasetConfig
 from experts.data.images import FileImages, ImageStore, ResidentImages
 from experts.data.keyed_random import key, uniforms
-from experts.data.prefetch import Prefetcher, Request, read
+from experts.data.prefetch import CropKey, Prefetcher, Request, read
 from experts.data.transfer import to_device
 from experts.epoch import Epoch, Stream, draw_mixes, joined, merged
 from experts.mixing.mixing import Mixing, Part, Step, mix
@@ -91,6 +91,8 @@ class Batch:
         features: inputs of the heads of the experts held here, one [B, D] each, in place of images, which then have no
             pixels; None where the stage runs trunk and features on the images.
         host_labels: the same labels in main memory; see `on_host`.
+        views: the same images again, each time with other random changes and draws, [B, 3, H, W] like the first; as
+            many as the stage has further views.
     """
 
     images_B3HW: Tensor
@@ -102,6 +104,7 @@ class Batch:
     features: tuple[Tensor, ...] | None = None
     first_row: int = 0
     host_labels: HostLabels | None = None
+    views: tuple[Tensor, ...] = ()
 
 
 def on_host(batch: Batch | Mixed) -> HostLabels:
@@ -183,6 +186,7 @@ class TrainBatches:
         replica: Replica = Replica(),
         mixing: Mixing | None = None,
         second_sampler: Any = None,
+        views: Sequence[Augment] = (),
     ) -> None:
         """Move a store that is in memory to the device; loader processes start with the first batch.
 
@@ -190,12 +194,15 @@ class TrainBatches:
             sampler: a built piece of kind "sampler", over the store's labels.
             mixing: of the images; None leaves them as they are.
             second_sampler: a built one like `sampler`, of the stream that the mixing takes partners from, if it does.
+            views: augmentations of the further views of every image; none where images are mixed.
 
         Raises:
             ValueError: the epoch has no whole batch and partial ones are dropped.
         """
+        assert mixing is None or not views, "images are mixed, or have further views"
         self.config = config
         self.replica = replica
+        self.views = tuple(views)
         self.mixing, self.second_sampler = mixing, second_sampler
         self.dataset_config = dataset_config
         self.store = store.to(replica.device)
@@ -212,6 +219,8 @@ class TrainBatches:
         self._second: Stream | None = None
         if second_sampler is not None:
             self._second = Stream(second_sampler, partial(self._key, mixed_in=True), self.draws_per_epoch)
+        self._stacks = [Stack.of(dataset_config, augment) for augment in (dataset_config.augment, *self.views)]
+        self._frame_of = _frames(self._stacks)
         self.steps_ahead = self._most_ahead()
         self._epoch: Epoch | None = None
         self._prefetcher: Prefetcher | None = None
@@ -227,6 +236,7 @@ class TrainBatches:
         side, in_step = self.store.images.shape[-1], self.config.batch_size
         if self.mixing is None or self._second is not None:
             in_step = -(-in_step // self.replica.count)
+        in_step *= len(self._stacks)
         return max(1, AHEAD_BYTES // (in_step * 3 * side * side * self.replica.dtype.itemsize))
 
     def positions(self, epoch: int) -> np.ndarray:
@@ -248,7 +258,7 @@ class TrainBatches:
         if isinstance(self.store, FileImages):
             raw = [read(self.store, self._request(pixels, drawn)) for pixels in wanted]
         else:
-            raw = [self._take(self.store, pixels, drawn) for pixels in wanted]
+            raw = [_take(self.store, pixels) for pixels in wanted]
         return next(self._finish(raw, wanted, drawn, steps))
 
     def iterate(self, epoch: int, first_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
@@ -267,7 +277,7 @@ class TrainBatches:
             for at in range(0, len(steps), self.steps_ahead):
                 some = steps[at : at + self.steps_ahead]
                 wanted = self._wanted(drawn, some)
-                raw = [self._take(self.store, pixels, drawn) for pixels in wanted]
+                raw = [_take(self.store, pixels) for pixels in wanted]
                 yield from self._finish(raw, wanted, drawn, some)
             return
         wanted_in = [self._wanted(drawn, range(step, step + 1)) for step in steps]
@@ -283,7 +293,7 @@ class TrainBatches:
             features: [N, D] of every image in the store, one tensor for each expert held here.
             epoch, first_step: as `iterate`.
         """
-        assert self.mixing is None, "features are of images as they are"
+        assert self.mixing is None and not self.views, "features are of images as they are"
         drawn = self._drawn(epoch)
         for step in range(first_step, self.steps_per_epoch):
             positions_B = drawn.positions_N[self._own_rows(step)]
@@ -353,29 +363,40 @@ class TrainBatches:
         return wanted
 
     def _request(self, pixels: _Pixels, epoch: Epoch) -> Request:
+        """Return what to read for some pixels: one frame for all views that do not begin with a crop of their own."""
         (rows,) = pixels.rows
+        crops: list[CropKey | None] = []
+        for number, stack in enumerate(self._stacks):
+            name = pixels.stream.key_of(epoch.number, f"crop/{self.config.view + number}")
+            crops.append(stack.crop_scale and CropKey(stack.crop_scale, name))
         positions = pixels.stream.positions(self._start(epoch.number))[rows]
-        return Request(positions, pixels.stream.key_of(epoch.number, f"crop/{self.config.view}"), rows.start)
-
-    def _take(self, store: ResidentImages, pixels: _Pixels, epoch: Epoch) -> Tensor:
-        images = store.images.index_select(0, joined(pixels.positions_N, pixels.rows))
-        scale = self.dataset_config.augment.random_resized_crop
-        if scale is None:
-            return images
-        return random_resized_crops(images, self._uniforms(pixels, epoch, "crop", CROP_UNIFORMS), scale)
-
-    def _uniforms(self, pixels: _Pixels, epoch: Epoch, what: str, width: int) -> np.ndarray:
-        name = pixels.stream.key_of(epoch.number, f"{what}/{self.config.view}")
-        return np.concatenate([uniforms(name, part.start, part.stop - part.start, width) for part in pixels.rows])
+        return Request(positions, tuple(dict.fromkeys(crops)), rows.start)
 
     def _finish(self, raw: Sequence[Tensor], wanted: list[_Pixels], epoch: Epoch, steps: range) -> Iterator[Batch]:
         """Augment and mix the images of consecutive steps at once, and return their batches."""
-        made = []
-        for values, pixels in zip(raw, wanted, strict=True):
-            draws = self._uniforms(pixels, epoch, "pixels", NUM_UNIFORMS)
-            made.append(augment(to_device(values, self.device), draws, self.dataset_config, self.replica.dtype))
-        images = made[0] if self.mixing is None else self._mix(made[0], made[1:], epoch, steps)
-        return self._cut(images, epoch, steps)
+        made = [
+            self._augmented(to_device(values, self.device), pixels, epoch)
+            for values, pixels in zip(raw, wanted, strict=True)
+        ]
+        (images, *views), *second = made
+        if self.mixing is not None:
+            images = self._mix(images, [others for others, *_ in second], epoch, steps)
+        return self._cut((images, *views), epoch, steps)
+
+    def _augmented(self, values: Tensor, pixels: _Pixels, epoch: Epoch) -> list[Tensor]:
+        """Return all views of some images, each by its own stack and draws."""
+        cropped = isinstance(self.store, FileImages)
+        frames = values.chunk(1 + max(self._frame_of)) if cropped and len(values) else [values]
+        found = []
+        for number, stack in enumerate(self._stacks):
+            draws = stack.draw(partial(self._uniforms, pixels, epoch, self.config.view + number))
+            images = frames[self._frame_of[number] if len(frames) > 1 else 0]
+            found.append(stack(images, draws, self.replica.dtype, cropped=cropped))
+        return found
+
+    def _uniforms(self, pixels: _Pixels, epoch: Epoch, view: int, table: str, width: int) -> np.ndarray:
+        name = pixels.stream.key_of(epoch.number, f"{table}/{view}")
+        return np.concatenate([uniforms(name, part.start, part.stop - part.start, width) for part in pixels.rows])
 
     def _mix(self, images: Tensor, second: Sequence[Tensor], epoch: Epoch, steps: range) -> Tensor:
         """Return this replica's images of the steps, mixed where they are to be; what is given is written to."""
@@ -394,15 +415,23 @@ class TrainBatches:
         partners = second[0] if second else images.index_select(0, to_device(np.concatenate(others), self.device))
         return mix(joined(images, merged(own)), partners, mixed)
 
-    def _cut(self, images: Tensor, epoch: Epoch, steps: range) -> Iterator[Batch]:
+    def _cut(self, made: Sequence[Tensor], epoch: Epoch, steps: range) -> Iterator[Batch]:
         first = 0
         for step in steps:
             rows = self._own_rows(step)
             last = first + rows.stop - rows.start
-            yield self._batch(images[first:last], epoch, step)
+            images, *views = (view[first:last] for view in made)
+            yield self._batch(images, epoch, step, views=tuple(views))
             first = last
 
-    def _batch(self, images: Tensor, epoch: Epoch, step: int, features: tuple[Tensor, ...] | None = None) -> Batch:
+    def _batch(
+        self,
+        images: Tensor,
+        epoch: Epoch,
+        step: int,
+        features: tuple[Tensor, ...] | None = None,
+        views: tuple[Tensor, ...] = (),
+    ) -> Batch:
         rows, own = self._rows(step), self._own_rows(step)
         mixed, mixes = None, epoch.mixes
         if mixes is not None and mixes.blends[step] is not None:
@@ -417,4 +446,16 @@ class TrainBatches:
             features=features,
             first_row=own.start,
             host_labels=HostLabels(epoch.host_labels[own], epoch.host_labels[rows]),
+            views=views,
         )
+
+
+def _frames(stacks: Sequence[Stack]) -> list[int]:
+    """Return which of the frames read from a file each view is made of; those with a crop of their own share none."""
+    names = [-1 if stack.crop_scale is None else number for number, stack in enumerate(stacks)]
+    order = list(dict.fromkeys(names))
+    return [order.index(name) for name in names]
+
+
+def _take(store: ResidentImages, pixels: _Pixels) -> Tensor:
+    return store.images.index_select(0, joined(pixels.positions_N, pixels.rows))

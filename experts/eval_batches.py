@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experts.augmentation.augment import prepare_eval
+from experts.augmentation.stack import prepare_eval
 from experts.batches import Replica, share
 from experts.data.config import DatasetConfig
 from experts.data.images import ImageStore, ResidentImages

@@ -1,1 +1,1 @@
-"""Random changes of images before an expert sees them: in training (`augment.py`) and at test time (`views.py`)."""
+"""Random changes of images before an expert sees them: in training (`stack.py`) and at test time (`views.py`)."""

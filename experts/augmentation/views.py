@@ -11,34 +11,42 @@ Shapes: B images, S = image_size.
 
 from __future__ import annotations
 
-import itertools
-import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.nn.functional import pad
 
-from experts.augmentation.augment import GREY_WEIGHTS, NUM_UNIFORMS, augment, per_channel, random_resized_crops
-from experts.data.config import Augment, DatasetConfig
+from experts.augmentation.color_jitter import ColorJitter
+from experts.augmentation.crop import Crop
+from experts.augmentation.flip import Flip
+from experts.augmentation.gaussian_blur import GaussianBlur
+from experts.augmentation.greyscale import Greyscale
+from experts.augmentation.pixels import per_channel
+from experts.augmentation.resized_crop import ResizedCrop
+from experts.augmentation.stack import SHARED, Column, Stack
 from experts.data.decode import CROP_UNIFORMS
 from experts.data.images import FileImages, ImageStore, usable_cpus
 from experts.data.keyed_random import key, uniforms
 from experts.data.transfer import to_device
 from experts.registry import Settings
 
+if TYPE_CHECKING:
+    from experts.data.config import DatasetConfig
+
 Share = Annotated[float, Field(ge=0, le=1)]
 SMALL_IMAGE = 64  # pixels; up to this size the default views are those of the published CIFAR script
 
-# Columns of the uniform draws of one image, after those of `augment`.
-JITTERED, BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GREYED, BLURRED, SIGMA = range(NUM_UNIFORMS, NUM_UNIFORMS + 9)
-VIEW_UNIFORMS = NUM_UNIFORMS + 9
-
-ORDERS = np.array(list(itertools.permutations(range(4))))  # brightness 0, contrast 1, saturation 2, hue 3
+# Columns of the uniform draws of one image, after those that training has.
+_OWN = ("jittered", "brightness", "contrast", "saturation", "hue", "order", "greyed", "blurred", "sigma")
+VIEW_UNIFORMS = len(SHARED) + len(_OWN)
+COLUMNS: dict[str, Column] = {
+    **{name: ("crop", place) for place, name in enumerate(ResizedCrop.columns)},
+    **{name: ("pixels", place) for place, name in enumerate((*SHARED, *_OWN))},  # of names that come twice, the second
+}
 
 
 class Views(Settings):
@@ -66,6 +74,26 @@ class Views(Settings):
     """Probability of a Gaussian blur."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Least and greatest standard deviation of the blur, pixels."""
+
+    def moves(self) -> list[Any]:
+        """Return the pieces that move pixels."""
+        flip = Flip(Flip.Config(probability=self.horizontal_flip))
+        if self.random_resized_crop is None:
+            return [Crop(Crop.Config(padding=self.crop_padding)), flip]
+        return [ResizedCrop(ResizedCrop.Config(scale=self.random_resized_crop)), flip]
+
+    def colours(self) -> list[Any]:
+        """Return the pieces that change colours."""
+        jitter = ColorJitter.Config(
+            brightness=self.brightness,
+            contrast=self.contrast,
+            saturation=self.saturation,
+            hue=self.hue,
+            probability=self.jitter,
+        )
+        blur = GaussianBlur.Config(probability=self.blur, sigma=self.blur_sigma)
+        grey = Greyscale.Config(probability=self.grey)
+        return [ColorJitter(jitter, with_hue=True), Greyscale(grey), GaussianBlur(blur)]
 
     @model_validator(mode="after")
     def _ranges(self) -> Views:
@@ -116,14 +144,12 @@ class ViewMaker:
             dtype: of the result and of the arithmetic.
         """
         if isinstance(store, FileImages) and views.random_resized_crop is not None:
-            store = replace(store, resize=None, crop_scale=views.random_resized_crop)
+            store = replace(store, resize=None)
         self.store, self.views = store, views
         self.seed, self.device, self.dtype = seed, torch.device(device), dtype
         self._config = config
-        # `augment` only crops and mirrors here: colours change after it, and normalising must come last.
-        moves = Augment(crop_padding=views.crop_padding, horizontal_flip=views.horizontal_flip)
-        self._moves = config.model_copy(update={"augment": moves, "mean": (0.0,) * 3, "std": (1.0,) * 3})
-        self._tables: tuple[tuple[int, int], np.ndarray, np.ndarray] | None = None
+        self._stack = Stack((*views.moves(), *views.colours()), config.mean, config.std, COLUMNS)
+        self._tables: tuple[tuple[int, int], dict[str, np.ndarray]] | None = None
 
     def make(self, positions: np.ndarray, epoch: int, view: int) -> Tensor:
         """Return one view of some images, normalised, [B, 3, S, S] on the device.
@@ -135,26 +161,28 @@ class ViewMaker:
         Raises:
             ValueError: an image file is missing or damaged; names it.
         """
-        crops_BK, draws_BK = self._draws(positions, epoch, view)
+        draws = {table: rows[positions] for table, rows in self._draws(epoch, view).items()}
+        scale = self.views.random_resized_crop
         if isinstance(self.store, FileImages):
-            images = to_device(_read_on_threads(self.store, positions, crops_BK), self.device)
+            crop = None if scale is None else (scale, draws["crop"])
+            images = to_device(_read_on_threads(self.store, positions, crop), self.device)
         else:
             images = to_device(self.store.take(positions), self.device)
-            if self.views.random_resized_crop is not None:
-                images = random_resized_crops(images, crops_BK, self.views.random_resized_crop)
-        pixels = augment(images, draws_BK[:, :NUM_UNIFORMS], self._moves, self.dtype)
-        return normalise(change_colours(pixels, draws_BK, self.views), self._config)
+        cropped = isinstance(self.store, FileImages)
+        return normalise(self._stack.changed(images, draws, self.dtype, cropped=cropped), self._config)
 
-    def _draws(self, positions: np.ndarray, epoch: int, view: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return rows of the keyed tables; the tables of the current view are cached from batch to batch."""
+    def _draws(self, epoch: int, view: int) -> dict[str, np.ndarray]:
+        """Return the keyed tables of a view; those of the current one are cached from batch to batch."""
         if self._tables is None or self._tables[0] != (epoch, view):
             # A row for every image of the store, so that a draw does not depend on the images asked for with it.
-            tables = [
-                uniforms(key(self.seed, "views", epoch, view, what), 0, len(self.store), width)
-                for what, width in (("crop", CROP_UNIFORMS), ("pixels", VIEW_UNIFORMS))
-            ]
-            self._tables = (epoch, view), tables[0], tables[1]
-        return self._tables[1][positions], self._tables[2][positions]
+            self._tables = (
+                (epoch, view),
+                {
+                    what: uniforms(key(self.seed, "views", epoch, view, what), 0, len(self.store), width)
+                    for what, width in (("crop", CROP_UNIFORMS), ("pixels", VIEW_UNIFORMS))
+                },
+            )
+        return self._tables[1]
 
 
 def change_colours(pixels_B3HW: Tensor, draws_BK: np.ndarray, views: Views) -> Tensor:
@@ -166,20 +194,10 @@ def change_colours(pixels_B3HW: Tensor, draws_BK: np.ndarray, views: Views) -> T
 
     Returns:
         [B, 3, H, W], 0 to 1.
-
-    Source: torchvision's ColorJitter, RandomGrayscale, and Pillow's GaussianBlur as the published scripts call it.
-    Differs: no rounding to 8 bits between steps; the blur is the Gaussian that Pillow approaches by three box blurs.
     """
-    pixels = pixels_B3HW.clone()
-    for rows, step in (
-        (draws_BK[:, JITTERED] < views.jitter, _jitter),
-        (draws_BK[:, GREYED] < views.grey, _grey),
-        (draws_BK[:, BLURRED] < views.blur, _blur),
-    ):
-        if rows.any():
-            chosen = to_device(np.flatnonzero(rows), pixels.device)
-            pixels[chosen] = step(pixels[chosen], draws_BK[rows], views)
-    return pixels
+    for piece in views.colours():
+        pixels_B3HW = piece(pixels_B3HW, draws_BK[:, [COLUMNS[name][1] for name in piece.columns]])
+    return pixels_B3HW
 
 
 def normalise(pixels_B3HW: Tensor, config: DatasetConfig) -> Tensor:
@@ -189,91 +207,16 @@ def normalise(pixels_B3HW: Tensor, config: DatasetConfig) -> Tensor:
     return (pixels_B3HW - mean.to(pixels_B3HW.dtype)) / std.to(pixels_B3HW.dtype)
 
 
-def _jitter(pixels_B3HW: Tensor, draws_BK: np.ndarray, views: Views) -> Tensor:
-    """Apply the four changes in four rounds, in an order drawn per image."""
-    strengths = np.array([views.brightness, views.contrast, views.saturation])
-    factors_B3 = 1 + (2 * draws_BK[:, [BRIGHTNESS, CONTRAST, SATURATION]] - 1) * strengths
-    turn_B = (2 * draws_BK[:, HUE] - 1) * views.hue
-    order_B4 = ORDERS[(draws_BK[:, ORDER] * len(ORDERS)).astype(np.int64)]
-    pixels = pixels_B3HW
-    for turn in range(4):
-        for operation in range(4):
-            chosen = np.flatnonzero(order_B4[:, turn] == operation)
-            if not len(chosen):
-                continue
-            rows = to_device(chosen, pixels.device)
-            values = turn_B[chosen] if operation == 3 else factors_B3[chosen, operation]
-            amount = to_device(values, pixels.device, pixels.dtype)[:, None, None, None]
-            pixels[rows] = _change(pixels[rows], operation, amount)
-    return pixels
-
-
-def _change(pixels: Tensor, operation: int, amount_B111: Tensor) -> Tensor:
-    """Blend with black, with the mean grey or with the grey image; or turn the hue."""
-    if operation == 3:
-        return turn_hue(pixels, amount_B111)
-    if operation == 0:
-        return (amount_B111 * pixels).clamp(0, 1)
-    grey = _grey_B1HW(pixels)
-    reference = grey.mean((1, 2, 3), keepdim=True) if operation == 1 else grey
-    return (amount_B111 * pixels + (1 - amount_B111) * reference).clamp(0, 1)
-
-
-def turn_hue(pixels_B3HW: Tensor, turn_B111: Tensor) -> Tensor:
-    """Turn the hue of HSV, 1 being a full turn; value and saturation stay.
-
-    Without going through HSV: with m the least and v the greatest of red, green, blue and h the hue in sixths, each
-    channel is v - (v - m) * clip(distance, 0, 1), its distance a fixed piecewise linear function of h.
-
-    Source: torchvision's adjust_hue, to rounding.
-    """
-    # The brightest channel (0 red, 1 green, 2 blue) gives the hue to within a sixth of a turn either way.
-    most, brightest = pixels_B3HW.max(dim=1, keepdim=True)
-    span = most - pixels_B3HW.min(dim=1, keepdim=True).values
-    red, green, blue = pixels_B3HW.split(1, dim=1)
-    # Grey pixels have span 0 and no hue: the least divisor gives them 0 / tiny = 0, and span 0 keeps them grey.
-    sixths = torch.where(
-        brightest == 0, green - blue, torch.where(brightest == 1, blue - red, red - green)
-    ) / span.clamp(min=torch.finfo(span.dtype).tiny) + 2 * brightest.to(span.dtype)
-    turned = sixths + 6 * turn_B111
-    place = (turned + per_channel((5.0, 3.0, 1.0), span.device, span.dtype)).remainder(6)
-    return most - span * torch.minimum(place, 4 - place).clamp(0, 1)
-
-
-def _grey_B1HW(pixels_B3HW: Tensor) -> Tensor:
-    red, green, blue = pixels_B3HW.split(1, dim=1)
-    return GREY_WEIGHTS[0] * red + GREY_WEIGHTS[1] * green + GREY_WEIGHTS[2] * blue
-
-
-def _grey(pixels_B3HW: Tensor, draws_BK: np.ndarray, views: Views) -> Tensor:
-    del draws_BK, views
-    return _grey_B1HW(pixels_B3HW).expand_as(pixels_B3HW)
-
-
-def _blur(pixels_B3HW: Tensor, draws_BK: np.ndarray, views: Views) -> Tensor:
-    """Blur with a Gaussian of a standard deviation drawn per image; border pixels are repeated outwards."""
-    low, high = views.blur_sigma
-    sigma_B = low + (high - low) * draws_BK[:, SIGMA]
-    reach = min(math.ceil(3 * high), *pixels_B3HW.shape[-2:])  # 3 standard deviations hold 99.7 % of a Gaussian
-    taps_T = np.arange(-reach, reach + 1)
-    kernel_BT = np.exp(-0.5 * (taps_T / sigma_B[:, None]) ** 2)
-    kernel_TB = to_device((kernel_BT / kernel_BT.sum(axis=1, keepdims=True)).T, pixels_B3HW.device, pixels_B3HW.dtype)
-
-    # A Gaussian over the plane is one over columns, then one over rows.
-    for axis in (2, 3):
-        edges = (0, 0, reach, reach) if axis == 2 else (reach, reach, 0, 0)
-        padded = pad(pixels_B3HW, edges, mode="replicate")
-        size = pixels_B3HW.shape[axis]
-        pixels_B3HW = torch.zeros_like(pixels_B3HW)
-        for tap in range(2 * reach + 1):
-            pixels_B3HW.addcmul_(padded.narrow(axis, tap, size), kernel_TB[tap][:, None, None, None])
-    return pixels_B3HW
-
-
-def _read_on_threads(store: FileImages, positions: np.ndarray, crops_BK: np.ndarray) -> Tensor:
+def _read_on_threads(
+    store: FileImages, positions: np.ndarray, crop: tuple[tuple[float, float], np.ndarray] | None
+) -> Tensor:
     """Decode files on one thread per CPU: a pass reads two views of every image, so decoding takes most of its time."""
     pieces = [rows for rows in np.array_split(np.arange(len(positions)), usable_cpus()) if len(rows)]
+
+    def read(rows: np.ndarray) -> Tensor:
+        return store.read(positions[rows], [None if crop is None else (crop[0], crop[1][rows])])
+
     if len(pieces) < 2:
-        return store.read(positions, crops_BK)
+        return read(np.arange(len(positions)))
     with ThreadPoolExecutor(len(pieces)) as threads:
-        return torch.cat(list(threads.map(lambda rows: store.read(positions[rows], crops_BK[rows]), pieces)))
+        return torch.cat(list(threads.map(read, pieces)))

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from experts.registry import Settings
+import experts.augmentation
+from experts.augmentation import color_jitter
+from experts.augmentation.crop import Crop
+from experts.augmentation.flip import Flip
+from experts.augmentation.resized_crop import ResizedCrop
+from experts.augmentation.rotation import Rotation
+from experts.registry import PieceOf, Settings, import_pieces
+
+import_pieces(experts.augmentation)  # `Augment.pieces` accepts any of them
 
 ChannelValues = tuple[float, float, float]
 Strength = Annotated[float, Field(ge=0, le=1)]
@@ -24,7 +32,8 @@ class ColorJitter(Settings):
 
 
 class Augment(Settings):
-    """Training augmentation, in the order in which it is applied. Every image has draws of its own."""
+    """Training augmentation: by keys, in the order in which they are applied, or as a list of pieces. Every image has
+    draws of its own."""
 
     random_resized_crop: tuple[float, float] | None = None
     """Least and greatest share of the image's area that is cropped and resized to image_size (aspect 3/4 to 4/3), e.g.
@@ -37,11 +46,44 @@ class Augment(Settings):
     """Greatest angle in degrees, either way; nearest pixel, black corners; 0 is off."""
     color_jitter: ColorJitter | None = None
     """Null is off."""
+    pieces: tuple[Annotated[Any, PieceOf("augmentation")], ...] | None = None
+    """Pieces in their order, instead of the keys above; a list in the place of this mapping is the same."""
+    name: str | None = None
+    """The stack of configs/augment/ that the pieces are from."""
+
+    @property
+    def stack(self) -> tuple[Any, ...]:
+        """Return the pieces that change images, as configs of kind "augmentation"."""
+        if self.pieces is not None:
+            return tuple(piece for piece in self.pieces if not piece.is_off)
+        found: list[Any] = []
+        if self.random_resized_crop is not None:
+            found.append(ResizedCrop.Config(scale=self.random_resized_crop))
+        if self.crop_padding:
+            found.append(Crop.Config(padding=self.crop_padding))
+        if self.horizontal_flip:
+            found.append(Flip.Config(probability=self.horizontal_flip))
+        if self.rotation:
+            found.append(Rotation.Config(degrees=self.rotation))
+        if self.color_jitter is not None:
+            found.append(color_jitter.ColorJitter.Config(**self.color_jitter.model_dump()))
+        return tuple(piece for piece in found if not piece.is_off)
 
     @property
     def is_off(self) -> bool:
         """Whether every image looks the same each time it is drawn."""
-        return self in (Augment(), Augment(color_jitter=ColorJitter()))
+        return not self.stack
+
+    @property
+    def crop_scale(self) -> tuple[float, float] | None:
+        """The area shares of a random crop that comes first, which is made of whole pictures; None without one."""
+        first = self.stack[0] if self.stack else None
+        return first.scale if isinstance(first, ResizedCrop.Config) else None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list_of_pieces(cls, given: Any) -> Any:
+        return {"pieces": given} if isinstance(given, list | tuple) else given
 
     @model_validator(mode="after")
     def _one_crop(self) -> Augment:
@@ -54,6 +96,24 @@ class Augment(Settings):
                     f"crop_padding = {self.crop_padding} and random_resized_crop are both set; set "
                     f"crop_padding=0 or random_resized_crop=null"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _keys_or_pieces(self) -> Augment:
+        if self.pieces is None:
+            if self.name is not None:
+                raise ValueError(f"name = {self.name}: no pieces; needed pieces, which composing a config fills in")
+            return self
+        keys = [key for key, field in Augment.model_fields.items() if key not in ("pieces", "name")]
+        both = [key for key in keys if getattr(self, key) != Augment.model_fields[key].default]
+        if both:
+            raise ValueError(f"{', '.join(both)}: set beside pieces; needed either; write it as a piece of the list")
+        late = [number for number, piece in enumerate(self.pieces) if number and isinstance(piece, ResizedCrop.Config)]
+        if late:
+            raise ValueError(
+                f"pieces.{late[0]} = resized_crop: files are cropped while they are decoded, before all else; needed "
+                f"it as the first piece"
+            )
         return self
 
 

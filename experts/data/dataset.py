@@ -94,7 +94,7 @@ class Dataset:
     def train_as_evaluated(self) -> ImageStore:
         """Return the training images as evaluation reads them, with nothing random."""
         if isinstance(self.train, FileImages):
-            return replace(self.train, resize=self.config.eval.resize, crop_scale=None)
+            return replace(self.train, resize=self.config.eval.resize)
         return self.train
 
 
@@ -234,11 +234,9 @@ def _train_store(
     if isinstance(pool, ArrayPool):
         return resident_from_array(pool, config.image_size), {}
     # Random crops of the whole picture need the file in every epoch. Resident images are cropped from their frame.
-    crop_scale = config.augment.random_resized_crop
-    if config.resident == "always":
-        crop_scale = None
-    files = FileImages(pool, config.image_size, crop_scale=crop_scale)
-    images = _memory_for(config, files) if crop_scale is None else None
+    streamed = config.augment.crop_scale is not None and config.resident != "always"
+    files = FileImages(pool, config.image_size)
+    images = None if streamed else _memory_for(config, files)
     problems = (
         {}
         if images is None and not find_unreadable

@@ -6,9 +6,9 @@ Both kinds return square uint8 images of image_size; augmentation treats them al
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -48,6 +48,10 @@ class ResidentImages:
         return self.images.index_select(0, to_device(positions, self.images.device))
 
 
+Crops = tuple[tuple[float, float], np.ndarray]
+"""Least and greatest share of the area, and a row of `decode.CROP_UNIFORMS` uniform numbers for each image."""
+
+
 @dataclass(frozen=True)
 class FileImages:
     """A split in files, each decoded again whenever its image is asked for.
@@ -56,13 +60,11 @@ class FileImages:
         files: paths and labels.
         image_size: S, pixels.
         resize: short side before the centre crop, pixels; None follows the small-image rule (`decode.frame`).
-        crop_scale: area shares of RandomResizedCrop, for training; None crops nothing at random.
     """
 
     files: FilePool
     image_size: int
     resize: int | None = None
-    crop_scale: tuple[float, float] | None = field(default=None)
 
     @property
     def labels(self) -> np.ndarray:
@@ -81,27 +83,28 @@ class FileImages:
         """Return the number of images per class, int64 [C]."""
         return np.bincount(self.labels, minlength=num_classes)
 
-    def read(self, positions: np.ndarray, crop_uniforms: np.ndarray | None = None) -> Tensor:
-        """Return the images at these positions, decoded.
+    def read(self, positions: np.ndarray, crops: Sequence[Crops | None] = (None,)) -> Tensor:
+        """Return the images at these positions, each decoded once.
 
         Args:
-            crop_uniforms: [B, CROP_UNIFORMS], one row per image; needed where crop_scale is set.
+            crops: of every image; None is its frame, with nothing random.
 
         Returns:
-            uint8 [B, 3, S, S], on the CPU.
+            uint8 [V B, 3, S, S] on the CPU, V the number of crops: the first of all images, then the second.
 
         Raises:
             UnreadableImage: an image is missing or damaged; names its file.
         """
-        out = torch.empty(len(positions), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        size = self.image_size
+        out = torch.empty(len(crops), len(positions), 3, size, size, dtype=torch.uint8)
         for row, position in enumerate(positions.tolist()):
             image = decode_file(self.files.path(position))
-            if self.crop_scale is None:
-                out[row] = frame(image, self.image_size, self.resize)
-            else:
-                assert crop_uniforms is not None
-                out[row] = resized_crop(image, self.image_size, self.crop_scale, crop_uniforms[row])
-        return out
+            for number, crop in enumerate(crops):
+                if crop is None:
+                    out[number, row] = frame(image, size, self.resize)
+                else:
+                    out[number, row] = resized_crop(image, size, crop[0], crop[1][row])
+        return out.flatten(0, 1)
 
 
 ImageStore = ResidentImages | FileImages

@@ -19,23 +19,32 @@ from experts.data.images import FileImages
 from experts.data.keyed_random import uniforms
 
 
+class CropKey(NamedTuple):
+    """A random crop of images: least and greatest share of the area, and the stream that its draws are from."""
+
+    scale: tuple[float, float]
+    key: int
+
+
 class Request(NamedTuple):
-    """Images to read: their positions in the store, and which rows of which stream their crops are drawn from."""
+    """Images to read: their positions in the store, crops to make of each, and the row that their draws begin at.
+
+    A crop of None is the image's frame.
+    """
 
     positions: np.ndarray
-    crop_key: int = 0
+    crops: tuple[CropKey | None, ...] = (None,)
     first_draw: int = 0
 
 
 def read(store: FileImages, request: Request) -> Tensor:
-    """Return the images of a request, decoded, uint8 [B, 3, S, S]; crops depend on the request alone.
+    """Return the images of a request, decoded, uint8 [V B, 3, S, S]; crops depend on the request alone.
 
     Raises:
         ValueError: an image is missing or damaged; names its file.
     """
-    crops = None
-    if store.crop_scale is not None:
-        crops = uniforms(request.crop_key, request.first_draw, len(request.positions), CROP_UNIFORMS)
+    first, count = request.first_draw, len(request.positions)
+    crops = [crop and (crop.scale, uniforms(crop.key, first, count, CROP_UNIFORMS)) for crop in request.crops]
     return store.read(request.positions, crops)
 
 
@@ -88,7 +97,7 @@ class Prefetcher:
         self._loader: DataLoader | None = None
 
     def read_all(self, requests: Sequence[Request]) -> Iterator[Tensor]:
-        """Yield the images of each request, uint8 [B, 3, S, S]. A caller may stop early and call again.
+        """Yield the images of each request, as `read`. A caller may stop early and call again.
 
         Raises:
             ValueError: an image is missing or damaged; names its file.

@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 
 from aggregation.serving import load_model
 from experts import side_by_side
-from experts.augmentation.augment import random_resized_crops
+from experts.augmentation.resized_crop import random_resized_crops
 from experts.augmentation.views import ViewMaker, Views
 from experts.batches import Batch
 from experts.data.dataset import open_dataset

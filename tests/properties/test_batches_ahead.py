@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-import experts.batches
+import experts
 from experts import registry
+from experts.augmentation.stack import Stack
 from experts.batches import AHEAD_BYTES, Batch, Replica, StreamConfig, TrainBatches, on_host
 from experts.data.config import Augment, ColorJitter, DatasetConfig
 from experts.data.images import ResidentImages
@@ -112,8 +113,10 @@ def test_one_channel_and_float64_are_made_ahead_too():
 @pytest.mark.parametrize("mixing", [None, MIXUP], ids=["plain", "mixup"])
 def test_a_resumed_epoch_makes_no_pixels_of_steps_that_are_done(mixing, monkeypatch):
     made = []
-    augment = experts.batches.augment
-    monkeypatch.setattr(experts.batches, "augment", lambda raw, *rest: made.append(len(raw)) or augment(raw, *rest))
+    call = Stack.__call__
+    monkeypatch.setattr(
+        Stack, "__call__", lambda stack, raw, *rest, **more: made.append(len(raw)) or call(stack, raw, *rest, **more)
+    )
     loader = batches(mixing=mixing)
     loader.steps_ahead = 3
     list(loader.iterate(1, 2))

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from aggregation.ace import Ace
 from aggregation.aggregator import MeanLogits, MeanProbabilities, Outputs, Weighted
 from aggregation.serving import DESCRIPTION, TENSORS, TrainingData, _load_pyfunc, _sha256, export_model, load_model
-from experts.augmentation.augment import prepare_eval
+from experts.augmentation.stack import prepare_eval
 from experts.backbones.resnet_cifar import ResNetCifar
 from experts.class_groups import GroupRule
 from experts.data.config import DatasetConfig

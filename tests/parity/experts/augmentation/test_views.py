@@ -8,18 +8,14 @@ import torch
 from PIL import Image, ImageFilter
 from torchvision.transforms import functional as F
 
+from experts.augmentation.color_jitter import HUE_ORDERS, turn_hue
 from experts.augmentation.views import (
-    BLURRED,
-    GREYED,
-    JITTERED,
-    ORDERS,
-    SIGMA,
+    COLUMNS,
     VIEW_UNIFORMS,
     ViewMaker,
     Views,
     change_colours,
     default_views,
-    turn_hue,
 )
 from experts.data.config import Augment, DatasetConfig
 from experts.data.images import FileImages, ResidentImages
@@ -27,6 +23,7 @@ from experts.data.keyed_random import uniforms
 from experts.data.pools import FilePool
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+JITTERED, GREYED, BLURRED, SIGMA = (COLUMNS[name][1] for name in ("jittered", "greyed", "blurred", "sigma"))
 ALWAYS = {"jitter": 0.0, "grey": 0.0, "blur": 0.0}
 
 
@@ -80,7 +77,7 @@ def test_jitter_follows_torchvisions_formulas():
             lambda x, d=row[11]: F.adjust_saturation(x, 1 + (2 * d - 1) * 0.2),
             lambda x, d=row[12]: F.adjust_hue(x, (2 * d - 1) * 0.1),
         ]
-        order = tuple(ORDERS[int(row[13] * 24)])
+        order = tuple(HUE_ORDERS[int(row[13] * 24)])
         seen.add(order)
         expected = image
         for operation in order:
@@ -146,7 +143,7 @@ def test_every_step_happens_with_its_probability():
 def test_crop_and_mirror_are_exact():
     images = store()
     made = maker(images, **ALWAYS).make(np.arange(40), epoch=2, view=1)
-    rows = maker(images)._draws(np.arange(40), 2, 1)[1]
+    rows = maker(images)._draws(2, 1)["pixels"]
     for image, row, mine in zip(images.images, rows, made, strict=True):
         top, left = (int(d * 9) for d in row[:2])
         expected = F.crop(F.pad(image, 4), top, left, 32, 32)
@@ -194,8 +191,8 @@ def test_files_are_cropped_from_the_whole_picture(tmp_path):
     files = FileImages(FilePool("/", np.array([p.encode() for p in paths]), np.zeros(7, np.int64)), 72, resize=80)
     views = Views(**ALWAYS, horizontal_flip=0, random_resized_crop=(0.2, 1.0), crop_padding=0)
     made = ViewMaker(files, config(72), views, seed=0)
-    crops = made._draws(np.arange(7), 1, 0)[0]
-    expected = FileImages(files.files, 72, crop_scale=(0.2, 1.0)).read(np.arange(7), crops)
+    crops = made._draws(1, 0)["crop"]
+    expected = FileImages(files.files, 72).read(np.arange(7), [((0.2, 1.0), crops)])
     expected = F.normalize(expected.float() / 255, MEAN, STD)
     torch.testing.assert_close(made.make(np.arange(7), 1, 0), expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(made.make(np.array([5]), 1, 0), expected[5:6], atol=1e-5, rtol=0)

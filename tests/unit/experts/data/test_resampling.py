@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from experts.augmentation.augment import random_resized_crops
+from experts.augmentation.resized_crop import random_resized_crops
 from experts.data.decode import CROP_UNIFORMS, resized_crop_box
 from experts.data.resampling import resample, tap_table
 

@@ -11,7 +11,7 @@ import torch
 from aggregation.metrics import groups_by_count
 from aggregation.serving import TrainingData, export_model, load_model
 from aggregation.weight_learning import Learner, WeightLearning, class_prior
-from experts.augmentation.augment import prepare_eval
+from experts.augmentation.stack import prepare_eval
 from experts.augmentation.views import ViewMaker, Views, default_views
 from experts.data.dataset import open_dataset
 from experts.data.keyed_random import key, permutation

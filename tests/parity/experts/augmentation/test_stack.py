@@ -5,7 +5,8 @@ import pytest
 import torch
 from torchvision.transforms import functional as F
 
-from experts.augmentation.augment import NUM_UNIFORMS, ORDERS, augment, prepare_eval
+from experts.augmentation.color_jitter import ORDERS
+from experts.augmentation.stack import SHARED, Stack, prepare_eval
 from experts.data.config import Augment, ColorJitter, DatasetConfig
 from experts.data.decode import CROP_ATTEMPTS, frame, resized_crop_box
 from experts.data.keyed_random import uniforms
@@ -15,6 +16,10 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 def config(**steps):
     return DatasetConfig(name="test", source="cifar10", mean=MEAN, std=STD, augment=Augment(**steps))
+
+
+def augment(batch, draws, config):
+    return Stack.of(config)(batch, {"pixels": draws})
 
 
 def images(count, channels=3, size=32, seed=0):
@@ -35,7 +40,7 @@ def as_torchvision(image, draws, padding, flip, degrees):
 
 @pytest.mark.parametrize("size", [31, 32])
 def test_crop_and_flip_are_exact(size):
-    batch, draws = images(64, size=size), uniforms(3, 0, 64, NUM_UNIFORMS)
+    batch, draws = images(64, size=size), uniforms(3, 0, 64, len(SHARED))
     ours = augment(batch, draws, config(crop_padding=4, horizontal_flip=0.5))
     theirs = [as_torchvision(i, d, 4, 0.5, 0) for i, d in zip(batch, draws, strict=True)]
     assert torch.equal(ours, torch.stack(theirs))
@@ -45,14 +50,14 @@ def test_crop_and_flip_are_exact(size):
 def test_rotation_takes_the_same_pixels():
     """Nearest pixel, black corners. torchvision computes positions in float32, we in float64: a position within 1e-5 of
     the middle between two pixels may fall to the other one, so 1 pixel in 1000 may differ."""
-    batch, draws = images(64), uniforms(4, 0, 64, NUM_UNIFORMS)
+    batch, draws = images(64), uniforms(4, 0, 64, len(SHARED))
     ours = augment(batch, draws, config(crop_padding=4, horizontal_flip=0.5, rotation=15))
     theirs = torch.stack([as_torchvision(i, d, 4, 0.5, 15) for i, d in zip(batch, draws, strict=True)])
     assert (ours != theirs).float().mean() < 1e-3
 
 
 def test_jitter_follows_torchvisions_formulas():
-    batch, draws = images(32), uniforms(5, 0, 32, NUM_UNIFORMS)
+    batch, draws = images(32), uniforms(5, 0, 32, len(SHARED))
     chosen = config(color_jitter=ColorJitter(brightness=0.4, contrast=0.3, saturation=0.2))
     ours = augment(batch, draws, chosen)
     for image, row, mine in zip(batch, draws, ours, strict=True):
@@ -70,7 +75,7 @@ def test_jitter_follows_torchvisions_formulas():
 
 
 def test_grey_images_are_repeated_onto_three_channels():
-    batch, draws = images(8, channels=1), uniforms(6, 0, 8, NUM_UNIFORMS)
+    batch, draws = images(8, channels=1), uniforms(6, 0, 8, len(SHARED))
     chosen = config(crop_padding=4, horizontal_flip=0.5, rotation=15)
     assert torch.equal(augment(batch, draws, chosen), augment(batch.expand(-1, 3, -1, -1), draws, chosen))
 
@@ -85,8 +90,8 @@ def test_evaluation_only_scales_and_normalises():
 def test_inputs_are_not_written_to():
     batch = images(4)
     kept = batch.clone()
-    augment(batch, uniforms(0, 0, 4, NUM_UNIFORMS), config(color_jitter=ColorJitter(brightness=0.4)))
-    augment(batch, uniforms(0, 0, 4, NUM_UNIFORMS), config())
+    augment(batch, uniforms(0, 0, 4, len(SHARED)), config(color_jitter=ColorJitter(brightness=0.4)))
+    augment(batch, uniforms(0, 0, 4, len(SHARED)), config())
     assert torch.equal(batch, kept)
 
 
@@ -99,13 +104,13 @@ def test_inputs_are_not_written_to():
     ],
 )
 def test_an_empty_batch_gives_no_rows(steps):
-    empty = augment(images(0), uniforms(0, 0, 0, NUM_UNIFORMS), config(**steps))
+    empty = augment(images(0), uniforms(0, 0, 0, len(SHARED)), config(**steps))
     assert empty.shape == (0, 3, 32, 32)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_gpu_gives_the_same_images():
-    batch, draws = images(64), uniforms(7, 0, 64, NUM_UNIFORMS)
+    batch, draws = images(64), uniforms(7, 0, 64, len(SHARED))
     chosen = config(crop_padding=4, horizontal_flip=0.5, rotation=15)
     there = augment(batch.cuda(), draws, chosen).cpu()
     torch.testing.assert_close(there, augment(batch, draws, chosen), atol=1e-6, rtol=0)
