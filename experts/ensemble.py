@@ -29,7 +29,12 @@ class Expert(nn.Module):
         head: features to [B, C], or to what the ensemble's shared head takes.
         gate: features to the hidden layer of a router; None without a router, and in the last expert.
         position: place among all experts, from 0.
+        auxiliaries: by name; only while a stage that has some trains (experts/auxiliaries/).
+        momentum_copy: a twin of "features" and of "embed", the auxiliaries' embeddings by name, which follows them
+            while such a stage trains; None where no auxiliary asks for one.
     """
+
+    momentum_copy: nn.ModuleDict | None
 
     def __init__(self, features: nn.Module, head: nn.Module, gate: nn.Module | None = None, position: int = 0) -> None:
         super().__init__()
@@ -37,6 +42,8 @@ class Expert(nn.Module):
         self.head = head
         self.gate = gate
         self.position = position
+        self.auxiliaries = nn.ModuleDict()
+        self.momentum_copy = None
 
     def forward(self, h: Tensor) -> Tensor:
         """Return the logits [B, C] of a trunk output."""
@@ -50,7 +57,10 @@ class Ensemble(nn.Module):
         trunk: images [B, 3, H, W] to the input of every expert.
         experts: name to `Expert`, in the order of the logits.
         shared: "head", where all experts share one (ResLT), and "router", the last layer of a router (RIDE).
+        trunk_copy: a twin of the trunk that follows it, for the experts' momentum copies; else None.
     """
+
+    trunk_copy: nn.Module | None
 
     def __init__(
         self, trunk: nn.Module, experts: dict[str, Expert], shared: dict[str, nn.Module] | None = None
@@ -59,6 +69,7 @@ class Ensemble(nn.Module):
         self.trunk = trunk
         self.experts = nn.ModuleDict(experts)
         self.shared = nn.ModuleDict(shared or {})
+        self.trunk_copy = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -151,6 +162,11 @@ class EnsembleConfig:
     router: Any = None
     calibration: Any = None
 
+    @property
+    def num_features(self) -> int:
+        """D, the width of an expert's features."""
+        return int(build("model", self.backbone).num_features(reduce_dimension=self.reduce_dimension))
+
 
 def build_ensemble(config: EnsembleConfig, *, seed: int, only: Sequence[str] | None = None) -> Ensemble:
     """Build the trunk and some or all experts, on the CPU, in float32.
@@ -242,15 +258,29 @@ class _Builder:
         return build("head", self.config.head, self.num_features, self.config.num_classes, position)
 
 
+TRAINING_ONLY = ("auxiliaries", "momentum copies")
+"""Parts that an ensemble has only while a stage trains: no model that is exported has them, and no later stage."""
+
+
 def part_of(name: str) -> str:
-    """Return the part of an ensemble that a tensor belongs to: trunk, features, heads, calibration or gates."""
-    words = name.split(".")  # trunk.<...>, experts.<name>.<part>.<...> or shared.<part>.<...>
-    if words[0] == "trunk":
-        return "trunk"
+    """Return the part of an ensemble that a tensor belongs to.
+
+    It is trunk, features, heads, calibration, gates, or one of TRAINING_ONLY.
+    """
+    words = name.split(".")  # trunk.<...>, trunk_copy.<...>, experts.<name>.<part>.<...> or shared.<part>.<...>
+    if words[0] in ("trunk", "trunk_copy"):
+        return "trunk" if words[0] == "trunk" else "momentum copies"
     kind, *inner = words[1:] if words[0] == "shared" else words[2:]
     if kind == "head" and inner[0] == "calibration":
         return "calibration"
-    return {"features": "features", "head": "heads", "gate": "gates", "router": "gates"}[kind]
+    return {
+        "features": "features",
+        "head": "heads",
+        "gate": "gates",
+        "router": "gates",
+        "auxiliaries": "auxiliaries",
+        "momentum_copy": "momentum copies",
+    }[kind]
 
 
 def freeze(model: Ensemble, learning: Collection[str]) -> list[nn.Module]:
@@ -261,14 +291,16 @@ def freeze(model: Ensemble, learning: Collection[str]) -> list[nn.Module]:
         learning: the parts that learn, as `part_of` names them.
 
     Returns:
-        The trunk and features that do not learn, whose BatchNorm statistics may have to stay as they are.
+        The trunk and features that do not learn, and copies of them, whose BatchNorm statistics may have to stay as
+        they are.
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in learning)
-    frozen: list[nn.Module] = [] if "trunk" in learning else [model.trunk]
+    frozen: list[nn.Module | None] = [] if "trunk" in learning else [model.trunk, model.trunk_copy]
     if "features" not in learning:
-        frozen += [expert.features for expert in model.members()]
-    return frozen
+        for expert in model.members():
+            frozen += [expert.features, None if expert.momentum_copy is None else expert.momentum_copy["features"]]
+    return [module for module in frozen if module is not None]
 
 
 def check_names(expert_names: Sequence[str]) -> None:

@@ -23,9 +23,9 @@ from experts.progress import Progress
 from experts.registry import Settings, piece, registered_name, registered_names
 
 Result = Any
-PARTS = ("trunk", "features", "heads", "calibration", "gates")
+PARTS = ("trunk", "features", "heads", "calibration", "gates", "auxiliaries")
 """Parts that can learn: the shared trunk, the experts' late stages, all heads (the shared one too), calibrations on top
-of heads, a router."""
+of heads, a router, auxiliaries of the experts."""
 
 
 class Network(Protocol):
@@ -34,10 +34,13 @@ class Network(Protocol):
     Attributes:
         names: experts held here, in the order of the logits.
         draws: makes numbers of the step, random ones and others that change with time; see `StepDraws`.
+        views: of every image, that trunk and features are to see together; 1 unless an auxiliary asks for more. Only
+            flows that take auxiliaries need to look.
     """
 
     names: tuple[str, ...]
     draws: StepDraws
+    views: int
 
     def trunk(self, run: Callable[[nn.Module], Result]) -> Result:
         """Return `run(trunk)`; called once per step."""
@@ -49,6 +52,15 @@ class Network(Protocol):
 
     def shared(self, run: Callable[[nn.ModuleDict], Result]) -> Result:
         """Return `run(shared)`, the modules after all experts: "head" and "router", where a method has them."""
+        ...
+
+    def show(self, features: Sequence[Tensor], scores: Tensor) -> None:
+        """Let the experts' auxiliaries see a step.
+
+        Args:
+            features: of all views, one under the other, [V B, D] for each expert held here.
+            scores: of the first view, before any exchange, [e, B, X].
+        """
         ...
 
 
@@ -97,6 +109,8 @@ class Flow(ABC):
     """Whether a second batch, paired by row, must come with every batch (`stages.<stage>.partner_sampler`)."""
     needs_own_heads: ClassVar[bool] = False
     """Whether every expert must have a head of its own."""
+    takes_auxiliaries: ClassVar[bool] = False
+    """Whether it runs `network.views` of every image, and shows the network what it has found."""
     takes_features: ClassVar[bool] = False
     """Whether it can go on from `Batch.features`, where trunk and features neither learn nor change."""
     own_streams: ClassVar[bool] = False

@@ -10,7 +10,16 @@ from experts.ensemble import Ensemble
 from experts.progress import Progress
 
 
-class PlainNetwork:
+class Unwatched:
+    """The part of a `Network` that auxiliaries ask for, where there are none."""
+
+    views = 1
+
+    def show(self, features, scores):
+        pass
+
+
+class PlainNetwork(Unwatched):
     """A `Network` that runs an ensemble's modules and nothing else, in one step."""
 
     def __init__(self, net: Ensemble, progress: Progress) -> None:

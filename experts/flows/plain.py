@@ -22,11 +22,17 @@ from experts.side_by_side import side_by_side
 
 @register("flow", "plain")
 class Plain(Flow):
-    """Every expert scores every image of the batch."""
+    """Every expert scores every image of the batch.
+
+    Where auxiliaries ask for several views of an image, all go through trunk and features as one batch. The head, and
+    so the objective, sees the first view alone.
+    """
 
     class Config(FlowSettings):
         name: Literal["plain"] = "plain"
 
+    learns: ClassVar[frozenset[str]] = Flow.learns | {"auxiliaries"}
+    takes_auxiliaries: ClassVar[bool] = True
     takes_features: ClassVar[bool] = True
 
     @classmethod
@@ -39,13 +45,28 @@ class Plain(Flow):
         self, network: Network, batch: Batch, progress: Progress, gather: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """See `Flow.__call__`."""
-        features = batch.features
-        h = network.trunk(lambda trunk: trunk(batch.images_B3HW)) if features is None else None
+        given = batch.features
+        h = network.trunk(lambda trunk: trunk(_images(batch, network.views))) if given is None else None
 
-        def scores_of(experts: Any) -> Tensor:
-            if features is None:
-                return torch.stack(side_by_side(lambda expert: expert(h), experts.values()))
-            return torch.stack(side_by_side(lambda expert, f: expert.head(f), experts.values(), features))
+        def found_by(expert: Any) -> tuple[Tensor, Tensor]:
+            features = expert.features(h)
+            return features, expert.head(features if network.views == 1 else features[: len(batch.labels_B)])
 
-        scores = network.experts(scores_of)
-        return gather(through_shared_head(network, scores))
+        def of_experts(experts: Any) -> tuple[list[Tensor], Tensor]:
+            if given is None:
+                found = side_by_side(found_by, experts.values())
+                return [features for features, _ in found], torch.stack([scores for _, scores in found])
+            scores = side_by_side(lambda expert, features: expert.head(features), experts.values(), given)
+            return list(given), torch.stack(scores)
+
+        features, scores = network.experts(of_experts)
+        scores = through_shared_head(network, scores)
+        network.show(features, scores)
+        return gather(scores)
+
+
+def _images(batch: Batch, views: int) -> Tensor:
+    """Return so many views of a batch's images, one under the other."""
+    if views == 1:
+        return batch.images_B3HW
+    return torch.cat([batch.images_B3HW, *batch.views[: views - 1]])

@@ -119,6 +119,8 @@ class StageConfig(Settings):
     """Sampler of a second batch, paired with the first row by row, for flows that need one."""
     mixing: Annotated[Any, PieceOf("mixing", optional=True)] = None
     """How images are mixed with others, and their labels with them."""
+    auxiliaries: dict[str, Annotated[Any, PieceOf("auxiliary")]] = Field(default_factory=dict)
+    """Losses and memories of the experts beside the objective, by a name of their own; for this stage alone."""
     head: Annotated[Any, PieceOf("head", optional=True)] = None
     """The experts' head from this stage on. Unset: that of the stage whose weights this one begins with, or the
     method's."""

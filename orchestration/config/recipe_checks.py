@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from torch import nn
+
 from experts.ensemble import check_names
 from experts.registry import piece, registered_names
 from experts.tunable import Tunable
@@ -127,9 +129,13 @@ def _stage_problems(name: str, stage: StageConfig, method: Recipe, earlier: list
                 yield f"class_weights: {problem}"
             yield from _flow_problems(name, stage, method)
             yield from _mixing_problems(stage)
+            yield from _auxiliary_problems(name, stage, method)
             yield from _teacher_problems(stage, method)
     elif stage.mixing is not None:
         yield f"mixing.name = {stage.mixing.name}: the stage has no steps (epochs = 0); set mixing=null, or epochs"
+    elif stage.auxiliaries:
+        found = sorted(stage.auxiliaries)
+        yield f"auxiliaries = {found}: the stage has no steps (epochs = 0); remove them, or set epochs"
     started = (stage.start_from.stage,) if stage.start_from and stage.start_from.stage else ()
     taught = tuple(teacher.stage for teacher in stage.teachers.values() if teacher.stage)
     for key, names in (("after", stage.after or ()), ("start_from.stage", started), ("teachers", taught)):
@@ -230,6 +236,39 @@ def _mixing_problems(stage: StageConfig) -> Iterator[str]:
         yield problem
 
 
+def _auxiliary_problems(name: str, stage: StageConfig, method: Recipe) -> Iterator[str]:
+    """Yield why the experts of a stage cannot have its auxiliaries."""
+    if not stage.auxiliaries:
+        return
+    if not piece("flow", stage.flow.name).takes_auxiliaries:
+        yield (
+            f"auxiliaries = {sorted(stage.auxiliaries)}: flow '{stage.flow.name}' takes none; set flow.name="
+            f"{_one_of('flow', lambda other: other.takes_auxiliaries)}, or remove them"
+        )
+    if stage.mixing is not None:
+        yield (
+            f"auxiliaries = {sorted(stage.auxiliaries)}: they look at the labels of images, and mixed images have two "
+            f"each; set mixing=null, or remove them"
+        )
+    for key, config in stage.auxiliaries.items():
+        at = f"auxiliaries.{key}"
+        if not key.isidentifier() or hasattr(nn.ModuleDict, key) or key in ("loss", stage.objective.name):
+            yield (
+                f"{at}: needed a name of letters, digits and underscores that is no other's, as the terms of the loss "
+                f"are; choose another"
+            )
+        unknown = [own for own in config.experts or () if own not in method.names_in(name)]
+        if unknown or config.experts == ():
+            found = unknown[0] if unknown else "none"
+            yield f"{at}.experts: found {found}; needed some of {', '.join(method.names_in(name))}; or unset it"
+        if stage.batch_size and (problem := config.batch_problem(stage.batch_size, drop_last=stage.drop_last)):
+            yield f"{at}.{problem}"
+    momenta = {key: own for key, config in stage.auxiliaries.items() if (own := config.momentum_copy) is not None}
+    if len(set(momenta.values())) > 1:
+        found = ", ".join(f"{key}.momentum = {value:g}" for key, value in momenta.items())
+        yield f"auxiliaries: {found}; the network has one copy; set them equal"
+
+
 def _learning_problems(name: str, stage: StageConfig, method: Recipe) -> Iterator[str]:
     flow_is = f"flow '{stage.flow.name}'"
     learning = parts_that_learn(method, name)
@@ -253,6 +292,7 @@ def _learning_problems(name: str, stage: StageConfig, method: Recipe) -> Iterato
 def parts_of(method: Recipe, stage: str) -> frozenset[str]:
     """Return the parts, of PARTS, that a stage's ensemble has."""
     found = {"trunk", "features", "heads"} | ({"calibration"} if method.calibration_in(stage) else set())
+    found |= {"auxiliaries"} if method.stages[stage].auxiliaries else set()
     return frozenset(found | (set() if method.router is None else {"gates"}))
 
 

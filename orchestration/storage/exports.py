@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from aggregation.serving import DESCRIPTION, TrainingData, export_model, preprocessing_problem, read_description
+from experts.ensemble import TRAINING_ONLY, part_of
 from orchestration.config.compose import from_yaml
 from orchestration.config.paths import expand
 from orchestration.config.recipe import ModelSource, stage_classes
@@ -170,11 +171,11 @@ def export_stage(
 
 
 def ensemble_state(config: RunConfig, stage: str, checkpoint: Path) -> dict[str, Any]:
-    """Read the `state_dict` of a stage's whole ensemble from a checkpoint, saved by any mesh."""
+    """Read the `state_dict` of a stage's whole ensemble from a checkpoint, saved by any mesh, without auxiliaries."""
     state: dict[str, Any] = {}
     for name in ("trunk", "shared", *config.method.names_in(stage)):
         state |= read_tensors(checkpoint, name)
-    return state
+    return {name: tensor for name, tensor in state.items() if part_of(name) not in TRAINING_ONLY}
 
 
 def export_finals(config: RunConfig, folder: RunFolder, stage: str, checkpoint: Path) -> None:

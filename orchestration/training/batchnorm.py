@@ -19,11 +19,12 @@ def momenta_of(norm: nn.BatchNorm2d) -> tuple[float, float, float]:
     return momentum, momentum, 0.0
 
 
-class SynchronisedBatchNorm2d(nn.BatchNorm2d):
+class _Synchronised(nn.modules.batchnorm._BatchNorm):
     """BatchNorm over the batches of a process group, on any device, for unequal and empty shares.
 
-    Replaces `torch.nn.SyncBatchNorm`, which refuses CPU tensors. Forward exchanges one vector of 2 D + 1 numbers per
-    worker, backward 2 D. Shares are combined in rank order, so every worker computes the same bits.
+    Replaces `torch.nn.SyncBatchNorm`, which refuses CPU tensors. Takes maps [B, D, H, W] and rows [B, D]. Forward
+    exchanges one vector of 2 D + 1 numbers per worker, backward 2 D. Shares are combined in rank order, so every worker
+    computes the same bits.
     """
 
     exchanges = True
@@ -36,7 +37,10 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)  # running statistics are the same on all workers: nothing to exchange
-        y, mean_D, var_D, count = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.eps, self.group, self.of_whom)
+        maps = x if x.ndim == 4 else x[:, :, None, None]
+        y, mean_D, var_D, count = _GlobalBatchNorm.apply(
+            maps, self.weight, self.bias, self.eps, self.group, self.of_whom
+        )
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)  # type: ignore[operator, union-attr]
@@ -45,7 +49,23 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
                 factor = self.momentum if self.momentum is not None else 0.1
                 self.running_mean.lerp_(mean_D.to(self.running_mean.dtype), factor)
                 self.running_var.lerp_((var_D * unbiased).to(self.running_var.dtype), factor)
-        return y
+        return y if x.ndim == 4 else y.flatten(1)
+
+
+class SynchronisedBatchNorm1d(_Synchronised, nn.BatchNorm1d):
+    """Of the rows of a projection."""
+
+
+class SynchronisedBatchNorm2d(_Synchronised, nn.BatchNorm2d):
+    """Of the maps of a convolution."""
+
+
+def synchronised(norm: nn.Module) -> type[_Synchronised] | None:
+    """Return the class that a module becomes to be synchronised; None if it is no BatchNorm, or is so already."""
+    if isinstance(norm, _Synchronised):
+        return None
+    kinds = {nn.BatchNorm1d: SynchronisedBatchNorm1d, nn.BatchNorm2d: SynchronisedBatchNorm2d}
+    return next((after for before, after in kinds.items() if isinstance(norm, before)), None)
 
 
 class _GlobalBatchNorm(torch.autograd.Function):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from experts.batches import share
-from orchestration.training.batchnorm import SynchronisedBatchNorm2d, momenta_of
+from orchestration.training.batchnorm import momenta_of, synchronised
 from orchestration.training.exchange import NOBODY, Groups, join_groups
 
 # Shapes: E experts, e experts of one worker, B images of one replica, C classes, D channels.
@@ -136,7 +136,7 @@ class Mesh:
         slots = self.groups.experts.all_gather(own_e, what)
         return torch.cat([own_e if s == self.slot else other for s, other in enumerate(slots)])
 
-    def batch_rows(self, own_EbX: Tensor, images: int) -> Tensor:
+    def batch_rows(self, own_EbX: Tensor, images: int, what: str = "logits of the whole batch") -> Tensor:
         """Gather the rows of a whole batch, in its order: own rows [E, b, ...] keep their graph, others come detached.
 
         A loss of all rows, evaluated on every replica, then gives each the exact gradient for its own rows, since the
@@ -145,6 +145,7 @@ class Mesh:
         Args:
             own_EbX: values for this replica's share of the batch, `share(images, replica, replicas)`; may be empty.
             images: of the whole batch.
+            what: they are, in words.
 
         Returns:
             [E, images, ...] on every worker of this slot.
@@ -155,7 +156,7 @@ class Mesh:
         sizes = [last - first for first, last in (share(images, d, replicas) for d in range(replicas))]
         padded = own_EbX.new_zeros(len(own_EbX), max(sizes), *own_EbX.shape[2:])
         padded[:, : own_EbX.shape[1]] = own_EbX.detach()
-        everyone = self.groups.data.all_gather(padded, "logits of the whole batch")
+        everyone = self.groups.data.all_gather(padded, what)
         rows = [other[:, :size] for other, size in zip(everyone, sizes, strict=True)]
         return torch.cat([*rows[: self.replica], own_EbX, *rows[self.replica + 1 :]], dim=1)
 
@@ -207,9 +208,9 @@ class Mesh:
         """
         if self.shape.replicas > 1:
             for module in model.modules():
-                if isinstance(module, nn.BatchNorm2d) and not isinstance(module, SynchronisedBatchNorm2d):
+                if (kind := synchronised(module)) is not None:
                     # The class alone: names, parameters and whoever refers to the module stay as they are.
-                    module.__class__ = SynchronisedBatchNorm2d
+                    module.__class__ = kind
                     module.group, module.of_whom = self.groups.data, of_whom  # type: ignore[assignment]
 
     def broadcast_buffers(self, model: nn.Module) -> None:

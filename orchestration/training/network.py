@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from experts.draws import StepDraws
 from experts.ensemble import Ensemble
@@ -23,11 +23,24 @@ class HeldModules:
         config: says in what type they compute.
         device: where they are.
         draws: of the step, for flows.
+        views: of every image, that auxiliaries want to see together.
+        watched: whether there are auxiliaries.
     """
 
-    def __init__(self, model: Ensemble, config: EngineConfig, device: torch.device, draws: StepDraws) -> None:
+    def __init__(
+        self,
+        model: Ensemble,
+        config: EngineConfig,
+        device: torch.device,
+        draws: StepDraws,
+        *,
+        views: int = 1,
+        watched: bool = False,
+    ) -> None:
         self.names = model.names
-        self.draws = draws
+        self.draws, self.views = draws, views
+        self._watched = watched
+        self._shown: tuple[Sequence[Tensor], Tensor] | None = None
         self._model, self._config, self._device = model, config, device
 
     def trunk(self, run: Callable[[nn.Module], Result]) -> Result:
@@ -41,6 +54,17 @@ class HeldModules:
     def shared(self, run: Callable[[nn.ModuleDict], Result]) -> Result:
         """See `Network.shared`."""
         return self._run(run, self._model.shared)
+
+    def show(self, features: Sequence[Tensor], scores: Tensor) -> None:
+        """See `Network.show`."""
+        if self._watched:
+            self._shown = features, scores
+
+    def take_shown(self) -> tuple[Sequence[Tensor], Tensor]:
+        """Return what the flow has shown, and keep it no longer: it holds the graph of a step."""
+        assert self._shown is not None, "the flow has shown nothing"
+        shown, self._shown = self._shown, None
+        return shown
 
     def _run(self, run: Callable[[Any], Result], module: nn.Module) -> Result:
         with casting(self._config, self._device):

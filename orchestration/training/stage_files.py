@@ -16,11 +16,15 @@ import torch
 from torch import Tensor
 
 from aggregation.serving import load_model
-from experts.ensemble import part_of
+from experts.auxiliaries.attached import renew_copies
+from experts.ensemble import TRAINING_ONLY, part_of
 from orchestration.storage.checkpoint import FileEntry, entry_of, read_tensors, write_file
 from orchestration.storage.tensor_file import TensorFile
 from orchestration.training.stage_setup import StageSetup, TrainingSetup
 from orchestration.training.teachers import check_teacher
+
+TRUNK_COPY = "trunk.copy"  # a name that no expert may have
+"""File of the copy of the trunk that auxiliaries have."""
 
 
 class Snapshot:
@@ -98,7 +102,9 @@ def _tensors_by_file(setup: StageSetup, momentum: dict[str, Tensor]) -> dict[str
 def _own_files(setup: StageSetup) -> list[tuple[str, str]]:
     """Return names of the files this worker writes, with the prefix of their parameters."""
     own = [(name, f"experts.{name}.") for name in setup.model.names]
-    return [("trunk", "trunk."), ("shared", "shared."), *own] if setup.mesh.slot == 0 else own
+    if setup.mesh.slot:
+        return own
+    return [("trunk", "trunk."), (TRUNK_COPY, "trunk_copy."), ("shared", "shared."), *own]
 
 
 def load(setup: StageSetup, folder: Path) -> None:
@@ -132,10 +138,12 @@ def start_from_model(setup: StageSetup, folder: Path) -> None:
 def _begin_with(setup: StageSetup, weights: dict[str, Tensor], folder: Path) -> None:
     """Load the tensors that belong to this worker.
 
-    Parts of `reinit` keep the weights that the stage built, and so do a router and calibration that `weights` lack.
+    Parts of `reinit` and auxiliaries keep the weights that the stage built, and so do a router and calibration that
+    `weights` lack.
     """
     own = setup.model.state_dict()
-    taken = [name for name in own if part_of(name) not in setup.stage.reinit]
+    new = {*setup.stage.reinit, *TRAINING_ONLY}
+    taken = [name for name in own if part_of(name) not in new]
     missing = [name for name in taken if name not in weights and part_of(name) not in ("gates", "calibration")]
     odd = [name for name in taken if name in weights and own[name].shape != weights[name].shape]
     if missing or odd:
@@ -145,12 +153,13 @@ def _begin_with(setup: StageSetup, weights: dict[str, Tensor], folder: Path) -> 
             f"that do not fit); needed an ensemble with the same backbone, head, expert names and number of classes"
         )
     setup.model.load_state_dict(own | {name: weights[name] for name in taken if name in weights})
+    renew_copies(setup.model)
     if isinstance(setup, TrainingSetup):
         setup.engine.restore({})  # ZeRO keeps its own copy of the weights, which must follow
 
 
 def _parts_held(setup: StageSetup) -> list[str]:
-    return ["trunk", "shared", *setup.model.names]
+    return ["trunk", *([TRUNK_COPY] if setup.model.trunk_copy is not None else []), "shared", *setup.model.names]
 
 
 def _read_weights(setup: StageSetup, folder: Path) -> dict[str, Tensor]:

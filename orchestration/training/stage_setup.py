@@ -15,6 +15,7 @@ from torch import Tensor
 
 from aggregation.aggregator import Aggregator
 from aggregation.serving import ServedModel
+from experts.auxiliaries.attached import attach
 from experts.batches import Replica, StreamConfig, TrainBatches
 from experts.class_groups import split_classes
 from experts.data.dataset import Dataset
@@ -31,6 +32,7 @@ from orchestration.config.recipe import StageConfig
 from orchestration.config.recipe_checks import parts_that_learn
 from orchestration.config.run_config import RunConfig
 from orchestration.storage.pretrained import load_pretrained
+from orchestration.training.auxiliaries import StageAuxiliaries
 from orchestration.training.engine import Engine, TorchEngine
 from orchestration.training.leaves import Leaves
 from orchestration.training.mesh import Mesh
@@ -77,13 +79,17 @@ class StageSetup:
     def _build_model(self) -> Ensemble:
         # The weights of each expert depend on the seed and its name alone, so `only` changes none of them.
         method = self.config.method
+        parts = self.config.ensemble(self.stage_name, self.dataset.num_classes)
         model = build_ensemble(
-            self.config.ensemble(self.stage_name, self.dataset.num_classes),
+            parts,
             seed=self._seed_of_weights(),
             only=[self.expert_names[i] for i in self.mesh.own_experts],
         )
         if method.backbone_weights is not None and method.starts_from(self.stage_name) is None:
             load_pretrained(model, method.backbone_weights)
+        if auxiliaries := self.stage.auxiliaries:
+            # After the pretrained weights, which copies of the network begin with.
+            attach(model, auxiliaries, parts.num_features, self.counts_C, seed=self.config.seed, stage=self.stage_name)
         model.to(self.mesh.device, self.dtype).to(memory_format=self.memory_format)
         if self.config.engine.sync_batchnorm:
             self.mesh.synchronise_batchnorm(model)
@@ -166,7 +172,15 @@ class TrainingSetup(StageSetup):
         )
         self.engine: Engine = self._build_engine(make_engine)
         self.step_draws = StepDraws(self.draws, mesh.device)
-        self.network = HeldModules(self.model, config.engine, mesh.device, self.step_draws)
+        self.auxiliaries = StageAuxiliaries(self.stage.auxiliaries, self.model, mesh, config.engine)
+        self.network = HeldModules(
+            self.model,
+            config.engine,
+            mesh.device,
+            self.step_draws,
+            views=max([1, *(auxiliary.views_together for auxiliary in self.stage.auxiliaries.values())]),
+            watched=bool(self.auxiliaries),
+        )
 
         train = self.dataset.train.to(mesh.device)  # once, for both streams
         self.batches = self._build_batches(train, self.stage.sampler, "all", self.stage.mixing)
@@ -213,7 +227,8 @@ class TrainingSetup(StageSetup):
         """Whether the heads see the same of an image each time it is drawn, so that it can be computed once."""
         moving = self.learns & {"trunk", "features", "gates"} or self.stage.frozen_batchnorm == "train"
         other = self.stage.mixing is not None or self.stage.teachers or not self.dataset.config.augment.is_off
-        return self.flow.takes_features and not moving and not other
+        several = any(auxiliary.views > 1 for auxiliary in self.stage.auxiliaries.values())
+        return self.flow.takes_features and not moving and not other and not several
 
     @property
     def steps_per_epoch(self) -> int:

@@ -19,7 +19,8 @@ from experts.batches import share as share_of
 from experts.draws import Moment
 from experts.objective import ExtraInputs, StepContext
 from experts.progress import Progress
-from orchestration.training.graphs import StepGraphs, graphs_for
+from orchestration.training.auxiliaries import SeenByAll
+from orchestration.training.graphs import StepGraphs, graphs_for, rebuilt
 from orchestration.training.stage_setup import TrainingSetup
 
 # Shapes: E experts, B images of one replica, X outputs of an expert (C class scores and, for some objectives, more),
@@ -60,11 +61,13 @@ class Computed:
         values: of this replica's share of the batch, summed over all replicas: the named values, then a number per
             expert that is 0 unless its outputs are not finite; float64.
         gradients: of this worker's share of the loss, one flat tensor per leaf.
+        seen: by the auxiliaries of the experts held here, without gradients; None where the stage has none.
     """
 
     names: list[str]
     values: Tensor
     gradients: list[Tensor]
+    seen: SeenByAll | None = None
 
 
 class TrainingStep:
@@ -77,7 +80,8 @@ class TrainingStep:
 
     def __init__(self, setup: TrainingSetup, report: Callable[[str], None] = lambda _: None) -> None:
         self._setup = setup
-        self._pieces = [piece for piece in (setup.flow, setup.objective, setup.distillation) if piece is not None]
+        found = (setup.flow, setup.objective, setup.distillation, *setup.auxiliaries.pieces)
+        self._pieces = [piece for piece in found if piece is not None]
         backend = graphs_for(setup.config.engine, setup.mesh.device, *self._pieces)
         self._graphs = StepGraphs(self._compute, setup.step_draws, backend, report)
 
@@ -91,6 +95,8 @@ class TrainingStep:
 
         found = self._graphs(batch, now, tuple(piece.phase(now) for piece in self._pieces))
         places_L = setup.engine.step(found.gradients, found.values[0], lr)
+        if found.seen is not None:
+            setup.auxiliaries.update(found.seen, lr, setup.engine.ok)
 
         if setup.flow.own_streams:  # copies of the trunk saw different images; one trunk would have seen them in turn
             setup.mesh.statistics_in_turn(setup.model.trunk, before)
@@ -112,9 +118,16 @@ class TrainingStep:
         setup = self._setup
         with setup.leaves.lent() as flats:
             outputs_EBX = setup.flow(setup.network, batch, now, setup.mesh.gather)
+            # Here, because parameters of auxiliaries, too, are views of the leaves.
+            found = setup.auxiliaries.losses(setup.network, batch, now) if setup.auxiliaries else None
         loss, terms = self._loss(outputs_EBX, batch, now)
+        seen = None
+        if found is not None:
+            share, more = setup.auxiliaries.counted(found[0], setup.expert_names)
+            assert not more.keys() & terms.keys(), f"terms {sorted(terms)} and auxiliaries {sorted(more)}"
+            loss, terms, seen = loss + share, terms | more, rebuilt(found[1], Tensor.detach)
         names, values = self._global_values(loss, terms, outputs_EBX.detach())
-        return Computed(names, values, _gradients(loss, flats))
+        return Computed(names, values, _gradients(loss, flats), seen)
 
     def _set_mode(self) -> None:
         """Put the network in training mode, frozen parts as the stage says (evaluation may have come before)."""
@@ -198,7 +211,11 @@ def problem(setup: TrainingSetup, row: Row, numbers: Sequence[float]) -> str | N
     moment = f"stage {setup.stage_name}, epoch {row.now.epoch}, step {done + 1}"
     if not math.isfinite(values[0]):
         bad = [name for name, number in zip(setup.expert_names, outputs_E, strict=True) if number != 0]
-        where = f"logits of {', '.join(bad)}" if bad else "the objective, from finite logits"
+        named = setup.auxiliaries.configs
+        odd = [n for n, v in zip(row.names, values, strict=True) if n.split("/")[0] in named and not math.isfinite(v)]
+        where = "the objective, from finite logits"
+        if bad or odd:
+            where = f"logits of {', '.join(bad)}" if bad else f"auxiliary {', '.join(odd)}, from finite logits"
         return f"{moment}: the loss is not finite; found in {where}; needed finite numbers; {_ADVICE}"
     found = [leaf.name_at(int(place)) for leaf, place in zip(setup.leaves, places_L, strict=True) if place >= 0]
     if not found:

@@ -31,6 +31,7 @@ from experts.methods.bbn import BBN, Bilateral, BilateralHead
 from experts.objective import ExtraInputs, StepContext
 from experts.progress import Progress
 from tests.emulated_device import DEVICE, EmulatedDevice, OnDevice
+from tests.networks import Unwatched
 
 registry.import_pieces(experts, aggregation)
 
@@ -107,7 +108,7 @@ def draws_at(now):
     return draws
 
 
-class Network:
+class Network(Unwatched):
     """One worker's modules, run in place; counts what the flow asks for."""
 
     def __init__(self, ensemble):

@@ -1,0 +1,66 @@
+"""A queue of vectors with labels: the newest K keys of a momentum copy.
+
+Shapes: B images of the whole batch, d numbers of a key, K entries.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EMPTY = -1
+"""Label of an entry that holds no key yet."""
+
+
+class Queue(nn.Module):
+    """The newest K vectors and their labels, first in, first out. Every replica holds and pushes the same.
+
+    A partial batch pushes as many as it has; the next one goes on from there.
+
+    Args:
+        size: K.
+        width: d.
+
+    Attributes:
+        keys_Kd: random directions where nothing was pushed yet.
+        labels_K: int64, EMPTY there.
+        next: place of the oldest entry, which is replaced next; int64 scalar.
+    """
+
+    keys_Kd: Tensor
+    labels_K: Tensor
+    next: Tensor
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("keys_Kd", F.normalize(torch.randn(size, width), dim=1))
+        self.register_buffer("labels_K", torch.full((size,), EMPTY))
+        self.register_buffer("next", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def push(self, keys_Bd: Tensor, labels_B: Tensor, ok: Tensor) -> None:
+        """Put B <= K vectors in the place of the oldest ones, in their order, where `ok`; the host does not wait."""
+        size = len(self.labels_K)
+        assert len(keys_Bd) <= size, (len(keys_Bd), size)
+        at_B = (self.next + torch.arange(len(keys_Bd), device=keys_Bd.device)) % size
+        self.keys_Kd.index_copy_(0, at_B, torch.where(ok, keys_Bd.to(self.keys_Kd.dtype), self.keys_Kd[at_B]))
+        self.labels_K.index_copy_(0, at_B, torch.where(ok, labels_B, self.labels_K[at_B]))
+        self.next.copy_(torch.where(ok, (self.next + len(keys_Bd)) % size, self.next))
+
+
+def queue_problem(name: str, size: int, batch_size: int) -> str | None:
+    """Return why a queue of so many keys does not go with a batch, and what to set; None where it does.
+
+    Args:
+        name: of the auxiliary.
+        size: K.
+        batch_size: images of the whole batch.
+    """
+    if size >= batch_size and size % batch_size == 0:
+        return None
+    nearest = max(1, round(size / batch_size)) * batch_size
+    return (
+        f"queue_size = {size}: auxiliary '{name}' pushes a batch at once; needed a multiple of batch_size = "
+        f"{batch_size}; set queue_size={nearest}, or batch_size"
+    )
