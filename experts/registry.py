@@ -94,14 +94,18 @@ class PieceOf:
     """Marks a field for the config of any registered piece of one kind; its `name` says which.
 
     A piece whose own config has such a field for its own kind sets `defer_build=True`: the other pieces of the kind are
-    not registered yet while its class is made.
+    not registered yet while its class is made. So does a config that names a `package`, whose modules are imported when
+    its schema is built, for those who use it alone.
     """
 
-    def __init__(self, kind: str, *, optional: bool = False) -> None:
+    def __init__(self, kind: str, *, optional: bool = False, package: str | None = None) -> None:
         self.kind = kind
         self.optional = optional
+        self.package = package
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        if self.package is not None:
+            import_pieces(importlib.import_module(self.package))
         chosen = choice(self.kind)
         return handler.generate_schema(chosen | None if self.optional else chosen)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +24,8 @@ from experts.augmentation.augmentation import Move
 from experts.augmentation.moves import Places
 from experts.augmentation.pixels import normalised, to_bytes, to_numbers
 from experts.augmentation.resized_crop import ResizedCrop
+from experts.data.config import Augment, DatasetConfig
 from experts.registry import build
-
-if TYPE_CHECKING:  # its schema has every piece of this package
-    from experts.data.config import Augment, DatasetConfig
 
 SHARED = ("crop_top", "crop_left", "flip", "rotation", "brightness", "contrast", "saturation", "order")
 """Columns of the table "pixels". Whatever else a piece draws comes from a table of its own."""

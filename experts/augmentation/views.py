@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -28,14 +28,12 @@ from experts.augmentation.greyscale import Greyscale
 from experts.augmentation.pixels import per_channel
 from experts.augmentation.resized_crop import ResizedCrop
 from experts.augmentation.stack import SHARED, Column, Stack
+from experts.data.config import DatasetConfig
 from experts.data.decode import CROP_UNIFORMS
 from experts.data.images import FileImages, ImageStore, usable_cpus
 from experts.data.keyed_random import key, uniforms
 from experts.data.transfer import to_device
 from experts.registry import Settings
-
-if TYPE_CHECKING:
-    from experts.data.config import DatasetConfig
 
 Share = Annotated[float, Field(ge=0, le=1)]
 SMALL_IMAGE = 64  # pixels; up to this size the default views are those of the published CIFAR script

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-import experts.augmentation
-from experts.augmentation import color_jitter
-from experts.augmentation.crop import Crop
-from experts.augmentation.flip import Flip
-from experts.augmentation.resized_crop import ResizedCrop
-from experts.augmentation.rotation import Rotation
-from experts.registry import PieceOf, Settings, import_pieces
+from experts.registry import PieceOf, Settings, piece
 
-import_pieces(experts.augmentation)  # `Augment.pieces` accepts any of them
+_PIECE = PieceOf("augmentation", package="experts.augmentation")
 
 ChannelValues = tuple[float, float, float]
 Strength = Annotated[float, Field(ge=0, le=1)]
@@ -35,6 +29,8 @@ class Augment(Settings):
     """Training augmentation: by keys, in the order in which they are applied, or as a list of pieces. Every image has
     draws of its own."""
 
+    model_config = ConfigDict(defer_build=True)
+
     random_resized_crop: tuple[float, float] | None = None
     """Least and greatest share of the image's area that is cropped and resized to image_size (aspect 3/4 to 4/3), e.g.
     [0.08, 1]; null is off. Streamed files are cropped from the whole picture, resident images from their frame."""
@@ -46,7 +42,7 @@ class Augment(Settings):
     """Greatest angle in degrees, either way; nearest pixel, black corners; 0 is off."""
     color_jitter: ColorJitter | None = None
     """Null is off."""
-    pieces: tuple[Annotated[Any, PieceOf("augmentation")], ...] | None = None
+    pieces: tuple[Annotated[Any, _PIECE], ...] | None = None
     """Pieces in their order, instead of the keys above; a list in the place of this mapping is the same."""
     name: str | None = None
     """The stack of configs/augment/ that the pieces are from."""
@@ -55,19 +51,17 @@ class Augment(Settings):
     def stack(self) -> tuple[Any, ...]:
         """Return the pieces that change images, as configs of kind "augmentation"."""
         if self.pieces is not None:
-            return tuple(piece for piece in self.pieces if not piece.is_off)
-        found: list[Any] = []
+            return tuple(config for config in self.pieces if not config.is_off)
+        found = [
+            _config("crop", padding=self.crop_padding),
+            _config("flip", probability=self.horizontal_flip),
+            _config("rotation", degrees=self.rotation),
+        ]
         if self.random_resized_crop is not None:
-            found.append(ResizedCrop.Config(scale=self.random_resized_crop))
-        if self.crop_padding:
-            found.append(Crop.Config(padding=self.crop_padding))
-        if self.horizontal_flip:
-            found.append(Flip.Config(probability=self.horizontal_flip))
-        if self.rotation:
-            found.append(Rotation.Config(degrees=self.rotation))
+            found.insert(0, _config(_WHOLE_PICTURES, scale=self.random_resized_crop))
         if self.color_jitter is not None:
-            found.append(color_jitter.ColorJitter.Config(**self.color_jitter.model_dump()))
-        return tuple(piece for piece in found if not piece.is_off)
+            found.append(_config("color_jitter", **self.color_jitter.model_dump()))
+        return tuple(config for config in found if not config.is_off)
 
     @property
     def is_off(self) -> bool:
@@ -78,7 +72,7 @@ class Augment(Settings):
     def crop_scale(self) -> tuple[float, float] | None:
         """The area shares of a random crop that comes first, which is made of whole pictures; None without one."""
         first = self.stack[0] if self.stack else None
-        return first.scale if isinstance(first, ResizedCrop.Config) else None
+        return first.scale if first is not None and first.name == _WHOLE_PICTURES else None
 
     @model_validator(mode="before")
     @classmethod
@@ -108,13 +102,21 @@ class Augment(Settings):
         both = [key for key in keys if getattr(self, key) != Augment.model_fields[key].default]
         if both:
             raise ValueError(f"{', '.join(both)}: set beside pieces; needed either; write it as a piece of the list")
-        late = [number for number, piece in enumerate(self.pieces) if number and isinstance(piece, ResizedCrop.Config)]
+        late = [number for number, config in enumerate(self.pieces) if number and config.name == _WHOLE_PICTURES]
         if late:
             raise ValueError(
-                f"pieces.{late[0]} = resized_crop: files are cropped while they are decoded, before all else; needed "
-                f"it as the first piece"
+                f"pieces.{late[0]} = {_WHOLE_PICTURES}: files are cropped while they are decoded, before all else; "
+                f"needed it as the first piece"
             )
         return self
+
+
+_WHOLE_PICTURES = "resized_crop"
+"""The piece that decoders carry out on files, for pixels that their frames have lost."""
+
+
+def _config(name: str, **values: Any) -> Any:
+    return piece("augmentation", name).Config(**values)
 
 
 class Evaluation(Settings):
@@ -126,6 +128,8 @@ class Evaluation(Settings):
 
 class DatasetConfig(Settings):
     """A data set: where its images are, which of them are used, and what they look like to the network."""
+
+    model_config = ConfigDict(defer_build=True)
 
     name: str
     """As shown in tables and used to look up schedules, e.g. cifar100_lt."""
@@ -168,7 +172,7 @@ class DatasetConfig(Settings):
     """Red, green, blue on a scale of 0 to 1, subtracted. One-channel images are repeated onto three."""
     std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5,) * 3
     """Red, green, blue on a scale of 0 to 1, divided by after the mean is subtracted."""
-    augment: Augment = Augment()
+    augment: Augment = Field(default_factory=Augment)  # not while this module is imported
     """Training only."""
     eval: Evaluation = Evaluation()
     """Validation and test only."""

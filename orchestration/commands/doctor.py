@@ -289,7 +289,11 @@ def _weights(config: RunConfig) -> int | None:
 
 def _batch_bytes(config: RunConfig, shape: MeshShape) -> int:
     """Return the bytes of images that wait for one worker: two batches of each loader process."""
-    images = max(-(-stage.batch_size // shape.replicas) for stage in config.method.stages.values() if stage.batch_size)
+    images = max(
+        -(-stage.batch_size // shape.replicas) * (1 + len(stage.views))
+        for stage in config.method.stages.values()
+        if stage.batch_size
+    )
     return 2 * config.dataset.loader_processes * images * 3 * config.dataset.image_size**2
 
 

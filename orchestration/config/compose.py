@@ -4,6 +4,7 @@ words -> choices of files, and values for single keys          words.py
       -> layers of YAML, each value with its origin            parts.py, layers.py, origins.py
       -> values of the command line
       -> percentages of a stage as whole epochs                percentages.py
+      -> pieces in the place of names of stacks                stacks.py
       -> a frozen RunConfig, all problems at once              problems.py
       -> paths made absolute
 
@@ -32,6 +33,7 @@ from orchestration.config.paths import expand
 from orchestration.config.percentages import Resolved, resolve_percentages
 from orchestration.config.problems import check
 from orchestration.config.run_config import RunConfig
+from orchestration.config.stacks import resolve_stacks
 from orchestration.config.words import Words, configs_folder, message, parse, title
 
 S = TypeVar("S", bound=BaseModel)
@@ -80,6 +82,7 @@ def compose(words: list[str]) -> Composed:
     for override in sorted(read.values, key=_names_first):
         _lay_value(layered, override)
     resolved, problems = resolve_percentages(layered)
+    problems += resolve_stacks(layered)
     if problems:
         raise ValueError(message(title(words), sorted(problems)))
     config = _with_absolute_paths(check(layered.tree, title(words), lambda keys: _file_of(layered, keys)))

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 import aggregation
 import experts
 from experts.class_groups import GroupRule, split_classes
+from experts.data.config import Augment
 from experts.flows.plain import Plain
 from experts.losses.class_weights import ClassWeights
 from experts.registry import PieceOf, Settings, import_pieces
@@ -121,6 +122,10 @@ class StageConfig(Settings):
     """How images are mixed with others, and their labels with them."""
     auxiliaries: dict[str, Annotated[Any, PieceOf("auxiliary")]] = Field(default_factory=dict)
     """Losses and memories of the experts beside the objective, by a name of their own; for this stage alone."""
+    augment: Augment | None = None
+    """How images are changed at random, instead of `dataset.augment`: a stack by name, pieces or keys."""
+    views: tuple[Augment, ...] = ()
+    """Further views of every image, each a stack like `augment`, for objectives and auxiliaries that compare them."""
     head: Annotated[Any, PieceOf("head", optional=True)] = None
     """The experts' head from this stage on. Unset: that of the stage whose weights this one begins with, or the
     method's."""

@@ -130,7 +130,11 @@ def _stage_problems(name: str, stage: StageConfig, method: Recipe, earlier: list
             yield from _flow_problems(name, stage, method)
             yield from _mixing_problems(stage)
             yield from _auxiliary_problems(name, stage, method)
+            if stage.views:
+                yield from _views_problems(stage)
             yield from _teacher_problems(stage, method)
+    elif stage.views or stage.augment is not None:
+        yield "views, augment: the stage has no steps (epochs = 0); remove them, or set epochs"
     elif stage.mixing is not None:
         yield f"mixing.name = {stage.mixing.name}: the stage has no steps (epochs = 0); set mixing=null, or epochs"
     elif stage.auxiliaries:
@@ -267,6 +271,15 @@ def _auxiliary_problems(name: str, stage: StageConfig, method: Recipe) -> Iterat
     if len(set(momenta.values())) > 1:
         found = ", ".join(f"{key}.momentum = {value:g}" for key, value in momenta.items())
         yield f"auxiliaries: {found}; the network has one copy; set them equal"
+
+
+def _views_problems(stage: StageConfig) -> Iterator[str]:
+    """Yield why the images of a stage cannot have further views."""
+    flow = piece("flow", stage.flow.name)
+    if stage.mixing is not None:
+        yield f"views: mixing.name = {stage.mixing.name} is set too; images are mixed or have views: set either"
+    if flow.needs_partner:
+        yield f"views: flow '{stage.flow.name}' pairs every image with another; needed views=[], or another flow"
 
 
 def _learning_problems(name: str, stage: StageConfig, method: Recipe) -> Iterator[str]:

@@ -180,7 +180,7 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _data_fits(self) -> RunConfig:
-        problems = [*name_problems(self), *data_problems(self), *precision_problems(self)]
+        problems = [*name_problems(self), *data_problems(self), *view_problems(self), *precision_problems(self)]
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -244,6 +244,17 @@ def precision_problems(config: RunConfig) -> Iterator[str]:
             "engine.precision = tf32: found cluster.gpus_per_worker = 0, and a CPU has no TF32; set "
             "engine.precision=float32 or cluster.gpus_per_worker=1"
         )
+
+
+def view_problems(config: RunConfig) -> Iterator[str]:
+    """Yield a problem for each stage whose views of an image would be the same pixels."""
+    for name, stage in config.method.stages.items():
+        alike = [augment for augment in (stage.augment or config.dataset.augment, *stage.views) if augment.is_off]
+        if stage.views and len(alike) > 1:
+            yield (
+                f"method.stages.{name}.views: {len(alike)} of them change nothing at random, so that they would show "
+                f"the same; needed dataset.augment, the stage's augment or other views"
+            )
 
 
 def data_problems(config: RunConfig) -> Iterator[str]:

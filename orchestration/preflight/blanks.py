@@ -67,7 +67,7 @@ def blank_batches(stream: TrainBatches, label: int, images: int) -> TrainBatches
     """Return a stage's stream with black images of one class in place of its own.
 
     Args:
-        stream: with its augmentation and mixing.
+        stream: with its augmentation, mixing and views.
         label: of every image.
         images: per replica and step.
     """
@@ -80,6 +80,7 @@ def blank_batches(stream: TrainBatches, label: int, images: int) -> TrainBatches
         stream.replica,
         stream.mixing,
         _OneImage(in_all) if stream.second_sampler is not None else None,
+        stream.views,
     )
 
 

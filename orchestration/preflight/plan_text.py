@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby
 
+from experts.data.config import Augment
 from experts.data.readers import open_raw
 from experts.flow import PARTS
 from experts.progress import Progress
@@ -132,6 +133,11 @@ def _peculiarities(config: RunConfig, stage: StagePlan) -> Iterator[str]:
         second = settings.mixing.second_sampler
         drawn = "of the same step" if second is None else f"of a second stream, sampler {second.name}"
         yield f"images are mixed with others {drawn}: {settings.mixing.name}"
+    if settings.augment is not None:
+        yield f"images are changed by {_stack(settings.augment)}"
+    if settings.views:
+        shown = "; ".join(_stack(view) for view in settings.views)
+        yield f"every image comes in {len(settings.views) + 1} views; further ones: {shown}"
     source = method.starts_from(stage.name)
     if source is not None:
         yield f"starts from the weights of {_source(source)}"
@@ -143,6 +149,12 @@ def _peculiarities(config: RunConfig, stage: StagePlan) -> Iterator[str]:
         yield f"teacher {name}: {_source(teacher)}, {what}; {teacher.mode} mode"
     if settings.objective is not None and settings.objective.prepares:
         yield "before the first step every worker runs the teachers once on all training and validation images"
+
+
+def _stack(augment: Augment) -> str:
+    """Name the pieces of a stack in their order."""
+    pieces = ", ".join(piece.name for piece in augment.stack) or "nothing"
+    return f"{augment.name} ({pieces})" if augment.name else pieces
 
 
 def _source(source: ModelSource) -> str:

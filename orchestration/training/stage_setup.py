@@ -6,7 +6,7 @@ engine and batches, for stages with steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from aggregation.serving import ServedModel
 from experts.auxiliaries.attached import attach
 from experts.batches import Replica, StreamConfig, TrainBatches
 from experts.class_groups import split_classes
+from experts.data.config import Augment
 from experts.data.dataset import Dataset
 from experts.data.images import ImageStore
 from experts.data.keyed_random import key
@@ -63,6 +64,7 @@ class StageSetup:
         self.config, self.mesh = config, mesh
         self.stage_name, self.stage = stage, config.method.stages[stage]
         self.dataset = stage_dataset(self.stage, dataset)
+        self.augment = self.stage.augment or self.dataset.config.augment
         self.expert_names = config.method.names_in(stage)
         self.dtype = torch.float64 if config.engine.precision == "float64" else torch.float32
         self.replica = Replica(mesh.replica, mesh.shape.replicas, mesh.device, self.dtype)
@@ -183,7 +185,7 @@ class TrainingSetup(StageSetup):
         )
 
         train = self.dataset.train.to(mesh.device)  # once, for both streams
-        self.batches = self._build_batches(train, self.stage.sampler, "all", self.stage.mixing)
+        self.batches = self._build_batches(train, self.stage.sampler, "all", self.stage.mixing, views=self.stage.views)
         self.partners: TrainBatches | None = None
         if self.stage.partner_sampler is not None:
             self.partners = self._build_batches(train, self.stage.partner_sampler, "partner")
@@ -198,14 +200,19 @@ class TrainingSetup(StageSetup):
         return DeepSpeedEngine(*args)
 
     def _build_batches(
-        self, train: ImageStore, sampler: Any, stream: str, mixing: MixingSettings | None = None
+        self,
+        train: ImageStore,
+        sampler: Any,
+        stream: str,
+        mixing: MixingSettings | None = None,
+        views: Sequence[Augment] = (),
     ) -> TrainBatches:
         assert self.stage.batch_size is not None
         second_sampler = None if mixing is None else mixing.second_sampler
         return TrainBatches(
             train,
             self._build_sampler(sampler, train),
-            self.dataset.config,
+            self.dataset.config.model_copy(update={"augment": self.augment}),
             StreamConfig(
                 seed=self.config.seed,
                 stage=self.stage_name,
@@ -217,6 +224,7 @@ class TrainingSetup(StageSetup):
             self.replica,
             None if mixing is None else build("mixing", mixing, self.dataset.counts_C),
             None if second_sampler is None else self._build_sampler(second_sampler, train),
+            views,
         )
 
     def _build_sampler(self, config: Any, train: ImageStore) -> Any:
@@ -226,7 +234,7 @@ class TrainingSetup(StageSetup):
     def features_are_fixed(self) -> bool:
         """Whether the heads see the same of an image each time it is drawn, so that it can be computed once."""
         moving = self.learns & {"trunk", "features", "gates"} or self.stage.frozen_batchnorm == "train"
-        other = self.stage.mixing is not None or self.stage.teachers or not self.dataset.config.augment.is_off
+        other = self.stage.mixing is not None or self.stage.teachers or self.stage.views or not self.augment.is_off
         several = any(auxiliary.views > 1 for auxiliary in self.stage.auxiliaries.values())
         return self.flow.takes_features and not moving and not other and not several
 
