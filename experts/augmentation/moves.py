@@ -56,6 +56,23 @@ class Places:
         self._y, self._x = (turned_y + middle_y).round_().long(), (turned_x + middle_x).round_().long()
         self._check()
 
+    def warp(self, matrix_B6: np.ndarray) -> None:
+        """Undo affine maps, to the nearest pixel: x comes from m0 x + m1 y + m2, y from m3 x + m4 y + m5."""
+        self._end_line()
+        m = to_device(matrix_B6.T, self.device)[:, :, None, None]
+        x, y = self._x.double(), self._y.double()
+        # Of the first map, the products have shape [B, H, 1] and [B, 1, W], as in `turn`.
+        from_x, from_y = m[0] * x + (m[1] * y + m[2]), m[3] * x + (m[4] * y + m[5])
+        self._x, self._y = from_x.round_().long(), from_y.round_().long()
+        self._check()
+
+    def blacken(self, first_B2: np.ndarray, stop_B2: np.ndarray) -> None:
+        """Undo a black box from a row and a column on, up to others, which are left out."""
+        self._end_line()
+        top, left, bottom, right = to_device(np.hstack([first_B2, stop_B2]).T, self.device)[:, :, None, None]
+        outside = ((self._y < top) | (self._y >= bottom)) | ((self._x < left) | (self._x >= right))
+        self._inside = outside if self._inside is None else self._inside & outside
+
     def take(self, images_BcHW: Tensor) -> Tensor:
         """Return the images with every pixel at its new place, of the same type; what comes from outside is black."""
         self._end_line()

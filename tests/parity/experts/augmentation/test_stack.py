@@ -74,6 +74,22 @@ def test_jitter_follows_torchvisions_formulas():
         torch.testing.assert_close(mine, F.normalize(expected, MEAN, STD), atol=5e-6, rtol=0)
 
 
+@pytest.mark.parametrize("size", [15, 16])
+def test_cutout_blackens_what_the_published_code_does(size):
+    """Centre drawn over the whole image; size // 2 pixels either way, clipped; black before normalisation."""
+    batch, draws = images(64), uniforms(9, 0, 64, 2)
+    chosen = DatasetConfig(
+        name="test", source="cifar10", mean=MEAN, std=STD, augment=[{"name": "cutout", "size": size}]
+    )
+    ours = Stack.of(chosen)(batch, {"cutout": draws})
+    for image, (row, column), mine in zip(batch, draws, ours, strict=True):
+        y, x = int(row * 32), int(column * 32)
+        mask = torch.ones(32, 32)
+        mask[max(y - size // 2, 0) : y + size // 2, max(x - size // 2, 0) : x + size // 2] = 0
+        expected = F.normalize(F.convert_image_dtype(image, torch.float32) * mask, MEAN, STD)
+        assert torch.equal(mine, expected)
+
+
 def test_grey_images_are_repeated_onto_three_channels():
     batch, draws = images(8, channels=1), uniforms(6, 0, 8, len(SHARED))
     chosen = config(crop_padding=4, horizontal_flip=0.5, rotation=15)
