@@ -8,7 +8,8 @@ In a step, which a graph may replay:
     seen     = rows of all replicas of the same expert            # own ones with gradients; one exchange per auxiliary
     loss     = auxiliary.loss(seen)                               # of the whole batch, the same on every replica
 
-After it, one kernel at a time, and only where the step was finite: `update` with what was seen, then the copies follow.
+Before the first step of an epoch they may see all training images (before_epoch.py). After a step, one kernel at a time
+and only where the step was finite, comes `update` with what was seen, and the copies follow.
 Between experts one number of each auxiliary crosses, for the loss that is logged.
 
 Shapes: E experts, e of them held here, A auxiliaries, V views, B images of the whole batch, b of one replica.

@@ -17,6 +17,8 @@ The host waits for none of it. After an interval of steps it reads their losses,
 The loss is evaluated whole on every worker, as its replica's share of the global batch; only the worker's own experts
 carry gradients. So no feature or activation crosses the network, and any placement gives the same numbers.
 
+Before the first step of an epoch, auxiliaries may pass over all training images (before_epoch.py).
+
 stage_setup.py builds what a stage needs, evaluation.py scores a split, fitting.py is all that a stage without steps
 does, stage_files.py saves and loads.
 """
@@ -37,6 +39,7 @@ from experts.data.dataset import Dataset
 from orchestration.config.run_config import RunConfig
 from orchestration.storage.checkpoint import FileEntry
 from orchestration.training import evaluation, fitting, stage_files
+from orchestration.training.before_epoch import before_epoch
 from orchestration.training.compiling import compile_parts
 from orchestration.training.features import training_features
 from orchestration.training.mesh import Mesh
@@ -127,6 +130,8 @@ class StageTrainer:
 
         rows: list[Row] = []
         start = time.monotonic()
+        if now.step == 0:
+            before_epoch(self.training, now, self._alive)
         for batch in itertools.islice(self._upcoming, until - self.done):
             rows.append(self._step(batch, self.training.progress(self.done)))
             self.done += 1
