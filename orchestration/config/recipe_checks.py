@@ -256,6 +256,11 @@ def _auxiliary_problems(name: str, stage: StageConfig, method: Recipe) -> Iterat
         )
     for key, config in stage.auxiliaries.items():
         at = f"auxiliaries.{key}"
+        if config.views > 1 + len(stage.views):
+            yield (
+                f"{at}: auxiliary '{config.name}' compares {config.views} views of every image, and the stage makes "
+                f"{1 + len(stage.views)}; set views=[<a stack of augmentations>], as views=[simclr]"
+            )
         if not key.isidentifier() or hasattr(nn.ModuleDict, key) or key in ("loss", stage.objective.name):
             yield (
                 f"{at}: needed a name of letters, digits and underscores that is no other's, as the terms of the loss "

@@ -235,8 +235,7 @@ class TrainingSetup(StageSetup):
         """Whether the heads see the same of an image each time it is drawn, so that it can be computed once."""
         moving = self.learns & {"trunk", "features", "gates"} or self.stage.frozen_batchnorm == "train"
         other = self.stage.mixing is not None or self.stage.teachers or self.stage.views or not self.augment.is_off
-        several = any(auxiliary.views > 1 for auxiliary in self.stage.auxiliaries.values())
-        return self.flow.takes_features and not moving and not other and not several
+        return self.flow.takes_features and not moving and not other
 
     @property
     def steps_per_epoch(self) -> int:

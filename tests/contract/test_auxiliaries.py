@@ -228,7 +228,9 @@ class TestAlone:
 
 # All of them at once, on the experts of RIDE
 
-FEW_WORDS = [*WORDS, "method=ride", "backbone=resnet8", "method.stages.train.batch_size=7"]
+FEW_WORDS = [
+    *WORDS, "method=ride", "backbone=resnet8", "method.stages.train.batch_size=7", "method.stages.train.views=[crop_flip]",
+]  # fmt: skip
 SHAPES = {"packed": (3, 1), "spread": (1, 1), "two replicas": (3, 2), "three by three": (1, 3)}
 
 
@@ -260,11 +262,7 @@ def config_of(*more, weight=0.3):
 
 
 def trainer_of(config, mesh=None, stage="train") -> StageTrainer:
-    """Return a trainer whose batches have a second view: the images mirrored."""
-    trainer = StageTrainer(config, stage, few(), mesh or Mesh(MeshShape(3, 3)))
-    batches_of = trainer._batches_of
-    trainer._batches_of = lambda *args: (replace(b, views=(b.images_B3HW.flip(-1),)) for b in batches_of(*args))
-    return trainer
+    return StageTrainer(config, stage, few(), mesh or Mesh(MeshShape(3, 3)))
 
 
 def take(trainer, steps):
