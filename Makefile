@@ -14,6 +14,7 @@ setup: $(STAMP)
 # Standard builds from the package index, pinned. Compiled to bytecode here, so that libraries load in half the time.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"expertail needs Python 3.11 or later, found {sys.version.split()[0]}; set PYTHON=/path/to/python3.11")'
+	@echo 'installs torch, Ray, DeepSpeed, MLflow and the rest in .venv; minutes, most of it downloads'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -c constraints.txt -e '.[dev]'

@@ -49,7 +49,7 @@ class ObjectiveSettings(Settings):
         cls = piece("objective", self.name)
         if cls.weighable:
             return None
-        return f"objective '{self.name}' takes no class weights{cls.why_not_weighable}; set class_weights=null"
+        return f"objective '{self.name}' takes no class weights{cls.why_not_weighable}; leave class_weights out"
 
     @property
     def prepares(self) -> bool:

@@ -49,9 +49,13 @@ class CMO(Mixing):
             """See `MixingSettings.second_sampler`."""
             return self.sampler
 
+        def mixed_epochs(self, epochs: int) -> range:
+            """See `MixingSettings.mixed_epochs`."""
+            return range(self.quiet_first + 1, epochs - self.quiet_last + 1)
+
         def length_problem(self, epochs: int) -> str | None:
             """See `MixingSettings.length_problem`."""
-            if self.quiet_first + self.quiet_last < epochs:
+            if self.mixed_epochs(epochs):
                 return None
             return (
                 f"mixing.quiet_first = {self.quiet_first}, mixing.quiet_last = {self.quiet_last}: no epoch is left "
@@ -64,8 +68,7 @@ class CMO(Mixing):
     def blend(self, step: Step) -> Blend | None:
         """See `Mixing.blend`."""
         assert step.second_B is not None
-        epochs_before, epochs_after = step.now.epoch - 1, step.now.epochs - step.now.epoch
-        if epochs_before < self.config.quiet_first or epochs_after < self.config.quiet_last:
+        if step.now.epoch not in self.config.mixed_epochs(step.now.epochs):
             return None
         generator = step.generator("cmo")
         if generator.random() >= self.config.probability:

@@ -78,6 +78,10 @@ class MixingSettings(Settings):
         """Config of the sampler of a second stream of images, which partners come from; None: they are of the step."""
         return None
 
+    def mixed_epochs(self, epochs: int) -> range:
+        """Return the epochs, from 1, of a stage of so many in which steps may be mixed."""
+        return range(1, epochs + 1)
+
     def length_problem(self, epochs: int) -> str | None:
         """Return why a stage of so many epochs cannot be mixed, and what to set; None where it can."""
         del epochs

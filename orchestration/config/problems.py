@@ -12,6 +12,20 @@ from experts.registry import PieceOf, piece, registered_names
 from orchestration.config.run_config import RunConfig
 from orchestration.config.words import message
 
+_NEEDED = {
+    "int_": "a whole number",
+    "float_": "a number",
+    "bool_": "true or false",
+    "string_": "text",
+    "finite_number": "a finite number",
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "{ge:g} or more",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "{le:g} or less",
+}
+"""By the start of the type of one of pydantic's errors: what is needed. The longest start that fits counts."""
+_FEW = 8  # keys that a message may list
+
 Origin = Callable[[list[str]], str | None]
 """The layer that set the value at some keys, for problems to name it; None where the operator wrote it."""
 
@@ -47,6 +61,11 @@ def _line(problem: Any, tree: dict[str, Any], origin: Origin) -> str:
     text = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if isinstance(found, dict | list | BaseModel):
         return f"{key}: {text}" if key else text
+    if kind == "model_type":
+        model, _ = _model_at(keys, tree)
+        text = f"needed the keys {', '.join(model.model_fields)}" if model else "needed a mapping"
+    if starts := [start for start in _NEEDED if kind.startswith(start)]:
+        text = "needed " + _NEEDED[max(starts, key=len)].format(**problem.get("ctx", {}))
     if isinstance(found, float) and 0 < found < 1 and kind.startswith("int"):
         text += f"; a share of the stage is written {found:.3%}".replace(".000%", "%")
     return f"{key} = {found}: {text[0].lower() + text[1:]}"
@@ -61,7 +80,7 @@ def _joined(lines: list[str]) -> list[str]:
             by_value.setdefault(f"{value}: ", []).append(text)
         else:
             by_value[line] = []
-    return [value + ", or ".join(texts) for value, texts in by_value.items()]
+    return [value + ", or ".join(texts).replace(", or needed ", ", or ") for value, texts in by_value.items()]
 
 
 def _wrong_piece(key: str, problem: Any) -> str:
@@ -114,7 +133,10 @@ def _unknown_key(keys: list[Any], tree: dict[str, Any]) -> str:
     near = _nearest(last, list(model.model_fields) if model else [])
     parent = ".".join(map(str, parents))
     meant = [f"{parent + '.' if parent else ''}{near[0]}"] if near else _deeper(".".join(map(str, keys)), tree)[:1]
-    return "unknown key" + (f"; did you mean {meant[0]}?" if meant else "")
+    if meant:
+        return f"unknown key; did you mean {meant[0]}?"
+    few = model is not None and len(model.model_fields) <= _FEW
+    return "unknown key" + (f"; known: {', '.join(model.model_fields)}" if model and few else "")
 
 
 def _model_at(keys: list[Any], tree: Any) -> tuple[type[BaseModel] | None, str | None]:
@@ -128,6 +150,8 @@ def _model_at(keys: list[Any], tree: Any) -> tuple[type[BaseModel] | None, str |
             tree = tree[key] if isinstance(key, int) and key < len(tree) else {}
         else:
             tree = tree.get(key, {}) if isinstance(tree, dict) else {}
+        if isinstance(key, int) and hasattr(model, "model_fields"):
+            continue  # of a tuple of models, whose model is known already
         kind = None
         if isinstance(model, type) and issubclass(model, BaseModel):
             field = model.model_fields.get(key)

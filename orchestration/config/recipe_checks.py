@@ -235,7 +235,7 @@ def _mixing_problems(stage: StageConfig) -> Iterator[str]:
     if stage.mixing is None:
         return
     if piece("flow", stage.flow.name).needs_partner:
-        yield f"mixing.name = {stage.mixing.name}: flow '{stage.flow.name}' pairs batches already; set mixing=null"
+        yield f"mixing.name = {stage.mixing.name}: flow '{stage.flow.name}' pairs batches already; leave out the mixing"
     if problem := stage.mixing.length_problem(stage.epochs):
         yield problem
 

@@ -132,7 +132,9 @@ def _peculiarities(config: RunConfig, stage: StagePlan) -> Iterator[str]:
     if settings.mixing is not None:
         second = settings.mixing.second_sampler
         drawn = "of the same step" if second is None else f"of a second stream, sampler {second.name}"
-        yield f"images are mixed with others {drawn}: {settings.mixing.name}"
+        some = settings.mixing.mixed_epochs(settings.epochs)
+        when = "" if len(some) == settings.epochs else f", in epochs {some[0]} to {some[-1]} of {settings.epochs}"
+        yield f"images are mixed with others {drawn}: {settings.mixing.name}{when}"
     if settings.augment is not None:
         yield f"images are changed by {_stack(settings.augment)}"
     if settings.views:

@@ -31,7 +31,7 @@ from orchestration.results.style import (
     set_figure_title,
     shorten,
 )
-from orchestration.results.tables import GROUPS, diversity_of, members, selection_note
+from orchestration.results.tables import GROUPS, diversity_of, members, selection_note, shown_members
 from orchestration.storage.files import evaluations, final_evaluations, read_config, read_json
 from orchestration.storage.journal import Series, series
 
@@ -151,7 +151,7 @@ def _curves(
             for line, best in enumerate(marked):
                 _mark_best(axes, time, best, line, f" of {best['stage']}" if len(marked) > 1 else "")
         axes.set_xlabel("epoch")
-        axes.set_xlim(0, max(time.epochs, 1))
+        axes.set_xlim(0, 1.02 * max(time.epochs, 1))  # the last marker is seen whole
         for stage, start in list(time.starts.items())[1:]:
             axes.axvline(start, color="#999999", linewidth=0.8, linestyle="--")
             axes.annotate(stage, (start, 1), xycoords=("data", "axes fraction"), fontsize=7, color="#666666",
@@ -265,8 +265,9 @@ def _draw_groups(axes: Any, time: _Timeline, split: str) -> None:
 def _draw_members(axes: Any, time: _Timeline, split: str, group: str) -> None:
     axes.set_title(f"{split}: top-1 of {'all images' if group == 'all' else group + '-shot classes'} by member, %")
     names = [name.split("/")[1] for _, name in time.names() if re.fullmatch(f"{split}/[^/]+/{group}/top1", name)]
-    for index, member in enumerate(sorted(dict.fromkeys(names), key=lambda name: name != "ensemble")):
-        x, y = time.get(f"{split}/{member}/{group}/top1")
+    found = {member: time.get(f"{split}/{member}/{group}/top1") for member in names}
+    for index, member in enumerate(shown_members({name: str([*y]) for name, (_, y) in found.items()})):
+        x, y = found[member]
         _plot_accuracy(axes, x, y, member_colour(index), member, strong=index == 0)
     _legend(axes)
 

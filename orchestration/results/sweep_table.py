@@ -151,11 +151,17 @@ def _figure(result: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> Any
             y = np.array([np.nan if (v := one.get(key)) is None else 100 * v for one in top1])
             if np.isfinite(y).any():
                 strong = group == "all"
-                axes.plot(x, y, color=colour, marker="o", markersize=4, linewidth=2.4 if strong else 1.5,
+                line = {"linewidth": 2.4 if strong else 1.5} if on_axis else {"linestyle": ""}  # words have no between
+                axes.plot(x, y, color=colour, marker="o", markersize=4 if on_axis else 8, **line,
                           zorder=3 if strong else 2, label=_heading(key, result))  # fmt: skip
         axes.set_xlabel(result["key"])
         if not on_axis:
-            axes.set_xticks(x, [shorten(runs[i]["value"]) for i in order], rotation=20 if len(x) > 4 else 0)
+            words = [shorten(runs[i]["value"]) for i in order]
+            turned = sum(map(len, words)) > 40  # as many as one below the other would fit
+            axes.set_xticks(x, words, rotation=20 if turned else 0, ha="right" if turned else "center")
+            axes.set_xlim(-0.5, len(x) - 0.5)
+            axes.set_ylim(0, 100)
+            axes.grid(axis="x")
         elif x.min() > 0 and x.max() / x.min() > _WIDE:
             axes.set_xscale("log")
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))

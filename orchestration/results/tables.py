@@ -120,6 +120,16 @@ def members(evaluations: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return sorted(names, key=lambda name: name != "ensemble")
 
 
+def shown_members(values: Mapping[str, Any]) -> list[str]:
+    """Return the names of members worth a line, the ensemble first: one expert with equal values is the ensemble.
+
+    Args:
+        values: what would be shown, by member.
+    """
+    names = sorted(values, key=lambda name: name != "ensemble")
+    return names[:1] if len(names) == 2 and values[names[0]] == values[names[1]] else names
+
+
 def per_class_table(evaluations: Mapping[str, Mapping[str, Any]], data: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Return the accuracy of every class as one table, in the split orientation of pandas and MLflow.
 

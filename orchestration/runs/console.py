@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
-from orchestration.results.tables import GROUPS, members
+from orchestration.results.tables import GROUPS, shown_members
 
 _FIRST = ("loss", "lr", "images/s")
 _LINE_LENGTH = 160  # characters of a progress line; terms that do not fit are left out
@@ -158,7 +158,7 @@ class Console:
             table.add_column(f"{self._evaluation.get('split', '')} top-1 %", no_wrap=True, style="dim")
             for group in ("all", *GROUPS):
                 table.add_column(group, justify="right", no_wrap=True)
-            for member in members({"now": self._evaluation}):
+            for member in shown_members(_accuracies(self._evaluation)):
                 top1 = self._evaluation["members"][member]["top1"]
                 cells = [_percent(top1.get(group)) for group in ("all", *GROUPS)]
                 table.add_row(member, *cells, style="bold" if member == "ensemble" else "")
@@ -189,13 +189,17 @@ class Console:
 def evaluation_line(result: Mapping[str, Any]) -> str:
     """Return an evaluation as one line: every group of the ensemble, all images of each expert."""
     shown = [f"{result.get('split', '')} top-1 %, epoch {result.get('epoch', '?')}:"]
-    for member in members({"now": result}):
+    for member in shown_members(_accuracies(result)):
         top1 = result["members"][member]["top1"]
         if member == "ensemble":
             shown += [f"{group} {_percent(top1.get(group))}" for group in ("all", *GROUPS)]
         else:
             shown.append(f"{member} {_percent(top1.get('all'))}")
     return "  ".join(shown)
+
+
+def _accuracies(result: Mapping[str, Any]) -> dict[str, Any]:
+    return {member: found["top1"] for member, found in result["members"].items()}
 
 
 def _fit(line: str, terms: Sequence[str], width: int) -> str:

@@ -224,8 +224,10 @@ def follow(sender: Sender, wake: threading.Event, *, interval_s: float = 2.0, sy
     """Send what arrives until woken. No exception leaves; after failures the pause grows, up to a minute.
 
     The pause is random by a fifth, so that the uploaders of many runs do not ask a recovered server all at once.
+
+    Once the tracking server shows that the run is there, the process yields to training.
     """
-    failures, system_at = 0, time.monotonic() + system_s
+    failures, system_at, yields = 0, time.monotonic() + system_s, False
     while not wake.is_set():
         if not sender.has_run:
             wake.wait(interval_s)
@@ -233,6 +235,9 @@ def follow(sender: Sender, wake: threading.Event, *, interval_s: float = 2.0, sy
         try:
             sender.connect()
             sender.describe()
+            if not yields:
+                set_priority(19)
+                yields = True
             sender.send_points(time.monotonic() + 10.0)
             if time.monotonic() >= system_at:
                 system_at = time.monotonic() + system_s

@@ -392,7 +392,7 @@ def main(arguments: list[str]) -> int:
     driver was killed: send the rest for 10 s and call the run KILLED.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `ray job stop` sends it to everybody; the driver says when to end
-    set_priority(19)
+    set_priority(10)  # before the workers, which Ray has at 15; `follow` yields to them
     run_dir = Path(arguments[0])
     target = Target(**json.loads(sys.stdin.readline()))
     sys.stdout, sys.stderr = RedactedStream(sys.stdout), RedactedStream(sys.stderr)
@@ -415,6 +415,7 @@ def main(arguments: list[str]) -> int:
             return 1
         sender = MlflowSender(run_dir, target)
         follow(sender, wake)
+        set_priority(0)  # whatever `follow` set last
         return 0 if flush(sender, last["finish"], last["status"]) is None else 3
 
 

@@ -79,7 +79,7 @@ def test_any_value_gives_a_valid_name(tmp_path):
         ("nothing", [], "needed KEY=V1,V2"),
         ("dataset=digits_lt,cifar10_lt", [], "compares runs on the same data"),
         ("then=ncm,crt,crt2", [], "then=crt2: no such then, did you mean then=crt"),
-        (f"{RATIO}=0,2", [], "less than or equal to 1"),
+        (f"{RATIO}=0,2", [], "needed 1 or less"),
         ("method.stages.h2t.flow.rato=0,1", [], "did you mean method.stages.h2t.flow.ratio"),
         (f"{RATIO}=0,1", [f"{RATIO}=0.3"], "set twice"),
         ("run.keep_checkpoints=1,2", [], "both runs would compute the same"),

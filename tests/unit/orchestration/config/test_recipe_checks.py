@@ -227,7 +227,7 @@ def test_cmo_in_a_short_stage_of_a_pace_is_refused_by_the_stage():
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["method=bbn", "mix={}"], ["stages.train.mixing.name = {}", "flow 'bilateral' pairs batches", "mixing=null"]),
+        (["method=bbn", "mix={}"], ["stages.train.mixing.name = {}", "'bilateral' pairs batches", "leave out"]),
         (["method=ride", "then=h2t", "method.stages.h2t.mixing.name={}"], ["h2t.mixing.name = {}", "flow 'h2t'"]),
         (["method=ce", "then=ncm", "method.stages.ncm.mixing.name={}"], ["stages.ncm.mixing.name = {}", "no steps"]),
     ],

@@ -100,6 +100,13 @@ def test_an_evaluation_is_one_line_with_the_ensemble_first_and_no_number_for_an_
     )
 
 
+def test_one_expert_whose_accuracies_are_the_ensembles_is_not_shown_beside_it():
+    same = {"split": "test", "epoch": 2, "members": {m: {"top1": {"all": 0.5}} for m in ("expert0", "ensemble")}}
+    assert "expert0" not in evaluation_line(same)
+    same["members"]["expert1"] = {"top1": {"all": 0.5}}
+    assert "expert0 50.0  expert1 50.0" in evaluation_line(same)
+
+
 @pytest.mark.parametrize("width", ["200", "20", "1"])
 def test_a_terminal_of_any_width_gets_a_live_view(monkeypatch, now, width):
     monkeypatch.setenv("COLUMNS", width)
