@@ -174,30 +174,41 @@ def frame(images: Tensor, size: int, short_side: int | None = None) -> Tensor:
     return images[..., top : top + size, left : left + size]
 
 
-def resized_crop_box(
-    height: int, width: int, scale: tuple[float, float], uniforms: np.ndarray
-) -> tuple[int, int, int, int]:
-    """Return where to crop: top, left, height and width in pixels, as torchvision's RandomResizedCrop chooses.
+def resized_crop_boxes(height: int, width: int, scale: tuple[float, float], uniforms_BK: np.ndarray) -> np.ndarray:
+    """Return where to crop images of one size, as torchvision's RandomResizedCrop chooses.
 
     Up to ten attempts at an area share from `scale` and a log-uniform aspect in [3/4, 4/3]; if none fits, the largest
     centred crop of an allowed aspect.
 
     Args:
-        uniforms: [CROP_UNIFORMS] in [0, 1).
+        uniforms_BK: [B, CROP_UNIFORMS] in [0, 1).
+
+    Returns:
+        Top, left, height and width in pixels, int64 [B, 4].
     """
     low, high = math.log(3 / 4), math.log(4 / 3)
-    for share, aspect in uniforms[:-2].reshape(CROP_ATTEMPTS, 2).tolist():
-        area = height * width * (scale[0] + share * (scale[1] - scale[0]))
-        ratio = math.exp(low + aspect * (high - low))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return int(uniforms[-2] * (height - h + 1)), int(uniforms[-1] * (width - w + 1)), h, w
+    share_BA, aspect_BA = uniforms_BK[:, :-2].reshape(-1, CROP_ATTEMPTS, 2).transpose(2, 0, 1)
+    area_BA = height * width * (scale[0] + share_BA * (scale[1] - scale[0]))
+    ratio_BA = np.exp(low + aspect_BA * (high - low))
+    sides_2BA = np.rint([np.sqrt(area_BA / ratio_BA), np.sqrt(area_BA * ratio_BA)])
+    fits_BA: np.ndarray = ((sides_2BA > 0) & (sides_2BA <= np.array([height, width])[:, None, None])).all(axis=0)
+    h_B, w_B = sides_2BA[:, np.arange(len(uniforms_BK)), fits_BA.argmax(axis=1)]
+    top_B, left_B = uniforms_BK[:, -2] * (height - h_B + 1), uniforms_BK[:, -1] * (width - w_B + 1)
+    boxes_B4 = np.stack([top_B, left_B, h_B, w_B], axis=1).astype(np.int64)  # cuts off
+
     h = min(height, round(width / (3 / 4)))
     w = min(width, round(height * (4 / 3)))
-    return (height - h) // 2, (width - w) // 2, h, w
+    boxes_B4[~fits_BA.any(axis=1)] = (height - h) // 2, (width - w) // 2, h, w
+    return boxes_B4
 
 
 def resized_crop(image: Tensor, size: int, scale: tuple[float, float], uniforms: np.ndarray) -> Tensor:
     """Crop at random and resize to size x size, uint8 [channels, H, W] to [channels, size, size]."""
-    top, left, h, w = resized_crop_box(image.shape[-2], image.shape[-1], scale, uniforms)
+    [box] = resized_crop_boxes(image.shape[-2], image.shape[-1], scale, uniforms[None])
+    return crop_and_resize(image, box, size)
+
+
+def crop_and_resize(image: Tensor, box: np.ndarray, size: int) -> Tensor:
+    """Resize a box of an image, its top, left, height and width, to size x size."""
+    top, left, h, w = box.tolist()
     return resize(image[:, top : top + h, left : left + w], size, size)

@@ -55,6 +55,40 @@ def _resample_axis(images_BcHW: Tensor, start_L: np.ndarray, length_L: np.ndarra
     return (total >> bits).clamp(0, 255).to(torch.uint8)
 
 
+def enlarge(images_BcSS: Tensor, boxes_B4: np.ndarray) -> Tensor:
+    """Crop square images and resize the crops to the images' own size on a CPU, to the pixels of `resample`.
+
+    One product of matrices over columns, then one over rows. Nothing is made smaller, so weights add up to 2^14 and
+    sums stay below 2^24: float32 holds every one of them exactly.
+
+    Args:
+        images_BcSS: uint8.
+        boxes_B4: top, left, height and width, pixels, inside of the images.
+    """
+    images, channels, size, _ = images_BcSS.shape
+    if not images:
+        return images_BcSS
+    columns_BSS = _matrices(boxes_B4[:, 1], boxes_B4[:, 3], size)
+    rows_BSS = _matrices(boxes_B4[:, 0], boxes_B4[:, 2], size)
+    wide = torch.bmm(images_BcSS.reshape(images, channels * size, size).float(), columns_BSS.mT)
+    wide = wide.add_(0.5).floor_().clamp_(0, 255)
+    tall = wide.view(images, channels, size, size).transpose(1, 2).reshape(images, size, channels * size)
+    done = torch.bmm(rows_BSS, tall).add_(0.5).floor_().clamp_(0, 255).to(torch.uint8)
+    return done.view(images, size, channels, size).transpose(1, 2).contiguous()
+
+
+def _matrices(start_B: np.ndarray, length_B: np.ndarray, size: int) -> Tensor:
+    """Return the weights of every input pixel (last axis) in every output pixel, float32 [B, S, S], as shares of 1."""
+    first_BS, weight_BST, bits_B = tap_table(length_B, size)
+    assert bits_B.max() <= 16, "sums would not be exact"
+    found_BSS = np.zeros((len(start_B), size, size), dtype=np.float32)
+    image, place = np.ogrid[: len(start_B), :size]
+    for tap in range(weight_BST.shape[2]):
+        taken_BS = start_B[:, None] + np.minimum(first_BS + tap, length_B[:, None] - 1)
+        found_BSS[image, place, taken_BS] += weight_BST[:, :, tap]
+    return torch.from_numpy(found_BSS * 2.0 ** -bits_B[:, None, None].astype(np.float32))
+
+
 def tap_table(length_L: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the input pixels that make up each output pixel.
 

@@ -8,7 +8,7 @@ from torchvision.transforms import functional as F
 from experts.augmentation.color_jitter import ORDERS
 from experts.augmentation.stack import SHARED, Stack, prepare_eval
 from experts.data.config import Augment, ColorJitter, DatasetConfig
-from experts.data.decode import CROP_ATTEMPTS, frame, resized_crop_box
+from experts.data.decode import CROP_ATTEMPTS, frame, resized_crop_boxes
 from experts.data.keyed_random import uniforms
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -141,7 +141,7 @@ def test_random_crops_are_distributed_as_torchvisions(height, width):
     image, scale = torch.empty(1, height, width), (0.08, 1.0)
     theirs = np.array([RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3]) for _ in range(2000)])
     draws = uniforms(8, 0, 2000, 2 * CROP_ATTEMPTS + 2)
-    ours = np.array([resized_crop_box(height, width, scale, row) for row in draws])
+    ours = resized_crop_boxes(height, width, scale, draws)
     for a, b in ((ours[:, 2] * ours[:, 3], theirs[:, 2] * theirs[:, 3]), (ours[:, 1], theirs[:, 1])):
         assert abs(a.mean() - b.mean()) <= 5 * np.hypot(a.std(), b.std()) / np.sqrt(2000)
     assert (ours[:, 0] + ours[:, 2] <= height).all()

@@ -8,8 +8,8 @@ import torch
 from torch.nn.functional import interpolate
 
 from experts.augmentation.resized_crop import random_resized_crops
-from experts.data.decode import CROP_UNIFORMS, resized_crop_box
-from experts.data.resampling import resample, tap_table
+from experts.data.decode import CROP_UNIFORMS, resize, resized_crop_boxes
+from experts.data.resampling import enlarge, resample, tap_table
 
 DRAWS = np.random.default_rng(0)
 
@@ -49,7 +49,7 @@ def test_black_and_white_stay_so():
 def test_every_image_has_a_crop_of_its_own():
     images = picture(64, 3, 32, 32)
     uniforms = DRAWS.random((64, CROP_UNIFORMS))
-    boxes = np.array([resized_crop_box(32, 32, (0.08, 1.0), row) for row in uniforms])
+    boxes = resized_crop_boxes(32, 32, (0.08, 1.0), uniforms)
     found = resample(images, boxes, 32, 32)
     assert torch.equal(found, random_resized_crops(images, uniforms, (0.08, 1.0)))
     assert len({tuple(box) for box in boxes.tolist()}) > 60
@@ -65,3 +65,20 @@ def test_weights_of_an_axis_that_is_halved():
     assert first.tolist() == [[0, 1]]
     assert (weights[0, 0] / 2 ** bits[0])[:3] == pytest.approx([3 / 7, 3 / 7, 1 / 7], abs=1e-4)
     assert 2**14 <= weights.max() < 2**15
+
+
+@pytest.mark.parametrize("size", [8, 31, 32, 40])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_products_of_matrices_give_torchs_pixels(size, channels):
+    """Every width and height of a crop, black and white among the pixels."""
+    images = picture(64, channels, size, size)
+    images[::7] = 255
+    sides = DRAWS.integers(1, size + 1, (64, 2))
+    sides[0], sides[1] = 1, size
+    boxes = np.hstack([(DRAWS.random((64, 2)) * (size - sides + 1)).astype(np.int64), sides])
+    expected = [
+        resize(image[:, top : top + h, left : left + w], size, size)
+        for image, (top, left, h, w) in zip(images, boxes.tolist(), strict=True)
+    ]
+    assert torch.equal(enlarge(images, boxes), torch.stack(expected))
+    assert enlarge(images[:0], boxes[:0]).shape == (0, channels, size, size)
