@@ -191,7 +191,8 @@ def resized_crop_boxes(height: int, width: int, scale: tuple[float, float], unif
     area_BA = height * width * (scale[0] + share_BA * (scale[1] - scale[0]))
     ratio_BA = np.exp(low + aspect_BA * (high - low))
     sides_2BA = np.rint([np.sqrt(area_BA / ratio_BA), np.sqrt(area_BA * ratio_BA)])
-    fits_BA: np.ndarray = ((sides_2BA > 0) & (sides_2BA <= np.array([height, width])[:, None, None])).all(axis=0)
+    fits_2BA = (sides_2BA > 0) & (sides_2BA <= np.array([height, width])[:, None, None])
+    fits_BA = fits_2BA[0] & fits_2BA[1]
     h_B, w_B = sides_2BA[:, np.arange(len(uniforms_BK)), fits_BA.argmax(axis=1)]
     top_B, left_B = uniforms_BK[:, -2] * (height - h_B + 1), uniforms_BK[:, -1] * (width - w_B + 1)
     boxes_B4 = np.stack([top_B, left_B, h_B, w_B], axis=1).astype(np.int64)  # cuts off
