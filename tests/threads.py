@@ -18,7 +18,7 @@ class ThreadGroup:
     """A group of some of the threads. It sums in the order of ranks, so all have the same bits.
 
     Attributes:
-        made: its exchanges, in words.
+        made: its exchanges, in words, with the bytes that this worker gave.
     """
 
     handle = None
@@ -26,10 +26,10 @@ class ThreadGroup:
     def __init__(self, rank: int, given: list[Any], barrier: threading.Barrier) -> None:
         self.size, self.rank = len(given), rank
         self._given, self._barrier = given, barrier
-        self.made: list[str] = []
+        self.made: list[tuple[str, int]] = []
 
     def all_gather(self, own: Tensor, what: str) -> list[Tensor]:
-        self.made.append(what)
+        self.made.append((what, own.nbytes))
         self._given[self.rank] = own.detach().clone()
         self._barrier.wait()
         found = list(self._given)

@@ -40,9 +40,9 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def push(self, keys_Bd: Tensor, labels_B: Tensor, ok: Tensor) -> None:
-        """Put B <= K vectors in the place of the oldest ones, in their order, where `ok`; the host does not wait."""
+        """Put vectors in the place of the oldest ones, in their order, where `ok`; the host does not wait."""
         size = len(self.labels_K)
-        assert len(keys_Bd) <= size, (len(keys_Bd), size)
+        keys_Bd, labels_B = keys_Bd[-size:], labels_B[-size:]  # a stage's batch fits, a plan's may not
         at_B = (self.next + torch.arange(len(keys_Bd), device=keys_Bd.device)) % size
         self.keys_Kd.index_copy_(0, at_B, torch.where(ok, keys_Bd.to(self.keys_Kd.dtype), self.keys_Kd[at_B]))
         self.labels_K.index_copy_(0, at_B, torch.where(ok, labels_B, self.labels_K[at_B]))

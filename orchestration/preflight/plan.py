@@ -81,6 +81,8 @@ class StagePlan:
             count as one.
         work_before: multiply-adds per training image before the first step, over all workers, where features are
             computed once for all steps; else 0.
+        work_each_epoch: the same before every epoch, where auxiliaries look at all training images.
+        auxiliary_bytes: of auxiliaries and copies of the network, on the worker that holds most; `memory` has them too.
         slot_work: multiply-adds of a training step per image, by slot; `work` is their sum.
         slot_calls: functions of torch that a step calls, by slot, as `Load.calls`.
         repeated: multiply-adds that a spread placement adds to the forward pass, as a share of the packed one's.
@@ -102,6 +104,8 @@ class StagePlan:
     memory: int | None
     work: float | None
     work_before: float
+    work_each_epoch: float
+    auxiliary_bytes: int
     slot_work: tuple[float, ...] | None
     slot_calls: tuple[int, ...]
     repeated: float | None
@@ -316,6 +320,8 @@ def _stage_with(
         memory=None if unknown else _memory(config, stage, shape, loads),
         work=work,
         work_before=shape.replicas * sum(load.work_before for load in loads),
+        work_each_epoch=sum(load.work_each_epoch for load in loads),  # replicas divide the images
+        auxiliary_bytes=max(load.auxiliary_bytes for load in loads),
         slot_work=None if unknown else tuple(load.training_work for load in loads),
         slot_calls=tuple(load.calls for load in loads),
         repeated=repeated,
@@ -349,6 +355,8 @@ def _without_steps(config: RunConfig, name: str, shape: MeshShape, num_classes: 
         memory=_number_bytes(config) * max(own),
         work=0.0,
         work_before=0.0,
+        work_each_epoch=0.0,
+        auxiliary_bytes=0,
         slot_work=(),
         slot_calls=(),
         repeated=0.0,
@@ -404,8 +412,8 @@ def _work(stage: StageConfig, loads: list[Load]) -> tuple[float, float]:
 
 
 def _memory(config: RunConfig, stage: StageConfig, shape: MeshShape, loads: list[Load]) -> int:
-    """Return the bytes of weights, gradients, momentum, teachers and, with ZeRO, the worker's share of the master
-    weights, for the slot that holds most."""
+    """Return the bytes of weights, gradients, momentum, teachers, auxiliaries and, with ZeRO, the worker's share of the
+    master weights, for the slot that holds most."""
     assert stage.optimizer is not None
     engine, momentum = config.engine, stage.optimizer.momentum > 0
     most = 0.0
@@ -420,6 +428,7 @@ def _memory(config: RunConfig, stage: StageConfig, shape: MeshShape, loads: list
             else:
                 copies = (1.0 if engine.zero_stage == 1 else 1 / among) + (1 + momentum) / among
             total += copies * sum(groups)
+        total += load.auxiliary_bytes / _number_bytes(config)
         most = max(most, total)
     return round(most * _number_bytes(config))
 

@@ -140,6 +140,7 @@ def _peculiarities(config: RunConfig, stage: StagePlan) -> Iterator[str]:
     if settings.views:
         shown = "; ".join(_stack(view) for view in settings.views)
         yield f"every image comes in {len(settings.views) + 1} views; further ones: {shown}"
+    yield from _auxiliaries(settings, stage)
     source = method.starts_from(stage.name)
     if source is not None:
         yield f"starts from the weights of {_source(source)}"
@@ -151,6 +152,21 @@ def _peculiarities(config: RunConfig, stage: StagePlan) -> Iterator[str]:
         yield f"teacher {name}: {_source(teacher)}, {what}; {teacher.mode} mode"
     if settings.objective is not None and settings.objective.prepares:
         yield "before the first step every worker runs the teachers once on all training and validation images"
+
+
+def _auxiliaries(settings: StageConfig, stage: StagePlan) -> Iterator[str]:
+    """Describe what experts have beside features and head, and what it costs."""
+    if not settings.auxiliaries:
+        return
+    names = ", ".join(f"{key} ({config.name})" for key, config in settings.auxiliaries.items())
+    copy = any(config.momentum_copy is not None for config in settings.auxiliaries.values())
+    held = "with a copy of the network that follows it, " if copy else ""
+    yield f"auxiliaries of the experts: {names}; {held}{bytes_(stage.auxiliary_bytes)} on a worker, which no export has"
+    if stage.work_each_epoch:
+        yield (
+            f"before every epoch trunk and features run on all training images, {stage.work_each_epoch:,.0f} "
+            f"multiply-adds for each"
+        )
 
 
 def _stack(augment: Augment) -> str:

@@ -34,9 +34,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from experts.auxiliaries.attached import auxiliaries_of
 from experts.backbones.cost import multiply_adds, multiply_adds_by_shape
 from experts.batches import Batch
-from experts.ensemble import Ensemble, build_ensemble
+from experts.ensemble import TRAINING_ONLY, Ensemble, build_ensemble, part_of
 from orchestration.config.run_config import RunConfig
 from orchestration.preflight.blanks import BlankTeacher, NoArithmetic, blank_batches, blank_dataset
 from orchestration.training.engine import IN_WORDS, TorchEngine, check, group_of
@@ -98,6 +99,8 @@ class Load:
         work: the same of everything, teachers included. An image and its partner count as one.
         training_work: the same with backward passes.
         work_before: multiply-adds per training image before the first step, where features are computed once.
+        work_each_epoch: multiply-adds per training image before an epoch, where auxiliaries look at all images.
+        auxiliary_bytes: of what auxiliaries and copies of the network hold beside the ensemble, memories too.
         calls: functions of torch that a step calls. One that is differentiated counts twice, for it runs backward too.
     """
 
@@ -109,6 +112,8 @@ class Load:
     work: float = 0.0
     training_work: float = 0.0
     work_before: float = 0.0
+    work_each_epoch: float = 0.0
+    auxiliary_bytes: int = 0
     calls: int = 0
 
 
@@ -181,8 +186,11 @@ def _load(setup: TrainingSetup, record: list[Crossing], costs: Mapping[str, Cost
         parameters=_parameters(setup.model),
         teacher_parameters=sum(p.numel() for held in setup.teachers.held.values() for p in held.parameters()),
         learning=_learning(setup.leaves),
+        auxiliary_bytes=_auxiliary_bytes(setup.model),
     )
     own = costs[""]
+    if any(piece.looks(setup.progress(0)) for piece in setup.auxiliaries.pieces):
+        load.work_each_epoch = own.trunk + len(setup.model.experts) * own.features
     with _Work(load, [("", setup.model), *setup.teachers.held.items()], costs):
         few, load.calls = _step(setup, record, _FEW, own.width if kept else None)
     if kept:
@@ -277,8 +285,18 @@ def size_without_steps(config: RunConfig, stage: str, num_classes: int) -> tuple
 
 
 def _parameters(model: Ensemble) -> dict[str, int]:
-    parts = {"trunk": model.trunk, "shared": model.shared, **model.experts}
-    return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    held = {"trunk": 0, "shared": 0, **dict.fromkeys(model.names, 0)}
+    for name, parameter in model.named_parameters():
+        if part_of(name) not in TRAINING_ONLY:
+            words = name.split(".")
+            held[words[1] if words[0] == "experts" else words[0]] += parameter.numel()
+    return held
+
+
+def _auxiliary_bytes(model: Ensemble) -> int:
+    """Return the bytes of what an ensemble has only while it trains."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return sum(tensor.nbytes for name, tensor in tensors if part_of(name) in TRAINING_ONLY)
 
 
 def _learning(leaves: Leaves) -> dict[str, list[int]]:
@@ -312,7 +330,7 @@ class _Work:
     def __init__(self, load: Load, ensembles: Iterable[tuple[str, Ensemble]], costs: Mapping[str, Costs]) -> None:
         self._load = load
         self._hooks = [
-            part.register_forward_hook(partial(self._count, cost, name if part is model.trunk else None))
+            part.register_forward_hook(partial(self._count, cost, name if part in _trunks(model) else None))
             for name, model in ensembles
             for part, cost in _parts(model, costs[name])
         ]
@@ -332,6 +350,7 @@ class _Work:
         images = inputs[0].shape[0] * (inputs[0].shape[1] if inputs[0].ndim == 3 else 1) / _FEW
         learns = any(p.requires_grad for p in module.parameters())
         # Backward costs as much as forward for the gradient of the input, and again for that of the weights.
+        # Copies of the network run without gradients.
         backward = 1 + learns if output.requires_grad else 0
         self._load.work += images * cost
         self._load.training_work += images * cost * (1 + backward)
@@ -358,11 +377,23 @@ class _Calls(TorchFunctionMode):
         return found
 
 
+def _trunks(model: Ensemble) -> list[nn.Module]:
+    """Return the trunk, and its copy if there is one."""
+    return [model.trunk] if model.trunk_copy is None else [model.trunk, model.trunk_copy]
+
+
 def _parts(model: Ensemble, costs: Costs) -> Iterator[tuple[nn.Module, int]]:
     """Yield the parts of an ensemble whose work counts, and their cost per image."""
-    yield model.trunk, costs.trunk
+    yield from ((trunk, costs.trunk) for trunk in _trunks(model))
     for expert in model.members():
         yield expert.features, costs.features
+        embeds = [auxiliary.embed for auxiliary in auxiliaries_of(expert).values()]
+        if expert.momentum_copy is not None:
+            yield expert.momentum_copy["features"], costs.features
+            embeds += expert.momentum_copy["embed"].children()
+        for embed in embeds:
+            dtype = next((p.dtype for p in embed.parameters()), torch.float32)
+            yield embed, multiply_adds(embed, torch.zeros(2, costs.width, dtype=dtype)) // 2
         if expert.gate is not None:
             yield expert.gate, costs.gate
         if "head" not in model.shared:

@@ -12,7 +12,6 @@ from dataclasses import replace
 from functools import lru_cache
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -23,17 +22,16 @@ from experts import registry
 from experts.auxiliaries.auxiliary import AuxiliarySettings, Seen
 from experts.batches import share
 from experts.cases import cases_of
-from experts.data.images import ResidentImages
 from experts.ensemble import TRAINING_ONLY, part_of
 from experts.progress import Progress
 from orchestration.config.compose import load_config
 from orchestration.storage.exports import ensemble_state
 from orchestration.training import graphs
 from orchestration.training.mesh import Mesh, MeshShape
-from orchestration.training.trainer import StageTrainer
+from tests.auxiliaries import FEW_WORDS, SHAPES, config_of, take, tensors_of, trainer_of
 from tests.emulated_device import DEVICE, EmulatedDevice
 from tests.emulated_graphs import emulated_graphs
-from tests.recipes import AS_ON_A_GPU, WORDS, digits
+from tests.recipes import AS_ON_A_GPU
 from tests.threads import run_mesh
 
 registry.import_pieces(experts, aggregation)
@@ -227,58 +225,6 @@ class TestAlone:
 
 
 # All of them at once, on the experts of RIDE
-
-FEW_WORDS = [
-    *WORDS, "method=ride", "backbone=resnet8", "method.stages.train.batch_size=7", "method.stages.train.views=[crop_flip]",
-]  # fmt: skip
-SHAPES = {"packed": (3, 1), "spread": (1, 1), "two replicas": (3, 2), "three by three": (1, 3)}
-
-
-def words_of(*more, weight=0.3) -> list[str]:
-    """Return RIDE with every auxiliary in its first case."""
-    found = [*FEW_WORDS, *more]
-    for name in registry.registered_names("auxiliary"):
-        found += [f"method.stages.train.auxiliaries.x_{name}.name={name}"]
-        found += [f"method.stages.train.auxiliaries.x_{name}.weight={weight}"]
-        fields = registry.piece("auxiliary", name).Config.model_fields
-        found += [f"method.stages.train.auxiliaries.x_{name}.queue_size=14"] * ("queue_size" in fields)
-        found += [f"method.stages.train.auxiliaries.x_{name}.momentum=0.9"] * ("momentum" in fields)
-    return found
-
-
-@lru_cache
-def few():
-    """Return 22 digits, of every class; in batches of 7 the fourth has one."""
-    whole = digits(0)
-    counts_C = np.array([3, 3, *[2] * 8])
-    chosen = np.concatenate([np.flatnonzero(whole.train.labels == c)[:n] for c, n in enumerate(counts_C)])
-    train = ResidentImages(whole.train.images[torch.from_numpy(chosen)], whole.train.labels[chosen])
-    return replace(whole, counts_C=counts_C, train=train)
-
-
-@lru_cache
-def config_of(*more, weight=0.3):
-    return load_config(words_of(*more, weight=weight))
-
-
-def trainer_of(config, mesh=None, stage="train") -> StageTrainer:
-    return StageTrainer(config, stage, few(), mesh or Mesh(MeshShape(3, 3)))
-
-
-def take(trainer, steps):
-    """Return losses and terms of some steps, over the ends of epochs."""
-    found, per_epoch = [], trainer.setup.steps_per_epoch
-    for _ in range(steps):
-        interval = trainer.train(trainer.done + 1)
-        found.append({"loss": interval.losses[0], **interval.terms})
-    assert per_epoch == 4
-    return found
-
-
-def tensors_of(trainer) -> dict[str, Tensor]:
-    momentum = trainer.training.engine.momentum()
-    weights = {name: value.cpu().clone() for name, value in trainer.setup.model.state_dict().items()}
-    return weights | {f"{name} momentum": value.cpu().clone() for name, value in momentum.items()}
 
 
 def trained(shape, steps=6, more=("engine.precision=float64",)):

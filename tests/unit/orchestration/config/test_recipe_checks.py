@@ -1,9 +1,11 @@
-"""Second stages and mixings that cannot work are refused by key, one message for each mistake."""
+"""Second stages, mixings and auxiliaries that cannot work are refused by key, one message for each mistake."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
+from experts import registry
 from orchestration.config.compose import load_config
 from orchestration.config.words import available
 from tests.second_stages import HOST, WITH_STEPS, WITHOUT_STEPS, second_stages
@@ -251,3 +253,40 @@ def test_a_stage_that_cannot_be_mixed_is_refused_by_key(mix, words, parts):
 )
 def test_a_value_that_means_nothing_is_refused_by_key(word, part):
     assert part in problem(f"method.stages.train.{word}", host=MIXED)
+
+
+AT = "method.stages.train.auxiliaries"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["method=bbn", f"{AT}.t.name=triplet"], "flow 'bilateral' takes none; set flow.name=plain"),
+        (["method=ce", f"{AT}.s.name=supcon"], "s: auxiliary 'supcon' compares 2 views of every image, and the stage"),
+        (["method=ce", "mix=mixup", f"{AT}.t.name=triplet"], "mixed images have two each; set mixing=null"),
+        (["method=ce", f"{AT}.p.name=paco", f"{AT}.p.queue_size=64"], "p.queue_size = 64: .* batch_size = 128; set"),
+        (["method=ce", f"{AT}.p.name=paco", f"{AT}.p.queue_size=300"], "needed a multiple of .*set queue_size=256"),
+        (["method=ce", f"{AT}.p.name=paco", f"{AT}.p.momentum=1"], "momentum.* less than 1"),
+        (["method=ce", f"{AT}.p.name=paco", f"{AT}.p.momentum=-0.1"], "momentum.* greater than or equal to 0"),
+        (["method=ride", f"{AT}.t.name=triplet", f"{AT}.t.experts=[expert7]"], "t.experts: found expert7; needed some"),
+        (["method=ce", f"{AT}.cross_entropy.name=triplet"], "auxiliaries.cross_entropy: needed a name .* no other's"),
+        (["method=ce", f"{AT}.t.name=tripplet"], "tripplet"),
+        (
+            ["method=ce", f"{AT}.p.name=paco", f"{AT}.p.momentum=0.9", f"{AT}.q.name=paco"],
+            "p.momentum = 0.9, q.momentum = 0.999; the network has one copy; set them equal",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_by_key(words, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(["dataset=digits_lt", "method.stages.train.batch_size=128", *words])
+
+
+def test_a_stage_without_steps_has_none():
+    with pytest.raises(ValueError, match=r"stages.ncm.auxiliaries = \['t'\]: the stage has no steps"):
+        load_config(["method=ncm", "dataset=digits_lt", "method.stages.ncm.auxiliaries.t.name=triplet"])
+
+
+def test_means_of_classes_need_an_image_of_each():
+    with pytest.raises(ValueError, match="1 of 4 classes have no training image: class 2; needed at least 1 of each"):
+        registry.build("auxiliary", registry.piece("auxiliary", "dro_lt").Config(), 6, torch.tensor([4, 2, 0, 1]))

@@ -5,11 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
+from experts.batches import share
+from experts.ensemble import TRAINING_ONLY, part_of
 from experts.flows.plain import Plain
 from orchestration.config.compose import load_config
 from orchestration.preflight.blanks import NoArithmetic
 from orchestration.preflight.plan import plan
+from orchestration.preflight.rehearsal import rehearse
+from orchestration.training.exchange import Alone
+from orchestration.training.mesh import MeshShape
 from orchestration.training.step import TrainingStep
+from tests.auxiliaries import FEW_WORDS, SHAPES, config_of, few, trainer_of
+from tests.threads import run_mesh
 
 
 def planned(*words):
@@ -69,3 +76,48 @@ def test_initial_weights_without_arithmetic_leave_the_generator_alone():
         weights = torch.nn.Linear(5, 3).weight
     assert weights.min() == weights.max() > 0
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("place", ["spread", "two replicas"])
+def test_a_plan_knows_the_exchanges_of_a_step(place):
+    """By name, number and bytes."""
+    config = config_of()
+    shape = MeshShape(3, *SHAPES[place])
+    (load, *_), _ = rehearse(config, "train", few().counts_C, shape, {})
+    rows = share(7, 0, shape.replicas)[1]
+    planned = {t.what: (t.times, t.fixed + t.per_image * rows) for t in load.traffic}
+
+    def work(mesh, lock):
+        with lock:
+            trainer = trainer_of(config, mesh)
+        setup = trainer.training
+        batch = next(trainer._batches_of(setup, 1, 0))
+        groups = [group._group for group in vars(mesh.groups).values() if not isinstance(group, Alone)]
+        before = [len(group.made) for group in groups]
+        trainer._step(batch, setup.progress(0))
+        return [one for group, first in zip(groups, before, strict=True) for one in group.made[first:]]
+
+    crossed = run_mesh(shape, work)[0]
+    found = {what: (len(own), sum(own)) for what in planned if (own := [n for w, n in crossed if w == what])}
+    assert found == planned
+    assert {what for what, _ in crossed} == set(planned)
+
+
+def test_a_plan_counts_what_auxiliaries_hold_and_compute():
+    config = config_of()
+    bare = load_config([*FEW_WORDS, "method.stages.train.views=[]"])
+    ((load,), costs), ((plain,), _) = (
+        rehearse(c, "train", few().counts_C, MeshShape(3, 3), {}) for c in (config, bare)
+    )
+    model = trainer_of(config).setup.model
+    held = sum(t.nbytes for name, t in model.state_dict().items() if part_of(name) in TRAINING_ONLY)
+    assert load.auxiliary_bytes >= held  # and constants, which no checkpoint holds
+    assert load.auxiliary_bytes <= 1.01 * held
+    assert load.parameters == plain.parameters
+    assert sum(load.learning["experts"]) > sum(plain.learning["experts"])
+    # Both views go through the network, and one through its copy, without a backward pass.
+    network = costs.trunk + 3 * costs.features
+    assert load.work_each_epoch == network
+    assert plain.work_each_epoch == 0
+    assert 3 * network < load.work < 3.1 * network + 3 * costs.head
+    assert 7 * network < load.training_work < 7.3 * network + 9 * costs.head
