@@ -56,6 +56,13 @@ def choices_text() -> str:
                 lines += _row(f"  {group}={name}", _about(group, name))
         else:
             lines += textwrap.wrap(" | ".join(_names(group)), _WIDTH, initial_indent="  ", subsequent_indent="  ")
+    lines += [
+        "",
+        "dataset.augment.name=   random changes of the images; of one stage: method.stages.<stage>.augment.name=",
+    ]
+    lines += _row("  standard", "the data set's own, as its keys say")
+    for name in _names("augment"):
+        lines += _row(f"  {name}", _about("augment", name))
     return "\n".join(lines)
 
 

@@ -68,8 +68,15 @@ def on_both(work):
         return on_cpu, work(DEVICE)
 
 
-def test_resident_images_are_cropped_at_random():
-    words = ["dataset.augment.random_resized_crop=[0.2,1.0]", "dataset.augment.crop_padding=0"]
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["dataset.augment.random_resized_crop=[0.2,1.0]", "dataset.augment.crop_padding=0"],
+        ["dataset.augment.name=randaugment", "method.stages.train.views=[moco,autoaugment_cutout]"],
+    ],
+    ids=["cropped", "several views"],
+)
+def test_resident_images_are_augmented(words):
     config = load_config(["method=ride", *WORDS, AS_ON_A_GPU, *words])
 
     def losses(device):

@@ -269,6 +269,13 @@ def test_a_number_that_a_stage_chooses_is_told_with_its_default():
     assert "chosen on validation images" not in fixed
 
 
+def test_augmentations_and_views_of_a_stage_are_told():
+    words = ["method.stages.train.augment.name=crop_flip", "method.stages.train.views=[standard,moco]"]
+    text = describe(load_config(words))
+    assert "images are changed by crop_flip (crop)" in text
+    assert "every image comes in 3 views; further ones: crop, rotation; moco (resized_crop, color_jitter" in text
+
+
 def test_features_that_training_keeps_are_counted_once():
     """405 x 64 x 4 bytes fit into dataset.resident_mib. Each of 2 replicas computes them all; steps run the heads."""
     off = ["dataset.augment.crop_padding=0", "dataset.augment.rotation=0"]

@@ -62,12 +62,21 @@ def test_the_trunk_runs_once_for_every_image_and_the_numbers_stay(words):
         "method.stages.second.frozen_batchnorm=train",
         "method.stages.second.mixing.name=mixup",
         "method.stages.second.freeze=[trunk]",
+        "method.stages.second.augment.name=crop_flip",
+        "method.stages.second.views=[crop_flip]",
     ],
 )
 def test_features_that_change_are_not_kept(word):
     trainer, _, images = trained(second_stage(*PLAIN, word), steps=2)
     assert not trainer.training.features_are_fixed
     assert images == 2 * 64
+
+
+def test_features_of_a_stage_without_augmentation_are_kept_whatever_the_others_have():
+    trainer, _, images = trained(second_stage("method.stages.second.augment.name=none"), steps=2)
+    assert trainer.training.features_are_fixed
+    assert not trainer.setup.config.dataset.augment.is_off
+    assert images == 405
 
 
 def test_a_frozen_trunk_runs_without_a_graph():
