@@ -52,6 +52,14 @@ def config_of(*more, weight=0.3):
     return load_config(words_of(*more, weight=weight))
 
 
+@lru_cache
+def heads_that_follow(*more):
+    """Return the config of three experts with heads that follow the mean of their features, without auxiliaries."""
+    (name,) = [name for name in registry.registered_names("head") if registry.piece("head", name).follows]
+    words = ["method=ce", "method.num_experts=3", f"method.head.name={name}", "method.stages.train.optimizer.lr=0.1"]
+    return load_config([*FEW_WORDS, *words, *more])
+
+
 def trainer_of(config, mesh=None, stage="train") -> StageTrainer:
     return StageTrainer(config, stage, few(), mesh or Mesh(MeshShape(3, 3)))
 

@@ -36,6 +36,9 @@ class Head(nn.Module):
     """Whether it takes away, in evaluation, what frequent classes have gained in training."""
     fits: ClassVar[bool] = False
     """Whether `fit` must see all training images before the scores mean anything."""
+    follows: ClassVar[bool] = False
+    """Whether `follow` must be called after every step of a stage in which the head learns; needs a flow that shows
+    features, as flow 'plain' does."""
 
     @classmethod
     def cases(cls) -> list[Case]:
@@ -51,4 +54,15 @@ class Head(nn.Module):
 
         Raises:
             ValueError: a class has no image in any share; names the class ids.
+        """
+
+    def follow(self, mean_D: Tensor, lr: float, ok: Tensor) -> None:
+        """Write to the buffers what a step has brought, without gradients. A head that `follows` overrides it.
+
+        What it writes is part of the model, and is exported with it. Auxiliaries are for what is not.
+
+        Args:
+            mean_D: mean of the features of the whole batch, at least float32.
+            lr: base learning rate of the step.
+            ok: bool scalar on the device. Where it is false the step was not finite, and no buffer may change.
         """

@@ -1,4 +1,4 @@
-"""The auxiliaries of one worker's experts in the steps of a stage (experts/auxiliaries/).
+"""The auxiliaries of one worker's experts in the steps of a stage (experts/auxiliaries/), and heads that follow them.
 
 In a step, which a graph may replay:
 
@@ -17,7 +17,8 @@ Shapes: E experts, e of them held here, A auxiliaries, V views, B images of the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,12 +32,26 @@ from experts.precision import at_least_float32
 from experts.progress import Progress
 from experts.side_by_side import side_by_side
 from orchestration.config.run_config import EngineConfig
+from orchestration.training.graphs import rebuilt
 from orchestration.training.mesh import Mesh
 from orchestration.training.network import HeldModules
 from orchestration.training.precision import casting
 
 SeenByAll = tuple[dict[str, Seen], ...]
 """What the auxiliaries of each expert held here have seen, by name."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What a step has shown, for what comes after it; without gradients.
+
+    Attributes:
+        seen: by auxiliaries.
+        means: of the features of the whole batch, [D] for each head held here that follows them.
+    """
+
+    seen: SeenByAll
+    means: tuple[Tensor, ...]
 
 
 class StageAuxiliaries:
@@ -60,18 +75,25 @@ class StageAuxiliaries:
         self.held = [auxiliaries_of(expert) for expert in model.members()]
         self._model, self._mesh, self._engine = model, mesh, engine
         momenta = [config.momentum_copy for config in configs.values() if config.momentum_copy is not None]
+        heads = [(place, expert.head) for place, expert in enumerate(model.members())]
+        self._heads: list[tuple[int, Any]] = [
+            (place, head)
+            for place, head in heads
+            if getattr(head, "follows", False) and any(p.requires_grad for p in head.parameters())
+        ]
         self._following = Following(model, momenta[0]) if momenta else None
 
     def __bool__(self) -> bool:
-        return bool(self.configs)
+        """Whether anything looks at a step."""
+        return bool(self.configs or self._heads)
 
     @property
     def pieces(self) -> list[Auxiliary]:
         """All of them; those of one name have the same phases."""
         return [auxiliary for own in self.held for auxiliary in own.values()]
 
-    def losses(self, network: HeldModules, batch: Batch, now: Progress) -> tuple[Tensor, SeenByAll]:
-        """Return the losses of the whole batch, [e, A], 0 where an expert has not got the auxiliary; and what was seen.
+    def losses(self, network: HeldModules, batch: Batch, now: Progress) -> tuple[Tensor, Watched]:
+        """Return the losses of the whole batch, [e, A], 0 where an expert lacks the auxiliary; and what was shown.
 
         Args:
             network: whose flow has run.
@@ -79,6 +101,10 @@ class StageAuxiliaries:
             now: the moment.
         """
         features, scores = network.take_shown()
+        means = self._means(features, batch)
+        zero = at_least_float32(scores).new_zeros(())
+        if not self.configs:
+            return zero.new_zeros(len(self.held), 0), Watched((), means)
         keys = self._keys(batch)
         embedded = network.experts(
             lambda experts: side_by_side(
@@ -90,12 +116,19 @@ class StageAuxiliaries:
         seen: SeenByAll = tuple({} for _ in self.held)
         for name in self.configs:
             self._cross(name, embedded, keys, scores, batch, seen)
-        zero = at_least_float32(scores).new_zeros(())
         losses = [
             torch.stack([own[name].loss(found[name], now) if name in own else zero for name in self.configs])
             for own, found in zip(self.held, seen, strict=True)
         ]
-        return torch.stack(losses), seen
+        return torch.stack(losses), Watched(rebuilt(seen, Tensor.detach), means)
+
+    def _means(self, features: Sequence[Tensor], batch: Batch) -> tuple[Tensor, ...]:
+        """Return the mean features of the whole batch for each head that follows them, in one exchange."""
+        if not self._heads:
+            return ()
+        own = [at_least_float32(features[place].detach())[: len(batch.labels_B)].sum(dim=0) for place, _ in self._heads]
+        sums = self._mesh.sum_over_data(torch.stack(own), "mean features of heads")
+        return tuple(sums / len(batch.global_labels))
 
     @torch.no_grad()
     def _keys(self, batch: Batch) -> list[dict[str, Tensor]]:
@@ -171,17 +204,19 @@ class StageAuxiliaries:
         return total, terms
 
     @torch.no_grad()
-    def update(self, seen: SeenByAll, lr: float, ok: Tensor) -> None:
-        """Let memories take in a step, and copies follow the weights that it has moved.
+    def update(self, watched: Watched, lr: float, ok: Tensor) -> None:
+        """Let memories and heads take in a step, and copies follow the weights that it has moved.
 
         Args:
-            seen: of the step, without gradients.
+            watched: of the step.
             lr: its base learning rate.
             ok: whether all was finite, a bool scalar on the device.
         """
-        for own, found in zip(self.held, seen, strict=True):
+        for own, found in zip(self.held, watched.seen or [{} for _ in self.held], strict=True):
             for name, auxiliary in own.items():
                 auxiliary.update(found[name], lr, ok)
+        for (_, head), mean_D in zip(self._heads, watched.means, strict=True):
+            head.follow(mean_D, lr, ok)
         if self._following is not None:
             self._following.step(ok)
 

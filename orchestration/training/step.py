@@ -19,8 +19,8 @@ from experts.batches import share as share_of
 from experts.draws import Moment
 from experts.objective import ExtraInputs, StepContext
 from experts.progress import Progress
-from orchestration.training.auxiliaries import SeenByAll
-from orchestration.training.graphs import StepGraphs, graphs_for, rebuilt
+from orchestration.training.auxiliaries import Watched
+from orchestration.training.graphs import StepGraphs, graphs_for
 from orchestration.training.stage_setup import TrainingSetup
 
 # Shapes: E experts, B images of one replica, X outputs of an expert (C class scores and, for some objectives, more),
@@ -61,13 +61,13 @@ class Computed:
         values: of this replica's share of the batch, summed over all replicas: the named values, then a number per
             expert that is 0 unless its outputs are not finite; float64.
         gradients: of this worker's share of the loss, one flat tensor per leaf.
-        seen: by the auxiliaries of the experts held here, without gradients; None where the stage has none.
+        watched: what comes after the step reads, without gradients; None where nothing does.
     """
 
     names: list[str]
     values: Tensor
     gradients: list[Tensor]
-    seen: SeenByAll | None = None
+    watched: Watched | None = None
 
 
 class TrainingStep:
@@ -95,8 +95,8 @@ class TrainingStep:
 
         found = self._graphs(batch, now, tuple(piece.phase(now) for piece in self._pieces))
         places_L = setup.engine.step(found.gradients, found.values[0], lr)
-        if found.seen is not None:
-            setup.auxiliaries.update(found.seen, lr, setup.engine.ok)
+        if found.watched is not None:
+            setup.auxiliaries.update(found.watched, lr, setup.engine.ok)
 
         if setup.flow.own_streams:  # copies of the trunk saw different images; one trunk would have seen them in turn
             setup.mesh.statistics_in_turn(setup.model.trunk, before)
@@ -121,13 +121,14 @@ class TrainingStep:
             # Here, because parameters of auxiliaries, too, are views of the leaves.
             found = setup.auxiliaries.losses(setup.network, batch, now) if setup.auxiliaries else None
         loss, terms = self._loss(outputs_EBX, batch, now)
-        seen = None
+        watched = None
         if found is not None:
-            share, more = setup.auxiliaries.counted(found[0], setup.expert_names)
+            own_eA, watched = found
+            share, more = setup.auxiliaries.counted(own_eA, setup.expert_names)
             assert not more.keys() & terms.keys(), f"terms {sorted(terms)} and auxiliaries {sorted(more)}"
-            loss, terms, seen = loss + share, terms | more, rebuilt(found[1], Tensor.detach)
+            loss, terms = loss + share, terms | more
         names, values = self._global_values(loss, terms, outputs_EBX.detach())
-        return Computed(names, values, _gradients(loss, flats), seen)
+        return Computed(names, values, _gradients(loss, flats), watched)
 
     def _set_mode(self) -> None:
         """Put the network in training mode, frozen parts as the stage says (evaluation may have come before)."""

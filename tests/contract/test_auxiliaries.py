@@ -28,7 +28,7 @@ from orchestration.config.compose import load_config
 from orchestration.storage.exports import ensemble_state
 from orchestration.training import graphs
 from orchestration.training.mesh import Mesh, MeshShape
-from tests.auxiliaries import FEW_WORDS, SHAPES, config_of, take, tensors_of, trainer_of
+from tests.auxiliaries import FEW_WORDS, SHAPES, config_of, heads_that_follow, take, tensors_of, trainer_of
 from tests.emulated_device import DEVICE, EmulatedDevice
 from tests.emulated_graphs import emulated_graphs
 from tests.recipes import AS_ON_A_GPU
@@ -227,9 +227,13 @@ class TestAlone:
 # All of them at once, on the experts of RIDE
 
 
-def trained(shape, steps=6, more=("engine.precision=float64",)):
+IN_FLOAT64 = "engine.precision=float64"
+BOTH = pytest.mark.parametrize("which", [config_of, heads_that_follow], ids=["auxiliaries", "heads"])
+
+
+def trained(shape, which=config_of, steps=6):
     """Return losses and terms, and the tensors of all workers of the first replica."""
-    config = config_of(*more)
+    config = which(IN_FLOAT64)
 
     def work(mesh, lock):
         with lock:
@@ -246,15 +250,16 @@ def trained(shape, steps=6, more=("engine.precision=float64",)):
 
 
 @lru_cache
-def packed():
-    return trained(MeshShape(3, 3))
+def packed(which=config_of):
+    return trained(MeshShape(3, 3), which)
 
 
+@BOTH
 @pytest.mark.parametrize("place", [name for name in SHAPES if name != "packed"])
-def test_losses_weights_and_memories_are_the_same_wherever_experts_live(place):
+def test_losses_weights_and_memories_are_the_same_wherever_experts_live(place, which):
     """The fourth step has one image, so that other replicas have none; the fifth begins an epoch."""
-    expected, tensors = packed()
-    losses, found = trained(MeshShape(3, *SHAPES[place]))
+    expected, tensors = packed(which)
+    losses, found = trained(MeshShape(3, *SHAPES[place]), which)
     for own, other in zip(losses, expected, strict=True):
         assert own == pytest.approx(other, rel=1e-8, abs=1e-8)
     assert found.keys() == tensors.keys()
@@ -265,7 +270,7 @@ def test_losses_weights_and_memories_are_the_same_wherever_experts_live(place):
 def test_the_loss_that_is_logged_has_the_weighted_ones_of_auxiliaries():
     """In the first step, whose losses do not depend on the weights yet."""
     losses, _ = packed()
-    config = config_of("engine.precision=float64", weight=0)
+    config = config_of(IN_FLOAT64, weight=0)
     bare = take(trainer_of(config), 1)[0]
     auxiliaries = config.method.stages["train"].auxiliaries
     terms = {name: value for name, value in losses[0].items() if name.split("/")[0] in auxiliaries}
@@ -274,8 +279,9 @@ def test_the_loss_that_is_logged_has_the_weighted_ones_of_auxiliaries():
     assert losses[0]["loss"] == pytest.approx(bare["loss"] + 0.3 * sum(terms.values()), rel=1e-9)
 
 
-def test_a_resumed_run_goes_on_to_the_bit_in_the_middle_of_an_epoch(tmp_path):
-    config = config_of()
+@BOTH
+def test_a_resumed_run_goes_on_to_the_bit_in_the_middle_of_an_epoch(which, tmp_path):
+    config = which()
     whole, first = trainer_of(config), trainer_of(config)
     expected = take(whole, 7)
     found = take(first, 3)
@@ -288,7 +294,7 @@ def test_a_resumed_run_goes_on_to_the_bit_in_the_middle_of_an_epoch(tmp_path):
 
 
 def test_a_checkpoint_of_one_placement_loads_on_another(tmp_path):
-    config = config_of("engine.precision=float64")
+    config = config_of(IN_FLOAT64)
     expected, tensors = packed()
     first = trainer_of(config)
     found = take(first, 3)
@@ -306,6 +312,12 @@ def test_a_checkpoint_of_one_placement_loads_on_another(tmp_path):
     for _, own in answers:
         for name, value in own.items():
             torch.testing.assert_close(value, tensors[name], rtol=1e-7, atol=1e-7, msg=name)
+
+
+def test_heads_that_follow_have_moved():
+    _, tensors = packed(heads_that_follow)
+    moved = [name for name, value in tensors.items() if name.endswith(".sum_D") and value.any()]
+    assert len(moved) == 3
 
 
 def test_what_is_exported_has_no_auxiliaries(tmp_path):
@@ -346,10 +358,11 @@ def early(monkeypatch):
     monkeypatch.setattr(graphs, "EAGER_CALLS", 1)
 
 
-def test_replays_give_the_bits_of_steps_of_their_own(early):
+@BOTH
+def test_replays_give_the_bits_of_steps_of_their_own(which, early):
     """Those of the CPU, too; and no step makes the host wait."""
     found = []
-    config = config_of(AS_ON_A_GPU)
+    config = which(AS_ON_A_GPU)
     for context in (nullcontext(), emulated_graphs()):
         with EmulatedDevice(), context as made:
             trainer = trainer_of(config, Mesh(MeshShape(3, 3), device=DEVICE))
@@ -365,9 +378,10 @@ def test_replays_give_the_bits_of_steps_of_their_own(early):
         assert same(tensors, found[0][1])
 
 
-def test_a_step_makes_the_host_wait_for_nothing():
+@BOTH
+def test_a_step_makes_the_host_wait_for_nothing(which):
     with EmulatedDevice():
-        trainer = trainer_of(config_of(), Mesh(MeshShape(3, 3), device=DEVICE))
+        trainer = trainer_of(which(), Mesh(MeshShape(3, 3), device=DEVICE))
         setup = trainer.training
         batches = trainer._batches_of(setup, 1, 0)
         trainer._step(next(batches), setup.progress(0))
@@ -377,8 +391,9 @@ def test_a_step_makes_the_host_wait_for_nothing():
     assert seen.waits == {}
 
 
-def test_a_step_that_is_not_finite_moves_no_memory_and_no_copy():
-    trainer = trainer_of(config_of())
+@BOTH
+def test_a_step_that_is_not_finite_moves_no_memory_and_no_copy(which):
+    trainer = trainer_of(which())
     take(trainer, 2)
     before = tensors_of(trainer)
     setup = trainer.training
