@@ -370,7 +370,8 @@ def _step(config: RunConfig, found: Plan) -> Iterator[str]:
             last = _spread(shares_of(stage.last_batch, replicas))
             yield f"  the last step of an epoch has {plural(stage.last_batch, 'image')}, {last} on each replica"
         if stage.work is not None:
-            work = stage.work * stage.images_per_epoch
+            # A sampler may draw more or fewer images than there are, which auxiliaries see once per epoch.
+            work = stage.work * stage.images_per_epoch + stage.work_each_epoch * sum(found.counts or ())
             yield f"  {work / 1e12:,.3g} T multiply-adds per epoch, {work * stage.epochs / 1e12:,.3g} T in all"
 
 
