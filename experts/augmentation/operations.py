@@ -54,12 +54,13 @@ def apply(images_BcHW: Tensor, names: np.ndarray, magnitude_B: np.ndarray) -> Te
     groups = dict[Any, list[str]]()
     for name in sorted(set(names.tolist()) - {"identity"}):
         groups.setdefault(_affine if name in AFFINE else _OPERATIONS[name], []).append(name)
+    changed_BcHW = images_BcHW.clone()
     for operation, known in groups.items():  # a few launches for each operation, however many images it is for
         rows = np.flatnonzero(np.isin(names, known))
         chosen = to_device(rows, images_BcHW.device)
         given = (names[rows], magnitude_B[rows]) if operation is _affine else (magnitude_B[rows],)
-        images_BcHW = images_BcHW.index_copy(0, chosen, operation(images_BcHW.index_select(0, chosen), *given))
-    return images_BcHW
+        changed_BcHW.index_copy_(0, chosen, operation(images_BcHW.index_select(0, chosen), *given))
+    return changed_BcHW
 
 
 def _affine(images_BcHW: Tensor, names: np.ndarray, magnitude_B: np.ndarray) -> Tensor:
@@ -158,14 +159,19 @@ def _equalize(images_BcHW: Tensor, magnitude_B: np.ndarray) -> Tensor:
     With n(v) the number of pixels below v and s = n(largest) / 255, cut off: v becomes (n(v) + s / 2) / s, cut off.
     """
     del magnitude_B
-    flat_NP = images_BcHW.flatten(2).flatten(0, 1)
-    ordered_NP = flat_NP.sort(dim=1).values
-    values_N256 = counted(256, flat_NP.device, torch.uint8).expand(len(flat_NP), 256).contiguous()
-    below_N256 = torch.searchsorted(ordered_NP, values_N256)
-    step_N1 = below_N256.gather(1, ordered_NP[:, -1:].long()) // 255
+    value_NP = images_BcHW.flatten(2).flatten(0, 1).long()
+    channels, device = len(value_NP), value_NP.device
+    # Along one axis, since there a GPU adds in a fixed order where it is asked to.
+    place = (value_NP + 256 * counted(channels, device)[:, None]).flatten()
+    count = torch.zeros(channels * 256, dtype=torch.int32, device=device).scatter_add_(
+        0, place, torch.ones_like(place, dtype=torch.int32)
+    )
+    count_N256 = count.view(channels, 256)
+    below_N256 = count_N256.cumsum(1) - count_N256
+    step_N1 = below_N256.gather(1, value_NP.amax(1, keepdim=True)) // 255
     table_N256 = ((below_N256 + step_N1 // 2) // step_N1.clamp(min=1)).clamp(0, 255)
-    table_N256 = torch.where(step_N1 == 0, values_N256.long(), table_N256).to(torch.uint8)
-    return table_N256.gather(1, flat_NP.long()).view(images_BcHW.shape)
+    table_N256 = torch.where(step_N1 == 0, counted(256, device), table_N256).to(torch.uint8)
+    return table_N256.gather(1, value_NP).view(images_BcHW.shape)
 
 
 def _invert(images_BcHW: Tensor, magnitude_B: np.ndarray) -> Tensor:

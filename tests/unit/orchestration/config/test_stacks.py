@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from orchestration.config.compose import from_yaml, load_config, to_yaml
+from orchestration.config.identity import published
 from orchestration.config.stacks import STANDARD
 from orchestration.config.words import available
 
@@ -54,6 +55,13 @@ def test_a_key_of_a_piece_is_set_beside_the_name():
     assert augment.stack[2].hue == 0.2 and augment.stack[2].probability == 0.8
 
 
+def test_a_published_result_is_of_the_data_sets_own_augmentation():
+    words = ["method=ride", *CIFAR]
+    assert published(load_config(words)) is not None
+    assert published(load_config([*words, "dataset.augment.name=standard"])) is not None
+    assert published(load_config([*words, "dataset.augment.name=randaugment"])) is None
+
+
 @pytest.mark.parametrize("name", available("augment"))
 @pytest.mark.parametrize("dataset", ["digits_lt", "cifar10_lt", "imagenet_lt"])
 def test_every_stack_reads_back_equal(tmp_path, name, dataset):
@@ -77,6 +85,10 @@ def test_every_stack_reads_back_equal(tmp_path, name, dataset):
             "dataset.augment.rotation = 10: set beside name",
         ),
         (["dataset.augment.name=none", "dataset.augment.flip.probability=1"], "the stack none has no such piece"),
+        (
+            ["dataset.augment.name=randaugment", "dataset.augment.randaugment.magnitude=31"],
+            "dataset.augment.pieces.1.magnitude = 31: needed 30 or less",
+        ),
         (["dataset.augment=[{name:croop}]"], "dataset.augment.pieces.0.name = croop: unknown; needed one of"),
         (["dataset.augment=[{name:flip},{name:resized_crop}]"], "needed it as the first piece"),
         (["dataset.augment=[{name:flip,probability:2}]"], "dataset.augment.pieces.0.probability = 2"),
