@@ -14,14 +14,18 @@ from torch.nn.functional import interpolate
 from aggregation.serving import load_model
 from experts import side_by_side
 from experts.augmentation.resized_crop import random_resized_crops
+from experts.augmentation.stack import Stack
 from experts.augmentation.views import ViewMaker, Views
 from experts.batches import Batch
+from experts.cases import cases_of
 from experts.data.dataset import open_dataset
 from experts.data.decode import CROP_UNIFORMS
+from experts.data.keyed_random import key, uniforms
 from experts.data.resampling import resample
 from experts.draws import StepDraws
 from experts.precision import repeat_bits
 from experts.progress import Progress
+from experts.registry import registered_names
 from orchestration.config.compose import load_config
 from orchestration.training.batchnorm import SynchronisedBatchNorm2d
 from orchestration.training.exchange import CutGroup, TorchGroup
@@ -189,9 +193,19 @@ def test_images_are_resized_to_the_pixel(size, new):
 def test_resident_images_are_cropped_to_the_pixel():
     draws = np.random.default_rng(0)
     images = torch.from_numpy(draws.integers(0, 256, (64, 3, 32, 32), dtype=np.uint8))
-    uniforms = draws.random((64, CROP_UNIFORMS))
-    on_gpu = random_resized_crops(images.cuda(), uniforms, (0.08, 1.0))
-    assert torch.equal(on_gpu.cpu(), random_resized_crops(images, uniforms, (0.08, 1.0)))
+    drawn = draws.random((64, CROP_UNIFORMS))
+    on_gpu = random_resized_crops(images.cuda(), drawn, (0.08, 1.0))
+    assert torch.equal(on_gpu.cpu(), random_resized_crops(images, drawn, (0.08, 1.0)))
+
+
+@pytest.mark.parametrize("name", registered_names("augmentation"))
+def test_augmentations_give_the_cpus_pixels(name):
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (64, 3, 32, 32), dtype=np.uint8))
+    for case in cases_of("augmentation", name):
+        stack = Stack([case.config], (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+        draws = stack.draw(lambda table, width: uniforms(key(0, table), 0, 64, width))
+        on_cpu, on_gpu = (stack(images.to(device), draws, torch.float64) for device in ("cpu", "cuda"))
+        assert torch.allclose(on_gpu.cpu(), on_cpu, atol=1e-9)
 
 
 @pytest.mark.parametrize("views", [Views(), Views(random_resized_crop=(0.2, 1.0), crop_padding=0)])
