@@ -213,6 +213,8 @@ class Objective(nn.Module, ABC):
     whole_batch: ClassVar[bool] = False
     """Whether `forward` needs all images of the global batch at once; it then gets them on every replica, in the order
     of the batch, the other replicas' rows detached. Read it from the config, as it may depend on that."""
+    silent: ClassVar[bool] = False
+    """Whether it is always zero, for stages in which auxiliaries alone train the experts."""
     last_expert_learns: ClassVar[bool] = True
     """False where the loss ignores whatever the last expert alone computes."""
     capturable: bool = True

@@ -13,7 +13,7 @@ import pytest
 from aggregation.metrics import Scores
 from aggregation.serving import TrainingData, export_model
 from experts.data.dataset import open_dataset
-from experts.ensemble import build_ensemble
+from experts.ensemble import TRAINING_ONLY, build_ensemble, part_of
 from orchestration.config.compose import load_config
 from orchestration.config.run_config import RunConfig
 from orchestration.config.words import available
@@ -83,7 +83,8 @@ class Recipe:
 
     def _export(self, trainer, stage):
         whole = build_ensemble(self.config.ensemble(stage, trainer.setup.dataset.num_classes), seed=1).state_dict()
-        state = {**whole, **{name: value.cpu() for name, value in trainer.setup.model.state_dict().items()}}
+        held = {name: value.cpu() for name, value in trainer.setup.model.state_dict().items()}
+        state = {**whole, **{name: value for name, value in held.items() if part_of(name) not in TRAINING_ONLY}}
         export(self.folder / f"{stage}.export", self.config, stage, trainer.setup.dataset, state=state)
 
     def _teachers(self, stage):

@@ -48,7 +48,7 @@ class PaCo(Auxiliary):
         temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.2
         """T, divides the cosines; published 0.2, for ResNeXt 0.07, for CIFAR-100 0.05."""
         queue_size: Annotated[int, Field(ge=1)] = 8192
-        """K, a multiple of the batch; published 8192, for CIFAR-100 1024."""
+        """K, at least a batch; published 8192, for CIFAR-100 1024."""
         momentum: Momentum = 0.999
         """m of the network's copy that makes the keys, in a step; published 0.999."""
         projection: Layers = "mlp_batchnorm"

@@ -52,15 +52,16 @@ class Queue(nn.Module):
 def queue_problem(name: str, size: int, batch_size: int) -> str | None:
     """Return why a queue of so many keys does not go with a batch, and what to set; None where it does.
 
+    Published code wants a multiple of the batch, because it writes a slice. Here places wrap round.
+
     Args:
         name: of the auxiliary.
         size: K.
         batch_size: images of the whole batch.
     """
-    if size >= batch_size and size % batch_size == 0:
+    if size >= batch_size:
         return None
-    nearest = max(1, round(size / batch_size)) * batch_size
     return (
-        f"queue_size = {size}: auxiliary '{name}' pushes a batch at once; needed a multiple of batch_size = "
-        f"{batch_size}; set queue_size={nearest}, or batch_size"
+        f"queue_size = {size}: auxiliary '{name}' pushes a batch at once; needed at least batch_size = {batch_size}; "
+        f"set queue_size={batch_size} or more, or a smaller batch_size"
     )

@@ -243,6 +243,8 @@ def _mixing_problems(stage: StageConfig) -> Iterator[str]:
 def _auxiliary_problems(name: str, stage: StageConfig, method: Recipe) -> Iterator[str]:
     """Yield why the experts of a stage cannot have its auxiliaries."""
     if not stage.auxiliaries:
+        if piece("objective", stage.objective.name).silent:
+            yield f"objective.name = {stage.objective.name}: nothing trains the experts; set another, or auxiliaries"
         return
     if not piece("flow", stage.flow.name).takes_auxiliaries:
         yield (

@@ -127,8 +127,8 @@ class StageAuxiliaries:
         if not self._heads:
             return ()
         own = [at_least_float32(features[place].detach())[: len(batch.labels_B)].sum(dim=0) for place, _ in self._heads]
-        sums = self._mesh.sum_over_data(torch.stack(own), "mean features of heads")
-        return tuple(sums / len(batch.global_labels))
+        sums = self._mesh.sum_over_data(torch.cat(own), "mean features of heads")
+        return (sums / len(batch.global_labels)).split(len(own[0]))
 
     @torch.no_grad()
     def _keys(self, batch: Batch) -> list[dict[str, Tensor]]:

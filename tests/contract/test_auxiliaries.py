@@ -23,6 +23,7 @@ from experts.auxiliaries.auxiliary import AuxiliarySettings, Seen
 from experts.batches import share
 from experts.cases import cases_of
 from experts.ensemble import TRAINING_ONLY, part_of
+from experts.objective import StepContext
 from experts.progress import Progress
 from orchestration.config.compose import load_config
 from orchestration.storage.exports import ensemble_state
@@ -436,3 +437,17 @@ def test_experts_may_have_different_auxiliaries(tmp_path):
     for losses in run_mesh(MeshShape(3, 1), work):
         for own, other in zip(losses, packed_losses, strict=True):
             assert own == pytest.approx(other, rel=1e-8, abs=1e-8)
+
+
+SILENT = [name for name in registry.registered_names("objective") if registry.piece("objective", name).silent]
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_a_silent_objective_is_zero_and_has_a_gradient_of_zero(name):
+    objective = registry.build("objective", registry.piece("objective", name).Config(), COUNTS, 2)
+    logits_EBC = torch.stack([draw(IMAGES, len(COUNTS), seed=k) for k in range(2)]).requires_grad_()
+    loss, terms = objective(logits_EBC, LABELS, StepContext(objective.denominators(LABELS, NOW), NOW))
+    loss.backward()
+    assert not loss
+    assert not terms
+    assert not logits_EBC.grad.any()

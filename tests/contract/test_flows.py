@@ -91,7 +91,7 @@ def on_the_plain_flow() -> list[Trial]:
     found = []
     for name in registry.registered_names("objective"):
         cls, case = registry.piece("objective", name), cases_of("objective", name)[-1]
-        if cls.flow is None and case.config.teacher_names is None and not case.config.whole_batch:
+        if cls.flow is None and case.config.teacher_names is None and not (case.config.whole_batch or cls.silent):
             found.append(Trial("plain", Case(Plain.Config(), case.num_experts, objective=case.config)))
     return found
 

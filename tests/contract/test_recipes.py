@@ -15,7 +15,7 @@ from aggregation.metrics import Scores
 from aggregation.serving import TrainingData, export_model
 from experts import ensemble as ensembles
 from experts.data.dataset import open_dataset
-from experts.ensemble import build_ensemble, part_of
+from experts.ensemble import TRAINING_ONLY, build_ensemble, part_of
 from experts.progress import Progress
 from experts.registry import build
 from orchestration.config.compose import load_config
@@ -152,7 +152,8 @@ def export(folder, config, stage, dataset, model):
         image_shape=dataset.raw_image_shape,
     )
     ensemble = replace(config.ensemble(stage, dataset.num_classes), expert_names=model.names)
-    export_model(folder, model.state_dict(), ensemble, config.method.aggregator_in(stage), data)
+    state = {name: value for name, value in model.state_dict().items() if part_of(name) not in TRAINING_ONLY}
+    export_model(folder, state, ensemble, config.method.aggregator_in(stage), data)
     return str(folder)
 
 
@@ -260,7 +261,7 @@ class TestOnDigits:
         parameters = dict(trainer.setup.model.named_parameters())
         assert {part_of(name) for name in parameters} >= learning - {"trunk"}  # LFME has no trunk
         for name, value in trainer.setup.model.state_dict().items():
-            moves = part_of(name) in learning
+            moves = part_of(name) in learning | {"momentum copies"}  # which follow
             if name not in parameters:  # BatchNorm's statistics
                 moves = moves or stage.frozen_batchnorm == "train"
             assert torch.equal(value, before[name]) != moves, name

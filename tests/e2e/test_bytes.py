@@ -113,11 +113,13 @@ def compared(worlds, config, stage, teachers=None):
         for exchange in planned.exchanges:
             expected[exchange.kind, exchange.among] += exchange.payloads[slot]
         assert measured == +expected, f"worker {rank}"
-        # Whatever has rows for images is scores: experts, images, classes or a gate's score.
+        # Whatever has rows for images is scores: experts, images, classes or a gate's score; or vectors of auxiliaries.
+        vectors = bool(config.method.stages[stage].auxiliaries)
         matrices = [shape for _, _, ((shape, _),) in crossing if len(shape) > 1]
         images = planned.shares[0]
         assert all(
-            len(shape) == 3 and shape[1] == images and shape[2] in (1, planned.num_classes) for shape in matrices
+            len(shape) == 3 and shape[1] == images and (vectors or shape[2] in (1, planned.num_classes))
+            for shape in matrices
         )
     return planned, calls
 

@@ -27,8 +27,8 @@ def test_a_key_that_only_the_replaced_piece_knew_is_told_who_has_it():
 
 
 def test_a_key_of_one_other_piece_names_it():
-    [line] = refused("method=ce", "method.stages.train.objective.tau_=1", "method.head.gamma=1")[:1]
-    assert line == "method.head.gamma: head 'linear' has no key gamma; 'tau_normalised' has"
+    [line] = refused("method=ce", "method.stages.train.objective.tau_=1", "method.head.initial_length=1")[:1]
+    assert line == "method.head.initial_length: head 'linear' has no key initial_length; 'gist' has"
 
 
 def test_a_key_that_a_file_wrote_names_the_file():
