@@ -63,11 +63,11 @@ def name_of(loss: str, seed: int) -> str:
     return f"{loss}-s{seed}"
 
 
-def summary(folders: list[Path], classifier: str) -> dict[str, list[float]]:
+def summary(folders: list[Path], classifier: str) -> dict[str, list[float | None]]:
     """Return mean and standard deviation over seeds of the last top-1, in percent, by group."""
     top1 = seeds.accuracies(seeds.evaluation(folder, classifier) for folder in folders)
     both = {group: mean_and_spread(top1[group]) for group in GROUPS}
-    return {group: [round(100 * (value or 0.0), 2) for value in pair] for group, pair in both.items()}
+    return {group: [None if value is None else round(100 * value, 2) for value in pair] for group, pair in both.items()}
 
 
 def fitted(folder: Path) -> float:
@@ -81,7 +81,8 @@ def table(results: dict[str, Any]) -> str:
     for loss, by_classifier in results.items():
         for classifier in CLASSIFIERS:
             if classifier in by_classifier:
-                cells = [f"{mean:.1f} ± {spread:.1f}" for mean, spread in by_classifier[classifier].values()]
+                pairs = by_classifier[classifier].values()
+                cells = [seeds.percent(*(None if value is None else value / 100 for value in pair)) for pair in pairs]
                 lines.append(f"| {loss} | {classifier} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -68,6 +68,11 @@ def _then(stage: str, host: str = "ce") -> Row:
 
 
 _ON = f"{_TRAIN}.class_weights.after_epoch=0"
+ALWAYS = {
+    "cutmix": (f"{_TRAIN}.mixing.probability=1",),
+    "cmo": (f"{_TRAIN}.mixing.probability=1", f"{_TRAIN}.mixing.quiet_first=0"),
+}
+"""Every step that is timed is mixed: it costs what a mixed step costs."""
 ROWS: dict[str, Row] = {
     **{name: Row(LOSSES[name]) for name in (
         "weighted_softmax", "class_balanced", "class_balanced_sigmoid", "class_balanced_focal", "focal",
@@ -85,7 +90,7 @@ ROWS: dict[str, Row] = {
     "mislas": _then("mislas"),
     "gist_classifier": Row(("method=ce", "then=gist_classifier"), ("method=ce", "then=crt"), "",
                            more="the best of five directions for each class"),
-    **{mix: Row(("method=ce", f"mix={mix}"), more="blended images, two losses")
+    **{mix: Row(("method=ce", f"mix={mix}", *ALWAYS.get(mix, ())), more="blended images, two losses")
        for mix in ("mixup", "remix", "cutmix", "cmo") if mix in available("mix")},
 }  # fmt: skip
 

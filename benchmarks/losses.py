@@ -67,11 +67,16 @@ MIXING: dict[str, tuple[str, ...]] = {
     for host in ("ce", "balanced_softmax", "ldam_drw", "ride")
 }
 NETWORKS: dict[str, dict[str, tuple[str, ...]]] = {"losses": LOSSES, "mixing": MIXING}
-CIFAR_WORDS = {"mixup": ("method.stages.mislas.lr_factors.heads=0.5", "method.stages.mislas.frozen_batchnorm=eval")}
+CIFAR_WORDS: dict[str, tuple[str, ...]] = {
+    "mixup": ("method.stages.mislas.lr_factors.heads=0.5", "method.stages.mislas.frozen_batchnorm=eval"),
+    **{name: ("method.stages.train.mixing.probability=0.5",) for name in MIXING if name.endswith("_cutmix")},
+}
 """What was published for CIFAR-10 and would else not apply, because here it is a folder of images."""
 
 
 OTHERWISE = {
+    # the paper as the field quotes it: its best form, beta and gamma, whichever they were
+    "class_balanced": {"cifar10_lt": {"all": 74.57}, "cifar100_lt": {"all": 39.6}},
     "ce": {"cifar10_lt": {"all": 71.36}},  # README of the logit adjustment code, 1241 epochs of another subset
     "focal": {"cifar100_lt": {"all": 38.41}},  # Cao et al. 2019 as the field quotes it: gamma 1, with a gradient
     "ce+mixup": {"cifar10_lt": {"all": 72.8}, "cifar100_lt": {"all": 39.5}},  # README of MiSLAS, its first stage
@@ -175,8 +180,10 @@ def summary(runs: Path) -> dict[str, Any]:
     makers: dict[str, Any] = {}
     for data in IMAGES:
         for row in ROWS:
-            folders = {seed: runs / f"{data}-{row.network}-s{seed}" for seed in range(10)}
-            done = {seed: folder for seed, folder in folders.items() if seeds.is_finished(folder)}
+            folders = {
+                int(folder.name.rpartition("-s")[2]): folder for folder in runs.glob(f"{data}-{row.network}-s*/")
+            }
+            done = {seed: folders[seed] for seed in sorted(folders) if seeds.is_finished(folders[seed])}
             if done:
                 results.setdefault(data, {})[row.label] = entry_of(data, row, done)
                 makers = makers or seeds.made_by(next(iter(done.values())))
@@ -194,6 +201,10 @@ def entry_of(data: str, row: Row, done: Mapping[int, Path]) -> dict[str, Any]:
     both = {group: mean_and_spread(values) for group, values in top1.items()}
     runs = [json.loads((folder / "run.json").read_text()) for folder in done.values()]
     epochs = epochs_of(next(iter(done.values())))
+    if others := [folder.name for folder in done.values() if epochs_of(folder) != epochs]:
+        raise ValueError(
+            f"{', '.join(others)}: other epochs than {epochs}; one table needs the same; use another --runs"
+        )
     return {
         "words": list((LOSSES | MIXING)[row.network]),
         "final": row.final,

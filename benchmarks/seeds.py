@@ -14,6 +14,7 @@ import json
 import math
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -47,13 +48,32 @@ class Job(NamedTuple):
 
 
 def train_all(runs: Path, jobs: Sequence[Job], side_by_side: int = 2) -> None:
-    """Train the jobs that are not finished, in their order, so many at a time in this folder."""
+    """Train the jobs that are not finished, in their order, so many at a time in this folder.
+
+    Returns when none is being trained by anybody: what follows may need all of them.
+
+    Raises:
+        SystemExit: some did not finish; names them.
+    """
     runs.mkdir(parents=True, exist_ok=True)
     processes = [mp.Process(target=_work_through, args=(runs, jobs, side_by_side)) for _ in range(side_by_side)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
+    wait_for_others(runs, jobs)
+    if missing := [job.name for job in jobs if not is_finished(runs / job.name)]:
+        sys.exit(f"not finished: {', '.join(missing)}; see their .log in {runs}, and start the same command again")
+
+
+def wait_for_others(runs: Path, jobs: Sequence[Job]) -> None:
+    """Wait until no other command trains one of the jobs."""
+    for job in jobs:
+        while True:
+            with _claim(runs / f"{job.name}.lock") as free:
+                if free:
+                    break
+            time.sleep(_LOOK_S)
 
 
 def _work_through(
@@ -148,6 +168,9 @@ def made_by(folder: Path) -> dict[str, Any]:
 
 
 def training_work(stages: Iterable[Any]) -> float | None:
-    """Return the multiply-adds of training some stages of a plan, without their teachers' training; None if unknown."""
+    """Return the multiply-adds of training some stages of a plan; None if unknown.
+
+    Teachers count where they are stages of the plan, and not where they are other runs.
+    """
     parts = [(stage.work, stage.images_per_epoch, stage.epochs) for stage in stages if stage.epochs]
     return None if any(None in part for part in parts) else sum(math.prod(part) for part in parts)

@@ -91,8 +91,23 @@ def test_the_document_shows_the_steps_that_were_measured():
     assert losses.filled_in(DOCS.read_text(), {"steps": "\n".join(loss_steps.table(rows))}) == DOCS.read_text()
 
 
+@pytest.mark.parametrize("network", [*LOSSES, *MIXING])
+def test_cifar_as_files_has_the_mixing_that_was_published_for_it(network):
+    """The folder of images is no data set with a name, so blocks for CIFAR in configs do not reach it."""
+    stages = [config.method.stages for config in (config_of(network), load_config(named_cifar(network)))]
+    assert {name: stage.mixing for name, stage in stages[0].items()} == {
+        name: stage.mixing for name, stage in stages[1].items()
+    }
+
+
+def named_cifar(network):
+    return [*(LOSSES | MIXING)[network], "dataset=cifar10_lt"]
+
+
 def test_step_times_are_measured_for_every_loss_of_the_table():
     measured = loss_steps.ROWS.keys()
+    if loss_steps.RESULTS.exists():
+        assert json.loads(loss_steps.RESULTS.read_text())["rows"].keys() == measured
     for row in ROWS:
         if row.network in LOSSES and row != BASELINE:
             assert {row.network, row.final} & measured or row.final == "joint"

@@ -9,7 +9,17 @@ import time
 import pytest
 
 from benchmarks import seeds
-from benchmarks.seeds import Job, _work_through, accuracies, evaluation, is_finished, mean_and_spread, percent
+from benchmarks.seeds import (
+    Job,
+    _claim,
+    _work_through,
+    accuracies,
+    evaluation,
+    is_finished,
+    mean_and_spread,
+    percent,
+    wait_for_others,
+)
 
 JOBS = [Job(f"fashion-ce-s{seed}", (f"seed={seed}",)) for seed in range(6)]
 
@@ -51,6 +61,38 @@ def started(runs, trainings, commands=1):
     for worker in workers:
         worker.start()
     return workers
+
+
+def test_a_wave_ends_when_nobody_trains_one_of_its_jobs(tmp_path):
+    held, free = threading.Event(), threading.Event()
+
+    def another_command():
+        with _claim(tmp_path / f"{JOBS[0].name}.lock") as mine:
+            assert mine
+            held.set()
+            free.wait(20)
+
+    threading.Thread(target=another_command, daemon=True).start()
+    held.wait(20)
+    waiting = threading.Thread(target=wait_for_others, args=(tmp_path, JOBS), daemon=True)
+    waiting.start()
+    waiting.join(0.1)
+    assert waiting.is_alive()
+    free.set()
+    waiting.join(20)
+    assert not waiting.is_alive()
+
+
+def test_a_job_that_did_not_finish_is_named(tmp_path, monkeypatch):
+    class NoProcess:
+        def __init__(self, **_):
+            self.start = self.join = lambda: None
+
+    monkeypatch.setattr(seeds.mp, "Process", NoProcess)
+    finish(tmp_path / JOBS[0].name)
+    finish(tmp_path / JOBS[1].name, "failed")
+    with pytest.raises(SystemExit, match=f"not finished: {JOBS[1].name};"):
+        seeds.train_all(tmp_path, JOBS[:2])
 
 
 def test_two_commands_on_a_folder_train_each_job_once_and_two_at_a_time(tmp_path):
