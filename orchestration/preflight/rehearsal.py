@@ -36,7 +36,7 @@ from torch.overrides import TorchFunctionMode
 
 from experts.auxiliaries.attached import auxiliaries_of
 from experts.backbones.cost import multiply_adds, multiply_adds_by_shape
-from experts.batches import Batch
+from experts.batches import Batch, Mixed, TrainBatches
 from experts.ensemble import TRAINING_ONLY, Ensemble, build_ensemble, part_of
 from orchestration.config.run_config import RunConfig
 from orchestration.preflight.blanks import BlankTeacher, NoArithmetic, blank_batches, blank_dataset
@@ -222,16 +222,26 @@ def _step(setup: TrainingSetup, record: list[Crossing], images: int, width: int 
 
 
 def blank_batch(setup: TrainingSetup, images: int, width: int | None = None) -> Batch:
-    """Return so many black images, or features of this width, as a batch; with its partner if the stage pairs them."""
+    """Return so many black images, or features of this width, as a batch; with its partner if the stage pairs them.
+
+    Where a stage mixes images the batch is mixed, whatever its first step would be: two sets of labels cost more.
+    """
     rarest = int(setup.dataset.counts_C.argmin())  # a class that every expert of any method learns
     streams = [setup.batches] if setup.partners is None else [setup.batches, setup.partners]
     blank = [blank_batches(stream, rarest, images) for stream in streams]
     if width is None:
-        batches = [stream.batch(1, 0) for stream in blank]
+        batches = [_mixed(stream.batch(1, 0), stream) for stream in blank]
     else:
         features = [torch.zeros(1, width, dtype=setup.dtype) for _ in setup.model.experts]
         batches = [next(stream.of_features(features, 1)) for stream in blank]
     return batches[0] if setup.partners is None else replace(batches[0], partner=batches[1])
+
+
+def _mixed(batch: Batch, stream: TrainBatches) -> Batch:
+    if stream.mixing is None or batch.mixed is not None:
+        return batch
+    half = batch.images_B3HW.new_tensor(0.5)
+    return replace(batch, mixed=Mixed(half, half, batch.labels_B, batch.global_labels, batch.host_labels))
 
 
 def _traffic(few: list[Crossing], more: list[Crossing]) -> Iterator[Traffic]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -121,3 +122,16 @@ def test_a_plan_counts_what_auxiliaries_hold_and_compute():
     assert plain.work_each_epoch == 0
     assert 3 * network < load.work < 3.1 * network + 3 * costs.head
     assert 7 * network < load.training_work < 7.3 * network + 9 * costs.head
+
+
+def test_a_plan_is_of_a_mixed_step_where_any_is_mixed():
+    """The loss runs twice, whatever the first step of the stage would be."""
+
+    def calls(*words):
+        config = load_config(["method=ce", "dataset=digits_lt", *words])
+        (load,), _ = rehearse(config, "train", np.array([30] * 10), MeshShape(1, 1), {})
+        return load.calls
+
+    mixed = calls("mix=mixup")
+    assert mixed > calls()
+    assert calls("mix=cmo") == calls("mix=cutmix", "method.stages.train.mixing.probability=0.001") == mixed
