@@ -236,7 +236,7 @@ class TrainBatches:
         side, in_step = self.store.images.shape[-1], self.config.batch_size
         if self.mixing is None or self._second is not None:
             in_step = -(-in_step // self.replica.count)
-        in_step *= len(self._stacks)
+        in_step *= len(self._stacks) * (1 if self._second is None else 2)
         return max(1, AHEAD_BYTES // (in_step * 3 * side * side * self.replica.dtype.itemsize))
 
     def positions(self, epoch: int) -> np.ndarray:

@@ -168,7 +168,7 @@ def test_features_come_without_a_wait():
         (32, 128, 1, None, AHEAD_BYTES // (128 * 3 * 32 * 32 * 4)),
         (32, 128, 3, None, AHEAD_BYTES // (43 * 3 * 32 * 32 * 4)),
         (32, 128, 3, MIXUP, AHEAD_BYTES // (128 * 3 * 32 * 32 * 4)),
-        (32, 128, 3, CMO.Config(), AHEAD_BYTES // (43 * 3 * 32 * 32 * 4)),
+        (32, 128, 3, CMO.Config(), AHEAD_BYTES // (2 * 43 * 3 * 32 * 32 * 4)),
         (224, 1024, 1, None, 1),
     ],
 )
