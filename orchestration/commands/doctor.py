@@ -25,6 +25,7 @@ from orchestration.preflight.tracking_checks import check_tracking
 from orchestration.results.text import plural
 
 if TYPE_CHECKING:  # modules that load torch are imported where they are used: a torch that does not load is a finding
+    from orchestration.config.recipe import StageConfig
     from orchestration.config.run_config import RunConfig
     from orchestration.training.mesh import MeshShape
 
@@ -289,12 +290,17 @@ def _weights(config: RunConfig) -> int | None:
 
 def _batch_bytes(config: RunConfig, shape: MeshShape) -> int:
     """Return the bytes of images that wait for one worker: two batches of each loader process."""
-    images = max(
-        -(-stage.batch_size // shape.replicas) * (1 + len(stage.views))
-        for stage in config.method.stages.values()
-        if stage.batch_size
-    )
+    images = max(_decoded(stage, shape.replicas) for stage in config.method.stages.values() if stage.batch_size)
     return 2 * config.dataset.loader_processes * images * 3 * config.dataset.image_size**2
+
+
+def _decoded(stage: StageConfig, replicas: int) -> int:
+    """Return the images that each replica decodes for a step: its share, and the partners that they are mixed with."""
+    assert stage.batch_size is not None
+    share = -(-stage.batch_size // replicas)
+    if stage.mixing is None:
+        return share * (1 + len(stage.views))
+    return stage.batch_size if stage.mixing.second_sampler is None else 2 * share
 
 
 def _tracking(config: RunConfig) -> Iterator[Finding]:

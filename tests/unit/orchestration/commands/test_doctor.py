@@ -23,6 +23,7 @@ from orchestration.commands.doctor import examine
 from orchestration.config.compose import load_config
 from orchestration.preflight.checks import run_check
 from orchestration.preflight.tracking_checks import check_tracking
+from orchestration.training.mesh import MeshShape
 
 ASKED = "/api/2.0/mlflow/experiments/search?max_results=1"
 ME = "Basic bWU6c2VjcmV0"
@@ -317,3 +318,15 @@ def test_a_check_that_breaks_is_a_finding(monkeypatch):
     text, healthy = examine([])
     assert not healthy
     assert lines(text, "data") == [("ok", "so far so good"), ("FAIL", "RuntimeError: http://host broke")]
+
+
+@pytest.mark.parametrize(
+    ("words", "images"),
+    [([], 43), (["mix=mixup"], 128), (["mix=cmo"], 2 * 43), (["method.stages.train.views=[simclr]"], 2 * 43)],
+    ids=["plain", "mixed in the step", "a second stream", "two views"],
+)
+def test_images_that_wait_are_those_that_a_replica_decodes(words, images):
+    """Two batches of 128 for each of 3 loader processes, shared by 3 replicas; 3 * 8 * 8 bytes of an image."""
+    small = ["method.stages.train.batch_size=128", "dataset.loader_processes=3", "dataset.image_size=8"]
+    config = load_config(["method=ce", "dataset=digits_lt", *small, *words])
+    assert doctor._batch_bytes(config, MeshShape(1, 1, 3)) == 2 * 3 * images * 3 * 8 * 8
