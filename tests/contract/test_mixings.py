@@ -143,9 +143,14 @@ def loader(config, replica=WHOLE):
 
 @every_mixing
 def test_labels_say_what_the_pixels_show(config):
-    """An image shows its own colour with the weight of the first label, and its partner's with the rest."""
+    """An image shows its own colour with the weight of the first label, and its partner's with the rest.
+
+    The partner is the one that the blend names: of the step, or of the same row of the mixing's own stream.
+    """
     mixed_steps = 0
-    for batch in loader(config, Replica(dtype=torch.float64)).iterate(MIDDLE):
+    batches = loader(config, Replica(dtype=torch.float64))
+    drawn = batches._drawn(MIDDLE)
+    for step, batch in enumerate(batches.iterate(MIDDLE)):
         own = torch.from_numpy(LABELS)[batch.positions_B]
         shown = batch.images_B3HW * 255
         mine = batch.positions_B.double()[:, None, None].expand_as(shown[:, 0])
@@ -160,6 +165,16 @@ def test_labels_say_what_the_pixels_show(config):
         expected = 20 * (share * own.double() + (1 - share) * partners.double())
         told = (first != own) | (second != own)  # else the partner's label does not show
         torch.testing.assert_close(shown[:, 1].mean((1, 2))[told], expected[told], atol=1e-9, rtol=0)
+        blend = drawn.blend(step)
+        others = batch.positions_B
+        others = drawn.second_N[step * BATCH :][: len(own)] if blend.order_B is None else others[blend.order_B]
+        inside = torch.full((SIZE, SIZE), 1 - blend.share, dtype=torch.float64)
+        if blend.box is not None:
+            left, top, right, bottom = blend.box
+            inside = torch.zeros((SIZE, SIZE), dtype=torch.float64)
+            inside[top:bottom, left:right] = 1
+        positions = mine + (others.double()[:, None, None] - mine) * inside
+        torch.testing.assert_close(shown[:, 0], positions, atol=1e-9, rtol=0)
     assert mixed_steps
 
 

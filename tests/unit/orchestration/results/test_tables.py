@@ -8,6 +8,7 @@ from orchestration.results.tables import (
     passes_saved,
     per_class_table,
     selection_note,
+    shown_members,
 )
 
 COUNTS = [500, 101, 100, 20, 19]
@@ -156,3 +157,17 @@ def test_members_that_the_ensemble_is_compared_with_have_their_rows():
     text = final_table({"last": routed}, data())
     assert row(text, "all experts")[2:] == ["75.00"] * 4
     assert per_class_table({"last": routed}, data())["columns"][-2:] == ["last/ensemble", "last/all experts"]
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ({"expert0": [1, 2], "ensemble": [1, 2]}, ["ensemble"]),
+        ({"expert0": [1, 3], "ensemble": [1, 2]}, ["ensemble", "expert0"]),
+        ({"b": 1, "a": 1, "ensemble": 1}, ["ensemble", "b", "a"]),
+        ({"ensemble": 1}, ["ensemble"]),
+        ({}, []),
+    ],
+)
+def test_one_expert_is_shown_where_it_differs_from_the_ensemble(values, shown):
+    assert shown_members(values) == shown
