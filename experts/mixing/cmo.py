@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from experts.mixing.boxes import draw_box
-from experts.mixing.mixing import Blend, Mixing, MixingSettings, Step
+from experts.mixing.mixing import Alpha, Blend, Mixing, MixingSettings, Step
 from experts.registry import PieceOf, register
 from experts.samplers.class_balanced import ClassBalanced
 
@@ -32,7 +32,7 @@ class CMO(Mixing):
         model_config = ConfigDict(defer_build=True)  # samplers are registered later
 
         name: Literal["cmo"] = "cmo"
-        alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+        alpha: Alpha = 1.0
         """The share that the box would leave if it were not clipped is drawn from Beta(alpha, alpha)."""
         probability: Annotated[float, Field(gt=0, le=1)] = 0.5
         """Of a step to be mixed."""

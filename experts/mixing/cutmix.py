@@ -12,7 +12,7 @@ from pydantic import Field
 
 from experts.cases import Case
 from experts.mixing.boxes import draw_box
-from experts.mixing.mixing import Blend, Mixing, MixingSettings, Step
+from experts.mixing.mixing import Alpha, Blend, Mixing, MixingSettings, Step
 from experts.registry import register
 
 
@@ -22,7 +22,7 @@ class CutMix(Mixing):
 
     class Config(MixingSettings):
         name: Literal["cutmix"] = "cutmix"
-        alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+        alpha: Alpha = 1.0
         """The share that the box would leave if it were not clipped is drawn from Beta(alpha, alpha)."""
         probability: Annotated[float, Field(gt=0, le=1)] = 1.0
         """Of a step to be mixed."""

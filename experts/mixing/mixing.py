@@ -12,9 +12,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
+from pydantic import Field
 from torch import Tensor
 
 from experts.cases import Case
@@ -23,6 +24,9 @@ from experts.data.transfer import to_device
 from experts.mixing.boxes import Box, paste
 from experts.progress import Progress
 from experts.registry import Settings
+
+Alpha = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+"""Of a share from Beta(alpha, alpha), which is 1/2 to three digits from 1e6 on; draws of 1e300 would never end."""
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,9 @@ Source: Zhang et al. 2018, arXiv:1710.09412, as in MiSLAS, H2T and GCL: one shar
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from experts.mixing.mixing import Blend, Mixing, MixingSettings, Step
+from experts.mixing.mixing import Alpha, Blend, Mixing, MixingSettings, Step
 from experts.registry import register
 
 
@@ -19,7 +17,7 @@ class Mixup(Mixing):
 
     class Config(MixingSettings):
         name: Literal["mixup"] = "mixup"
-        alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+        alpha: Alpha = 1.0
         """The share of the first image is drawn from Beta(alpha, alpha), once per step."""
 
     config: Config

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from experts.mixing.mixing import Blend, Mixing, MixingSettings, Step
+from experts.mixing.mixing import Alpha, Blend, Mixing, MixingSettings, Step
 from experts.registry import register
 
 
@@ -44,7 +44,7 @@ class Remix(Mixing):
 
     class Config(MixingSettings):
         name: Literal["remix"] = "remix"
-        alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+        alpha: Alpha = 1.0
         """The share of the first image is drawn from Beta(alpha, alpha), once per step."""
         kappa: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 3.0
         """Ratio of two classes' counts from which the rarer one may take the whole label."""
