@@ -215,6 +215,9 @@ class Objective(nn.Module, ABC):
     of the batch, the other replicas' rows detached. Read it from the config, as it may depend on that."""
     silent: ClassVar[bool] = False
     """Whether it is always zero, for stages in which auxiliaries alone train the experts."""
+    takes_mixed: ClassVar[bool] = True
+    """False where it knows images by their rows of the training set: a mixed image has the labels of two, and one row.
+    """
     last_expert_learns: ClassVar[bool] = True
     """False where the loss ignores whatever the last expert alone computes."""
     capturable: bool = True

@@ -167,6 +167,7 @@ class LFME(Objective):
 
     prepares: ClassVar[bool] = True
     observes: ClassVar[bool] = True
+    takes_mixed: ClassVar[bool] = False
     num_experts_allowed: ClassVar[tuple[int, ...]] = (1,)
     roles: ClassVar[str] = "the student"
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({"instance_on": "loss", "clamp": True},)

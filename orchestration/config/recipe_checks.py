@@ -133,19 +133,26 @@ def _stage_problems(name: str, stage: StageConfig, method: Recipe, earlier: list
             if stage.views:
                 yield from _views_problems(stage)
             yield from _teacher_problems(stage, method)
-    elif stage.views or stage.augment is not None:
-        yield "views, augment: the stage has no steps (epochs = 0); remove them, or set epochs"
-    elif stage.mixing is not None:
-        yield f"mixing.name = {stage.mixing.name}: the stage has no steps (epochs = 0); set mixing=null, or epochs"
-    elif stage.auxiliaries:
-        found = sorted(stage.auxiliaries)
-        yield f"auxiliaries = {found}: the stage has no steps (epochs = 0); remove them, or set epochs"
+    else:
+        yield from _without_steps_problems(stage)
     started = (stage.start_from.stage,) if stage.start_from and stage.start_from.stage else ()
     taught = tuple(teacher.stage for teacher in stage.teachers.values() if teacher.stage)
     for key, names in (("after", stage.after or ()), ("start_from.stage", started), ("teachers", taught)):
         for other in names:
             if other not in earlier:
                 yield f"{key} = {other}: needed an earlier stage of the recipe: {', '.join(earlier) or 'there is none'}"
+
+
+def _without_steps_problems(stage: StageConfig) -> Iterator[str]:
+    """Yield what a stage without steps has for steps alone."""
+    why = "the stage has no steps (epochs = 0)"
+    unused = [key for key, value in (("views", stage.views), ("augment", stage.augment)) if value]
+    if unused:
+        yield f"{', '.join(unused)}: {why}; remove {'them' if unused[1:] else 'it'}, or set epochs"
+    if stage.mixing is not None:
+        yield f"mixing.name = {stage.mixing.name}: {why}; set mixing=null, or epochs"
+    if stage.auxiliaries:
+        yield f"auxiliaries = {sorted(stage.auxiliaries)}: {why}; remove them, or set epochs"
 
 
 def _head_problems(name: str, stage: StageConfig, method: Recipe) -> Iterator[str]:
@@ -236,6 +243,12 @@ def _mixing_problems(stage: StageConfig) -> Iterator[str]:
         return
     if piece("flow", stage.flow.name).needs_partner:
         yield f"mixing.name = {stage.mixing.name}: flow '{stage.flow.name}' pairs batches already; leave out the mixing"
+    objective = stage.objective.name
+    if not piece("objective", objective).takes_mixed:
+        yield (
+            f"mixing.name = {stage.mixing.name}: objective '{objective}' knows every image by its place in the "
+            f"training set, and a mixed one is two images; set mixing=null, or another objective.name"
+        )
     if problem := stage.mixing.length_problem(stage.epochs):
         yield problem
 

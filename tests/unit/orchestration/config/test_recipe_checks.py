@@ -245,6 +245,7 @@ def test_a_stage_that_cannot_be_mixed_is_refused_by_key(mix, words, parts):
     ("word", "part"),
     [
         ("mixing.alpha=0", "mixing.alpha = 0"),
+        ("mixing.alpha=1e308", "mixing.alpha = 1e+308: needed 1e+06 or less"),
         ("mixing.probability=1.5", "mixing.probability = 1.5"),
         ("mixing.quiet_first=-1", "mixing.quiet_first = -1"),
         ("mixing.sampler.name=rare", "mixing.sampler.name = rare"),
@@ -253,6 +254,32 @@ def test_a_stage_that_cannot_be_mixed_is_refused_by_key(mix, words, parts):
 )
 def test_a_value_that_means_nothing_is_refused_by_key(word, part):
     assert part in problem(f"method.stages.train.{word}", host=MIXED)
+
+
+@pytest.mark.parametrize("mix", available("mix"))
+def test_an_alpha_that_no_draw_would_end_with_is_refused(mix):
+    words = ["dataset=digits_lt", "method=ce", f"mix={mix}"]
+    assert load_config([*words, "method.stages.train.mixing.alpha=1e6"])
+    assert "mixing.alpha = 10000000.0: needed 1e+06 or less" in problem(
+        "method.stages.train.mixing.alpha=1e7", host=words
+    )
+
+
+@pytest.mark.parametrize("mix", available("mix"))
+def test_an_objective_that_knows_images_by_their_place_takes_no_mixed_ones(mix):
+    words = ["dataset=digits_lt", "method=lfme", f"mix={mix}"]
+    assert f"stages.student.mixing.name = {mix}: objective 'lfme' knows every image" in problem(host=words)
+    stages = load_config([*words, "method.stages.student.mixing=null"]).method.stages
+    assert {name for name, stage in stages.items() if stage.mixing is None} == {"student"}
+
+
+def test_all_that_a_stage_without_steps_has_for_steps_is_in_one_message():
+    at = "method.stages.ncm"
+    words = [f"{at}.views=[simclr]", f"{at}.mixing.name=mixup", f"{at}.auxiliaries.t.name=triplet"]
+    said = problem(*words, host=["dataset=digits_lt", "method=ce", "then=ncm"])
+    assert "augment" not in said
+    for found in ("ncm.views", "ncm.mixing.name = mixup", "ncm.auxiliaries = ['t']"):
+        assert f"stages.{found}: the stage has no steps (epochs = 0)" in said
 
 
 AT = "method.stages.train.auxiliaries"

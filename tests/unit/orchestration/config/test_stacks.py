@@ -94,7 +94,7 @@ def test_every_stack_reads_back_equal(tmp_path, name, dataset):
         (["dataset.augment=[{name:flip,probability:2}]"], "dataset.augment.pieces.0.probability = 2"),
         (["mix=mixup", "method.stages.train.views=[moco]"], "views: mixing.name = mixup is set too"),
         (["method=bbn", "method.stages.train.views=[moco]"], "views: flow 'bilateral' pairs every image with another"),
-        (["method=ncm", "method.stages.ncm.views=[moco]"], "views, augment: the stage has no steps"),
+        (["method=ncm", "method.stages.ncm.views=[moco]"], "ncm.views: the stage has no steps (epochs = 0); remove it"),
         (
             ["dataset.augment.name=none", "method.stages.train.views=[none]"],
             "views: 2 of them change nothing at random, so that they would show the same",
