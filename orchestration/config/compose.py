@@ -34,7 +34,7 @@ from orchestration.config.percentages import Resolved, resolve_percentages
 from orchestration.config.problems import check
 from orchestration.config.run_config import RunConfig
 from orchestration.config.stacks import resolve_stacks
-from orchestration.config.words import Words, configs_folder, message, parse, title
+from orchestration.config.words import NO_MIX, Words, configs_folder, message, parse, title
 
 S = TypeVar("S", bound=BaseModel)
 _LIKE = "method.like"
@@ -112,9 +112,8 @@ def _lay_files(read: Words) -> tuple[Layered, tuple[str, ...], list[str]]:
     method = choices["method"] if like is None or "method" in read.choices else None
     mix, dataset = read.choices.get("mix"), str(layered.get(("dataset", "name")))
     recipe = plan_recipe(method, mix, read.then, dataset, read.choices, choices["backbone"])
-    parts = [part for part in (mix, *read.then) if part]
-    name = "+".join([method or (like.method if like else ""), *parts])
-    layered.lay({"method": {"name": name}}, "the parts chosen")
+    parts = [part for part in (mix, *read.then) if part not in (None, NO_MIX)]
+    layered.lay({"method": {"name": None}}, "the parts chosen")
     if like is None:
         backbone = read_file("backbone", recipe.backbone)
         layered.lay({"backbone": backbone.content}, backbone.name)
@@ -123,7 +122,10 @@ def _lay_files(read: Words) -> tuple[Layered, tuple[str, ...], list[str]]:
         made_of = (f"saved run {like.folder}",)
         if method is None:
             layered.put(("run", "name"), _name_after(like, parts, read), SAVED_RUN)
-    lay_recipe(layered, recipe, like)
+    if lay_recipe(layered, recipe, like):
+        parts.insert(0, "unmixed")  # another recipe than the one of this name, with results of its own
+    name = "+".join([method or (like.method if like else ""), *parts])
+    layered.put(("method", "name"), name, "the parts chosen")
     _lay_published(layered, name, dataset)
     notes = [] if like is None else list(_notes_about(like, method, [*layered.get(STAGES)]))
     return layered, (*made_of, *recipe.files), notes

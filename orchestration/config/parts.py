@@ -4,7 +4,7 @@
     method                 its file; a recipe `of` others has theirs first
     protocol, pace         optimiser and schedule; epochs, batch sizes
     method on ...          what the method's file says of this data set or protocol
-    mix, mix on ...        changes to the stages that learn the trunk
+    mix, mix on ...        changes to the stages that learn the trunk; null takes off their mixing
     then, then on ...      further stages, from the last one before them
     command line
 
@@ -20,7 +20,7 @@ from typing import Any
 from orchestration.config.layers import STAGES, File, lay_block, lay_part, named_in, read_file, stages_that
 from orchestration.config.like import SavedEnsemble
 from orchestration.config.origins import Layered
-from orchestration.config.words import available
+from orchestration.config.words import NO_MIX, available
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Step:
     """One file of a recipe's chain, or the `then` parts that start from the same stage."""
 
     kind: str
-    """method, rest (of a recipe `of` others), mix or then."""
+    """method, rest (of a recipe `of` others), mix, unmix (without a file) or then."""
     files: tuple[File, ...]
 
 
@@ -112,22 +112,28 @@ def _steps_of(method: str, trail: tuple[str, ...]) -> list[Step]:
 
 
 def _parts(mix: str | None, then: Sequence[str]) -> list[Step]:
-    steps = [Step("mix", (read_file("mix", mix),))] if mix else []
+    steps = [Step("unmix", ()) if mix == NO_MIX else Step("mix", (read_file("mix", mix),))] if mix else []
     return [*steps, Step("then", tuple(read_file("then", part) for part in then))] if then else steps
 
 
-def lay_recipe(layered: Layered, recipe: Recipe, like: SavedEnsemble | None) -> None:
+def lay_recipe(layered: Layered, recipe: Recipe, like: SavedEnsemble | None) -> bool:
     """Lay a recipe's files.
+
+    Returns:
+        Whether mix=null took off a mixing.
 
     Raises:
         ValueError: a `then` part does not fit what comes before it.
     """
-    has_method = any(step.kind == "method" for step in recipe.steps)
+    has_method, unmixed = any(step.kind == "method" for step in recipe.steps), False
     if like is not None and not has_method:
         like.lay(layered)
     for step in recipe.steps:
         if step.kind == "then":
             _lay_then(layered, step, recipe, None if has_method else like)
+            continue
+        if step.kind == "unmix":
+            unmixed = _unmix(layered)
             continue
         [file] = step.files
         if step.kind == "mix" and not stages_that(layered, learns_trunk=True):
@@ -143,6 +149,15 @@ def lay_recipe(layered: Layered, recipe: Recipe, like: SavedEnsemble | None) -> 
             lay_block(layered, block, name)
         if step.kind == "method" and like is not None:
             like.lay(layered)
+    return unmixed
+
+
+def _unmix(layered: Layered) -> bool:
+    """Take the mixing off the stages that learn the trunk; return whether one had any."""
+    mixed = [name for name in stages_that(layered, learns_trunk=True) if layered.get((*STAGES, name, "mixing"))]
+    for name in mixed:
+        layered.put((*STAGES, name, "mixing"), None, "mix=null")
+    return bool(mixed)
 
 
 def _lay_all(layered: Layered, file: File, recipe: Recipe) -> None:

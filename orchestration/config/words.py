@@ -14,6 +14,8 @@ from hydra.errors import HydraException
 
 GROUPS = ("method", "dataset", "backbone", "protocol", "pace", "mix", "then", "cluster")
 """Folders of configs/. Of `then` several may be chosen, of the others one."""
+NO_MIX = "null"
+"""The choice of `mix` that takes off the mixing of a recipe."""
 
 
 class Words(NamedTuple):
@@ -40,7 +42,8 @@ def parse(words: list[str]) -> Words:
     """Split words into choices and values.
 
     Args:
-        words: `group=choice`, `then=[part,...]` and `a.b=value`. A choice of null, of `mix` or `then`, is none.
+        words: `group=choice`, `then=[part,...]` and `a.b=value`. No part is `then=null`. `mix=null` is kept
+            as `NO_MIX`, because a recipe may have a mixing of its own.
 
     Raises:
         ValueError: every word that is neither, one line each.
@@ -126,17 +129,16 @@ def _parse_literally(parser: OverridesParser, word: str) -> Override:
 def _set_mix(choices: dict[str, str], word: str, value: Any) -> Iterator[str]:
     """Choose the mixing of a word, or none; yield a problem where that makes two."""
     chosen = list(map(str, value if isinstance(value, list) else [] if value is None else [value]))
-    before = choices.pop("mix", None)
-    together = list(dict.fromkeys([before, *chosen] if before and chosen else chosen))
+    before = choices.get("mix", NO_MIX)
+    together = list(dict.fromkeys([before, *chosen] if before != NO_MIX and chosen else chosen))
     if len(together) > 1:
         yield f"{word}: {len(together)} mixings, {' and '.join(together)}; needed one, as images are mixed once"
-    if together:
-        choices["mix"] = together[0]
+    choices["mix"] = together[0] if together else NO_MIX
 
 
 def _unknown(group: str, choice: str) -> Iterator[str]:
     known = available(group)
-    if choice in known:
+    if choice in known or (group, choice) == ("mix", NO_MIX):
         return
     near = difflib.get_close_matches(choice, known, 1)
     hint = f", did you mean {group}={near[0]}" if near else ""

@@ -149,3 +149,18 @@ def test_another_mixing_takes_the_place_of_a_recipes_own():
     """DR+H2T has mixup; none of its keys is left."""
     method = load_config(["method=dr_h2t", "mix=cutmix", "dataset=cifar100_lt"]).method
     assert method.stages["train"].mixing.model_dump() == {"name": "cutmix", "alpha": 1.0, "probability": 0.5}
+
+
+@pytest.mark.parametrize(("method", "later"), [("mislas", None), ("gcl", "mixup"), ("dr_mu", None)])
+def test_no_mixing_takes_off_that_of_the_stages_that_learn_the_trunk(method, later):
+    """GCL's second stage blends images too, and keeps the trunk as it is."""
+    config = load_config([f"method={method}", "dataset=digits_lt", "mix=null"])
+    first, second = config.method.stages.values()
+    assert first.mixing is None
+    assert (second.mixing and second.mixing.name) == later
+    assert config.method.name == f"{method}+unmixed"
+
+
+def test_no_mixing_leaves_a_recipe_without_one_as_it_is():
+    words = ["method=ride", "dataset=digits_lt", "then=crt"]
+    assert load_config([*words, "mix=null"]) == load_config(words)

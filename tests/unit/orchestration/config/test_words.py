@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestration.config.words import GROUPS, available, parse
+from orchestration.config.words import GROUPS, NO_MIX, available, parse
 
 
 def refused(*words):
@@ -24,9 +24,14 @@ def test_one_part_needs_no_brackets(word):
     assert parse([word]).then == ("crt",)
 
 
-@pytest.mark.parametrize("words", [["then=null"], ["then=[]"], ["then=crt", "then=null"], ["mix=null"]])
+@pytest.mark.parametrize("words", [["then=null"], ["then=[]"], ["then=crt", "then=null"]])
 def test_no_part_can_be_chosen(words):
-    assert parse(["mix=mixup", *words] if "mix=null" in words else words) == ({}, (), [])
+    assert parse(words) == ({}, (), [])
+
+
+@pytest.mark.parametrize("words", [["mix=null"], ["mix=[]"], ["mix=mixup", "mix=null"]])
+def test_no_mixing_is_a_choice(words):
+    assert parse(words).choices == {"mix": NO_MIX}
 
 
 def test_parts_without_brackets_are_for_a_sweep():
