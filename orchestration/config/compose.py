@@ -32,6 +32,7 @@ from orchestration.config.parts import lay_recipe, plan_recipe
 from orchestration.config.paths import expand
 from orchestration.config.percentages import Resolved, resolve_percentages
 from orchestration.config.problems import check
+from orchestration.config.renamed import with_new_keys
 from orchestration.config.run_config import RunConfig
 from orchestration.config.stacks import resolve_stacks
 from orchestration.config.words import NO_MIX, Words, configs_folder, message, parse, title
@@ -275,7 +276,7 @@ def from_yaml(path: Path) -> RunConfig:
         raise ValueError(f"{path}: not YAML ({_first_line(error)})") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: found {type(tree).__name__}, needed a mapping")
-    return check(tree, str(path))  # type: ignore[arg-type]
+    return check(with_new_keys(tree), str(path))  # type: ignore[arg-type]
 
 
 def _first_line(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from experts.registry import piece
 from orchestration.config.origins import Layered
 from orchestration.config.paths import expand
+from orchestration.config.renamed import with_new_keys
 
 SAVED_RUN = "saved run"
 """The origin of what is taken over."""
@@ -132,8 +133,8 @@ def saved_ensemble(run: str, final: str | None = None) -> SavedEnsemble:
         raise ValueError(f"{said}: it has no {path.relative_to(folder)}; needed its exported model; restore the folder")
     model = _read_json(path, said)
     try:
-        config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-        ensemble = SavedEnsemble(folder, final, finals, model, config)  # type: ignore[arg-type]
+        config = with_new_keys(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))  # type: ignore[arg-type]
+        ensemble = SavedEnsemble(folder, final, finals, model, config)
         trial = Layered()
         ensemble.lay(trial)
         ensemble.lay_data(trial)

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from experts.registry import PieceOf, piece, registered_names
+from orchestration.config.renamed import RENAMED
 from orchestration.config.run_config import RunConfig
 from orchestration.config.words import message
 
@@ -17,6 +18,8 @@ _NEEDED = {
     "float_": "a number",
     "bool_": "true or false",
     "string_": "text",
+    "dict_type": "a mapping",
+    "tuple_type": "a list",
     "finite_number": "a finite number",
     "greater_than": "more than {gt:g}",
     "greater_than_equal": "{ge:g} or more",
@@ -46,25 +49,32 @@ def check(tree: dict[str, Any], title: str, origin: Origin = lambda keys: None) 
 def _line(problem: Any, tree: dict[str, Any], origin: Origin) -> str:
     """Put one of pydantic's errors into our words: key, found, needed."""
     keys = _path(problem["loc"], tree)
-    key = ".".join(map(str, keys))
-    found = problem.get("input")
-    kind = problem["type"]
+    key, kind = ".".join(map(str, keys)), problem["type"]
     if kind == "extra_forbidden":
         layer = origin(keys)
         return f"{key}: {_unknown_key(keys, tree)}{f' (from {layer})' if layer else ''}"
     if kind == "missing":
         return f"{key}: not set; needed a value"
-    if kind.startswith("union_tag") or (kind == "model_attributes_type" and isinstance(found, str)):
+    if kind.startswith("union_tag") or kind == "model_attributes_type":
         return _wrong_piece(key, problem)
+    return _wrong_value(keys, tree, problem)
+
+
+def _wrong_value(keys: list[Any], tree: dict[str, Any], problem: Any) -> str:
+    """Say what is wrong with the value of a known key."""
+    key, found, kind = ".".join(map(str, keys)), problem.get("input"), problem["type"]
     if kind == "literal_error":
         return f"{key} = {found}: needed {problem.get('ctx', {}).get('expected', '')}"
     text = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    starts = [start for start in _NEEDED if kind.startswith(start)]
+    if isinstance(found, dict | list) and starts:
+        return f"{key}: needed {_NEEDED[max(starts, key=len)]}, found {_what(found)}"
     if isinstance(found, dict | list | BaseModel):
         return f"{key}: {text}" if key else text
     if kind == "model_type":
         model, _ = _model_at(keys, tree)
         text = f"needed the keys {', '.join(model.model_fields)}" if model else "needed a mapping"
-    if starts := [start for start in _NEEDED if kind.startswith(start)]:
+    if starts:
         text = "needed " + _NEEDED[max(starts, key=len)].format(**problem.get("ctx", {}))
     if isinstance(found, float) and 0 < found < 1 and kind.startswith("int"):
         text += f"; a share of the stage is written {found:.3%}".replace(".000%", "%")
@@ -86,12 +96,21 @@ def _joined(lines: list[str]) -> list[str]:
 def _wrong_piece(key: str, problem: Any) -> str:
     """Say what is wrong with a mapping that should name a piece."""
     found = problem.get("input")
+    if problem["type"] == "model_attributes_type" and not isinstance(found, str):
+        return f"{key}: needed the name of a piece, found {_what(found)}; set {key}.name"
     if isinstance(found, str):
         return f"{key} = {found}: a piece is set by its name; needed {key}.name={found}"
     if problem["type"] == "union_tag_not_found":
         return f"{key}.name: not set; needed the name of a piece"
     name = found.get("name") if isinstance(found, dict) else found
     return f"{key}.name = {name}: unknown; needed one of {problem['ctx']['expected_tags']}"
+
+
+def _what(found: Any) -> str:
+    """Return a value as a message names it: lists and mappings by their kind, as they may be long."""
+    if isinstance(found, list | dict):
+        return "a list" if isinstance(found, list) else "a mapping"
+    return "null" if found is None else str(found)
 
 
 def _nearest(key: str, known: list[str]) -> list[str]:
@@ -133,6 +152,9 @@ def _unknown_key(keys: list[Any], tree: dict[str, Any]) -> str:
     near = _nearest(last, list(model.model_fields) if model else [])
     parent = ".".join(map(str, parents))
     meant = [f"{parent + '.' if parent else ''}{near[0]}"] if near else _deeper(".".join(map(str, keys)), tree)[:1]
+    if last in RENAMED:
+        stage = parent or next((f"method.stages.{name}" for name in tree["method"]["stages"]), "")
+        meant = [f"{stage}.{RENAMED[last].key}"]
     if meant:
         return f"unknown key; did you mean {meant[0]}?"
     few = model is not None and len(model.model_fields) <= _FEW

@@ -46,7 +46,8 @@ def resolve_stacks(layered: Layered) -> list[str]:
     standard = {"pieces": keys} if isinstance(keys, list) else keys
     data = _Data(str(layered.get(("dataset", "name"))), layered.get(("dataset", "image_size")), copy.deepcopy(standard))
     problems = list(_resolve(layered, DATASET, data))
-    for name, stage in (layered.get(STAGES) or {}).items():
+    stages = layered.get(STAGES)
+    for name, stage in (stages if isinstance(stages, dict) else {}).items():
         if not isinstance(stage, dict):
             continue
         problems += _resolve(layered, (*STAGES, name, "augment"), data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import yaml
 
 from orchestration.config.compose import from_yaml, load_config, to_yaml
 from orchestration.config.identity import config_hash, difference, flatten, identity
@@ -222,3 +223,19 @@ def test_expand_reads_home_and_variables(monkeypatch):
     monkeypatch.setenv("DATA", "/data")
     assert str(expand("~/runs")) == "/home/me/runs"
     assert str(expand("$DATA/runs")) == "/data/runs"
+
+
+@pytest.mark.parametrize(("mixup", "words"), [("null", []), ("{alpha: 0.5}", ["mix=mixup", "AT.mixing.alpha=0.5"])])
+def test_a_config_of_a_run_from_before_mixing_was_a_piece_is_read(tmp_path, mixup, words):
+    config = load_config(
+        ["method=ce", "dataset=digits_lt", *(word.replace("AT", "method.stages.train") for word in words)]
+    )
+    config = config.model_copy(update={"method": config.method.model_copy(update={"name": "ce"})})
+    tree = yaml.safe_load(to_yaml(config))
+    for stage in tree["method"]["stages"].values():
+        del stage["mixing"]
+        stage["mixup"] = yaml.safe_load(mixup)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    assert from_yaml(path) == config
+    assert config_hash(from_yaml(path)) == config_hash(config)

@@ -51,3 +51,26 @@ def test_the_order_of_a_name_and_its_keys_does_not_matter(order):
     assert stage.lr_schedule.model_dump() == {
         "name": "cosine", "unit": "epoch", "stepped": "before", "beyond": 0, "warmup": 0, "warmup_start": 0.0,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("seed=[1]", "seed: needed a whole number, found a list"),
+        ("train.mixing.alpha=[1]", "train.mixing.alpha: needed a number, found a list"),
+        ("train.objective=5", "train.objective: needed the name of a piece, found 5; set {}.name"),
+        ("train.objective=[1]", "train.objective: needed the name of a piece, found a list; set {}.name"),
+        ("train.mixing.sampler=null", "train.mixing.sampler: needed the name of a piece, found null; set {}.name"),
+        ("train.auxiliaries=[1]", "train.auxiliaries: needed a mapping, found a list"),
+    ],
+)
+def test_a_value_of_another_kind_is_told_in_our_words(word, line):
+    stages = "method.stages."
+    word, line = (stages + text if text.startswith("train.") else text for text in (word, line))
+    assert refused("method=ce", "dataset=digits_lt", "mix=cmo", word) == [line.format(word.partition("=")[0])]
+
+
+@pytest.mark.parametrize("key", ["mixup.alpha", "method.stages.train.mixup.alpha"])
+def test_a_key_of_earlier_versions_is_told_its_new_name(key):
+    [line] = refused("method=ce", "dataset=digits_lt", f"{key}=3")
+    assert line == f"{key.removesuffix('.alpha')}: unknown key; did you mean method.stages.train.mixing?"
