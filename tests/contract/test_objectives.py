@@ -5,7 +5,7 @@ Shapes: E experts, B images, C classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -236,6 +236,19 @@ def test_inputs_are_unchanged_and_the_same_inputs_give_the_same_loss(case):
         assert torch.equal(now.extra.teachers[name], scores)
     assert torch.equal(case.loss(objective, logits)[0], first)
     assert torch.equal(case.loss(case.objective(), logits)[0], first)
+
+
+@every_case
+def test_an_objective_that_needs_positions_takes_no_mixed_images(case):
+    """The loss of a partner's labels would be that of the image's own position."""
+    objective, now = case.objective(), case.now(case.objective())
+    unplaced = replace(now, extra=replace(now.extra, positions_B=None))
+    if case.cls.takes_mixed:
+        loss = objective(case.logits(), case.labels(), unplaced)[0]
+        assert torch.equal(loss, case.loss(objective, case.logits())[0])
+    else:
+        with pytest.raises(ValueError, match="no positions"):
+            objective(case.logits(), case.labels(), unplaced)
 
 
 @every_case
