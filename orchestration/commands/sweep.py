@@ -35,6 +35,7 @@ from orchestration.commands.train import is_complete, train_and_report, with_thr
 from orchestration.config.compose import from_yaml, load_config
 from orchestration.config.identity import difference, identity
 from orchestration.config.run_config import RunConfig, name_problems
+from orchestration.config.words import UNMIXED
 from orchestration.results.classifier_table import loss_label
 from orchestration.results.sweep_table import draw_sweep, sweep_table
 from orchestration.results.text import plural
@@ -188,7 +189,7 @@ def _run_name(key: str, value: str, config: RunConfig, named: bool) -> str:
 
 def _named_by(key: str, value: str, name: str) -> str:
     """Return a run's name with the parts that vary replaced by the name of their group: ce+then-digits_lt-s0."""
-    chosen = "+".join(_parts(value))
+    chosen = "+".join(_parts(value)) or (UNMIXED if key == "mix" and f"+{UNMIXED}" in name else "")
     if not chosen:
         return f"{name}-{key}"
     head, found, tail = ("", "", name.removeprefix(chosen)) if key == "method" else name.rpartition(f"+{chosen}")

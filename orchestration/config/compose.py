@@ -35,7 +35,7 @@ from orchestration.config.problems import check
 from orchestration.config.renamed import with_new_keys
 from orchestration.config.run_config import RunConfig
 from orchestration.config.stacks import resolve_stacks
-from orchestration.config.words import NO_MIX, Words, configs_folder, message, parse, title
+from orchestration.config.words import NO_MIX, UNMIXED, Words, configs_folder, message, parse, title
 
 S = TypeVar("S", bound=BaseModel)
 _LIKE = "method.like"
@@ -124,7 +124,7 @@ def _lay_files(read: Words) -> tuple[Layered, tuple[str, ...], list[str]]:
         if method is None:
             layered.put(("run", "name"), _name_after(like, parts, read), SAVED_RUN)
     if lay_recipe(layered, recipe, like):
-        parts.insert(0, "unmixed")  # another recipe than the one of this name, with results of its own
+        parts.insert(0, UNMIXED)  # another recipe than the one of this name, with results of its own
     name = "+".join([method or (like.method if like else ""), *parts])
     layered.put(("method", "name"), name, "the parts chosen")
     _lay_published(layered, name, dataset)

@@ -16,6 +16,8 @@ GROUPS = ("method", "dataset", "backbone", "protocol", "pace", "mix", "then", "c
 """Folders of configs/. Of `then` several may be chosen, of the others one."""
 NO_MIX = "null"
 """The choice of `mix` that takes off the mixing of a recipe."""
+UNMIXED = "unmixed"
+"""The part in the name of a recipe whose mixing was taken off."""
 
 
 class Words(NamedTuple):

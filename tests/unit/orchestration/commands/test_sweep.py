@@ -55,6 +55,12 @@ def test_a_run_of_a_sweep_is_the_run_that_train_makes(tmp_path):
             ["ce+mixup-digits_lt-s3", "ce-digits_lt-s3"],
             "ce+mix-digits_lt-s3-sweep",
         ),
+        (
+            "mix=null,cmo",
+            ["method=mislas"],
+            ["mislas+unmixed-digits_lt-s0", "mislas+cmo-digits_lt-s0"],
+            "mislas+mix-digits_lt-s0-sweep",
+        ),
         ("method=ce,ldam", ["run.name=x"], ["x-ce", "x-ldam"], "x-sweep"),
         ("pace=demo,generic", [], ["ride-digits_lt-s0-demo", "ride-digits_lt-s0-generic"], "ride-digits_lt-s0-sweep"),
     ],
