@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from experts.registry import PieceOf, piece, registered_names
-from orchestration.config.renamed import RENAMED
+from experts.renamed import RENAMED
 from orchestration.config.run_config import RunConfig
 from orchestration.config.words import message
 

@@ -1,20 +1,10 @@
-"""Keys of stages that earlier versions had: what they are called now, for configs of saved runs and for messages."""
+"""Configs of saved runs, in the keys of this version; the table of old keys is experts/renamed.py."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-
-class Renamed(NamedTuple):
-    """The place of a key that is gone."""
-
-    key: str
-    piece: str
-    """What the mapping under the old key configures: the piece of this name."""
-
-
-RENAMED = {"mixup": Renamed("mixing", "mixup")}
-"""By the old key. Where it is null nothing takes its place."""
+from experts.renamed import RENAMED
 
 
 def with_new_keys(tree: dict[str, Any]) -> dict[str, Any]:
