@@ -44,6 +44,11 @@ class ObjectiveSettings(Settings):
         """Whether the loss needs all images of the global batch at once."""
         return bool(piece("objective", self.name).whole_batch)
 
+    @property
+    def takes_mixed(self) -> bool:
+        """Whether images may be mixed; see `Objective.takes_mixed`."""
+        return bool(piece("objective", self.name).takes_mixed)
+
     def weighting_problem(self) -> str | None:
         """Return why class weights cannot be put on the objective, and what to set; None where they can."""
         cls = piece("objective", self.name)
@@ -217,7 +222,7 @@ class Objective(nn.Module, ABC):
     """Whether it is always zero, for stages in which auxiliaries alone train the experts."""
     takes_mixed: ClassVar[bool] = True
     """False where it knows images by their rows of the training set: a mixed image has the labels of two, and one row.
-    """
+    Read it from the config, as it may depend on that."""
     last_expert_learns: ClassVar[bool] = True
     """False where the loss ignores whatever the last expert alone computes."""
     capturable: bool = True

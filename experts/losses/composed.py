@@ -57,6 +57,11 @@ class ComposedSettings(ObjectiveSettings):
         """Whether a part needs the whole batch; the others then get it, too."""
         return any(part.whole_batch for part in self.parts.values())
 
+    @property
+    def takes_mixed(self) -> bool:
+        """Whether every part takes mixed images."""
+        return all(part.takes_mixed for part in self.parts.values())
+
     def check_head(self, head: Any) -> None:
         """Refuse a head that a part refuses."""
         for part in self.parts.values():

@@ -243,11 +243,10 @@ def _mixing_problems(stage: StageConfig) -> Iterator[str]:
         return
     if piece("flow", stage.flow.name).needs_partner:
         yield f"mixing.name = {stage.mixing.name}: flow '{stage.flow.name}' pairs batches already; leave out the mixing"
-    objective = stage.objective.name
-    if not piece("objective", objective).takes_mixed:
+    if not stage.objective.takes_mixed:
         yield (
-            f"mixing.name = {stage.mixing.name}: objective '{objective}' knows every image by its place in the "
-            f"training set, and a mixed one is two images; set mixing=null, or another objective.name"
+            f"mixing.name = {stage.mixing.name}: objective '{stage.objective.name}' knows every image by its "
+            f"place in the training set, and a mixed one is two images; set mixing=null, or another objective.name"
         )
     if problem := stage.mixing.length_problem(stage.epochs):
         yield problem

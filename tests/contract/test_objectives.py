@@ -243,7 +243,7 @@ def test_an_objective_that_needs_positions_takes_no_mixed_images(case):
     """The loss of a partner's labels would be that of the image's own position."""
     objective, now = case.objective(), case.now(case.objective())
     unplaced = replace(now, extra=replace(now.extra, positions_B=None))
-    if case.cls.takes_mixed:
+    if case.case.config.takes_mixed:
         loss = objective(case.logits(), case.labels(), unplaced)[0]
         assert torch.equal(loss, case.loss(objective, case.logits())[0])
     else:

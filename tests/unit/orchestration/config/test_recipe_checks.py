@@ -271,6 +271,8 @@ def test_an_objective_that_knows_images_by_their_place_takes_no_mixed_ones(mix):
     assert f"stages.student.mixing.name = {mix}: objective 'lfme' knows every image" in problem(host=words)
     stages = load_config([*words, "method.stages.student.mixing=null"]).method.stages
     assert {name for name, stage in stages.items() if stage.mixing is None} == {"student"}
+    part = "method.stages.student.objective={name: sum, terms: {a: {name: lfme}}}"
+    assert f"stages.student.mixing.name = {mix}: objective 'sum' knows every image" in problem(part, host=words)
 
 
 def test_all_that_a_stage_without_steps_has_for_steps_is_in_one_message():
