@@ -89,7 +89,7 @@ class TestBeforeRay:
                 ["method=ride_h2t", "method.stages.h2t.freeze=[heads]"],
                 ["stages.h2t.freeze", "nothing is left to learn"],
             ),
-            (["method=ride_h2t", "method.stages.h2t.flow.ratio=1.5"], ["flow.ratio = 1.5", "less than or equal to 1"]),
+            (["method=ride_h2t", "method.stages.h2t.flow.ratio=1.5"], ["flow.ratio = 1.5", "needed 1 or less"]),
             (["method=dr_h2t", "method.head.name=bilateral"], ["flow 'h2t'", "head 'bilateral'"]),
             (["method=ride_h2t", "method.stages.h2t.lr_factors.trunk=0.1"], ["lr_factors.trunk", "does not learn"]),
             (

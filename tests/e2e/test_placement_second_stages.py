@@ -83,7 +83,7 @@ def control(tmp_path_factory):
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(p, marks=[LONG] * (p in ("packed", "3 x 2, plain"))) for p in PLACEMENTS]
+    scope="module", params=[pytest.param(p, marks=[LONG] * (p not in ("2 replicas", "3 x 2, ZeRO 2"))) for p in PLACEMENTS]
 )
 def placed(request, control, warm_pool, tmp_path_factory):
     """Carry out the second stages on workers, the answers of all of them the same; results by stage."""

@@ -76,9 +76,9 @@ SYSTEMS |= COMBINED
 LONG = pytest.mark.drill
 PLACEMENTS = [
     *(pytest.param(name, "spread", "1", id=f"{name}, spread") for name in ("ace", "bbn", "reslt", "ride_h2t")),
-    pytest.param("dr_h2t", "replicas", "1", id="dr_h2t, 2 replicas"),
-    pytest.param("gcl", "replicas", "1", id="gcl, 2 replicas"),
-    pytest.param("ride", "spread", "1", id="ride of parts, spread"),
+    pytest.param("dr_h2t", "replicas", "1", id="dr_h2t, 2 replicas", marks=LONG),
+    pytest.param("gcl", "replicas", "1", id="gcl, 2 replicas", marks=LONG),
+    pytest.param("ride", "spread", "1", id="ride of parts, spread", marks=LONG),
     pytest.param("RIDE + CMO", "spread", "1", id="RIDE + CMO, spread"),
     pytest.param("BSCE + CMO", "replicas", "1", id="BSCE + CMO, 2 replicas"),
     pytest.param("lade", "replicas", "1", id="lade, 2 replicas"),
