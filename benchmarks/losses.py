@@ -71,7 +71,7 @@ CIFAR_WORDS: dict[str, tuple[str, ...]] = {
     "mixup": ("method.stages.mislas.lr_factors.heads=0.5", "method.stages.mislas.frozen_batchnorm=eval"),
     **{name: ("method.stages.train.mixing.probability=0.5",) for name in MIXING if name.endswith("_cutmix")},
 }
-"""What was published for CIFAR-10 and would else not apply, because here it is a folder of images."""
+"""Words published for CIFAR-10 that would else not apply, because here it is a folder of images."""
 
 
 OTHERWISE = {

@@ -51,7 +51,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Mixes:
-    """How the steps of an epoch are mixed.
+    """The mixing of an epoch's steps.
 
     Attributes:
         blends: of each step; None where it is not mixed.

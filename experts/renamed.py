@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Renamed(NamedTuple):
-    """What a key that is gone is called now.
+    """New names of keys that are gone.
 
     Attributes:
         key: of a stage, where a piece is set.

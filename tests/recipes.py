@@ -25,7 +25,7 @@ WORDS = [
     "run.evaluation_batch_size=60",  # the same batches on every device
 ]  # fmt: skip
 AS_ON_A_GPU = "engine.memory_format=contiguous"
-"""What "auto" is there for float32; with it a CPU has the bits of an emulated GPU."""
+"""The format that "auto" is there for float32; with it a CPU has the bits of an emulated GPU."""
 QUICK = {"ride", "ace"}
 """Recipes that `make unit` tries: one whose rule asks for no numbers of the experts, one whose rule does."""
 every_recipe = pytest.mark.parametrize(

@@ -33,7 +33,7 @@ class AugmentationSettings(Settings):
 
 
 class Piece:
-    """What every augmentation says of itself.
+    """Base of the augmentations' configs.
 
     Args:
         config: the `Config` of the class.

@@ -33,7 +33,7 @@ class RandAugment(Augmentation):
     class Config(AugmentationSettings):
         name: Literal["randaugment"] = "randaugment"
         operations: Annotated[int, Field(ge=1, le=14)] = 2
-        """How many are applied to each image; N in the paper."""
+        """Number applied to each image; N in the paper."""
         magnitude: Annotated[int, Field(ge=0, le=STRONGEST)] = 9
         """From 0 (none) to 30 (strongest); M in the paper."""
 

@@ -173,7 +173,7 @@ class Auxiliary(nn.Module):
             features_BD: in evaluation mode, of images without augmentation.
             labels_B: int64.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} looks at all images, so it must define statistics")
 
     def before_epoch(self, sums: Tensor, now: Progress) -> None:
         """Write to the buffers what follows from the `statistics` of all training images."""

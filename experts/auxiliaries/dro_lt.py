@@ -74,7 +74,7 @@ class DroLT(Auxiliary):
         base_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
         """The loss is multiplied by T over it; published 1."""
         radius: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-        """Of every class before the first step, of the features' unit; published 1."""
+        """Radius of every class before the first step, in the features' unit; published 1."""
         weighted: bool = False
         """Whether classes count by their training images over those of the largest class; published false."""
 

@@ -30,7 +30,7 @@ class Box(NamedTuple):
 
 
 class Generator(Protocol):
-    """What a box is drawn with."""
+    """A generator that a box is drawn with."""
 
     def betavariate(self, alpha: float, beta: float) -> float:
         """Return a number from Beta(alpha, beta)."""

@@ -35,13 +35,13 @@ class CMO(Mixing):
         alpha: Alpha = 1.0
         """The share that the box would leave if it were not clipped is drawn from Beta(alpha, alpha)."""
         probability: Annotated[float, Field(gt=0, le=1)] = 0.5
-        """Of a step to be mixed."""
+        """Probability of a step to be mixed."""
         quiet_first: Annotated[int, Field(ge=0)] = 4
         """Epochs before the first that is mixed."""
         quiet_last: Annotated[int, Field(ge=0)] = 3
         """Epochs after the last that is mixed."""
         sampler: Annotated[Any, PieceOf("sampler")] = ClassBalanced.Config(form="multinomial")
-        """Of the images that boxes are cut from. One that draws fewer than the stage's sampler draws again; what it
+        """Sampler of the images that boxes are cut from. One that draws fewer than the stage's draws again; what it
         draws beyond is not used."""
 
         @property

@@ -25,7 +25,7 @@ class CutMix(Mixing):
         alpha: Alpha = 1.0
         """The share that the box would leave if it were not clipped is drawn from Beta(alpha, alpha)."""
         probability: Annotated[float, Field(gt=0, le=1)] = 1.0
-        """Of a step to be mixed."""
+        """Probability of a step to be mixed."""
 
     config: Config
 

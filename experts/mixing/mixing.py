@@ -26,12 +26,12 @@ from experts.progress import Progress
 from experts.registry import Settings
 
 Alpha = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
-"""Of a share from Beta(alpha, alpha), which is 1/2 to three digits from 1e6 on; draws of 1e300 would never end."""
+"""Parameter of Beta(alpha, alpha), whose share is 1/2 to three digits from 1e6 on; draws of 1e300 would never end."""
 
 
 @dataclass(frozen=True)
 class Blend:
-    """How the images of one step are mixed.
+    """The mixing of one step's images.
 
     Attributes:
         share: weight of the first labels, in [0, 1]; of the images' own pixels too, unless a box is pasted.

@@ -119,11 +119,11 @@ class StageConfig(Settings):
     partner_sampler: Annotated[Any, PieceOf("sampler", optional=True)] = None
     """Sampler of a second batch, paired with the first row by row, for flows that need one."""
     mixing: Annotated[Any, PieceOf("mixing", optional=True)] = None
-    """How images are mixed with others, and their labels with them."""
+    """Mixing of images with others, and of their labels."""
     auxiliaries: dict[str, Annotated[Any, PieceOf("auxiliary")]] = Field(default_factory=dict)
     """Losses and memories of the experts beside the objective, by a name of their own; for this stage alone."""
     augment: Augment | None = None
-    """How images are changed at random, instead of `dataset.augment`: a stack by name, pieces or keys."""
+    """Random changes of images, instead of `dataset.augment`: a stack by name, pieces or keys."""
     views: tuple[Augment, ...] = ()
     """Further views of every image, each a stack like `augment`, for objectives and auxiliaries that compare them."""
     head: Annotated[Any, PieceOf("head", optional=True)] = None

@@ -42,7 +42,7 @@ class EngineConfig(Settings):
     """Have torch compile trunk and experts on every worker, which takes minutes at the first start and needs a C++
     compiler there. Changes results in the last bits."""
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
-    """How images and the weights of convolutions lie in memory: the channels of a pixel side by side (channels_last) or
+    """Place of images and convolutions' weights in memory: the channels of a pixel side by side (channels_last) or
     each channel by itself (contiguous). 'auto' is the faster one of the two for device and precision. Changes results
     in the last bits."""
     graphs: Literal["auto", False] = "auto"

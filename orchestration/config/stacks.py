@@ -28,7 +28,7 @@ DATASET: Path = ("dataset", "augment")
 
 
 class _Data(NamedTuple):
-    """What a stack depends on: name of the data set, side of its images as the config says it, its own augmentation."""
+    """All that a stack depends on: name of the data set, side of its images as configured, its own augmentation."""
 
     name: str
     image_size: Any

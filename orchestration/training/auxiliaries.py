@@ -38,12 +38,12 @@ from orchestration.training.network import HeldModules
 from orchestration.training.precision import casting
 
 SeenByAll = tuple[dict[str, Seen], ...]
-"""What the auxiliaries of each expert held here have seen, by name."""
+"""All that the auxiliaries of each expert held here have seen, by name."""
 
 
 @dataclass(frozen=True)
 class Watched:
-    """What a step has shown, for what comes after it; without gradients.
+    """All that a step has shown, for what comes after it; without gradients.
 
     Attributes:
         seen: by auxiliaries.

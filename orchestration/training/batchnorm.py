@@ -53,11 +53,11 @@ class _Synchronised(nn.modules.batchnorm._BatchNorm):
 
 
 class SynchronisedBatchNorm1d(_Synchronised, nn.BatchNorm1d):
-    """Of the rows of a projection."""
+    """Synchronises the rows of a projection."""
 
 
 class SynchronisedBatchNorm2d(_Synchronised, nn.BatchNorm2d):
-    """Of the maps of a convolution."""
+    """Synchronises the maps of a convolution."""
 
 
 def synchronised(norm: nn.Module) -> type[_Synchronised] | None:

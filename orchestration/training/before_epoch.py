@@ -1,4 +1,4 @@
-"""What auxiliaries learn from all training images before an epoch.
+"""Lets auxiliaries learn from all training images before an epoch.
 
     one pass over this replica's share, in evaluation mode and without augmentation
         sums += auxiliary.statistics(features, labels)            # each, of its own expert

@@ -121,7 +121,7 @@ class TestAlone:
     @every_case
     @pytest.mark.parametrize("replicas", [2, 3, 9])
     def test_gradients_of_replicas_add_up_to_those_of_one(self, config, replicas):
-        """Of rows with gradients before the exchange, and of parameters that enter after it. Nine leave two empty."""
+        """Gradients are those of rows before the exchange and of parameters after it. Nine leave two replicas empty."""
         auxiliary = settled(built(config))
         seen = seen_by(auxiliary)
         after = [p for name, p in auxiliary.named_parameters() if not name.startswith("embed.")]
