@@ -1,7 +1,7 @@
 """Measure training, evaluation and checkpoints on one GPU, in one process without Ray. About 4 minutes.
 
     DS_ACCELERATOR=cuda python benchmarks/gpu.py [--only SECTION ...] [--out benchmarks/results/gpu.json]
-    DS_ACCELERATOR=cuda python benchmarks/gpu.py --only whole [--precision autocast] [--epochs 200] [--out ...]
+    DS_ACCELERATOR=cuda python benchmarks/gpu.py --only whole [--precision autocast] [--epochs 200] [--compile] [--out F]
 
 RIDE-3, ResNet-32, batch 128, on images of the form of CIFAR-100-LT at ratio 100 (10,847 for training, 10,000 for the
 test), made up so that a network can learn them. Each side is the product's own `StageTrainer`:
@@ -61,12 +61,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=[*SECTIONS, "whole"], default=list(SECTIONS))
     parser.add_argument("--precision", default="autocast", choices=PRECISIONS)
     parser.add_argument("--epochs", type=int, default=200)
+    parser.add_argument("--compile", action="store_true", help="the network of the whole run")
     options = parser.parse_args()
     record = {"command": " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]]), **machine(options.device)}
     with tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder), **({"per_class": 20, "test": 300} if options.tiny else {}))
         bench = Bench(options.device, options.tiny, folder)
-        sections = {**SECTIONS, "whole": lambda bench: whole(bench, options.precision, options.epochs)}
+        sections = {**SECTIONS, "whole": lambda bench: whole(bench, options)}
         for name in options.only:
             try:  # a section that fails is a finding, and the device's time is short
                 record[name] = sections[name](bench)
@@ -282,14 +283,15 @@ def epochs(bench: Bench) -> dict[str, Any]:
     return found
 
 
-def whole(bench: Bench, precision: str, count: int) -> dict[str, Any]:
+def whole(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     """Train a whole run and score the test after each epoch."""
-    start = time.perf_counter()
-    trainer = bench.trainer(f"engine.precision={precision}", f"method.stages.train.epochs={count}")
+    start, count = time.perf_counter(), options.epochs
+    words = (f"engine.precision={options.precision}", f"engine.compile={str(options.compile).lower()}")
+    trainer = bench.trainer(*words, f"method.stages.train.epochs={count}")
     images, built = count * trainer.setup.batches.draws_per_epoch, time.perf_counter()  # type: ignore[attr-defined]
     found = trained(trainer, count)
     took = time.perf_counter() - built
-    found |= {"precision": precision, "epochs": count, "built_s": round(built - start, 2), "s": round(took, 2)}
+    found |= {"words": words, "epochs": count, "built_s": round(built - start, 2), "s": round(took, 2)}
     return found | {"images_per_s_evaluation_included": round(images / took)}
 
 

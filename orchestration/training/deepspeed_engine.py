@@ -136,7 +136,8 @@ class DeepSpeedEngine:
         for leaf, gradient in zip(self.leaves, gradients, strict=True):
             # ZeRO averages over the workers of its axis, and we need sums.
             workers = dist.get_world_size(self._engines[leaf.part].optimizer.dp_process_group)
-            leaf.flat.grad = gradient * workers if workers > 1 else gradient
+            # Never the tensor that was given: ZeRO moves its gradients to other memory.
+            leaf.flat.grad = gradient * workers if workers > 1 else gradient.detach()
         for engine in self._engines.values():
             zero = engine.optimizer
             # What its hooks would do, were the gradients to come from a backward pass.

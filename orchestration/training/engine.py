@@ -48,7 +48,8 @@ class Engine(Protocol):
         Every worker of the mesh must take part. The host does not wait.
 
         Args:
-            gradients: of this worker's share of the loss, one flat tensor per leaf; may be written to.
+            gradients: of this worker's share of the loss, one flat tensor per leaf. They may be written to, but keep
+                their memory, which a captured step fills again.
             loss: of the whole batch, a scalar.
             lr: base learning rate.
 

@@ -14,10 +14,11 @@ the work depends on.
 
 Why this is right, in one place, because no CPU shows it:
 
-Memory. All pieces of all keys share one pool. The pool gives memory away once its tensor is gone; a tensor that lives
-across a cut, as autograd's saved ones do, keeps its memory. Replays run in the order of the capture, on one stream, so
-at each point the same memory means the same as it did there. Between the pieces an exchange takes ordinary memory.
-Another key may be given what was free after this key's capture: every replay writes first whatever it reads there.
+Memory. All pieces of all keys share one pool (after a capture that failed, later ones share another). The pool gives
+memory away once its tensor is gone; a tensor that lives across a cut, as autograd's saved ones do, keeps its memory.
+Replays run in the order of the capture, on one stream, so at each point the same memory means the same as it did there.
+Between the pieces an exchange takes ordinary memory. Another key may be given what was free after this key's capture:
+every replay writes first whatever it reads there.
 Results are kept by us, so that no other key is given theirs; the next call of the key overwrites them.
 
 Streams. `compute` always runs on one stream of ours, captured or not. Libraries keep workspaces per stream: those of
@@ -247,6 +248,7 @@ class CudaGraphs:
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._open: torch.cuda.CUDAGraph | None = None
+        self._refused: list[torch.cuda.CUDAGraph] = []
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -287,7 +289,7 @@ class CudaGraphs:
         try:
             graph.capture_end()
         except Exception:
-            self._stop_allocating()
+            self._leave_pool(graph)
             raise
         return graph.replay
 
@@ -297,7 +299,13 @@ class CudaGraphs:
             with suppress(RuntimeError):  # CUDA reports the first error once more
                 self.end()
 
-    def _stop_allocating(self) -> None:
-        """Take memory from the ordinary pool again, which torch forgets to do where CUDA refuses to end a capture."""
-        with suppress(RuntimeError):  # it did not forget
+    def _leave_pool(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Take memory from elsewhere after a capture that CUDA refused to end: torch goes on allocating to its pool.
+
+        Captures to come get a pool of their own. The graph is kept, because torch's allocator may still ask it which
+        streams it captures.
+        """
+        with suppress(RuntimeError):  # torch did not forget
             torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._refused.append(graph)

@@ -110,6 +110,14 @@ def bad_in(leaf_value):
     return ((leaf_value - leaf_value.detach()) * 0).abs().sum().sqrt() * 0
 
 
+def test_gradients_keep_the_memory_that_a_captured_step_fills_again(learner):
+    gradients = [torch.rand_like(leaf.flat) for leaf in learner.leaves]
+    memory = [gradient.data_ptr() for gradient in gradients]
+    for _ in range(2):
+        learner.engine.step(gradients, torch.zeros(()), 0.1)
+        assert [gradient.data_ptr() for gradient in gradients] == memory
+
+
 @pytest.mark.parametrize("steps_before", [0, 1])
 def test_neither_weights_nor_momentum_move_after_a_bad_gradient_in_one_head(steps_before, learner):
     """The loss is finite. The engine says where the gradient is not, and stays held back in good steps after it."""
