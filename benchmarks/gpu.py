@@ -1,7 +1,7 @@
 """Measure training, evaluation and checkpoints on one GPU, in one process without Ray. About 4 minutes.
 
     DS_ACCELERATOR=cuda python benchmarks/gpu.py [--only SECTION ...] [--out benchmarks/results/gpu.json]
-    DS_ACCELERATOR=cuda python benchmarks/gpu.py --only whole [--precision autocast] [--epochs 200] [--compile] [--out F]
+    DS_ACCELERATOR=cuda python benchmarks/gpu.py --only whole [--precision autocast] [--epochs 200] [--compile]
 
 RIDE-3, ResNet-32, batch 128, on images of the form of CIFAR-100-LT at ratio 100 (10,847 for training, 10,000 for the
 test), made up so that a network can learn them. Each side is the product's own `StageTrainer`:
