@@ -1,4 +1,4 @@
-"""The command line: `expertail train | show | sweep | plan | evaluate | regions | import-weights | doctor | sync`.
+"""The command line: `expertail train`, `show`, `sweep`, `plan`, `evaluate`, `regions`, `features`, ..., `sync`.
 
 Also `python -m orchestration`.
 
@@ -35,6 +35,7 @@ examples:
   expertail sweep method.stages.h2t.flow.ratio=0,0.25,0.5 method=ride_h2t     one run per value, one table
   expertail sweep method=ce,ldam 'then=[joint,ncm,crt,lws]' dataset=digits_lt any loss with any classifier
   expertail regions runs/ride_h2t-digits_lt-s0 --classes 0,9                  decision regions before and after H2T
+  expertail features RUN --classes 0,5,9 --projection tsne                    features before and after each stage
   expertail import-weights resnet50.pth weights/resnet50.safetensors          pretrained weights for big backbones
   expertail doctor                                                            is this machine ready?
 
@@ -274,6 +275,24 @@ def _regions(options: argparse.Namespace) -> int:
     return 0
 
 
+def _features_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run folder or its URL, e.g. runs/ride-digits_lt-s0")
+    parser.add_argument("--classes", metavar="A,B[,...]", help="ids or names (default: some of each group)")
+    text = "principal components, or t-SNE of scikit-learn (default: pca)"
+    parser.add_argument("--projection", choices=("pca", "tsne"), default="pca", help=text)
+    parser.add_argument("--stage", metavar="STAGE", help="which stage (default: all that have steps)")
+    _add_overrides(parser, "where the data is now, e.g. dataset.root=...")
+
+
+def _features(options: argparse.Namespace) -> int:
+    from orchestration.results.features import draw_chosen
+    from orchestration.storage.location import local_run
+
+    with local_run(options.run) as run:
+        print(draw_chosen(run, options.classes, options.projection, options.overrides, options.stage))
+    return 0
+
+
 def _import_weights_options(parser: argparse.ArgumentParser) -> None:
     text = "state dict from torchvision, or from Caffe converted to PyTorch"
     parser.add_argument("source", metavar="SOURCE", help=text)
@@ -330,6 +349,9 @@ _COMMANDS = {
     "evaluate": _Command("Measure a saved run again and print its table.", _evaluate_options, _evaluate),
     "regions": _Command(
         "Draw decision regions before and after a last stage that trains only heads.", _regions_options, _regions
+    ),
+    "features": _Command(
+        "Draw features of test images on a plane, before and after each stage.", _features_options, _features
     ),
     "import-weights": _Command(
         "Convert a PyTorch file of a ResNet or ResNeXt to safetensors.", _import_weights_options, _import_weights

@@ -20,7 +20,14 @@ import torch
 
 from experts.data.config import DatasetConfig
 from experts.data.decode import UnreadableImage, decode_file
-from experts.data.images import FileImages, ImageStore, ResidentImages, decode_all, resident_from_array
+from experts.data.images import (
+    FileImages,
+    ImageStore,
+    ResidentImages,
+    decode_all,
+    part_of_store,
+    resident_from_array,
+)
 from experts.data.imbalance import hold_out, select
 from experts.data.pools import ArrayPool, FilePool, Pool, RawDataset
 from experts.data.readers import open_raw
@@ -105,10 +112,7 @@ def _subset(store: ImageStore, new_ids: np.ndarray) -> ImageStore:
             f"none of {len(store.labels)} images is of the {int((new_ids >= 0).sum())} classes that the stage is for; "
             f"needed one or more in the training, validation and test sets each"
         )
-    labels = new_ids[store.labels[kept]]
-    if isinstance(store, FileImages):
-        return replace(store, files=replace(store.files.take(kept), labels=labels))
-    return ResidentImages(store.images[torch.from_numpy(kept)], labels)
+    return part_of_store(store, kept, new_ids[store.labels[kept]])
 
 
 def open_dataset(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -108,6 +108,20 @@ class FileImages:
 
 
 ImageStore = ResidentImages | FileImages
+
+
+def part_of_store(store: ImageStore, positions: np.ndarray, labels: np.ndarray | None = None) -> ImageStore:
+    """Return the images at these positions, in their order, as a split of its own.
+
+    Args:
+        store: the whole split.
+        positions: int64 [N].
+        labels: class ids of the part; None for those that the images have.
+    """
+    labels = store.labels[positions] if labels is None else labels
+    if isinstance(store, FileImages):
+        return replace(store, files=replace(store.files.take(positions), labels=labels))
+    return ResidentImages(store.images[to_device(positions, store.images.device)], labels)
 
 
 def resident_from_array(pool: ArrayPool, image_size: int, short_side: int | None = None) -> ResidentImages:

@@ -5,7 +5,7 @@ Shapes: B images, D features, C classes.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,8 @@ class CosineHead(Head):
         name: Literal["cosine"] = "cosine"
         scale: float = Field(30.0, gt=0, allow_inf_nan=False)
         """s, the factor of the cosines, no unit; objectives with margins need the same number."""
+
+    class_axis: ClassVar[int] = 1
 
     def __init__(self, config: Config, num_features: int, num_classes: int, position: int = 0) -> None:
         super().__init__()

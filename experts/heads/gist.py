@@ -38,6 +38,8 @@ class GistHead(Head):
         initial_length: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
         """Length of the displacements before the first step, in that of a class's weights."""
 
+    class_axis: ClassVar[int] = 1
+
     def __init__(self, config: Config, num_features: int, num_classes: int, position: int = 0) -> None:
         super().__init__()
         # Uniform directions of length 1, as the cosine head's.

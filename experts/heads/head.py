@@ -40,6 +40,9 @@ class Head(nn.Module):
     """Whether `follow` must be called after every step of a stage in which the head learns; needs a flow that shows
     features, as flow 'plain' does."""
 
+    class_axis: ClassVar[int] = 0
+    """The axis of `weight`, where it has one, that counts classes."""
+
     @classmethod
     def cases(cls) -> list[Case]:
         """Return what the contract tests try: the defaults, unless a head has more ways."""

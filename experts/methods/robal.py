@@ -116,6 +116,8 @@ class RoBalHead(Head):
         norm_offset: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1 / 32
         """gamma, added to the length of a class's weights; published 1/32, 1/16 (CIFAR-100, robust)."""
 
+    class_axis: ClassVar[int] = 1
+
     def __init__(self, config: Config, num_features: int, num_classes: int, position: int = 0) -> None:
         super().__init__()
         self.scale, self.norm_offset = config.scale, config.norm_offset

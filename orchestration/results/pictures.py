@@ -15,7 +15,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestration.results.class_axis import (
+    NAMED_CLASSES,
+    group_borders,
+    group_of,
+    legend_above,
+    name_classes,
+    running_mean,
+    sorted_counts,
+    width_for,
+)
 from orchestration.results.diversity_picture import draw_diversity
+from orchestration.results.features import draw_stages
 from orchestration.results.finals_picture import draw_finals, draw_tried
 from orchestration.results.finals_table import distinct, report_table
 from orchestration.results.fitted_table import choices
@@ -29,13 +40,11 @@ from orchestration.results.style import (
     picture_style,
     save_figure,
     set_figure_title,
-    shorten,
 )
 from orchestration.results.tables import GROUPS, diversity_of, members, selection_note, shown_members
 from orchestration.storage.files import evaluations, final_evaluations, read_config, read_json
 from orchestration.storage.journal import Series, series
 
-_NAMED_CLASSES = 40  # more names than this cannot be read
 _LEGEND_CHARACTERS = 64  # per line: a wider legend would make its panel narrower
 
 
@@ -76,8 +85,9 @@ def write_report(run_dir: str | os.PathLike[str]) -> list[Path]:
                 save_figure(figure, folder / name)
                 written.append(folder / name)
 
-    # Regions need the model and the data as well, and bring their own style.
+    # Regions and features need the model and the data as well, and bring their own style.
     written += draw_regions_if_heads_alone(run_dir)
+    written += draw_stages(run_dir)
 
     if data:
         scratch = folder / ".table.txt"
@@ -208,7 +218,7 @@ def _draw_loss(axes: Any, time: _Timeline) -> None:
     if len(y):
         axes.plot(*_thin(x, y), color="#b9c9dd", linewidth=0.7, label="every step")
         if len(y) >= 20:
-            axes.plot(*_thin(x, _running_mean(y, max(5, len(y) // 50))), color="#0b3d77", label="running mean")
+            axes.plot(*_thin(x, running_mean(y, max(5, len(y) // 50))), color="#0b3d77", label="running mean")
         axes.set_ylim(*_robust_limits(y))
         _legend(axes)
 
@@ -235,7 +245,7 @@ def _draw_terms(axes: Any, time: _Timeline) -> None:
     for index, (term, owners) in enumerate(terms.items()):
         for owner in owners:
             x, y = time.get(f"train/{term}/{owner}" if owner else f"train/{term}")
-            smooth = _running_mean(y, max(1, len(y) // 50)) if len(y) >= 100 else y
+            smooth = running_mean(y, max(1, len(y) // 50)) if len(y) >= 100 else y
             axes.plot(*_thin(x, smooth), color=member_colour(owners.index(owner) + 1 if owner else 0),
                       linestyle=styles[index % 4], linewidth=1.2)  # fmt: skip
     _terms_legend(axes, list(terms), sorted({o for owners in terms.values() for o in owners if o}), styles)
@@ -313,23 +323,23 @@ def _terms_legend(axes: Any, terms: Sequence[str], owners: Sequence[str], styles
 
 def _class_counts(data: Mapping[str, Any], title: str) -> Any:
     """Draw the training images of every class on a log axis, classes sorted by decreasing count, groups in colour."""
-    counts, order = _sorted_counts(data)
-    figure = new_figure(_width(len(counts)), 4.4)
+    counts, order = sorted_counts(data)
+    figure = new_figure(width_for(len(counts)), 4.4)
     axes = figure.add_subplot()
     _fill_counts(axes, counts[order])
     ratio = counts.max() / max(counts.min(), 1)
     set_figure_title(figure, f"{title}\n{counts.sum():,} training images, {len(counts):,} classes, ratio {ratio:.4g}")
-    _name_classes(axes, data, order)
+    name_classes(axes, data, order)
     return figure
 
 
 def _per_class(data: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]], title: str) -> Any:
     """Draw the accuracy of every class for last and best, above the number of its training images."""
-    counts, order = _sorted_counts(data)
+    counts, order = sorted_counts(data)
     member = members(found)[0]
-    figure = new_figure(_width(len(counts)), 6.4)
+    figure = new_figure(width_for(len(counts)), 6.4)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2.6, 1))
-    few = len(counts) <= _NAMED_CLASSES  # bars with names; else a cloud of points with a running mean
+    few = len(counts) <= NAMED_CLASSES  # bars with names; else a cloud of points with a running mean
     for index, (which, colour) in enumerate((("last", LAST), ("best", BEST))):
         values = (found.get(which, {}).get("members", {}).get(member) or {}).get("per_class")
         if values is None or len(values) != len(counts):
@@ -344,18 +354,18 @@ def _per_class(data: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]], 
         else:
             size = float(np.clip(2500 / len(y), 1.5, 14))
             top.scatter(x, y, s=size, color=colour, alpha=0.5 if len(y) < 1000 else 0.12, linewidths=0)
-            top.plot(x, _running_mean(y, max(5, len(y) // 25)), color=colour, linewidth=2, label=label)
+            top.plot(x, running_mean(y, max(5, len(y) // 25)), color=colour, linewidth=2, label=label)
 
     top.set_ylim(0, 102)
     top.set_ylabel("top-1, %")
     note = selection_note(found.get("best")).split(";")[0]
     smooth = "" if few else f"; lines: mean over {max(5, len(counts) // 25)} neighbouring classes"
     set_figure_title(figure, f"{title}\nAccuracy of each class, {member}{smooth}" + (f"\n{note}" if note else ""))
-    _legend_above(top)
+    legend_above(top)
     _fill_counts(bottom, counts[order])
-    _name_classes(bottom, data, order)
+    name_classes(bottom, data, order)
     for axes in (top, bottom):
-        for border in _borders(counts[order]):
+        for border in group_borders(counts[order]):
             axes.axvline(border - 0.5, color="#999999", linewidth=0.7, linestyle="--")
     return figure
 
@@ -363,10 +373,10 @@ def _per_class(data: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]], 
 def _fill_counts(axes: Any, counts: NDArray[Any]) -> None:
     from matplotlib.patches import Patch
 
-    groups = np.array([_group(count) for count in counts])
+    groups = np.array([group_of(count) for count in counts])
     x = np.arange(len(counts))
     if len(counts) <= 300:  # more bars than pixels would leave gaps
-        axes.bar(x, counts, 0.8 if len(counts) <= _NAMED_CLASSES else 1.0, color=[GROUP_COLOURS[g] for g in groups])
+        axes.bar(x, counts, 0.8 if len(counts) <= NAMED_CLASSES else 1.0, color=[GROUP_COLOURS[g] for g in groups])
     else:
         for group in GROUPS:
             axes.fill_between(x, counts, where=groups == group, step="mid", color=GROUP_COLOURS[group], linewidth=0)
@@ -381,46 +391,7 @@ def _fill_counts(axes: Any, counts: NDArray[Any]) -> None:
         Patch(color=GROUP_COLOURS[group], label=f"{group} ({rule[group]}): {_classes(int((groups == group).sum()))}")
         for group in GROUPS
     ]
-    _legend_above(axes, handles)
-
-
-def _legend_above(axes: Any, handles: Sequence[Any] | None = None) -> None:
-    """Write the legend in one row above the axes: bars leave no room inside."""
-    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
-
-
-def _name_classes(axes: Any, data: Mapping[str, Any], order: NDArray[Any]) -> None:
-    """Label the axis with the names of the classes, or say their order where they are too many."""
-    axes.set_xlim(-0.7, len(order) - 0.3)
-    names = data.get("class_names") or [str(index) for index in range(len(order))]
-    axes.grid(axis="x", visible=False)
-    if len(order) <= _NAMED_CLASSES:
-        labels = [shorten(str(names[index])) for index in order]
-        slanted = len(order) > 12 or max(map(len, labels)) > 9
-        axes.set_xticks(range(len(order)), labels, rotation=45 if slanted else 0, ha="right" if slanted else "center",
-                        rotation_mode="anchor" if slanted else "default")  # fmt: skip
-        axes.tick_params(axis="x", length=0)
-    else:
-        axes.set_xlabel("classes, sorted by falling number of training images")
-
-
-def _sorted_counts(data: Mapping[str, Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return the training images of each class, and the order that sorts the classes by decreasing count."""
-    counts = np.asarray(data["counts"], dtype=np.int64)
-    return counts, np.argsort(-counts, kind="stable")
-
-
-def _group(count: int) -> str:
-    return "many" if count > 100 else "few" if count < 20 else "medium"
-
-
-def _borders(counts: NDArray[Any]) -> list[int]:
-    """Return the places among the sorted classes where one group ends and the next begins."""
-    return [int(n) for n in ((counts > 100).sum(), (counts >= 20).sum()) if 0 < n < len(counts)]
-
-
-def _width(num_classes: int) -> float:
-    return float(np.clip(3.0 + 0.35 * num_classes, 8.0, 12.0))
+    legend_above(axes, handles)
 
 
 # Numbers
@@ -430,18 +401,6 @@ def _thin(x: NDArray[Any], y: NDArray[Any], points: int = 4000) -> tuple[NDArray
     """Return every n-th point of a long line: a picture has no room for more."""
     every = max(1, len(x) // points)
     return x[::every], y[::every]
-
-
-def _running_mean(values: NDArray[Any], width: int) -> NDArray[Any]:
-    """Return the centred mean over `width` values: fewer at the ends, NaN left out, NaN where all of them are."""
-    # Differences of running sums: one pass, however wide the window is.
-    weight = np.isfinite(values).astype(float)
-    total = np.concatenate([[0.0], np.cumsum(np.where(weight > 0, values, 0.0))])
-    number = np.concatenate([[0.0], np.cumsum(weight)])
-    centre = np.arange(len(values))
-    low, high = np.maximum(centre - width // 2, 0), np.minimum(centre + (width + 1) // 2, len(values))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (total[high] - total[low]) / (number[high] - number[low])
 
 
 def _robust_limits(values: NDArray[Any]) -> tuple[float, float]:

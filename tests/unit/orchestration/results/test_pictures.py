@@ -8,9 +8,10 @@ from PIL import Image
 
 from aggregation.diversity import Diversity
 from aggregation.metrics import Scores, groups_by_count
+from orchestration.results.class_axis import running_mean
 from orchestration.results.finals_picture import draw_finals, draw_tried
 from orchestration.results.fitted_table import Chosen
-from orchestration.results.pictures import _has_steps, _running_mean, _steps_per_epoch, write_report
+from orchestration.results.pictures import _has_steps, _steps_per_epoch, write_report
 from orchestration.storage.journal import Journal, Series, series
 
 EVERYTHING = ["class_counts.png", "curves.png", "per_class.png", "table.txt"]
@@ -109,9 +110,9 @@ def test_steps_per_epoch_come_from_complete_epochs():
 
 
 def test_the_running_mean_is_centred_narrower_at_the_ends_and_skips_nan():
-    np.testing.assert_allclose(_running_mean(np.array([1.0, 2.0, 6.0]), 3), [1.5, 3.0, 4.0])
-    np.testing.assert_allclose(_running_mean(np.array([1.0, np.nan, 3.0]), 3), [1.0, 2.0, 3.0])
-    assert np.isnan(_running_mean(np.array([np.nan]), 1)).all()
+    np.testing.assert_allclose(running_mean(np.array([1.0, 2.0, 6.0]), 3), [1.5, 3.0, 4.0])
+    np.testing.assert_allclose(running_mean(np.array([1.0, np.nan, 3.0]), 3), [1.0, 2.0, 3.0])
+    assert np.isnan(running_mean(np.array([np.nan]), 1)).all()
 
 
 def with_experts(folder, names, *, routed=False, evaluated=("last", "best")):

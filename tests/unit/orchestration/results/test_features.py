@@ -1,0 +1,92 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experts.ensemble import build_ensemble
+from orchestration.cli import main
+from orchestration.config.compose import from_yaml
+from orchestration.results.features import PER_CLASS, draw_stages
+from orchestration.results.pictures import write_report
+from tests.short_runs import train
+
+pytestmark = pytest.mark.slow  # pictures take seconds
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A network of two stages, the second of which moves heads and BatchNorm's statistics alone."""
+    return train(tmp_path_factory.mktemp("runs") / "run", "dr_h2t", "backbone=resnet8")
+
+
+@pytest.fixture(scope="module")
+def written(run):
+    return write_report(run)
+
+
+def numbers(run, name):
+    return json.loads((run / "evaluation" / f"features-{name}.json").read_text())
+
+
+def test_a_report_has_the_features_and_lengths_of_every_stage(run, written):
+    for name in ("features-train", "norms-train", "features-h2t", "norms-h2t"):
+        assert run / "report" / f"{name}.png" in written
+        with Image.open(run / "report" / f"{name}.png") as picture:
+            assert np.asarray(picture.convert("L")).std() > 10
+    found = numbers(run, "train")
+    assert found["class_ids"] == list(range(10)) and found["train_images"][0] == 120
+    (one,) = found["members"]
+    assert len(found["labels"]) == len(one["moments"]["after"]["places"]) <= 10 * PER_CLASS
+    assert all(0 < one["moments"][m]["variance"] <= 1 and 0 < one["moments"][m]["own_centre"] <= 1 for m in ("before",))
+
+
+def test_a_run_begins_with_new_weights_and_a_later_stage_with_those_before_it(run, written):
+    config = from_yaml(run / "config.yaml")
+    new = build_ensemble(config.ensemble("train", 10), seed=config.seed).experts["expert0"].head.weight
+    train, h2t = (numbers(run, stage)["members"][0]["norms"] for stage in ("train", "h2t"))
+    np.testing.assert_allclose(train["before"]["weights"], new.detach().norm(dim=new.shape.index(64)), rtol=1e-5)
+    np.testing.assert_allclose(h2t["before"]["features"], train["after"]["features"], rtol=1e-5)
+    assert h2t["before"]["weights"] == train["after"]["weights"] != h2t["after"]["weights"]
+
+
+def test_a_stage_that_leaves_features_as_they_are_has_lengths_alone(tmp_path):
+    run = train(tmp_path / "run", "crt", "backbone=resnet8", "method.stages.crt.frozen_batchnorm=eval")
+    drawn = {path.name for path in draw_stages(run)}
+    assert drawn == {"features-train.png", "norms-train.png", "norms-crt.png"} and not numbers(run, "crt")["moved"]
+
+
+def test_classes_stage_and_projection_may_be_chosen(run, written, capsys):
+    chosen = ["--classes", "7, 1,3", "--stage", "train", "--projection", "tsne"]
+    assert main(["features", str(run), *chosen]) == 0
+    printed = capsys.readouterr().out
+    assert "features-train-1-3-7-tsne.png" in printed and "h2t" not in printed.replace("dr_h2t", "")
+    found = numbers(run, "train-1-3-7-tsne")
+    assert found["class_ids"] == [1, 3, 7] and set(found["labels"]) == {1, 3, 7}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--classes", "0,12"], "no class '12'; needed ids from 0 to 9"),
+        (
+            ["--stage", "h2x"],
+            "--stage h2x: needed a stage that is trained, has steps and knows all classes: train, h2t",
+        ),
+    ],
+)
+def test_what_cannot_be_shown_is_refused(run, options, words, capsys):
+    assert main(["features", str(run), *options]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_features_that_cannot_be_drawn_cost_a_line_and_not_the_report(run, tmp_path, capsys):
+    other = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("*.png"))
+    config = other / "config.yaml"
+    config.write_text(config.read_text().replace("features_classes: null", "features_classes: [0, cat]"))
+    drawn = write_report(other)
+    assert "features are not drawn: classes 0,cat: no class 'cat'" in capsys.readouterr().err
+    assert other / "report" / "table.txt" in drawn and other / "report" / "features-train.png" not in drawn
+    config.write_text(config.read_text().replace("features_picture: pca", "features_picture: false"))
+    assert draw_stages(other) == [] and capsys.readouterr().err == ""
