@@ -22,8 +22,8 @@ times as long.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -93,6 +93,8 @@ class Batch:
         host_labels: the same labels in main memory; see `on_host`.
         views: the same images again, each time with other random changes and draws, [B, 3, H, W] like the first; as
             many as the stage has further views.
+        told: by the name of an augmentation, what it has drawn for the first view of the whole batch, int64; see
+            `Piece.told`.
     """
 
     images_B3HW: Tensor
@@ -105,6 +107,7 @@ class Batch:
     first_row: int = 0
     host_labels: HostLabels | None = None
     views: tuple[Tensor, ...] = ()
+    told: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def on_host(batch: Batch | Mixed) -> HostLabels:
@@ -346,8 +349,14 @@ class TrainBatches:
                 labels = mixes.first
             labels_N, positions_N = to_device(labels, self.device), to_device(positions, self.device)
             second_N = None if second is None else to_device(second, self.device)
-            self._epoch = Epoch(number, labels, labels_N, positions_N, second_N, mixes)
+            told_N = {name: to_device(told, self.device) for name, told in self._told(number).items()}
+            self._epoch = Epoch(number, labels, labels_N, positions_N, second_N, mixes, told_N)
         return self._epoch
+
+    def _told(self, epoch: int) -> dict[str, np.ndarray]:
+        """Return what the first view's draws are told as, int64 [N], by augmentation. Every replica needs all rows."""
+        all_rows = _Pixels(self._own, torch.empty(0), [slice(0, self.draws_per_epoch)])
+        return self._stacks[0].told(partial(self._uniforms, all_rows, epoch, self.config.view))
 
     # Pixels of consecutive steps, and the batches cut from them
 
@@ -389,13 +398,13 @@ class TrainBatches:
         frames = values.chunk(1 + max(self._frame_of)) if cropped and len(values) else [values]
         found = []
         for number, stack in enumerate(self._stacks):
-            draws = stack.draw(partial(self._uniforms, pixels, epoch, self.config.view + number))
+            draws = stack.draw(partial(self._uniforms, pixels, epoch.number, self.config.view + number))
             images = frames[self._frame_of[number] if len(frames) > 1 else 0]
             found.append(stack(images, draws, self.replica.dtype, cropped=cropped))
         return found
 
-    def _uniforms(self, pixels: _Pixels, epoch: Epoch, view: int, table: str, width: int) -> np.ndarray:
-        name = pixels.stream.key_of(epoch.number, f"{table}/{view}")
+    def _uniforms(self, pixels: _Pixels, epoch: int, view: int, table: str, width: int) -> np.ndarray:
+        name = pixels.stream.key_of(epoch, f"{table}/{view}")
         return np.concatenate([uniforms(name, part.start, part.stop - part.start, width) for part in pixels.rows])
 
     def _mix(self, images: Tensor, second: Sequence[Tensor], epoch: Epoch, steps: range) -> Tensor:
@@ -447,6 +456,7 @@ class TrainBatches:
             first_row=own.start,
             host_labels=HostLabels(epoch.host_labels[own], epoch.host_labels[rows]),
             views=views,
+            told={name: told_N[rows] for name, told_N in epoch.told_N.items()},
         )
 
 

@@ -7,8 +7,8 @@ Shapes: N rows of the epoch, of all replicas and steps in order; T steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -79,6 +79,7 @@ class Epoch:
         positions_N: of the images in the store, int64.
         second_N: of those that a mixing's own stream draws; None where there is none.
         mixes: None where nothing is mixed.
+        told_N: by the name of an augmentation, what it has drawn for the first view; see `Piece.told`.
     """
 
     number: int
@@ -87,6 +88,7 @@ class Epoch:
     positions_N: Tensor
     second_N: Tensor | None
     mixes: Mixes | None
+    told_N: Mapping[str, Tensor] = field(default_factory=dict)
 
     def blend(self, step: int) -> Blend | None:
         """Return how a step is mixed; None where it is not."""

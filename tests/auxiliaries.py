@@ -21,7 +21,8 @@ from tests.recipes import WORDS, digits
 registry.import_pieces(experts, aggregation)
 
 FEW_WORDS = [*WORDS, "method=ride", "backbone=resnet8", "method.stages.train.batch_size=7"]
-FEW_WORDS += ["method.stages.train.views=[crop_flip]"]
+# Of what the first view has drawn, some auxiliaries are told.
+FEW_WORDS += ["method.stages.train.augment.name=rotated", "method.stages.train.views=[crop_flip]"]
 SHAPES = {"packed": (3, 1), "spread": (1, 1), "two replicas": (3, 2), "three by three": (1, 3)}
 
 

@@ -45,6 +45,8 @@ class Piece:
     columns: tuple[str, ...] = ()
     """Names of its uniform numbers. Those in `stack.SHARED` come from a table that several pieces share, so that adding
     a piece changes no draw of another."""
+    told_values: ClassVar[int] = 0
+    """Number of values of `told`; 0: auxiliaries are told nothing."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -53,6 +55,14 @@ class Piece:
     def cases(cls) -> list[Case]:
         """Return what the contract tests try: the defaults."""
         return [Case(cls.Config())]
+
+    def told(self, uniforms_BK: np.ndarray) -> np.ndarray:
+        """Return what was drawn for each image, for auxiliaries that guess it: int64 [B] in [0, told_values).
+
+        Args:
+            uniforms_BK: float64 [B, K] in [0, 1), the columns that the piece names.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has told_values, so it must define told")
 
 
 class Move(Piece, ABC):

@@ -93,6 +93,18 @@ class Stack:
         """
         return {table: uniforms(table, width) for table, width in self.tables.items()}
 
+    def told(self, uniforms: Callable[[str, int], np.ndarray]) -> dict[str, np.ndarray]:
+        """Return what some images' draws are told as, int64 [B], by the name of the piece; see `Piece.told`.
+
+        Args:
+            uniforms: as `draw` takes it; asked for the tables of pieces that tell something alone.
+        """
+        telling = [(piece, columns) for piece, columns in self._pieces if piece.told_values]
+        tables = {table for _, columns in telling for table, _ in columns}
+        draws = {table: uniforms(table, self.tables[table]) for table in tables}
+        # Of a piece that comes twice, the last.
+        return {piece.config.name: piece.told(_picked(draws, columns)) for piece, columns in telling}
+
     def __call__(
         self, images_BcHW: Tensor, draws: Draws, dtype: torch.dtype = torch.float32, *, cropped: bool = False
     ) -> Tensor:

@@ -80,6 +80,7 @@ class Seen:
         logits_BC: the expert's scores of the first view, if it `sees_logits`.
         labels_B: int64.
         replicas: D, that compute the same loss.
+        told_B: what the augmentation that it `guesses` has drawn for the first view, int64; None where it guesses none.
     """
 
     embedded_VBd: Tensor
@@ -87,6 +88,7 @@ class Seen:
     logits_BC: Tensor | None
     labels_B: Tensor
     replicas: int = 1
+    told_B: Tensor | None = None
 
     def once(self, parameter: Tensor) -> Tensor:
         """Return a parameter that enters the loss of the whole batch, with a D-th of its gradient.
@@ -117,6 +119,8 @@ class Auxiliary(nn.Module):
     """Views of every image: 2 where the second one is needed, in a batch with the first or for a momentum copy."""
     sees_logits: ClassVar[bool] = False
     """Whether the loss reads the scores of the expert's head."""
+    guesses: ClassVar[str | None] = None
+    """Registered name of an augmentation of the first view, of whose draws the loss is told; see `Piece.told`."""
     capturable: bool = True
     """See `Objective.capturable`."""
     embed: nn.Module

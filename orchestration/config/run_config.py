@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from experts.data.config import DatasetConfig
 from experts.ensemble import EnsembleConfig
-from experts.registry import PieceOf, Settings
+from experts.registry import PieceOf, Settings, piece
 from orchestration.config.method import MethodConfig
 from orchestration.config.recipe_checks import parts_that_learn
 
@@ -252,8 +252,17 @@ def precision_problems(config: RunConfig) -> Iterator[str]:
 
 
 def view_problems(config: RunConfig) -> Iterator[str]:
-    """Yield a problem for each stage whose views of an image would be the same pixels."""
+    """Yield a problem for each stage whose views would be the same pixels, or lack what an auxiliary guesses."""
     for name, stage in config.method.stages.items():
+        first = stage.augment or config.dataset.augment
+        for key, auxiliary in stage.auxiliaries.items():
+            wanted, found = piece("auxiliary", auxiliary.name).guesses, [config.name for config in first.stack]
+            if wanted is not None and wanted not in found:
+                yield (
+                    f"method.stages.{name}.auxiliaries.{key}: auxiliary '{auxiliary.name}' guesses what augmentation "
+                    f"'{wanted}' has drawn for an image; found {', '.join(found) or 'no augmentation'}; set "
+                    f"method.stages.{name}.augment to a stack with {wanted}, as augment.name=rotated"
+                )
         alike = [augment for augment in (stage.augment or config.dataset.augment, *stage.views) if augment.is_off]
         if stage.views and len(alike) > 1:
             yield (

@@ -173,6 +173,7 @@ class StageAuxiliaries:
                 parts[-1] if piece.sees_logits else None,
                 batch.global_labels,
                 self._mesh.shape.replicas,
+                None if piece.guesses is None else batch.told[piece.guesses],
             )
 
     def _everyones(self, own: list[list[Tensor]], images: int, what: str) -> list[list[Tensor]]:

@@ -38,7 +38,7 @@ def draws_of(stack, seed=0, rows=slice(0, IMAGES)):
 def test_the_augmentations_of_the_recipes_are_registered():
     assert {
         "crop", "resized_crop", "flip", "rotation", "color_jitter", "greyscale", "gaussian_blur", "randaugment",
-        "autoaugment", "cutout",
+        "autoaugment", "cutout", "quarter_turn",
     } <= set(registry.registered_names("augmentation"))  # fmt: skip
 
 
@@ -99,6 +99,22 @@ def test_a_piece_that_comes_again_has_other_draws(config):
     stack = Stack([config, config], MEAN, STD)
     (first, columns), (second, others) = stack._pieces
     assert len(set(columns + others)) == len(first.columns) + len(second.columns)
+
+
+@every_piece
+def test_what_it_tells_is_a_number_for_each_image_by_its_own_row(config):
+    piece, stack = registry.build("augmentation", config), Stack([config], MEAN, STD)
+
+    def told(rows):
+        return stack.told(lambda table, width: uniforms(key(0, table), rows.start, rows.stop - rows.start, width))
+
+    whole = told(slice(0, 400))
+    assert set(whole) == ({config.name} if piece.told_values else set())
+    for values in whole.values():
+        assert values.dtype == np.int64
+        counts = np.bincount(values, minlength=piece.told_values)
+        assert len(counts) == piece.told_values and counts.min() > 0.5 * len(values) / piece.told_values
+        assert np.array_equal(told(slice(5, 12))[config.name], values[5:12])
 
 
 def test_pieces_share_no_column():

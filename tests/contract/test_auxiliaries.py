@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import lru_cache
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -68,7 +69,11 @@ def seen_by(auxiliary, seed=0) -> Seen:
         )
         keys = None if config.momentum_copy is None else auxiliary.embed(draw(IMAGES, WIDTH, seed=seed + 7))
     logits = draw(IMAGES, len(COUNTS), seed=seed + 8) if auxiliary.sees_logits else None
-    return Seen(embedded, keys, logits, LABELS)
+    told = None
+    if auxiliary.guesses is not None:
+        values = registry.piece("augmentation", auxiliary.guesses).told_values
+        told = torch.from_numpy(np.random.default_rng(seed).integers(0, values, IMAGES))
+    return Seen(embedded, keys, logits, LABELS, told_B=told)
 
 
 def with_own_rows(values, start, stop):

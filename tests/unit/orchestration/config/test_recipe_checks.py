@@ -301,7 +301,25 @@ AT = "method.stages.train.auxiliaries"
             ["method=ce", "method.stages.train.objective.name=no_loss"],
             "objective.name = no_loss: nothing trains the experts",
         ),
+        (
+            ["method=ce", f"{AT}.m.name=moco", f"{AT}.m.queue_size=127"],
+            "m.queue_size = 127: .* needed at least batch_size = 128; set",
+        ),
+        (
+            ["method=ce", f"{AT}.r.name=rotation"],
+            "r: auxiliary 'rotation' guesses what augmentation 'quarter_turn' has drawn .* found crop, rotation; set",
+        ),
+        (
+            [
+                "method=ssp_moco",
+                "dataset.augment=[]",
+                "method.stages.pretrain.augment=[]",
+                "method.stages.pretrain.views=[none]",
+            ],
+            "pretrain.views: 2 of them change nothing at random",
+        ),
         (["method=ce", f"{AT}.p.name=paco", f"{AT}.p.momentum=1"], "momentum.* less than 1"),
+        (["method=ce", f"{AT}.m.name=moco", f"{AT}.m.momentum=1"], "m.momentum.* less than 1"),
         (["method=ce", f"{AT}.p.name=paco", f"{AT}.p.momentum=-0.1"], "momentum = -0.1: needed 0 or more"),
         (["method=ride", f"{AT}.t.name=triplet", f"{AT}.t.experts=[expert7]"], "t.experts: found expert7; needed some"),
         (["method=ce", f"{AT}.cross_entropy.name=triplet"], "auxiliaries.cross_entropy: needed a name .* no other's"),

@@ -116,12 +116,13 @@ def test_a_plan_counts_what_auxiliaries_hold_and_compute():
     assert load.auxiliary_bytes <= 1.01 * held
     assert load.parameters == plain.parameters
     assert sum(load.learning["experts"]) > sum(plain.learning["experts"])
-    # Both views go through the network, and one through its copy, without a backward pass.
+    # Both views go through the network, and one through its copy, without a backward pass. Embeddings cost little.
+    more = 0.03 * len(config.method.stages["train"].auxiliaries)
     network = costs.trunk + 3 * costs.features
     assert load.work_each_epoch == network
     assert plain.work_each_epoch == 0
-    assert 3 * network < load.work < 3.1 * network + 3 * costs.head
-    assert 7 * network < load.training_work < 7.3 * network + 9 * costs.head
+    assert 3 * network < load.work < (3 + more) * network + 3 * costs.head
+    assert 7 * network < load.training_work < (7 + 3 * more) * network + 9 * costs.head
 
 
 def test_a_plan_is_of_a_mixed_step_where_any_is_mixed():
