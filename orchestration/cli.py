@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import io
 import os
 import sys
 import threading
@@ -18,6 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from experts.data.names import HANDLER
 from orchestration import __version__
 
 _EPILOG = """\
@@ -59,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         The exit code: 0 done, 1 refused or failed, 2 wrong usage, 75 nodes were taken away, 130 and 143 stopped by
         SIGINT and SIGTERM.
     """
+    _print_any_text()
     parser = _parser()
     given = sys.argv[1:] if argv is None else argv
     if given and "=" in given[0] and not given[0].startswith("-"):
@@ -87,6 +90,13 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except Exception as error:
         return _explain(error, options.traceback)
+
+
+def _print_any_text() -> None:
+    """Let both streams take names of files whose bytes are no text, whatever the encoding of the terminal."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a test's or a notebook's may be another
+            stream.reconfigure(errors=HANDLER)
 
 
 def _explain(error: Exception, full: bool) -> int:

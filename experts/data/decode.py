@@ -16,6 +16,7 @@ its short side is image_size, then centre-cropped. One channel is repeated onto 
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import math
 
@@ -62,6 +63,8 @@ class UnreadableImage(ValueError):
         return f"{self.path}: {self.reason}; {self.remedy}"
 
 
+_NOT_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors of this process or system: no file is at fault, and none may be left out for them."""
 _RESTORE = "restore it, take it out of the set, or let dataset.quarantine leave such training images out"
 
 
@@ -75,11 +78,14 @@ def decode_file(path: str) -> Tensor:
 
     Raises:
         UnreadableImage: the file is missing, empty, truncated, too large or not an image; names it.
+        OSError: this process may open no more files, or has no memory.
     """
     try:
         with open(path, "rb") as file:
             data = file.read()
     except OSError as error:
+        if error.errno in _NOT_THE_FILE:
+            raise
         remedy = "check dataset.root and its permissions"
         raise UnreadableImage(path, f"cannot be read ({error.strerror})", remedy) from None
     if not data:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from experts.data.arrays import open_digits, open_fashion_mnist
 from experts.data.cifar import open_cifar
 from experts.data.config import DatasetConfig
 from experts.data.files import open_image_folder, open_image_list
+from experts.data.names import readable
 from experts.data.pools import RawDataset
 
 READERS: dict[str, Callable[[DatasetConfig], RawDataset]] = {
@@ -37,4 +39,5 @@ def open_raw(config: DatasetConfig) -> RawDataset:
             f"dataset.num_classes = {config.num_classes}: found {len(raw.class_names)} classes in "
             f"{config.root or config.source}; set dataset.num_classes={len(raw.class_names)} or null"
         )
-    return raw
+    # Names of folders may hold bytes that no table, picture or server takes.
+    return replace(raw, class_names=tuple(map(readable, raw.class_names)))

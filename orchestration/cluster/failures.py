@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
+from orchestration.cluster.sending import WorkerFault
+
 _EXCHANGE_WORDS = ("gloo", "nccl", "torch/distributed", "torch.distributed")
 """Found in the trace of every error of an exchange."""
 _PARTNER_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError")
@@ -35,26 +37,34 @@ class WorkerLost(RuntimeError):
 def refusal(error: RayTaskError) -> Exception | None:
     """Return the error that a worker raised for an operator to act on; None if it raised another."""
     cause = error.cause
+    kind, said = _kind_and_text(cause)
     # Ray carries the worker's exception along as the cause.
     if isinstance(cause, ValueError | FloatingPointError | OSError):
         return cause
     if isinstance(cause, MemoryError) or "can't allocate memory" in str(error):
-        return WorkerLost(f"a worker is out of memory: {_last_line(str(cause))}", "memory")
-    if type(cause).__name__ == "OutOfMemoryError":  # torch's, by name: workers import this file before torch
+        return WorkerLost(f"a worker is out of memory: {_last_line(said)}", "memory")
+    if kind == "LoaderLost":
+        return WorkerLost(said)
+    return _with_remedy(kind, said)
+
+
+def _with_remedy(kind: str, said: str) -> ValueError | None:
+    """Return an error of torch with what an operator can change about it; None if it is another."""
+    if kind == "OutOfMemoryError":  # torch's, by name: workers import this file before torch
         return ValueError(
-            f"a worker's GPU is out of memory ({_last_line(str(cause))}); use more workers "
+            f"a worker's GPU is out of memory ({_last_line(said)}); use more workers "
             f"(cluster.workers, cluster.experts_per_worker), engine.precision=autocast, or a smaller "
             f"run.evaluation_batch_size if it was scoring images"
         )
-    if _NOT_REPEATABLE in str(cause):
-        operation = str(cause).partition(_NOT_REPEATABLE)[0].strip()
+    if _NOT_REPEATABLE in said:
+        operation = said.partition(_NOT_REPEATABLE)[0].strip()
         return ValueError(
             f"engine.deterministic = true: {operation} has no kernel on a GPU that gives the same bits every time; set "
             f"engine.deterministic=false, with which a resume is equal to rounding"
         )
-    if type(cause).__name__ in _COMPILER_TYPES:
+    if kind in _COMPILER_TYPES:
         return ValueError(
-            f"engine.compile = true: torch could not compile the network ({_first_line(str(cause))}); set "
+            f"engine.compile = true: torch could not compile the network ({_first_line(said)}); set "
             f"engine.compile=false"
         )
     return None
@@ -87,14 +97,20 @@ def broken_exchange(error: RayTaskError) -> WorkerLost | None:
 
 def _from_partner(cause: BaseException) -> bool:
     """Say whether an exchange failed for another worker or the network, by the message alone: traces name files."""
-    message = str(cause).lower()
+    kind, said = _kind_and_text(cause)
+    message = said.lower()
     if any(word in message for word in _REFUSED_WORDS):
         return False
-    return type(cause).__name__ in _PARTNER_TYPES or any(word in message for word in _PARTNER_WORDS)
+    return kind in _PARTNER_TYPES or any(word in message for word in _PARTNER_WORDS)
+
+
+def _kind_and_text(cause: BaseException) -> tuple[str, str]:
+    """Return the name of an error's type and its text, of one that was sent in another's place as well."""
+    return (cause.kind, cause.text) if isinstance(cause, WorkerFault) else (type(cause).__name__, str(cause))
 
 
 def _last_line(text: str) -> str:
-    return text.strip().splitlines()[-1]
+    return (text.strip().splitlines() or ["no text"])[-1]
 
 
 def _first_line(text: str) -> str:

@@ -27,6 +27,7 @@ from orchestration.cluster.hangs import Watch
 from orchestration.cluster.placement import NoRoom, bundle_of, check_fits, seats
 from orchestration.cluster.ray_internals import draining_nodes
 from orchestration.cluster.reachability import disconnected_pair, unreachable_from_here
+from orchestration.cluster.sending import call
 from orchestration.cluster.transfer import Sent
 from orchestration.cluster.worker import Seat, Worker
 from orchestration.config.run_config import RunConfig
@@ -141,7 +142,7 @@ class Fleet:
         missing = range(len(self._spares), self.config.cluster.standby)
         engine, dataset = self.engine, self.config.dataset
         for spare in self._create([i % self.shape.workers for i in missing], spare=True):
-            self._spares.append((spare, spare.warm_up.remote(engine, dataset, self._left_out_paths())))
+            self._spares.append((spare, call(spare.warm_up, engine, dataset, self._left_out_paths())))
 
     def replace_lost(self) -> int:
         """Keep the workers that survived a loss, and fill the other places. Return how many spares were used.
@@ -242,8 +243,13 @@ class Fleet:
         address, port = self._one(self.workers[0].open_world.remote(shape.workers, timeout_s))
         return self._together(
             [
-                worker.build.remote(
-                    self.config, stage, Seat(rank, shape, address, port, timeout_s), teachers or {}, left_out
+                call(
+                    worker.build,
+                    self.config,
+                    stage,
+                    Seat(rank, shape, address, port, timeout_s),
+                    teachers or {},
+                    left_out,
                 )
                 for rank, worker in enumerate(self.workers)
             ]
@@ -259,7 +265,7 @@ class Fleet:
             WorkerLost: a worker died or hangs.
             ValueError, FloatingPointError, OSError: what a worker refused, in its words.
         """
-        return self._together([getattr(worker, method).remote(*args) for worker in self.workers])
+        return self._together([call(getattr(worker, method), *args) for worker in self.workers])
 
     def _one(self, ref: Any) -> Any:
         """Wait for an answer of the first worker."""

@@ -17,6 +17,7 @@ import ray
 
 from orchestration.cluster.hangs import own_stacks
 from orchestration.cluster.reachability import Address, listen, unreachable_from_here
+from orchestration.cluster.sending import carries_anything
 from orchestration.cluster.transfer import Sent, received
 
 if TYPE_CHECKING:  # these load torch, for which `load_libraries` prepares the process first
@@ -61,6 +62,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 # Threads beside the one that trains: for what must answer while it trains or hangs, and for the files of a checkpoint.
 @ray.remote(concurrency_groups={"watch": 1, "files": 1})  # type: ignore[call-overload]
+@carries_anything
 class Worker:
     """Holds some experts of an ensemble and trains them in step with the other workers."""
 

@@ -24,6 +24,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestration.cluster.placement import Placement
+from orchestration.cluster.sending import call
 from orchestration.config.run_config import RunConfig
 from orchestration.preflight.checks import Finding, is_loopback, nearest_existing, run_check
 from orchestration.preflight.node_report import NodeReporter, software
@@ -92,7 +93,7 @@ def check_nodes(needs: Needs) -> Iterator[Finding]:
         # First ask all nodes about themselves; those that do not answer take part in no later check.
         data = needs.config.dataset.model_dump(mode="json")
         begun = time.monotonic()
-        survey.reports, problems = _wait_for({name: r.report.remote(data) for name, r in started.items()}, START_S)
+        survey.reports, problems = _wait_for({name: call(r.report, data) for name, r in started.items()}, START_S)
         survey.reporters = {name: started[name] for name in survey.reports}
         for name, problem in problems.items():
             yield Finding("FAIL", "nodes", f"{name}: {problem}")
@@ -322,7 +323,7 @@ def _storage(survey: Survey, run_dir: Path | None, ids: Mapping[str, str]) -> It
             os.fsync(file.fileno())
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-        answers, problems = survey.ask(lambda name, node: node.share.remote(str(folder), nonce, ids[name]))
+        answers, problems = survey.ask(lambda name, node: call(node.share, str(folder), nonce, ids[name]))
         problems |= {name: problem for name, problem in answers.items() if problem}
 
         # A node that read our file has written its own, which must appear here in time.

@@ -24,6 +24,7 @@ import psutil
 import ray
 
 from orchestration.cluster.ray_internals import token_needed
+from orchestration.cluster.sending import carries_anything
 from orchestration.config.paths import code_root
 
 LIBRARIES = ("ray", "torch", "torchvision", "deepspeed", "numpy")
@@ -43,6 +44,7 @@ _RAY_PROCESSES = {
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
+@carries_anything
 class NodeReporter:
     """Answers the doctor's questions on one node."""
 

@@ -12,6 +12,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestration.cluster.sending import call, carries_anything
 from orchestration.cluster.worker import keep_freed_memory
 from orchestration.config.run_config import RunConfig
 from orchestration.results.text import plural
@@ -62,6 +63,7 @@ class Measured:
 
 
 @ray.remote(max_restarts=0)
+@carries_anything
 class SpeedGauge:
     """Measures in a process of its own, as a worker would compute."""
 
@@ -128,7 +130,7 @@ def measure(task: Task) -> Measured:
 def _time_step(gauges: list[Any], task: Task, shape: MeshShape, stage: str) -> float:
     """Return the seconds of a step that some gauges take at the same time, on the slowest of them."""
     asked = task.configs[shape], stage, task.counts_C[stage], task.threads[shape]
-    return max(ray.get([gauge.time_step.remote(*asked) for gauge in gauges], timeout=_STEP_S))
+    return max(ray.get([call(gauge.time_step, *asked) for gauge in gauges], timeout=_STEP_S))
 
 
 def _time_link(first: Any, second: Any) -> list[tuple[int, float]]:

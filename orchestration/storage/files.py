@@ -9,6 +9,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from experts.data.names import HANDLER
+
 CONFIG, RUN, DATA, LOCK = "config.yaml", "run.json", "data.json", ".lock"
 
 
@@ -16,7 +18,7 @@ def write_atomic(path: Path, text: str) -> None:
     """Write a whole file or nothing: to a scratch file beside it, flushed to disk, then renamed onto it."""
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        with open(scratch, "w", encoding="utf-8") as file:
+        with open(scratch, "w", encoding="utf-8", errors=HANDLER) as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from ray.exceptions import RayTaskError
 
-from orchestration.cluster.failures import broken_exchange, refusal
+from experts.data.prefetch import LoaderLost
+from orchestration.cluster.failures import WorkerLost, broken_exchange, refusal
 from orchestration.training.world import Rendezvous, leave_world
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] "
@@ -71,6 +72,11 @@ def test_the_backend_refuses_what_it_says_it_refuses():
     finally:
         leave_world()
     assert broken_exchange(raised(caught.value)) is None
+
+
+def test_a_loader_process_that_ended_is_a_lost_worker():
+    cause = LoaderLost("a loader process (7) has ended: SIGTERM")
+    assert isinstance(refusal(raised(cause)), WorkerLost)
 
 
 def test_an_operation_that_cannot_repeat_its_bits_is_refused_with_its_name():
