@@ -29,9 +29,10 @@ SHAPES = {"packed": (3, 1), "spread": (1, 1), "two replicas": (3, 2), "three by 
 def words_of(*more, weight=0.3) -> list[str]:
     """Return RIDE with every auxiliary in its first case."""
     found = [*FEW_WORDS, *more]
-    for name in registry.registered_names("auxiliary"):
+    for place, name in enumerate(registry.registered_names("auxiliary")):
+        ramp = f"{{ramp: linear, start: {weight}, end: 0}}"  # of the first two
         found += [f"method.stages.train.auxiliaries.x_{name}.name={name}"]
-        found += [f"method.stages.train.auxiliaries.x_{name}.weight={weight}"]
+        found += [f"method.stages.train.auxiliaries.x_{name}.weight={weight if place > 1 else ramp}"]
         fields = registry.piece("auxiliary", name).Config.model_fields
         found += [f"method.stages.train.auxiliaries.x_{name}.queue_size=14"] * ("queue_size" in fields)
         found += [f"method.stages.train.auxiliaries.x_{name}.momentum=0.9"] * ("momentum" in fields)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from experts.cases import Case
 from experts.progress import Progress
+from experts.ramps import Weight, constant
 from experts.registry import Settings, piece
 
 
@@ -34,8 +35,8 @@ class AuxiliarySettings(Settings):
     """Base of the auxiliaries' configs."""
 
     name: str
-    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-    """Factor of the loss, no unit."""
+    weight: Weight = constant(1.0)
+    """Factor of the loss, no unit: a number, or a ramp (experts/ramps.py)."""
     experts: tuple[str, ...] | None = None
     """Names of the experts that have it. Unset: all of the stage."""
 

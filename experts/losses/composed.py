@@ -24,6 +24,7 @@ from experts.losses.class_weights import ClassWeights
 from experts.losses.cross_entropy import CrossEntropy
 from experts.objective import ExtraInputs, Objective, ObjectiveSettings, StepContext
 from experts.progress import Progress
+from experts.ramps import Ramp, constant
 from experts.registry import PieceOf, build, piece, register
 
 Part = Annotated[Any, PieceOf("objective")]
@@ -189,8 +190,9 @@ class Sum(Composed):
         name: Literal["sum"] = "sum"
         terms: dict[str, Part] = Field(default_factory=lambda: {"cross_entropy": CrossEntropy.Config()})
         """The terms by a name of their own."""
-        weights: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(default_factory=dict)
-        """Factors of the terms, by name, no unit; 1 where a term has none. A negative one rewards."""
+        weights: dict[str, Ramp] = Field(default_factory=dict)
+        """Factors of the terms, by name, no unit: numbers or ramps (experts/ramps.py); 1 where a term has none. A
+        negative one rewards."""
 
         @model_validator(mode="after")
         def _named(self) -> Sum.Config:
@@ -200,8 +202,9 @@ class Sum(Composed):
                 raise ValueError(f"terms.{bad[0]}: needed a name of letters, digits and underscores")
             if unknown := sorted(set(self.weights) - set(self.terms)):
                 raise ValueError(f"weights.{unknown[0]}: there is no such term; the terms are {', '.join(self.terms)}")
-            if not any(self.weight(name) for name in self.terms):
-                raise ValueError(f"weights = {self.weights}: all terms count nothing; give one a weight that is not 0")
+            if not any(self.weight(name).start or self.weight(name).end for name in self.terms):
+                found = self.model_dump()["weights"]
+                raise ValueError(f"weights = {found}: all terms count nothing; give one a weight that is not 0")
             return self
 
         @property
@@ -217,15 +220,15 @@ class Sum(Composed):
             ]
             return next((problem for problem in problems if problem is not None), None)
 
-        def weight(self, name: str) -> float:
+        def weight(self, name: str) -> Ramp:
             """Return the factor of a term."""
-            return self.weights.get(name, 1.0)
+            return self.weights.get(name, constant(1.0))
 
         def trained_log_prior(
             self, counts_C: Tensor, log_share_C: Tensor, num_experts: int
         ) -> tuple[Tensor, tuple[str, ...]]:
-            """Return the terms' distributions, in the proportion of their weights."""
-            counting = [(self.weight(name), term) for name, term in self.terms.items() if term.fits_classes]
+            """Return the terms' distributions, in the proportion of their weights; of ramps as they end."""
+            counting = [(self.weight(name).end, term) for name, term in self.terms.items() if term.fits_classes]
             found = [(w, *term.trained_log_prior(counts_C, log_share_C, num_experts)) for w, term in counting if w > 0]
             if not found:
                 return super().trained_log_prior(counts_C, log_share_C, num_experts)
@@ -252,17 +255,18 @@ class Sum(Composed):
                 "ldam": {"name": "ldam", "reweight_epoch": 1},
                 "divergence": {"name": "expert_divergence", "reweight_epoch": 1},
             },
-            weights={"divergence": -0.45},
+            weights={"divergence": constant(-0.45)},
         )
         nested = cls.Config(
             terms={
                 "both": {"name": "sum", "terms": {"a": {"name": "logit_adjustment"}, "b": {"name": "ldam"}}},
                 "c": {"name": "cross_entropy"},
             },
-            weights={"both": 0.5},
+            weights={"both": constant(0.5)},
         )
-        whole = cls.Config(terms={"a": {"name": "lade"}, "b": {"name": "ldam"}}, weights={"a": 0.5})
-        return [Case(cls.Config(), 1), Case(nested, 1), Case(whole, 1), Case(ride, 2), Case(ride, 3)]
+        whole = cls.Config(terms={"a": {"name": "lade"}, "b": {"name": "ldam"}}, weights={"a": constant(0.5)})
+        falling = ride.model_copy(update={"weights": {"ldam": Ramp(ramp="parabolic", start=1, end=0)}})
+        return [Case(cls.Config(), 1), Case(nested, 1), Case(whole, 1), Case(ride, 2), Case(ride, 3), Case(falling, 2)]
 
     @property
     def lr_factors(self) -> tuple[float, ...]:
@@ -276,7 +280,7 @@ class Sum(Composed):
         losses, terms = [], dict[str, Tensor]()
         for name in self.parts:
             loss, found = self._loss_of(name, logits_EBC, labels_B, now)
-            losses.append(self.config.weight(name) * loss)
+            losses.append(self.config.weight(name).times(loss, f"weight of {name}", now.progress, now.extra.numbers))
             terms |= {f"{name}.{key}": value for key, value in found.items()}
         return torch.stack(losses).sum(), terms
 

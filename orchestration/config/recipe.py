@@ -16,6 +16,7 @@ from experts.class_groups import GroupRule, split_classes
 from experts.data.config import Augment
 from experts.flows.plain import Plain
 from experts.losses.class_weights import ClassWeights
+from experts.ramps import Weight, constant
 from experts.registry import PieceOf, Settings, import_pieces
 
 import_pieces(experts, aggregation)  # the fields below accept the config of any registered piece
@@ -93,9 +94,11 @@ class LrFactors(Settings):
     features: Factor = 1.0
     heads: Factor = 1.0
     calibration: Factor = 1.0
+    auxiliaries: Factor = 1.0
 
 
 Part = Literal["trunk", "features", "heads", "calibration"]
+Learning = Literal["trunk", "features", "heads", "calibration", "auxiliaries"]
 
 
 class StageConfig(Settings):
@@ -109,6 +112,8 @@ class StageConfig(Settings):
     lr_schedule: Annotated[Any, PieceOf("lr_schedule", optional=True)] = None
     sampler: Annotated[Any, PieceOf("sampler", optional=True)] = None
     objective: Annotated[Any, PieceOf("objective", optional=True)] = None
+    objective_weight: Weight = constant(1.0)
+    """Factor of the objective beside auxiliaries and distillation, no unit: a number or a ramp (experts/ramps.py)."""
     class_weights: ClassWeights | None = None
     """Weights of the classes in the objective, a mean over images then; late in training it is deferred re-weighting
     (DRW)."""
@@ -134,7 +139,7 @@ class StageConfig(Settings):
     nothing on new heads."""
     reinit: tuple[Part, ...] = ()
     """Parts that begin with new weights, whatever the weights of `start_from` hold."""
-    freeze: tuple[Part, ...] = ()
+    freeze: tuple[Learning, ...] = ()
     """Parts that do not learn in this stage."""
     lr_factors: LrFactors = LrFactors()
     """Published for Places-LT with pretrained weights: trunk and features at a tenth of the heads' rate."""

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from experts.ensemble import check_names
+from experts.ramps import constant
 from experts.registry import piece, registered_names
 from experts.tunable import Tunable
 from orchestration.config.recipe import Recipe, StageConfig
@@ -258,6 +259,8 @@ def _auxiliary_problems(name: str, stage: StageConfig, method: Recipe) -> Iterat
         if piece("objective", stage.objective.name).silent:
             yield f"objective.name = {stage.objective.name}: nothing trains the experts; set another, or auxiliaries"
         return
+    if stage.objective_weight != constant(1.0) and piece("objective", stage.objective.name).silent:
+        yield f"objective_weight: objective '{stage.objective.name}' is always 0; leave it out, or set another"
     if not piece("flow", stage.flow.name).takes_auxiliaries:
         yield (
             f"auxiliaries = {sorted(stage.auxiliaries)}: flow '{stage.flow.name}' takes none; set flow.name="
@@ -308,6 +311,8 @@ def _learning_problems(name: str, stage: StageConfig, method: Recipe) -> Iterato
         if not learning:
             learns = sorted(piece("flow", stage.flow.name).learns & parts_of(method, name))
             yield f"freeze = {list(stage.freeze)}: nothing is left to learn; {flow_is} trains {learns}"
+        if "auxiliaries" in stage.freeze and not stage.auxiliaries:
+            yield f"freeze = {list(stage.freeze)}: the stage has no auxiliaries; leave them out"
         for part, factor in stage.lr_factors.model_dump().items():
             if factor != 1 and part not in learning:
                 yield f"lr_factors.{part} = {factor:g}: it does not learn in this stage; set it to 1"

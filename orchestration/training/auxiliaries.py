@@ -30,6 +30,7 @@ from experts.batches import Batch
 from experts.ensemble import Ensemble
 from experts.precision import at_least_float32
 from experts.progress import Progress
+from experts.scalars import Numbers
 from experts.side_by_side import side_by_side
 from orchestration.config.run_config import EngineConfig
 from orchestration.training.graphs import rebuilt
@@ -184,12 +185,16 @@ class StageAuxiliaries:
         packed = torch.stack([torch.cat(parts, dim=1) for parts in own])
         return [list(rows.split(widths, dim=1)) for rows in self._mesh.batch_rows(packed, images, what)]
 
-    def counted(self, own_eA: Tensor, names: tuple[str, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+    def counted(
+        self, own_eA: Tensor, names: tuple[str, ...], now: Progress, numbers: Numbers
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return this replica's share of all experts' losses, weighted, and each as a term.
 
         Args:
             own_eA: as `losses` returns them.
             names: of all experts.
+            now: the moment.
+            numbers: makes weights that change with it.
         """
         replicas = self._mesh.shape.replicas
         values_EA = self._mesh.gather(own_eA, "losses of auxiliaries")
@@ -197,7 +202,7 @@ class StageAuxiliaries:
         values_EA = values_EA - (1 - 1 / replicas) * values_EA.detach()
         total, terms = values_EA.new_zeros(()), dict[str, Tensor]()
         for column, (name, config) in enumerate(self.configs.items()):
-            total = total + config.weight * values_EA[:, column].sum()
+            total = total + config.weight.times(values_EA[:, column].sum(), f"weight of {name}", now, numbers)
             if config.experts is None:
                 terms[name] = values_EA[:, column]
             else:

@@ -124,7 +124,7 @@ class TrainingStep:
         watched = None
         if found is not None:
             own_eA, watched = found
-            share, more = setup.auxiliaries.counted(own_eA, setup.expert_names)
+            share, more = setup.auxiliaries.counted(own_eA, setup.expert_names, now, setup.step_draws)
             assert not more.keys() & terms.keys(), f"terms {sorted(terms)} and auxiliaries {sorted(more)}"
             loss, terms = loss + share, terms | more
         names, values = self._global_values(loss, terms, outputs_EBX.detach())
@@ -161,6 +161,7 @@ class TrainingStep:
         if replicas > 1:  # values are summed over the replicas, which all have the whole one; gradients are of own rows
             total = total - (1 - 1 / replicas) * total.detach()
             terms = {name: value / replicas for name, value in terms.items()}
+        total = setup.stage.objective_weight.times(total, "weight of the objective", now, setup.step_draws)
 
         if setup.distillation is not None:
             denominators = setup.distillation.denominators(batch.global_labels)

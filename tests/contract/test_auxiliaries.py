@@ -368,7 +368,7 @@ def early(monkeypatch):
 def test_replays_give_the_bits_of_steps_of_their_own(which, early):
     """Those of the CPU, too; and no step makes the host wait."""
     found = []
-    config = which(AS_ON_A_GPU)
+    config = which(AS_ON_A_GPU, "method.stages.train.objective_weight={ramp: linear, start: 1, end: 0.5}")
     for context in (nullcontext(), emulated_graphs()):
         with EmulatedDevice(), context as made:
             trainer = trainer_of(config, Mesh(MeshShape(3, 3), device=DEVICE))
