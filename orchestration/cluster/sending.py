@@ -14,11 +14,11 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import sys
 import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from ray import cloudpickle
 from ray.exceptions import RayTaskError
 
 from experts.data.names import readable
@@ -100,11 +100,39 @@ def arrives(error: Exception) -> bool:
     """Say whether Ray brings an error to another process as what it is, with its trace."""
     try:
         trace = "".join(traceback.format_exception(error))
-        again = cloudpickle.loads(cloudpickle.dumps(error))
+        again = _built_again(error)
         RayTaskError("method", "", again).make_dual_exception_instance()
         return type(again) is type(error) and str(again) == str(error) and _fits(trace)
     except Exception:
         return False
+
+
+def _built_again(error: Exception) -> Exception:
+    """Return what the other process would make of an error, from what a pickle of it has.
+
+    Raises:
+        ValueError: it is of a type that the other process does not find, or holds more than plain values.
+        Exception: whatever its own methods raise.
+    """
+    reduced: Any = error.__reduce_ex__(2)
+    kind, parts, *state = reduced
+    found: Any = sys.modules.get(getattr(kind, "__module__", ""))
+    for name in getattr(kind, "__qualname__", "?").split("."):
+        found = getattr(found, name, None)
+    if kind is not type(error) or found is not kind or not _is_plain([parts, *state]):
+        raise ValueError("not to be sent as it is")
+    again: Exception = kind(*parts)
+    if state:
+        again.__setstate__(state[0])
+    return again
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return _is_plain([*value, *value.values()])
+    return value is None or type(value) in (str, bytes, int, float, bool)
 
 
 def plain(error: BaseException) -> Exception:
