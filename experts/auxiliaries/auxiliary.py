@@ -82,6 +82,8 @@ class Seen:
         labels_B: int64.
         replicas: D, that compute the same loss.
         told_B: what the augmentation that it `guesses` has drawn for the first view, int64; None where it guesses none.
+        draws_BU: uniform numbers in [0, 1) for every image, float64, the same on every placement, after a resume and in
+            a replay; None where the auxiliary draws none.
     """
 
     embedded_VBd: Tensor
@@ -90,6 +92,7 @@ class Seen:
     labels_B: Tensor
     replicas: int = 1
     told_B: Tensor | None = None
+    draws_BU: Tensor | None = None
 
     def once(self, parameter: Tensor) -> Tensor:
         """Return a parameter that enters the loss of the whole batch, with a D-th of its gradient.
@@ -120,6 +123,8 @@ class Auxiliary(nn.Module):
     """Views of every image: 2 where the second one is needed, in a batch with the first or for a momentum copy."""
     sees_logits: ClassVar[bool] = False
     """Whether the loss reads the scores of the expert's head."""
+    draws: ClassVar[int] = 0
+    """U, uniform numbers that the loss wants for every image, in `Seen.draws_BU`."""
     guesses: ClassVar[str | None] = None
     """Registered name of an augmentation of the first view, of whose draws the loss is told; see `Piece.told`."""
     capturable: bool = True

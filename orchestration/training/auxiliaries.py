@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from experts.auxiliaries.attached import Following, auxiliaries_of
 from experts.auxiliaries.auxiliary import Auxiliary, AuxiliarySettings, Seen
 from experts.batches import Batch
+from experts.draws import StepDraws
 from experts.ensemble import Ensemble
 from experts.precision import at_least_float32
 from experts.progress import Progress
@@ -116,7 +117,7 @@ class StageAuxiliaries:
         )
         seen: SeenByAll = tuple({} for _ in self.held)
         for name in self.configs:
-            self._cross(name, embedded, keys, scores, batch, seen)
+            self._cross(name, embedded, keys, scores, batch, seen, network.draws)
         losses = [
             torch.stack([own[name].loss(found[name], now) if name in own else zero for name in self.configs])
             for own, found in zip(self.held, seen, strict=True)
@@ -151,6 +152,7 @@ class StageAuxiliaries:
         scores: Tensor,
         batch: Batch,
         seen: SeenByAll,
+        draws: StepDraws,
     ) -> None:
         """Gather the rows of all replicas for the auxiliaries of one name, and add what each sees to `seen`."""
         places = [place for place, own in enumerate(self.held) if name in own]
@@ -167,6 +169,7 @@ class StageAuxiliaries:
             parts += [scores[place][:, :classes]] if piece.sees_logits else []  # objectives may want further outputs
             rows.append([at_least_float32(part) for part in parts])
         whole = self._everyones(rows, len(batch.global_labels), f"vectors of auxiliary {name}")
+        drawn = draws.of_rows(whole=True)
         for place, parts in zip(places, whole, strict=True):
             seen[place][name] = Seen(
                 torch.stack(parts[:views]),
@@ -175,6 +178,7 @@ class StageAuxiliaries:
                 batch.global_labels,
                 self._mesh.shape.replicas,
                 None if piece.guesses is None else batch.told[piece.guesses],
+                drawn(f"{name} of {self._model.names[place]}", piece.draws) if piece.draws else None,
             )
 
     def _everyones(self, own: list[list[Tensor]], images: int, what: str) -> list[list[Tensor]]:

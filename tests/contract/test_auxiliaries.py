@@ -73,7 +73,10 @@ def seen_by(auxiliary, seed=0) -> Seen:
     if auxiliary.guesses is not None:
         values = registry.piece("augmentation", auxiliary.guesses).told_values
         told = torch.from_numpy(np.random.default_rng(seed).integers(0, values, IMAGES))
-    return Seen(embedded, keys, logits, LABELS, told_B=told)
+    draws = np.random.default_rng(seed).random((IMAGES, auxiliary.draws)) if auxiliary.draws else None
+    return Seen(
+        embedded, keys, logits, LABELS, told_B=told, draws_BU=None if draws is None else torch.from_numpy(draws)
+    )
 
 
 def with_own_rows(values, start, stop):
