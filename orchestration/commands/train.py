@@ -22,6 +22,7 @@ from orchestration.cluster.placement import shape_of, shapes_of, with_shape
 from orchestration.cluster.preemption import Preempted
 from orchestration.config.run_config import RunConfig
 from orchestration.results.run_table import run_table
+from orchestration.results.text import in_one_line, printable, say, show
 from orchestration.runs.admission import Admission, admit
 from orchestration.runs.console import Console
 from orchestration.runs.driver import train
@@ -44,8 +45,8 @@ def train_and_report(config: RunConfig, marks: dict[str, float]) -> int:
     folder = open_run_folder(config)
     try:
         if folder.started and is_complete(folder, config):
-            print(f"expertail: {folder.path} is finished; set another run.name to train again", file=sys.stderr)
-            print(_stored_table(config, folder))
+            say(f"{folder.path} is finished; set another run.name to train again")
+            show(_stored_table(config, folder))
             folder.wait_until_stored()
             return 0
         return _train(_placed(admitted, folder), folder, marks)
@@ -121,12 +122,12 @@ def _train(admitted: Admission, folder: RunFolder, marks: dict[str, float]) -> i
             raise _full(folder, problem) from problem
         raise
 
-    print(_stored_table(config, folder), flush=True)
+    # Training is over and kept: from here on nothing may change how it ended.
+    show(_stored_table(config, folder))
     if not outcome.finished:
-        print(
-            f"expertail: run.max_steps = {config.run.max_steps} ended this start before the end of training (still to "
-            f"do: stage {', '.join(outcome.cut)}); the same command with a larger limit, or none, goes on",
-            file=sys.stderr,
+        say(
+            f"run.max_steps = {config.run.max_steps} ended this start before the end of training (still to "
+            f"do: stage {', '.join(outcome.cut)}); the same command with a larger limit, or none, goes on"
         )
     uploader.end("FINISHED", wait_s=config.tracking.final_wait_s)
     folder.wait_until_stored()
@@ -161,13 +162,17 @@ class _Tracking:
 
     def end(self, status: str, wait_s: float) -> None:
         """Let the uploader send the rest, and print what it could not send."""
-        if self._uploader is not None and (incomplete := self._uploader.finish(wait_s, status)):
-            print(incomplete, file=sys.stderr)
+        if self._uploader is None:
+            return
+        try:
+            incomplete = self._uploader.finish(wait_s, status)
+        except Exception as problem:  # the run has ended, well or not, and this does not change it
+            incomplete = f"tracking: {in_one_line(problem)}; later: expertail sync {self._folder.path}"
+        if incomplete:
+            show(incomplete, sys.stderr)
 
 
 def _report(config: RunConfig, folder: RunFolder, outcome: Outcome) -> None:
-    from orchestration.results.pictures import write_report  # loads Matplotlib
-
     stored = folder.stored_config()
     if stored.method.stages[outcome.stage].classes is not None:
         # The run stopped in a stage that knows only some classes, for which there is no model or table.
@@ -176,10 +181,20 @@ def _report(config: RunConfig, folder: RunFolder, outcome: Outcome) -> None:
 
     export_finals(stored, folder, outcome.stage, outcome.checkpoint)
     if config.run.pictures:
-        write_report(folder.path)
+        _draw(folder)
     (folder.path / "report").mkdir(exist_ok=True)
-    write_atomic(folder.path / "report" / "table.txt", _stored_table(config, folder) + "\n")
+    write_atomic(folder.path / "report" / "table.txt", printable(_stored_table(config, folder)) + "\n")
     folder.update_run(status="finished" if outcome.finished else "stopped", ended=time.time())
+
+
+def _draw(folder: RunFolder) -> None:
+    """Draw the pictures of the report. Whatever fails costs itself and one line: the run is trained."""
+    try:
+        from orchestration.results.pictures import write_report  # loads Matplotlib
+
+        write_report(folder.path, say)
+    except Exception as problem:
+        say(f"the pictures of the report were not drawn: {in_one_line(problem)}")
 
 
 def _stored_table(config: RunConfig, folder: RunFolder) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,15 +43,15 @@ def check_tracking(config: RunConfig, patience_s: float) -> Iterator[Finding]:
     uri = check_uri(config.tracking.uri or default_uri(expand(config.run.dir)))
     database = sqlite_path(uri)
     if database is not None:
-        yield _sqlite(database)
+        yield _sqlite(database, config.tracking.experiment)
     elif uri.startswith(("http://", "https://")):
         yield from _server(uri, patience_s)
     else:
         yield Finding("warn", "tracking", f"{redact(uri)}: stores of this kind are not checked; if it fails, {_LATER}")
 
 
-def _sqlite(path: Path) -> Finding:
-    """Check that a SQLite file can be written, or created where it is missing."""
+def _sqlite(path: Path, experiment: str) -> Finding:
+    """Check that a SQLite file can be written, or created where it is missing, and takes runs of an experiment."""
     there = nearest_existing(path)
     # MLflow would fail on another file only when the first run is uploaded. An empty file is a database, too.
     if path.is_file():
@@ -62,7 +64,26 @@ def _sqlite(path: Path) -> Finding:
     if not usable or not os.access(there, os.W_OK):
         text = f"tracking.uri: {path} cannot be written; make it writable, or choose another with tracking.uri"
         return Finding("FAIL", "tracking", text)
+    if number := _deleted(path, experiment):
+        text = (
+            f"tracking.experiment = {experiment}: deleted in {path}; restore it with `mlflow experiments restore "
+            f"--experiment-id {number}`, or choose another name"
+        )
+        return Finding("FAIL", "tracking", text)
     return Finding("ok", "tracking", f"SQLite file {path}{'' if path.exists() else ', to be created'}")
+
+
+def _deleted(path: Path, experiment: str) -> str | None:
+    """Return the id of an experiment that a SQLite file holds as deleted; None where it takes runs, or has none."""
+    if not path.exists():
+        return None
+    asked = "SELECT experiment_id FROM experiments WHERE name = ? AND lifecycle_stage = 'deleted'"
+    with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as store:
+        try:
+            found = store.execute(asked, (experiment,)).fetchone()
+        except sqlite3.Error:  # an empty file, or one that is busy
+            return None
+    return None if found is None else str(found[0])
 
 
 def _server(uri: str, patience_s: float) -> Iterator[Finding]:

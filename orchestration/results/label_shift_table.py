@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from orchestration.results import tables
-from orchestration.results.style import member_colour, new_figure, picture_style, save_figure, set_figure_title
+from orchestration.results.style import draw_to, member_colour, new_figure, set_figure_title
 from orchestration.results.tables import selection_note
 from orchestration.results.text import decimals, text_table
 
@@ -115,14 +115,8 @@ def draw_distributions(path: Path, result: Mapping[str, Any]) -> str:
     Returns:
         The path of the picture, or why there is none.
     """
-    with picture_style():
-        figure = _figure(result)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_figure(figure, path)
-        except OSError as error:
-            return f"not drawn: {path} cannot be written ({error.strerror})"
-    return f"drawn as {path}"
+    problems: list[str] = []
+    return f"drawn as {path}" if draw_to(path, lambda: _figure(result), problems.append) else problems[0]
 
 
 def _figure(result: Mapping[str, Any]) -> Any:

@@ -35,23 +35,28 @@ from orchestration.results.style import (
     BEST,
     GROUP_COLOURS,
     LAST,
+    draw_to,
+    fonts_for,
     member_colour,
     new_figure,
-    picture_style,
-    save_figure,
     set_figure_title,
 )
 from orchestration.results.tables import GROUPS, diversity_of, members, selection_note, shown_members
-from orchestration.storage.files import evaluations, final_evaluations, read_config, read_json
+from orchestration.results.text import printable
+from orchestration.storage.files import evaluations, final_evaluations, read_config, read_json, write_atomic
 from orchestration.storage.journal import Series, series
 
 _LEGEND_CHARACTERS = 64  # per line: a wider legend would make its panel narrower
 
 
-def write_report(run_dir: str | os.PathLike[str]) -> list[Path]:
+def write_report(run_dir: str | os.PathLike[str], say: Callable[[str], None] = lambda _: None) -> list[Path]:
     """Draw `report/*.png` and write `report/table.txt`, as far as the run folder has what they need.
 
     Where a recipe has several final stages, what belongs to one of them is drawn as `report/<stage>/*.png`.
+
+    Args:
+        run_dir: the run folder.
+        say: takes one line for every picture that could not be drawn; the others are.
 
     Returns:
         The files written. Each is replaced as a whole.
@@ -68,42 +73,38 @@ def write_report(run_dir: str | os.PathLike[str]) -> list[Path]:
     chosen = choices(found, finals)
 
     written = []
-    with picture_style():
-        pictures = {
-            "curves.png": _curves(trained, [*finals.values()] or [found], title) if trained else None,
-            "class_counts.png": _class_counts(data, title) if data.get("counts") else None,
-            "finals.png": draw_finals(finals, data, title) if len(finals) > 1 else None,
-            "tried.png": draw_tried(chosen, title) if any(one.tried for one in chosen) else None,
-            **_pictures_of_a_result(distinct(found), data, _with_stage(title, found, finals)),
-        }
-        for stage, own in finals.items():
-            named = _pictures_of_a_result(distinct(own), data, _with_stage(title, own, finals))
-            pictures |= {f"{stage}/{name}": figure for name, figure in named.items()}
-        for name, figure in pictures.items():
-            if figure is not None:
-                (folder / name).parent.mkdir(exist_ok=True)
-                save_figure(figure, folder / name)
-                written.append(folder / name)
+    if data:
+        table = report_table(found, finals, data, title=title, seed=config.get("seed"))
+        write_atomic(folder / "table.txt", printable(table) + "\n")
+        written.append(folder / "table.txt")
+
+    drawings: dict[str, Callable[[], Any]] = {
+        "curves.png": lambda: _curves(trained, [*finals.values()] or [found], title) if trained else None,
+        "class_counts.png": lambda: _class_counts(data, title) if data.get("counts") else None,
+        "finals.png": lambda: draw_finals(finals, data, title) if len(finals) > 1 else None,
+        "tried.png": lambda: draw_tried(chosen, title) if any(one.tried for one in chosen) else None,
+        **_drawings_of_a_result(found, data, _with_stage(title, found, finals)),
+    }
+    for stage, own in finals.items():
+        named = _drawings_of_a_result(own, data, _with_stage(title, own, finals))
+        drawings |= {f"{stage}/{name}": draw for name, draw in named.items()}
+    names = printable("".join([title, *map(str, data.get("class_names") or ())]))
+    if drawings and (absent := fonts_for(names)[1]):
+        say(f"no font of this machine has {absent[:20]!r}, which pictures show as boxes; install one that has")
+    written += [folder / name for name, draw in drawings.items() if draw_to(folder / name, draw, say, names)]
 
     # Regions and features need the model and the data as well, and bring their own style.
-    written += draw_regions_if_heads_alone(run_dir)
-    written += draw_stages(run_dir)
-
-    if data:
-        scratch = folder / ".table.txt"
-        scratch.write_text(report_table(found, finals, data, title=title, seed=config.get("seed")) + "\n")
-        os.replace(scratch, folder / "table.txt")
-        written.append(folder / "table.txt")
-    return written
+    return written + draw_regions_if_heads_alone(run_dir) + draw_stages(run_dir)
 
 
-def _pictures_of_a_result(
-    found: Mapping[str, Mapping[str, Any]], data: Mapping[str, Any], title: str
-) -> dict[str, Any]:
-    """Draw what belongs to the evaluations of one stage; None for what they do not hold."""
+def _drawings_of_a_result(
+    evaluated: Mapping[str, Mapping[str, Any]], data: Mapping[str, Any], title: str
+) -> dict[str, Callable[[], Any]]:
+    """Return what draws the evaluations of one stage, by file; None comes of what they do not hold."""
+    found = distinct(evaluated)
     return {
-        "per_class.png": _per_class(data, found, title) if data.get("counts") and found else None,
-        "diversity.png": draw_diversity(found, title) if any(map(diversity_of, found.values())) else None,
+        "per_class.png": lambda: _per_class(data, found, title) if data.get("counts") and found else None,
+        "diversity.png": lambda: draw_diversity(found, title) if any(map(diversity_of, found.values())) else None,
     }
 
 
@@ -123,7 +124,8 @@ def _title(run_dir: Path, config: Mapping[str, Any], data: Mapping[str, Any]) ->
     method = config.get("method") or {}
     experts = method.get("num_experts")
     words = [str(method.get("name", "")), f"{experts} expert{'s' if experts != 1 else ''}" if experts else ""]
-    return ", ".join([word for word in (*words, str(data.get("dataset", ""))) if word] + [f"run {run_dir.name}"])
+    shown = [word for word in (*words, str(data.get("dataset", ""))) if word]
+    return printable(", ".join([*shown, f"run {run_dir.name}"]))
 
 
 # Curves

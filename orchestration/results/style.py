@@ -1,13 +1,19 @@
-"""The style that all pictures share: colours, fonts, title, file. Matplotlib is imported when something is drawn."""
+"""The style that all pictures share: colours, fonts, title, file. Matplotlib is imported when something is drawn.
+
+A picture shows results that are safe already: whatever fails in it costs that picture and one line (`draw_to`).
+"""
 
 from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from orchestration.results.text import in_one_line, printable
 
 GROUP_COLOURS = {"many": "#3b6fb6", "medium": "#d98e04", "few": "#b8323f"}
 LAST, BEST = "#1b1b1b", "#d55e00"
@@ -19,17 +25,67 @@ _STYLE: Any = {
     "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
     "grid.color": "#e4e4e4", "grid.linewidth": 0.6, "legend.frameon": False, "legend.fontsize": 8,
+    "text.parse_math": False,  # a name with a $ in it is no formula
     "lines.linewidth": 1.5, "figure.dpi": 110, "savefig.dpi": 110, "figure.constrained_layout.use": True,
 }  # fmt: skip
 
 
+def draw_to(path: Path, draw: Callable[[], Any], say: Callable[[str], None], names: str = "") -> bool:
+    """Draw a figure in this style and write it as a PNG.
+
+    Args:
+        path: of the picture.
+        draw: returns a figure, or None where there is nothing to show.
+        say: takes a line if that fails.
+        names: that are drawn as their owners wrote them; fonts are chosen for their characters.
+
+    Returns:
+        Whether there is a picture.
+    """
+    try:
+        with picture_style(names):
+            figure = draw()
+            if figure is None:
+                return False
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_figure(figure, path)
+    except Exception as problem:  # of Matplotlib, of a font, of a full disk
+        say(f"{path.parent.name}/{path.name} was not drawn: {in_one_line(problem)}")
+        return False
+    return True
+
+
 @contextmanager
-def picture_style() -> Iterator[None]:
-    """Draw in this style inside the block; matplotlib's own settings come back after it."""
+def picture_style(names: str = "") -> Iterator[None]:
+    """Draw in this style inside the block, with fonts for the names; matplotlib's own settings come back after it."""
     import matplotlib
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE | {"font.family": fonts_for(names)[0]}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # `fonts_for` says so, once
         yield
+
+
+def fonts_for(names: str) -> tuple[list[str], str]:
+    """Return the families of fonts to draw names with, and the characters that no font of this machine has."""
+    from matplotlib import font_manager
+
+    usual = font_manager.FontProperties(family="DejaVu Sans")  # Matplotlib brings it
+    families = ["DejaVu Sans"]
+    missing = {c for c in names if c.isprintable()} - _characters(font_manager.findfont(usual))
+    for font in font_manager.fontManager.ttflist if missing else ():
+        if font.name not in families and (found := missing & _characters(font.fname)):
+            families.append(font.name)
+            missing -= found
+    return families, "".join(sorted(missing))
+
+
+def _characters(font_file: str) -> set[str]:
+    from matplotlib.font_manager import get_font
+
+    try:
+        return {chr(code) for code in get_font(font_file).get_charmap()}
+    except (OSError, RuntimeError):  # a font file that is damaged, or not for us to read
+        return set()
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -52,12 +108,14 @@ def save_figure(figure: Any, path: Path) -> None:
 def set_figure_title(figure: Any, text: str) -> None:
     """Write what the whole picture shows above its left edge; lines that are wider than it are broken."""
     width = int(_CHARACTERS_PER_INCH * figure.get_figwidth())
+    text = printable(text)
     text = "\n".join(part for line in text.split("\n") for part in textwrap.wrap(line, width) or [""])
     figure.suptitle(text, x=0.01, ha="left", fontsize=10, fontweight="bold")
 
 
 def shorten(name: str) -> str:
-    """Cut a name to the length that fits on an axis."""
+    """Cut a name to the length that fits on an axis; what is no character is shown by its number."""
+    name = printable(name)
     return name if len(name) <= 18 else name[:16] + "…"
 
 

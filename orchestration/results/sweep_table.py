@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from orchestration.results.classifier_table import Entry, classifier_table
-from orchestration.results.style import GROUP_COLOURS, new_figure, picture_style, save_figure, set_figure_title, shorten
+from orchestration.results.style import GROUP_COLOURS, draw_to, new_figure, set_figure_title, shorten
 from orchestration.results.tables import GROUPS
 from orchestration.results.text import decimals, text_table
 
@@ -120,10 +120,8 @@ def draw_sweep(folder: Path, result: Mapping[str, Any]) -> str:
     shown = [run for run in result["runs"] if "top1" in run]
     if not shown:
         return "no picture, since no run is finished"
-    path = folder / "sweep.png"
-    with picture_style():
-        save_figure(_figure(result, shown), path)
-    return path.name
+    path, problems = folder / "sweep.png", list[str]()
+    return path.name if draw_to(path, lambda: _figure(result, shown), problems.append) else problems[0]
 
 
 def _figure(result: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> Any:

@@ -2,10 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import sys
 from collections.abc import Collection, Sequence
+from typing import TextIO
 
 _GAP = 2  # spaces between columns
+
+
+def printable(text: str) -> str:
+    """Return a text that any stream takes: a byte that belonged to no character is written by its number."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def show(text: str, stream: TextIO | None = None) -> None:
+    """Print a text, on standard output by default. A reader that has gone, or a closed stream, changes nothing."""
+    stream = sys.stdout if stream is None else stream
+    try:
+        print(
+            text.encode(stream.encoding or "utf-8", "backslashreplace").decode(stream.encoding or "utf-8"), file=stream
+        )
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):  # else Python tries to write the rest when it ends, and fails
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def say(text: str) -> None:
+    """Print a message of ours on standard error."""
+    show(f"expertail: {text}", sys.stderr)
+
+
+def in_one_line(problem: BaseException) -> str:
+    """Return the kind of an error and the first line of what it says."""
+    return printable(f"{type(problem).__name__}: {problem}".strip().splitlines()[0])[:500]
 
 
 def text_table(

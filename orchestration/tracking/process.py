@@ -208,6 +208,8 @@ def flush(sender: Sender, wait_s: float, status: str | None) -> str | None:
                 problem = None
         except Exception as error:
             problem = one_line(error)
+            if what_to_do := remedy(error):  # what MLflow advises is longer, and not all of it fits
+                problem = problem.split(". ")[0] + what_to_do
             _log.warning("%s", problem)
             if is_permanent(error):
                 break
@@ -288,10 +290,29 @@ def one_line(error: BaseException) -> str:
 
 
 def is_permanent(error: Exception) -> bool:
-    """Return whether a repetition cannot help: the server refuses the request, or a file of the run is damaged."""
+    """Return whether a repetition cannot help: the store refuses the request, or a file of the run is damaged."""
+    if remedy(error):
+        return True
     # 408 and 429 are the server's way to ask for patience.
     status = getattr(error, "get_http_status_code", None)
     return isinstance(error, ValueError) if status is None else 400 <= status() < 500 and status() not in (408, 429)
+
+
+def remedy(error: Exception) -> str:
+    """Return what to do about an error of a store that only its owner can mend; nothing about any other."""
+    return next((f"; {what}" for sign, what in _REMEDIES.items() if sign in str(error)), "")
+
+
+_REMEDIES = {
+    "database schema": "its tables are another MLflow version's: upgrade it with `mlflow db upgrade <uri>`, take the "
+    "MLflow that made it, or set tracking.uri to another store",
+    "must be in the 'active' state": "the experiment is deleted: restore it with `mlflow experiments restore "
+    "--experiment-id <id>`, or set tracking.experiment to another name",
+    "file is not a database": "set tracking.uri to a SQLite file, or to one that does not exist yet",
+    "disk image is malformed": "the file is damaged: restore it from a copy, or set tracking.uri to another",
+    "readonly database": "make the file and its folder writable, or set tracking.uri to another",
+}
+"""What MLflow or SQLite says, by a piece of it, and what to do."""
 
 
 def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:

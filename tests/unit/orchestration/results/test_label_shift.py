@@ -267,7 +267,7 @@ def test_results_that_cannot_be_written_are_still_shown(run, monkeypatch, pictur
     text = evaluate_distributions(str(run), "known-prior", "uniform", "best", "test", [])
     assert "known prior" in text
     assert "known-prior.json cannot be written (Permission denied)" in text
-    assert "known_prior.png cannot be written (Permission denied)" in text
+    assert "report/known_prior.png was not drawn: PermissionError: [Errno 13] Permission denied" in text
 
 
 def test_priors_that_experts_are_trained_for():

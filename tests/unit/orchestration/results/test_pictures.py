@@ -98,6 +98,21 @@ def test_a_run_of_one_step_and_an_empty_folder(tmp_path):
     assert [path.name for path in write_report(tmp_path / "young")] == ["curves.png"]
 
 
+@pytest.mark.parametrize("broken", ["_curves", "_class_counts", "_per_class", "draw_diversity"])
+def test_one_picture_that_fails_leaves_the_others_and_the_table(tmp_path, broken, monkeypatch):
+    whole = {path.name for path in write_report(with_experts(run(tmp_path), ["expert0", "expert1"]))}
+
+    def fail(*_):
+        raise RuntimeError("out of ink")
+
+    monkeypatch.setattr(f"orchestration.results.pictures.{broken}", fail)
+    said = []
+    written = {path.name for path in write_report(tmp_path, said.append)}
+    (line,) = said
+    assert line.endswith("was not drawn: RuntimeError: out of ink")
+    assert whole - written == {f"{broken.removeprefix('_').removeprefix('draw_')}.png"}
+
+
 def test_a_damaged_file_is_named(tmp_path):
     (run(tmp_path) / "evaluation" / "last.json").write_text("{")
     with pytest.raises(ValueError, match=r"last\.json: not valid JSON"):

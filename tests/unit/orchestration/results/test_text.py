@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
-from orchestration.results.text import bytes_, decimals, duration, number, plural, text_table
+import pytest
+
+from orchestration.results.text import bytes_, decimals, duration, in_one_line, number, plural, text_table
 
 
 def test_columns_stand_below_each_other_without_trailing_spaces():
@@ -37,3 +41,16 @@ def test_numbers_in_words():
         "3 GB",
     ]
     assert [duration(seconds) for seconds in (3, 600, 9000)] == ["3.0 s", "10.0 min", "2.5 h"]
+
+
+def test_an_error_is_one_line_that_any_stream_takes():
+    assert in_one_line(ValueError("caf\udce9.jpg\nmore")) == "ValueError: caf\\udce9.jpg"
+
+
+@pytest.mark.parametrize("how", ["| head -c 1 >/dev/null", ">&-", ">/dev/full"])
+def test_text_that_nobody_reads_changes_no_exit_code(how):
+    """A reader that has gone, a closed stream, a full disk; in an encoding that lacks most characters."""
+    show = "from orchestration.results.text import show; show('\\u732b' * 100_000); show('more' * 100_000)"
+    command = f'set -o pipefail; PYTHONIOENCODING=ascii {sys.executable} -c "{show}" {how}'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

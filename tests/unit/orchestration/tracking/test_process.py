@@ -100,7 +100,7 @@ class Refusal(Exception):
 @pytest.mark.parametrize(
     ("error", "final"),
     [(Refusal(400), True), (Refusal(403), True), (Refusal(429), False), (Refusal(500), False), (OSError(), False),
-     (ValueError(), True)],
+     (ValueError(), True), (RuntimeError("Detected out-of-date database schema (found version 1)"), True)],
 )  # fmt: skip
 def test_a_permanent_error_is_not_tried_again(error, final):
     assert is_permanent(error) == final

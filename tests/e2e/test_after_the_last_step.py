@@ -1,0 +1,37 @@
+"""Nothing after the last step changes how a run ended: pictures, printing and upload cost themselves and one line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from orchestration.storage.files import read_json
+from tests import runs
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+WORDS = [
+    "method=ce", "dataset=digits_lt", "dataset.image_size=8", "engine.name=torch", "engine.threads=1",
+    "method.stages.train.epochs=1",
+]  # fmt: skip
+
+
+def fail(*_, **__):
+    raise RuntimeError("put in")
+
+
+def test_faults_after_the_last_step_cost_a_line_each(warm, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("orchestration.results.style.save_figure", fail)
+    monkeypatch.setattr("orchestration.tracking.uploader.State", fail)  # of an uploader that ended badly
+    monkeypatch.setattr("orchestration.tracking.uploader.Uploader.send_message", lambda *_: None)
+    folder = tmp_path / "price $_$ up"
+    assert runs.train(folder, common=WORDS) == 0
+    printed, said = capsys.readouterr()
+    assert read_json(folder / "run.json")["status"] == "finished"
+    assert (folder / "report" / "table.txt").read_text() == printed
+    pictures = ["curves", "class_counts", "per_class"]
+    *drawn, sent = [line for line in said.splitlines() if "put in" in line]
+    assert drawn == [f"expertail: report/{name}.png was not drawn: RuntimeError: put in" for name in pictures]
+    assert sent == f"tracking: RuntimeError: put in; later: expertail sync {folder}"
+    assert json.loads((folder / "export" / "last" / "model.json").read_text())["class_names"]
