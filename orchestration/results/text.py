@@ -20,11 +20,11 @@ def printable(text: str) -> str:
 def show(text: str, stream: TextIO | None = None) -> None:
     """Print a text, on standard output by default. A reader that has gone, or a closed stream, changes nothing."""
     stream = sys.stdout if stream is None else stream
+    if stream is None:  # Python was started with it closed
+        return
+    encoding = stream.encoding or "utf-8"
     try:
-        print(
-            text.encode(stream.encoding or "utf-8", "backslashreplace").decode(stream.encoding or "utf-8"), file=stream
-        )
-        stream.flush()
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
     except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError):  # else Python tries to write the rest when it ends, and fails
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
