@@ -145,7 +145,7 @@ class DatasetConfig(Settings):
     val_list: str | None = None
     """image_list: as train_list; null for none."""
     test_list: str | None = None
-    """image_list: as train_list; null holds out test_per_class."""
+    """image_list: as train_list; null holds out test_per_class or test_fraction."""
     num_classes: Annotated[int, Field(ge=2)] | None = None
     """Number of classes; null takes the number found. If set, it must equal that number."""
 
@@ -163,6 +163,9 @@ class DatasetConfig(Settings):
     """Images of each class cut from the training pool for validation."""
     test_per_class: Annotated[int, Field(ge=0)] = 0
     """Images of each class held out for the test where the source has no test set (digits, folders, lists)."""
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of each class held out for the test where the source has no test set, instead of test_per_class. Rounded
+    half up, at least one image of each class; the only image of a class stays in training."""
     index_groups: tuple[int, int] | None = None
     """Many, medium and few by index: where the classes, sorted by falling training count, are cut; null for none."""
 
@@ -205,6 +208,11 @@ class DatasetConfig(Settings):
         if self.val_list is not None and self.val_per_class:
             problems.append(
                 f"val_list and val_per_class = {self.val_per_class} are both set; set val_per_class=0 or val_list=null"
+            )
+        if self.test_fraction is not None and self.test_per_class:
+            problems.append(
+                f"test_fraction = {self.test_fraction:g} and test_per_class = {self.test_per_class} are both set; set "
+                f"test_per_class=0 or test_fraction=null"
             )
         if self.eval.resize is not None and self.eval.resize < self.image_size:
             problems.append(f"eval.resize = {self.eval.resize} is smaller than image_size = {self.image_size}")

@@ -1,8 +1,7 @@
 """From a config to the images of each split.
 
 raw set        every image as published, nothing decoded                    readers.open_raw
-test split     the published one, or images held out of the training pool   imbalance.hold_out
-train, val     the published long-tailed selection, a validation cut        imbalance.select
+splits         which images are trained, validated and tested on            splits.choose_splits
 quarantine     unreadable training images are left out, if allowed          images.decode_all
 stores         squares of pixels in memory, or files decoded on demand      images.ImageStore
 digest         a hash of the selection; a resumed run must have the same
@@ -28,9 +27,10 @@ from experts.data.images import (
     part_of_store,
     resident_from_array,
 )
-from experts.data.imbalance import hold_out, select
-from experts.data.pools import ArrayPool, FilePool, Pool, RawDataset
+from experts.data.pools import ArrayPool, FilePool, Pool
 from experts.data.readers import open_raw
+from experts.data.remarks import Remark, named, shown
+from experts.data.splits import choose_splits
 
 MIB = 2**20
 NUM_PROBED_FILES = 16  # enough to tell whether the images of a set share one shape
@@ -65,6 +65,7 @@ class Dataset:
             would mean reading every file.
         raw_image_shape: (height, width, channels) of the published images, None if they differ.
         left_out: unreadable training images. They are in no count, store or digest.
+        remarks: what else became of the images that were found.
     """
 
     config: DatasetConfig
@@ -76,6 +77,7 @@ class Dataset:
     digest: str
     raw_image_shape: tuple[int, int, int] | None
     left_out: tuple[LeftOut, ...] = ()
+    remarks: tuple[Remark, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -131,25 +133,7 @@ def open_dataset(
             file or key, what was found, what was needed and what to do.
     """
     raw = open_raw(config)
-    train, val, test = _splits(config, raw)
-
-    num_classes = len(raw.class_names)
-    for name, pool in (("training", train), ("test", test), ("validation", val)):
-        if pool is not None and not len(pool.labels):
-            raise ValueError(f"dataset {config.name}: the {name} set has no image; check dataset.root = {config.root}")
-    empty = np.flatnonzero(np.bincount(train.labels, minlength=num_classes) == 0)
-    if len(empty):
-        c = int(empty[0])
-        raise ValueError(
-            f"dataset {config.name}: class {c} ('{raw.class_names[c]}') has no training image"
-            f"{f', nor have {len(empty) - 1} more' if len(empty) > 1 else ''}; needed at least 1; check "
-            f"{'dataset.train_list' if config.train_list else 'the files'} and dataset.num_classes"
-        )
-    if config.index_groups is not None and config.index_groups[1] >= num_classes:
-        raise ValueError(
-            f"dataset.index_groups = {list(config.index_groups)}: found {num_classes} classes; the second "
-            f"cut must be smaller, or index_groups null"
-        )
+    train, val, test, remarks = choose_splits(config, raw)
 
     find_unreadable = config.quarantine > 0 and left_out is None
     # A resumed run leaves out what it left out at its start, before anything is decoded.
@@ -169,6 +153,7 @@ def open_dataset(
         _digest(raw.class_names, train, val, test),
         _raw_shape(train),
         tuple(missing.values()),
+        (*raw.remarks, *remarks),
     )
 
 
@@ -176,55 +161,12 @@ def _counts_left(class_names: tuple[str, ...], train: Pool, missing: dict[int, L
     counts_C = np.bincount(train.labels, minlength=len(class_names))
     for c in np.flatnonzero(counts_C == 0).tolist():
         first = next((item for item in missing.values() if item.label == c), None)
-        why = f"; the first is {first.path}, {first.reason}" if first else ""
+        why = f"; the first is {shown(first.path)}, {first.reason}" if first else ""
         raise ValueError(
-            f"dataset.quarantine: none of the training images of class {c} ('{class_names[c]}') can be read{why}; "
+            f"dataset.quarantine: none of the training images of {named(class_names, c)} can be read{why}; "
             f"needed at least 1; restore them"
         )
     return counts_C
-
-
-def _splits(config: DatasetConfig, raw: RawDataset) -> tuple[Pool, Pool | None, Pool]:
-    num_classes = len(raw.class_names)
-    pool, val, test = raw.train, raw.val, raw.test
-    if test is None:
-        if not config.test_per_class:
-            raise ValueError(
-                f"dataset.test_per_class = 0: {config.name} has no test set; set test_per_class to the "
-                f"images of each class to hold out, or give {_test_place(config)}"
-            )
-        stay, out = hold_out(pool.labels, num_classes, config.test_per_class, "test_per_class")
-        pool, test = pool.take(stay), pool.take(out)
-    elif config.test_per_class:
-        raise ValueError(
-            f"dataset.test_per_class = {config.test_per_class}: {config.name} has a test set of its own; "
-            f"set dataset.test_per_class=0"
-        )
-    if config.val_per_class and val is not None:
-        raise ValueError(
-            f"dataset.val_per_class = {config.val_per_class}: {config.name} has a validation set of its "
-            f"own; set dataset.val_per_class=0"
-        )
-
-    natural = config.imbalance_ratio is None and config.max_per_class is None
-    if natural and not (config.balanced or config.val_per_class):
-        return pool, val, test
-    chosen = select(
-        pool.labels,
-        num_classes,
-        imbalance_ratio=config.imbalance_ratio,
-        kind=config.imbalance_type,
-        max_per_class=config.max_per_class,
-        balanced=config.balanced,
-        val_per_class=config.val_per_class,
-    )
-    return pool.take(chosen.train), pool.take(chosen.val) if config.val_per_class else val, test
-
-
-def _test_place(config: DatasetConfig) -> str:
-    return {"image_list": "dataset.test_list", "image_folder": "a test/ folder beside train/"}.get(
-        config.source, "another source"
-    )
 
 
 def _train_store(

@@ -5,9 +5,12 @@ Source: Cao et al. 2019 (LDAM), arXiv:1906.07413, whose selection RIDE, BBN, MiS
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
+
+from experts.data.remarks import named
 
 SELECTION_SEED = 0  # as published; the seed of a run does not change which images are used
 
@@ -45,25 +48,44 @@ def shuffled_pools(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:
     return pools
 
 
-def hold_out(labels: np.ndarray, num_classes: int, per_class: int, key: str) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(
+    labels: np.ndarray, num_classes: int, per_class: int | np.ndarray, key: str, names: Sequence[str] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Cut a set from a pool and return (positions that stay, positions held out), both in ascending order.
 
     Rule: the last `per_class` positions of each class's shuffled pool are held out.
 
+    Args:
+        per_class: images of each class; one number for all, or int64 [C].
+        key: the setting that asked for it.
+        names: of the classes.
+
     Raises:
-        ValueError: a class would have no image left; names `key`, the setting that asked for it.
+        ValueError: a class would have no image left; names `key` and the class.
     """
     pools = shuffled_pools(labels, num_classes)
+    wanted_C = np.broadcast_to(per_class, num_classes)
     for c, pool in enumerate(pools):
-        if len(pool) <= per_class:
+        if len(pool) <= wanted_C[c]:
             raise ValueError(
-                f"dataset.{key} = {per_class}: class {c} has {len(pool)} images and needs at least "
-                f"{per_class + 1}, so that one is left for training; lower dataset.{key}"
+                f"dataset.{key} = {wanted_C[c]}: {named(names, c)} has {len(pool)} images and needs at least "
+                f"{wanted_C[c] + 1}, so that one is left for training; lower dataset.{key}, or hold out a share of "
+                f"each class with dataset.test_fraction"
             )
-    out = np.sort(np.concatenate([pool[len(pool) - per_class :] for pool in pools]))
+    out = np.sort(np.concatenate([pool[len(pool) - n :] for pool, n in zip(pools, wanted_C.tolist(), strict=True)]))
     stay = np.ones(len(labels), dtype=bool)
     stay[out] = False
     return np.flatnonzero(stay), out
+
+
+def share_of_each_class(labels: np.ndarray, num_classes: int, fraction: float) -> np.ndarray:
+    """Return the images of each class that a fraction holds out, int64 [C].
+
+    Rounded half up, but at least one of each class, and one stays: a class of one image has none to hold out.
+    """
+    found_C = np.bincount(labels, minlength=num_classes)
+    wanted_C = np.maximum(np.floor(fraction * found_C + 0.5).astype(np.int64), 1)
+    return np.maximum(np.minimum(wanted_C, found_C - 1), 0)
 
 
 class Selection(NamedTuple):
@@ -82,6 +104,7 @@ def select(
     max_per_class: int | None = None,
     balanced: bool = False,
     val_per_class: int = 0,
+    names: Sequence[str] | None = None,
 ) -> Selection:
     """Choose the training images of a long-tailed set, and a validation cut that training never sees.
 
@@ -95,6 +118,7 @@ def select(
         labels: class ids of the pool, int64 [N].
         imbalance_ratio: n_max / n_min; None for natural counts.
         max_per_class: n_max; None is the size of the smallest class, or no limit with natural counts.
+        names: of the classes, for messages.
 
     Raises:
         ValueError: a class has too few images, or would be left empty; names the class and the keys to change.
@@ -109,8 +133,10 @@ def select(
         _refuse_too_few(
             found,
             counts,
+            names,
             f"dataset.imbalance_ratio = {imbalance_ratio:g}",
-            "lower dataset.max_per_class or raise dataset.imbalance_ratio",
+            "lower dataset.max_per_class or raise dataset.imbalance_ratio; dataset.imbalance_ratio=null keeps the "
+            "counts that the set has",
         )
 
     if balanced:
@@ -119,6 +145,7 @@ def select(
         _refuse_too_few(
             found - val_per_class,
             counts,
+            names,
             f"dataset.balanced = true (total {total})",
             "lower dataset.max_per_class or dataset.val_per_class, or raise dataset.imbalance_ratio; a set "
             "with natural counts needs a balanced list of its own in dataset.train_list",
@@ -131,17 +158,24 @@ def select(
             why, remedy = "the full set has none of it", "check the files and dataset.num_classes"
         elif counts[c] < 1:
             why = f"dataset.imbalance_ratio = {imbalance_ratio} with at most {counts.max()} per class leaves it none"
-            remedy = "lower dataset.imbalance_ratio or raise dataset.max_per_class"
+            remedy = (
+                "dataset.imbalance_ratio=null keeps the counts that the set has; lower the ratio or raise "
+                "dataset.max_per_class to make another long tail"
+            )
         else:
             why, remedy = f"dataset.val_per_class = {val_per_class} takes all of its {found[c]}", "lower it"
-        raise ValueError(f"class {c} would have no training image: {why}; needed at least 1; {remedy}")
+        raise ValueError(f"{named(names, int(c))} would have no training image: {why}; needed at least 1; {remedy}")
     val = [pool[len(pool) - val_per_class :] for pool in pools]
     return Selection(np.concatenate([pool[:n] for pool, n in zip(pools, kept, strict=True)]), np.concatenate(val))
 
 
-def _refuse_too_few(found: np.ndarray, needed: np.ndarray, because: str, remedy: str) -> None:
+def _refuse_too_few(
+    found: np.ndarray, needed: np.ndarray, names: Sequence[str] | None, because: str, remedy: str
+) -> None:
     short = np.flatnonzero(found < needed)
     if len(short):
         c = int(short[0])
         more = f" (and {len(short) - 1} more classes)" if len(short) > 1 else ""
-        raise ValueError(f"{because} needs {needed[c]} images of class {c}, found {found[c]}{more}; {remedy}")
+        raise ValueError(
+            f"{because} needs {needed[c]} images of {named(names, c)}, found {max(found[c], 0)}{more}; {remedy}"
+        )

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from experts.data.remarks import Remark
+
 
 @dataclass(frozen=True)
 class ArrayPool:
@@ -53,9 +55,14 @@ Pool = ArrayPool | FilePool
 
 @dataclass(frozen=True)
 class RawDataset:
-    """A full data set as published: its classes and its splits; None where a split is missing."""
+    """A full data set as published: its classes and its splits; None where a split is missing.
+
+    Attributes:
+        remarks: what was skipped or looks wrong while the set was read.
+    """
 
     class_names: tuple[str, ...]
     train: Pool
     val: Pool | None = None
     test: Pool | None = None
+    remarks: tuple[Remark, ...] = ()

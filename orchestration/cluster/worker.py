@@ -238,6 +238,7 @@ class Worker:
             "counts": dataset.counts_C.tolist(),
             "digest": dataset.digest,
             "image_shape": dataset.raw_image_shape,
+            "remarks": [asdict(remark) for remark in dataset.remarks],
             "has_val": dataset.val is not None,
             "test_images": len(dataset.test.labels),
             "prepares": training is not None and training.stage.objective.prepares,

@@ -319,10 +319,14 @@ def _data(config: RunConfig) -> Iterator[Finding]:
 
 
 def _data_here(config: RunConfig) -> Iterator[Finding]:
-    """Open sets of arrays, which takes seconds at most; of sets of files, look for the first ones only."""
+    """Open sets of arrays, which takes seconds at most; of sets of files, count them all and decode none."""
+    import numpy as np
+
     from experts.data.dataset import open_dataset
     from experts.data.download import require_root
     from experts.data.readers import open_raw
+    from experts.data.splits import choose_splits
+    from orchestration.preflight.expected_data import FILES
 
     data = config.dataset
     what = data.name
@@ -335,44 +339,21 @@ def _data_here(config: RunConfig) -> Iterator[Finding]:
             yield Finding("warn", "data", f"{what}: will be downloaded into {root} when the run starts ({problem})")
             return
 
-    if data.source == "image_folder":
-        yield Finding("ok", "data", _image_folder(require_root(data, "a folder with train/<class>/<image>")))
-    elif data.source == "image_list":
-        source = open_raw(data)
-        text = (
-            f"{what}: lists read, {len(source.train.labels):,} training images of {len(source.class_names):,} classes"
-        )
-        yield Finding("ok", "data", f"{text}; their first images are there")
+    if data.source in FILES:
+        raw = open_raw(data)
+        chosen = choose_splits(data, raw)
+        counts = np.bincount(chosen.train.labels, minlength=len(raw.class_names))
+        test_images, remarks = len(chosen.test.labels), (*raw.remarks, *chosen.remarks)
     else:
         opened = open_dataset(data)
-        counts = opened.counts_C
-        yield Finding(
-            "ok",
-            "data",
-            f"{what}: {counts.sum():,} training images of {len(counts):,} classes, {counts.max():,} to "
-            f"{counts.min():,} per class; {len(opened.test.labels):,} test images",
-        )
-
-
-def _image_folder(root: str) -> str:
-    """Describe a tree of class folders without walking it.
-
-    Raises:
-        ValueError: there is no class folder, or the first one has no image.
-    """
-    base = os.path.join(root, "train") if os.path.isdir(os.path.join(root, "train")) else root
-    with os.scandir(base) as entries:
-        classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    if not classes:
-        raise ValueError(
-            f"{base}: found no class folder; needed one folder per class with its images; check dataset.root"
-        )
-    with os.scandir(os.path.join(base, classes[0])) as entries:
-        if next(entries, None) is None:
-            raise ValueError(
-                f"{os.path.join(base, classes[0])}: class '{classes[0]}' has no image; add images or remove the folder"
-            )
-    return f"{base}: {len(classes):,} class folders; images are counted when the run starts"
+        counts, test_images, remarks = opened.counts_C, len(opened.test.labels), opened.remarks
+    yield Finding(
+        "ok",
+        "data",
+        f"{what}: {counts.sum():,} training images of {len(counts):,} classes, {counts.max():,} to "
+        f"{counts.min():,} per class; {test_images:,} test images",
+    )
+    yield from (Finding("warn" if remark.doubt else "ok", "data", remark.text) for remark in remarks)
 
 
 CHECKS: dict[str, Check] = {

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from orchestration.config.compose import Composed, compose
 from orchestration.config.run_config import RunConfig
+from orchestration.preflight.expected_data import forget
 from orchestration.preflight.plan_text import describe
 
 
@@ -22,6 +23,7 @@ def plan_text(overrides: list[str]) -> str:
     Raises:
         ValueError: the config is not valid, or as `describe`.
     """
+    forget()
     composed = compose(overrides)
     text = describe(composed.config, _nodes_of(composed.config))
     return _noted(composed, "\n\n".join([text, *_autocast(composed.config)]))
@@ -43,6 +45,7 @@ def probe_text(overrides: list[str], begun: float) -> str:
     from orchestration.preflight.placements_text import prediction_lines
     from orchestration.preflight.probe import probe, time_lines
 
+    forget()
     composed = compose(overrides)
     config, placements = composed.config, None
 

@@ -1,8 +1,8 @@
-"""Plan a run: which worker holds what, what crosses the network, what it costs. A pure function of the config.
+"""Plan a run: which worker holds what, what crosses the network, what it costs. A function of the config.
 
-Nothing is started and no data is read, so the sizes of sets that list or scan files stay open (None). The work of one
-step is measured by rehearsing it on blank images (rehearsal.py) and distributed over the mesh here. plan_text.py prints
-the result.
+Nothing is started and no image is read. Folders and lists of images are counted where they lie on this machine; else
+their sizes stay open (None). The work of one step is measured by rehearsing it on blank images (rehearsal.py) and
+distributed over the mesh here. plan_text.py prints the result.
 
 Letters: E experts in all, e in one slot, S expert slots, R replicas, W = S R workers, B images, C classes, D channels.
 """
@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from experts.class_groups import GroupRule
-from experts.data.imbalance import hold_out, long_tailed_counts, select
 from experts.flow import PARTS
 from experts.registry import build, piece
 from orchestration.cluster.placement import bundle_of, check_fits, shape_of
@@ -23,14 +22,13 @@ from orchestration.config.recipe import StageConfig, stage_classes
 from orchestration.config.recipe_checks import parts_that_learn
 from orchestration.config.run_config import RunConfig
 from orchestration.preflight.blanks import blank_teachers
+from orchestration.preflight.expected_data import expected_data
 from orchestration.preflight.rehearsal import Costs, Load, rehearse, size_without_steps
 from orchestration.preflight.traffic import Exchange, exchanges, shares_of
 from orchestration.training.mesh import MeshShape
 
 WORKER_GIB = (0.8, 1.5)
 """Memory of a worker's process without weights, GiB; measured: digits on ResNet-8, CIFAR JPEGs on ResNet-32."""
-_DIGITS = (178, 182, 177, 183, 181, 182, 181, 179, 174, 180)
-_TRAINING_IMAGES = {"digits": _DIGITS, "fashion_mnist": (6000,) * 10, "cifar10": (5000,) * 10, "cifar100": (500,) * 100}
 
 
 @dataclass(frozen=True)
@@ -126,6 +124,7 @@ class Plan:
         shape: mesh of every stage.
         num_classes: C; None if only the data can say.
         counts: training images per class; None if only the data can say.
+        remarks: what of the data is cut, held out, skipped or looks wrong.
         stages: in the order of the recipe.
         waves: stages that may train side by side, wave after wave.
         side_by_side: the most stages that train at once, each on its own workers, where the cluster has room.
@@ -134,6 +133,7 @@ class Plan:
     shape: MeshShape
     num_classes: int | None
     counts: tuple[int, ...] | None
+    remarks: tuple[str, ...]
     stages: tuple[StagePlan, ...]
     waves: tuple[tuple[str, ...], ...]
     side_by_side: int
@@ -173,61 +173,20 @@ def plan(
     shape = shape_of(config.method.num_experts, config.cluster)
     if nodes is not None and config.cluster.cpus_per_worker is not None:
         check_fits(shape.workers, bundle_of(config.cluster, config.cluster.cpus_per_worker), nodes)
-    num_classes = _num_classes(config)
-    counts = expected_counts(config, num_classes)
+    data = expected_data(config)
     waves = tuple(tuple(wave) for wave in config.method.waves())
 
     return Plan(
         shape=shape,
-        num_classes=num_classes,
-        counts=None if counts is None else tuple(counts.tolist()),
-        stages=tuple(_stage(config, name, shape, num_classes, counts, slots) for name in config.method.stages),
+        num_classes=data.num_classes,
+        counts=None if data.counts_C is None else tuple(data.counts_C.tolist()),
+        remarks=tuple(remark.text for remark in data.remarks),
+        stages=tuple(
+            _stage(config, name, shape, data.num_classes, data.counts_C, slots) for name in config.method.stages
+        ),
         waves=waves,
         side_by_side=config.side_by_side,
     )
-
-
-def expected_counts(config: RunConfig, num_classes: int | None) -> np.ndarray | None:
-    """Return the training images per class, int64 [C], or None if neither the config nor a known set decides them.
-
-    Raises:
-        ValueError: the set has fewer images than the config asks for.
-    """
-    data = config.dataset
-    available = _TRAINING_IMAGES.get(data.source)
-    if available is None or num_classes is None:
-        ratio, largest = data.imbalance_ratio, data.max_per_class
-        if None in (num_classes, ratio, largest) or data.val_per_class or data.balanced:
-            return None
-        assert num_classes is not None and ratio is not None and largest is not None
-        return long_tailed_counts(num_classes, largest, ratio, data.imbalance_type)
-
-    # The counts do not depend on which images there are: select from labels alone, as `open_dataset` does from images.
-    labels = np.repeat(np.arange(num_classes), available)
-    if data.test_per_class:
-        labels = labels[hold_out(labels, num_classes, data.test_per_class, "test_per_class")[0]]
-    chosen = select(
-        labels,
-        num_classes,
-        imbalance_ratio=data.imbalance_ratio,
-        kind=data.imbalance_type,
-        max_per_class=data.max_per_class,
-        balanced=data.balanced,
-        val_per_class=data.val_per_class,
-    )
-    return np.bincount(labels[chosen.train], minlength=num_classes)
-
-
-def _num_classes(config: RunConfig) -> int | None:
-    # Sets with a known size have a fixed number of classes; of all others only the config or the data can say it.
-    known = _TRAINING_IMAGES.get(config.dataset.source)
-    given = config.dataset.num_classes
-    if known and given not in (None, len(known)):
-        raise ValueError(
-            f"dataset.num_classes = {given}: {config.dataset.source} has {len(known)} classes; "
-            f"set dataset.num_classes={len(known)} or null"
-        )
-    return len(known) if known else given
 
 
 def _stage(
@@ -274,9 +233,10 @@ def _rule(config: RunConfig, stage: StageConfig) -> GroupRule:
 
 def blank_counts(config: RunConfig, stage: str) -> np.ndarray:
     """Return training images per class, int64 [C]: those that are expected, or else assumed ones."""
-    num_classes = _num_classes(config)
-    counts = expected_counts(config, num_classes)
-    return _assumed_counts(num_classes, _rule(config, config.method.stages[stage])) if counts is None else counts
+    data = expected_data(config)
+    if data.counts_C is not None:
+        return data.counts_C
+    return _assumed_counts(data.num_classes, _rule(config, config.method.stages[stage]))
 
 
 def _assumed_counts(num_classes: int | None, rule: GroupRule) -> np.ndarray:

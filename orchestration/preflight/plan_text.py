@@ -24,6 +24,7 @@ from orchestration.config.recipe import ModelSource, StageConfig
 from orchestration.config.recipe_checks import open_choice, parts_of
 from orchestration.config.run_config import RunConfig
 from orchestration.config.secrets import redact
+from orchestration.preflight.expected_data import FILES, listed
 from orchestration.preflight.placements import Comparison, compare
 from orchestration.preflight.placements_text import placement_lines
 from orchestration.preflight.plan import WORKER_GIB, Plan, Size, StagePlan, plan
@@ -82,6 +83,8 @@ def _run(config: RunConfig, found: Plan) -> Iterator[str]:
     yield f"{method.name}: {experts} on one trunk, {config.backbone.name} {config.backbone.depth}{thin},"
     yield f"{method.head.name} heads, combined by {method.aggregator_in(method.final).name}; seed {config.seed}"
     yield f"data {data.name}: {_data(config, found)}, {data.image_size} x {data.image_size} pixels"
+    for remark in found.remarks:
+        yield from (f"  {line}" for line in textwrap.wrap(remark, 100, break_on_hyphens=False))
     if found.num_classes is None:
         yield "the number of classes is known when the data is opened; set dataset.num_classes=... to see what is n/a"
     for stage in found.stages:
@@ -201,7 +204,8 @@ def _missing(config: RunConfig) -> Iterator[str]:
 
     # Opening the data tells what is missing better than a test here could, and is quick where nothing is there.
     needs_folder = data.source != "digits" and not data.download
-    if needs_folder and (data.root is None or not (config.cluster.named_address or os.path.isdir(data.root))):
+    here = not config.cluster.named_address and (data.source in FILES or not os.path.isdir(data.root or ""))
+    if needs_folder and (data.root is None or (here and listed(data) is None)):
         checks.insert(0, lambda: open_raw(data))
 
     for check in checks:

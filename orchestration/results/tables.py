@@ -44,6 +44,7 @@ def final_table(
 def head_lines(data: Mapping[str, Any], *, title: str = "", seed: int | None = None) -> list[str]:
     """Return the lines that say what was trained on what; arguments as for `final_table`."""
     lines = [part for part in (title, _classes_line(data)) if part]
+    lines += [remark["text"] for remark in data.get("remarks") or ()]
     return [*lines, f"seed {seed}, one run: no spread"] if seed is not None else lines
 
 

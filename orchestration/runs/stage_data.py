@@ -61,6 +61,7 @@ def describe_data(dataset: DatasetConfig, facts: Mapping[str, Any], left_out: li
         "digest": facts["digest"],
         "image_shape": facts["image_shape"],
         "left_out": left_out,
+        "remarks": facts["remarks"],
         "groups": {
             "by_count": plain(groups_by_count(counts)),
             "by_index": plain(groups_by_index(counts, cuts)) if cuts else None,

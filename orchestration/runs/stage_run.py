@@ -103,6 +103,8 @@ class StageRun:
         if left_out:
             run.message_once(left_out_message(self.config.dataset, left_out))
         data = describe_data(self.config.dataset, first, left_out or [])
+        for remark in data["remarks"]:
+            run.message_once(f"data: {remark['text']}")
         self.folder.write_data(data)
         self.num_data_classes = len(data["counts"])
         self.counts = [data["counts"][c] for c in stage_classes(self.config.method, self.stage, data["counts"])]

@@ -136,7 +136,7 @@ def test_the_validation_set_is_the_same_for_every_ratio_and_disjoint_from_traini
         ),
         (
             {"imbalance_ratio": 100, "max_per_class": 30},
-            r"class 3 would have no training image.*lower dataset.imbalance",
+            r"class 3 would have no training image.*dataset.imbalance_ratio=null keeps",
         ),
         (
             {"val_per_class": 30},

@@ -15,6 +15,7 @@ from experts.data.dataset import open_dataset
 from experts.data.decode import decode_file
 from experts.data.images import FileImages, ResidentImages
 from experts.samplers.instance_balanced import InstanceBalanced
+from orchestration.config.compose import load_config
 
 LOCAL_CIFAR10 = Path(__file__).parents[5] / "shared" / "data" / "cifar10-jpeg.tar.xz"  # optional local data
 
@@ -74,6 +75,37 @@ def test_a_folder_without_splits_holds_out_a_test_set(tmp_path):
     assert dataset.test.counts(2).tolist() == [2, 2]
     with pytest.raises(ValueError, match=r"test_per_class = 0: folder has no test set.*or give a test/ folder beside"):
         open_dataset(folder(tmp_path))
+
+
+def test_a_share_of_each_class_is_held_out_and_said(tmp_path):
+    """0.25 of 10, 6, 2, 1 images are 3 (half is rounded up), 2 (1.5), 1 (0.5) and none of the only one."""
+    tree(tmp_path, ("",), (10, 6, 2, 1))
+    dataset = open_dataset(folder(tmp_path, test_fraction=0.25))
+    assert dataset.counts_C.tolist() == [7, 4, 1, 1]
+    assert dataset.test.counts(4).tolist() == [3, 2, 1, 0]
+    held_out, without = dataset.remarks
+    assert held_out.text == "6 images are held out for the test, 3 to 0 per class (dataset.test_fraction = 0.25)"
+    assert (without.kind, without.count, without.doubt) == ("no_test_image", 1, True)
+    assert "class 3 ('class3') has one image" in without.text
+    same = open_dataset(folder(tmp_path, test_fraction=0.25))
+    assert same.digest == dataset.digest
+    with pytest.raises(ValueError, match=r"test_per_class = 2: class 2 .'class2'. has 2 images.*dataset.test_fraction"):
+        open_dataset(folder(tmp_path, test_per_class=2))
+    with pytest.raises(ValueError, match=r"test_fraction = 0.25 and test_per_class = 1 are both set"):
+        folder(tmp_path, test_fraction=0.25, test_per_class=1)
+
+
+def test_a_natural_long_tail_stays_and_what_is_cut_is_said(tmp_path):
+    preset = load_config(["method=ce", "dataset=image_folder_lt", f"dataset.root={tree(tmp_path, counts=(9, 4, 2))}"])
+    whole = open_dataset(preset.dataset)
+    assert whole.counts_C.tolist() == [9, 4, 2]
+    assert whole.remarks == ()
+    cut = open_dataset(preset.dataset.model_copy(update={"imbalance_ratio": 2.0}))
+    assert cut.counts_C.tolist() == [2, 1, 1]
+    assert [(remark.kind, remark.count) for remark in cut.remarks] == [("cut", 11)]
+    assert cut.remarks[0].text == "4 of 15 images are trained on, 11 are left out (dataset.imbalance_ratio = 2)"
+    with pytest.raises(ValueError, match=r"class 1 .'class1'. would have no .*dataset.imbalance_ratio=null keeps"):
+        open_dataset(preset.dataset.model_copy(update={"imbalance_ratio": 100.0}))
 
 
 def test_sets_are_resident_or_streamed_as_asked(tmp_path):
@@ -221,8 +253,8 @@ def test_paths_may_hold_spaces(tmp_path):
         (TRAIN + "x.jpg 1.5\n", TEST, {}, r"train.txt:5: found"),
         (TRAIN + "x.jpg 2\n", TEST, {"num_classes": 2}, r"train.txt:5: label 2 is out of range; needed 0 to 1"),
         (TRAIN, TEST + "x.jpg 7\n", {}, r"dataset.test_list = test.txt: label 7 is not in dataset.train_list"),
-        (TRAIN, TEST, {"num_classes": 3}, r"class 2 .* has no training image.*; needed at least 1"),
-        ("train/class0/0.jpg 0\ntrain/class1/0.jpg 2\n", TEST, {}, r"class 1 .* has no training image"),
+        (TRAIN, TEST, {"num_classes": 3}, r"class 2 has no training image.*; needed at least 1"),
+        ("train/class0/0.jpg 0\ntrain/class1/0.jpg 2\n", TEST, {}, r"class 1 has no training image"),
         ("\n\n", TEST, {}, r"train.txt: holds no image; needed at least one"),
         ("gone/0.jpg 0\n" + TRAIN, TEST, {}, r"train.txt: its first image is not at .*gone/0.jpg; set dataset.root"),
         (TRAIN + "train/gone.jpg 1\n", TEST, {}, r"train/gone.jpg: cannot be read .No such file"),

@@ -10,7 +10,8 @@ from experts.ensemble import build_ensemble
 from orchestration.commands.plan import plan_text
 from orchestration.config.compose import load_config
 from orchestration.config.words import available
-from orchestration.preflight.plan import expected_counts, plan
+from orchestration.preflight.expected_data import expected_data
+from orchestration.preflight.plan import plan
 from orchestration.preflight.plan_text import describe
 
 CIFAR = ["dataset=cifar100_lt"]
@@ -304,7 +305,10 @@ def test_a_missing_teacher_leaves_only_its_own_numbers_open(tmp_path):
 )
 def test_the_counts_of_digits_are_those_that_opening_finds(word):
     config = load_config([word])
-    assert expected_counts(config, 10).tolist() == open_dataset(config.dataset).counts_C.tolist()
+    found, opened = expected_data(config), open_dataset(config.dataset)
+    assert found.counts_C.tolist() == opened.counts_C.tolist()
+    assert found.remarks == opened.remarks
+    assert found.test_images == len(opened.test)
 
 
 def test_steps_follow_the_sampler_and_drop_last():
