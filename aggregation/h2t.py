@@ -94,7 +94,7 @@ class H2T(Flow):
         ratio: Annotated[float, Field(ge=0, le=1)] = 0.25
         """Share of the channels that come from the donor, no unit; published 0.25 (CIFAR-100-LT)."""
 
-    learns: ClassVar[frozenset[str]] = frozenset({"heads", "calibration"})
+    learns: ClassVar[frozenset[str]] = frozenset({"heads", "memory", "calibration"})
     needs_partner: ClassVar[bool] = True
     takes_features: ClassVar[bool] = True
 

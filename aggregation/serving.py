@@ -75,7 +75,8 @@ class Description(Settings):
     shared_head: bool
     router: dict[str, Any] | None
     calibration: dict[str, Any] | None = None
-    """Models of earlier versions have none."""
+    attention: dict[str, Any] | None = None
+    """Models of earlier versions have neither."""
     num_classes: int
     class_names: tuple[str, ...]
     counts: tuple[int, ...]
@@ -170,6 +171,7 @@ def describe(config: EnsembleConfig, aggregator: Settings, data: TrainingData, s
         shared_head=config.shared_head,
         router=None if config.router is None else config.router.model_dump(mode="json"),
         calibration=None if config.calibration is None else config.calibration.model_dump(mode="json"),
+        attention=None if config.attention is None else config.attention.model_dump(mode="json"),
         num_classes=len(data.class_names),
         class_names=tuple(data.class_names),
         counts=tuple(data.counts),
@@ -220,6 +222,8 @@ def blank_ensemble(description: Description) -> Ensemble:
         shared_head=description.shared_head,
         router=None if description.router is None else _config("router", description.router),
         calibration=None if description.calibration is None else _config("calibration", description.calibration),
+        attention=None if description.attention is None else _config("attention", description.attention),
+        image_size=description.preprocessing.image_size,
     )
     return build_ensemble(config, seed=0)
 

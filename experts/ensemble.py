@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experts.attention.attention import put_before_pooling
 from experts.calibrations.calibration import put_on
 from experts.registry import build
 
@@ -150,6 +151,8 @@ class EnsembleConfig:
         calibration: config of a registered "calibration" on every head; None for none.
         shared_head: one head for all experts, in `Ensemble.shared`.
         router: config of a registered "router"; None for none.
+        attention: config of a registered "attention" on every expert's last map; None for none.
+        image_size: side of the images in pixels, which attention needs; None where it is not known.
     """
 
     backbone: Any
@@ -161,6 +164,8 @@ class EnsembleConfig:
     shared_head: bool = False
     router: Any = None
     calibration: Any = None
+    attention: Any = None
+    image_size: int | None = None
 
     @property
     def num_features(self) -> int:
@@ -227,6 +232,7 @@ class _Builder:
             head = nn.Identity() if self.config.shared_head else self.head(position)
             expert = Expert(features, head, position=position)
             self.backbone.initialise(expert)
+        self.attend(features, name)
         if not self.config.shared_head:
             self.calibrate(head, name)
         last = position == len(self.config.expert_names) - 1  # after it there is no expert to ask
@@ -254,6 +260,15 @@ class _Builder:
             with keyed_draws(self.seed, f"calibration/{name}"):
                 put_on(head, build("calibration", self.config.calibration, self.num_features, self.config.num_classes))
 
+    def attend(self, features: nn.Module, name: str) -> None:
+        """Put attention on an expert's last map, if there is one. Its draws have a key of their own."""
+        if self.config.attention is None:
+            return
+        assert self.config.image_size is not None, "attention on maps of a size that is not known"
+        shape = self.backbone.map_shape(self.config.image_size, reduce_dimension=self.config.reduce_dimension)
+        with keyed_draws(self.seed, f"attention/{name}"):
+            put_before_pooling(features, build("attention", self.config.attention, *shape))
+
     def head(self, position: int) -> nn.Module:
         return build("head", self.config.head, self.num_features, self.config.num_classes, position)
 
@@ -265,14 +280,16 @@ TRAINING_ONLY = ("auxiliaries", "momentum copies")
 def part_of(name: str) -> str:
     """Return the part of an ensemble that a tensor belongs to.
 
-    It is trunk, features, heads, calibration, gates, or one of TRAINING_ONLY.
+    It is trunk, features, attention, heads, memory, calibration, gates, or one of TRAINING_ONLY.
     """
     words = name.split(".")  # trunk.<...>, trunk_copy.<...>, experts.<name>.<part>.<...> or shared.<part>.<...>
     if words[0] in ("trunk", "trunk_copy"):
         return "trunk" if words[0] == "trunk" else "momentum copies"
     kind, *inner = words[1:] if words[0] == "shared" else words[2:]
-    if kind == "head" and inner[0] == "calibration":
-        return "calibration"
+    if kind == "head" and inner[0] in ("calibration", "memory"):
+        return inner[0]
+    if kind == "features" and inner[:2] == ["pool", "attention"]:
+        return "attention"
     return {
         "features": "features",
         "head": "heads",

@@ -23,9 +23,9 @@ from experts.progress import Progress
 from experts.registry import Settings, piece, registered_name, registered_names
 
 Result = Any
-PARTS = ("trunk", "features", "heads", "calibration", "gates", "auxiliaries")
-"""Parts that can learn: the shared trunk, the experts' late stages, all heads (the shared one too), calibrations on top
-of heads, a router, auxiliaries of the experts."""
+PARTS = ("trunk", "features", "attention", "heads", "memory", "calibration", "gates", "auxiliaries")
+"""Parts that can learn: the shared trunk, the experts' late stages, attention on their last maps, all heads (the shared
+one too), their memories, calibrations on top of heads, a router, auxiliaries of the experts."""
 
 
 class Network(Protocol):
@@ -103,7 +103,7 @@ class Flow(ABC):
     Config: ClassVar[Any]
     takes: ClassVar[type[Objective] | None] = None
     """The class of the objectives that it works with; None: any that is not meant for another flow."""
-    learns: ClassVar[frozenset[str]] = frozenset({"trunk", "features", "heads", "calibration"})
+    learns: ClassVar[frozenset[str]] = frozenset({"trunk", "features", "attention", "heads", "memory", "calibration"})
     """Those of PARTS that the outputs carry gradients to; the rest is frozen whatever the recipe says."""
     needs_partner: ClassVar[bool] = False
     """Whether a second batch, paired by row, must come with every batch (`stages.<stage>.partner_sampler`)."""

@@ -27,9 +27,11 @@ SHAPES = {"packed": (3, 1), "spread": (1, 1), "two replicas": (3, 2), "three by 
 
 
 def words_of(*more, weight=0.3) -> list[str]:
-    """Return RIDE with every auxiliary in its first case."""
+    """Return RIDE with every auxiliary in its first case, but for those that know a head."""
     found = [*FEW_WORDS, *more]
-    for place, name in enumerate(registry.registered_names("auxiliary")):
+    names = registry.registered_names("auxiliary")
+    alone = [name for name in names if registry.piece("auxiliary", name).head is None]
+    for place, name in enumerate(alone):
         ramp = f"{{ramp: linear, start: {weight}, end: 0}}"  # of the first two
         found += [f"method.stages.train.auxiliaries.x_{name}.name={name}"]
         found += [f"method.stages.train.auxiliaries.x_{name}.weight={weight if place > 1 else ramp}"]
@@ -59,6 +61,17 @@ def heads_that_follow(*more):
     """Return the config of three experts with heads that follow the mean of their features, without auxiliaries."""
     (name,) = [name for name in registry.registered_names("head") if registry.piece("head", name).follows]
     words = ["method=ce", "method.num_experts=3", f"method.head.name={name}", "method.stages.train.optimizer.lr=0.1"]
+    return load_config([*FEW_WORDS, *words, *more])
+
+
+@lru_cache
+def heads_with_memory(*more):
+    """Return the config of three experts with attention and heads whose memory begins as class means and is trained."""
+    (trainer,) = [n for n in registry.registered_names("auxiliary") if registry.piece("auxiliary", n).head is not None]
+    (attention,) = registry.registered_names("attention")
+    words = ["method=ce", "method.num_experts=3", f"method.head.name={registry.piece('auxiliary', trainer).head}"]
+    words += [f"method.attention.name={attention}", f"method.stages.train.auxiliaries.memory.name={trainer}"]
+    words += ["method.stages.train.lr_factors.memory=0.1", "method.stages.train.optimizer.lr=0.05"]
     return load_config([*FEW_WORDS, *words, *more])
 
 

@@ -48,6 +48,7 @@ def attach(
             if config.experts is None or expert_name in config.experts:
                 with keyed_draws(seed, f"auxiliary/{stage}/{name}/{expert_name}"):
                     expert.auxiliaries[name] = build("auxiliary", config, num_features, counts_C)
+                auxiliaries_of(expert)[name].meet(expert.head)
         copied = {n: a.embed for n, a in auxiliaries_of(expert).items() if a.config.momentum_copy is not None}
         if copied:
             twins = {"features": expert.features, "embed": nn.ModuleDict(copied)}

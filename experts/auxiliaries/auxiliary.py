@@ -127,6 +127,8 @@ class Auxiliary(nn.Module):
     """U, uniform numbers that the loss wants for every image, in `Seen.draws_BU`."""
     guesses: ClassVar[str | None] = None
     """Registered name of an augmentation of the first view, of whose draws the loss is told; see `Piece.told`."""
+    head: ClassVar[str | None] = None
+    """Registered name of the head whose memory it trains, and is given by `meet`; None: it knows no head."""
     capturable: bool = True
     """See `Objective.capturable`."""
     embed: nn.Module
@@ -143,6 +145,12 @@ class Auxiliary(nn.Module):
     def cases(cls) -> list[Case]:
         """Return what the contract tests try: the defaults, unless an auxiliary has more ways."""
         return [Case(cls.Config())]
+
+    def meet(self, head: Any) -> None:
+        """Take note of the expert's head, if it trains the head's memory, which stays the head's.
+
+        A parameter of it that enters the loss goes through `Seen.once`.
+        """
 
     def phase(self, progress: Progress) -> Hashable:
         """Return a value that changes whenever the loss is made of other operations or Python numbers.

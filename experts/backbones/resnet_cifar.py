@@ -67,7 +67,11 @@ class ResNetCifar(SplitResNet):
     def __init__(self, config: Config) -> None:
         # RIDE makes each expert thinner, so that three experts cost about twice as much as one network.
         super().__init__(
-            blocks=((config.depth - 2) // 6,) * 3, split=config.split, planes=(16, 32, 64), thin_planes=(16, 24, 48)
+            blocks=((config.depth - 2) // 6,) * 3,
+            split=config.split,
+            planes=(16, 32, 64),
+            thin_planes=(16, 24, 48),
+            halvings=2,
         )
         self.head_init = config.head_init
 

@@ -164,6 +164,7 @@ class ResNetImageNet(SplitResNet):
             planes=PLANES,
             thin_planes=THIN_PLANES,
             expansion=BasicBlock.expansion if config.depth == 10 else Bottleneck.expansion,
+            halvings=5,
         )
         self.config = config
 

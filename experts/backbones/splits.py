@@ -43,6 +43,7 @@ class SplitResNet(ABC):
         planes: base width of every stage.
         thin_planes: the same for experts that are made thinner.
         expansion: channels that leave a block over its base width.
+        halvings: how often the map is halved on the way through the whole network.
     """
 
     def __init__(
@@ -53,12 +54,14 @@ class SplitResNet(ABC):
         planes: tuple[int, ...],
         thin_planes: tuple[int, ...],
         expansion: int = 1,
+        halvings: int,
     ) -> None:
         self.blocks = blocks
         self.split = split
         self.planes = planes
         self.thin_planes = thin_planes
         self.expansion = expansion
+        self.halvings = halvings
         # The network as one row of blocks: a cut is then a number of blocks from the start, even inside a stage.
         self.places = [(stage, index) for stage, number in enumerate(blocks) for index in range(number)]
         self.num_shared_blocks = {
@@ -106,6 +109,18 @@ class SplitResNet(ABC):
     def num_features(self, *, reduce_dimension: bool) -> int:
         """Return D."""
         return self.widths(reduce_dimension)[-1] * self.expansion
+
+    def map_shape(self, image_size: int, *, reduce_dimension: bool) -> tuple[int, int]:
+        """Return the channels and the side of an expert's last map, before the mean over its positions.
+
+        Args:
+            image_size: side of the images, pixels.
+            reduce_dimension: as for `late_stages`.
+        """
+        side = image_size
+        for _ in range(self.halvings):
+            side = -(-side // 2)  # a convolution of stride 2 keeps the odd row
+        return self.widths(reduce_dimension)[-1] * self.expansion, side
 
     def widths(self, reduce_dimension: bool) -> tuple[int, ...]:
         """Return the base width of every stage on the way through an expert; stages in the trunk keep their full width.

@@ -36,6 +36,14 @@ class Head(nn.Module):
     """Whether it takes away, in evaluation, what frequent classes have gained in training."""
     fits: ClassVar[bool] = False
     """Whether `fit` must see all training images before the scores mean anything."""
+    fits_first: ClassVar[bool] = False
+    """Whether `fit` must see all training images when a stage with steps gives experts this head, which goes on to
+    learn by steps. What `fit` writes may be parameters then."""
+    has_memory: ClassVar[bool] = False
+    """Whether it has a module `memory`, a part of the ensemble with its own `freeze` and `lr_factors`, which an
+    auxiliary trains."""
+    adds: ClassVar[tuple[str, ...]] = ()
+    """Names of its tensors, or of modules that hold them, that heads which it continues lack; they begin new."""
     follows: ClassVar[bool] = False
     """Whether `follow` must be called after every step of a stage in which the head learns; needs a flow that shows
     features, as flow 'plain' does."""

@@ -241,7 +241,7 @@ class Worker:
             "remarks": [asdict(remark) for remark in dataset.remarks],
             "has_val": dataset.val is not None,
             "test_images": len(dataset.test.labels),
-            "prepares": training is not None and training.stage.objective.prepares,
+            "prepares": training is not None and training.prepares,
             "observes": training is not None and training.stage.objective.observes,
             "steps_per_epoch": setup.steps_per_epoch,
             "parameters": sum(p.numel() for p in setup.model.parameters()),

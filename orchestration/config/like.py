@@ -65,6 +65,7 @@ class SavedEnsemble:
             **{key: model[key] for key in ("head", "shared_head", "reduce_dimension")},
             "aggregator": aggregator,
             "calibration": model.get("calibration"),
+            "attention": model.get("attention"),
         }
         for key, value in made_of.items():
             _put_leaves(layered, ("method", key), value, SAVED_RUN)

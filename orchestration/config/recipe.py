@@ -17,7 +17,7 @@ from experts.data.config import Augment
 from experts.flows.plain import Plain
 from experts.losses.class_weights import ClassWeights
 from experts.ramps import Weight, constant
-from experts.registry import PieceOf, Settings, import_pieces
+from experts.registry import PieceOf, Settings, import_pieces, piece
 
 import_pieces(experts, aggregation)  # the fields below accept the config of any registered piece
 
@@ -92,13 +92,15 @@ class LrFactors(Settings):
 
     trunk: Factor = 1.0
     features: Factor = 1.0
+    attention: Factor = 1.0
     heads: Factor = 1.0
+    memory: Factor = 1.0
     calibration: Factor = 1.0
     auxiliaries: Factor = 1.0
 
 
-Part = Literal["trunk", "features", "heads", "calibration"]
-Learning = Literal["trunk", "features", "heads", "calibration", "auxiliaries"]
+Part = Literal["trunk", "features", "attention", "heads", "memory", "calibration"]
+Learning = Literal["trunk", "features", "attention", "heads", "memory", "calibration", "auxiliaries"]
 
 
 class StageConfig(Settings):
@@ -187,6 +189,9 @@ class Recipe(Settings):
     aggregator: Annotated[Any, PieceOf("aggregator")]
     calibration: Annotated[Any, PieceOf("calibration", optional=True)] = None
     """Calibration of the heads' scores, where the recipe goes on from a saved run that has it."""
+    attention: Annotated[Any, PieceOf("attention", optional=True)] = None
+    """Attention on every expert's last map, before the mean over its positions, in every stage. A stage that freezes it
+    keeps it as the stage begins."""
     experts: tuple[str, ...] | None = None
     """Names of the experts, in the order of the logits. Unset: expert0, expert1, ..."""
     shared_head: bool = False
@@ -232,6 +237,15 @@ class Recipe(Settings):
         earlier = list(self.stages)[: list(self.stages).index(stage)]
         source = self.starts_from(stage)
         return source.stage if source is not None and source.stage in earlier else None
+
+    def fits_head_first(self, stage: str) -> bool:
+        """Return whether a stage with steps begins with fitting its head to the training images.
+
+        It does so where it gives the experts a head that asks for it, not where it goes on with one.
+        """
+        name, before = self.head_in(stage).name, self.stage_before(stage)
+        begins = before is None or self.head_in(before).name != name or "heads" in self.stages[stage].reinit
+        return bool(self.stages[stage].epochs) and piece("head", name).fits_first and begins
 
     def scores_trained_in(self, stage: str) -> str | None:
         """Return the last stage whose steps a stage's scores come from: of heads, or of what calibrates them.

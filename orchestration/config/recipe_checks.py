@@ -180,6 +180,9 @@ def _head_problems(name: str, stage: StageConfig, method: Recipe) -> Iterator[st
         yield f"reinit = {list(stage.reinit)}: the stage begins with new weights anyway; set start_from, or remove it"
     if head.fits and stage.epochs:
         yield f"head: {head_is} is fitted on the training images, not trained; set epochs=0"
+    trained = {piece("auxiliary", own.name).head for own in stage.auxiliaries.values()}
+    if "memory" in parts_that_learn(method, name) and config.name not in trained:
+        yield f"freeze = {list(stage.freeze)}: no auxiliary trains the memory of {head_is}; add one, or freeze memory"
     if head.own_per_expert and method.shared_head:
         yield f"head: {head_is} is fitted to one expert's features; set method.shared_head=false, or another head"
     if stage.epochs and (key := open_choice("head", config)):
@@ -289,6 +292,12 @@ def _auxiliary_problems(name: str, stage: StageConfig, method: Recipe) -> Iterat
             yield f"{at}.experts: found {found}; needed some of {', '.join(method.names_in(name))}; or unset it"
         if stage.batch_size and (problem := config.batch_problem(stage.batch_size, drop_last=stage.drop_last)):
             yield f"{at}.{problem}"
+        needed, found = piece("auxiliary", config.name).head, method.head_in(name).name
+        if needed not in (None, found):
+            yield (
+                f"{at}: auxiliary '{config.name}' trains the memory of head '{needed}', found head '{found}'; set "
+                f"head.name={needed}, or remove it"
+            )
     momenta = {key: own for key, config in stage.auxiliaries.items() if (own := config.momentum_copy) is not None}
     if len(set(momenta.values())) > 1:
         found = ", ".join(f"{key}.momentum = {value:g}" for key, value in momenta.items())
@@ -329,6 +338,8 @@ def _learning_problems(name: str, stage: StageConfig, method: Recipe) -> Iterato
 def parts_of(method: Recipe, stage: str) -> frozenset[str]:
     """Return the parts, of PARTS, that a stage's ensemble has."""
     found = {"trunk", "features", "heads"} | ({"calibration"} if method.calibration_in(stage) else set())
+    found |= {"attention"} if method.attention is not None else set()
+    found |= {"memory"} if piece("head", method.head_in(stage).name).has_memory else set()
     found |= {"auxiliaries"} if method.stages[stage].auxiliaries else set()
     return frozenset(found | (set() if method.router is None else {"gates"}))
 

@@ -215,6 +215,8 @@ class RunConfig(Settings):
             shared_head=self.method.shared_head,
             router=self.method.router,
             calibration=self.method.calibration_in(stage),
+            attention=self.method.attention,
+            image_size=self.dataset.image_size,
         )
 
     @property

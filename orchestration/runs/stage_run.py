@@ -149,7 +149,7 @@ class StageRun:
             self.fleet.call("start_from_model", self._send(model))
             self.console.message(f"stage {self.stage} begins with the weights of {model}")
         if self.built[0]["prepares"]:
-            self.console.message(f"stage {self.stage}: looking at the data with the teachers, once")
+            self.console.message(f"stage {self.stage}: looking at the data before the first step, once")
             self.fleet.call("prepare")
 
     def _resume(self, checkpoint: Checkpoint) -> None:

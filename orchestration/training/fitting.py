@@ -25,7 +25,7 @@ from experts.tunable import Tunable
 from orchestration.config.recipe_checks import open_choice
 from orchestration.training.features import FeaturePasses
 from orchestration.training.precision import casting
-from orchestration.training.stage_setup import StageSetup
+from orchestration.training.stage_setup import StageSetup, TrainingSetup
 
 Fitted = Mapping[str, Any]
 """The result of a fit, as a checkpoint keeps it: `values`, by kind of piece the keys of its config, and `choices`."""
@@ -75,6 +75,14 @@ def fit(setup: StageSetup, beat: Callable[[], None]) -> Fitted:
     return {"values": values, "choices": choices} if choices else {}
 
 
+@torch.no_grad()
+def fit_before_steps(setup: TrainingSetup, beat: Callable[[], None]) -> None:
+    """Fit heads that go on to learn by steps. Every worker must take part; arguments and errors as for `fit`."""
+    setup.model.eval()
+    _fit_heads(setup, beat)
+    setup.engine.restore({})  # ZeRO keeps its own copy of the weights, which must follow
+
+
 def apply(setup: StageSetup, fitted: Fitted) -> None:
     """Set the numbers of an earlier fit; what heads were fitted to is among their tensors."""
     for kind, numbers in fitted.get("values", {}).items():
@@ -103,7 +111,7 @@ def _set(tunables: Sequence[Tunable], value: float) -> None:
 
 def _fit_heads(setup: StageSetup, beat: Callable[[], None]) -> None:
     """Let every own head see its features of the training images, if it is fitted to them."""
-    heads = [head for head in _heads(setup) if head.fits]
+    heads = [head for head in _heads(setup) if head.fits or head.fits_first]
     if not heads:
         return
     features = FeaturePasses(setup, setup.dataset.train_as_evaluated(), beat)

@@ -18,6 +18,7 @@ from torch import Tensor
 from aggregation.serving import load_model
 from experts.auxiliaries.attached import renew_copies
 from experts.ensemble import TRAINING_ONLY, part_of
+from experts.registry import piece
 from orchestration.storage.checkpoint import FileEntry, entry_of, read_tensors, write_file
 from orchestration.storage.tensor_file import TensorFile
 from orchestration.training.stage_setup import StageSetup, TrainingSetup
@@ -138,13 +139,13 @@ def start_from_model(setup: StageSetup, folder: Path) -> None:
 def _begin_with(setup: StageSetup, weights: dict[str, Tensor], folder: Path) -> None:
     """Load the tensors that belong to this worker.
 
-    Parts of `reinit` and auxiliaries keep the weights that the stage built, and so do a router and calibration that
-    `weights` lack.
+    Parts of `reinit` and auxiliaries keep the weights that the stage built, and so do a router, a calibration and what
+    a head adds to the one it continues, where `weights` lack them.
     """
     own = setup.model.state_dict()
     new = {*setup.stage.reinit, *TRAINING_ONLY}
     taken = [name for name in own if part_of(name) not in new]
-    missing = [name for name in taken if name not in weights and part_of(name) not in ("gates", "calibration")]
+    missing = [name for name in taken if name not in weights and not _may_begin_new(setup, name)]
     odd = [name for name in taken if name in weights and own[name].shape != weights[name].shape]
     if missing or odd:
         problem = f"{missing[0]} is missing" if missing else f"{odd[0]} is {list(weights[odd[0]].shape)}"
@@ -156,6 +157,13 @@ def _begin_with(setup: StageSetup, weights: dict[str, Tensor], folder: Path) -> 
     renew_copies(setup.model)
     if isinstance(setup, TrainingSetup):
         setup.engine.restore({})  # ZeRO keeps its own copy of the weights, which must follow
+
+
+def _may_begin_new(setup: StageSetup, name: str) -> bool:
+    if part_of(name) in ("heads", "memory"):
+        adds = piece("head", setup.config.method.head_in(setup.stage_name).name).adds
+        return name.split(".head.", 1)[-1].split(".", maxsplit=1)[0] in adds
+    return part_of(name) in ("gates", "calibration")
 
 
 def _parts_held(setup: StageSetup) -> list[str]:

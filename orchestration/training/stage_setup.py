@@ -231,9 +231,14 @@ class TrainingSetup(StageSetup):
         return build("sampler", config, train.labels, self.dataset.num_classes)
 
     @property
+    def prepares(self) -> bool:
+        """Whether something must see the data before the first step."""
+        return self.stage.objective.prepares or self.config.method.fits_head_first(self.stage_name)
+
+    @property
     def features_are_fixed(self) -> bool:
         """Whether the heads see the same of an image each time it is drawn, so that it can be computed once."""
-        moving = self.learns & {"trunk", "features", "gates"} or self.stage.frozen_batchnorm == "train"
+        moving = self.learns & {"trunk", "features", "attention", "gates"} or self.stage.frozen_batchnorm == "train"
         other = self.stage.mixing is not None or self.stage.teachers or self.stage.views or not self.augment.is_off
         return self.flow.takes_features and not moving and not other
 

@@ -187,10 +187,12 @@ class StageTrainer:
         self._upcoming = None
 
     def prepare(self) -> None:
-        """Let the objective look at the data before the first step of a stage; see `prepare_objective`."""
+        """Let the objective see the data before the first step of a stage, and fit heads that ask for it."""
         assert self.training is not None
         use_precision(self.setup.config.engine, self.setup.mesh.device)
         evaluation.prepare_objective(self.training, self._alive)
+        if self.setup.config.method.fits_head_first(self.setup.stage_name):
+            fitting.fit_before_steps(self.training, self._alive)
 
     def observe(self, per_class: list[float | None]) -> None:
         """Tell the objective the ensemble's top-1 per class on the validation split; most objectives ignore it."""

@@ -30,7 +30,16 @@ from orchestration.config.compose import load_config
 from orchestration.storage.exports import ensemble_state
 from orchestration.training import graphs
 from orchestration.training.mesh import Mesh, MeshShape
-from tests.auxiliaries import FEW_WORDS, SHAPES, config_of, heads_that_follow, take, tensors_of, trainer_of
+from tests.auxiliaries import (
+    FEW_WORDS,
+    SHAPES,
+    config_of,
+    heads_that_follow,
+    heads_with_memory,
+    take,
+    tensors_of,
+    trainer_of,
+)
 from tests.emulated_device import DEVICE, EmulatedDevice
 from tests.emulated_graphs import emulated_graphs
 from tests.recipes import AS_ON_A_GPU
@@ -57,7 +66,12 @@ def draw(*shape, seed):
 def built(config):
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        return registry.build("auxiliary", config, WIDTH, COUNTS).double()
+        auxiliary = registry.build("auxiliary", config, WIDTH, COUNTS).double()
+        if auxiliary.head is not None:
+            head = registry.build("head", registry.piece("head", auxiliary.head).Config(), WIDTH, len(COUNTS)).double()
+            auxiliary.meet(head)
+            auxiliary.met = [head]  # a list, so that it is not a part of the auxiliary
+        return auxiliary
 
 
 def seen_by(auxiliary, seed=0) -> Seen:
@@ -211,6 +225,8 @@ class TestAlone:
     def test_the_host_waits_for_nothing(self, config):
         with EmulatedDevice():
             auxiliary = settled(built(config)).float().to(DEVICE)
+            for head in getattr(auxiliary, "met", []):
+                head.float().to(DEVICE)
             seen = changed(seen_by(built(config)), lambda t: (t.float() if t.is_floating_point() else t).to(DEVICE))
             ok = torch.ones((), dtype=torch.bool, device=DEVICE)
             leaf = seen.embedded_VBd.clone().requires_grad_()
@@ -237,7 +253,8 @@ class TestAlone:
 
 
 IN_FLOAT64 = "engine.precision=float64"
-BOTH = pytest.mark.parametrize("which", [config_of, heads_that_follow], ids=["auxiliaries", "heads"])
+ALL = [config_of, heads_that_follow, heads_with_memory]
+each = pytest.mark.parametrize("which", ALL, ids=["auxiliaries", "heads", "memories"])
 
 
 def trained(shape, which=config_of, steps=6):
@@ -247,6 +264,7 @@ def trained(shape, which=config_of, steps=6):
     def work(mesh, lock):
         with lock:
             trainer = trainer_of(config, mesh)
+        trainer.prepare()
         return take(trainer, steps), tensors_of(trainer)
 
     found = run_mesh(shape, work)
@@ -263,7 +281,7 @@ def packed(which=config_of):
     return trained(MeshShape(3, 3), which)
 
 
-@BOTH
+@each
 @pytest.mark.parametrize("place", [name for name in SHAPES if name != "packed"])
 def test_losses_weights_and_memories_are_the_same_wherever_experts_live(place, which):
     """The fourth step has one image, so that other replicas have none; the fifth begins an epoch."""
@@ -288,7 +306,7 @@ def test_the_loss_that_is_logged_has_the_weighted_ones_of_auxiliaries():
     assert losses[0]["loss"] == pytest.approx(bare["loss"] + 0.3 * sum(terms.values()), rel=1e-9)
 
 
-@BOTH
+@each
 def test_a_resumed_run_goes_on_to_the_bit_in_the_middle_of_an_epoch(which, tmp_path):
     config = which()
     whole, first = trainer_of(config), trainer_of(config)
@@ -329,6 +347,18 @@ def test_heads_that_follow_have_moved():
     assert len(moved) == 3
 
 
+def test_memories_have_moved_by_their_auxiliary_from_the_means_of_their_classes():
+    """They go on from there: within a few steps every centre stays near, and none stays."""
+    _, tensors = packed(heads_with_memory)
+    begun = trainer_of(heads_with_memory(IN_FLOAT64))
+    begun.prepare()
+    for name, mean_CD in begun.setup.model.state_dict().items():
+        if part_of(name) == "memory":
+            assert mean_CD.norm(dim=1).min() > 0
+            moved_C = (tensors[name] - mean_CD).norm(dim=1)
+            assert moved_C.min() > 0 and (moved_C < 0.1 * mean_CD.norm(dim=1)).all()
+
+
 def test_what_is_exported_has_no_auxiliaries(tmp_path):
     config = config_of()
     trainer = trainer_of(config)
@@ -367,7 +397,7 @@ def early(monkeypatch):
     monkeypatch.setattr(graphs, "EAGER_CALLS", 1)
 
 
-@BOTH
+@each
 def test_replays_give_the_bits_of_steps_of_their_own(which, early):
     """Those of the CPU, too; and no step makes the host wait."""
     found = []
@@ -387,7 +417,7 @@ def test_replays_give_the_bits_of_steps_of_their_own(which, early):
         assert same(tensors, found[0][1])
 
 
-@BOTH
+@each
 def test_a_step_makes_the_host_wait_for_nothing(which):
     with EmulatedDevice():
         trainer = trainer_of(which(), Mesh(MeshShape(3, 3), device=DEVICE))
@@ -400,7 +430,7 @@ def test_a_step_makes_the_host_wait_for_nothing(which):
     assert seen.waits == {}
 
 
-@BOTH
+@each
 def test_a_step_that_is_not_finite_moves_no_memory_and_no_copy(which):
     trainer = trainer_of(which())
     take(trainer, 2)

@@ -22,6 +22,7 @@ registry.import_pieces(experts, aggregation)
 ROOT = Path(__file__).parents[2]
 KINDS = (
     "aggregator",
+    "attention",
     "auxiliary",
     "calibration",
     "distillation",

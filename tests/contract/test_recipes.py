@@ -259,7 +259,8 @@ class TestOnDigits:
 
         stage, learning = trainer.setup.stage, trainer.setup.learns
         parameters = dict(trainer.setup.model.named_parameters())
-        assert {part_of(name) for name in parameters} >= learning - {"trunk"}  # LFME has no trunk
+        # LFME has no trunk, and OLTR's auxiliary no parameters.
+        assert {part_of(name) for name in parameters} >= learning - {"trunk", "auxiliaries"}
         for name, value in trainer.setup.model.state_dict().items():
             moves = part_of(name) in learning | {"momentum copies"}  # which follow
             if name not in parameters:  # BatchNorm's statistics

@@ -325,6 +325,11 @@ AT = "method.stages.train.auxiliaries"
         (["method=ce", f"{AT}.cross_entropy.name=triplet"], "auxiliaries.cross_entropy: needed a name .* no other's"),
         (["method=ce", f"{AT}.t.name=tripplet"], "tripplet"),
         (
+            ["method=ce", f"{AT}.c.name=centroid_margin"],
+            "auxiliaries.c: .* trains the memory of head 'meta_embedding', found head 'linear'; set head.name=",
+        ),
+        (["method=ce", "method.head.name=meta_embedding"], "no auxiliary trains the memory of head 'meta_embedding'"),
+        (
             ["method=ce", f"{AT}.p.name=paco", f"{AT}.p.momentum=0.9", f"{AT}.q.name=paco"],
             "p.momentum = 0.9, q.momentum = 0.999; the network has one copy; set them equal",
         ),

@@ -1,0 +1,1 @@
+"""Attention on an expert's last map, before the mean over its positions."""
