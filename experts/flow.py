@@ -107,6 +107,8 @@ class Flow(ABC):
     """Those of PARTS that the outputs carry gradients to; the rest is frozen whatever the recipe says."""
     needs_partner: ClassVar[bool] = False
     """Whether a second batch, paired by row, must come with every batch (`stages.<stage>.partner_sampler`)."""
+    scores_partner: ClassVar[bool] = False
+    """Whether the objective sees the partner's images and labels, and auxiliaries alone see the batch's."""
     needs_own_heads: ClassVar[bool] = False
     """Whether every expert must have a head of its own."""
     takes_auxiliaries: ClassVar[bool] = False
@@ -180,13 +182,17 @@ class Flow(ABC):
                 exchange outputs in it, so all of them must call it equally often.
         """
 
+    def scored(self, batch: Batch) -> Batch:
+        """Return the batch, or its partner, whose images and labels the objective sees."""
+        return batch.partner if self.scores_partner and batch.partner is not None else batch
+
     def labels(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the labels of this replica's images and of the global batch.
 
         Both are [B], or [2, B] where the objective wants those of both batches of a pair.
         """
         if self.objective.label_sets == 1:
-            return batch.labels_B, batch.global_labels
+            return self.scored(batch).labels_B, self.scored(batch).global_labels
         assert batch.partner is not None
         return (
             torch.stack([batch.labels_B, batch.partner.labels_B]),

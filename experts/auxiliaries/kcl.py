@@ -74,7 +74,7 @@ def k_positive_contrast(
 class KCL(Auxiliary):
     """`k_positive_contrast` of two views, with a momentum copy and a queue of keys and labels.
 
-    Source: Kang et al. 2021 (ICLR), Eq. 3, and published code.
+    Source: Kang et al. 2021 (ICLR), and published code.
     Differs: the published choice of positives is the top k of zeros and ones, which are whatever the library returns;
     ours are drawn anew in each step. The published queue is filled before training; ours begins empty, and what is
     empty counts nothing. Published code shuffles images between GPUs for the BatchNorm of the copy; ours normalises

@@ -309,7 +309,7 @@ def _views_problems(stage: StageConfig) -> Iterator[str]:
     flow = piece("flow", stage.flow.name)
     if stage.mixing is not None:
         yield f"views: mixing.name = {stage.mixing.name} is set too; images are mixed or have views: set either"
-    if flow.needs_partner:
+    if flow.needs_partner and not flow.takes_auxiliaries:
         yield f"views: flow '{stage.flow.name}' pairs every image with another; needed views=[], or another flow"
 
 

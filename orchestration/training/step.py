@@ -140,7 +140,8 @@ class TrainingStep:
     def _loss(self, outputs_EBX: Tensor, batch: Batch, now: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         """Return this replica's share of the loss and its terms; of mixed images, blended from both sets of labels."""
         setup = self._setup
-        extra = ExtraInputs(setup.teachers(batch.images_B3HW) if setup.teachers else {}, batch.positions_B)
+        scored = setup.flow.scored(batch)
+        extra = ExtraInputs(setup.teachers(scored.images_B3HW) if setup.teachers else {}, scored.positions_B)
 
         # Mixed images have two sets of labels, whose losses are blended; others have one set, with a share of 1.
         parts: list[tuple[Tensor | float, Tensor, Tensor]] = [(1.0, *setup.flow.labels(batch))]

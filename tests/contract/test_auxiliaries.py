@@ -294,6 +294,22 @@ def test_losses_weights_and_memories_are_the_same_wherever_experts_live(place, w
         torch.testing.assert_close(found[name], value, rtol=1e-7, atol=1e-7, msg=name)
 
 
+@lru_cache
+def two_batches(*more):
+    """Return the config of three experts with contrast of one batch and cross-entropy of another."""
+    words = ["method=hybrid_sc", "method.num_experts=3", "method.stages.train.augment.name=crop_flip", *more]
+    return load_config([*FEW_WORDS, *words, "method.stages.train.auxiliaries.near.name=prototypes"])
+
+
+def test_losses_and_weights_are_the_same_where_auxiliaries_and_objective_see_two_batches():
+    expected, tensors = trained(MeshShape(3, 3), two_batches, steps=5)
+    losses, found = trained(MeshShape(3, 3, 2), two_batches, steps=5)
+    for own, other in zip(losses, expected, strict=True):
+        assert own == pytest.approx(other, rel=1e-8, abs=1e-8)
+    for name, value in tensors.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-7, atol=1e-7, msg=name)
+
+
 def test_the_loss_that_is_logged_has_the_weighted_ones_of_auxiliaries():
     """In the first step, whose losses do not depend on the weights yet."""
     losses, _ = packed()

@@ -297,7 +297,7 @@ def test_partner_images_matter_where_the_flow_says_it_needs_them_and_to_one_expe
     if case.cls().own_streams:
         assert (by_batch, by_partner) == ([True, False], [False, True])
     else:
-        assert by_batch == [True] * case.num_experts
+        assert by_batch == [not case.cls().scores_partner] * case.num_experts
         assert by_partner == [case.cls().needs_partner] * case.num_experts
 
 
