@@ -21,7 +21,8 @@ def power_weights(counts_C: Tensor, *, rho: float) -> Tensor:
 
     Args:
         counts_C: training images per class, each at least 1; only their ratios count.
-        rho: power, no unit; 0 gives ones, 1 inverse frequency; published: 1.2 (ImageNet-LT), 0.3 (segmentation).
+        rho: power, no unit; 0 gives ones, 1 inverse frequency, -1 frequency; published: 1.2 (ImageNet-LT), 0.3
+            (segmentation).
 
     Returns:
         float64 [C].
@@ -64,8 +65,8 @@ class ClassWeights(Settings):
     frequency, or 1 + ln(n_max / n) (the survey's weighted softmax)."""
     beta: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     """Beta of `effective_number`, no unit; published 0.9999; 0 gives ones, towards 1 inverse frequency."""
-    power: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-    """Exponent of `power`, no unit; 1 is inverse frequency."""
+    power: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    """Exponent of `power`, no unit; 1 is inverse frequency, -1 frequency, as DRO-LT weighs beside its own loss."""
     after_epoch: Annotated[int, Field(ge=0)] | None = None
     """They apply in epochs after this one (1-based); published for LDAM-DRW: 160 of 200. null: from the first on."""
     mean: Literal["weights", "images"] = "weights"

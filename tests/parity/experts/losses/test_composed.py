@@ -237,3 +237,13 @@ def test_only_ratios_of_the_counts_matter_to_weights_but_of_effective_numbers(ru
     weights = ClassWeights(rule=rule)
     found, expected = (with_counts(CrossEntropy.Config(), times * COUNTS, weights) for times in (10, 1))
     assert torch.isclose(found, expected, atol=1e-12, rtol=1e-12) == same
+
+
+def test_a_power_of_minus_one_counts_classes_by_their_images():
+    """As torch does with weights n / max(n), which DRO-LT's published code has beside its own loss."""
+    counts, labels, now = torch.tensor([100, 40, 10, 4]), torch.tensor([0, 2, 3]), Progress(1, 4)
+    objective = CrossEntropy(CrossEntropy.Config(), counts, 1)
+    objective.weigh(ClassWeights(rule="power", power=-1), counts)
+    loss, _ = objective(Z[None].double(), labels, StepContext(objective.denominators(labels, now), now))
+    expected = torch.nn.functional.cross_entropy(Z.double(), labels, weight=counts.double() / 100)
+    torch.testing.assert_close(loss, expected, **EXACT)
