@@ -29,8 +29,9 @@ from experts.augmentation.pixels import per_channel
 from experts.augmentation.resized_crop import ResizedCrop
 from experts.augmentation.stack import SHARED, Column, Stack
 from experts.data.config import DatasetConfig
+from experts.data.cpus import usable_cpus
 from experts.data.decode import CROP_UNIFORMS
-from experts.data.images import FileImages, ImageStore, usable_cpus
+from experts.data.images import FileImages, ImageStore
 from experts.data.keyed_random import key, uniforms
 from experts.data.transfer import to_device
 from experts.registry import Settings

@@ -5,7 +5,6 @@ Both kinds return square uint8 images of image_size; augmentation treats them al
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experts.data.cpus import usable_cpus
 from experts.data.decode import UnreadableImage, decode_file, frame, resized_crop
 from experts.data.pools import ArrayPool, FilePool
 from experts.data.transfer import to_device
@@ -176,8 +176,3 @@ def decode_all(
                 threads.shutdown(cancel_futures=True)
                 break
     return found
-
-
-def usable_cpus() -> int:
-    """Return the number of CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

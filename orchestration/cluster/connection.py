@@ -12,7 +12,7 @@ import ray
 
 from orchestration.cluster.local_ray import start_local_ray
 from orchestration.cluster.placement import largest_share
-from orchestration.cluster.ray_internals import draining_nodes, token_headers
+from orchestration.cluster.ray_internals import draining_nodes, own_code_in_workers, token_headers
 from orchestration.config.run_config import ClusterConfig, EngineConfig
 
 
@@ -43,7 +43,8 @@ def start_ray(address: str | None) -> None:
         return
     _check_listening(named)
     try:
-        ray.init(address=named, logging_level=logging.ERROR, log_to_driver=False)
+        with own_code_in_workers():
+            ray.init(address=named, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"cluster.address = {named}: no Ray cluster answers ({str(error).splitlines()[0]}); "

@@ -8,7 +8,7 @@ call. `replace_lost` then fills the places of the dead, from warm spare processe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import ray
@@ -320,6 +320,19 @@ class Fleet:
     def node_ids(self) -> list[str]:
         """Ids of the workers' nodes, in the order of ranks."""
         return [host["node_id"] for host in self.hosts]
+
+    def crowded_nodes(self) -> Iterator[str]:
+        """Yield a message for each node whose workers have more threads than CPUs that they may use."""
+        threads = self.config.engine.threads or 1
+        for node in dict.fromkeys(self.node_ids):
+            there = [host for host in self.hosts if host["node_id"] == node]
+            cpus = there[0]["cpus"]
+            if threads > 1 and threads * len(there) > cpus:
+                yield (
+                    f"node {there[0]['node']}: its workers have {threads * len(there)} threads, and a CPU set or quota "
+                    f"leaves them {cpus} CPUs, which is slower than as many threads; start Ray there with "
+                    f"--num-cpus={cpus}, or set engine.threads={max(1, cpus // len(there))} for a new run"
+                )
 
     def unreachable_nodes(self) -> list[str]:
         """Return the addresses of nodes under this fleet that Ray counts as alive, but whose raylets do not answer."""

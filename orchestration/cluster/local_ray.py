@@ -8,7 +8,8 @@ import time
 
 import ray
 
-from orchestration.cluster.ray_internals import no_fixed_ports, own_process_groups
+from experts.data.cpus import usable_cpus
+from orchestration.cluster.ray_internals import no_fixed_ports, own_code_in_workers, own_process_groups
 
 _OBJECT_STORE_BYTES = 256 * 2**20  # for numbers and scores; files of checkpoints at a URL may spill to disk
 _ATTEMPTS = 3  # on a busy machine Ray's processes may miss each other's time limits
@@ -25,9 +26,10 @@ def start_local_ray() -> None:
     begun = time.monotonic()
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            with own_process_groups(), no_fixed_ports():
+            with own_process_groups(), no_fixed_ports(), own_code_in_workers():
                 ray.init(
                     address="local",
+                    num_cpus=usable_cpus(),  # by itself Ray counts those of the machine
                     include_dashboard=False,
                     object_store_memory=_OBJECT_STORE_BYTES,
                     logging_level=logging.ERROR,

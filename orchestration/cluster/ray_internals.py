@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from ray.exceptions import RayError
+
+from orchestration.config.paths import import_roots
 
 
 def draining_nodes() -> dict[str, int]:
@@ -64,6 +67,36 @@ def own_process_groups() -> Iterator[None]:
         yield
     finally:
         utils.set_kill_on_parent_death_linux = end_with_parent
+
+
+@contextlib.contextmanager
+def own_code_in_workers() -> Iterator[None]:
+    """Let workers of a connection made inside this context find our packages, and none of the current directory.
+
+    Ray puts the driver's current directory first on the workers' path, where a folder named `experts` would stand
+    before our package. It has no setting against that. A job with a working directory is left as it is.
+    """
+    from ray.job_config import JobConfig
+
+    usual = JobConfig.__init__
+
+    def begin(config: JobConfig, *args: Any, **kwargs: Any) -> None:
+        usual(config, *args, **kwargs)
+        config._py_driver_sys_path = _Replaced(config._py_driver_sys_path)
+
+    JobConfig.__init__ = begin  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        JobConfig.__init__ = usual  # type: ignore[method-assign]
+
+
+class _Replaced(list[str]):
+    """A list that gets our own folders where Ray adds the driver's."""
+
+    def extend(self, added: Iterable[str]) -> None:
+        del added
+        super().extend(import_roots())
 
 
 @contextlib.contextmanager

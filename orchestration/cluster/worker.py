@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from experts.data.cpus import usable_cpus
 from orchestration.cluster.hangs import own_stacks
 from orchestration.cluster.reachability import Address, listen, unreachable_from_here
 from orchestration.cluster.sending import carries_anything
@@ -99,6 +100,7 @@ class Worker:
             "node": ray.util.get_node_ip_address(),
             "node_id": ray.get_runtime_context().get_node_id(),
             "host": socket.gethostname(),
+            "cpus": usable_cpus(),
         }
 
     def warm_up(self, engine: str, dataset: DatasetConfig, left_out: Sequence[str] | None = None) -> dict[str, Any]:

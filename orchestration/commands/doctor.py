@@ -209,7 +209,7 @@ def _run_dir(config: RunConfig) -> Iterator[Finding]:
 
 def _cluster(config: RunConfig) -> Iterator[Finding]:
     """Compare the placement with the cluster that the config names, which must answer, or else with this machine."""
-    from experts.data.images import usable_cpus
+    from experts.data.cpus import usable_cpus
     from orchestration.cluster.placement import shape_of
 
     wanted = config.cluster

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import sysconfig
 from pathlib import Path
 
 import orchestration
@@ -11,6 +13,16 @@ import orchestration
 def expand(path: str) -> Path:
     """Return an operator's path with ~ and environment variables replaced."""
     return Path(os.path.expandvars(os.path.expanduser(path)))
+
+
+def import_roots() -> list[str]:
+    """Return what another process needs on its path to import our packages: nothing where they are installed.
+
+    Folders of other projects with the names of our packages may make this process need our root first on its path;
+    then the others do, too.
+    """
+    root = str(code_root())
+    return [] if root == sysconfig.get_path("purelib") and sys.path[0] != root else [root]
 
 
 def code_root() -> Path:

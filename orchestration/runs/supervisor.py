@@ -114,6 +114,8 @@ class Supervisor:
         if self._pause is not None:  # at the first start a broken network is found by the first exchange
             self._wait_for_network()
         run.announce_start(fleet, self._stage)
+        for crowded in fleet.crowded_nodes():
+            run.message_once(crowded)
         if self._pause is not None:
             self._pause.mark("workers")
 

@@ -7,12 +7,11 @@ import json
 import os
 import subprocess
 import sys
-import sysconfig
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from orchestration.config.paths import code_root
+from orchestration.config.paths import import_roots
 from orchestration.tracking.process import State, Target, incomplete_message
 from orchestration.tracking.uri import check_uri
 
@@ -38,12 +37,11 @@ def start_uploader(
     """
     run_dir = Path(run_dir)
     target = Target(check_uri(uri), experiment, run_name or run_dir.name)
-    root = str(code_root())
-    roots = [] if root == sysconfig.get_path("purelib") else [root]  # a checkout that is not installed
-    path = os.pathsep.join(roots + list(filter(None, [os.environ.get("PYTHONPATH")])))
+    path = os.pathsep.join(import_roots() + list(filter(None, [os.environ.get("PYTHONPATH")])))
     with open(run_dir / LOG_FILE, "ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "orchestration.tracking.sender", str(run_dir)],
+            # -P: folders in the current directory may have the names of our packages.
+            [sys.executable, "-P", "-m", "orchestration.tracking.sender", str(run_dir)],
             stdin=subprocess.PIPE, stdout=log, stderr=log,
             start_new_session=True,  # Ctrl-C is for the driver; and priorities count within a session
             env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},

@@ -32,6 +32,18 @@ def test_rays_own_functions_are_restored_after_use():
     assert (utils.set_kill_on_parent_death_linux, parameter.RayParams) == before
 
 
+def test_workers_get_our_folder_and_not_the_current_one():
+    from ray.job_config import JobConfig
+
+    usual = JobConfig.__init__
+    with ray_internals.own_code_in_workers():
+        config = JobConfig(metadata={"a": "b"})
+        config._py_driver_sys_path.extend(["/somewhere/with/experts", os.getcwd()])
+    assert list(config._py_driver_sys_path) == [str(ROOT)]
+    assert config.metadata == {"a": "b"}
+    assert JobConfig.__init__ is usual
+
+
 def test_a_process_without_a_token_sends_none():
     """In a process of its own: Ray keeps the token that it has once read for the life of a process."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH_")}

@@ -72,6 +72,9 @@ class FakeFleet:
         self.events.append("unreachable")
         return self.unreachable.pop(0)
 
+    def crowded_nodes(self):
+        return ["node a is crowded"]
+
     def leaving_nodes(self):
         return self.leaving
 

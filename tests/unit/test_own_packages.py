@@ -1,0 +1,57 @@
+"""Our packages are found where folders of other projects have their names, or the message names those."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ("experts", "aggregation", "configs", "deploy")
+
+
+@pytest.fixture
+def theirs(tmp_path):
+    """Folders with the names of our packages, one of them a package."""
+    for name in NAMES:
+        (tmp_path / name).mkdir()
+    (tmp_path / "experts" / "__init__.py").write_text("ours = False\n")
+    return tmp_path
+
+
+def python(code, theirs, *, first=True):
+    """Run code in a process that finds their folders before ours, or after."""
+    path = os.pathsep.join(map(str, (theirs, ROOT) if first else (ROOT, theirs)))
+    words = [sys.executable, "-P", "-c", code]
+    return subprocess.run(
+        words, env=os.environ | {"PYTHONPATH": path}, cwd=theirs, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_command_takes_our_packages(theirs):
+    code = "import orchestration, experts, experts.data, configs, deploy; print(experts.__file__)"
+    done = python(code, theirs)
+    assert done.stdout.strip() == str(ROOT / "experts" / "__init__.py"), done.stderr
+
+
+def test_processes_of_a_command_take_them_too(theirs):
+    """What they are started with, and the flag that keeps the current directory out of the way."""
+    done = python("from orchestration.config.paths import import_roots; print(import_roots())", theirs)
+    assert done.stdout.strip() == str([str(ROOT)])
+    assert '"-P", "-m"' in (ROOT / "orchestration" / "tracking" / "uploader.py").read_text()
+
+
+@pytest.mark.parametrize("needs", ["orchestration", "aggregation"])
+def test_a_package_that_is_imported_already_is_named(theirs, needs):
+    """As in a process that serves a model and has an `experts` of its own."""
+    done = python(f"import experts, sys; sys.path.remove({str(theirs)!r}); import {needs}", theirs)
+    assert done.returncode == 1
+    assert f"{theirs / 'experts'}" in done.stderr and "rename the other package" in done.stderr
+
+
+def test_a_folder_behind_ours_changes_nothing(theirs):
+    code = "import sys; before = list(sys.path); import orchestration, aggregation; assert sys.path == before"
+    assert python(code, theirs, first=False).returncode == 0
