@@ -8,7 +8,8 @@ from dataclasses import replace
 from experts.data.arrays import open_digits, open_fashion_mnist
 from experts.data.cifar import open_cifar
 from experts.data.config import DatasetConfig
-from experts.data.files import open_image_folder, open_image_list
+from experts.data.files import open_image_folder
+from experts.data.lists import open_image_list
 from experts.data.names import readable
 from experts.data.pools import RawDataset
 

@@ -27,6 +27,7 @@ from pydantic import BaseModel
 
 from orchestration.config.layers import STAGES, read_file, read_yaml
 from orchestration.config.like import SAVED_RUN, SavedEnsemble, saved_ensemble
+from orchestration.config.list_paths import absolute_lists, unread_lists
 from orchestration.config.origins import COMMAND_LINE, Layered
 from orchestration.config.parts import lay_recipe, plan_recipe
 from orchestration.config.paths import expand
@@ -86,8 +87,10 @@ def compose(words: list[str]) -> Composed:
     problems += resolve_stacks(layered)
     if problems:
         raise ValueError(message(title(words), sorted(problems)))
-    config = _with_absolute_paths(check(layered.tree, title(words), lambda keys: _file_of(layered, keys)))
-    return Composed(config, layered, files, tuple(resolved), (*about_like, *_notes(length, config, resolved)))
+    checked = check(layered.tree, title(words), lambda keys: _file_of(layered, keys))
+    config = _with_absolute_paths(checked)
+    unread = unread_lists(checked.dataset, absolute_lists(config.dataset))
+    return Composed(config, layered, files, tuple(resolved), (*about_like, *_notes(length, config, resolved), *unread))
 
 
 def _lay_files(read: Words) -> tuple[Layered, tuple[str, ...], list[str]]:
@@ -249,7 +252,9 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
         for name, stage in method.stages.items()
     }
     method = _with_absolute(_with_absolute(method.model_copy(update={"stages": stages}), "backbone_weights"), "like")
-    return config.model_copy(update={"method": method, "dataset": _with_absolute(config.dataset, "root")})
+    data = _with_absolute(config.dataset, "root")
+    data = data.model_copy(update=absolute_lists(data))
+    return config.model_copy(update={"method": method, "dataset": data})
 
 
 def _with_absolute(settings: S, key: str) -> S:

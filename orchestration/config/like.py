@@ -74,7 +74,12 @@ class SavedEnsemble:
     def lay_data(self, layered: Layered) -> None:
         """Lay the run's data set and seed."""
         layered.put(("seed",), self.config["seed"], SAVED_RUN)
-        _put_leaves(layered, ("dataset",), self.config["dataset"], SAVED_RUN)
+        data = self.config["dataset"]
+        inside = os.path.join(data.get("root") or "", "")
+        # Lists that lie in root follow it where the command line names another.
+        lists = {key: value[len(inside) :] for key, value in data.items()
+                 if key.endswith("_list") and value and inside and value.startswith(inside)}  # fmt: skip
+        _put_leaves(layered, ("dataset",), data | lists, SAVED_RUN)
 
     def other_classes(self, dataset: Any) -> str | None:
         """Return why a data set has other classes than the run's, as far as the configs tell; None if it may not."""

@@ -286,21 +286,20 @@ def _lists(config: Any, root: str) -> Iterator[tuple[str, Path]]:
     Raises:
         ValueError: a list or one of those images is missing.
     """
-    for key in ("train_list", "val_list", "test_list"):
+    from experts.data.lists import LISTS, read_list
+
+    for key in LISTS:
         value = getattr(config, key)
         if value is None:
             continue
-        path = next((p for p in (Path(value).expanduser(), Path(root, value)) if p.is_file()), None)
-        if path is None:
-            raise ValueError(f"dataset.{key} = {value}: no such file, here or in dataset.root = {root}")
-        yield f"dataset.{key}", path
+        found = read_list(root, key, value)
+        yield f"dataset.{key}", Path(found.file)
 
         # The first and the last image show whether dataset.root is the folder that the list means.
-        lines = [line for line in path.read_text("utf-8", "surrogateescape").splitlines() if line.strip()]
-        for line in lines[:1] + lines[1:][-1:]:
-            image = line.rstrip().rpartition(" ")[0].strip()
+        for raw in dict.fromkeys([found.paths[0], found.paths[-1]]):
+            image = os.fsdecode(raw)
             if not Path(root, image).is_file():
-                raise ValueError(f"dataset.root = {root}: {image}, listed in {path}, is missing")
+                raise ValueError(f"dataset.root = {root}: {image}, listed in {found.file}, is missing")
             yield image, Path(root, image)
 
 

@@ -23,6 +23,7 @@ from experts.data.dataset import Dataset, open_dataset
 from experts.data.images import ImageStore
 from experts.eval_batches import EvalBatches
 from orchestration.config.compose import from_yaml
+from orchestration.config.list_paths import absolute_lists, moved_lists
 from orchestration.config.paths import expand
 from orchestration.config.problems import check
 from orchestration.config.run_config import RunConfig
@@ -215,7 +216,12 @@ def _with_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
         )
     if not any(value.key_or_group == "dataset.resident" for value in values):
         tree["dataset"]["resident"] = "never"  # a split is read once, and the training images not at all
-    return check(tree, " ".join(overrides) or "config.yaml")
+    found = check(tree, " ".join(overrides) or "config.yaml")
+    moved = moved_lists(found.dataset, config.dataset.root)
+    for value in values:
+        moved.pop(value.key_or_group.partition(".")[2], None)
+    data = found.dataset.model_copy(update=moved)
+    return found.model_copy(update={"dataset": data.model_copy(update=absolute_lists(data))})
 
 
 def _load_model(folder: Path, which: str, stage: str) -> ServedModel:

@@ -254,7 +254,12 @@ def test_paths_may_hold_spaces(tmp_path):
         (TRAIN + "x.jpg 2\n", TEST, {"num_classes": 2}, r"train.txt:5: label 2 is out of range; needed 0 to 1"),
         (TRAIN, TEST + "x.jpg 7\n", {}, r"dataset.test_list = test.txt: label 7 is not in dataset.train_list"),
         (TRAIN, TEST, {"num_classes": 3}, r"class 2 has no training image.*; needed at least 1"),
-        ("train/class0/0.jpg 0\ntrain/class1/0.jpg 2\n", TEST, {}, r"class 1 has no training image"),
+        (
+            "train/class0/0.jpg 0\ntrain/class1/0.jpg 2\n",
+            TEST,
+            {},
+            r"label 1 is not in dataset.train_list, whose labels are 0, 2",
+        ),
         ("\n\n", TEST, {}, r"train.txt: holds no image; needed at least one"),
         ("gone/0.jpg 0\n" + TRAIN, TEST, {}, r"train.txt: its first image is not at .*gone/0.jpg; set dataset.root"),
         (TRAIN + "train/gone.jpg 1\n", TEST, {}, r"train/gone.jpg: cannot be read .No such file"),
