@@ -34,6 +34,7 @@ examples:
   expertail plan --probe method=ride dataset=digits_lt                        ... and the hours, measured on a few steps
   expertail evaluate runs/ride-digits_lt-s0                                   measure a saved run again
   expertail evaluate RUN --weights test-time --distribution backward-50       learn the experts' weights without labels
+  expertail evaluate RUN --unknown ~/data/others                              ... on images of no known class, too
   expertail sweep method.stages.h2t.flow.ratio=0,0.25,0.5 method=ride_h2t     one run per value, one table
   expertail sweep method=ce,ldam 'then=[joint,ncm,crt,lws]' dataset=digits_lt any loss with any classifier
   expertail regions runs/ride_h2t-digits_lt-s0 --classes 0,9                  decision regions before and after H2T
@@ -254,6 +255,10 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
         "--split", choices=("test", "val"), default="test", help="the split to measure on (default: test)"
     )
     parser.add_argument("--stage", metavar="STAGE", help="which of several final stages, e.g. crt (default: all)")
+    text = "images of no known class, a folder or a text file of paths: open-set F-measure, AUROC, accuracy"
+    parser.add_argument("--unknown", metavar="PATH", help=text)
+    text = "with --unknown: an image whose highest probability is below is rejected (default: 0.1, as published)"
+    parser.add_argument("--threshold", type=float, metavar="P", help=text)
     _add_overrides(parser, "where the data is now, e.g. dataset.root=..., or test_time.lr=..., views.blur=...")
 
 
@@ -261,7 +266,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from orchestration.commands.evaluate import evaluate
 
     how = (options.weights, options.model, options.distribution, options.split, options.overrides, options.stage)
-    print(evaluate(options.run, *how))
+    print(evaluate(options.run, *how, options.unknown, options.threshold))
     return 0
 
 

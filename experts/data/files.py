@@ -54,7 +54,7 @@ def _scan(root: str, split: str, expected: tuple[str, ...] | None) -> tuple[tupl
     paths: list[str] = []
     labels: list[int] = []
     for c, name in enumerate(names):
-        found = _images_below(os.path.join(base, name))
+        found = images_below(os.path.join(base, name))
         if not found:
             raise ValueError(
                 f"{os.path.join(base, name)}: class '{name}' has no image; needed at least one file that "
@@ -70,7 +70,8 @@ def _pool(root: str, paths: list[str], labels: list[int]) -> FilePool:
     return FilePool(root, np.array([os.fsencode(p) for p in paths]), np.array(labels, dtype=np.int64))
 
 
-def _images_below(folder: str) -> list[str]:
+def images_below(folder: str) -> list[str]:
+    """Return the paths of the images below a folder, relative to it, sorted."""
     found = []
     for where, _, files in os.walk(folder):
         found += [

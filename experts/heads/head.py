@@ -48,8 +48,10 @@ class Head(nn.Module):
     """Whether `follow` must be called after every step of a stage in which the head learns; needs a flow that shows
     features, as flow 'plain' does."""
 
+    class_vectors: ClassVar[str] = "weight"
+    """Name of the tensor with a vector per class that features are compared with, where it has one."""
     class_axis: ClassVar[int] = 0
-    """The axis of `weight`, where it has one, that counts classes."""
+    """The axis of that tensor that counts classes."""
 
     @classmethod
     def cases(cls) -> list[Case]:

@@ -93,6 +93,7 @@ class MetaEmbeddingHead(Head):
         reach: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
         """Distance from the nearest centre at which a feature keeps its length, in the features' unit; published 10."""
 
+    class_vectors: ClassVar[str] = "class_weight"
     continues: ClassVar[tuple[str, ...]] = ("linear",)
     adds: ClassVar[tuple[str, ...]] = ("selector_weight", "selector_bias", "class_weight", "memory")
     own_per_expert: ClassVar[bool] = True

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from aggregation.open_set import PUBLISHED_THRESHOLD
 from aggregation.tally import Tally
 from orchestration.results.run_table import run_table
 from orchestration.results.saved_run import SavedRun, open_run, same_threads, stages_to_measure
@@ -20,8 +21,10 @@ def evaluate(
     split: str,
     overrides: list[str],
     stage: str | None = None,
+    unknown: str | None = None,
+    threshold: float | None = None,
 ) -> str:
-    """Measure a run again, on the split as it is or as if its classes were distributed in other ways.
+    """Measure a run again: on the split as it is, with other class distributions, or beside images of no known class.
 
     Args:
         run: the run folder or its URL.
@@ -31,12 +34,15 @@ def evaluate(
         split: "test" or "val".
         overrides: `a.b=value`.
         stage: the final stage to measure; None for all.
+        unknown: a folder or list of images of no known class, to measure the rejection of; None for none.
+        threshold: highest probability below which an image is predicted to be unknown; None for the published 0.1.
 
     Returns:
         The text to print.
 
     Raises:
-        ValueError: as `reevaluate` and `evaluate_distributions`, or two models are named.
+        ValueError: as `reevaluate`, `evaluate_distributions` and `evaluate_open_set`; two models are named; or options
+            do not go together.
     """
     if weights in ("best", "last"):
         if model not in (None, weights):
@@ -45,7 +51,18 @@ def evaluate(
             )
         weights, model = None, weights
 
+    if unknown is not None and (weights is not None or distribution is not None):
+        option = "--weights" if weights is not None else "--distribution"
+        raise ValueError(f"--unknown {unknown} with {option}: measured apart; needed one of them; leave out the other")
+    if unknown is None and threshold is not None:
+        raise ValueError(f"--threshold {threshold:g}: only with --unknown, the images of no known class; add it")
+
     with local_run(run) as folder:
+        if unknown is not None:
+            from orchestration.results.open_set import evaluate_open_set  # loads Matplotlib
+
+            limit = PUBLISHED_THRESHOLD if threshold is None else threshold
+            return evaluate_open_set(folder, unknown, limit, model, split, overrides, stage)
         if weights is None and distribution is None:
             return reevaluate(folder, model, split, overrides, stage)
         # Matplotlib and the learning of weights are loaded only where they are needed.

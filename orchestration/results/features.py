@@ -263,7 +263,7 @@ def _ended(saved: SavedRun, stage: str) -> Ensemble:
 def _weight_norms(network: Ensemble, place: int, classes: int) -> NDArray[np.float64] | None:
     """Return the lengths of the weights of an expert's head, or of the head that all share, by class."""
     head: Any = network.shared["head"] if "head" in network.shared else network.members()[place].head
-    weight = getattr(head, "weight", None)
+    weight = getattr(head, head.class_vectors, None)
     if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or weight.shape[head.class_axis] != classes:
         return None
     return weight.detach().double().norm(dim=1 - head.class_axis).cpu().numpy()
