@@ -268,6 +268,11 @@ class Worker:
         self._check_memory()
         return scores
 
+    def predict(self, split: str, logits: bool) -> Any:
+        """See `StageTrainer.predict`."""
+        self._note_progress()
+        return self.trainer.predict(split, logits=logits)
+
     def _check_memory(self) -> None:
         """Refuse to hold more memory than the config allows. Ray only places by the number, and limits nothing."""
         limit, held = self.trainer.setup.config.cluster.memory_gib_per_worker, self.peak_memory_gib()

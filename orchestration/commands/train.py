@@ -21,6 +21,7 @@ from orchestration.cluster.connection import cluster, node_resources
 from orchestration.cluster.placement import shape_of, shapes_of, with_shape
 from orchestration.cluster.preemption import Preempted
 from orchestration.config.run_config import RunConfig
+from orchestration.results.measures_table import measures_lines
 from orchestration.results.run_table import run_table
 from orchestration.results.text import in_one_line, printable, say, show
 from orchestration.runs.admission import Admission, admit
@@ -198,4 +199,10 @@ def _draw(folder: RunFolder) -> None:
 
 
 def _stored_table(config: RunConfig, folder: RunFolder) -> str:
-    return run_table(config, folder.read_data(), evaluations(folder.path), final_evaluations(folder.path))
+    data, finals = folder.read_data(), final_evaluations(folder.path)
+    table = run_table(config, data, evaluations(folder.path), finals)
+    try:
+        more = measures_lines(folder.path, data, list(finals) or [""])
+    except Exception as problem:  # a damaged file of theirs must not cost the table
+        more = [f"more measures are not shown: {in_one_line(problem)}"]
+    return "\n".join([table, *([""] if more else []), *more])

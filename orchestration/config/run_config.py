@@ -138,6 +138,12 @@ class RunSettings(Settings):
     checkpoint_every_steps: Annotated[int, Field(ge=1)] = 500
     """In addition to one at the end of every evaluated epoch."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    predictions: bool = True
+    """Keep what ensemble and experts say of every image of test and val, for the last and the best weights of final
+    stages (evaluation/predictions-*.npz), and measure more of it. Costs one or two passes over these images at the end.
+    """
+    predictions_mib: Annotated[int, Field(ge=0)] = 1024
+    """Larger files leave the scores of all classes out, and keep class, rank and confidence of every image."""
     pictures: bool = True
     """Draw report/*.png at the end, which takes some seconds. report/table.txt is always written."""
     features_picture: Literal["pca", "tsne", False] = "pca"

@@ -30,6 +30,7 @@ from orchestration.results.features import draw_stages
 from orchestration.results.finals_picture import draw_finals, draw_tried
 from orchestration.results.finals_table import distinct, report_table
 from orchestration.results.fitted_table import choices
+from orchestration.results.measures_table import drawings_of_measures
 from orchestration.results.regions import draw_regions_if_heads_alone
 from orchestration.results.style import (
     BEST,
@@ -83,10 +84,10 @@ def write_report(run_dir: str | os.PathLike[str], say: Callable[[str], None] = l
         "class_counts.png": lambda: _class_counts(data, title) if data.get("counts") else None,
         "finals.png": lambda: draw_finals(finals, data, title) if len(finals) > 1 else None,
         "tried.png": lambda: draw_tried(chosen, title) if any(one.tried for one in chosen) else None,
-        **_drawings_of_a_result(found, data, _with_stage(title, found, finals)),
+        **_drawings_of_a_result(run_dir / "evaluation", found, data, _with_stage(title, found, finals)),
     }
     for stage, own in finals.items():
-        named = _drawings_of_a_result(own, data, _with_stage(title, own, finals))
+        named = _drawings_of_a_result(run_dir / "evaluation" / stage, own, data, _with_stage(title, own, finals))
         drawings |= {f"{stage}/{name}": draw for name, draw in named.items()}
     names = printable("".join([title, *map(str, data.get("class_names") or ())]))
     if drawings and (absent := fonts_for(names)[1]):
@@ -98,13 +99,14 @@ def write_report(run_dir: str | os.PathLike[str], say: Callable[[str], None] = l
 
 
 def _drawings_of_a_result(
-    evaluated: Mapping[str, Mapping[str, Any]], data: Mapping[str, Any], title: str
+    folder: Path, evaluated: Mapping[str, Mapping[str, Any]], data: Mapping[str, Any], title: str
 ) -> dict[str, Callable[[], Any]]:
     """Return what draws the evaluations of one stage, by file; None comes of what they do not hold."""
     found = distinct(evaluated)
     return {
         "per_class.png": lambda: _per_class(data, found, title) if data.get("counts") and found else None,
         "diversity.png": lambda: draw_diversity(found, title) if any(map(diversity_of, found.values())) else None,
+        **dict(drawings_of_measures(folder, data, title)),
     }
 
 

@@ -23,11 +23,14 @@ from typing import Any
 
 from aggregation.diversity import Diversity, metrics
 from aggregation.metrics import Scores
+from aggregation.predictions import Predictions
+from orchestration.cluster.failures import WorkerLost
 from orchestration.cluster.fleet import Fleet
 from orchestration.cluster.preemption import Preempted, PreemptionNotice
 from orchestration.cluster.transfer import Sent, send
 from orchestration.config.recipe import stage_classes
 from orchestration.config.run_config import RunConfig
+from orchestration.results.text import bytes_, in_one_line
 from orchestration.runs.checkpoint_writer import CheckpointWriter
 from orchestration.runs.console import Console
 from orchestration.runs.pause import Pause
@@ -36,6 +39,7 @@ from orchestration.runs.stage_data import check_same_files, describe_data, left_
 from orchestration.runs.stopping import GivenUp, Outcome, Stopped
 from orchestration.storage.checkpoint import Checkpoint, DamagedCheckpoint, verify
 from orchestration.storage.exports import weights_of
+from orchestration.storage.predictions import write_predictions
 from orchestration.storage.run_folder import RunFolder
 from orchestration.training.trainer import Interval
 
@@ -202,9 +206,43 @@ class StageRun:
                 self._evaluate(count=False)
                 self._save()
         write_evaluations(self.folder, self.config, self.stage, {"best": self.best, "last": self.last})
+        if self.step >= self.total_steps and self.stage in self.config.method.finals:
+            self._keep_predictions()
         self._note_memory()
         assert self.checkpoint is not None
         return Outcome(self.stage, self.step >= self.total_steps, self.total_steps, self.checkpoint)
+
+    def _keep_predictions(self) -> None:
+        """Keep what the last and the best weights say of every image. A failure costs a line: the stage is trained."""
+        if not self.config.run.predictions:
+            return
+        folders = [self.folder.path / "evaluation" / below for below in folders_of_results(self.config, self.stage)]
+        try:
+            kept = {"last": self._predicted()}
+            kept["best"] = kept["last"]
+            if self.best is not None and self.best["step"] != self.step:
+                # No step follows, so the workers need the last weights no more.
+                self.fleet.call("start_from", self._send(self.checkpoints.folder / self.best["checkpoint"]))
+                kept["best"] = self._predicted()
+            probabilities = self.config.method.gives_probabilities(self.stage)
+            write_predictions(folders, kept, len(self.counts), probabilities=probabilities)
+        except WorkerLost:
+            raise
+        except Exception as problem:
+            self.console.message(f"stage {self.stage}: predictions were not kept: {in_one_line(problem)}")
+
+    def _predicted(self) -> dict[str, Predictions]:
+        """Return what the workers' weights say of each split."""
+        members, limit = 1 + self.config.method.num_experts, self.config.run.predictions_mib
+        size = 2 * self.built[0]["test_images"] * members * len(self.counts)  # bytes of the scores in float16
+        with_scores = size <= limit * 2**20
+        if not with_scores:
+            self.run.message_once(
+                f"stage {self.stage}: scores of the test images would take {bytes_(size)}, more than "
+                f"run.predictions_mib = {limit}; kept without them: class, rank and confidence of every image"
+            )
+        found = {split: self.fleet.call("predict", split, with_scores) for split in self.splits}
+        return {split: Predictions.joined([p for p in parts if p is not None]) for split, parts in found.items()}
 
     def _note_memory(self) -> None:
         """Note in run.json, and say where there are GPUs, the most memory that each worker has held."""
@@ -394,13 +432,18 @@ def write_evaluations(folder: RunFolder, config: RunConfig, stage: str, state: d
     A stage that knows only some classes has a folder of its own: its numbers do not belong in the run's table. So has
     every final stage where there are several.
     """
+    for below in folders_of_results(config, stage):
+        folder.write_evaluation(f"{below}last", state["last"]["evaluation"])
+        folder.write_evaluation(f"{below}best", (state["best"] or state["last"])["evaluation"])
+
+
+def folders_of_results(config: RunConfig, stage: str) -> list[str]:
+    """Return the folders below evaluation/ that the results of a stage belong in: "", "<stage>/" or both."""
     method = config.method
     folders = [] if method.stages[stage].classes is not None or stage in method.finals[:-1] else [""]
     if method.stages[stage].classes is not None or (stage in method.finals and len(method.finals) > 1):
         folders.append(f"{stage}/")
-    for below in folders:
-        folder.write_evaluation(f"{below}last", state["last"]["evaluation"])
-        folder.write_evaluation(f"{below}best", (state["best"] or state["last"])["evaluation"])
+    return folders
 
 
 def metrics_of(split: str, result: dict[str, Any]) -> dict[str, float]:

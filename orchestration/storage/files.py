@@ -14,12 +14,12 @@ from experts.data.names import HANDLER
 CONFIG, RUN, DATA, LOCK = "config.yaml", "run.json", "data.json", ".lock"
 
 
-def write_atomic(path: Path, text: str) -> None:
+def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a whole file or nothing: to a scratch file beside it, flushed to disk, then renamed onto it."""
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        with open(scratch, "w", encoding="utf-8", errors=HANDLER) as file:
-            file.write(text)
+        with open(scratch, "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode(errors=HANDLER))
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from aggregation.aggregator import Outputs
+from aggregation.predictions import Predictions
 from aggregation.tally import States, Tally
 from experts.batches import Replica
 from experts.eval_batches import EvalBatches
@@ -35,23 +36,59 @@ def evaluate(setup: StageSetup, split: str, beat: Callable[[], None]) -> States 
     Raises:
         ValueError: scores are not finite, or the aggregator cannot be applied to these weights.
     """
+    tally = Tally(setup.aggregator, setup.expert_names)
+    for outputs, labels_B in _outputs(setup, split):
+        if setup.mesh.slot == 0:  # after the gather every slot holds the same; one counts
+            tally.add(outputs, labels_B)
+        beat()
+    states = tally.states() if setup.mesh.slot == 0 else None
+    beat()  # the host has waited for the device
+    return states
+
+
+@torch.no_grad()
+def predict(setup: StageSetup, split: str, beat: Callable[[], None], *, logits: bool) -> Predictions | None:
+    """Return what the ensemble and its experts say of this replica's share of a split. Every worker must take part.
+
+    Args:
+        setup: of the stage.
+        split: "test" or "val".
+        beat: called after every batch.
+        logits: whether to keep the scores of all classes, too.
+
+    Returns:
+        None on workers that are not of the first slot, and for a share without images.
+
+    Raises:
+        ValueError: as `evaluate`.
+    """
+    parts = []
+    for outputs, labels_B in _outputs(setup, split):
+        if setup.mesh.slot == 0 and len(labels_B):
+            experts = dict(zip(setup.expert_names, outputs.logits_EBC.unbind(), strict=True))
+            members = {**setup.aggregator.members(outputs), **experts}
+            parts.append(Predictions.of_batch(members, labels_B, logits=logits))
+        beat()
+    return Predictions.joined(parts) if parts else None
+
+
+def _outputs(setup: StageSetup, split: str) -> Iterator[tuple[Outputs, Tensor]]:
+    """Yield what the experts say of this replica's share of a split, with the labels. Every worker must take part.
+
+    Raises:
+        ValueError: the aggregator cannot be applied to these weights.
+    """
     mesh = setup.mesh
     if not setup.config.engine.sync_batchnorm:  # replicas have statistics of their own: all score with the first's
         mesh.broadcast_buffers(setup.model)
     setup.model.eval()  # the next step sets the training mode again
     numbers_EK = setup.numbers_of_experts()
     setup.aggregator.check(numbers_EK)
-    tally = Tally(setup.aggregator, setup.expert_names)
     batches = EvalBatches(setup.scored(split), setup.dataset.config, setup.scored_at_once, setup.replica)
     for images_B3HW, labels_B in batches:
         with casting(setup.config.engine, mesh.device):
             logits_EBC, gates_EB = setup.model.outputs(images_B3HW, mesh.gather)
-        if mesh.slot == 0:  # after the gather every slot holds the same; one counts
-            tally.add(Outputs(logits_EBC, numbers_EK, gates_EB), labels_B)
-        beat()
-    states = tally.states() if mesh.slot == 0 else None
-    beat()  # the host has waited for the device
-    return states
+        yield Outputs(logits_EBC, numbers_EK, gates_EB), labels_B
 
 
 def prepare_objective(setup: TrainingSetup, beat: Callable[[], None]) -> None:

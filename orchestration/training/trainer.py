@@ -34,6 +34,7 @@ from typing import Any
 
 from torch import Tensor
 
+from aggregation.predictions import Predictions
 from experts.batches import Batch
 from experts.data.dataset import Dataset
 from orchestration.config.run_config import RunConfig
@@ -211,6 +212,11 @@ class StageTrainer:
         """Score a split; see `evaluation.evaluate`."""
         use_precision(self.setup.config.engine, self.setup.mesh.device)
         return evaluation.evaluate(self.setup, split, self._alive)
+
+    def predict(self, split: str, *, logits: bool) -> Predictions | None:
+        """Return what the ensemble and its experts say of a split; see `evaluation.predict`."""
+        use_precision(self.setup.config.engine, self.setup.mesh.device)
+        return evaluation.predict(self.setup, split, self._alive, logits=logits)
 
     # Checkpoints
 

@@ -23,6 +23,7 @@ def fail(*_, **__):
 
 def test_faults_after_the_last_step_cost_a_line_each(warm, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("orchestration.results.style.save_figure", fail)
+    monkeypatch.setattr("orchestration.runs.stage_run.write_predictions", fail)
     monkeypatch.setattr("orchestration.tracking.uploader.State", fail)  # of an uploader that ended badly
     monkeypatch.setattr("orchestration.tracking.uploader.Uploader.send_message", lambda *_: None)
     folder = tmp_path / "price $_$ up"
@@ -31,7 +32,8 @@ def test_faults_after_the_last_step_cost_a_line_each(warm, tmp_path, monkeypatch
     assert read_json(folder / "run.json")["status"] == "finished"
     assert (folder / "report" / "table.txt").read_text() == printed
     pictures = ["curves", "class_counts", "per_class"]
-    *drawn, sent = [line for line in said.splitlines() if "put in" in line]
+    kept, *drawn, sent = [line for line in said.splitlines() if "put in" in line]
+    assert kept == "stage train: predictions were not kept: RuntimeError: put in"
     assert drawn == [f"expertail: report/{name}.png was not drawn: RuntimeError: put in" for name in pictures]
     assert sent == f"tracking: RuntimeError: put in; later: expertail sync {folder}"
     assert json.loads((folder / "export" / "last" / "model.json").read_text())["class_names"]
