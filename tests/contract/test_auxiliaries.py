@@ -460,8 +460,9 @@ def test_a_step_that_is_not_finite_moves_no_memory_and_no_copy(which):
 
 
 def test_a_loss_that_is_not_finite_is_found_in_its_auxiliary():
-    trainer = trainer_of(config_of())
-    name = registry.registered_names("auxiliary")[0]
+    config = config_of()
+    trainer = trainer_of(config)
+    name = next(iter(config.method.stages["train"].auxiliaries.values())).name
     cls = registry.piece("auxiliary", name)
     broken = lambda self, seen, now: seen.embedded_VBd.sum() * float("nan")  # noqa: E731
     with patch.object(cls, "loss", broken), pytest.raises(FloatingPointError, match=f"auxiliary x_{name}/expert0"):
