@@ -228,6 +228,19 @@ def blank_ensemble(description: Description) -> Ensemble:
     return build_ensemble(config, seed=0)
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What an ensemble says of images.
+
+    Attributes:
+        probabilities_BC: of the ensemble, float32.
+        experts_EBC: of each expert alone, float32.
+    """
+
+    probabilities_BC: NDArray[np.float32]
+    experts_EBC: NDArray[np.float32]
+
+
 class ServedModel:
     """A loaded ensemble.
 
@@ -277,6 +290,31 @@ class ServedModel:
         if np.isnan(found[:, -1]).any():
             raise ValueError(self.aggregator.undecided)
         return np.ascontiguousarray(found[:, :-1])
+
+    def ask(self, images: Sequence[Tensor]) -> Answers:
+        """Return what ensemble and experts say of images of any size, each brought to the network as in evaluation.
+
+        Args:
+            images: at least one, uint8 [3, H, W] as `decode_file` reads them. A model of grey images sees their luma.
+
+        Raises:
+            ValueError: as `outputs`, or the aggregator has no answer.
+        """
+        with torch.inference_mode(), exact_float32():
+            squares = [frame(self._channels(i), self._dataset.image_size, self._dataset.eval.resize) for i in images]
+            batch = to_device(torch.stack(squares), self._device)
+            outputs = self.outputs(prepare_eval(batch, self._dataset))
+            found, experts = self._probabilities(outputs), outputs.logits_EBC.softmax(dim=2).float()
+        if found[:, -1].isnan().any():
+            raise ValueError(self.aggregator.undecided)
+        return Answers(found[:, :-1].cpu().numpy(), experts.cpu().numpy())
+
+    def _channels(self, image_3HW: Tensor) -> Tensor:
+        """Return an image with as many channels as those of training."""
+        if self.description.image_shape[2] == 3:
+            return image_3HW
+        luma_3 = torch.tensor([299, 587, 114])  # ITU-R BT.601, as Pillow takes it, in thousandths
+        return ((image_3HW.int() * luma_3[:, None, None]).sum(dim=0, keepdim=True) + 500).div(1000).to(torch.uint8)
 
     def _probabilities(self, outputs: Outputs) -> Tensor:
         """Return float32 [B, C + 1]: probabilities, and a number that is NaN where the aggregator has no answer."""

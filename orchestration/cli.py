@@ -35,6 +35,7 @@ examples:
   expertail evaluate runs/ride-digits_lt-s0                                   measure a saved run again
   expertail evaluate RUN --weights test-time --distribution backward-50       learn the experts' weights without labels
   expertail evaluate RUN --unknown ~/data/others                              ... on images of no known class, too
+  expertail predict runs/ride-birds-s0 photos/ --csv                          class names for image files
   expertail sweep method.stages.h2t.flow.ratio=0,0.25,0.5 method=ride_h2t     one run per value, one table
   expertail sweep method=ce,ldam 'then=[joint,ncm,crt,lws]' dataset=digits_lt any loss with any classifier
   expertail regions runs/ride_h2t-digits_lt-s0 --classes 0,9                  decision regions before and after H2T
@@ -270,6 +271,26 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _predict_options(parser: argparse.ArgumentParser) -> None:
+    text = "run folder or its URL, an exported model's folder, or an MLflow model, e.g. models:/NAME@best"
+    parser.add_argument("source", metavar="RUN|MODEL", help=text)
+    parser.add_argument("files", nargs="+", metavar="FILE|FOLDER", help="images of any format and size")
+    parser.add_argument("--model", choices=("best", "last"), default="best", help="which of a run's (default: best)")
+    parser.add_argument("--stage", metavar="STAGE", default="", help="which of several final stages, e.g. crt")
+    parser.add_argument("--top", type=int, default=3, metavar="K", help="classes named for each image (default: 3)")
+    parser.add_argument("--csv", action="store_true", help="write CSV")
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from orchestration.commands.predict import Options, predict
+    from orchestration.results.text import show
+
+    how = Options(options.model, options.stage, options.top, options.csv)
+    text, whole = predict(options.source, options.files, how)
+    show(text)
+    return 0 if whole else 1
+
+
 def _regions_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="run folder or its URL, e.g. runs/ride_h2t-digits_lt-s0")
     parser.add_argument(
@@ -362,6 +383,7 @@ _COMMANDS = {
         "Show placement, sizes, steps and cost of a run; without --probe nothing is started.", _plan_options, _plan
     ),
     "evaluate": _Command("Measure a saved run again and print its table.", _evaluate_options, _evaluate),
+    "predict": _Command("Say what a trained ensemble takes image files for.", _predict_options, _predict),
     "regions": _Command(
         "Draw decision regions before and after a last stage that trains only heads.", _regions_options, _regions
     ),
