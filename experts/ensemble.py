@@ -265,6 +265,7 @@ class _Builder:
         if self.config.attention is None:
             return
         assert self.config.image_size is not None, "attention on maps of a size that is not known"
+        assert self.backbone.experts_have_maps, "attention without a map; a config is refused for it"
         shape = self.backbone.map_shape(self.config.image_size, reduce_dimension=self.config.reduce_dimension)
         with keyed_draws(self.seed, f"attention/{name}"):
             put_before_pooling(features, build("attention", self.config.attention, *shape))

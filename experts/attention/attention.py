@@ -32,16 +32,6 @@ class Attention(nn.Module, ABC):
         """Return a map of the same shape."""
 
 
-def put_before_pooling(features: nn.Module, attention: Attention) -> None:
-    """Let an expert's late stages take the mean of what attention makes of their last map.
-
-    Raises:
-        ValueError: the late stages do not end in a map.
-    """
-    stages: Any = features
-    if not isinstance(features, nn.Sequential) or not hasattr(stages, "pool"):
-        raise ValueError(
-            "method.attention: found an expert of backbone.split = branches, which has no last map of its own; needed "
-            "ride, last_stage, last_block or whole, or method.attention=null"
-        )
-    stages.pool = nn.Sequential(OrderedDict(attention=attention, mean=stages.pool))
+def put_before_pooling(features: Any, attention: Attention) -> None:
+    """Let late stages that end in a map and its mean take the mean of what attention makes of the map."""
+    features.pool = nn.Sequential(OrderedDict(attention=attention, mean=features.pool))

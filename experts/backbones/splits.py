@@ -110,6 +110,11 @@ class SplitResNet(ABC):
         """Return D."""
         return self.widths(reduce_dimension)[-1] * self.expansion
 
+    @property
+    def experts_have_maps(self) -> bool:
+        """Whether every expert has a last map of its own, that attention can be put on."""
+        return self.split != "branches"
+
     def map_shape(self, image_size: int, *, reduce_dimension: bool) -> tuple[int, int]:
         """Return the channels and the side of an expert's last map, before the mean over its positions.
 

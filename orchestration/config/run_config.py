@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from experts.data.config import DatasetConfig
 from experts.ensemble import EnsembleConfig
-from experts.registry import PieceOf, Settings, piece
+from experts.registry import PieceOf, Settings, build, piece
 from orchestration.config.method import MethodConfig
 from orchestration.config.recipe_checks import parts_that_learn
 
@@ -192,6 +192,7 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _data_fits(self) -> RunConfig:
         problems = [*name_problems(self), *data_problems(self), *view_problems(self), *precision_problems(self)]
+        problems += attention_problems(self)
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -248,6 +249,15 @@ def name_problems(config: RunConfig) -> Iterator[str]:
             yield f"method.stages: {stage!r} is no name of a stage; needed letters, digits, _ and - only"
         if stage in ("last", "best"):
             yield f"method.stages: {stage!r} is no name of a stage, but of the run's models; choose another"
+
+
+def attention_problems(config: RunConfig) -> Iterator[str]:
+    """Yield a problem if experts are to have attention on maps that they do not have."""
+    if config.method.attention is not None and not build("model", config.backbone).experts_have_maps:
+        yield (
+            f"method.attention.name = {config.method.attention.name}: found backbone.split = {config.backbone.split}, "
+            f"whose experts have no last map of their own; needed another split, or method.attention=null"
+        )
 
 
 def precision_problems(config: RunConfig) -> Iterator[str]:

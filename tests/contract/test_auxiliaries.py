@@ -363,18 +363,6 @@ def test_heads_that_follow_have_moved():
     assert len(moved) == 3
 
 
-def test_memories_have_moved_by_their_auxiliary_from_the_means_of_their_classes():
-    """They go on from there: within a few steps every centre stays near, and none stays."""
-    _, tensors = packed(heads_with_memory)
-    begun = trainer_of(heads_with_memory(IN_FLOAT64))
-    begun.prepare()
-    for name, mean_CD in begun.setup.model.state_dict().items():
-        if part_of(name) == "memory":
-            assert mean_CD.norm(dim=1).min() > 0
-            moved_C = (tensors[name] - mean_CD).norm(dim=1)
-            assert moved_C.min() > 0 and (moved_C < 0.1 * mean_CD.norm(dim=1)).all()
-
-
 def test_what_is_exported_has_no_auxiliaries(tmp_path):
     config = config_of()
     trainer = trainer_of(config)

@@ -328,6 +328,10 @@ AT = "method.stages.train.auxiliaries"
             ["method=ce", f"{AT}.c.name=centroid_margin"],
             "auxiliaries.c: .* trains the memory of head 'meta_embedding', found head 'linear'; set head.name=",
         ),
+        (
+            ["method=ce", "method.attention.name=modulated", "backbone.split=branches"],
+            "method.attention.name = modulated: found backbone.split = branches, .* needed another split",
+        ),
         (["method=ce", "method.head.name=meta_embedding"], "no auxiliary trains the memory of head 'meta_embedding'"),
         (
             ["method=ce", f"{AT}.p.name=paco", f"{AT}.p.momentum=0.9", f"{AT}.q.name=paco"],

@@ -1,0 +1,33 @@
+"""A head's memory begins at what the head was fitted to, and its auxiliary moves it from there.
+
+That this is the same on every placement, after a resume and in a replay is checked with that of auxiliaries.
+"""
+
+from experts.ensemble import part_of
+from tests.auxiliaries import heads_with_memory, take, trainer_of
+
+
+def memories(trainer):
+    state = trainer.setup.model.state_dict()
+    return {name: value.clone() for name, value in state.items() if part_of(name) == "memory"}
+
+
+def test_memories_move_by_their_auxiliary_from_the_means_of_their_classes():
+    """Within a few steps every centre stays near, and none stays."""
+    trainer = trainer_of(heads_with_memory("engine.precision=float64"))
+    assert not any(value.any() for value in memories(trainer).values())
+    trainer.prepare()
+    begun = memories(trainer)
+    take(trainer, 6)
+    assert len(begun) == 3
+    for name, mean_CD in begun.items():
+        assert mean_CD.norm(dim=1).min() > 0
+        moved_C = (memories(trainer)[name] - mean_CD).norm(dim=1)
+        assert moved_C.min() > 0 and (moved_C < 0.1 * mean_CD.norm(dim=1)).all()
+
+
+def test_a_stage_that_goes_on_with_such_a_head_does_not_fit_it_again():
+    method = heads_with_memory().method
+    assert method.fits_head_first("train")
+    later = method.stages["train"].model_copy(update={"head": None})
+    assert not method.model_copy(update={"stages": {**method.stages, "later": later}}).fits_head_first("later")
