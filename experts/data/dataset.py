@@ -4,6 +4,7 @@ raw set        every image as published, nothing decoded                    read
 splits         which images are trained, validated and tested on            splits.choose_splits
 quarantine     unreadable training images are left out, if allowed          images.decode_all
 stores         squares of pixels in memory, or files decoded on demand      images.ImageStore
+remarks        what was cut, is there twice or looks wrong                  remarks.Remark
 digest         a hash of the selection; a resumed run must have the same
 """
 
@@ -11,14 +12,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
+from experts.data.census import Census
 from experts.data.config import DatasetConfig
-from experts.data.decode import UnreadableImage, decode_file
+from experts.data.decode import UnreadableImage
+from experts.data.fingerprints import Fingerprint, of_contents, of_states
 from experts.data.images import (
     FileImages,
     ImageStore,
@@ -30,10 +33,10 @@ from experts.data.images import (
 from experts.data.pools import ArrayPool, FilePool, Pool
 from experts.data.readers import open_raw
 from experts.data.remarks import Remark, named, shown
+from experts.data.repeats import repeated_contents
 from experts.data.splits import choose_splits
 
 MIB = 2**20
-NUM_PROBED_FILES = 16  # enough to tell whether the images of a set share one shape
 _SHOWN = 3  # files in a message
 
 
@@ -63,9 +66,10 @@ class Dataset:
         train, val, test: stores; val is None where there is no validation set.
         digest: sha256 of the selection: pixels and labels of arrays; paths and labels of files, since hashing pixels
             would mean reading every file.
-        raw_image_shape: (height, width, channels) of the published images, None if they differ.
+        raw_image_shape: (height, width, channels) of the published images; None if they differ, or are not all decoded.
         left_out: unreadable training images. They are in no count, store or digest.
         remarks: what else became of the images that were found.
+        contents: fingerprints of the splits that were decoded, by name in words.
     """
 
     config: DatasetConfig
@@ -78,6 +82,14 @@ class Dataset:
     raw_image_shape: tuple[int, int, int] | None
     left_out: tuple[LeftOut, ...] = ()
     remarks: tuple[Remark, ...] = ()
+    contents: Mapping[str, Fingerprint] = field(default_factory=dict)
+
+    def fingerprints(self) -> dict[str, Fingerprint]:
+        """Return fingerprints of the splits that are files; of those that were not decoded, by sizes and times."""
+        stores = {"training": self.train, "validation": self.val, "test": self.test}
+        streamed = {split: store.files for split, store in stores.items() if isinstance(store, FileImages)}
+        states = {split: of_states(pool) for split, pool in streamed.items() if split not in self.contents}
+        return {**states, **self.contents}
 
     @property
     def num_classes(self) -> int:
@@ -139,7 +151,8 @@ def open_dataset(
     # A resumed run leaves out what it left out at its start, before anything is decoded.
     if left_out and isinstance(train, FilePool):
         train = train.take(np.flatnonzero(~np.isin(train.paths, [os.fsencode(path) for path in left_out])))
-    train_store, missing = _train_store(config, train, find_unreadable, beat)
+    decoding = _Decoding(config, find_unreadable, beat)
+    train_store, missing = decoding.train_store(train)
     if missing:
         train = train.take(np.setdiff1d(np.arange(len(train.labels)), list(missing)))
 
@@ -148,13 +161,22 @@ def open_dataset(
         raw.class_names,
         _counts_left(raw.class_names, train, missing),
         train_store,
-        None if val is None else _eval_store(config, val, "validation", find_unreadable, beat),
-        _eval_store(config, test, "test", find_unreadable, beat),
+        None if val is None else decoding.eval_store(val, "validation"),
+        decoding.eval_store(test, "test"),
         _digest(raw.class_names, train, val, test),
-        _raw_shape(train),
+        _raw_shape((train, val, test), decoding.seen),
         tuple(missing.values()),
-        (*raw.remarks, *remarks),
+        (*raw.remarks, *remarks, *_remarks(decoding.seen)),
+        {split: of_contents(census.contents) for split, (_, census) in decoding.seen.items()},
     )
+
+
+def _remarks(seen: Mapping[str, tuple[FilePool, Census]]) -> Iterator[Remark]:
+    """Yield what the files of those splits that were decoded tell."""
+    pools = {split: pool for split, (pool, _) in seen.items()}
+    yield from repeated_contents(pools, {split: census.contents for split, (_, census) in seen.items()})
+    for split, (pool, census) in seen.items():
+        yield from census.remarks(split, pool)
 
 
 def _counts_left(class_names: tuple[str, ...], train: Pool, missing: dict[int, LeftOut]) -> np.ndarray:
@@ -169,66 +191,79 @@ def _counts_left(class_names: tuple[str, ...], train: Pool, missing: dict[int, L
     return counts_C
 
 
-def _train_store(
-    config: DatasetConfig, pool: Pool, find_unreadable: bool, beat: Callable[[], None]
-) -> tuple[ImageStore, dict[int, LeftOut]]:
-    """Return the training images, and by position in the pool those that had to be left out.
+class _Decoding:
+    """Turns the files of splits into stores, and notes what was decoded on the way.
 
-    Raises:
-        ValueError: more images are unreadable than dataset.quarantine allows.
+    Attributes:
+        seen: files and census of each split that was decoded, by its name in words.
     """
-    if isinstance(pool, ArrayPool):
-        return resident_from_array(pool, config.image_size), {}
-    # Random crops of the whole picture need the file in every epoch. Resident images are cropped from their frame.
-    streamed = config.augment.crop_scale is not None and config.resident != "always"
-    files = FileImages(pool, config.image_size)
-    images = None if streamed else _memory_for(config, files)
-    problems = (
-        {}
-        if images is None and not find_unreadable
-        else decode_all(files, images, count_all=find_unreadable, beat=beat)
-    )
-    if problems and not find_unreadable:
-        raise next(iter(problems.values()))
-    if len(problems) > config.quarantine:
-        _refuse_quarantine(config, pool, problems)
 
-    missing = {
-        i: LeftOut(os.fsdecode(pool.paths[i]), int(pool.labels[i]), problem.reason) for i, problem in problems.items()
-    }
-    kept = np.setdiff1d(np.arange(len(files)), list(missing))
-    if images is not None:
-        return ResidentImages(images[torch.from_numpy(kept)] if missing else images, pool.labels[kept]), missing
-    return replace(files, files=pool.take(kept)) if missing else files, missing
+    def __init__(self, config: DatasetConfig, find_unreadable: bool, beat: Callable[[], None]) -> None:
+        self.config, self.find_unreadable, self.beat = config, find_unreadable, beat
+        self.seen: dict[str, tuple[FilePool, Census]] = {}
+
+    def train_store(self, pool: Pool) -> tuple[ImageStore, dict[int, LeftOut]]:
+        """Return the training images, and by position in the pool those that had to be left out.
+
+        Raises:
+            ValueError: more images are unreadable than dataset.quarantine allows.
+        """
+        config = self.config
+        if isinstance(pool, ArrayPool):
+            return resident_from_array(pool, config.image_size), {}
+        # Random crops of the whole picture need the file in every epoch. Resident images are cropped from their frame.
+        streamed = config.augment.crop_scale is not None and config.resident != "always"
+        files = FileImages(pool, config.image_size)
+        images = None if streamed else _memory_for(config, files)
+        if images is None and not self.find_unreadable:
+            return files, {}
+        census = Census(len(files))
+        problems = decode_all(files, images, count_all=self.find_unreadable, beat=self.beat, census=census)
+        if problems and not self.find_unreadable:
+            raise next(iter(problems.values()))
+        if len(problems) > config.quarantine:
+            _refuse_quarantine(config, pool, problems)
+
+        missing = {
+            i: LeftOut(os.fsdecode(pool.paths[i]), int(pool.labels[i]), problem.reason)
+            for i, problem in problems.items()
+        }
+        kept = np.setdiff1d(np.arange(len(files)), list(missing))
+        if missing:
+            pool, census = pool.take(kept), census.take(kept)
+        self.seen["training"] = pool, census
+        if images is not None:
+            return ResidentImages(images[torch.from_numpy(kept)] if missing else images, pool.labels), missing
+        return replace(files, files=pool), missing
+
+    def eval_store(self, pool: Pool, split: str) -> ImageStore:
+        """Return all validation or test images.
+
+        Raises:
+            UnreadableImage: an image cannot be read. Files that are decoded on demand are checked here only where the
+                training files are checked too.
+        """
+        config = self.config
+        if isinstance(pool, ArrayPool):
+            return resident_from_array(pool, config.image_size, config.eval.resize)
+        files = FileImages(pool, config.image_size, config.eval.resize)
+        images = _memory_for(config, files)
+        if images is not None or self.find_unreadable:
+            census = Census(len(files))
+            for problem in decode_all(files, images, beat=self.beat, census=census).values():
+                remedy = f"restore it: no {split} image is left out, dataset.quarantine is for training images alone"
+                raise UnreadableImage(problem.path, problem.reason, remedy)
+            self.seen[split] = pool, census
+        return files if images is None else ResidentImages(images, pool.labels)
 
 
 def _refuse_quarantine(config: DatasetConfig, pool: FilePool, problems: dict[int, UnreadableImage]) -> None:
-    shown = ", ".join(f"{problem.path} ({problem.reason})" for problem in list(problems.values())[:_SHOWN])
+    first = ", ".join(f"{shown(problem.path)} ({problem.reason})" for problem in list(problems.values())[:_SHOWN])
     more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     raise ValueError(
         f"dataset.quarantine = {config.quarantine}: {len(problems)} of {len(pool.labels)} training images cannot be "
-        f"read: {shown}{more}; restore them, or set dataset.quarantine={len(problems)} to train without them"
+        f"read: {first}{more}; restore them, or set dataset.quarantine={len(problems)} to train without them"
     )
-
-
-def _eval_store(
-    config: DatasetConfig, pool: Pool, split: str, find_unreadable: bool, beat: Callable[[], None]
-) -> ImageStore:
-    """Return all validation or test images.
-
-    Raises:
-        UnreadableImage: an image cannot be read. Files that are decoded on demand are checked here only where the
-            training files are checked too.
-    """
-    if isinstance(pool, ArrayPool):
-        return resident_from_array(pool, config.image_size, config.eval.resize)
-    files = FileImages(pool, config.image_size, config.eval.resize)
-    images = _memory_for(config, files)
-    if images is not None or find_unreadable:
-        for problem in decode_all(files, images, beat=beat).values():
-            remedy = f"restore it: no {split} image is left out, dataset.quarantine is for training images alone"
-            raise UnreadableImage(problem.path, problem.reason, remedy)
-    return files if images is None else ResidentImages(images, pool.labels)
 
 
 def _memory_for(config: DatasetConfig, files: FileImages) -> torch.Tensor | None:
@@ -258,12 +293,17 @@ def _digest(class_names: tuple[str, ...], *pools: Pool | None) -> str:
     return digest.hexdigest()
 
 
-def _raw_shape(pool: Pool) -> tuple[int, int, int] | None:
-    if isinstance(pool, ArrayPool):
-        channels, height, width = pool.images.shape[1:]
+def _raw_shape(
+    pools: Sequence[Pool | None], seen: Mapping[str, tuple[FilePool, Census]]
+) -> tuple[int, int, int] | None:
+    train = pools[0]
+    if isinstance(train, ArrayPool):
+        channels, height, width = train.images.shape[1:]
         return height, width, channels
-    positions = np.linspace(0, len(pool.labels) - 1, NUM_PROBED_FILES).astype(int)
-    shapes = {tuple(decode_file(pool.path(int(i))).shape) for i in np.unique(positions)}
+    # One image of another size in a hundred thousand is enough: of files that are not decoded here, nobody knows.
+    if len(seen) < sum(pool is not None for pool in pools):
+        return None
+    shapes = {shape for _, census in seen.values() for shape in census.shapes}
     if len(shapes) > 1:
         return None
     channels, height, width = shapes.pop()

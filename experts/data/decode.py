@@ -26,6 +26,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
+from experts.data.kinds import formats
 from experts.data.resampling import resample
 
 with contextlib.suppress(ImportError):
@@ -37,6 +38,7 @@ with contextlib.suppress(ImportError):
 decode_jpeg = getattr(torch.ops.image, "decode_jpeg", None)
 MODE_RGB = 3  # torchvision.io.ImageReadMode.RGB
 JPEG_START = b"\xff\xd8\xff"
+_DEEP_FORMATS = ("PNG", "PPM")  # their grey of 16 bits is 32 bits wide in Pillow; PPM's is scaled to 65535 there
 MAX_PIXELS = 89_478_485  # Pillow's own limit, 256 MiB as RGB; a file of 1 KB can claim 12 GB
 MAX_ASPECT = 1000  # of a thinner image, resizing the short side to image_size makes the long one huge
 _BARE_MARKERS = {0x01, *range(0xD0, 0xD8)}  # markers of a JPEG that have no length
@@ -69,15 +71,15 @@ _RESTORE = "restore it, take it out of the set, or let dataset.quarantine leave 
 
 
 def decode_file(path: str) -> Tensor:
-    """Read one image file as RGB.
+    """Read one image file as RGB; see `read_file` and `decode`."""
+    return decode(path, read_file(path))
 
-    Damage that leaves a file decodable, such as a flipped bit in the middle of a JPEG, goes unnoticed.
 
-    Returns:
-        uint8 [3, H, W].
+def read_file(path: str) -> bytes:
+    """Return what a file holds.
 
     Raises:
-        UnreadableImage: the file is missing, empty, truncated, too large or not an image; names it.
+        UnreadableImage: the file is missing or empty; names it.
         OSError: this process may open no more files, or has no memory.
     """
     try:
@@ -90,6 +92,22 @@ def decode_file(path: str) -> Tensor:
         raise UnreadableImage(path, f"cannot be read ({error.strerror})", remedy) from None
     if not data:
         raise UnreadableImage(path, "an empty file, needed an image", _RESTORE)
+    return data
+
+
+def decode(path: str, data: bytes) -> Tensor:
+    """Return an image as RGB. Damage that leaves it decodable, as a flipped bit in a JPEG's middle, goes unnoticed.
+
+    Args:
+        path: of its file, for messages.
+        data: the file.
+
+    Returns:
+        uint8 [3, H, W].
+
+    Raises:
+        UnreadableImage: the file is truncated, too large or not an image; names it.
+    """
     try:
         if decode_jpeg is not None and data.startswith(JPEG_START):
             height, width = _size_of_jpeg(data)
@@ -104,10 +122,10 @@ def decode_file(path: str) -> Tensor:
 
 
 def _decode_with_pillow(data: bytes) -> Tensor:
-    with Image.open(io.BytesIO(data)) as opened:
+    with Image.open(io.BytesIO(data), formats=formats()) as opened:
         _refuse_size(opened.height, opened.width)
         image: Image.Image = opened
-        if opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format == "PNG"):
+        if opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format in _DEEP_FORMATS):
             # Pillow would clip 16-bit grey at 255 instead of scaling it
             image = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
         elif opened.mode in ("I", "F"):

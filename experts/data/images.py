@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experts.data.census import Census
 from experts.data.cpus import usable_cpus
-from experts.data.decode import UnreadableImage, decode_file, frame, resized_crop
+from experts.data.decode import UnreadableImage, decode, decode_file, frame, read_file, resized_crop
 from experts.data.pools import ArrayPool, FilePool
 from experts.data.transfer import to_device
 
@@ -140,6 +141,7 @@ def decode_all(
     *,
     count_all: bool = False,
     beat: Callable[[], None] = lambda: None,
+    census: Census | None = None,
 ) -> dict[int, UnreadableImage]:
     """Decode every file once, on one thread per usable CPU; decoding a JPEG releases Python's global lock.
 
@@ -147,16 +149,21 @@ def decode_all(
         out: uint8 [N, 3, S, S], filled with the images; None only checks that they can be read.
         count_all: go on after the first one that cannot be read.
         beat: called after every file, from any of the threads.
+        census: notes what each file is like.
 
     Returns:
         The errors of unreadable images, by position, ascending; their rows of `out` are undefined.
     """
 
-    def decode(positions: np.ndarray) -> dict[int, UnreadableImage]:
+    def decode_piece(positions: np.ndarray) -> dict[int, UnreadableImage]:
         unreadable = {}
         for position in positions.tolist():
             try:
-                image = decode_file(files.files.path(position))
+                path = files.files.path(position)
+                data = read_file(path)
+                image = decode(path, data)
+                if census is not None:
+                    census.note(position, data, image)
                 if out is not None:
                     out[position] = frame(image, files.image_size, files.resize)
             except UnreadableImage as problem:
@@ -170,7 +177,7 @@ def decode_all(
     pieces = np.array_split(np.arange(len(files)), -(-len(files) // 256))
     with ThreadPoolExecutor(max_workers=usable_cpus()) as threads:
         # In the order of the pieces, so that the first error found is the first in the set, whichever thread is faster.
-        for done in [threads.submit(decode, piece) for piece in pieces]:
+        for done in [threads.submit(decode_piece, piece) for piece in pieces]:
             found |= done.result()
             if found and not count_all:
                 threads.shutdown(cancel_futures=True)

@@ -213,7 +213,8 @@ class Worker:
             folders = {name: held.enter_context(received(folder)) for name, folder in teachers.items()}
             self.trainer = StageTrainer(config, stage, dataset, mesh, folders)
         seconds = {"data_s": opened - begun, "engine_s": time.perf_counter() - opened}
-        return {**self._facts(dataset), **seconds}
+        files = {} if seat.rank else dataset.fingerprints()  # for the driver, of what one worker sees
+        return {**self._facts(dataset), "files": files, **seconds}
 
     def _join(self, seat: Seat) -> Mesh:
         """Join the world of this stage's workers, and return our place in it."""

@@ -305,11 +305,12 @@ def _lists(config: Any, root: str) -> Iterator[tuple[str, Path]]:
 
 def _class_folders(root: Path) -> dict[str, str]:
     """Return digests of the class folders' names, and of the first image of the first and of the last class."""
+    from experts.data.files import class_folders, split_folders
+
     found = {}
     # Without split folders the classes lie in the root itself, which the empty name stands for.
-    for split in [s for s in ("train", "val", "test") if (root / s).is_dir()] or [""]:
-        classes = sorted(entry.name for entry in os.scandir(root / split) if entry.is_dir())
-        classes = [name for name in classes if not name.startswith(".")]
+    for split in split_folders(str(root)).values() or [""]:
+        classes = class_folders(str(root / split))
         if not classes:
             raise ValueError(f"dataset.root = {root}: no class folder in {split or 'it'}; needed one per class")
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,8 @@ from aggregation.aggregator import Outputs
 from aggregation.serving import ServedModel, load_model
 from experts.batches import Replica
 from experts.data.dataset import Dataset, open_dataset
-from experts.data.images import ImageStore
+from experts.data.fingerprints import of_read, of_states, replaced, touched
+from experts.data.images import FileImages, ImageStore
 from experts.eval_batches import EvalBatches
 from orchestration.config.compose import from_yaml
 from orchestration.config.list_paths import absolute_lists, moved_lists
@@ -247,16 +249,36 @@ def _open_split(folder: Path, config: RunConfig, data: dict[str, Any], split: st
     if dataset.digest != data["digest"]:
         total = data.get("total", "?")
         raise ValueError(
-            f"dataset.root = {config.dataset.root}: this is not the data of the run: found digest "
+            f"dataset.root = {dataset.config.root}: this is not the data of the run: found digest "
             f"{dataset.digest[:12]} ({int(dataset.counts_C.sum())} training images), needed {data['digest'][:12]} "
             f"({total}); set dataset.root to the folder that the run was trained from"
         )
     store = dataset.test if split == "test" else dataset.val
+    _refuse_replaced(dataset, split, store, data.get("files", {}))
     if store is None:
         raise ValueError(
             f"--split {split}: the run's dataset {config.dataset.name} has no validation set; use --split test"
         )
     return store, dataset
+
+
+def _refuse_replaced(dataset: Dataset, split: str, store: ImageStore | None, files: Mapping[str, Any]) -> None:
+    """Refuse to measure files that hold other data than the run's, under the same names."""
+    name = {"test": "test", "val": "validation"}[split]
+    old, new = files.get(name), dataset.contents.get(name)
+    if old is None:  # images of an array, or a run of an older version
+        return
+    if new is None and isinstance(store, FileImages):
+        new = of_read(store.files) if "contents" in old else of_states(store.files)
+    if new is None:
+        return
+    if problem := replaced(name, old, new):
+        raise ValueError(
+            f"dataset.root = {dataset.config.root}: this is not the data of the run: {problem}; set dataset.root to "
+            f"the folder that the run was trained from"
+        )
+    if doubt := touched(name, old, new):
+        print(f"expertail: {doubt}", file=sys.stderr)
 
 
 def save_evaluation(folder: Path, name: str, evaluation: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from aggregation.metrics import groups_by_count, groups_by_index
 from experts.data.config import DatasetConfig
+from experts.data.fingerprints import replaced, touched
 from orchestration.results.text import plural
 
 
@@ -29,6 +30,30 @@ def check_same_files(dataset: DatasetConfig, digests: Sequence[str], hosts: Sequ
             f"{digests[0][:12]} and {digests[other][:12]}); needed the same on every node; copy them, or put them on "
             f"storage that all nodes share"
         )
+
+
+def check_not_replaced(dataset: DatasetConfig, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Refuse files that hold other data than when the run began, under the same names.
+
+    Args:
+        dataset: of the run.
+        old: `files` of data.json; empty for a run that is new, or of an older version.
+        new: the same, as the files are now.
+
+    Returns:
+        Sentences about files that may be others.
+
+    Raises:
+        ValueError: they are others.
+    """
+    splits = [split for split in new if split in old]
+    for split in splits:
+        if problem := replaced(split, old[split], new[split]):
+            raise ValueError(
+                f"dataset.root = {dataset.root}: {problem}; put the old files back, or start a run with another "
+                f"run.name"
+            )
+    return [line for split in splits if (line := touched(split, old[split], new[split])) is not None]
 
 
 def left_out_message(dataset: DatasetConfig, left_out: Sequence[Mapping[str, Any]]) -> str:
@@ -62,6 +87,7 @@ def describe_data(dataset: DatasetConfig, facts: Mapping[str, Any], left_out: li
         "image_shape": facts["image_shape"],
         "left_out": left_out,
         "remarks": facts["remarks"],
+        "files": facts["files"],
         "groups": {
             "by_count": plain(groups_by_count(counts)),
             "by_index": plain(groups_by_index(counts, cuts)) if cuts else None,

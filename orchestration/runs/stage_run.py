@@ -35,10 +35,11 @@ from orchestration.runs.checkpoint_writer import CheckpointWriter
 from orchestration.runs.console import Console
 from orchestration.runs.pause import Pause
 from orchestration.runs.run import Run
-from orchestration.runs.stage_data import check_same_files, describe_data, left_out_message
+from orchestration.runs.stage_data import check_not_replaced, check_same_files, describe_data, left_out_message
 from orchestration.runs.stopping import GivenUp, Outcome, Stopped
 from orchestration.storage.checkpoint import Checkpoint, DamagedCheckpoint, verify
 from orchestration.storage.exports import weights_of
+from orchestration.storage.files import DATA, read_json
 from orchestration.storage.predictions import write_predictions
 from orchestration.storage.run_folder import RunFolder
 from orchestration.training.trainer import Interval
@@ -107,8 +108,11 @@ class StageRun:
         if left_out:
             run.message_once(left_out_message(self.config.dataset, left_out))
         data = describe_data(self.config.dataset, first, left_out or [])
-        for remark in data["remarks"]:
-            run.message_once(f"data: {remark['text']}")
+        before = read_json(self.folder.path / DATA)
+        same = before.get("digest") == data["digest"]  # else `write_data` refuses it
+        doubts = check_not_replaced(self.config.dataset, before.get("files", {}) if same else {}, data["files"])
+        for text in [*(remark["text"] for remark in data["remarks"]), *doubts]:
+            run.message_once(f"data: {text}")
         self.folder.write_data(data)
         self.num_data_classes = len(data["counts"])
         self.counts = [data["counts"][c] for c in stage_classes(self.config.method, self.stage, data["counts"])]

@@ -47,7 +47,10 @@ class FakeFleet:
         self.in_flight = 0
 
     def build(self, stage, teachers):
-        seen = {"class_names": list("0123456789"), "counts": [9] * 10, "image_shape": [1, 16, 16], "has_val": False}
+        seen = {"class_names": list("0123456789"), "counts": [9] * 10, "image_shape": [1, 16, 16], "has_val": False} | {
+            "remarks": [],
+            "files": {},
+        }
         return [seen | {"digest": "a" * 64, "steps_per_epoch": 4, "prepares": False}]
 
     def call(self, method, *args):

@@ -26,7 +26,10 @@ class FakeFleet:
         self.digests = digests
 
     def build(self, stage, teachers):
-        seen = {"class_names": list("0123456789"), "counts": [9] * 10, "image_shape": [1, 16, 16], "has_val": False}
+        seen = {"class_names": list("0123456789"), "counts": [9] * 10, "image_shape": [1, 16, 16], "has_val": False} | {
+            "remarks": [],
+            "files": {},
+        }
         return [seen | {"digest": digest, "steps_per_epoch": 3, "prepares": False} for digest in self.digests]
 
 

@@ -176,6 +176,7 @@ class FakeFleet:
             "image_shape": [1, 16, 16],
             "has_val": False,
             "remarks": [],
+            "files": {},
         }
         return [seen | {"digest": "a" * 64, "steps_per_epoch": 4, "prepares": False}]
 
