@@ -247,6 +247,9 @@ def _never_reached(stage: StageConfig) -> list[str]:
     switches = {f"objective.{key}": n for key, n in stage.objective.switches.items()}
     if stage.class_weights is not None:
         switches |= {f"class_weights.{key}": n for key, n in stage.class_weights.switches.items()}
+    ramps = {f"auxiliaries.{name}.weight": own.weight for name, own in stage.auxiliaries.items()}
+    ramps["objective_weight"] = stage.objective_weight
+    switches |= {f"{key}.after_epoch": ramp.after_epoch for key, ramp in ramps.items() if ramp.after_epoch is not None}
     return late + [f"{key} = {n}" for key, n in switches.items() if n >= stage.epochs]
 
 

@@ -64,6 +64,9 @@ def calls_of_one_step(trainer):
 
     if trainer.training.objective.prepares:
         trainer.prepare()
+    setup = trainer.training
+    if any(piece.looks(setup.progress(0)) for piece in setup.auxiliaries.pieces):
+        trainer.train(1)  # the pass before an epoch is no step
     calls = []
     words = ("reduce", "gather", "broadcast", "all_to_all", "alltoall", "scatter", "send", "recv", "barrier")
     kept = {name: method for name, method in vars(ProcessGroup).items() if any(word in name for word in words)}

@@ -408,6 +408,9 @@ def test_a_shortened_stage_lists_what_it_never_reaches():
     drops = "method.stages.train.lr_schedule.milestones=[{after_epoch:160,factor:0.1},{after_epoch:180,factor:0.01}]"
     text = describe(load_config([*CIFAR, "method.stages.train.epochs=170", drops]))
     assert "NOTE: the stage ends before the learning rate's drop after epoch 180\n" in text
+    weight = "method.stages.train.objective_weight={ramp: step, start: 0, end: 1, after_epoch: 170}"
+    text = describe(load_config([*CIFAR, "method.stages.train.epochs=170", weight]))
+    assert "objective_weight.after_epoch = 170" in text
 
 
 def test_many_workers_are_cut_short():
