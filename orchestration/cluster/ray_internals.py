@@ -84,11 +84,11 @@ def own_code_in_workers() -> Iterator[None]:
         usual(config, *args, **kwargs)
         config._py_driver_sys_path = _Replaced(config._py_driver_sys_path)
 
-    JobConfig.__init__ = begin  # type: ignore[method-assign]
+    JobConfig.__init__ = begin  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:
-        JobConfig.__init__ = usual  # type: ignore[method-assign]
+        JobConfig.__init__ = usual  # type: ignore[assignment,method-assign]
 
 
 class _Replaced(list[str]):

@@ -131,6 +131,7 @@ def _train(admitted: Admission, folder: RunFolder, marks: dict[str, float]) -> i
             f"do: stage {', '.join(outcome.cut)}); the same command with a larger limit, or none, goes on"
         )
     uploader.end("FINISHED", wait_s=config.tracking.final_wait_s)
+    say(f"report: {folder.path / 'report'}; models: {folder.path / 'export'}; expertail predict {folder.path} FILE ...")
     folder.wait_until_stored()
     return 0
 
@@ -171,6 +172,9 @@ class _Tracking:
             incomplete = f"tracking: {in_one_line(problem)}; later: expertail sync {self._folder.path}"
         if incomplete:
             show(incomplete, sys.stderr)
+        elif status == "FINISHED":
+            with contextlib.suppress(Exception):  # a courtesy
+                say(self._uploader.place() or "")
 
 
 def _report(config: RunConfig, folder: RunFolder, outcome: Outcome) -> None:

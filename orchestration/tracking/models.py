@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from aggregation.serving import DESCRIPTION
@@ -23,6 +24,7 @@ def download_model(uri: str, scratch: str) -> Path:
     Raises:
         ValueError: there is no such model, or it is not of a run.
     """
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a line for every file
     import mlflow
     from mlflow.exceptions import MlflowException
 

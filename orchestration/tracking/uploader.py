@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.config.paths import import_roots
+from orchestration.config.secrets import redact
+from orchestration.storage.files import read_config
+from orchestration.tracking import contents
 from orchestration.tracking.process import State, Target, incomplete_message
 from orchestration.tracking.uri import check_uri
 
@@ -95,6 +98,18 @@ class Uploader:
             if problem := State(self._run_dir, self._target).values.get("problem"):
                 return self._incomplete(problem)
         return self._incomplete(f"the uploader ended with code {code}, see {LOG_FILE}")
+
+    def place(self) -> str | None:
+        """Return where the run and its models are in MLflow, as one line without secrets; None if it is not there."""
+        values = State(self._run_dir, self._target).values
+        if "run_id" not in values:
+            return None
+        uri = redact(self._target.uri)
+        page = f"{uri.rstrip('/')}/#/experiments/{values['experiment_id']}/runs/{values['run_id']}"
+        shown = page if uri.startswith("http") else f"run {self._target.run_name}; mlflow ui --backend-store-uri {uri}"
+        models = contents.exported_models(self._run_dir)
+        name = contents.model_name(read_config(self._run_dir), self._target.experiment)
+        return f"MLflow: {shown}" + (f"; models:/{name}@{next(iter(models))}" if models else "")
 
     def _incomplete(self, problem: str) -> str:
         return incomplete_message(self._run_dir, self._target.uri, problem)
