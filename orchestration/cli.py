@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 done, 1 refused or failed, 2 wrong usage, 75 nodes were taken away, 130 and 143 stopped by
-        SIGINT and SIGTERM.
+        SIGINT and SIGTERM, 129, 138, 140 and 152 by SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU.
     """
     _print_any_text()
     parser = _parser()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import signal
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -51,7 +52,8 @@ def own_process_groups() -> Iterator[None]:
     """Keep the Ray processes that start inside this context out of this command's process group.
 
     A SIGTERM for the whole group (from `timeout`, a service manager, a batch system) asks this command to stop, and it
-    needs Ray for the checkpoint that it writes first. Ray has no setting for it, but calls one function in each new
+    needs Ray for the checkpoint that it writes first. Batch systems also send notices to each process of a job, which
+    would end those that do not know them. Ray has no setting for it, but calls one function in each new
     process before its program begins; all of them still end with this process.
     """
     from ray._private import utils
@@ -60,6 +62,9 @@ def own_process_groups() -> Iterator[None]:
 
     def begin() -> None:
         os.setpgrp()
+        for notice in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
+            if number := getattr(signal, notice, None):
+                signal.signal(number, signal.SIG_IGN)  # inherited by the program that begins, and by its workers
         end_with_parent()
 
     utils.set_kill_on_parent_death_linux = begin

@@ -27,7 +27,7 @@ from orchestration.results.text import in_one_line, printable, say, show
 from orchestration.runs.admission import Admission, admit
 from orchestration.runs.console import Console
 from orchestration.runs.driver import train
-from orchestration.runs.stopping import Outcome, Stopped
+from orchestration.runs.stopping import Outcome, Stopped, signals_stop
 from orchestration.storage.checkpoint import Checkpoints
 from orchestration.storage.exports import export_finals
 from orchestration.storage.files import CONFIG, evaluations, final_evaluations, write_atomic
@@ -107,7 +107,8 @@ def _train(admitted: Admission, folder: RunFolder, marks: dict[str, float]) -> i
         with Console(interval_s=config.run.log_interval_s, stream=sys.stderr) as console:
             console.message(f"run folder {folder.path}")
             outcome = train(admitted, folder, console, marks, uploader.begin)
-        _report(config, folder, outcome)
+        with signals_stop("its report was written"):
+            _report(config, folder, outcome)
     except BaseException as problem:
         # Record how the run ended, save what it has, and end the uploader, each even if the one before fails.
         stopped = isinstance(problem, Stopped | Preempted | KeyboardInterrupt)

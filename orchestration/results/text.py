@@ -9,12 +9,14 @@ import sys
 from collections.abc import Collection, Sequence
 from typing import TextIO
 
+from experts.data.names import HANDLER, readable
+
 _GAP = 2  # spaces between columns
 
 
 def printable(text: str) -> str:
     """Return a text that any stream takes: a byte that belonged to no character is written by its number."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    return readable(text)
 
 
 def show(text: str, stream: TextIO | None = None) -> None:
@@ -24,7 +26,7 @@ def show(text: str, stream: TextIO | None = None) -> None:
         return
     encoding = stream.encoding or "utf-8"
     try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+        print(text.encode(encoding, HANDLER).decode(encoding), file=stream, flush=True)
     except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError):  # else Python tries to write the rest when it ends, and fails
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -46,7 +46,7 @@ def train(
     Raises:
         ValueError, FloatingPointError: something an operator can change.
         WorkerLost: a stage's workers died more often than cluster.max_failures without a new checkpoint between.
-        Stopped: on SIGINT or SIGTERM, after a checkpoint.
+        Stopped: on a signal that asks for it, after a checkpoint.
         Preempted: nodes were taken away, after a checkpoint, and there is no room left.
     """
     # Signals after the connection: Ray sets a SIGTERM handler of its own when it connects.

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestration.results.text import say
+
+_AT_ONCE = (signal.SIGINT, signal.SIGTERM)
+"""The second of these ends a run at once."""
+_NOTICES = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU") if hasattr(signal, name))
+"""Sent by terminals that close and by batch systems before their limit, some of them more than once."""
+
 
 class Stopped(Exception):
-    """The run was asked to stop (Ctrl-C, SIGTERM) and has written a checkpoint."""
+    """The run was asked to stop, by Ctrl-C or a signal, and has written a checkpoint if it trained."""
 
     def __init__(self, signal_number: int, text: str) -> None:
         super().__init__(text)
@@ -25,7 +31,10 @@ class GivenUp(Exception):
 
 
 class StopSignals:
-    """Remembers SIGINT or SIGTERM until a checkpoint can be written. A second one acts at once.
+    """Remembers the first signal that asks for an end, until a checkpoint can be written.
+
+    A second Ctrl-C or SIGTERM acts at once. A notice (SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU) may be repeated, and may be
+    followed by a SIGTERM.
 
     Attributes:
         received: number of the signal; None before one came.
@@ -35,25 +44,57 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: int | None = None
         self.given_up = threading.Event()
+        self._at_once = 0
 
     @contextmanager
     def watch(self) -> Iterator[StopSignals]:
         """Catch signals until the context ends."""
-        old = {}  # restored at the end: Ray and the caller have handlers of their own
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with suppress(ValueError):  # not in the main thread: a test, or a notebook
-                old[number] = signal.signal(number, self._note)
-        try:
+        with _handled(self._note):
             yield self
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.received is not None:  # the second signal: end at once, without another checkpoint
-            raise KeyboardInterrupt
-        self.received = number
-        print(f"expertail: {signal.Signals(number).name}: stopping once a checkpoint is written", file=sys.stderr)
+        if number in _AT_ONCE:
+            self._at_once += 1
+            if self._at_once > 1:  # end without another checkpoint
+                raise KeyboardInterrupt
+        if self.received is None:
+            self.received = number
+            say(f"{signal.Signals(number).name}: stopping once a checkpoint is written")
+
+
+@contextmanager
+def signals_stop(what: str) -> Iterator[None]:
+    """End what runs inside this context at a signal, with an error that says so: no checkpoint is needed.
+
+    Args:
+        what: is going on, as the end of a sentence with "while".
+
+    Raises:
+        Stopped: a signal came.
+    """
+
+    def stop(number: int, frame: Any) -> None:
+        raise Stopped(number, f"stopped by {signal.Signals(number).name} while {what}; the same command goes on")
+
+    with _handled(stop):
+        yield
+
+
+@contextmanager
+def _handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Handle every signal that asks for an end, until the context ends."""
+    old = {}  # restored at the end: Ray and the caller have handlers of their own
+    for number in (*_AT_ONCE, *_NOTICES):
+        # What the caller ignores stays ignored: nohup, and shells that start a process to outlive them.
+        if number in _NOTICES and signal.getsignal(number) is signal.SIG_IGN:
+            continue
+        with suppress(ValueError):  # not in the main thread: a test, or a notebook
+            old[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, before in old.items():
+            signal.signal(number, before)
 
 
 @dataclass

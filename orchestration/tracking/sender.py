@@ -392,7 +392,10 @@ def main(arguments: list[str]) -> int:
     Standard input holds the target as one line of JSON, later a line with `finish`. Where it ends without one, the
     driver was killed: send the rest for 10 s and call the run KILLED.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `ray job stop` sends it to everybody; the driver says when to end
+    # Service managers and batch systems send these to everybody; the driver says when to end.
+    for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
+        if number := getattr(signal, name, None):
+            signal.signal(number, signal.SIG_IGN)
     set_priority(10)  # before the workers, which Ray has at 15; `follow` yields to them
     run_dir = Path(arguments[0])
     target = Target(**json.loads(sys.stdin.readline()))

@@ -44,7 +44,7 @@ def test_numbers_in_words():
 
 
 def test_an_error_is_one_line_that_any_stream_takes():
-    assert in_one_line(ValueError("caf\udce9.jpg\nmore")) == "ValueError: caf\\udce9.jpg"
+    assert in_one_line(ValueError("caf\udce9.jpg\nmore")) == "ValueError: caf\\xe9.jpg"
 
 
 @pytest.mark.parametrize("how", ["| head -c 1 >/dev/null", ">&-", ">/dev/full"])
