@@ -48,8 +48,9 @@ def spread(crossed: list[str], config: RunConfig) -> Mesh:
 
     One replica where heads are fitted, for which an echo has too few classes.
     """
-    experts = config.method.num_experts
-    replicas = 2 if all(stage.epochs for stage in config.method.stages.values()) else 1
+    method, experts = config.method, config.method.num_experts
+    fitted = [name for name, stage in method.stages.items() if not stage.epochs or method.fits_head_first(name)]
+    replicas = 1 if fitted else 2
     if experts == replicas == 1:
         pytest.skip("one worker: nothing crosses")
     sizes = (replicas, experts, replicas * experts)

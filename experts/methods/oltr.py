@@ -65,11 +65,11 @@ class ModulatedAttention(Attention):
 
 
 class Memory(nn.Module):
-    """One centre per class, [C, D]."""
+    """One centre per class, [C, D]; drawn at random until they are fitted."""
 
     def __init__(self, num_features: int, num_classes: int) -> None:
         super().__init__()
-        self.centre_CD = nn.Parameter(torch.zeros(num_classes, num_features))
+        self.centre_CD = nn.Parameter(torch.randn(num_classes, num_features))
 
 
 @register("head", "meta_embedding")
