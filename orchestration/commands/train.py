@@ -22,6 +22,7 @@ from orchestration.cluster.placement import shape_of, shapes_of, with_shape
 from orchestration.cluster.preemption import Preempted
 from orchestration.config.run_config import RunConfig
 from orchestration.results.measures_table import measures_lines
+from orchestration.results.page import PAGE, write_page
 from orchestration.results.run_table import run_table
 from orchestration.results.text import in_one_line, printable, say, show
 from orchestration.runs.admission import Admission, admit
@@ -132,7 +133,8 @@ def _train(admitted: Admission, folder: RunFolder, marks: dict[str, float]) -> i
             f"do: stage {', '.join(outcome.cut)}); the same command with a larger limit, or none, goes on"
         )
     uploader.end("FINISHED", wait_s=config.tracking.final_wait_s)
-    say(f"report: {folder.path / 'report'}; models: {folder.path / 'export'}; expertail predict {folder.path} FILE ...")
+    path = folder.path
+    say(f"report: {path / 'report' / PAGE}; models: {path / 'export'}; to use one: expertail predict {path} FILE ...")
     folder.wait_until_stored()
     return 0
 
@@ -191,6 +193,10 @@ def _report(config: RunConfig, folder: RunFolder, outcome: Outcome) -> None:
     (folder.path / "report").mkdir(exist_ok=True)
     write_atomic(folder.path / "report" / "table.txt", printable(_stored_table(config, folder)) + "\n")
     folder.update_run(status="finished" if outcome.finished else "stopped", ended=time.time())
+    try:
+        write_page(folder.path)
+    except Exception as problem:  # as of any picture
+        say(f"report/index.html was not written: {in_one_line(problem)}")
 
 
 def _draw(folder: RunFolder) -> None:

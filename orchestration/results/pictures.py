@@ -36,6 +36,7 @@ from orchestration.results.style import (
     BEST,
     GROUP_COLOURS,
     LAST,
+    draw_in_decades,
     draw_to,
     fonts_for,
     member_colour,
@@ -262,7 +263,7 @@ def _draw_lr(axes: Any, time: _Timeline) -> None:
         axes.plot(*_thin(x, y), color="#0b3d77", marker="." if len(y) < 60 else None)
         # A schedule with drops spans decades; one that ends at 0 has no logarithm.
         if np.nanmin(y) > 0 and np.nanmax(y) / np.nanmin(y) > 20:
-            axes.set_yscale("log")
+            draw_in_decades(axes.yaxis)
         else:
             axes.set_ylim(bottom=0)
 
@@ -384,7 +385,7 @@ def _fill_counts(axes: Any, counts: NDArray[Any]) -> None:
     else:
         for group in GROUPS:
             axes.fill_between(x, counts, where=groups == group, step="mid", color=GROUP_COLOURS[group], linewidth=0)
-    axes.set_yscale("log")
+    draw_in_decades(axes.yaxis)
     axes.set_ylim(bottom=0.8)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_ylabel("training images")

@@ -113,6 +113,13 @@ def set_figure_title(figure: Any, text: str) -> None:
     figure.suptitle(text, x=0.01, ha="left", fontsize=10, fontweight="bold")
 
 
+def draw_in_decades(axis: Any) -> None:
+    """Give an axis a logarithmic scale, with numbers as they are: Matplotlib's own labels are formulas."""
+    (axis.axes.set_yscale if axis.axis_name == "y" else axis.axes.set_xscale)("log")
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(lambda value, _: "")
+
+
 def shorten(name: str) -> str:
     """Cut a name to the length that fits on an axis; what is no character is shown by its number."""
     name = printable(name)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from orchestration.results.classifier_table import Entry, classifier_table
-from orchestration.results.style import GROUP_COLOURS, draw_to, new_figure, set_figure_title, shorten
+from orchestration.results.style import GROUP_COLOURS, draw_in_decades, draw_to, new_figure, set_figure_title, shorten
 from orchestration.results.tables import GROUPS
 from orchestration.results.text import decimals, text_table
 
@@ -161,7 +161,7 @@ def _figure(result: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> Any
             axes.set_ylim(0, 100)
             axes.grid(axis="x")
         elif x.min() > 0 and x.max() / x.min() > _WIDE:
-            axes.set_xscale("log")
+            draw_in_decades(axes.xaxis)
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 

@@ -145,7 +145,7 @@ def files(run_dir: Path) -> dict[str, str | Path]:
         if path.exists():
             found[path.name] = redact(path.read_text())
 
-    patterns = ("data.json", "evaluation/**/*.json", "report/**/*.png", "report/*.txt")
+    patterns = ("data.json", "evaluation/**/*.json", "report/**/*.png", "report/*.txt", "report/*.html")
     of_a_sweep = (SWEEP_FILE, "sweep.png", "table.txt")
     for path in sorted(path for pattern in patterns + of_a_sweep for path in run_dir.glob(pattern)):
         found[path.relative_to(run_dir).as_posix()] = path

@@ -38,6 +38,20 @@ def test_fonts_are_added_for_characters_that_the_usual_one_lacks(monkeypatch):
     assert style.fonts_for(f"a{owned}") == (["DejaVu Sans"], owned)
 
 
+@pytest.mark.parametrize("name", ["x", "y"])
+def test_an_axis_of_decades_has_no_formulas(name):
+    with style.picture_style():
+        made = style.new_figure(3, 2)
+        axes = made.add_subplot()
+        axes.plot([0.001, 20], [0.001, 20])
+        axis = getattr(axes, f"{name}axis")
+        style.draw_in_decades(axis)
+        made.canvas.draw()
+        shown = [label.get_text() for label in axis.get_ticklabels(which="both")]
+    assert {"0.001", "0.1", "10"} <= set(shown)
+    assert not any("$" in text or "^" in text for text in shown)
+
+
 @pytest.mark.parametrize("where", ["draw", "save"])
 def test_a_picture_that_fails_costs_itself_and_one_line(where, tmp_path, monkeypatch):
     def fail(*_):
