@@ -105,7 +105,9 @@ class StepDraws:
         """Return the same for a set of labels, whose quantities have names of their own."""
         return lambda name, make: self(f"{name}/{label_set}", make)
 
-    def of_rows(self, label_set: int = 0, *, whole: bool = False) -> Callable[[str, int], Tensor]:
+    def of_rows(
+        self, label_set: int = 0, *, whole: bool = False, made: slice = slice(0, 0)
+    ) -> Callable[[str, int], Tensor]:
         """Return a function that takes the name of a quantity and a width to uniform numbers, float64 [b, width].
 
         They lie in [0, 1), and are keyed by the image's row in the epoch.
@@ -113,12 +115,16 @@ class StepDraws:
         Args:
             label_set: 1 for the labels of the images that are blended in; a loss with draws has others for them.
             whole: for the images of the whole batch, in its order, and not for this replica's alone.
+            made: further rows, of those images that auxiliaries make for the batch, at most as many as it has.
         """
 
         def drawn(what: str, width: int) -> Tensor:
             def make(moment: Moment) -> np.ndarray:
                 rows = (moment.batch_first_row, moment.batch_images) if whole else (moment.first_row, moment.images)
-                return uniforms(self.key_of(moment.epoch, "objective", what, label_set), *rows, width)
+                own = uniforms(self.key_of(moment.epoch, "objective", what, label_set), *rows, width)
+                first, count = moment.batch_first_row + made.start, made.stop - made.start
+                more = uniforms(self.key_of(moment.epoch, "objective", what, label_set, "made"), first, count, width)
+                return np.concatenate([own, more]) if count else own
 
             return self(f"{what}/{width}/{label_set}", make)
 

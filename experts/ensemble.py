@@ -172,6 +172,11 @@ class EnsembleConfig:
         """D, the width of an expert's features."""
         return int(build("model", self.backbone).num_features(reduce_dimension=self.reduce_dimension))
 
+    @property
+    def trunk_channels(self) -> int:
+        """c, the channels of the trunk's output."""
+        return int(build("model", self.backbone).trunk_channels)
+
 
 def build_ensemble(config: EnsembleConfig, *, seed: int, only: Sequence[str] | None = None) -> Ensemble:
     """Build the trunk and some or all experts, on the CPU, in float32.

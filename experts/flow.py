@@ -54,12 +54,26 @@ class Network(Protocol):
         """Return `run(shared)`, the modules after all experts: "head" and "router", where a method has them."""
         ...
 
+    def made(self, h: Tensor, batch: Batch, progress: Progress) -> Sequence[Tensor]:
+        """Return images that the experts' auxiliaries make, as the trunk would put them out.
+
+        Args:
+            h: the trunk's output of all views, one under the other.
+            batch: whose images these are.
+            progress: where training stands.
+
+        Returns:
+            [g, ...] for each expert held here, or nothing at all. Their scores go below those of the batch; the step
+            adds their labels.
+        """
+        ...
+
     def show(self, features: Sequence[Tensor], scores: Tensor) -> None:
         """Let the experts' auxiliaries see a step.
 
         Args:
-            features: of all views, one under the other, [V B, D] for each expert held here.
-            scores: of the first view, before any exchange, [e, B, X].
+            features: of all views, one under the other, [V B, D] for each expert held here; more below is left out.
+            scores: of the first view, before any exchange, [e, B, X]; more below is left out.
         """
         ...
 

@@ -27,10 +27,10 @@ SHAPES = {"packed": (3, 1), "spread": (1, 1), "two replicas": (3, 2), "three by 
 
 
 def words_of(*more, weight=0.3) -> list[str]:
-    """Return RIDE with every auxiliary in its first case, but for those that know a head."""
+    """Return RIDE with every auxiliary in its first case, but for those that know a head and those that make images."""
     found = [*FEW_WORDS, *more]
-    names = registry.registered_names("auxiliary")
-    alone = [name for name in names if registry.piece("auxiliary", name).head is None]
+    pieces = {name: registry.piece("auxiliary", name) for name in registry.registered_names("auxiliary")}
+    alone = [name for name, own in pieces.items() if own.head is None and not own.makes]
     for place, name in enumerate(alone):
         ramp = f"{{ramp: linear, start: {weight}, end: 0}}"  # of the first two
         found += [f"method.stages.train.auxiliaries.x_{name}.name={name}"]
@@ -73,6 +73,17 @@ def heads_with_memory(*more):
     words += [f"method.attention.name={attention}", f"method.stages.train.auxiliaries.memory.name={trainer}"]
     words += ["method.stages.train.lr_factors.memory=0.1", "method.stages.train.optimizer.lr=0.05"]
     return load_config([*FEW_WORDS, *words, *more])
+
+
+@lru_cache
+def images_made(*more):
+    """Return RIDE with the auxiliary that makes images, from the second epoch on, beside one that sees two views."""
+    name = next(name for name in registry.registered_names("auxiliary") if registry.piece("auxiliary", name).makes)
+    at = "method.stages.train.auxiliaries"
+    words = [f"{at}.maker.name={name}", f"{at}.maker.after_epoch=1", f"{at}.two.name=supcon", f"{at}.two.weight=0.1"]
+    fields = registry.piece("auxiliary", name).Config.model_fields
+    words += [f"{at}.maker.{size}=3" for size in ("width", "centres") if size in fields]
+    return load_config([*FEW_WORDS, *words, "method.stages.train.optimizer.lr=0.01", *more])
 
 
 def trainer_of(config, mesh=None, stage="train") -> StageTrainer:

@@ -15,6 +15,9 @@ class Unwatched:
 
     views = 1
 
+    def made(self, h, batch, progress):
+        return ()
+
     def show(self, features, scores):
         pass
 

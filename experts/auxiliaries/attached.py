@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from experts.auxiliaries.auxiliary import Auxiliary, AuxiliarySettings
-from experts.ensemble import Ensemble, Expert, keyed_draws
+from experts.ensemble import Ensemble, EnsembleConfig, Expert, keyed_draws
 from experts.registry import build
 
 
 def attach(
     model: Ensemble,
     configs: Mapping[str, AuxiliarySettings],
-    num_features: int,
+    parts: EnsembleConfig,
     counts_C: Tensor,
     *,
     seed: int,
@@ -35,7 +35,7 @@ def attach(
     Args:
         model: on the CPU, with the weights that copies begin with.
         configs: of the auxiliaries, by name.
-        num_features: D.
+        parts: of the ensemble.
         counts_C: training images per class.
         seed: of the run.
         stage: its name.
@@ -47,7 +47,8 @@ def attach(
         for name, config in configs.items():
             if config.experts is None or expert_name in config.experts:
                 with keyed_draws(seed, f"auxiliary/{stage}/{name}/{expert_name}"):
-                    expert.auxiliaries[name] = build("auxiliary", config, num_features, counts_C)
+                    width = parts.trunk_channels if config.on_trunk else parts.num_features
+                    expert.auxiliaries[name] = build("auxiliary", config, width, counts_C)
                 auxiliaries_of(expert)[name].meet(expert.head)
         copied = {n: a.embed for n, a in auxiliaries_of(expert).items() if a.config.momentum_copy is not None}
         if copied:

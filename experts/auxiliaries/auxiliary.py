@@ -3,7 +3,7 @@
 An auxiliary has a loss of its own on the expert's features, modules that learn by it, and perhaps a memory. It is part
 of its expert, so that it is trained, saved and resumed as that is, and is left out when a model is exported.
 
-    embed(features)              of this replica's rows, with gradients
+    embed(features)              of this replica's rows, with gradients; or rows of the trunk's output, without
     ... rows of all replicas     the same on each; own rows keep their gradients
     loss(seen, now)              of the whole batch
     update(seen, lr, ok)         after the weights have moved: queues, moving means
@@ -44,6 +44,16 @@ class AuxiliarySettings(Settings):
     def views(self) -> int:
         """Views of every image that it looks at, 1 or 2."""
         return int(piece("auxiliary", self.name).views)
+
+    @property
+    def on_trunk(self) -> bool:
+        """Whether it sees the trunk's output; see `Auxiliary.on_trunk`."""
+        return bool(piece("auxiliary", self.name).on_trunk)
+
+    @property
+    def makes(self) -> bool:
+        """Whether it makes images; see `Auxiliary.makes`."""
+        return bool(piece("auxiliary", self.name).makes)
 
     @property
     def momentum_copy(self) -> float | None:
@@ -111,7 +121,7 @@ class Auxiliary(nn.Module):
 
     Args:
         config: the `Config` of the class.
-        num_features: D.
+        num_features: D, or channels of the trunk's output.
         counts_C: training images per class, int64.
 
     Attributes:
@@ -129,6 +139,11 @@ class Auxiliary(nn.Module):
     """Registered name of an augmentation of the first view, of whose draws the loss is told; see `Piece.told`."""
     head: ClassVar[str | None] = None
     """Registered name of the head whose memory it trains, and is given by `meet`; None: it knows no head."""
+    on_trunk: ClassVar[bool] = False
+    """Whether it sees the trunk's output, a row of c H W numbers for each image and without gradients, in place of
+    `embed`; `num_features` is c then."""
+    makes: ClassVar[bool] = False
+    """Whether it makes images of its own, that go on from the trunk; see generator.py."""
     capturable: bool = True
     """See `Objective.capturable`."""
     embed: nn.Module

@@ -127,6 +127,14 @@ class SplitResNet(ABC):
             side = -(-side // 2)  # a convolution of stride 2 keeps the odd row
         return self.widths(reduce_dimension)[-1] * self.expansion, side
 
+    @property
+    def trunk_channels(self) -> int:
+        """The channels of the trunk's output."""
+        if not self.num_shared_blocks:
+            return 3 if self.split == "whole" else self.planes[0]
+        stage, _ = self.places[self.num_shared_blocks - 1]
+        return self.planes[stage] * self.expansion
+
     def widths(self, reduce_dimension: bool) -> tuple[int, ...]:
         """Return the base width of every stage on the way through an expert; stages in the trunk keep their full width.
 

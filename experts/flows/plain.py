@@ -46,15 +46,16 @@ class Plain(Flow):
     ) -> Tensor:
         """See `Flow.__call__`."""
         given = batch.features
-        h = network.trunk(lambda trunk: trunk(_images(batch, network.views))) if given is None else None
+        h: Any = network.trunk(lambda trunk: trunk(_images(batch, network.views))) if given is None else None
+        made = network.made(h, batch, progress) if given is None else ()
 
-        def found_by(expert: Any) -> tuple[Tensor, Tensor]:
-            features = expert.features(h)
-            return features, expert.head(features if network.views == 1 else features[: len(batch.labels_B)])
+        def found_by(expert: Any, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            features = expert.features(h if more is None else torch.cat([h, more]))
+            return features, expert.head(_scored(features, len(batch.labels_B), network.views))
 
         def of_experts(experts: Any) -> tuple[list[Tensor], Tensor]:
             if given is None:
-                found = side_by_side(found_by, experts.values())
+                found = side_by_side(found_by, experts.values(), *([made] if made else []))
                 return [features for features, _ in found], torch.stack([scores for _, scores in found])
             scores = side_by_side(lambda expert, features: expert.head(features), experts.values(), given)
             return list(given), torch.stack(scores)
@@ -63,6 +64,13 @@ class Plain(Flow):
         scores = through_shared_head(network, scores)
         network.show(features, scores)
         return gather(scores)
+
+
+def _scored(features: Tensor, images: int, views: int) -> Tensor:
+    """Return the features of the first view, and of images below all views."""
+    if views == 1:
+        return features
+    return torch.cat([features[:images], features[views * images :]])
 
 
 def _images(batch: Batch, views: int) -> Tensor:

@@ -298,10 +298,31 @@ def _auxiliary_problems(name: str, stage: StageConfig, method: Recipe) -> Iterat
                 f"{at}: auxiliary '{config.name}' trains the memory of head '{needed}', found head '{found}'; set "
                 f"head.name={needed}, or remove it"
             )
+    yield from _maker_problems(stage)
     momenta = {key: own for key, config in stage.auxiliaries.items() if (own := config.momentum_copy) is not None}
     if len(set(momenta.values())) > 1:
         found = ", ".join(f"{key}.momentum = {value:g}" for key, value in momenta.items())
         yield f"auxiliaries: {found}; the network has one copy; set them equal"
+
+
+def _maker_problems(stage: StageConfig) -> Iterator[str]:
+    """Yield why auxiliaries of a stage cannot make images of their own."""
+    makers = {key: config for key, config in stage.auxiliaries.items() if config.makes}
+    if not makers:
+        return
+    key, config = next(iter(makers.items()))
+    at = f"auxiliaries.{key}: auxiliary '{config.name}' makes images"
+    if len(makers) > 1:
+        yield f"auxiliaries = {sorted(makers)}: {len(makers)} of them make images; needed one; remove the others"
+    if config.experts is not None:
+        yield f"{at} that all experts need alike, found experts = {list(config.experts)}; remove experts"
+    if stage.teachers:
+        yield f"{at}, which teachers have not seen; remove teachers or the auxiliary"
+    if stage.objective.whole_batch or not stage.objective.takes_mixed:
+        yield (
+            f"{at}, and objective '{stage.objective.name}' needs the training images as they are; set another "
+            f"objective.name, or remove it"
+        )
 
 
 def _views_problems(stage: StageConfig) -> Iterator[str]:

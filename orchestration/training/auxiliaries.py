@@ -2,6 +2,7 @@
 
 In a step, which a graph may replay:
 
+    made     = auxiliary.make(rows of the trunk's output)         # if it makes images; the flow goes on with them
     features = of all views, from the flow                        # own rows
     keys     = the momentum copy's, of the second view            # own rows, without gradients
     embedded = auxiliary.embed(features)                          # own rows
@@ -19,14 +20,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from experts.auxiliaries.attached import Following, auxiliaries_of
 from experts.auxiliaries.auxiliary import Auxiliary, AuxiliarySettings, Seen
-from experts.batches import Batch
+from experts.auxiliaries.generator import Generator
+from experts.batches import Batch, on_host
+from experts.batches import share as share_of
 from experts.draws import StepDraws
 from experts.ensemble import Ensemble
 from experts.precision import at_least_float32
@@ -84,6 +88,8 @@ class StageAuxiliaries:
             if getattr(head, "follows", False) and any(p.requires_grad for p in head.parameters())
         ]
         self._following = Following(model, momenta[0]) if momenta else None
+        self._makers = [name for name, config in configs.items() if config.makes]
+        self._trunk_rows: Tensor | None = None  # of a step, from the flow to the losses
 
     def __bool__(self) -> bool:
         """Whether anything looks at a step."""
@@ -93,6 +99,29 @@ class StageAuxiliaries:
     def pieces(self) -> list[Auxiliary]:
         """All of them; those of one name have the same phases."""
         return [auxiliary for own in self.held for auxiliary in own.values()]
+
+    def made(self, h: Tensor, batch: Batch, now: Progress) -> list[Tensor]:
+        """See `Network.made`; keeps the trunk's output for the losses."""
+        if not any(config.on_trunk for config in self.configs.values()):
+            return []
+        own = at_least_float32(h[: len(batch.labels_B)].detach()).flatten(1)
+        [[rows]] = self._everyones([[own]], len(batch.global_labels), "trunk's output for auxiliaries")
+        self._trunk_rows = rows
+        labels, share = self.made_labels(batch, now)
+        if not len(labels):
+            return []
+        [name] = self._makers
+        whole = on_host(batch).global_labels
+        found = [cast(Generator, pieces[name]).make(rows, whole, now, share) for pieces in self.held]
+        return [x.view(len(x), *h.shape[1:]).to(h.dtype) for x in found]
+
+    def made_labels(self, batch: Batch, now: Progress) -> tuple[np.ndarray, slice]:
+        """Return the labels of the images that are made in a step, int64 [G], and which of them this replica makes."""
+        if not self._makers:
+            return np.zeros(0, dtype=np.int64), slice(0, 0)
+        maker = cast(Generator, self.held[0][self._makers[0]])
+        labels = maker.made_labels(on_host(batch).global_labels, now)
+        return labels, slice(*share_of(len(labels), self._mesh.replica, self._mesh.shape.replicas))
 
     def losses(self, network: HeldModules, batch: Batch, now: Progress) -> tuple[Tensor, Watched]:
         """Return the losses of the whole batch, [e, A], 0 where an expert lacks the auxiliary; and what was shown.
@@ -159,14 +188,21 @@ class StageAuxiliaries:
         if not places:
             return
         piece = self.held[places[0]][name]
+        if piece.on_trunk:
+            assert self._trunk_rows is not None, "the flow has not asked what is made"
+            of_trunk = Seen(self._trunk_rows[None], None, None, batch.global_labels, self._mesh.shape.replicas)
+            for place in places:
+                seen[place][name] = of_trunk
+            return
         count, views = len(batch.labels_B), piece.config.views_together
         has_keys, classes = piece.config.momentum_copy is not None, piece.num_classes
-        rows = []
+        rows: list[list[Tensor]] = []
         for place in places:
             own = embedded[place][name]
             parts = [*own.view(views, count, *own.shape[1:])]
             parts += [keys[place][name]] if has_keys else []
-            parts += [scores[place][:, :classes]] if piece.sees_logits else []  # objectives may want further outputs
+            # Objectives may want further outputs, and images that were made lie below.
+            parts += [scores[place][:count, :classes]] if piece.sees_logits else []
             rows.append([at_least_float32(part) for part in parts])
         whole = self._everyones(rows, len(batch.global_labels), f"vectors of auxiliary {name}")
         drawn = draws.of_rows(whole=True)
@@ -236,6 +272,7 @@ def _embedded(auxiliaries: Mapping[str, Auxiliary], features: Tensor, images: in
     return {
         name: auxiliary.embed(features[: auxiliary.config.views_together * images])
         for name, auxiliary in auxiliaries.items()
+        if not auxiliary.on_trunk
     }
 
 

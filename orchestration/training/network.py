@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experts.batches import Batch
 from experts.draws import StepDraws
 from experts.ensemble import Ensemble
 from experts.flow import Result
+from experts.progress import Progress
 from orchestration.config.run_config import EngineConfig
 from orchestration.training.precision import casting
 
@@ -25,6 +27,7 @@ class HeldModules:
         draws: of the step, for flows.
         views: of every image, that auxiliaries want to see together.
         watched: whether there are auxiliaries.
+        make: see `Network.made`.
     """
 
     def __init__(
@@ -36,10 +39,11 @@ class HeldModules:
         *,
         views: int = 1,
         watched: bool = False,
+        make: Callable[[Tensor, Batch, Progress], Sequence[Tensor]] = lambda h, batch, progress: (),
     ) -> None:
         self.names = model.names
         self.draws, self.views = draws, views
-        self._watched = watched
+        self._watched, self._make = watched, make
         self._shown: tuple[Sequence[Tensor], Tensor] | None = None
         self._model, self._config, self._device = model, config, device
 
@@ -54,6 +58,10 @@ class HeldModules:
     def shared(self, run: Callable[[nn.ModuleDict], Result]) -> Result:
         """See `Network.shared`."""
         return self._run(run, self._model.shared)
+
+    def made(self, h: Tensor, batch: Batch, progress: Progress) -> Sequence[Tensor]:
+        """See `Network.made`."""
+        return self._make(h, batch, progress)
 
     def show(self, features: Sequence[Tensor], scores: Tensor) -> None:
         """See `Network.show`."""

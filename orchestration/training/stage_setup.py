@@ -91,7 +91,7 @@ class StageSetup:
             load_pretrained(model, method.backbone_weights)
         if auxiliaries := self.stage.auxiliaries:
             # After the pretrained weights, which copies of the network begin with.
-            attach(model, auxiliaries, parts.num_features, self.counts_C, seed=self.config.seed, stage=self.stage_name)
+            attach(model, auxiliaries, parts, self.counts_C, seed=self.config.seed, stage=self.stage_name)
         model.to(self.mesh.device, self.dtype).to(memory_format=self.memory_format)
         if self.config.engine.sync_batchnorm:
             self.mesh.synchronise_batchnorm(model)
@@ -182,6 +182,7 @@ class TrainingSetup(StageSetup):
             self.step_draws,
             views=max([1, *(auxiliary.views_together for auxiliary in self.stage.auxiliaries.values())]),
             watched=bool(self.auxiliaries),
+            make=self.auxiliaries.made,
         )
 
         train = self.dataset.train.to(mesh.device)  # once, for both streams
@@ -240,6 +241,7 @@ class TrainingSetup(StageSetup):
         """Whether the heads see the same of an image each time it is drawn, so that it can be computed once."""
         moving = self.learns & {"trunk", "features", "attention", "gates"} or self.stage.frozen_batchnorm == "train"
         other = self.stage.mixing is not None or self.stage.teachers or self.stage.views or not self.augment.is_off
+        other = other or any(auxiliary.on_trunk for auxiliary in self.stage.auxiliaries.values())
         return self.flow.takes_features and not moving and not other
 
     @property

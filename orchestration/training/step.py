@@ -16,6 +16,7 @@ from torch import Tensor
 
 from experts.batches import Batch
 from experts.batches import share as share_of
+from experts.data.transfer import to_device
 from experts.draws import Moment
 from experts.objective import ExtraInputs, StepContext
 from experts.progress import Progress
@@ -145,6 +146,10 @@ class TrainingStep:
 
         # Mixed images have two sets of labels, whose losses are blended; others have one set, with a share of 1.
         parts: list[tuple[Tensor | float, Tensor, Tensor]] = [(1.0, *setup.flow.labels(batch))]
+        made, own = setup.auxiliaries.made_labels(batch, now)
+        if len(made):  # their scores lie below those of the batch
+            here, everywhere = (to_device(labels, setup.mesh.device) for labels in (made[own], made))
+            parts = [(1.0, torch.cat([parts[0][1], here]), torch.cat([parts[0][2], everywhere]))]
         if (mixed := batch.mixed) is not None:
             parts = [(mixed.share, *parts[0][1:]), (mixed.rest, mixed.labels_B, mixed.global_labels)]
         seen_EBX, replicas = outputs_EBX, 1
@@ -154,7 +159,8 @@ class TrainingStep:
         total, terms = outputs_EBX.new_zeros(()), dict[str, Tensor]()
         for label_set, (share, labels, global_labels) in enumerate(parts):
             draws = setup.step_draws
-            given = replace(extra, draws=draws.of_rows(label_set, whole=whole), numbers=draws.of_labels(label_set))
+            of_rows = draws.of_rows(label_set, whole=whole, made=own)
+            given = replace(extra, draws=of_rows, numbers=draws.of_labels(label_set))
             context = StepContext(setup.objective.denominators(global_labels, now), now, given)
             loss, found = setup.objective(seen_EBX, global_labels if whole else labels, context)
             total = total + share * loss

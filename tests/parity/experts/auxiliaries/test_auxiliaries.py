@@ -235,7 +235,7 @@ class TestMomentumCopy:
         )
         model = build_ensemble(parts, seed=0)
         configs = {"p": PaCo.Config(queue_size=4, dim=2)}
-        attach(model, configs, parts.num_features, torch.tensor([3, 2, 1]), seed=0, stage="train")
+        attach(model, configs, parts, torch.tensor([3, 2, 1]), seed=0, stage="train")
         return model.double()
 
     def test_it_follows_by_its_momentum_for_several_steps(self):

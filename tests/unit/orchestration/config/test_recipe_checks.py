@@ -321,6 +321,16 @@ AT = "method.stages.train.auxiliaries"
         (["method=ce", f"{AT}.p.name=paco", f"{AT}.p.momentum=1"], "momentum.* less than 1"),
         (["method=ce", f"{AT}.m.name=moco", f"{AT}.m.momentum=1"], "m.momentum.* less than 1"),
         (["method=ce", f"{AT}.p.name=paco", f"{AT}.p.momentum=-0.1"], "momentum = -0.1: needed 0 or more"),
+        (["method=ride", f"{AT}.g.name=rsg", f"{AT}.g.experts=[expert0]"], "makes images that all experts need alike"),
+        (["method=ce", f"{AT}.g.name=rsg", f"{AT}.h.name=rsg"], "2 of them make images; needed one"),
+        (
+            ["method=lade", f"{AT}.g.name=rsg"],
+            "g: auxiliary 'rsg' makes images, and objective 'lade' needs the training images as they are",
+        ),
+        (
+            ["method=dive", f"{AT}.g.name=rsg"],
+            "g: auxiliary 'rsg' makes images, which teachers have not seen; remove teachers",
+        ),
         (["method=ride", f"{AT}.t.name=triplet", f"{AT}.t.experts=[expert7]"], "t.experts: found expert7; needed some"),
         (["method=ce", f"{AT}.cross_entropy.name=triplet"], "auxiliaries.cross_entropy: needed a name .* no other's"),
         (["method=ce", f"{AT}.t.name=tripplet"], "tripplet"),
