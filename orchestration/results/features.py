@@ -44,9 +44,11 @@ from orchestration.training.stage_setup import StageSetup
 
 PER_CLASS = 100
 """The most images of a class that are looked at."""
+_LEAST_PER_CLASS = 10  # on a plane; fewer show no heap
 _SHOWN_CLASSES = 10  # on a plane; more colours and marks could not be told apart
 _PER_GROUP = 3  # where there are more classes
-_LENGTH_IMAGES = 2000  # of all classes together, for the lengths
+_IMAGES = 2000  # of all classes together
+_PIXELS_ON_CPU = 2**23  # of all images together, where no GPU is at hand: 167 images of 224 x 224
 _DIGITS = 6  # of numbers that are saved
 
 
@@ -194,20 +196,22 @@ def _classes(asked: str, saved: SavedRun) -> list[int]:
 def _positions(saved: SavedRun, shown: Sequence[int]) -> NDArray[np.int64]:
     """Return which test images to look at: the first ones of each class, more of those that are shown."""
     labels_N, counts = saved.store.labels, np.asarray(saved.data["counts"])
+    budget = _IMAGES
+    if saved.device.type == "cpu":  # the driver of a cluster may have no GPU
+        budget = min(_IMAGES, _PIXELS_ON_CPU // saved.config.dataset.image_size**2)
     order = np.argsort(-counts, kind="stable")
-    if len(order) > _LENGTH_IMAGES:  # of so many classes some will do, from frequent to rare
-        order = order[np.linspace(0, len(order) - 1, _LENGTH_IMAGES).round().astype(int)]
-    each = int(np.clip(_LENGTH_IMAGES // len(order), 1, PER_CLASS))
-    wanted = np.zeros(len(counts), dtype=np.int64)
-    wanted[order] = each
-    wanted[list(shown)] = PER_CLASS
+    if len(order) > budget:  # of so many classes some will do, from frequent to rare
+        order = order[np.linspace(0, len(order) - 1, budget).round().astype(int)]
+    wanted_C = np.zeros(len(counts), dtype=np.int64)
+    wanted_C[order] = np.clip(budget // len(order), 1, PER_CLASS)
+    wanted_C[list(shown)] = np.clip(budget // len(shown), _LEAST_PER_CLASS, PER_CLASS)
     # The place of each image among those of its class, in the order of the split.
     by_class = np.argsort(labels_N, kind="stable")
-    sizes = np.bincount(labels_N, minlength=len(counts))
-    first = np.cumsum(sizes) - sizes
+    size_C = np.bincount(labels_N, minlength=len(counts))
+    first_C = np.cumsum(size_C) - size_C
     rank_N = np.empty(len(labels_N), dtype=np.int64)
-    rank_N[by_class] = np.arange(len(labels_N)) - first[labels_N[by_class]]
-    return np.flatnonzero(rank_N < wanted[labels_N])
+    rank_N[by_class] = np.arange(len(labels_N)) - first_C[labels_N[by_class]]
+    return np.flatnonzero(rank_N < wanted_C[labels_N])
 
 
 # Networks

@@ -1,14 +1,17 @@
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from aggregation.projection import project
 from experts.ensemble import build_ensemble
 from orchestration.cli import main
 from orchestration.config.compose import from_yaml
-from orchestration.results.features import PER_CLASS, draw_stages
+from orchestration.results.features import PER_CLASS, _positions, draw_stages
 from orchestration.results.pictures import write_report
 from tests.short_runs import train
 
@@ -57,7 +60,10 @@ def test_a_stage_that_leaves_features_as_they_are_has_lengths_alone(tmp_path):
     assert drawn == {"features-train.png", "norms-train.png", "norms-crt.png"} and not numbers(run, "crt")["moved"]
 
 
-def test_classes_stage_and_projection_may_be_chosen(run, written, capsys):
+def test_classes_stage_and_projection_may_be_chosen(run, written, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "orchestration.results.features.project", lambda rows_ND, rule: project(rows_ND, "pca")
+    )  # quick
     chosen = ["--classes", "7, 1,3", "--stage", "train", "--projection", "tsne"]
     assert main(["features", str(run), *chosen]) == 0
     printed = capsys.readouterr().out
@@ -90,3 +96,19 @@ def test_features_that_cannot_be_drawn_cost_a_line_and_not_the_report(run, tmp_p
     assert other / "report" / "table.txt" in drawn and other / "report" / "features-train.png" not in drawn
     config.write_text(config.read_text().replace("features_picture: pca", "features_picture: false"))
     assert draw_stages(other) == [] and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("classes", "size", "device"), [(10, 32, "cpu"), (1000, 224, "cpu"), (1000, 224, "cuda")])
+def test_costs_are_bounded_whatever_the_number_of_classes_and_the_size_of_images(classes, size, device):
+    """50 test images of each class; on a CPU 2^23 pixels for the lengths, and ten images or more of a class shown."""
+    saved = SimpleNamespace(
+        store=SimpleNamespace(labels=np.tile(np.arange(classes), 50)),
+        data={"counts": list(range(classes, 0, -1))},
+        device=torch.device(device),
+        config=SimpleNamespace(dataset=SimpleNamespace(image_size=size)),
+    )
+    shown = [0, 5, 9]
+    chosen = np.bincount(saved.store.labels[_positions(saved, shown)], minlength=classes)
+    assert (chosen[shown] == 50).all() and chosen.max() == 50
+    assert (chosen > 0).sum() == {(10, "cpu"): 10, (1000, "cpu"): 167 + 2, (1000, "cuda"): 1000}[classes, device]
+    assert chosen.sum() <= 2000 + 150
