@@ -9,7 +9,8 @@ Shapes: E experts, B images of the whole batch, C classes, D features, k of the 
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -58,9 +59,13 @@ class DCL(Objective):
         schedule: Weight = Ramp(ramp="half_cosine", start=1, end=0)
         """Power of the training distribution that is the target, no unit: from 1, as it is, to 0, balanced. The paper
         compares the shapes cosine, linear, exponential (with base 0.95) and half_cosine."""
+        mean: Literal["images", "weights"] = "images"
+        """Divisor of the weighted sum: the batch's images, those left out too, as published, or the sum of the weights,
+        so that the loss does not shrink as images are left out."""
 
     whole_batch: ClassVar[bool] = True
     why_not_weighable: ClassVar[str] = ", as it weighs the classes of every batch itself"
+    variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({"mean": "weights"},)
     log_train_C: Tensor
 
     def __init__(self, config: Config, counts_C: Tensor, num_experts: int) -> None:
@@ -76,7 +81,8 @@ class DCL(Objective):
         kept_B = now.extra.uniforms("images kept", 1)[:, 0] < ratio_B
         nll_EB = negative_log_likelihood(at_least_float32(logits_EBC), labels_B)
         weight_B = torch.where(ratio_B >= 1, ratio_B, kept_B.double()).to(nll_EB.dtype)
-        loss_E = (weight_B * nll_EB).sum(dim=1) / now.denominators["images"]
+        divisor = now.denominators["images"] if self.config.mean == "images" else weight_B.sum().clamp_min(1)
+        loss_E = (weight_B * nll_EB).sum(dim=1) / divisor
         return loss_E.sum(), {"dcl": loss_E.detach()}
 
 

@@ -30,19 +30,21 @@ def test_a_class_that_the_batch_lacks_is_left_out():
     torch.testing.assert_close(batch_ratios(labels, LOG_TRAIN, 1.0), torch.tensor([50.0] * 4 + [10.0] * 2).double())
 
 
-def test_the_loss_weighs_images_by_their_ratios_and_drops_those_below_one_as_drawn():
+@pytest.mark.parametrize("mean", ["images", "weights"])
+def test_the_loss_weighs_images_by_their_ratios_and_drops_those_below_one_as_drawn(mean):
     """In the last of two epochs of a linear schedule the power is 1/2."""
     labels = torch.tensor([0] * 16 + [1] * 2 + [2])
     draws = torch.linspace(0, 0.95, 19, dtype=torch.float64)
     logits = torch.randn(1, 19, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    objective = DCL(DCL.Config(schedule={"ramp": "linear", "start": 1, "end": 0}), COUNTS, 1)
+    objective = DCL(DCL.Config(schedule={"ramp": "linear", "start": 1, "end": 0}, mean=mean), COUNTS, 1)
     now = Progress(2, 2)
     extra = ExtraInputs(draws=lambda what, width: draws[:, None])
     loss, _ = objective(logits, labels, StepContext(objective.denominators(labels, now), now, extra))
     nll = -logits[0].log_softmax(dim=1)[torch.arange(19), labels]
     weights = [*(1.0 if d < 10 / 16 else 0.0 for d in draws[:16].tolist()), *[10**0.5 / 2] * 2, 1.0]
     assert 0 < sum(weights[:16]) < 16
-    torch.testing.assert_close(loss, (nll * torch.tensor(weights, dtype=torch.float64)).sum() / 19)
+    divisor = 19 if mean == "images" else sum(weights)
+    torch.testing.assert_close(loss, (nll * torch.tensor(weights, dtype=torch.float64)).sum() / divisor)
 
 
 def test_anchors_are_sure_and_right_and_the_others_hard():
