@@ -114,6 +114,34 @@ class Predictions:
             raise ValueError(f"{path}: found no predictions ({problem}); needed a file that a run has kept") from None
 
 
+def images_per_class(path: Path, num_classes: int) -> NDArray[np.int64] | None:
+    """Return how many images of each class a kept file is of, [C]; None where there is no such file, or it is damaged.
+
+    Reads the labels alone, however large the file is.
+    """
+    try:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
+            return np.bincount(file["labels"], minlength=num_classes)
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def wilson_interval(accuracy: NDArray[Any], images: NDArray[Any], z: float = 1.96) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the lower and the upper end of the interval of an accuracy that was counted on so many images, fractions.
+
+    Args:
+        accuracy: fractions; NaN stays NaN.
+        images: at least 1 where the accuracy is a number.
+        z: quantile of the normal distribution; 1.96 for 95 %.
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    """
+    n = np.maximum(images, 1)
+    centre = (accuracy + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(accuracy * (1 - accuracy) / n + z**2 / (4 * n**2))
+    return centre - half, centre + half
+
+
 def measures(kept: Predictions, num_classes: int, *, probabilities: bool = True) -> dict[str, dict[str, Any]]:
     """Measure what the usual table leaves out, by member.
 

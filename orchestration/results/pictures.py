@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aggregation.predictions import images_per_class, wilson_interval
 from orchestration.results.class_axis import (
     NAMED_CLASSES,
     group_borders,
@@ -47,6 +48,7 @@ from orchestration.results.tables import GROUPS, diversity_of, members, selectio
 from orchestration.results.text import printable
 from orchestration.storage.files import evaluations, final_evaluations, read_config, read_json, write_atomic
 from orchestration.storage.journal import Series, series
+from orchestration.storage.predictions import file_of
 
 _LEGEND_CHARACTERS = 64  # per line: a wider legend would make its panel narrower
 
@@ -105,7 +107,7 @@ def _drawings_of_a_result(
     """Return what draws the evaluations of one stage, by file; None comes of what they do not hold."""
     found = distinct(evaluated)
     return {
-        "per_class.png": lambda: _per_class(data, found, title) if data.get("counts") and found else None,
+        "per_class.png": lambda: _per_class(data, found, title, folder) if data.get("counts") and found else None,
         "diversity.png": lambda: draw_diversity(found, title) if any(map(diversity_of, found.values())) else None,
         **dict(drawings_of_measures(folder, data, title)),
     }
@@ -150,22 +152,25 @@ def _curves(
     if _terms(time):
         panels.insert(1, (_draw_terms, ()))
     for split in splits:
-        panels += [(_draw_groups, (split,)), (_draw_members, (split, "all"))]
-        if any(name.startswith(f"{split}/") and name.endswith("/few/top1") for _, name in time.names()):
-            panels.append((_draw_members, (split, "few")))
+        panels.append((_draw_groups, (split,)))
+        for group in ("all", "few"):  # one expert is the ensemble, whose groups are drawn already
+            if len(shown_members(_of_members(time, split, group))) > 1:
+                panels.append((_draw_members, (split, group)))
 
-    rows = -(-len(panels) // 3)
-    figure = new_figure(13.5, 0.5 + 3.7 * rows)
+    columns = 2 if len(panels) in (2, 4) else 3
+    rows = -(-len(panels) // columns)
+    figure = new_figure(4.5 * columns, 0.5 + 3.7 * rows)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     # Panels with arguments show evaluations, in which the best one is marked.
     for place, (draw, arguments) in enumerate(panels, 1):
-        axes = figure.add_subplot(rows, 3, place)
+        axes = figure.add_subplot(rows, columns, place)
         draw(axes, time, *arguments)
         if arguments:
             marked = [best for found in results if (best := found.get("best")) and best.get("stage") in time.starts]
             for line, best in enumerate(marked):
                 _mark_best(axes, time, best, line, f" of {best['stage']}" if len(marked) > 1 else "")
         axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlim(0, 1.02 * max(time.epochs, 1))  # the last marker is seen whole
         for stage, start in list(time.starts.items())[1:]:
             axes.axvline(start, color="#999999", linewidth=0.8, linestyle="--")
@@ -279,12 +284,16 @@ def _draw_groups(axes: Any, time: _Timeline, split: str) -> None:
 
 def _draw_members(axes: Any, time: _Timeline, split: str, group: str) -> None:
     axes.set_title(f"{split}: top-1 of {'all images' if group == 'all' else group + '-shot classes'} by member, %")
-    names = [name.split("/")[1] for _, name in time.names() if re.fullmatch(f"{split}/[^/]+/{group}/top1", name)]
-    found = {member: time.get(f"{split}/{member}/{group}/top1") for member in names}
-    for index, member in enumerate(shown_members({name: str([*y]) for name, (_, y) in found.items()})):
-        x, y = found[member]
+    for index, member in enumerate(shown_members(_of_members(time, split, group))):
+        x, y = time.get(f"{split}/{member}/{group}/top1")
         _plot_accuracy(axes, x, y, member_colour(index), member, strong=index == 0)
     _legend(axes)
+
+
+def _of_members(time: _Timeline, split: str, group: str) -> dict[str, str]:
+    """Return the accuracies of a group by member, as text, for `shown_members`."""
+    names = [name.split("/")[1] for _, name in time.names() if re.fullmatch(f"{split}/[^/]+/{group}/top1", name)]
+    return {member: str([*time.get(f"{split}/{member}/{group}/top1")[1]]) for member in names}
 
 
 def _plot_accuracy(axes: Any, x: NDArray[Any], y: NDArray[Any], colour: str, name: str, *, strong: bool) -> None:
@@ -338,14 +347,23 @@ def _class_counts(data: Mapping[str, Any], title: str) -> Any:
     return figure
 
 
-def _per_class(data: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]], title: str) -> Any:
-    """Draw the accuracy of every class for last and best, above the number of its training images."""
+def _per_class(data: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]], title: str, folder: Path) -> Any:
+    """Draw the accuracy of every class for last and best, above the number of its training images.
+
+    Args:
+        data: content of data.json.
+        found: the evaluations, by "last" and "best".
+        title: of the picture.
+        folder: that may hold predictions, which say how many test images a class has.
+    """
     counts, order = sorted_counts(data)
     member = members(found)[0]
     figure = new_figure(width_for(len(counts)), 6.4)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2.6, 1))
     few = len(counts) <= NAMED_CLASSES  # bars with names; else a cloud of points with a running mean
-    for index, (which, colour) in enumerate((("last", LAST), ("best", BEST))):
+    same = len(found) > 1 and found["last"].get("members") == found["best"].get("members")
+    models = [("last", LAST)] if same else [("last", LAST), ("best", BEST)]
+    for index, (which, colour) in enumerate(models):
         values = (found.get(which, {}).get("members", {}).get(member) or {}).get("per_class")
         if values is None or len(values) != len(counts):
             continue
@@ -353,9 +371,13 @@ def _per_class(data: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]], 
         y = np.array([np.nan if value is None else 100 * value for value in values])[order]
         x = np.arange(len(y))
         mean = np.nanmean(y) if np.isfinite(y).any() else np.nan
-        label = f"{which}, epoch {found[which].get('epoch', '?')}: mean of classes {mean:.1f}"
+        label = f"{which}{' and best' if same else ''}, epoch {found[which].get('epoch', '?')}"
+        label += f": mean of classes {mean:.1f}"
         if few:
-            top.bar(x + (index - 0.5) * 0.4, y, 0.38, color=colour, alpha=0.85, label=label)
+            width = 0.8 / len(models)
+            places = x + (index - (len(models) - 1) / 2) * width
+            top.bar(places, y, 0.95 * width, color=colour, alpha=0.85, label=label)
+            _draw_intervals(top, places, y, folder, which, order)
         else:
             size = float(np.clip(2500 / len(y), 1.5, 14))
             top.scatter(x, y, s=size, color=colour, alpha=0.5 if len(y) < 1000 else 0.12, linewidths=0)
@@ -364,8 +386,10 @@ def _per_class(data: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]], 
     top.set_ylim(0, 102)
     top.set_ylabel("top-1, %")
     note = selection_note(found.get("best")).split(";")[0]
-    smooth = "" if few else f"; lines: mean over {max(5, len(counts) // 25)} neighbouring classes"
-    set_figure_title(figure, f"{title}\nAccuracy of each class, {member}{smooth}" + (f"\n{note}" if note else ""))
+    more = f"; lines: mean over {max(5, len(counts) // 25)} neighbouring classes"
+    if few:
+        more = "; 95 % intervals of its test images" if file_of(folder, "last", "test").is_file() else ""
+    set_figure_title(figure, f"{title}\nAccuracy of each class, {member}{more}" + (f"\n{note}" if note else ""))
     legend_above(top)
     _fill_counts(bottom, counts[order])
     name_classes(bottom, data, order)
@@ -373,6 +397,16 @@ def _per_class(data: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]], 
         for border in group_borders(counts[order]):
             axes.axvline(border - 0.5, color="#999999", linewidth=0.7, linestyle="--")
     return figure
+
+
+def _draw_intervals(axes: Any, x: NDArray[Any], y: NDArray[Any], folder: Path, which: str, order: NDArray[Any]) -> None:
+    """Draw how far an accuracy in % may be off for its number of test images, with 95 % probability."""
+    images = images_per_class(file_of(folder, which, "test"), len(order))
+    if images is None:
+        return
+    low, high = wilson_interval(y / 100, images[order])
+    axes.errorbar(x, y, np.clip([y - 100 * low, 100 * high - y], 0, None), fmt="none", ecolor="#888888", elinewidth=0.9,
+                  capsize=2)  # fmt: skip
 
 
 def _fill_counts(axes: Any, counts: NDArray[Any]) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest, norm
 from sklearn import metrics
 
-from aggregation.predictions import Predictions, confusion, measures
+from aggregation.predictions import Predictions, confusion, images_per_class, measures, wilson_interval
 
 CLASSES = 7
 
@@ -71,6 +72,20 @@ def test_reliability_adds_up_and_is_left_out_where_scores_are_no_probabilities(k
     assert right == pytest.approx((scores[0].argmax(axis=1) == labels).sum())
     assert all(b / 15 < one["confidence"] <= (b + 1) / 15 for b, one in enumerate(bins) if one["images"])
     assert measures(found, CLASSES, probabilities=False)["ensemble"]["reliability"] is None
+
+
+def test_images_of_each_class_come_from_the_labels_alone(kept, tmp_path):
+    found, labels, _ = kept
+    (tmp_path / "p.npz").write_bytes(found.packed())
+    assert images_per_class(tmp_path / "p.npz", CLASSES).tolist() == np.bincount(labels, minlength=CLASSES).tolist()
+    assert images_per_class(tmp_path / "none.npz", CLASSES) is None
+
+
+def test_the_interval_of_an_accuracy_is_scipys():
+    for right, images in ((0, 5), (3, 60), (60, 60), (711, 1000)):
+        expected = binomtest(right, images).proportion_ci(method="wilson")
+        found = wilson_interval(np.array([right / images]), np.array([images]), z=norm.ppf(0.975))
+        assert np.concatenate(found) == pytest.approx([expected.low, expected.high], abs=1e-12)
 
 
 def test_a_damaged_file_is_named(tmp_path):
