@@ -144,12 +144,16 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="list the choices of every group and exit")
 
 
+def _ls(options: argparse.Namespace) -> int:
+    from orchestration.commands.choices import choices_text
+
+    print(choices_text())
+    return 0
+
+
 def _train(options: argparse.Namespace) -> int:
     if options.list:
-        from orchestration.commands.choices import choices_text
-
-        print(choices_text())
-        return 0
+        return _ls(options)
     marks = {"start": _process_start(), "command": time.time()}
     with _early_ray(options.overrides):
         from orchestration.commands.train import train_and_report
@@ -375,6 +379,7 @@ class _Command(NamedTuple):
 
 _COMMANDS = {
     "train": _Command("Train a run, or resume it where it stopped.", _train_options, _train),
+    "ls": _Command("List methods, parts, data sets and settings, a line each.", lambda parser: None, _ls),
     "show": _Command("Print the resolved recipe, and where each of its values comes from.", _show_options, _show),
     "sweep": _Command(
         "Train one run for each value of a key and compare them; repeat the command to resume.", _sweep_options, _sweep

@@ -105,6 +105,13 @@ def test_images_of_any_size_where_the_dataset_has_no_one_size(tmp_path):
     assert model.predict(pixels(1, 20, 10, 3)).shape == (1, 4)
 
 
+def test_a_picture_with_its_channels_first_is_not_taken_for_three_grey_ones(tmp_path):
+    model = load_model(export(tmp_path / "m", COLOUR, None))
+    with pytest.raises(ValueError, match=r"found shape \[3, 40, 60\]: one picture with its channels first, or"):
+        model.predict(pixels(3, 40, 60))
+    assert model.predict(pixels(3, 40, 60, 1)).shape == (3, 4)
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [
