@@ -344,8 +344,8 @@ class ServedModel:
         shape = images.shape
         if channels == 3 and images.ndim == 3 and shape[0] == 3 and shape[-1] not in (1, 3):
             raise ValueError(
-                f"images: found shape {list(shape)}: one picture with its channels first, or three grey ones? {needed}; "
-                f"give [H, W, 3] for one picture, [3, H, W, 1] for three grey ones"
+                f"images: found shape {list(shape)}: one picture with its channels first, or three grey ones? {needed};"
+                f" give [H, W, 3] for one picture, [3, H, W, 1] for three grey ones"
             )
         if images.ndim == 2 or (images.ndim == 3 and shape[-1] in (1, 3)):  # no image is 3 pixels wide
             images = images[None]
