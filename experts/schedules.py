@@ -37,6 +37,11 @@ class ScheduleSettings(Settings):
         """Epochs (1-based) after which the rate changes at once."""
         return ()
 
+    @property
+    def warm_up(self) -> int:
+        """Epoch (1-based) in which a warm-up first has the whole rate; 0 without one, and where it always fits."""
+        return 0
+
 
 @register("lr_schedule", "steps")
 class Steps:
@@ -66,6 +71,11 @@ class Steps:
                     f"{self.warmup_epochs} epochs; move it to {self.warmup_epochs} or later, or shorten warmup_epochs"
                 )
             return self
+
+        @property
+        def warm_up(self) -> int:
+            """See `ScheduleSettings.warm_up`."""
+            return self.warmup_epochs
 
         @property
         def drops(self) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from experts.progress import Progress
 from experts.registry import build, piece
 from orchestration.cluster.placement import bundle_of, draw, largest_share, pack, with_shape
 from orchestration.config.identity import published
+from orchestration.config.late import never_reached
 from orchestration.config.paths import expand
 from orchestration.config.recipe import ModelSource, StageConfig
 from orchestration.config.recipe_checks import open_choice, parts_of
@@ -100,7 +101,7 @@ def _run(config: RunConfig, found: Plan) -> Iterator[str]:
         yield f"stage {stage.name}: {plural(stage.epochs, 'epoch')}, batch {stage.batch_size}, {pieces}"
         yield from (f"  {line}" for line in _peculiarities(config, stage))
         yield f"  learning rate {', '.join(_rates(settings, stage.steps_per_epoch))}"
-        late = _never_reached(settings)
+        late = never_reached(settings)
         if late:
             yield f"  NOTE: the stage ends before {', '.join(late)}"
     yield from textwrap.wrap(published(config) or "published: no number for exactly this config", 100)
@@ -239,18 +240,6 @@ def _rates(stage: StageConfig, steps: int | None) -> Iterator[str]:
             last = first + len(runs[0]) - 1
             yield f"{runs[0][0]:g} in epoch{f's {first}-{last}' if last > first else f' {first}'}"
             first, runs = last + 1, runs[1:]
-
-
-def _never_reached(stage: StageConfig) -> list[str]:
-    """List what a schedule or objective does only after the stage's last epoch, as happens in a shortened run."""
-    late = [f"the learning rate's drop after epoch {n}" for n in stage.lr_schedule.drops if n >= stage.epochs]
-    switches = {f"objective.{key}": n for key, n in stage.objective.switches.items()}
-    if stage.class_weights is not None:
-        switches |= {f"class_weights.{key}": n for key, n in stage.class_weights.switches.items()}
-    ramps = {f"auxiliaries.{name}.weight": own.weight for name, own in stage.auxiliaries.items()}
-    ramps["objective_weight"] = stage.objective_weight
-    switches |= {f"{key}.after_epoch": ramp.after_epoch for key, ramp in ramps.items() if ramp.after_epoch is not None}
-    return late + [f"{key} = {n}" for key, n in switches.items() if n >= stage.epochs]
 
 
 def _mesh(config: RunConfig, found: Plan) -> Iterator[str]:

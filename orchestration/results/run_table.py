@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from orchestration.config.identity import published
+from orchestration.config.late import late_notes
 from orchestration.config.run_config import RunConfig
 from orchestration.results.finals_table import Evaluations, report_table
 from orchestration.results.text import plural
@@ -17,7 +18,7 @@ def run_table(
     evaluations: Evaluations,
     finals: Mapping[str, Evaluations] | None = None,
 ) -> str:
-    """Return the final table of a run, and below it the result that was published for its recipe, if any.
+    """Return the final table of a run; below it what its stages never reached, and the published result, if any.
 
     Args:
         config: the run's.
@@ -30,4 +31,4 @@ def run_table(
     title = ", ".join([config.method.name, experts, backbone, config.dataset.name, *config.engine.differences])
     text = report_table(evaluations, finals or {}, data, title=title, seed=config.seed)
     line = published(config)
-    return f"{text}\n{line}" if line else text
+    return "\n".join([text, *late_notes(config.method), *([line] if line else [])])

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from orchestration.cluster.connection import cluster, node_resources
 from orchestration.cluster.fleet import Fleet
 from orchestration.cluster.placement import NoRoom
+from orchestration.config.late import late_notes
 from orchestration.runs.admission import Admission
 from orchestration.runs.console import Console
 from orchestration.runs.run import Run
@@ -61,6 +62,10 @@ def train(
         folder.write_config(config)
         if admitted.placement:
             folder.update_run(placement=dict(admitted.placement))
+        if late := list(late_notes(config.method)):
+            folder.update_run(never_reached=late)
+        for note in late:
+            console.message(note)
         fleet = Fleet(config, admitted.shape)
         try:
             fleet.reserve()

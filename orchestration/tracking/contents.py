@@ -95,6 +95,7 @@ def tags(run: Mapping[str, Any], data: Mapping[str, Any], config: Mapping[str, A
         "dataset_digest": data.get("digest"),
         "dataset_images": data.get("total"),
         "resume": run.get("resume"),
+        "never_reached": "; ".join(run.get("never_reached") or ()),
         **{what: max(run[what]) for what in ("peak_memory_gib", "gpu_peak_memory_gib") if run.get(what)},
         **{f"version.{name}": version for name, version in (run.get("versions") or {}).items()},
     }
