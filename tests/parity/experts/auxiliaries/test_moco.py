@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,8 @@ from experts.auxiliaries.auxiliary import Seen
 from experts.auxiliaries.moco import MoCo
 from experts.auxiliaries.queue import EMPTY
 from experts.progress import Progress
+from experts.registry import build
+from orchestration.config.compose import load_config
 
 NOW = Progress(1, 2)
 
@@ -46,3 +49,21 @@ class TestMoCoOfficial:
         short = self.loss(self.q, self.k, self.queue[:2], [0, 1])
         assert self.loss(self.q, self.k, self.queue, [0, 1, *[EMPTY] * 4]) == pytest.approx(short, rel=1e-12)
         assert self.loss(self.q, self.k, self.queue, [EMPTY] * 6) == 0
+
+
+def test_a_student_of_ssd_learns_labels_in_one_head_and_soft_labels_in_the_other():
+    """Its stage is the sum of both: cross-entropy of the auxiliary, and distillation of the head."""
+    config = load_config(["method=ssd", "dataset=digits_lt"]).method.stages["student"]
+    student, teacher = rows([1, 2, 3], [0, 0, 1]), rows([2, 1, 0], [1, 0, 1])
+    distillation = build("distillation", config.distillation)
+    labels = torch.tensor([0, 2])
+    objective = torch.zeros((), dtype=torch.float64)
+    given = distillation.denominators(labels), NOW
+    soft, _ = distillation(objective, student[None], {"teacher": teacher}, *given)
+    assert soft.item() == pytest.approx(0.696679, abs=1e-6)
+
+    (hard,) = (build("auxiliary", own, 2, torch.tensor([4, 2, 1])).double() for own in config.auxiliaries.values())
+    f = torch.tensor([[1.0, 2.0], [0.5, -1.0]], dtype=torch.float64)
+    z = (f @ hard.embed.weight.T + hard.embed.bias).detach().numpy()
+    expected = np.mean(np.log(np.exp(z).sum(axis=1)) - z[[0, 1], labels.numpy()])
+    assert hard.loss(Seen(hard.embed(f)[None], None, None, labels), NOW).item() == pytest.approx(expected, rel=1e-12)
