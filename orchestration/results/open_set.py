@@ -79,7 +79,10 @@ def evaluate_open_set(
         f"{saved.folder.name}: {len(saved.store):,} images of known classes ({split}), {len(store):,} of none; an "
         f"image whose highest probability is below {threshold:g} is predicted to be unknown"
     )
-    return "\n".join([head, "", *_table(rows), "", *_NOTES, "", *files])
+    least = 1 / saved.dataset.num_classes
+    idle = f"The highest of {saved.dataset.num_classes} probabilities is never below {least:g}: nothing is rejected."
+    notes = (*_NOTES, idle) if threshold <= least else _NOTES
+    return "\n".join([head, "", *_table(rows), "", *notes, "", *files])
 
 
 @torch.no_grad()

@@ -38,6 +38,7 @@ def test_any_run_is_measured_beside_images_of_no_known_class(run, noise, capsys)
 
 def test_at_threshold_0_nothing_is_rejected_and_accuracy_is_the_usual_one(run, noise, capsys):
     assert main(["evaluate", str(run), "--unknown", str(noise), "--model", "last", "--threshold", "0"]) == 0
+    assert "The highest of 10 probabilities is never below 0.1: nothing is rejected." in capsys.readouterr().out
     assert main(["evaluate", str(run), "--model", "last"]) == 0
     capsys.readouterr()
     found, usual = (
