@@ -37,8 +37,8 @@ def drawn_positives(same_BK: Tensor, draws_B: Tensor, positives: int) -> Tensor:
         positives: k, at most.
     """
     size = same_BK.shape[1]
-    start_B = (draws_B * size).long().clamp_max(size - 1)
-    place_K = torch.arange(size, device=same_BK.device)
+    start_B = (draws_B * size).int().clamp_max(size - 1)
+    place_K = torch.arange(size, dtype=torch.int32, device=same_BK.device)  # B K of them are in memory
     # Places from the start on are different numbers, so that nothing is decided by the order of equal ones.
     ahead_BK = torch.where(same_BK, (place_K - start_B[:, None]) % size, size)
     last_B1 = ahead_BK.topk(min(positives, size), dim=1, largest=False).values[:, -1:]
