@@ -14,7 +14,6 @@ from experts.data.pools import FilePool
 from experts.data.remarks import Remark, shown
 
 _DARK = 64  # of 256: pixels that 14 of 16 bits reach
-_STEP = 5  # pixels between those that are looked at first
 
 
 class Census:
@@ -40,10 +39,12 @@ class Census:
         """
         self.contents[position] = content_hash(data)
         self._shapes.add(tuple(image.shape))
-        some = image[:, ::_STEP, ::_STEP]  # tells of nearly every picture that it is neither
-        if bool((some == some[:, :1, :1]).all()) and bool((image == image[:, :1, :1]).all()):
+        pixels = image.numpy()
+        middle, corner = pixels[1, image.shape[1] // 2, image.shape[2] // 2], pixels[1, 0, 0]
+        # Two pixels tell of nearly every picture that it is neither: a decoded file of 32 x 32 costs 0.1 ms in all.
+        if middle == corner and bool((pixels == pixels[:, :1, :1]).all()):
             self._plain.append(position)
-        elif int(some.max()) < _DARK and int(image.max()) < _DARK and _is_deep(data):
+        elif middle < _DARK and corner < _DARK and int(pixels.max()) < _DARK and _is_deep(data):
             self._deep.append(position)
 
     def take(self, positions: np.ndarray) -> Census:

@@ -265,8 +265,9 @@ def _number(label: str) -> int | None:
 
 def _parse(root: str, file: str, form: _Form, lines: list[tuple[int, str]]) -> tuple[np.ndarray, np.ndarray]:
     paths, labels = [], []
+    usual = form == _FORMS[0]
     for n, line in lines:
-        image, label = form.split(line)
+        image, label = line.rsplit(None, 1) if usual and " " in line else form.split(line)
         number = int(label) if label.isdecimal() and len(label) < 19 else _number(label)
         if not image or number is None or number >= _LIMIT:
             raise _bad_line(file, n, line)
