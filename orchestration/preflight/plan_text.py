@@ -132,6 +132,7 @@ def _peculiarities(config: RunConfig, stage: StagePlan) -> Iterator[str]:
         yield f"learns: {', '.join(stage.learns)}; frozen: {', '.join(frozen)}{batchnorm}"
     if settings.partner_sampler is not None:
         shown = "each is shown to its own expert" if flow.own_streams else "experts see both"
+        shown = "auxiliaries see the image, the objective its partner" if flow.scores_partner else shown
         yield f"every image comes with a partner, sampler {settings.partner_sampler.name}; {shown}"
     if settings.mixing is not None:
         second = settings.mixing.second_sampler
@@ -145,6 +146,7 @@ def _peculiarities(config: RunConfig, stage: StagePlan) -> Iterator[str]:
         shown = "; ".join(_stack(view) for view in settings.views)
         yield f"every image comes in {len(settings.views) + 1} views; further ones: {shown}"
     yield from _auxiliaries(settings, stage)
+    yield from _ramps(settings)
     source = method.starts_from(stage.name)
     if source is not None:
         yield f"starts from the weights of {_source(source)}"
@@ -171,6 +173,15 @@ def _auxiliaries(settings: StageConfig, stage: StagePlan) -> Iterator[str]:
             f"before every epoch trunk and features run on all training images, {stage.work_each_epoch:,.0f} "
             f"multiply-adds for each"
         )
+
+
+def _ramps(settings: StageConfig) -> Iterator[str]:
+    """Describe weights of losses that change from epoch to epoch."""
+    weights = {"the objective": settings.objective_weight} | {n: own.weight for n, own in settings.auxiliaries.items()}
+    for name, ramp in weights.items():
+        if not ramp.stays:
+            ends = "" if ramp.after_epoch is None else f", which it has after epoch {ramp.after_epoch}"
+            yield f"weight of {name}: {ramp.ramp} from {ramp.start:g} to {ramp.end:g}{ends}"
 
 
 def _stack(augment: Augment) -> str:

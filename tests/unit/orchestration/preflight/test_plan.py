@@ -411,6 +411,7 @@ def test_a_shortened_stage_lists_what_it_never_reaches():
     weight = "method.stages.train.objective_weight={ramp: step, start: 0, end: 1, after_epoch: 170}"
     text = describe(load_config([*CIFAR, "method.stages.train.epochs=170", weight]))
     assert "objective_weight.after_epoch = 170" in text
+    assert "weight of the objective: step from 0 to 1, which it has after epoch 170" in text
 
 
 def test_many_workers_are_cut_short():
