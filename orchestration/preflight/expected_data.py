@@ -53,7 +53,7 @@ def expected_data(config: RunConfig) -> ExpectedData:
                 f"set dataset.num_classes={len(available)} or null"
             )
         return _selected(data, _known(data, available))
-    if config.cluster.named_address is None and (raw := listed(data)) is not None:
+    if (raw := listed(data)) is not None:
         return _selected(data, raw)
     ratio, largest, classes = data.imbalance_ratio, data.max_per_class, data.num_classes
     if ratio is None or largest is None or classes is None or data.val_per_class or data.balanced:

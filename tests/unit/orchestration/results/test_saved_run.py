@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from aggregation.metrics import Scores, groups_by_count, groups_by_index
 from experts.data.dataset import open_dataset
 from orchestration.commands.evaluate import reevaluate
 from orchestration.config.compose import load_config
+from orchestration.results.saved_run import _open_split
 from orchestration.storage.checkpoint import Checkpoints
 from orchestration.storage.exports import export_finals
 from orchestration.storage.run_folder import RunFolder
@@ -194,3 +198,30 @@ def test_a_result_that_cannot_be_written_is_still_shown(copy, monkeypatch):
     text = reevaluate(str(copy), "best", "test", [])
     assert "ensemble" in text
     assert text.endswith("again-best-test.json cannot be written (Permission denied)")
+
+
+def test_files_replaced_under_the_same_names_are_not_measured(tmp_path, capsys):
+    """By content where the run had decoded them, else by size; other times alone are said."""
+    for split in ("train", "test"):
+        for number, name in enumerate(("ant", "bee")):
+            (tmp_path / split / name).mkdir(parents=True)
+            pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / split / name / "0.png")
+    config = load_config(["method=ce", "dataset=image_folder_lt", f"dataset.root={tmp_path}", "dataset.resident=never"])
+    streamed = open_dataset(config.dataset)
+    resident = open_dataset(config.dataset.model_copy(update={"resident": "always"}))
+    runs = [{"digest": found.digest, "files": found.fingerprints()} for found in (resident, streamed)]
+    for data in runs:
+        _open_split(tmp_path, config, data, "test")
+    path = tmp_path / "test" / "bee" / "0.png"
+    os.utime(path, (0, 0))
+    for data in runs:
+        _open_split(tmp_path, config, data, "test")
+    assert capsys.readouterr().err.count("other times than when the run began") == 1
+    shutil.copy(tmp_path / "test" / "ant" / "0.png", path)
+    with pytest.raises(ValueError, match=r"this is not the data of the run: test images .* hold other data"):
+        _open_split(tmp_path, config, runs[0], "test")
+    path.write_bytes(path.read_bytes() + b"0")
+    with pytest.raises(ValueError, match=r"test images of the same names have other sizes"):
+        _open_split(tmp_path, config, runs[1], "test")
+    _open_split(tmp_path, config, {"digest": resident.digest}, "test")  # a run of an older version knows nothing

@@ -1,0 +1,31 @@
+"""What the driver makes of the facts that workers find in the data."""
+
+import pytest
+
+from experts.data.config import DatasetConfig
+from orchestration.results.tables import head_lines
+from orchestration.runs.stage_data import check_not_replaced, describe_data
+
+DATA = DatasetConfig(name="own", source="image_folder", root="/data")
+OLD = {"training": {"sizes": "a", "times": "b"}, "test": {"contents": "c"}}
+
+
+def test_replaced_files_are_refused_and_other_times_are_said():
+    assert check_not_replaced(DATA, OLD, OLD) == []
+    assert check_not_replaced(DATA, {}, OLD) == [], "a run that is new, or of an older version"
+    [doubt] = check_not_replaced(DATA, OLD, OLD | {"training": {"sizes": "a", "times": "x"}})
+    assert doubt.startswith("training images have other times")
+    with pytest.raises(ValueError, match=r"dataset.root = /data: test images .* hold other data .*; put the old files"):
+        check_not_replaced(DATA, OLD, OLD | {"test": {"contents": "x"}})
+    with pytest.raises(ValueError, match=r"training images of the same names have other sizes"):
+        check_not_replaced(DATA, OLD, OLD | {"training": {"sizes": "x", "times": "b"}})
+
+
+def test_remarks_are_kept_and_stand_above_the_table():
+    remark = {"kind": "held_out", "count": 6, "text": "6 images are held out for the test", "doubt": False}
+    facts = {"counts": [3, 1], "class_names": ["a", "b"], "digest": "d", "image_shape": None}
+    data = describe_data(DATA, facts | {"remarks": [remark], "files": OLD}, [])
+    assert data["remarks"] == [remark]
+    assert data["files"] == OLD
+    lines = head_lines(data, title="ce", seed=0)
+    assert lines[1:3] == ["own: 4 training images of 2 classes, 3 to 1 per class (ratio 3)", remark["text"]]
