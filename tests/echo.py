@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from experts.auxiliaries.auxiliary import Auxiliary
+from experts.registry import piece
 from orchestration.config.run_config import RunConfig
 from orchestration.training.exchange import Alone, Groups
 from orchestration.training.mesh import Mesh, MeshShape
@@ -46,11 +48,13 @@ class Echo:
 def spread(crossed: list[str], config: RunConfig) -> Mesh:
     """Return the place of the first worker of a mesh with one expert per worker and two replicas.
 
-    One replica where heads are fitted, for which an echo has too few classes.
+    One replica where heads are fitted, or auxiliaries see all images, for which an echo has too few classes.
     """
     method, experts = config.method, config.method.num_experts
     fitted = [name for name, stage in method.stages.items() if not stage.epochs or method.fits_head_first(name)]
-    replicas = 1 if fitted else 2
+    auxiliaries = [own for stage in method.stages.values() for own in stage.auxiliaries.values()]
+    looking = [own for own in auxiliaries if piece("auxiliary", own.name).statistics is not Auxiliary.statistics]
+    replicas = 1 if fitted or looking else 2
     if experts == replicas == 1:
         pytest.skip("one worker: nothing crosses")
     sizes = (replicas, experts, replicas * experts)
