@@ -38,6 +38,7 @@ def words_of(*more, weight=0.3) -> list[str]:
         fields = registry.piece("auxiliary", name).Config.model_fields
         found += [f"method.stages.train.auxiliaries.x_{name}.queue_size=14"] * ("queue_size" in fields)
         found += [f"method.stages.train.auxiliaries.x_{name}.momentum=0.9"] * ("momentum" in fields)
+        found += [f"method.stages.train.auxiliaries.x_{name}.after_epoch=1"] * ("after_epoch" in fields)
     return found
 
 

@@ -139,6 +139,8 @@ class Auxiliary(nn.Module):
     """Registered name of an augmentation of the first view, of whose draws the loss is told; see `Piece.told`."""
     head: ClassVar[str | None] = None
     """Registered name of the head whose memory it trains, and is given by `meet`; None: it knows no head."""
+    uses_head: ClassVar[bool] = False
+    """Whether its loss sends features of its own through the expert's head, whichever it is, that `meet` gives it."""
     on_trunk: ClassVar[bool] = False
     """Whether it sees the trunk's output, a row of c H W numbers for each image and without gradients, in place of
     `embed`; `num_features` is c then."""
@@ -162,7 +164,7 @@ class Auxiliary(nn.Module):
         return [Case(cls.Config())]
 
     def meet(self, head: Any) -> None:
-        """Take note of the expert's head, if it trains the head's memory, which stays the head's.
+        """Take note of the expert's head, if it trains the head's memory or `uses_head`; both stay the head's.
 
         A parameter of it that enters the loss goes through `Seen.once`.
         """

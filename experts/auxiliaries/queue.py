@@ -39,14 +39,26 @@ class Queue(nn.Module):
         self.register_buffer("next", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
-    def push(self, keys_Bd: Tensor, labels_B: Tensor, ok: Tensor) -> None:
-        """Put vectors in the place of the oldest ones, in their order, where `ok`; the host does not wait."""
+    def push(self, keys_Bd: Tensor, labels_B: Tensor, ok: Tensor, chosen_B: Tensor | None = None) -> None:
+        """Put vectors in the place of the oldest ones, in their order, where `ok`; the host does not wait.
+
+        Args:
+            keys_Bd, labels_B: the vectors.
+            ok: bool scalar.
+            chosen_B: those that are put in; None: all.
+        """
         size = len(self.labels_K)
-        keys_Bd, labels_B = keys_Bd[-size:], labels_B[-size:]  # a stage's batch fits, a plan's may not
+        pushed_B = ok.expand(len(labels_B))
+        if chosen_B is not None:  # first, so that they lie side by side; the others write what is there already
+            order_B = chosen_B.logical_not().to(torch.int8).argsort(stable=True)
+            keys_Bd, labels_B, pushed_B = keys_Bd[order_B][:size], labels_B[order_B][:size], chosen_B[order_B] & ok
+        # A stage's batch fits, a plan's may not.
+        keys_Bd, labels_B, pushed_B = keys_Bd[-size:], labels_B[-size:], pushed_B[:size]
         at_B = (self.next + torch.arange(len(keys_Bd), device=keys_Bd.device)) % size
-        self.keys_Kd.index_copy_(0, at_B, torch.where(ok, keys_Bd.to(self.keys_Kd.dtype), self.keys_Kd[at_B]))
-        self.labels_K.index_copy_(0, at_B, torch.where(ok, labels_B, self.labels_K[at_B]))
-        self.next.copy_(torch.where(ok, (self.next + len(keys_Bd)) % size, self.next))
+        kept_Bd = self.keys_Kd[at_B]
+        self.keys_Kd.index_copy_(0, at_B, torch.where(pushed_B[:, None], keys_Bd.to(kept_Bd.dtype), kept_Bd))
+        self.labels_K.index_copy_(0, at_B, torch.where(pushed_B, labels_B, self.labels_K[at_B]))
+        self.next.copy_((self.next + pushed_B.sum()) % size)
 
 
 def queue_problem(name: str, size: int, batch_size: int) -> str | None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from experts.auxiliaries.auxiliary import AuxiliarySettings, Seen
 from experts.auxiliaries.generator import Generator
+from experts.auxiliaries.lent import parameters_of
 from experts.cases import Case
 from experts.data.transfer import to_device
 from experts.progress import Progress
@@ -228,7 +229,7 @@ class RSG(Generator):
 
     def loss(self, seen: Seen, now: Progress) -> Tensor:
         """Return the weighted sum of its losses."""
-        weights = {name: seen.once(value) for name, value in self.parts.named_parameters()}
+        weights = {name: seen.once(value) for name, value in parameters_of(self.parts).items()}
         maps_Bchw, labels_B = self._maps(seen.embedded_VBd[0]), seen.labels_B
         centred = centre_loss(weights, maps_Bchw, labels_B)
         if not self._makes(now):
@@ -245,7 +246,7 @@ class RSG(Generator):
         """Return rare images' maps with the transferred displacements of frequent ones."""
         frequent, rare = (at[own] for at in self._pairs(labels_B, now))
         at_frequent, at_rare, labels = (to_device(x, rows_BX.device) for x in (frequent, rare, labels_B[frequent]))
-        weights, maps = dict(self.parts.named_parameters()), self._maps(rows_BX)
+        weights, maps = parameters_of(self.parts), self._maps(rows_BX)
         moved = transferred(weights, displacements(weights, maps[at_frequent], labels))
         return (maps[at_rare] + moved).flatten(1)
 

@@ -292,17 +292,24 @@ def _auxiliary_problems(name: str, stage: StageConfig, method: Recipe) -> Iterat
             yield f"{at}.experts: found {found}; needed some of {', '.join(method.names_in(name))}; or unset it"
         if stage.batch_size and (problem := config.batch_problem(stage.batch_size, drop_last=stage.drop_last)):
             yield f"{at}.{problem}"
-        needed, found = piece("auxiliary", config.name).head, method.head_in(name).name
-        if needed not in (None, found):
-            yield (
-                f"{at}: auxiliary '{config.name}' trains the memory of head '{needed}', found head '{found}'; set "
-                f"head.name={needed}, or remove it"
-            )
+        yield from _head_of_auxiliary_problems(at, config, method, name)
     yield from _maker_problems(stage)
     momenta = {key: own for key, config in stage.auxiliaries.items() if (own := config.momentum_copy) is not None}
     if len(set(momenta.values())) > 1:
         found = ", ".join(f"{key}.momentum = {value:g}" for key, value in momenta.items())
         yield f"auxiliaries: {found}; the network has one copy; set them equal"
+
+
+def _head_of_auxiliary_problems(at: str, config: Any, method: Recipe, stage: str) -> Iterator[str]:
+    """Yield why an auxiliary cannot work with the head of its expert."""
+    auxiliary, found = piece("auxiliary", config.name), method.head_in(stage).name
+    if auxiliary.uses_head and method.shared_head:
+        yield f"{at}: auxiliary '{config.name}' trains an expert's own head; set method.shared_head=false, or remove it"
+    if auxiliary.head not in (None, found):
+        yield (
+            f"{at}: auxiliary '{config.name}' trains the memory of head '{auxiliary.head}', found head '{found}'; set "
+            f"head.name={auxiliary.head}, or remove it"
+        )
 
 
 def _maker_problems(stage: StageConfig) -> Iterator[str]:

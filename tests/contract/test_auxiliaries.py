@@ -68,8 +68,8 @@ def built(config):
     with torch.random.fork_rng():
         torch.manual_seed(3)
         auxiliary = registry.build("auxiliary", config, WIDTH, COUNTS).double()
-        if auxiliary.head is not None:
-            head = registry.build("head", registry.piece("head", auxiliary.head).Config(), WIDTH, len(COUNTS)).double()
+        if (wanted := auxiliary.head or ("linear" if auxiliary.uses_head else None)) is not None:
+            head = registry.build("head", registry.piece("head", wanted).Config(), WIDTH, len(COUNTS)).double()
             auxiliary.meet(head)
             auxiliary.met = [head]  # a list, so that it is not a part of the auxiliary
         return auxiliary

@@ -1,8 +1,24 @@
-"""Auxiliaries that make images, beside what test_auxiliaries.py tests of every one."""
+"""What auxiliaries have learns in a stage, and images that they make are scored."""
 
 from __future__ import annotations
 
-from tests.auxiliaries import images_made, take, trainer_of
+import pytest
+import torch
+
+from experts.ensemble import part_of
+from tests.auxiliaries import config_of, images_made, take, trainer_of
+
+
+@pytest.mark.parametrize("which", [config_of, images_made], ids=["auxiliaries", "images made"])
+def test_every_parameter_that_a_loss_reads_learns(which):
+    """Without weight decay nothing moves but by gradients, which `named_parameters` does not give in a step."""
+    trainer = trainer_of(which("method.stages.train.optimizer.weight_decay=0"))
+    before = {name: value.clone() for name, value in trainer.setup.model.named_parameters()}
+    take(trainer, 6)
+    after = dict(trainer.setup.model.named_parameters())
+    own = [name for name in before if part_of(name) == "auxiliaries" and ".embed." not in name]
+    assert own
+    assert not [name for name in own if torch.equal(after[name], before[name])]
 
 
 def test_images_that_are_made_are_scored_beside_those_of_the_batch():

@@ -322,6 +322,10 @@ AT = "method.stages.train.auxiliaries"
         (["method=ce", f"{AT}.m.name=moco", f"{AT}.m.momentum=1"], "m.momentum.* less than 1"),
         (["method=ce", f"{AT}.p.name=paco", f"{AT}.p.momentum=-0.1"], "momentum = -0.1: needed 0 or more"),
         (["method=ride", f"{AT}.g.name=rsg", f"{AT}.g.experts=[expert0]"], "makes images that all experts need alike"),
+        (
+            ["method=ce", f"{AT}.m.name=mbj", "method.shared_head=true"],
+            "m: auxiliary 'mbj' trains an expert's own head",
+        ),
         (["method=ce", f"{AT}.g.name=rsg", f"{AT}.h.name=rsg"], "2 of them make images; needed one"),
         (
             ["method=lade", f"{AT}.g.name=rsg"],
