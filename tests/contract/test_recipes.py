@@ -134,7 +134,8 @@ def test_big_ensembles_have_the_published_number_of_parameters(pair, monkeypatch
 def test_tade_on_places_learns_heads_at_a_hundredth_and_the_rest_at_a_thousandth():
     stage = composed("tade", "places_lt").method.stages["train"]
     rates = {part: stage.optimizer.lr * factor for part, factor in stage.lr_factors.model_dump().items()}
-    assert rates == {"trunk": 0.001, "features": 0.001, "heads": 0.01, "calibration": 0.01, "auxiliaries": 0.01}
+    assert {rates.pop("trunk"), rates.pop("features")} == {0.001}
+    assert set(rates.values()) == {0.01}
 
 
 def whole(config, stage, num_classes, names=None):
