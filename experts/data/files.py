@@ -128,12 +128,15 @@ class _Skipped:
         if self.reached_again:
             count, first = len(self.reached_again), shown(self.reached_again[0])
             yield Remark(
-                "loop", count, f"{count:,} links lead to folders that are read already, first {first}", doubt=True
+                "loop",
+                count,
+                f"links to folders that are read already, not followed: {count:,}, first {first}",
+                doubt=True,
             )
         if self.outside:
             count, first = len(self.outside), shown(self.outside[0])
             yield Remark(
-                "outside", count, f"{count:,} images lie in no class folder and are not used, first {first}", True
+                "outside", count, f"images in no class folder, which are not used: {count:,}, first {first}", True
             )
 
 

@@ -93,7 +93,7 @@ def _choose(config: DatasetConfig, raw: RawDataset) -> Splits:
             Remark(
                 "held_out",
                 len(chosen.val),
-                f"{len(chosen.val):,} images are held out for validation, {config.val_per_class} of each class "
+                f"held out for validation: {len(chosen.val):,} images, {config.val_per_class} of each class "
                 f"(dataset.val_per_class)",
             )
         )
@@ -120,7 +120,7 @@ def _held_out_remarks(config: DatasetConfig, held_out_C: np.ndarray, names: tupl
     total, most, least = int(held_out_C.sum()), int(held_out_C.max()), int(held_out_C.min())
     each = f"{most} of each class" if most == least else f"{most} to {least} per class"
     key = f"test_fraction = {config.test_fraction:g}" if config.test_fraction else "test_per_class"
-    yield Remark("held_out", total, f"{total:,} images are held out for the test, {each} (dataset.{key})")
+    yield Remark("held_out", total, f"held out for the test: {total:,} images, {each} (dataset.{key})")
     without = np.flatnonzero(held_out_C == 0)
     if len(without) and total:
         first = named(names, int(without[0]))

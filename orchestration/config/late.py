@@ -29,6 +29,6 @@ def late_notes(method: MethodConfig) -> Iterator[str]:
     for name, stage in method.stages.items():
         if late := never_reached(stage):
             yield (
-                f"stage {name} ends after {stage.epochs} epochs, before {', '.join(late)}; as percentages of the stage "
-                f"they move with its length"
+                f"stage {name} ends with epoch {stage.epochs}, before {', '.join(late)}; written as percentages of the "
+                f"stage they move with its length"
             )

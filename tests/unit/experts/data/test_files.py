@@ -84,7 +84,7 @@ def test_a_share_of_each_class_is_held_out_and_said(tmp_path):
     assert dataset.counts_C.tolist() == [7, 4, 1, 1]
     assert dataset.test.counts(4).tolist() == [3, 2, 1, 0]
     held_out, without = dataset.remarks
-    assert held_out.text == "6 images are held out for the test, 3 to 0 per class (dataset.test_fraction = 0.25)"
+    assert held_out.text == "held out for the test: 6 images, 3 to 0 per class (dataset.test_fraction = 0.25)"
     assert (without.kind, without.count, without.doubt) == ("no_test_image", 1, True)
     assert "class 3 ('class3') has one image" in without.text
     same = open_dataset(folder(tmp_path, test_fraction=0.25))

@@ -52,7 +52,7 @@ def test_images_are_known_by_ending_or_by_content_and_the_rest_is_counted(root):
     assert new == sorted(f"train/ant/{name}" for name in ("5.photo", "6", *(f"4{ending}" for ending in endings)))
     assert remarks["skipped"].count == 6
     assert "6 that are no images" in remarks["skipped"].text and "1 .txt" in remarks["skipped"].text
-    assert "1 images lie in no class folder" in remarks["outside"].text
+    assert "images in no class folder, which are not used: 1, first" in remarks["outside"].text
 
 
 def test_what_systems_put_beside_images_is_never_one(root):

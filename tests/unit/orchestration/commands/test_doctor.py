@@ -301,7 +301,7 @@ def test_folders_and_lists_are_checked(tmp_path):
     assert "class 0 ('cat') has one image" in examine(["dataset=image_folder_lt", *held_out])[0]
     found = [text for _, text in lines(examine(["dataset=image_folder_lt", *held_out])[0], "data")]
     assert found[0] == "image_folder_lt: 2 training images of 2 classes, 1 to 1 per class; 1 test images"
-    assert found[1].startswith("1 images are held out for the test, 1 to 0 per class (dataset.test_fraction = 0.5)")
+    assert found[1].startswith("held out for the test: 1 images, 1 to 0 per class (dataset.test_fraction = 0.5)")
     (tmp_path / "train.txt").write_text("train/cat/1.png 0\ntrain/dog/1.png 1\n")
     (tmp_path / "test.txt").write_text("train/bird/1.png 0\n")
     assert "its first image is not at" in lines(examine(["dataset=image_list", *words])[0], "data")[0][1]

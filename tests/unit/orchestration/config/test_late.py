@@ -20,7 +20,7 @@ def test_drops_reweighting_and_warm_up_beyond_the_end_are_listed():
         "class_weights.after_epoch = 10",
     ]
     [note] = late_notes(config.method)
-    assert note.startswith("stage train ends after 8 epochs, before the end of the warm-up in epoch 9, the learning")
+    assert note.startswith("stage train ends with epoch 8, before the end of the warm-up in epoch 9, the learning")
     assert note in run_table(config, {"counts": [2, 1]}, {}).splitlines()
     assert tags({"never_reached": [note]}, {}, {})["never_reached"] == note
     longer = load_config([*words[:-1], "method.stages.train.epochs=13"])

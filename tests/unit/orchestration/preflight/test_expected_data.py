@@ -18,7 +18,7 @@ def test_a_plan_counts_the_images_of_a_folder_and_says_what_is_held_out(tmp_path
     assert (found.num_classes, found.counts_C.tolist(), found.test_images) == (3, [16, 4, 1], 6)
     text = describe(config)
     assert "3 classes, 21 training images, 16 to 1 per class (ratio 16)" in text
-    assert "6 images are held out for the test, 4 to 1 per class (dataset.test_fraction = 0.2)" in text
+    assert "held out for the test: 6 images, 4 to 1 per class (dataset.test_fraction = 0.2)" in text
     assert "skipped in class folders: 1 that are no images (1 .txt)" in text
     assert "would refuse this" not in text
     (tmp_path / "cat" / "2.jpg").touch()
