@@ -109,15 +109,34 @@ def _own_files(setup: StageSetup) -> list[tuple[str, str]]:
 
 
 def load(setup: StageSetup, folder: Path) -> None:
-    """Load weights, momentum and the objective's state of a complete checkpoint."""
+    """Load weights, momentum and the objective's state of a complete checkpoint.
+
+    Raises:
+        ValueError: the stage has other tensors, as a memory of another size.
+    """
     momentum: dict[str, Tensor] = {}
     for name in _parts_held(setup):
         momentum |= read_tensors(folder, f"{name}.momentum")
 
-    setup.model.load_state_dict(_read_weights(setup, folder))
+    weights = _read_weights(setup, folder)
+    _check_fit(setup, weights, folder)
+    setup.model.load_state_dict(weights)
     if isinstance(setup, TrainingSetup):
         setup.objective.load_state_dict(read_tensors(folder, "objective"))
         setup.engine.restore(momentum)  # last: it copies the weights just loaded
+
+
+def _check_fit(setup: StageSetup, weights: dict[str, Tensor], folder: Path) -> None:
+    """Raise ValueError, and name the first tensor, unless a checkpoint has those of the stage, of their sizes."""
+    own = {name: list(value.shape) for name, value in setup.model.state_dict().items()}
+    saved = {name: list(value.shape) for name, value in weights.items()}
+    odd = [name for name in sorted(own.keys() | saved.keys()) if own.get(name) != saved.get(name)]
+    if odd:
+        raise ValueError(
+            f"stage {setup.stage_name} cannot go on from {folder}: {odd[0]} is {saved.get(odd[0], 'missing')}, needed "
+            f"{own.get(odd[0], 'no such tensor')} ({len(odd)} tensors do not fit); it is of another config "
+            f"or version: set the sizes of memories and parts as they were, or begin anew under another run.name"
+        )
 
 
 def start_from(setup: StageSetup, folder: Path) -> None:
