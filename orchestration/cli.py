@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -64,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         SIGINT and SIGTERM, 129, 138, 140 and 152 by SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU.
     """
     _print_any_text()
+    _warn_only()
     parser = _parser()
     given = sys.argv[1:] if argv is None else argv
     if given and "=" in given[0] and not given[0].startswith("-"):
@@ -99,6 +101,14 @@ def _print_any_text() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a test's or a notebook's may be another
             stream.reconfigure(errors=HANDLER)
+
+
+def _warn_only() -> None:
+    """Let libraries warn while they load: with PYTHONWARNINGS=error the first of them would end the command."""
+    if any(option.partition(":")[0].strip() == "error" for option in os.environ.get("PYTHONWARNINGS", "").split(",")):
+        del os.environ["PYTHONWARNINGS"]  # for the processes that this one starts
+        warnings.simplefilter("default")
+        print("expertail: PYTHONWARNINGS = error is not applied: libraries warn while they load", file=sys.stderr)
 
 
 def _explain(error: Exception, full: bool) -> int:

@@ -63,6 +63,12 @@ def _check_listening(address: str) -> None:
             f"cluster.address = {address}: a run must be driven from inside the cluster; needed auto or host:port; "
             f"use `ray job submit --working-dir . -- python -m orchestration train ...`"
         )
+    if address.startswith(("http://", "https://")):
+        raise ValueError(
+            f"cluster.address = {address}: the address of a dashboard, for `ray job submit` (RAY_ADDRESS may hold it); "
+            f"needed auto or host:port of a Ray head; set cluster.address or RAY_ADDRESS, or unset both to run on this "
+            f"host alone"
+        )
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         return  # 'auto' and 'local'

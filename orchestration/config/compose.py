@@ -35,11 +35,14 @@ from orchestration.config.percentages import Resolved, resolve_percentages
 from orchestration.config.problems import check
 from orchestration.config.renamed import with_new_keys
 from orchestration.config.run_config import RunConfig
+from orchestration.config.secrets import redact
 from orchestration.config.stacks import resolve_stacks
 from orchestration.config.words import NO_MIX, UNMIXED, Words, configs_folder, message, parse, title
 
 S = TypeVar("S", bound=BaseModel)
 _LIKE = "method.like"
+_VARIABLES = {"uri": "MLFLOW_TRACKING_URI", "experiment": "MLFLOW_EXPERIMENT_NAME"}
+"""MLflow's own, by the key of `tracking` that they are a default of."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ def compose(words: list[str]) -> Composed:
     checked = check(layered.tree, title(words), lambda keys: _file_of(layered, keys))
     config = _with_absolute_paths(checked)
     unread = unread_lists(checked.dataset, absolute_lists(config.dataset))
-    return Composed(config, layered, files, tuple(resolved), (*about_like, *_notes(length, config, resolved), *unread))
+    notes = (*about_like, *_notes(length, config, resolved), *unread, *_taken(layered))
+    return Composed(config, layered, files, tuple(resolved), notes)
 
 
 def _lay_files(read: Words) -> tuple[Layered, tuple[str, ...], list[str]]:
@@ -112,6 +116,9 @@ def _lay_files(read: Words) -> tuple[Layered, tuple[str, ...], list[str]]:
         _check_like(read, like, layered)
     cluster = read_file("cluster", choices["cluster"])
     layered.lay({"cluster": cluster.content}, cluster.name)
+    for key, variable in _VARIABLES.items():
+        if os.environ.get(variable):
+            layered.put(("tracking", key), os.environ[variable], variable)
 
     method = choices["method"] if like is None or "method" in read.choices else None
     mix, dataset = read.choices.get("mix"), str(layered.get(("dataset", "name")))
@@ -237,6 +244,13 @@ def _notes(length: dict[str, Any], config: RunConfig, resolved: Sequence[Resolve
             + (f"; scaled: {'; '.join(parts)}" if parts else "")
         )
     return notes
+
+
+def _taken(layered: Layered) -> Iterator[str]:
+    """Say what the environment decides about tracking."""
+    for key, variable in _VARIABLES.items():
+        if layered.origin(("tracking", key)) == variable and layered.get(("tracking", "enabled")) is not False:
+            yield f"tracking.{key} = {redact(str(layered.get(('tracking', key))))} (from {variable})"
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:

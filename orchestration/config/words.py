@@ -12,6 +12,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 
+from orchestration.config.text_keys import is_text
+
 GROUPS = ("method", "dataset", "backbone", "protocol", "pace", "mix", "then", "cluster")
 """Folders of configs/. Of `then` several may be chosen, of the others one."""
 NO_MIX = "null"
@@ -106,6 +108,10 @@ def _parse_word(parser: OverridesParser, word: str) -> Override:
         override = _parse_literally(parser, word)
     except HydraException:
         raise ValueError("not of the form key=value; needed e.g. dataset.imbalance_ratio=100") from None
+    # 2e57342, 1.10, true and a,b are names and paths for some keys, and no numbers, truths or lists.
+    plain = not override.is_sweep_override() and isinstance(override.value(), str | None)
+    if override.type is OverrideType.CHANGE and not plain and is_text(override.key_or_group.split(".")):
+        return _quoted(parser, word)
     if override.type is OverrideType.CHANGE and not override.is_sweep_override():
         return override
     if word.startswith("then=") and override.is_sweep_override():
@@ -121,11 +127,16 @@ def _parse_literally(parser: OverridesParser, word: str) -> Override:
     try:
         return parser.parse_override(word)
     except HydraException:
-        key, equals, text = word.partition("=")
-        if not equals:
+        if "=" not in word:
             raise
-        quoted = text.replace("\\", "\\\\").replace("'", "\\'")
-        return parser.parse_override(f"{key}='{quoted}'")
+        return _quoted(parser, word)
+
+
+def _quoted(parser: OverridesParser, word: str) -> Override:
+    """Parse one override whose value is the text that is there."""
+    key, _, text = word.partition("=")
+    quoted = text.replace("\\", "\\\\").replace("'", "\\'")
+    return parser.parse_override(f"{key}='{quoted}'")
 
 
 def _set_mix(choices: dict[str, str], word: str, value: Any) -> Iterator[str]:

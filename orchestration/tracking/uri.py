@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from orchestration.config.secrets import redact
 
@@ -21,17 +21,25 @@ def check_uri(uri: str) -> str:
     if parts.scheme.split("+")[0] not in SCHEMES and uri != "databricks":
         raise ValueError(
             f"tracking.uri = {redact(uri)}: needed the URI of a tracking store, as http://host:5000 or "
-            f"sqlite:////path/mlflow.db (known: {', '.join(SCHEMES)})"
+            f"sqlite:////path/mlflow.db (known: {', '.join(SCHEMES)}); set it, or MLFLOW_TRACKING_URI"
         )
     path = sqlite_path(uri)
-    return uri if path is None else f"sqlite:///{path}"
+    if path is None:
+        return uri
+    _, question, query = uri.partition("?")
+    return sqlite_uri(path) + question + query
+
+
+def sqlite_uri(path: Path) -> str:
+    """Return the URI of a SQLite file, in whose path % and ? would have a meaning of their own."""
+    return f"sqlite:///{str(path).replace('%', '%25').replace('?', '%3F')}"
 
 
 def sqlite_path(uri: str) -> Path | None:
     """Return the absolute path of a SQLite file's URI; None for any other URI."""
     if not uri.startswith("sqlite:///"):
         return None
-    return Path(os.path.abspath(uri.removeprefix("sqlite:///")))
+    return Path(os.path.abspath(unquote(uri.removeprefix("sqlite:///").partition("?")[0], errors="surrogateescape")))
 
 
 def artifact_folder(uri: str, runs_dir: Path) -> str | None:
@@ -44,4 +52,4 @@ def artifact_folder(uri: str, runs_dir: Path) -> str | None:
 
 def default_uri(runs_dir: str | os.PathLike[str]) -> str:
     """Return the store of operators without a server: one SQLite file for all runs of a folder."""
-    return f"sqlite:///{Path(os.path.abspath(runs_dir)) / 'mlflow.db'}"
+    return sqlite_uri(Path(os.path.abspath(runs_dir)) / "mlflow.db")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from orchestration.tracking.uri import check_uri, default_uri
+import pytest
+from sqlalchemy.engine import make_url
+
+from orchestration.tracking.uri import artifact_folder, check_uri, default_uri, sqlite_path
 
 
 def test_a_uri_that_is_no_store_is_refused_without_its_secret(tmp_path, monkeypatch):
@@ -14,3 +17,18 @@ def test_a_uri_that_is_no_store_is_refused_without_its_secret(tmp_path, monkeypa
     assert check_uri("sqlite:///a/b.db") == f"sqlite:///{tmp_path}/a/b.db"
     assert default_uri("runs") == f"sqlite:///{tmp_path}/runs/mlflow.db"
     assert check_uri("http://h:5000") == "http://h:5000"
+
+
+@pytest.mark.parametrize("name", ["a?b", "50%25 done", "100%", "a#b", "~", "c,d", "1.10", "caf\udce9", "a%3Fb"])
+def test_a_path_reaches_the_database_as_it_is(tmp_path, name):
+    uri = default_uri(tmp_path / name)
+    assert make_url(uri).database == str(tmp_path / name / "mlflow.db")  # of the library that opens it
+    assert sqlite_path(uri) == tmp_path / name / "mlflow.db"
+    assert check_uri(uri) == uri
+    assert artifact_folder(uri, Path("elsewhere")) == (tmp_path / name / "mlartifacts").as_uri()
+
+
+def test_what_follows_a_question_mark_stays_a_setting_of_the_database(tmp_path):
+    uri = f"sqlite:///{tmp_path}/x.db?timeout=30"
+    assert check_uri(uri) == uri
+    assert sqlite_path(uri) == tmp_path / "x.db"
