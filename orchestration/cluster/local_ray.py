@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import secrets
+import sys
 import time
+from pathlib import Path
 
 import ray
 
@@ -12,6 +16,7 @@ from experts.data.cpus import usable_cpus
 from orchestration.cluster.ray_internals import no_fixed_ports, own_code_in_workers, own_process_groups
 
 _OBJECT_STORE_BYTES = 256 * 2**20  # for numbers and scores; files of checkpoints at a URL may spill to disk
+_LONGEST_FOLDER = 38  # bytes: the path of a socket has at most 107, and Ray adds 68
 _ATTEMPTS = 3  # on a busy machine Ray's processes may miss each other's time limits
 
 
@@ -21,6 +26,8 @@ def start_local_ray() -> None:
     Raises:
         ValueError: they did not come up in several attempts. Ray gives its processes half a minute to find each other.
     """
+    _use_short_folder()
+    _use_own_token()
     # Ray's default by now; earlier versions warn if it is unset.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     begun = time.monotonic()
@@ -46,3 +53,33 @@ def start_local_ray() -> None:
                     f"({str(error).splitlines()[0]}); load is {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores; try "
                     f"again when this machine is quieter, or start a Ray by hand and set RAY_ADDRESS"
                 ) from error
+
+
+def _use_short_folder() -> None:
+    """Take /tmp for the sockets of Ray and of loader processes, where TMPDIR is too long for their paths.
+
+    Raises:
+        ValueError: /tmp cannot be written; names what to set.
+    """
+    variable = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    folder = os.environ.get(variable, "/tmp")
+    if len(os.fsencode(folder)) <= _LONGEST_FOLDER:
+        return
+    if not os.access("/tmp", os.W_OK):
+        raise ValueError(
+            f"{variable} = {folder}: too long for the sockets of Ray, at most {_LONGEST_FOLDER} bytes, and /tmp cannot "
+            f"be written; set {variable} to a shorter folder"
+        )
+    with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+        print(f"expertail: {variable} = {folder} is too long for sockets; /tmp is used", file=sys.stderr)
+    os.environ[variable] = os.environ["TMPDIR"] = "/tmp"
+
+
+def _use_own_token() -> None:
+    """Give this process and its Ray a token of their own, where Ray could not keep one in the home folder."""
+    home = Path.home()
+    kept = home / ".ray" / "auth_token"
+    nearest = next(folder for folder in (kept.parent, home, *home.parents) if folder.exists())
+    if any(name.startswith("RAY_AUTH_") for name in os.environ) or kept.exists() or os.access(nearest, os.W_OK):
+        return
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
