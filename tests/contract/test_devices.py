@@ -113,7 +113,7 @@ def test_a_served_model_resizes_what_it_is_given(tmp_path):
     config = load_config(["method=ace", *WORDS])
     dataset = digits(0)
     export(tmp_path / "m", config, "train", dataset, image_shape=None)
-    images = np.random.default_rng(0).integers(0, 256, (3, 21, 30), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (3, 21, 30, 1), dtype=np.uint8)
     on_cpu, on_device = on_both(lambda device: load_model(tmp_path / "m", device).predict(images))
     np.testing.assert_allclose(on_device, on_cpu, rtol=1e-5)  # not bitwise: their weights lie in another order
 

@@ -220,7 +220,7 @@ def test_views_of_test_images(views):
 
 def test_a_served_model_resizes_what_it_is_given(tmp_path):
     export(tmp_path / "m", load_config(["method=ace", *WORDS]), "train", digits(0), image_shape=None)
-    images = np.random.default_rng(0).integers(0, 256, (3, 21, 30), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (3, 21, 30, 1), dtype=np.uint8)
     on_cpu, on_gpu = (load_model(tmp_path / "m", device).predict(images) for device in ("cpu", "cuda"))
     assert np.allclose(on_gpu, on_cpu, atol=1e-5)
 

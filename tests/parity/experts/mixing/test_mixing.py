@@ -83,9 +83,11 @@ def loss_of(blend: Blend, logits=Z, weights=None) -> float:
     first, second = torch.from_numpy(blend.first_B), torch.from_numpy(blend.second_B)
     share, rest = (torch.tensor(w, dtype=torch.float64) for w in (blend.share, 1 - blend.share))
     batch = Batch(torch.zeros(len(first), 3, 1, 1), first, first, mixed=Mixed(share, rest, second, second))
+    flow = SimpleNamespace(labels=lambda batch: (batch.labels_B, batch.global_labels), scored=lambda batch: batch)
     setup = SimpleNamespace(
-        teachers={}, objective=objective, distillation=None, step_draws=StepDraws(lambda *_: 0),
-        flow=SimpleNamespace(labels=lambda batch: (batch.labels_B, batch.global_labels)),
+        teachers={}, objective=objective, distillation=None, step_draws=StepDraws(lambda *_: 0), flow=flow,
+        auxiliaries=SimpleNamespace(made_labels=lambda batch, now: (np.zeros(0, np.int64), slice(0, 0))),
+        stage=SimpleNamespace(objective_weight=SimpleNamespace(times=lambda total, *_: total)),
     )  # fmt: skip
     return float(TrainingStep._loss(SimpleNamespace(_setup=setup), logits[None], batch, MIDDLE)[0])
 
