@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import replace
 
+from experts.data.names import readable
 from orchestration.cluster.connection import cluster, node_resources
 from orchestration.cluster.placement import shape_of, shapes_of, with_shape
 from orchestration.cluster.preemption import Preempted
@@ -24,7 +25,7 @@ from orchestration.config.run_config import RunConfig
 from orchestration.results.measures_table import measures_lines
 from orchestration.results.page import PAGE, write_page
 from orchestration.results.run_table import run_table
-from orchestration.results.text import in_one_line, printable, say, show
+from orchestration.results.text import in_one_line, say, show
 from orchestration.runs.admission import Admission, admit
 from orchestration.runs.console import Console
 from orchestration.runs.driver import train
@@ -191,7 +192,7 @@ def _report(config: RunConfig, folder: RunFolder, outcome: Outcome) -> None:
     if config.run.pictures:
         _draw(folder)
     (folder.path / "report").mkdir(exist_ok=True)
-    write_atomic(folder.path / "report" / "table.txt", printable(_stored_table(config, folder)) + "\n")
+    write_atomic(folder.path / "report" / "table.txt", readable(_stored_table(config, folder)) + "\n")
     folder.update_run(status="finished" if outcome.finished else "stopped", ended=time.time())
     try:
         write_page(folder.path)

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from experts.data.names import readable
 from orchestration.config.secrets import redact
-from orchestration.results.text import duration, plural, printable
+from orchestration.results.text import duration, plural
 from orchestration.storage.files import read_json, write_atomic
 
 PAGE = "index.html"
@@ -118,7 +119,7 @@ def _facts(rows: Iterable[tuple[str, Any]]) -> str:
 
 
 def _escaped(text: str) -> str:
-    return html.escape(printable(text))
+    return html.escape(readable(text))
 
 
 def _text(path: Path) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aggregation.predictions import images_per_class, wilson_interval
+from experts.data.names import readable
 from orchestration.results.class_axis import (
     NAMED_CLASSES,
     group_borders,
@@ -45,7 +46,6 @@ from orchestration.results.style import (
     set_figure_title,
 )
 from orchestration.results.tables import GROUPS, diversity_of, members, selection_note, shown_members
-from orchestration.results.text import printable
 from orchestration.storage.files import evaluations, final_evaluations, read_config, read_json, write_atomic
 from orchestration.storage.journal import Series, series
 from orchestration.storage.predictions import file_of
@@ -79,7 +79,7 @@ def write_report(run_dir: str | os.PathLike[str], say: Callable[[str], None] = l
     written = []
     if data:
         table = report_table(found, finals, data, title=title, seed=config.get("seed"))
-        write_atomic(folder / "table.txt", printable(table) + "\n")
+        write_atomic(folder / "table.txt", readable(table) + "\n")
         written.append(folder / "table.txt")
 
     drawings: dict[str, Callable[[], Any]] = {
@@ -92,7 +92,7 @@ def write_report(run_dir: str | os.PathLike[str], say: Callable[[str], None] = l
     for stage, own in finals.items():
         named = _drawings_of_a_result(run_dir / "evaluation" / stage, own, data, _with_stage(title, own, finals))
         drawings |= {f"{stage}/{name}": draw for name, draw in named.items()}
-    names = printable("".join([title, *map(str, data.get("class_names") or ())]))
+    names = readable("".join([title, *map(str, data.get("class_names") or ())]))
     if drawings and (absent := fonts_for(names)[1]):
         say(f"no font of this machine has {absent[:20]!r}, which pictures show as boxes; install one that has")
     written += [folder / name for name, draw in drawings.items() if draw_to(folder / name, draw, say, names)]
@@ -130,7 +130,7 @@ def _title(run_dir: Path, config: Mapping[str, Any], data: Mapping[str, Any]) ->
     experts = method.get("num_experts")
     words = [str(method.get("name", "")), f"{experts} expert{'s' if experts != 1 else ''}" if experts else ""]
     shown = [word for word in (*words, str(data.get("dataset", ""))) if word]
-    return printable(", ".join([*shown, f"run {run_dir.name}"]))
+    return readable(", ".join([*shown, f"run {run_dir.name}"]))
 
 
 # Curves

@@ -14,11 +14,6 @@ from experts.data.names import HANDLER, readable
 _GAP = 2  # spaces between columns
 
 
-def printable(text: str) -> str:
-    """Return a text that any stream takes: a byte that belonged to no character is written by its number."""
-    return readable(text)
-
-
 def show(text: str, stream: TextIO | None = None) -> None:
     """Print a text, on standard output by default. A reader that has gone, or a closed stream, changes nothing."""
     stream = sys.stdout if stream is None else stream
@@ -39,7 +34,7 @@ def say(text: str) -> None:
 
 def in_one_line(problem: BaseException) -> str:
     """Return the kind of an error and the first line of what it says."""
-    return printable(f"{type(problem).__name__}: {problem}".strip().splitlines()[0])[:500]
+    return readable(f"{type(problem).__name__}: {problem}".strip().splitlines()[0])[:500]
 
 
 def text_table(

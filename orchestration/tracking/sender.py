@@ -38,7 +38,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from orchestration.results.text import printable
+from experts.data.names import readable
 from orchestration.storage import journal
 from orchestration.storage.files import read_config, read_json
 from orchestration.tracking import contents
@@ -169,13 +169,13 @@ class MlflowSender:
         # Parameters cannot change on the server; those of the first start stay.
         known = contents.parameters(config) | contents.fitted_parameters(self._run_dir)
         params = {k: v for k, v in known.items() if k not in self._params}
-        for chunk in chunks([Param(key, printable(value)) for key, value in params.items()], 100):
+        for chunk in chunks([Param(key, readable(value)) for key, value in params.items()], 100):
             self._client.log_batch(self._run_id, params=chunk, synchronous=True)
         self._params |= set(params)
 
-        tags = [RunTag(key, printable(value)) for key, value in contents.tags(run, data, config).items()]
+        tags = [RunTag(key, readable(value)) for key, value in contents.tags(run, data, config).items()]
         if table := contents.note(self._run_dir):
-            tags.append(RunTag("mlflow.note.content", printable(table)))
+            tags.append(RunTag("mlflow.note.content", readable(table)))
         for chunk in chunks(tags, 100):
             self._client.log_batch(self._run_id, tags=chunk, synchronous=True)
 
@@ -279,7 +279,7 @@ class MlflowSender:
             if sent.get(name) == digest:
                 continue
             if isinstance(content, str):
-                self._client.log_text(self._run_id, printable(content), name)
+                self._client.log_text(self._run_id, readable(content), name)
             else:
                 folder = str(Path(name).parent)
                 self._client.log_artifact(self._run_id, str(content), None if folder == "." else folder)
