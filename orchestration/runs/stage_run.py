@@ -40,7 +40,7 @@ from orchestration.runs.stopping import GivenUp, Outcome, Stopped
 from orchestration.storage.checkpoint import Checkpoint, DamagedCheckpoint, verify
 from orchestration.storage.exports import weights_of
 from orchestration.storage.files import DATA, read_json
-from orchestration.storage.predictions import write_predictions
+from orchestration.storage.predictions import MEASURES, write_predictions
 from orchestration.storage.run_folder import RunFolder
 from orchestration.training.trainer import Interval
 
@@ -448,6 +448,13 @@ def folders_of_results(config: RunConfig, stage: str) -> list[str]:
     if method.stages[stage].classes is not None or (stage in method.finals and len(method.finals) > 1):
         folders.append(f"{stage}/")
     return folders
+
+
+def predictions_missing(run_dir: Path, config: RunConfig, stage: str) -> bool:
+    """Return whether a final stage has none of the predictions that it should keep: its start may have been killed."""
+    if not config.run.predictions or stage not in config.method.finals:
+        return False
+    return any(not (run_dir / "evaluation" / b / MEASURES).is_file() for b in folders_of_results(config, stage))
 
 
 def metrics_of(split: str, result: dict[str, Any]) -> dict[str, float]:

@@ -63,6 +63,7 @@ from orchestration.tracking.process import (
 )
 from orchestration.tracking.uri import artifact_folder, check_uri
 
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
 _BATCH = 1000  # points; MLflow takes no more at once
 _REQUIREMENTS = ("mlflow", "numpy", "Pillow", "pydantic", "safetensors", "scikit-learn", "torch", "torchvision")
 _ENVIRONMENT = {
@@ -136,8 +137,12 @@ class MlflowSender:
         logging.getLogger("alembic").setLevel(logging.WARNING)
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
         with schema_lock(self._target.uri, self._run_dir.parent):
+            given = os.environ.get(URI_VARIABLE)
             mlflow.set_tracking_uri(self._target.uri)  # a SQLite registry looks the models up by it
             mlflow.set_registry_uri(self._target.uri)
+            # MLflow writes it to the environment, where a later run of this process would take it for the user's.
+            os.environ.pop(URI_VARIABLE, None)
+            os.environ.update({} if given is None else {URI_VARIABLE: given})
             client = mlflow.MlflowClient(self._target.uri, self._target.uri)
             experiment_id = self._find_experiment(client)
 

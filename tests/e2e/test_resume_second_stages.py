@@ -127,7 +127,9 @@ def test_what_an_undisturbed_run_leaves(undisturbed):
     """Otherwise two runs could agree on too little."""
     evaluations = {name: json.loads(text) for name, text in runs.evaluations(undisturbed).items()}
     assert evaluations.keys() == {
-        f"evaluation/{below}{name}.json" for below in ("", "ncm/", "lws/", "tau/") for name in ("last", "best")
+        f"evaluation/{below}{name}.json"
+        for below in ("", "ncm/", "lws/", "tau/")
+        for name in ("last", "best", "measures")
     }
     assert [evaluations[f"evaluation/{s}/last.json"]["step"] for s in STAGES[1:]] == [0, PER_EPOCH, 0]
     (choice,) = evaluations["evaluation/tau/last.json"]["fitted"]["choices"]

@@ -12,6 +12,15 @@ from orchestration.runs.stopping import Stopped, StopSignals, signals_stop
 NOTICES = [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
 
 
+@pytest.fixture(autouse=True)
+def not_ignored():
+    """Tests may run under nohup, which has SIGHUP ignored; the runs below are not."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in NOTICES}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def send(number):
     os.kill(os.getpid(), number)
 
