@@ -203,9 +203,9 @@ def workers_of(folder):
 
 
 def fits(folder, stage):
-    """Wait until a stage's workers are announced, and a second into its fit."""
+    """Wait until a stage's workers are announced, and a moment into its fit, which takes about a second."""
     runs.wait_until(lambda: any(w["stage"] == stage for w in workers_of(folder)), f"workers of {stage}")
-    time.sleep(1)
+    time.sleep(0.3)
 
 
 MOMENTS = {
