@@ -325,6 +325,12 @@ class Worker:
         """Say whether a file of a checkpoint holds a part of this worker's."""
         return file.partition(".")[0] in ("trunk", "shared", "objective", *self.trainer.setup.model.names)
 
+    def load_weights(self, folder: str | Sent) -> None:
+        """See `StageTrainer.load_weights`."""
+        self._note_progress()
+        with received(folder, self._is_own) as path:
+            self.trainer.load_weights(path)
+
     def start_from_model(self, folder: str | Sent) -> None:
         """See `StageTrainer.start_from_model`."""
         self._note_progress()

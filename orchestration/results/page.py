@@ -83,7 +83,7 @@ def _of_data(data: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     yield "digest", data.get("digest")
     yield "left out", len(data.get("left_out") or []) or None
     for remark in data.get("remarks") or []:
-        yield "", remark
+        yield "", remark["text"]
 
 
 def _cost(run: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:

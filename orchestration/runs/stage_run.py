@@ -226,7 +226,7 @@ class StageRun:
             kept["best"] = kept["last"]
             if self.best is not None and self.best["step"] != self.step:
                 # No step follows, so the workers need the last weights no more.
-                self.fleet.call("start_from", self._send(self.checkpoints.folder / self.best["checkpoint"]))
+                self.fleet.call("load_weights", self._send(self.checkpoints.folder / self.best["checkpoint"]))
                 kept["best"] = self._predicted()
             probabilities = self.config.method.gives_probabilities(self.stage)
             write_predictions(folders, kept, len(self.counts), probabilities=probabilities)

@@ -144,6 +144,13 @@ def start_from(setup: StageSetup, folder: Path) -> None:
     _begin_with(setup, _read_weights(setup, folder), folder)
 
 
+def load_weights(setup: StageSetup, folder: Path) -> None:
+    """Load the weights of a checkpoint of this very stage, all that scoring needs; no step may follow."""
+    weights, own = _read_weights(setup, folder), setup.model.state_dict()
+    taken = {name: weights[name] for name in own if part_of(name) not in TRAINING_ONLY}
+    setup.model.load_state_dict({**own, **taken})
+
+
 def start_from_model(setup: StageSetup, folder: Path) -> None:
     """Begin a stage with a model that another run exported.
 

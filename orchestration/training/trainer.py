@@ -252,6 +252,10 @@ class StageTrainer:
         """Begin this stage with the weights of another stage's checkpoint, without its momentum."""
         stage_files.start_from(self.setup, Path(folder))
 
+    def load_weights(self, folder: str) -> None:
+        """Load the weights of a checkpoint of this stage, to score with; no step may follow."""
+        stage_files.load_weights(self.setup, Path(folder))
+
     def start_from_model(self, folder: str) -> None:
         """Begin this stage with a model that another run exported; see `stage_files.start_from_model`."""
         stage_files.start_from_model(self.setup, Path(folder))

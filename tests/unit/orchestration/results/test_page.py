@@ -47,13 +47,23 @@ def test_a_run_is_one_page(tmp_path):
         "status": "finished", "command": "expertail train tracking.uri=http://me:s3cret@host", "ended": 1795742672.8,
         "mesh": {"slots": 3, "replicas": 2, "experts_per_worker": 1}, "cost": {"gpu_hours": 1.5}, "failures": 2,
     }))  # fmt: skip
-    (run / "data.json").write_text(json.dumps({"dataset": "birds", "counts": [100, 7, 1], "left_out": ["a"]}))
+    (run / "data.json").write_text(
+        json.dumps(
+            {
+                "dataset": "birds",
+                "counts": [100, 7, 1],
+                "left_out": ["a"],
+                "remarks": [{"kind": "cut", "count": 3, "text": "3 images are cut"}],
+            }
+        )
+    )
     text = write_page(run).read_text()
     page = Page(text)
     assert page.open == []
     assert page.images == 3
     for shown in (
         "few < 20 & many",
+        "3 images are cut",
         "price <b>$_$: ride, 3 experts",
         "6 with 1 expert each, 2 replicas",
         "108 of 3 classes, 100 to 1, ratio 100",
