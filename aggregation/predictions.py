@@ -47,8 +47,14 @@ class Predictions:
 
     @classmethod
     def of_batch(cls, member_logits: Mapping[str, Tensor], labels_B: Tensor, *, logits: bool = True) -> Predictions:
-        """Take scores [B, C] by member, and the labels."""
+        """Take scores [B, C] by member, and the labels.
+
+        Raises:
+            ValueError: a score is not finite.
+        """
         scores = MemberScores.stacked(member_logits)
+        if not scores.finite_MB.all():
+            raise ValueError("scores are not finite (NaN or infinite): the model has diverged")
         labels = labels_B.to(scores.logits_MBC.device).expand(len(scores.names), -1)[..., None]
         own_MB1 = scores.logits_MBC.gather(2, labels)
         classes_C = torch.arange(scores.logits_MBC.shape[2], device=own_MB1.device)

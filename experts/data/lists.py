@@ -27,6 +27,7 @@ from experts.data.remarks import Remark, shown
 from experts.data.repeats import repeated_files
 
 LISTS = {"train_list": "training", "val_list": "validation", "test_list": "test"}
+_LIKE_A_PATH = re.compile(r"[/\\]|\.\w{2,5}\b")
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
@@ -192,6 +193,7 @@ def read_list(root: str, key: str, value: str) -> ImageList:
         and len(lines) > 1
         and (form := _form_of(root, lines[1][1]))
         and not _names_a_file(root, lines[0][1])
+        and not _LIKE_A_PATH.search(lines[0][1])  # of an image whose label is wrong
     ):
         text_of = shown(lines[0][1][:80])
         remarks.append(Remark("header", 1, f"{file}: its first line, '{text_of}', is taken for a header"))

@@ -88,6 +88,11 @@ def test_the_interval_of_an_accuracy_is_scipys():
         assert np.concatenate(found) == pytest.approx([expected.low, expected.high], abs=1e-12)
 
 
+def test_scores_that_are_not_finite_are_never_counted_as_right():
+    with pytest.raises(ValueError, match="not finite"):
+        Predictions.of_batch({"ensemble": torch.full((2, 3), torch.nan)}, torch.tensor([0, 1]))
+
+
 def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "p.npz").write_bytes(b"PK\x03\x04 and no more")
     with pytest.raises(ValueError, match=r"p\.npz: found no predictions"):

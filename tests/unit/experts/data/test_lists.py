@@ -110,6 +110,7 @@ def test_names_in_the_letters_of_windows_or_as_raw_bytes_are_found(root):
         (b"\x1f\x8b\x08\x00\x00", r"zero bytes, as UTF-16 and files that are no text"),
         ("a.jpg,b.jpg\n", r"train.txt:1: found 'a.jpg,b.jpg'; needed `path label`"),
         ("gone/\x1b[31m.jpg 0\n", r"train.txt: its first image is not at .*gone/\\x1b\[31m.jpg; .*\(line 1: "),
+        ("wrong_first.jpg O\n" + lines(PLAIN), r"train.txt:1: found 'wrong_first.jpg O'; needed `path label`"),
         ("# only a remark\n", r"train.txt: holds no image"),
     ],
 )
