@@ -22,7 +22,7 @@ def fail(*_, **__):
 
 
 def test_faults_after_the_last_step_cost_a_line_each(warm, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("orchestration.results.style.save_figure", fail)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)  # whoever has imported what saves it
     monkeypatch.setattr("orchestration.runs.stage_run.write_predictions", fail)
     monkeypatch.setattr("orchestration.tracking.uploader.State", fail)  # of an uploader that ended badly
     monkeypatch.setattr("orchestration.tracking.uploader.Uploader.send_message", lambda *_: None)
