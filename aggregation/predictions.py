@@ -27,7 +27,7 @@ _LARGEST = float(np.finfo(np.float16).max)
 
 @dataclass(frozen=True)
 class Predictions:
-    """What members say of images.
+    """Predictions of members for the same images.
 
     Attributes:
         names: of the members, the ensemble first.

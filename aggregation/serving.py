@@ -230,7 +230,7 @@ def blank_ensemble(description: Description) -> Ensemble:
 
 @dataclass(frozen=True)
 class Answers:
-    """What an ensemble says of images.
+    """Answers of an ensemble for images.
 
     Attributes:
         probabilities_BC: of the ensemble, float32.

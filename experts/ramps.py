@@ -29,7 +29,7 @@ class Ramp(Settings):
     """A number that goes from `start` to `end`, constant within an epoch. A plain number is one that stays."""
 
     ramp: Shape = "linear"
-    """What falls from 1 to 0 on the way."""
+    """The curve, which falls from 1 to 0 on the way."""
     start: Finite
     """In the first epoch, no unit."""
     end: Finite

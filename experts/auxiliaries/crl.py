@@ -106,7 +106,7 @@ class CRL(Auxiliary):
         level: Level = "class"
         """Hardness and distances by the scores of the class, or by the features of images."""
         share: Annotated[float, Field(gt=0, le=1)] = 0.5
-        """Of a batch, that rare classes have together at most; published 0.5."""
+        """Share of a batch that rare classes have together at most; published 0.5."""
         hardest: Annotated[int, Field(ge=1)] = 25
         """Positives, and negatives, for each anchor; published 25, not confirmed by a source we could read."""
         margin: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.5

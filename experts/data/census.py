@@ -1,4 +1,4 @@
-"""What is learnt of the files of a split while all of them are decoded anyway."""
+"""Facts about the files of a split, learnt while all of them are decoded anyway."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the files of a split are those that a run began with: by what they hold, else by their sizes and times."""
+"""Fingerprints of a split's files, compared when a run goes on: by what they hold, else by sizes and times."""
 
 from __future__ import annotations
 

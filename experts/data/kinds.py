@@ -1,4 +1,4 @@
-"""Which files are images, and which names never are."""
+"""Kinds of files: those that are images, and names that never are."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ class ImageList(NamedTuple):
 
 
 class _Form(NamedTuple):
-    """How a list writes its lines: what stands before the label, and what is around or inside of a path."""
+    """The form of a list's lines: what stands before the label, and what is around or inside of a path."""
 
     separator: str | None
     quoted: bool = False

@@ -1,4 +1,4 @@
-"""What became of a set's images besides being used: cut, held out, skipped, there twice. Each is counted and said.
+"""Remarks on images that a set does not simply use: cut, held out, skipped, there twice. Each is counted and said.
 
 A remark goes to the first lines of a run, above its table and into data.json, so a user who looks at either learns that
 the numbers are of fewer or other images than there are files.

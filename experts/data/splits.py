@@ -1,4 +1,4 @@
-"""Which images of a full set are trained on, validated on and tested on. Nothing is decoded here.
+"""Splits of a full set: the images to train on, to validate on and to test on. Nothing is decoded here.
 
 test          the published one, or images held out of the training pool    imbalance.hold_out
 train, val    the published long-tailed selection, a validation cut         imbalance.select

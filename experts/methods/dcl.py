@@ -114,7 +114,7 @@ class EasyAnchors(Auxiliary):
     class Config(AuxiliarySettings):
         name: Literal["easy_anchors"] = "easy_anchors"
         share: Annotated[float, Field(gt=0, le=1)] = 0.5
-        """Of a batch, that rare classes have together at most."""
+        """Share of a batch that rare classes have together at most."""
         anchors: Annotated[int, Field(ge=1)] = 5
         """Surest images of a class that may be anchors."""
         hardest: Annotated[int, Field(ge=1)] = 5

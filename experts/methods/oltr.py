@@ -34,7 +34,7 @@ _LEAST_DISTANCE = 1e-6  # of a feature from its nearest centre
 
 @register("attention", "modulated")
 class ModulatedAttention(Attention):
-    """What every position gathers from all others, added as strongly as the whole map says for that position.
+    """Attention from every position to all others, added as strongly as the whole map says for that position.
 
     With r the output of a non-local block and a = softmax over positions of a linear layer of the whole map, the
     result is x + a r. The block's last layer begins at zero, and so the result at x.

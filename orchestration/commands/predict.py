@@ -34,7 +34,7 @@ _BATCH = 64  # images computed at once
 
 @dataclass(frozen=True)
 class Options:
-    """How to answer.
+    """The form of the answers.
 
     Attributes:
         which: "best" or "last", of a run's models.

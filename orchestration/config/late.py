@@ -1,4 +1,4 @@
-"""What a stage would do only after its last epoch, as in a shortened run: drops, re-weighting, warm-up."""
+"""Notes on what a stage would do only after its last epoch, as in a shortened run: drops, re-weighting, warm-up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the lists of a data set are: found when a config is composed, so that later commands work from any folder."""
+"""Places of a data set's lists: found when a config is composed, so that later commands work from any folder."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ class RunSettings(Settings):
     pictures: bool = True
     """Draw report/*.png at the end, which takes some seconds. report/table.txt is always written."""
     features_picture: Literal["pca", "tsne", False] = "pca"
-    """How features of test images are laid on a plane, before and after each stage: two principal components, or t-SNE,
+    """Projection of features of test images onto a plane, before and after each stage: principal components, or t-SNE,
     which needs scikit-learn. false draws neither them nor the lengths of features and weights."""
     features_classes: tuple[int | str, ...] | None = None
     """Ids or names of the classes on that plane. Unset: ten at most, from frequent to rare in each group."""

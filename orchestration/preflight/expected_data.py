@@ -23,7 +23,7 @@ FILES = ("image_folder", "image_list")
 
 
 class ExpectedData(NamedTuple):
-    """What is known of a run's data.
+    """Facts known about a run's data.
 
     Attributes:
         num_classes: None if only the data can say.

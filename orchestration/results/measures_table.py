@@ -1,4 +1,4 @@
-"""What kept predictions show beside top-1: a table below the run's, and pictures of confusion and of reliability."""
+"""Measures of kept predictions beside top-1: a table below the run's, and pictures of confusion and of reliability."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from aggregation.serving import DESCRIPTION
 
 SCHEMES = ("models:/", "runs:/", "mlflow-artifacts:/")
-"""What the URI of an MLflow model begins with."""
+"""Beginnings of the URI of an MLflow model."""
 
 
 def download_model(uri: str, scratch: str) -> Path:

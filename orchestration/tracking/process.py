@@ -312,7 +312,7 @@ _REMEDIES = {
     "disk image is malformed": "the file is damaged: restore it from a copy, or set tracking.uri to another",
     "readonly database": "make the file and its folder writable, or set tracking.uri to another",
 }
-"""What MLflow or SQLite says, by a piece of it, and what to do."""
+"""Remedies, by a piece of what MLflow or SQLite says."""
 
 
 def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:

@@ -1,4 +1,4 @@
-"""What auxiliaries have learns in a stage, images that they make are scored, memories of other sizes are refused."""
+"""Parameters of auxiliaries learn in a stage, images that they make are scored, memories of other sizes are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run keeps of every image is what its evaluations say, wherever the experts lived."""
+"""Kept predictions are what a run's evaluations say, wherever the experts lived."""
 
 from __future__ import annotations
 

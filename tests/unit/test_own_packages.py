@@ -38,7 +38,7 @@ def test_a_command_takes_our_packages(theirs):
 
 
 def test_processes_of_a_command_take_them_too(theirs):
-    """What they are started with, and the flag that keeps the current directory out of the way."""
+    """Their command, and the flag that keeps the current directory out of the way."""
     done = python("from orchestration.config.paths import import_roots; print(import_roots())", theirs)
     assert done.stdout.strip() == str([str(ROOT)])
     assert '"-P", "-m"' in (ROOT / "orchestration" / "tracking" / "uploader.py").read_text()

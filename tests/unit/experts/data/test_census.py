@@ -1,4 +1,4 @@
-"""What is learnt of files: equal ones, dark ones, pictures of nothing, one of another size, replaced ones."""
+"""Decoding learns of files: equal ones, dark ones, pictures of nothing, one of another size, replaced ones."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What lies beside and among images in a folder: other formats, hidden files, links, splits of other names."""
+"""Folders hold more than images: other formats, hidden files, links, splits of other names."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What a fleet says of its nodes."""
+"""A fleet speaks of its nodes."""
 
 from __future__ import annotations
 

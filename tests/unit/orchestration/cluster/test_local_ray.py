@@ -1,4 +1,4 @@
-"""Where a Ray of our own keeps its sockets and its token on machines that have little room for them."""
+"""A Ray of our own keeps its sockets and its token on machines that have little room for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What kept predictions show beside top-1: lines below the table and two pictures, from the files alone."""
+"""Measures of kept predictions beside top-1: lines below the table and two pictures, from the files alone."""
 
 from __future__ import annotations
 

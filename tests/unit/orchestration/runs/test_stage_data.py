@@ -1,4 +1,4 @@
-"""What the driver makes of the facts that workers find in the data."""
+"""The driver checks and keeps the facts that workers find in the data."""
 
 import pytest
 
