@@ -1,12 +1,12 @@
-"""Every loss, second stage and mixing on the same real images with one schedule and the same seeds.
+"""Every loss, second stage and mixing, and ways to better features, on the same images with one schedule and seeds.
 
     python -m benchmarks.losses run   [--cifar <folder>] [--fashion <folder>] [--seeds 0,1,2] [--only mixing]
     python -m benchmarks.losses table [--docs]
     python -m benchmarks.losses list
 
-A ResNet-8 for 40 epochs, second stages for 10, all by pace=fashion_mnist_lt; the last epoch counts. `run` trains what
-is not finished, two runs at a time with one thread each, CIFAR-10-LT first and seeds outermost, so that a part of the
-table is a table. It can be stopped and started again; a file PAUSE in the folder of the runs makes it wait before the
+A ResNet-8 for 40 epochs, or 20 on Fashion-MNIST, second stages for 10, all by pace=fashion_mnist_lt; the last epoch
+counts. `run` trains what is not finished, two runs at a time with one thread each, CIFAR-10-LT first and seeds
+outermost, so that a part of the table is a table. It can be stopped and started again; a file PAUSE in the folder of the runs makes it wait before the
 next run; several commands may work on one folder, also from different checkouts (seeds.py). `table` reads the finished
 runs, writes benchmarks/results/losses.json and prints the tables; with --docs it also puts them into docs/results.md.
 `list` prints the words of each run.
@@ -33,7 +33,6 @@ DOCS = Path(__file__).parents[1] / "docs" / "results.md"
 PUBLISHED = Path(__file__).parents[1] / "configs" / "published.yaml"
 SCHEDULE = ("pace=fashion_mnist_lt", "run.evaluate_every_epochs=1000")
 IMAGES = {"cifar": CIFAR, "fashion": FASHION}
-TITLES = {"cifar": "CIFAR-10-LT", "fashion": "Fashion-MNIST-LT"}
 
 _STAGE = "method.stages.train"
 _GCL = "{name: gcl, scale: 30, strength: 0.5, margin: 0.0, gamma: 0.0}"
@@ -66,8 +65,21 @@ MIXING: dict[str, tuple[str, ...]] = {
     for mix in ("cmo", "cutmix", "remix")
     for host in ("ce", "balanced_softmax", "ldam_drw", "ride")
 }
-NETWORKS: dict[str, dict[str, tuple[str, ...]]] = {"losses": LOSSES, "mixing": MIXING}
+REPRESENTATION: dict[str, tuple[str, ...]] = {
+    "paco": ("method=paco",),
+    "kcl": ("method=kcl",),
+    "ssp_rotation": ("method=ssp_rotation",),
+    "deconfound": ("method=deconfound",),
+    "oltr": ("method=oltr",),
+}
+NETWORKS: dict[str, dict[str, tuple[str, ...]]] = {
+    "losses": LOSSES, "mixing": MIXING, "representation": REPRESENTATION,
+}  # fmt: skip
+EPOCHS = {"cifar": 40, "fashion": 20}
+_WORDS = {name: words for networks in NETWORKS.values() for name, words in networks.items()}
+_FIRST_STAGES = {"dive": ("teacher",), "ssp_rotation": ("pretrain",)}  # beside `train`, as long as it
 CIFAR_WORDS: dict[str, tuple[str, ...]] = {
+    "deconfound": ("method.head.momentum=0.9", "method.head.alpha=1"),
     "mixup": ("method.stages.mislas.lr_factors.heads=0.5", "method.stages.mislas.frozen_batchnorm=eval"),
     **{name: ("method.stages.train.mixing.probability=0.5",) for name in MIXING if name.endswith("_cutmix")},
 }
@@ -129,6 +141,20 @@ ROWS = (
       for host in ("ce", "balanced_softmax", "ldam_drw", "ride") for mix in ("remix", "cutmix", "cmo")),
 )  # fmt: skip
 BASELINE = ROWS[0]
+TABLES: dict[str, tuple[str, tuple[Row, ...]]] = {
+    "cifar": ("cifar", ROWS),
+    "fashion": ("fashion", ROWS),
+    "representation": ("cifar", (
+        BASELINE,
+        Row("`balanced_softmax`", "balanced_softmax", None, "logit_adjustment"),
+        Row("`deconfound`", "deconfound", None, "deconfound"),
+        Row("`oltr`", "oltr", None, "oltr"),
+        Row("`ssp_rotation`, then cross-entropy", "ssp_rotation", None, "ssp_rotation"),
+        Row("`kcl`, its second stage cRT", "kcl", None, "kcl"),
+        Row("`paco`", "paco", None, "paco"),
+    )),
+}  # fmt: skip
+"""Data set and rows by the name of a table."""
 
 
 def main() -> None:
@@ -138,7 +164,7 @@ def main() -> None:
     parser.add_argument("--fashion", type=Path, help="folder of the four .gz files")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", choices=NETWORKS, help="one kind of networks")
-    parser.add_argument("--epochs", type=int, default=40, help="of first stages; all runs of a folder need the same")
+    parser.add_argument("--epochs", type=int, help="of first stages, else 40 and 20; all runs of a table need the same")
     parser.add_argument("--runs", type=Path, default=Path("runs/losses"))
     parser.add_argument("--docs", action="store_true", help="put the tables into docs/results.md")
     options = parser.parse_args()
@@ -150,9 +176,10 @@ def main() -> None:
         folders = {data: folder for data, folder in (("cifar", options.cifar), ("fashion", options.fashion)) if folder}
         numbers = [int(seed) for seed in options.seeds.split(",")]
         jobs = [
-            Job(f"{data}-{name}-s{seed}", (*words_of(data, name, options.epochs), f"dataset.root={folder.absolute()}",
-                                           f"seed={seed}"))
+            Job(f"{data}-{name}-s{seed}", (*words_of(data, name, options.epochs or EPOCHS[data]),
+                                           f"dataset.root={folder.absolute()}", f"seed={seed}"))
             for data, folder in folders.items() for seed in numbers for name in networks
+            if data == "cifar" or name not in REPRESENTATION
         ]  # fmt: skip
         seeds.train_all(options.runs.absolute(), jobs)
     else:
@@ -164,12 +191,12 @@ def main() -> None:
             DOCS.write_text(filled_in(DOCS.read_text(), tables))
 
 
-def words_of(data: str, network: str, epochs: int = 40) -> tuple[str, ...]:
+def words_of(data: str, network: str, epochs: int) -> tuple[str, ...]:
     """Return the words of a network's run, without the folder of its images and its seed."""
-    words = (LOSSES | MIXING)[network]
+    words = _WORDS[network]
     if data == "cifar":
         words += CIFAR_WORDS.get(network, ())
-    stages = ("train", "teacher") if network == "dive" else ("train",)
+    stages = ("train", *_FIRST_STAGES.get(network, ()))
     shorter = () if epochs == 40 else tuple(f"method.stages.{stage}.epochs={epochs}" for stage in stages)
     return (*words, *SCHEDULE, *shorter, *IMAGES[data])
 
@@ -178,19 +205,19 @@ def summary(runs: Path) -> dict[str, Any]:
     """Return for every data set and row what its finished runs found, with commits, versions and hardware."""
     results: dict[str, dict[str, Any]] = {}
     makers: dict[str, Any] = {}
-    for data in IMAGES:
-        for row in ROWS:
+    for title, (data, rows) in TABLES.items():
+        for row in rows:
             folders = {
                 int(folder.name.rpartition("-s")[2]): folder for folder in runs.glob(f"{data}-{row.network}-s*/")
             }
             done = {seed: folders[seed] for seed in sorted(folders) if seeds.is_finished(folders[seed])}
             if done:
-                results.setdefault(data, {})[row.label] = entry_of(data, row, done)
+                results.setdefault(title, {})[row.label] = entry_of(data, row, done)
                 makers = makers or seeds.made_by(next(iter(done.values())))
-    for rows in results.values():
-        for label, entry in rows.items():
-            known = BASELINE.label in rows and label != BASELINE.label
-            entry["gain"] = gains(entry, rows[BASELINE.label]) if known else None
+    for entries in results.values():
+        for label, entry in entries.items():
+            known = BASELINE.label in entries and label != BASELINE.label
+            entry["gain"] = gains(entry, entries[BASELINE.label]) if known else None
     return {"command": "python -m benchmarks.losses run --cifar <folder> --fashion <folder>", **makers,
             "results": results}  # fmt: skip
 
@@ -206,7 +233,7 @@ def entry_of(data: str, row: Row, done: Mapping[int, Path]) -> dict[str, Any]:
             f"{', '.join(others)}: other epochs than {epochs}; one table needs the same; use another --runs"
         )
     return {
-        "words": list((LOSSES | MIXING)[row.network]),
+        "words": list(_WORDS[row.network]),
         "final": row.final,
         "seeds": list(done),
         "commits": sorted({run["commit"] for run in runs}),

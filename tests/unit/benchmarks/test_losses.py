@@ -7,7 +7,7 @@ import json
 import pytest
 
 from benchmarks import loss_steps, losses
-from benchmarks.losses import BASELINE, DOCS, LOSSES, MIXING, RESULTS, ROWS, words_of
+from benchmarks.losses import BASELINE, DOCS, LOSSES, MIXING, REPRESENTATION, RESULTS, ROWS, TABLES, words_of
 from orchestration.config.compose import load_config
 from orchestration.config.words import available
 
@@ -16,26 +16,27 @@ def config_of(network, data="cifar", epochs=40):
     return load_config([*words_of(data, network, epochs), "dataset.num_classes=10"])
 
 
-@pytest.mark.parametrize("network", LOSSES)
+@pytest.mark.parametrize("network", LOSSES | REPRESENTATION)
 def test_all_networks_have_one_schedule_and_the_stages_of_their_rows(network):
     config = config_of(network)
     epochs = {name: stage.epochs for name, stage in config.method.stages.items()}
-    assert epochs.pop("train") == 40 and epochs.pop("teacher", 40) == 40
-    assert set(epochs.values()) <= {0, 10}
+    first = [epochs.pop(stage, 40) for stage in ("train", "teacher", "pretrain")]
+    assert first == [40, 40, 40] and set(epochs.values()) <= {0, 10}
     assert {stage.batch_size for stage in config.method.stages.values() if stage.epochs} == {128}
-    finals = {row.final for row in ROWS if row.network == network}
+    finals = {row.final for _, rows in TABLES.values() for row in rows if row.network == network}
     assert finals == (set(config.method.finals) if len(config.method.finals) > 1 else {None})
 
 
 def test_every_network_has_a_row_and_every_row_a_network():
-    assert {row.network for row in ROWS} == LOSSES.keys() | MIXING.keys()
-    assert len({row.label for row in ROWS}) == len(ROWS)
+    known = {row.network for _, rows in TABLES.values() for row in rows}
+    assert known == LOSSES.keys() | MIXING.keys() | REPRESENTATION.keys()
+    assert all(len({row.label for row in rows}) == len(rows) for _, rows in TABLES.values())
 
 
 def test_recipes_from_parts_are_those_of_their_names():
     """GCL and MiSLAS are taken apart, so that their first stages have rows."""
     for network, method in (("gcl", "gcl"), ("mixup", "mislas")):
-        parts = load_config([*words_of("fashion", network)]).method
+        parts = load_config([*words_of("fashion", network, 40)]).method
         whole = load_config([f"method={method}", *losses.SCHEDULE, *losses.FASHION]).method
         assert parts.head == whole.head
         assert all(parts.starts_from(name) == whole.starts_from(name) for name in whole.stages)
