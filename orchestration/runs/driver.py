@@ -21,8 +21,9 @@ from orchestration.cluster.placement import NoRoom
 from orchestration.config.late import late_notes
 from orchestration.runs.admission import Admission
 from orchestration.runs.console import Console
+from orchestration.runs.kept_predictions import predictions_missing
 from orchestration.runs.run import Run
-from orchestration.runs.stage_run import predictions_missing, write_evaluations
+from orchestration.runs.stage_run import write_evaluations
 from orchestration.runs.stopping import GivenUp, Outcome, Stopped, StopSignals
 from orchestration.runs.supervisor import Supervisor
 from orchestration.storage.run_folder import RunFolder
@@ -136,7 +137,7 @@ class Driver:
     def _finished(self, stage: str) -> Outcome | None:
         """Return how a stage ended at an earlier start, None if it did not. Write what that start was killed before."""
         newest = self.run.checkpoints.newest_finished(stage, self.run.console.message)
-        if newest is None or predictions_missing(self.run.folder.path, self.run.config, stage):
+        if newest is None or predictions_missing(self.run.folder, self.run.config, stage):
             return None  # begun again, a trained stage takes no step
 
         # That start may have been killed between the checkpoint and the copy of its weights as the best.

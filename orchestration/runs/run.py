@@ -183,6 +183,15 @@ class Run:
             f"{notice}; moving stage {stage} to other nodes (preemption {self.preemptions} of at most {limit})"
         )
 
+    def record_predictions(self, stage: str, failure: str | None) -> None:
+        """Note why the predictions of a stage are not kept, or that they are."""
+        with self._changing:
+            noted = self.folder.read_run().get("predictions", {})
+            if failure is not None or stage in noted:
+                others = {name: note for name, note in noted.items() if name != stage}
+                mine = {} if failure is None else {stage: {"status": "failed", "cause": failure}}
+                self.folder.update_run(predictions=others | mine)
+
     def record_recovery(self, stage: str, seconds: dict[str, float], again: int) -> None:
         """Note how long a stage stood still after a loss.
 

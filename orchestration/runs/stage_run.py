@@ -23,14 +23,11 @@ from typing import Any
 
 from aggregation.diversity import Diversity, metrics
 from aggregation.metrics import Scores
-from aggregation.predictions import Predictions
-from orchestration.cluster.failures import WorkerLost
 from orchestration.cluster.fleet import Fleet
 from orchestration.cluster.preemption import Preempted, PreemptionNotice
 from orchestration.cluster.transfer import Sent, send
 from orchestration.config.recipe import stage_classes
 from orchestration.config.run_config import RunConfig
-from orchestration.results.text import bytes_, in_one_line
 from orchestration.runs.checkpoint_writer import CheckpointWriter
 from orchestration.runs.console import Console
 from orchestration.runs.pause import Pause
@@ -40,7 +37,6 @@ from orchestration.runs.stopping import GivenUp, Outcome, Stopped
 from orchestration.storage.checkpoint import Checkpoint, DamagedCheckpoint, verify
 from orchestration.storage.exports import weights_of
 from orchestration.storage.files import DATA, read_json
-from orchestration.storage.predictions import MEASURES, write_predictions
 from orchestration.storage.run_folder import RunFolder
 from orchestration.training.trainer import Interval
 
@@ -96,7 +92,7 @@ class StageRun:
         # Without a checkpoint every line goes: a stage without steps writes its lines at step 0.
         self.journal.rewind({self.stage: newest.state["step"] if newest else -1}, self.checkpoints.stages)
 
-        teachers = {name: self._send(run.model(source)) for name, source in settings.teachers.items()}
+        teachers = {name: self.send(run.model(source)) for name, source in settings.teachers.items()}
         self.built = self.fleet.build(self.stage, teachers)
         run.marks.setdefault("built", time.time())
         if self._pause is not None:
@@ -130,7 +126,8 @@ class StageRun:
         if self._pause is not None:
             self._pause.mark("loaded")
 
-    def _send(self, folder: Path) -> str | Sent:
+    def send(self, folder: Path) -> str | Sent:
+        """Send a folder to where workers can read it."""
         return send(folder, shared=self.folder.shared)
 
     def _selection_split(self) -> str:
@@ -150,11 +147,11 @@ class StageRun:
         source = self.config.method.starts_from(self.stage)
         if source is not None and source.stage is not None:
             weights = weights_of(self.checkpoints, source)
-            self.fleet.call("start_from", self._send(weights))
+            self.fleet.call("start_from", self.send(weights))
             self.console.message(f"stage {self.stage} begins with the weights of {weights.name}")
         elif source is not None:
             model = self.run.model(source)
-            self.fleet.call("start_from_model", self._send(model))
+            self.fleet.call("start_from_model", self.send(model))
             self.console.message(f"stage {self.stage} begins with the weights of {model}")
         if self.built[0]["prepares"]:
             self.console.message(f"stage {self.stage}: looking at the data before the first step, once")
@@ -162,7 +159,7 @@ class StageRun:
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
-        sent = self._send(checkpoint.folder)
+        sent = self.send(checkpoint.folder)
         self.fitted = state.get("fitted", {})  # checkpoints of earlier versions have none
         self.fleet.call("load", sent, {"step": state["step"], "sums": state["sums"], "fitted": self.fitted})
         self.step, self.best, self.last = state["step"], state["best"], state["last"]
@@ -210,45 +207,10 @@ class StageRun:
                 self._evaluate(count=False)
                 self._save()
         write_evaluations(self.folder, self.config, self.stage, {"best": self.best, "last": self.last})
-        if self.step >= self.total_steps and self.stage in self.config.method.finals:
-            self._keep_predictions()
-        self._note_memory()
         assert self.checkpoint is not None
         return Outcome(self.stage, self.step >= self.total_steps, self.total_steps, self.checkpoint)
 
-    def _keep_predictions(self) -> None:
-        """Keep what the last and the best weights say of every image. A failure costs a line: the stage is trained."""
-        if not self.config.run.predictions:
-            return
-        folders = [self.folder.path / "evaluation" / below for below in folders_of_results(self.config, self.stage)]
-        try:
-            kept = {"last": self._predicted()}
-            kept["best"] = kept["last"]
-            if self.best is not None and self.best["step"] != self.step:
-                # No step follows, so the workers need the last weights no more.
-                self.fleet.call("load_weights", self._send(self.checkpoints.folder / self.best["checkpoint"]))
-                kept["best"] = self._predicted()
-            probabilities = self.config.method.gives_probabilities(self.stage)
-            write_predictions(folders, kept, len(self.counts), probabilities=probabilities)
-        except WorkerLost:
-            raise
-        except Exception as problem:
-            self.console.message(f"stage {self.stage}: predictions were not kept: {in_one_line(problem)}")
-
-    def _predicted(self) -> dict[str, Predictions]:
-        """Return what the workers' weights say of each split."""
-        members, limit = 1 + self.config.method.num_experts, self.config.run.predictions_mib
-        size = 2 * self.built[0]["test_images"] * members * len(self.counts)  # bytes of the scores in float16
-        with_scores = size <= limit * 2**20
-        if not with_scores:
-            self.run.message_once(
-                f"stage {self.stage}: scores of the test images would take {bytes_(size)}, more than "
-                f"run.predictions_mib = {limit}; kept without them: class, rank and confidence of every image"
-            )
-        found = {split: self.fleet.call("predict", split, with_scores) for split in self.splits}
-        return {split: Predictions.joined([p for p in parts if p is not None]) for split, parts in found.items()}
-
-    def _note_memory(self) -> None:
+    def note_memory(self) -> None:
         """Note in run.json, and say where there are GPUs, the most memory that each worker has held."""
         peaks = {}
         for what in ("peak_memory_gib", "gpu_peak_memory_gib"):
@@ -448,13 +410,6 @@ def folders_of_results(config: RunConfig, stage: str) -> list[str]:
     if method.stages[stage].classes is not None or (stage in method.finals and len(method.finals) > 1):
         folders.append(f"{stage}/")
     return folders
-
-
-def predictions_missing(run_dir: Path, config: RunConfig, stage: str) -> bool:
-    """Return whether a final stage has none of the predictions that it should keep: its start may have been killed."""
-    if not config.run.predictions or stage not in config.method.finals:
-        return False
-    return any(not (run_dir / "evaluation" / b / MEASURES).is_file() for b in folders_of_results(config, stage))
 
 
 def metrics_of(split: str, result: dict[str, Any]) -> dict[str, float]:

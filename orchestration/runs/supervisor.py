@@ -11,6 +11,9 @@ A stage is in one of four states. A loss ends the state that it falls into:
     in any     nodes will be, or were, taken away: count the preemption                   -> moving
                a worker died or hangs: count the failure, give up after too many          -> waiting
                the run is to end, or something an operator can change                     -> raised
+
+After its last step a stage is no longer lost with its workers: new ones are asked once more for its predictions, which
+are then given up.
 """
 
 from __future__ import annotations
@@ -27,10 +30,11 @@ from orchestration.cluster.placement import NoRoom
 from orchestration.cluster.preemption import Preempted, PreemptionNotice
 from orchestration.cluster.reachability import Disconnected
 from orchestration.runs.console import Console
+from orchestration.runs.kept_predictions import give_up_predictions, keep_predictions, keeps_predictions
 from orchestration.runs.pause import Pause
 from orchestration.runs.run import Run
 from orchestration.runs.stage_run import StageRun
-from orchestration.runs.stopping import Outcome
+from orchestration.runs.stopping import GivenUp, Outcome, Stopped
 from orchestration.storage.files import LOCK
 
 _WAITS_FOR_NODES = 10  # times cluster.placement_timeout_s: how long a restart waits for a node that was lost
@@ -68,7 +72,7 @@ class Supervisor:
         self._newest_step = -1  # of that checkpoint
 
     def carry_out(self) -> Outcome:
-        """Train the stage from its newest checkpoint, or its beginning, to its end.
+        """Train the stage from its newest checkpoint, or its beginning, to its end, and keep its predictions.
 
         Raises:
             Stopped, GivenUp: the run is to end.
@@ -76,6 +80,13 @@ class Supervisor:
             WorkerLost: there were too many failures without a new checkpoint between.
             ValueError, FloatingPointError: something an operator can change.
         """
+        outcome = self._train_through_losses()
+        if outcome.finished and keeps_predictions(self._run.config, self._stage):
+            self._keep_predictions()
+        self._note_memory()
+        return outcome
+
+    def _train_through_losses(self) -> Outcome:
         state = State.STARTING
         while True:
             # A loss can fall into every state: a worker may die while it is started, and a node while it is waited for.
@@ -144,6 +155,37 @@ class Supervisor:
             raise Preempted(
                 f"{self._notice}; {reason}; the newest checkpoint is kept: the same command continues from it"
             ) from reason
+
+    # After the last step
+
+    def _keep_predictions(self) -> None:
+        assert self._stage_run is not None
+        try:
+            return keep_predictions(self._stage_run)
+        except WorkerLost as loss:
+            self._console.message(f"{loss}; stage {self._stage} is trained; asking new workers for its predictions")
+        self._end_workers()
+        self._begin_pause()
+        try:
+            self._wait_for_answers()
+            self._fleet.check_room()
+            self._start()
+            self._stage_run = StageRun(self._run, self._stage, self._fleet, self._console, before=self._before)
+            self._stage_run.prepare()
+            keep_predictions(self._stage_run)
+        except (Stopped, GivenUp):
+            raise
+        except Exception as problem:
+            self._end_workers()
+            give_up_predictions(self._run, self._stage, problem)
+
+    def _note_memory(self) -> None:
+        if self._fleet.workers and self._stage_run is not None:
+            try:
+                self._stage_run.note_memory()
+            except WorkerLost as loss:
+                self._console.message(f"stage {self._stage} is trained; its peak memory is not noted: {loss}")
+                self._end_workers()
 
     # Losses
 

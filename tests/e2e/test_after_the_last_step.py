@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+import ray
 
+from orchestration.cluster.fleet import Fleet
 from orchestration.storage.files import read_json
 from tests import runs
 
@@ -21,9 +23,23 @@ def fail(*_, **__):
     raise RuntimeError("put in")
 
 
+def die_at_first_prediction(monkeypatch):
+    """Let the first worker that is asked for predictions die."""
+    call, dead = Fleet.call, []
+
+    def call_after_a_death(fleet, method, *args):
+        if method == "predict" and not dead:
+            dead.append(fleet.workers[0])
+            ray.kill(dead[0])
+        return call(fleet, method, *args)
+
+    monkeypatch.setattr(Fleet, "call", call_after_a_death)
+
+
 def test_faults_after_the_last_step_cost_a_line_each(warm, tmp_path, monkeypatch, capsys):
+    die_at_first_prediction(monkeypatch)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)  # whoever has imported what saves it
-    monkeypatch.setattr("orchestration.runs.stage_run.write_predictions", fail)
+    monkeypatch.setattr("orchestration.runs.kept_predictions.write_predictions", fail)
     monkeypatch.setattr("orchestration.tracking.uploader.State", fail)  # of an uploader that ended badly
     monkeypatch.setattr("orchestration.tracking.uploader.Uploader.send_message", lambda *_: None)
     folder = tmp_path / "price $_$ up"
@@ -32,8 +48,13 @@ def test_faults_after_the_last_step_cost_a_line_each(warm, tmp_path, monkeypatch
     assert read_json(folder / "run.json")["status"] == "finished"
     assert (folder / "report" / "table.txt").read_text() == printed
     pictures = ["curves", "class_counts", "per_class"]
+    assert "stage train is trained; asking new workers for its predictions" in said
+    assert "failures" not in read_json(folder / "run.json")
     kept, *drawn, sent = [line for line in said.splitlines() if "put in" in line]
     assert kept == "stage train: predictions were not kept: RuntimeError: put in"
+    assert read_json(folder / "run.json")["predictions"] == {
+        "train": {"status": "failed", "cause": "RuntimeError: put in"}
+    }
     assert drawn == [f"expertail: report/{name}.png was not drawn: RuntimeError: put in" for name in pictures]
     assert sent == f"tracking: RuntimeError: put in; later: expertail sync {folder}"
     assert json.loads((folder / "export" / "last" / "model.json").read_text())["class_names"]

@@ -72,7 +72,7 @@ def test_it_is_in_run_json_on_the_console_and_in_mlflow(gpu, tmp_path):
     text = io.StringIO()
     with contextlib.closing(RunFolder(tmp_path)) as folder:
         run = Run(load_config([]), folder, Console(stream=text), StopSignals(), {})
-        StageRun(run, "train", Workers(gpu), run.console)._note_memory()
+        StageRun(run, "train", Workers(gpu), run.console).note_memory()
         found = folder.read_run()
     assert found["peak_memory_gib"] == [1.23, 1.5]
     assert found.get("gpu_peak_memory_gib") == (None if None in gpu else [2.0, 3.46])

@@ -17,6 +17,7 @@ from orchestration.runs import driver as driver_module
 from orchestration.runs import supervisor as supervisor_module
 from orchestration.runs.console import Console
 from orchestration.runs.driver import Driver
+from orchestration.runs.kept_predictions import predictions_missing
 from orchestration.runs.run import Run
 from orchestration.runs.stopping import GivenUp, Outcome, Stopped, StopSignals
 from orchestration.storage.checkpoint import write_file
@@ -118,6 +119,10 @@ def make_run(tmp_path, events, monkeypatch):
                     act()
                 return Outcome(self.stage, True, 1, tmp_path)
 
+            def note_memory(self):
+                pass
+
+        monkeypatch.setattr(supervisor_module, "keep_predictions", lambda trained: None)
         monkeypatch.setattr(supervisor_module, "_ASK_AGAIN_S", 0.01)
         monkeypatch.setattr(supervisor_module, "StageRun", FakeStage)
         monkeypatch.setattr(driver_module, "Fleet", lambda config, shape: FakeFleet(events, "further"))
@@ -396,3 +401,39 @@ def test_what_a_kill_after_a_stages_last_checkpoint_left_out_is_written_at_the_n
             "split": "test"
         }
     assert driver._finished("medium") is None
+
+
+def lost_in_predict(driver, monkeypatch, times):
+    """Let workers die while they predict, so often."""
+    asked = []
+
+    def keep(trained):
+        asked.append(trained)
+        assert trained.prepared and driver.fleet.workers
+        if len(asked) <= times:
+            raise WorkerLost("a worker died: put in")
+
+    monkeypatch.setattr(supervisor_module, "keep_predictions", keep)
+    return asked
+
+
+@pytest.mark.parametrize("losses", [1, 2])
+def test_workers_lost_while_they_predict_cost_no_failure_and_at_most_the_predictions(
+    losses, make_run, monkeypatch, events
+):
+    """With no failure allowed: other workers are asked once, then the run goes on without predictions."""
+    shown = io.StringIO()
+    driver = make_run({"student": [None]}, words=[*LFME, "cluster.max_failures=0"], shown=shown)
+    asked = lost_in_predict(driver, monkeypatch, losses)
+    assert supervise(driver, "student").finished
+    assert len(asked) == 2 and asked[0] is not asked[1]
+    assert events == ["start main", "train student", "room?", "start main", "connected?"]
+    stored = driver.run.folder.read_run()
+    assert "failures" not in stored
+    cause = "WorkerLost: a worker died: put in"
+    given_up = {"student": {"status": "failed", "cause": cause}} if losses == 2 else None
+    assert stored.get("predictions") == given_up
+    assert shown.getvalue().count(f"stage student: predictions were not kept: {cause}") == losses - 1
+    assert bool(driver.fleet.workers) == (losses == 1), "a later stage starts workers of its own"
+    missing = predictions_missing(driver.run.folder, driver.run.config, "student")
+    assert missing == (losses == 1), "what was given up is not asked for by a later start"
