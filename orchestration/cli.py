@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from experts.data.names import HANDLER
 from orchestration import __version__
+from orchestration.config.messages import say, show
 
 _EPILOG = """\
 examples:
@@ -90,9 +91,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int(options.carry_out(options) or 0)
     except KeyboardInterrupt:
-        print("expertail: interrupted", file=sys.stderr)
+        say("interrupted")
         return 130
-    except Exception as error:
+    except SystemExit:
+        raise
+    except BaseException as error:  # a stop is no Exception: nothing that guards a picture may swallow it
         return _explain(error, options.traceback)
 
 
@@ -108,21 +111,21 @@ def _warn_only() -> None:
     if any(option.partition(":")[0].strip() == "error" for option in os.environ.get("PYTHONWARNINGS", "").split(",")):
         del os.environ["PYTHONWARNINGS"]  # for the processes that this one starts
         warnings.simplefilter("default")
-        print("expertail: PYTHONWARNINGS = error is not applied: libraries warn while they load", file=sys.stderr)
+        say("PYTHONWARNINGS = error is not applied: libraries warn while they load")
 
 
-def _explain(error: Exception, full: bool) -> int:
+def _explain(error: BaseException, full: bool) -> int:
     """Print an error as a message to act on; with its traceback if asked for, or if the fault is ours."""
     code = getattr(error, "exit_code", None)
     if code is not None:
-        print(f"expertail: {error}", file=sys.stderr)
+        say(str(error))
         return int(code)
     # By name, because importing WorkerLost would load Ray.
     expected = isinstance(error, ValueError | FloatingPointError | OSError) or type(error).__name__ == "WorkerLost"
     if full or not expected:
         traceback.print_exception(error)
     else:
-        print(f"expertail: {error}", file=sys.stderr)
+        say(str(error))
     return 1
 
 
@@ -157,7 +160,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
 def _ls(options: argparse.Namespace) -> int:
     from orchestration.commands.choices import choices_text
 
-    print(choices_text())
+    show(choices_text())
     return 0
 
 
@@ -172,7 +175,7 @@ def _train(options: argparse.Namespace) -> int:
         composed = compose(options.overrides)
         marks["config"] = time.time()
         for note in composed.notes:
-            print(f"expertail: {note}", file=sys.stderr)
+            say(note)
         return train_and_report(composed.config, marks)
 
 
@@ -215,7 +218,7 @@ def _show_options(parser: argparse.ArgumentParser) -> None:
 def _show(options: argparse.Namespace) -> int:
     from orchestration.commands.show import show_text
 
-    print(show_text(options.overrides, options.all))
+    show(show_text(options.overrides, options.all))
     return 0
 
 
@@ -240,13 +243,13 @@ def _plan(options: argparse.Namespace) -> int:
     if not options.probe:
         from orchestration.commands.plan import plan_text
 
-        print(plan_text(options.overrides))
+        show(plan_text(options.overrides))
         return 0
     begun = _process_start()
     with _early_ray(options.overrides):  # as `train` does, because the time until the first step is measured
         from orchestration.commands.plan import probe_text
 
-        print(probe_text(options.overrides, begun))
+        show(probe_text(options.overrides, begun))
     return 0
 
 
@@ -281,7 +284,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from orchestration.commands.evaluate import evaluate
 
     how = (options.weights, options.model, options.distribution, options.split, options.overrides, options.stage)
-    print(evaluate(options.run, *how, options.unknown, options.threshold))
+    show(evaluate(options.run, *how, options.unknown, options.threshold))
     return 0
 
 
@@ -297,7 +300,6 @@ def _predict_options(parser: argparse.ArgumentParser) -> None:
 
 def _predict(options: argparse.Namespace) -> int:
     from orchestration.commands.predict import Options, predict
-    from orchestration.results.text import show
 
     how = Options(options.model, options.stage, options.top, options.csv)
     text, whole = predict(options.source, options.files, how)
@@ -321,7 +323,7 @@ def _regions(options: argparse.Namespace) -> int:
     from orchestration.storage.location import local_run
 
     with local_run(options.run) as run:
-        print(draw_regions(run, options.classes, options.overrides, options.stage))
+        show(draw_regions(run, options.classes, options.overrides, options.stage))
     return 0
 
 
@@ -339,7 +341,7 @@ def _features(options: argparse.Namespace) -> int:
     from orchestration.storage.location import local_run
 
     with local_run(options.run) as run:
-        print(draw_chosen(run, options.classes, options.projection, options.overrides, options.stage))
+        show(draw_chosen(run, options.classes, options.projection, options.overrides, options.stage))
     return 0
 
 
@@ -353,7 +355,7 @@ def _import_weights_options(parser: argparse.ArgumentParser) -> None:
 def _import_weights(options: argparse.Namespace) -> int:
     from orchestration.storage.pretrained import import_weights
 
-    print(f"{import_weights(options.source, options.target)}\nwritten to {options.target}")
+    show(f"{import_weights(options.source, options.target)}\nwritten to {options.target}")
     return 0
 
 
@@ -361,7 +363,7 @@ def _doctor(options: argparse.Namespace) -> int:
     from orchestration.commands.doctor import examine
 
     text, healthy = examine(options.overrides)
-    print(text)
+    show(text)
     return 0 if healthy else 1
 
 
@@ -375,7 +377,7 @@ def _sync(options: argparse.Namespace) -> int:
     from orchestration.commands.sync import sync_run
 
     problem = sync_run(options.run, options.uri)
-    print(problem or "tracking: the server has everything of this run")
+    show(problem or "tracking: the server has everything of this run")
     return 1 if problem else 0
 
 

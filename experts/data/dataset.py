@@ -10,6 +10,7 @@ digest         a hash of the selection; a resumed run must have the same
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -85,11 +86,19 @@ class Dataset:
     contents: Mapping[str, Fingerprint] = field(default_factory=dict)
 
     def fingerprints(self) -> dict[str, Fingerprint]:
-        """Return fingerprints of the splits that are files; of those that were not decoded, by sizes and times."""
+        """Return fingerprints of the splits that are files: by content where they were decoded.
+
+        Those that are read again while training have sizes and times as well: a later start may not decode them.
+        """
+        states = self._states
+        splits = [*states, *(split for split in self.contents if split not in states)]
+        return {split: {**states.get(split, {}), **self.contents.get(split, {})} for split in splits}
+
+    @functools.cached_property
+    def _states(self) -> dict[str, Fingerprint]:
+        """Sizes and times of files that are read while training, asked for once: there may be millions."""
         stores = {"training": self.train, "validation": self.val, "test": self.test}
-        streamed = {split: store.files for split, store in stores.items() if isinstance(store, FileImages)}
-        states = {split: of_states(pool) for split, pool in streamed.items() if split not in self.contents}
-        return {**states, **self.contents}
+        return {split: of_states(store.files) for split, store in stores.items() if isinstance(store, FileImages)}
 
     @property
     def num_classes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import unicodedata
 
 HANDLER = "expertail.readable"
 """Name of a handler of encoding errors, for streams and files: it writes what cannot be encoded as `readable` does."""
@@ -14,6 +15,28 @@ def readable(text: str) -> str:
     Python holds such bytes of a file's name as surrogates of their own, which no encoding takes.
     """
     return text.encode("utf-8", HANDLER).decode()
+
+
+def visible(text: str, keep: str = "") -> str:
+    r"""Return a text without what a terminal would act on: control characters, ends of lines and changes of direction.
+
+    They are shown by their numbers, as \x1b.
+
+    Args:
+        text: with bytes that are no UTF-8 or without.
+        keep: characters that stay, such as ends of lines between lines of ours.
+    """
+    if text.isprintable():
+        return text
+    return "".join(letter if letter in keep or not _acts(letter) else repr(letter)[1:-1] for letter in readable(text))
+
+
+def _acts(letter: str) -> bool:
+    return unicodedata.category(letter) in _CONTROL or "\u202a" <= letter <= "\u202e" or "\u2066" <= letter <= "\u2069"
+
+
+_CONTROL = ("Cc", "Zl", "Zp")
+"""Control characters, and what ends a line or a paragraph, by their categories in Unicode."""
 
 
 def _replace(error: UnicodeError) -> tuple[str, int]:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from experts.data.names import readable
+from experts.data.names import visible
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,7 @@ class Remark:
 def shown(path: bytes | str) -> str:
     r"""Return a path for a message: bytes that are no text, and letters that a terminal would act on, as \x and two
     digits."""
-    text = readable(os.fsdecode(path))
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    return visible(os.fsdecode(path))
 
 
 def named(class_names: Sequence[str] | None, c: int) -> str:

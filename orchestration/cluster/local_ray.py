@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import secrets
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import ray
 
 from experts.data.cpus import usable_cpus
 from orchestration.cluster.ray_internals import no_fixed_ports, own_code_in_workers, own_process_groups
+from orchestration.config.messages import say
 
 _OBJECT_STORE_BYTES = 256 * 2**20  # for numbers and scores; files of checkpoints at a URL may spill to disk
 _LONGEST_FOLDER = 38  # bytes: the path of a socket has at most 107, and Ray adds 68
@@ -70,8 +69,7 @@ def _use_short_folder() -> None:
             f"{variable} = {folder}: too long for the sockets of Ray, at most {_LONGEST_FOLDER} bytes, and /tmp cannot "
             f"be written; set {variable} to a shorter folder"
         )
-    with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
-        print(f"expertail: {variable} = {folder} is too long for sockets; /tmp is used", file=sys.stderr)
+    say(f"{variable} = {folder} is too long for sockets; /tmp is used")
     os.environ[variable] = os.environ["TMPDIR"] = "/tmp"
 
 

@@ -23,9 +23,9 @@ import numpy as np
 from aggregation.serving import DESCRIPTION, Answers, ServedModel, load_model
 from experts.data.decode import UnreadableImage, decode_file
 from experts.data.files import EXTENSIONS, images_below
-from experts.data.names import readable
+from orchestration.config.messages import say
 from orchestration.config.paths import expand
-from orchestration.results.text import plural, say, text_table
+from orchestration.results.text import plural, text_table
 from orchestration.storage.location import local_run
 from orchestration.tracking.models import SCHEMES, download_model
 
@@ -143,7 +143,7 @@ def _table(model: ServedModel, rows: list[list[str]], top: int) -> str:
     heads = _heads(model, top)
     left = [0, *(place for place, head in enumerate(heads) if not head.startswith(("probability", "disagreement")))]
     note = "disagreement: share of the pairs of experts that name different classes" if "disagreement" in heads else ""
-    lines = text_table([heads, *[[readable(cell) for cell in row] for row in rows]], left=left, rule=True)
+    lines = text_table([heads, *rows], left=left, rule=True)
     return "\n".join([*lines, *([note] if note else [])])
 
 

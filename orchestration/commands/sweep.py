@@ -34,6 +34,7 @@ from orchestration.cluster.connection import cluster
 from orchestration.commands.train import is_complete, train_and_report, with_threads
 from orchestration.config.compose import from_yaml, load_config
 from orchestration.config.identity import difference, identity
+from orchestration.config.messages import say, show
 from orchestration.config.run_config import RunConfig, name_problems
 from orchestration.config.words import UNMIXED
 from orchestration.results.classifier_table import loss_label
@@ -96,7 +97,7 @@ def sweep(variation: str, words: list[str]) -> int:
     if left:
         with _upload_if_interrupted(folder, points[0].config), cluster(left[0].config.cluster.address):
             for number, point in enumerate(left, 1):
-                _say(f"sweep: {key} = {point.value}, run {number} of {len(left)}")
+                say(f"sweep: {key} = {point.value}, run {number} of {len(left)}")
                 try:
                     with contextlib.redirect_stdout(sys.stderr):
                         # The folder is locked here and again by `train_and_report`, so it is released in between.
@@ -106,17 +107,17 @@ def sweep(variation: str, words: list[str]) -> int:
                         train_and_report(point.config, {"start": time.time()})
                 except FloatingPointError as problem:
                     problems[point.value] = str(problem)
-                    _say(f"expertail: {problem}")
+                    say(str(problem))
                 finally:
                     _save(folder, key, points, problems)
 
     result = _save(folder, key, points, problems)
-    print(sweep_table(result))
-    print(f"\nsaved in {folder}: {SWEEP}, table.txt, {draw_sweep(folder, result)}", flush=True)
+    show(sweep_table(result))
+    show(f"\nsaved in {folder}: {SWEEP}, table.txt, {draw_sweep(folder, result)}")
     if (uploader := _uploader(folder, points[0].config)) and (
         incomplete := uploader.finish(points[0].config.tracking.final_wait_s)
     ):
-        _say(incomplete)
+        say(incomplete)
     return 1 if problems else 0
 
 
@@ -136,7 +137,7 @@ def _upload_if_interrupted(folder: Path, config: RunConfig) -> Iterator[None]:
         try:
             _uploader(folder, config)
         except Exception as problem:  # must not hide what stopped the sweep
-            _say(f"sweep: table and picture were not uploaded ({one_line(problem)}); later: expertail sync {folder}")
+            say(f"sweep: table and picture were not uploaded ({one_line(problem)}); later: expertail sync {folder}")
         raise
 
 
@@ -319,7 +320,7 @@ def take_over_stages(point: Point, points: list[Point]) -> dict[str, str]:
             if donor is not point and (donor.folder / "config.yaml").exists():
                 for stage in _take(donor, point, folder):
                     taken[stage] = donor.folder.name
-                    _say(f"stage {stage}: taken from run {donor.folder.name}, where the same was trained")
+                    say(f"stage {stage}: taken from run {donor.folder.name}, where the same was trained")
     return taken
 
 
@@ -334,8 +335,8 @@ def _take(donor: Point, point: Point, folder: RunFolder) -> list[str]:
 
     finished = {}
     for stage in untouched_stages(stored, config):
-        newest = source.newest_finished(stage, _say)
-        if newest is not None and target.newest(stage, _say) is None:
+        newest = source.newest_finished(stage, say)
+        if newest is not None and target.newest(stage, say) is None:
             finished[stage] = newest
     if not finished:
         return []
@@ -413,7 +414,3 @@ def _group_sizes(folder: Path) -> dict[str, int]:
     groups = read_json(folder / DATA).get("groups") or {}
     by_index = {f"{group}_by_index": ids for group, ids in (groups.get("by_index") or {}).items()}
     return {group: len(ids) for group, ids in {**(groups.get("by_count") or {}), **by_index}.items()}
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

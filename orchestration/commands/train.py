@@ -5,7 +5,8 @@ train_and_report
     `open_run_folder`     hold the folder; print the table of a finished run and stop
     `_placed`             decide cluster.experts_per_worker=auto
     `train`               all stages, resumed where they stopped
-    `_report`             models, pictures, table
+    `_conclude`           models, table, status
+    `_report`             pictures and page; they change nothing about how the run ended
 """
 
 from __future__ import annotations
@@ -13,19 +14,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
+import signal
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
-from experts.data.names import readable
+from experts.data.names import visible
 from orchestration.cluster.connection import cluster, node_resources
 from orchestration.cluster.placement import shape_of, shapes_of, with_shape
 from orchestration.cluster.preemption import Preempted
+from orchestration.config.messages import in_one_line, say, show
 from orchestration.config.run_config import RunConfig
 from orchestration.results.measures_table import measures_lines
 from orchestration.results.page import PAGE, write_page
 from orchestration.results.run_table import run_table
-from orchestration.results.text import in_one_line, say, show
 from orchestration.runs.admission import Admission, admit
 from orchestration.runs.console import Console
 from orchestration.runs.driver import train
@@ -38,6 +41,7 @@ from orchestration.storage.run_folder import RunFolder
 from orchestration.tracking.target import tracking_uri
 from orchestration.tracking.uploader import Uploader, start_uploader
 
+TABLE = Path("report", "table.txt")
 _SHORT_WAIT_S = 10.0  # for the upload after a failure: its message should not wait long
 _STOPPED_WAIT_S = 60.0  # for run.dir after a failure: the newest checkpoint is worth more
 
@@ -49,6 +53,9 @@ def train_and_report(config: RunConfig, marks: dict[str, float]) -> int:
     try:
         if folder.started and is_complete(folder, config):
             say(f"{folder.path} is finished; set another run.name to train again")
+            if not (folder.path / "report" / PAGE).exists():  # stopped while it was drawn
+                _report(config, folder)
+                say(f"its report is drawn now; to upload it: expertail sync {folder.path}")
             show(_stored_table(config, folder))
             folder.wait_until_stored()
             return 0
@@ -93,12 +100,12 @@ def _placed(admitted: Admission, folder: RunFolder) -> Admission:
     from orchestration.preflight.placements import compare, measure_for
     from orchestration.preflight.placements_text import choice_line, record
 
-    print("expertail: measuring which placement is fastest, before the first start", file=sys.stderr)
+    say("measuring which placement is fastest, before the first start")
     with cluster(config.cluster.address):
         nodes = node_resources()
         found = compare(config, nodes, measure_for(config, nodes))
     for line in [choice_line(found), *(found.measured.problems if found.measured else ())]:
-        print(f"expertail: {line}", file=sys.stderr)
+        say(line)
     return replace(admit(with_shape(config, found.choice.shape)), placement=record(found))
 
 
@@ -109,8 +116,8 @@ def _train(admitted: Admission, folder: RunFolder, marks: dict[str, float]) -> i
         with Console(interval_s=config.run.log_interval_s, stream=sys.stderr) as console:
             console.message(f"run folder {folder.path}")
             outcome = train(admitted, folder, console, marks, uploader.begin)
-        with signals_stop("its report was written"):
-            _report(config, folder, outcome)
+        with signals_stop("its results were written"):
+            _conclude(config, folder, outcome)
     except BaseException as problem:
         # Record how the run ended, save what it has, and end the uploader, each even if the one before fails.
         stopped = isinstance(problem, Stopped | Preempted | KeyboardInterrupt)
@@ -120,24 +127,42 @@ def _train(admitted: Admission, folder: RunFolder, marks: dict[str, float]) -> i
         try:
             folder.wait_until_stored(_STOPPED_WAIT_S)
         except ValueError as left:
-            print(f"expertail: {left}", file=sys.stderr)
+            say(str(left))
         uploader.end("KILLED" if stopped else "FAILED", wait_s=min(_SHORT_WAIT_S, config.tracking.final_wait_s))
         if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _full(folder, problem) from problem
         raise
 
     # Training is over and kept: from here on nothing may change how it ended.
+    stop = _draw_until_stopped(config, folder, outcome)
     show(_stored_table(config, folder))
     if not outcome.finished:
         say(
             f"run.max_steps = {config.run.max_steps} ended this start before the end of training (still to "
             f"do: stage {', '.join(outcome.cut)}); the same command with a larger limit, or none, goes on"
         )
-    uploader.end("FINISHED", wait_s=config.tracking.final_wait_s)
+    wait_s = config.tracking.final_wait_s
+    uploader.end("FINISHED", wait_s=min(_SHORT_WAIT_S, wait_s) if stop else wait_s)
     path = folder.path
     say(f"report: {path / 'report' / PAGE}; models: {path / 'export'}; to use one: expertail predict {path} FILE ...")
     folder.wait_until_stored()
+    if stop:
+        raise stop
     return 0
+
+
+def _draw_until_stopped(config: RunConfig, folder: RunFolder, outcome: Outcome) -> Stopped | None:
+    """Draw the report of a run that has one. Returns what stopped that; the exit code then says so."""
+    if outcome.signal is not None:
+        name = signal.Signals(outcome.signal).name
+        return Stopped(outcome.signal, f"stopped by {name} after the last step; the same command draws the report")
+    try:
+        with signals_stop("its report was drawn"):
+            if (folder.path / TABLE).exists():
+                _report(config, folder)
+    except Stopped as stop:
+        return stop
+    return None
 
 
 def _full(folder: RunFolder, problem: OSError) -> ValueError:
@@ -181,33 +206,30 @@ class _Tracking:
                 say(self._uploader.place() or "")
 
 
-def _report(config: RunConfig, folder: RunFolder, outcome: Outcome) -> None:
+def _conclude(config: RunConfig, folder: RunFolder, outcome: Outcome) -> None:
+    """Write the models, the table and how the run ended."""
     stored = folder.stored_config()
-    if stored.method.stages[outcome.stage].classes is not None:
-        # The run stopped in a stage that knows only some classes, for which there is no model or table.
-        folder.update_run(status="stopped", ended=time.time())
-        return
-
-    export_finals(stored, folder, outcome.stage, outcome.checkpoint)
-    if config.run.pictures:
-        _draw(folder)
-    (folder.path / "report").mkdir(exist_ok=True)
-    write_atomic(folder.path / "report" / "table.txt", readable(_stored_table(config, folder)) + "\n")
+    # A run that stopped in a stage that knows only some classes has no model or table yet.
+    if stored.method.stages[outcome.stage].classes is None:
+        export_finals(stored, folder, outcome.stage, outcome.checkpoint)
+        (folder.path / TABLE).parent.mkdir(exist_ok=True)
+        write_atomic(folder.path / TABLE, visible(_stored_table(config, folder), keep="\n") + "\n")
     folder.update_run(status="finished" if outcome.finished else "stopped", ended=time.time())
+
+
+def _report(config: RunConfig, folder: RunFolder) -> None:
+    """Draw the pictures and write the page. Whatever fails costs itself and one line: the run is trained."""
+    if config.run.pictures:
+        try:
+            from orchestration.results.pictures import draw_report  # loads Matplotlib
+
+            draw_report(folder.path, say)
+        except Exception as problem:
+            say(f"the pictures of the report were not drawn: {in_one_line(problem)}")
     try:
         write_page(folder.path)
     except Exception as problem:  # as of any picture
-        say(f"report/index.html was not written: {in_one_line(problem)}")
-
-
-def _draw(folder: RunFolder) -> None:
-    """Draw the pictures of the report. Whatever fails costs itself and one line: the run is trained."""
-    try:
-        from orchestration.results.pictures import write_report  # loads Matplotlib
-
-        write_report(folder.path, say)
-    except Exception as problem:
-        say(f"the pictures of the report were not drawn: {in_one_line(problem)}")
+        say(f"report/{PAGE} was not written: {in_one_line(problem)}")
 
 
 def _stored_table(config: RunConfig, folder: RunFolder) -> str:

@@ -12,7 +12,6 @@ A stage that leaves the features as they are has no picture of them, and one tha
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from experts.batches import Replica
 from experts.data.images import part_of_store
 from experts.ensemble import Ensemble
 from experts.eval_batches import EvalBatches
+from orchestration.config.messages import in_one_line, say
 from orchestration.config.paths import expand
 from orchestration.config.recipe import ModelSource
 from orchestration.results.features_picture import draw_features, draw_norms
@@ -82,7 +82,7 @@ def draw_stages(run_dir: Path) -> list[Path]:
         for stage in _stages(saved):
             drawn += _draw(saved, stage, chosen, rule, "")[0]
     except Exception as problem:  # a courtesy to a run that is trained: nothing here may make it fail
-        print(f"expertail: features are not drawn: {problem}", file=sys.stderr)
+        say(f"features are not drawn: {in_one_line(problem)}")
     return drawn
 
 

@@ -16,7 +16,6 @@ Shapes: E experts, N images of the whole split, C classes; 2 views.
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar
@@ -47,6 +46,7 @@ from experts.losses.class_weights import trained_with
 from experts.precision import at_least_float32
 from experts.registry import Settings, piece
 from orchestration.config.compose import from_yaml
+from orchestration.config.messages import say
 from orchestration.config.paths import expand
 from orchestration.config.recipe import StageConfig
 from orchestration.config.run_config import RunConfig
@@ -278,7 +278,7 @@ def _learn(
         active = [distribution for distribution, learner in learners.items() if not learner.stopped]
         if not active:
             break
-        _say(f"learning weights without labels: pass {number} of {learning.epochs}")
+        say(f"learning weights without labels: pass {number} of {learning.epochs}")
         seen_2ENC = _view_logits(saved, maker, number, np.unique(np.concatenate([parts[d] for d in active])))
         for distribution in active:
             # Keyed by the name of the distribution, so its weights do not depend on which others are measured with it.
@@ -289,7 +289,7 @@ def _learn(
                     learners[distribution].step(seen_2ENC(batch))
             learners[distribution].end_pass()
 
-    _say("checking the weights on views that were not learnt from")
+    say("checking the weights on views that were not learnt from")
     # Learning can end worse than it began; then `settle` falls back to uniform weights.
     seen_2ENC = _view_logits(saved, maker, CHECK_PASS, np.unique(np.concatenate(list(parts.values()))))
     uniform_E = torch.full((num_experts,), 1 / num_experts, dtype=torch.float64)
@@ -458,7 +458,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

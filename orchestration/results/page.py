@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from experts.data.names import readable
+from experts.data.names import visible
 from orchestration.config.secrets import redact
 from orchestration.results.text import duration, plural
 from orchestration.storage.files import read_json, write_atomic
@@ -119,7 +119,7 @@ def _facts(rows: Iterable[tuple[str, Any]]) -> str:
 
 
 def _escaped(text: str) -> str:
-    return html.escape(readable(text))
+    return html.escape(visible(text, keep="\n"))
 
 
 def _text(path: Path) -> str:

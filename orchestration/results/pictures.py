@@ -1,4 +1,4 @@
-"""The report of a run, made from its folder alone: curves, class counts, accuracy per class, diversity, final table.
+"""The pictures of a run, made from its folder alone: curves, class counts, accuracy per class, diversity.
 
 An interrupted run gets the pictures that its folder has numbers for. Ten classes get their names on the axis; thousands
 become a cloud of points with a running mean.
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aggregation.predictions import images_per_class, wilson_interval
-from experts.data.names import readable
+from experts.data.names import visible
 from orchestration.results.class_axis import (
     NAMED_CLASSES,
     group_borders,
@@ -30,7 +30,7 @@ from orchestration.results.class_axis import (
 from orchestration.results.diversity_picture import draw_diversity
 from orchestration.results.features import draw_stages
 from orchestration.results.finals_picture import draw_finals, draw_tried
-from orchestration.results.finals_table import distinct, report_table
+from orchestration.results.finals_table import distinct
 from orchestration.results.fitted_table import choices
 from orchestration.results.measures_table import drawings_of_measures
 from orchestration.results.regions import draw_regions_if_heads_alone
@@ -46,15 +46,15 @@ from orchestration.results.style import (
     set_figure_title,
 )
 from orchestration.results.tables import GROUPS, diversity_of, members, selection_note, shown_members
-from orchestration.storage.files import evaluations, final_evaluations, read_config, read_json, write_atomic
+from orchestration.storage.files import evaluations, final_evaluations, read_config, read_json
 from orchestration.storage.journal import Series, series
 from orchestration.storage.predictions import file_of
 
 _LEGEND_CHARACTERS = 64  # per line: a wider legend would make its panel narrower
 
 
-def write_report(run_dir: str | os.PathLike[str], say: Callable[[str], None] = lambda _: None) -> list[Path]:
-    """Draw `report/*.png` and write `report/table.txt`, as far as the run folder has what they need.
+def draw_report(run_dir: str | os.PathLike[str], say: Callable[[str], None] = lambda _: None) -> list[Path]:
+    """Draw `report/*.png`, as far as the run folder has what they need.
 
     Where a recipe has several final stages, what belongs to one of them is drawn as `report/<stage>/*.png`.
 
@@ -63,7 +63,7 @@ def write_report(run_dir: str | os.PathLike[str], say: Callable[[str], None] = l
         say: takes one line for every picture that could not be drawn; the others are.
 
     Returns:
-        The files written. Each is replaced as a whole.
+        The pictures drawn. Each is replaced as a whole.
 
     Raises:
         ValueError: a file of the run folder is damaged.
@@ -76,12 +76,6 @@ def write_report(run_dir: str | os.PathLike[str], say: Callable[[str], None] = l
     trained = {stage: own for stage, own in metrics.items() if _has_steps(own)}
     chosen = choices(found, finals)
 
-    written = []
-    if data:
-        table = report_table(found, finals, data, title=title, seed=config.get("seed"))
-        write_atomic(folder / "table.txt", readable(table) + "\n")
-        written.append(folder / "table.txt")
-
     drawings: dict[str, Callable[[], Any]] = {
         "curves.png": lambda: _curves(trained, [*finals.values()] or [found], title) if trained else None,
         "class_counts.png": lambda: _class_counts(data, title) if data.get("counts") else None,
@@ -92,10 +86,10 @@ def write_report(run_dir: str | os.PathLike[str], say: Callable[[str], None] = l
     for stage, own in finals.items():
         named = _drawings_of_a_result(run_dir / "evaluation" / stage, own, data, _with_stage(title, own, finals))
         drawings |= {f"{stage}/{name}": draw for name, draw in named.items()}
-    names = readable("".join([title, *map(str, data.get("class_names") or ())]))
+    names = visible("".join([title, *map(str, data.get("class_names") or ())]))
     if drawings and (absent := fonts_for(names)[1]):
         say(f"no font of this machine has {absent[:20]!r}, which pictures show as boxes; install one that has")
-    written += [folder / name for name, draw in drawings.items() if draw_to(folder / name, draw, say, names)]
+    written = [folder / name for name, draw in drawings.items() if draw_to(folder / name, draw, say, names)]
 
     # Regions and features need the model and the data as well, and bring their own style.
     return written + draw_regions_if_heads_alone(run_dir) + draw_stages(run_dir)
@@ -130,7 +124,7 @@ def _title(run_dir: Path, config: Mapping[str, Any], data: Mapping[str, Any]) ->
     experts = method.get("num_experts")
     words = [str(method.get("name", "")), f"{experts} expert{'s' if experts != 1 else ''}" if experts else ""]
     shown = [word for word in (*words, str(data.get("dataset", ""))) if word]
-    return readable(", ".join([*shown, f"run {run_dir.name}"]))
+    return visible(", ".join([*shown, f"run {run_dir.name}"]))
 
 
 # Curves

@@ -6,7 +6,6 @@ after. Every point of the plane has the colour of the class that the heads would
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestration.config.compose import from_yaml
+from orchestration.config.messages import in_one_line, say
 from orchestration.config.paths import expand
 from orchestration.config.recipe import ModelSource
 from orchestration.config.recipe_checks import parts_that_learn
@@ -65,7 +65,7 @@ def draw_regions_if_heads_alone(run_dir: Path) -> list[Path]:
                 _draw(run_dir, stage, None, [])[0] for stage in stages if not _why_no_regions(run_dir, config, stage)
             ]
     except Exception as problem:  # a courtesy to a run that is trained: nothing here may make it fail
-        print(f"expertail: decision regions are not drawn: {problem}", file=sys.stderr)
+        say(f"decision regions are not drawn: {in_one_line(problem)}")
     return drawn
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from experts.data.images import FileImages, ImageStore
 from experts.eval_batches import EvalBatches
 from orchestration.config.compose import from_yaml
 from orchestration.config.list_paths import absolute_lists, moved_lists
+from orchestration.config.messages import say
 from orchestration.config.paths import expand
 from orchestration.config.problems import check
 from orchestration.config.run_config import RunConfig
@@ -278,7 +278,7 @@ def _refuse_replaced(dataset: Dataset, split: str, store: ImageStore | None, fil
             f"the folder that the run was trained from"
         )
     if doubt := touched(name, old, new):
-        print(f"expertail: {doubt}", file=sys.stderr)
+        say(doubt)
 
 
 def save_evaluation(folder: Path, name: str, evaluation: dict[str, Any]) -> str:

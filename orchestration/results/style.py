@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from experts.data.names import readable
-from orchestration.results.text import in_one_line
+from experts.data.names import visible
+from orchestration.config.messages import in_one_line
 
 GROUP_COLOURS = {"many": "#3b6fb6", "medium": "#d98e04", "few": "#b8323f"}
 LAST, BEST = "#1b1b1b", "#d55e00"
@@ -109,7 +109,7 @@ def save_figure(figure: Any, path: Path) -> None:
 def set_figure_title(figure: Any, text: str) -> None:
     """Write what the whole picture shows above its left edge; lines that are wider than it are broken."""
     width = int(_CHARACTERS_PER_INCH * figure.get_figwidth())
-    text = readable(text)
+    text = visible(text, keep="\n")
     text = "\n".join(part for line in text.split("\n") for part in textwrap.wrap(line, width) or [""])
     figure.suptitle(text, x=0.01, ha="left", fontsize=10, fontweight="bold")
 
@@ -123,7 +123,7 @@ def draw_in_decades(axis: Any) -> None:
 
 def shorten(name: str) -> str:
     """Cut a name to the length that fits on an axis; what is no character is shown by its number."""
-    name = readable(name)
+    name = visible(name)
     return name if len(name) <= 18 else name[:16] + "…"
 
 

@@ -2,39 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import sys
 from collections.abc import Collection, Sequence
-from typing import TextIO
 
-from experts.data.names import HANDLER, readable
+from experts.data.names import visible
 
 _GAP = 2  # spaces between columns
-
-
-def show(text: str, stream: TextIO | None = None) -> None:
-    """Print a text, on standard output by default. A reader that has gone, or a closed stream, changes nothing."""
-    stream = sys.stdout if stream is None else stream
-    if stream is None:  # Python was started with it closed
-        return
-    encoding = stream.encoding or "utf-8"
-    try:
-        print(text.encode(encoding, HANDLER).decode(encoding), file=stream, flush=True)
-    except (OSError, ValueError):
-        with contextlib.suppress(OSError, ValueError):  # else Python tries to write the rest when it ends, and fails
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def say(text: str) -> None:
-    """Print a message of ours on standard error."""
-    show(f"expertail: {text}", sys.stderr)
-
-
-def in_one_line(problem: BaseException) -> str:
-    """Return the kind of an error and the first line of what it says."""
-    return readable(f"{type(problem).__name__}: {problem}".strip().splitlines()[0])[:500]
 
 
 def text_table(
@@ -53,6 +26,7 @@ def text_table(
         spans: headings above the headings: text, and over how many columns it reaches. A text that is wider than its
             columns widens them.
     """
+    rows = [[visible(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     above = [_spanning_line(widths, spans)] if spans else []
     head, *body = (

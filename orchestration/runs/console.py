@@ -16,6 +16,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
+from experts.data.names import visible
+from orchestration.config.messages import show
 from orchestration.results.tables import GROUPS, shown_members
 
 _FIRST = ("loss", "lr", "images/s")
@@ -100,9 +102,9 @@ class Console:
         if self._live is not None:
             from rich.text import Text
 
-            self._live.console.print(Text(text))
+            self._live.console.print(Text(visible(text, keep="\n")))
             return
-        print(text, file=self._stream, flush=True)
+        show(text, self._stream)
 
     def _progress_line(self) -> str:
         epoch, epochs, step, total = self._moment

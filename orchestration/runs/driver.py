@@ -70,7 +70,9 @@ def train(
         fleet = Fleet(config, admitted.shape)
         try:
             fleet.reserve()
-            return Driver(Run(config, folder, console, signals, marks, begin_tracking), fleet).carry_out()
+            outcome = Driver(Run(config, folder, console, signals, marks, begin_tracking), fleet).carry_out()
+            outcome.signal = signals.received
+            return outcome
         finally:
             fleet.close()
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from aggregation.predictions import Predictions
 from orchestration.cluster.failures import WorkerLost
+from orchestration.config.messages import in_one_line
 from orchestration.config.run_config import RunConfig
-from orchestration.results.text import bytes_, in_one_line
+from orchestration.results.text import bytes_
 from orchestration.runs.run import Run
 from orchestration.runs.stage_run import StageRun, folders_of_results
 from orchestration.storage.predictions import MEASURES, write_predictions

@@ -56,6 +56,24 @@ def check_not_replaced(dataset: DatasetConfig, old: Mapping[str, Any], new: Mapp
     return [line for split in splits if (line := touched(split, old[split], new[split])) is not None]
 
 
+def carried_forward(data: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+    """Return data.json with what an earlier start found and this one did not look for.
+
+    A start whose first worker does not decode a split (a resume with dataset.quarantine, or a worker that was replaced)
+    knows neither its contents nor what they told.
+
+    Args:
+        data: found by this start.
+        old: of an earlier start of the run that saw the same files; empty where there was none.
+    """
+    before, now = old.get("files", {}), data["files"]
+    files = {split: {**before.get(split, {}), **now.get(split, {})} for split in {**before, **now}}
+    unread = any("contents" in found and "contents" not in now.get(split, {}) for split, found in before.items())
+    kinds = {remark["kind"] for remark in data["remarks"]}
+    kept = [remark for remark in old.get("remarks", []) if unread and remark["kind"] not in kinds]
+    return {**data, "files": files, "remarks": [*data["remarks"], *kept]}
+
+
 def left_out_message(dataset: DatasetConfig, left_out: Sequence[Mapping[str, Any]]) -> str:
     """Say which training images are left out because they cannot be read."""
     first, count = left_out[0], len(left_out)

@@ -32,7 +32,13 @@ from orchestration.runs.checkpoint_writer import CheckpointWriter
 from orchestration.runs.console import Console
 from orchestration.runs.pause import Pause
 from orchestration.runs.run import Run
-from orchestration.runs.stage_data import check_not_replaced, check_same_files, describe_data, left_out_message
+from orchestration.runs.stage_data import (
+    carried_forward,
+    check_not_replaced,
+    check_same_files,
+    describe_data,
+    left_out_message,
+)
 from orchestration.runs.stopping import GivenUp, Outcome, Stopped
 from orchestration.storage.checkpoint import Checkpoint, DamagedCheckpoint, verify
 from orchestration.storage.exports import weights_of
@@ -105,8 +111,10 @@ class StageRun:
             run.message_once(left_out_message(self.config.dataset, left_out))
         data = describe_data(self.config.dataset, first, left_out or [])
         before = read_json(self.folder.path / DATA)
-        same = before.get("digest") == data["digest"]  # else `write_data` refuses it
-        doubts = check_not_replaced(self.config.dataset, before.get("files", {}) if same else {}, data["files"])
+        if before.get("digest") != data["digest"]:  # `write_data` refuses it, if the run has trained
+            before = {}
+        doubts = check_not_replaced(self.config.dataset, before.get("files", {}), data["files"])
+        data = carried_forward(data, before)
         for text in [*(remark["text"] for remark in data["remarks"]), *doubts]:
             run.message_once(f"data: {text}")
         self.folder.write_data(data)
@@ -273,7 +281,7 @@ class StageRun:
             self._writer.wait()  # it says that there is a checkpoint
             raise ending
 
-    def _ending(self, target: int) -> Exception | None:
+    def _ending(self, target: int) -> BaseException | None:
         """Return what is to be raised once a checkpoint is written; None if the stage goes on."""
         stop, leaving = self.run.signals.received, self.run.leaving_nodes
         if stop is not None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestration.results.text import say
+from orchestration.config.messages import say
 
 _AT_ONCE = (signal.SIGINT, signal.SIGTERM)
 """The second of these ends a run at once."""
@@ -18,8 +18,11 @@ _NOTICES = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUSR
 """Sent by terminals that close and by batch systems before their limit, some of them more than once."""
 
 
-class Stopped(Exception):
-    """The run was asked to stop, by Ctrl-C or a signal, and has written a checkpoint if it trained."""
+class Stopped(BaseException):
+    """The run was asked to stop, by Ctrl-C or a signal, and has written a checkpoint if it trained.
+
+    No `Exception`, as KeyboardInterrupt is none: what guards a picture against every fault must let it pass.
+    """
 
     def __init__(self, signal_number: int, text: str) -> None:
         super().__init__(text)
@@ -106,6 +109,7 @@ class Outcome:
         finished: whether it is trained to its end; False when run.max_steps ended it.
         total_steps: of the whole stage.
         checkpoint: its newest.
+        signal: number of one that came after the last chance to stop for it, in the outcome of a run.
         cut: the stages that run.max_steps ended before their end or did not let begin, in the outcome of a run.
     """
 
@@ -114,3 +118,4 @@ class Outcome:
     total_steps: int
     checkpoint: Path
     cut: tuple[str, ...] = ()
+    signal: int | None = None

@@ -20,13 +20,13 @@ import json
 import os
 import platform
 import shutil
-import sys
 import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from orchestration.config.messages import say
 from orchestration.storage.checkpoint import MANIFEST
 from orchestration.storage.files import RUN, write_atomic
 from orchestration.storage.journal import FILE_NAME as JOURNAL
@@ -170,11 +170,9 @@ class RemoteRunFolder(UnsharedRunFolder):
         if any(self.path.glob(f"checkpoints/[0-9]*/{MANIFEST}")):
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
-            print(
-                f"expertail: {self.path}: another start has gone on with the run at {self._store.url} since; this copy "
-                f"is replaced by a download from there, the old one is in {aside}",
-                file=sys.stderr,
-                flush=True,
+            say(
+                f"{self.path}: another start has gone on with the run at {self._store.url} since; this copy "
+                f"is replaced by a download from there, the old one is in {aside}"
             )
         for path in found:
             if aside.exists():
@@ -205,7 +203,7 @@ class RemoteRunFolder(UnsharedRunFolder):
                         return
                 if reported != self._problem:
                     reported = self._problem
-                    print(f"expertail: {reported}; training goes on; trying again", file=sys.stderr, flush=True)
+                    say(f"{reported}; training goes on; trying again")
                 with self._change:
                     self._change.wait_for(lambda: self._closing, timeout=_RETRY_S)
                 continue

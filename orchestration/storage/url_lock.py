@@ -6,13 +6,13 @@ import contextlib
 import json
 import os
 import platform
-import sys
 import threading
 import time
 import uuid
 from pathlib import Path
 from typing import Any
 
+from orchestration.config.messages import say
 from orchestration.storage.url_store import UrlStore
 
 LOCK = "lock.json"
@@ -54,12 +54,7 @@ class UrlLock:
         found = self._read()
         # A holder with this same working copy is dead, since this process has the copy's own lock.
         if found is not None and found.get("place") != self._content["place"]:
-            print(
-                f"expertail: {self._store.url}: locked by {found.get('holder')}; waiting {STALE_S:g} s for it "
-                f"to answer",
-                file=sys.stderr,
-                flush=True,
-            )
+            say(f"{self._store.url}: locked by {found.get('holder')}; waiting {STALE_S:g} s for it to answer")
             end = time.monotonic() + STALE_S
             while time.monotonic() < end:
                 time.sleep(1.0)

@@ -78,3 +78,21 @@ def test_replaced_files_are_noticed_by_content_or_else_by_size_and_time(root):
     path.write_bytes(data[:-1])
     assert "other sizes" in replaced("test", by_state["test"], of_states(streamed.test.files))
     assert replaced("test", by_content["test"], by_state["test"]) is None, "what only one has is not compared"
+
+
+def test_files_that_are_read_once_for_quarantine_are_known_by_state_too_which_is_asked_for_once(root, monkeypatch):
+    """A worker that comes later is told what to leave out, reads nothing, and compares sizes and times."""
+    asked = []
+
+    def states(pool):
+        asked.append(pool)
+        return of_states(pool)
+
+    monkeypatch.setattr("experts.data.dataset.of_states", states)
+    first = open_dataset(folder(root, resident="never", quarantine=1))
+    later = open_dataset(folder(root, resident="never", quarantine=1), left_out=[])
+    assert first.fingerprints() == first.fingerprints()
+    assert len(asked) == 2, "training and test files, at the first of two builds alone"
+    for split, found in later.fingerprints().items():
+        assert found == {key: first.fingerprints()[split][key] for key in ("sizes", "times")}
+        assert "contents" in first.fingerprints()[split]

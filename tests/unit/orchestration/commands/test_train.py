@@ -1,8 +1,11 @@
-"""Training decides before it starts for what cluster.experts_per_worker=auto stands."""
+"""Training decides what cluster.experts_per_worker=auto stands for, and ends with a true status and exit code."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +16,9 @@ from orchestration.preflight import placements
 from orchestration.preflight.node_speed import Measured
 from orchestration.preflight.placements import ONE_NODE
 from orchestration.runs.admission import admit
+from orchestration.runs.stopping import Outcome, Stopped
 from orchestration.training.mesh import MeshShape
+from tests import short_runs
 
 AUTO = ["method=ride", "dataset=digits_lt", "run.dir=/runs", "cluster.experts_per_worker=auto", "cluster.workers=3"]
 COMPUTE_S = {MeshShape(3, 3): 1.0, MeshShape(3, 1): 0.5, MeshShape(3, 3, 3): 0.4}
@@ -87,3 +92,40 @@ def test_without_a_measurement_the_model_decides_and_says_so(measuring, monkeypa
     said = capsys.readouterr().err
     assert "by orders of magnitude, since nothing was measured" in said and "no answer in time" in said
     assert placed(NEW).shape == found.shape
+
+
+def test_a_signal_while_pictures_are_drawn_ends_a_finished_run_and_the_same_command_draws_them(
+    tmp_path, monkeypatch, capsys
+):
+    """Models, table and status are there before the first picture; SIGTERM comes as it is saved."""
+    path = short_runs.train(tmp_path / "run", "ce", stages=1)
+    words = [f"run.dir={tmp_path}", "run.name=run", "run.features_picture=false"]
+    config = load_config(["method=ce", *short_runs.WORDS, *words])
+    (checkpoint,) = (path / "checkpoints").glob("[0-9]*")
+    monkeypatch.setattr(train, "train", lambda *_: Outcome("train", True, 2, checkpoint))
+
+    def stop(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", stop)
+        with pytest.raises(Stopped, match="SIGTERM while its report was drawn") as stopped:
+            train.train_and_report(config, {})
+    assert stopped.value.exit_code == 143
+    assert json.loads((path / "run.json").read_text())["status"] == "finished"
+    assert (path / "report" / "table.txt").read_text() == capsys.readouterr().out
+    assert [file.name for file in (path / "report").iterdir()] == ["table.txt"]
+
+    assert train.train_and_report(config, {}) == 0
+    assert {"index.html", "class_counts.png"} <= {file.name for file in (path / "report").iterdir()}
+    assert (path / "report" / "table.txt").read_text() == capsys.readouterr().out
+
+
+def test_a_signal_after_the_last_step_leaves_the_pictures_out(tmp_path, monkeypatch):
+    path = short_runs.train(tmp_path / "run", "ce", stages=1)
+    config = load_config(["method=ce", *short_runs.WORDS, f"run.dir={tmp_path}", "run.name=run"])
+    (checkpoint,) = (path / "checkpoints").glob("[0-9]*")
+    monkeypatch.setattr(train, "train", lambda *_: Outcome("train", True, 2, checkpoint, signal=signal.SIGUSR1))
+    with pytest.raises(Stopped, match="the same command draws the report"):
+        train.train_and_report(config, {})
+    assert [file.name for file in (path / "report").iterdir()] == ["table.txt"]

@@ -12,7 +12,7 @@ from experts.ensemble import build_ensemble
 from orchestration.cli import main
 from orchestration.config.compose import from_yaml
 from orchestration.results.features import PER_CLASS, _positions, draw_stages
-from orchestration.results.pictures import write_report
+from orchestration.results.pictures import draw_report
 from tests.short_runs import train
 
 pytestmark = pytest.mark.slow  # pictures take seconds
@@ -26,7 +26,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def written(run):
-    return write_report(run)
+    return draw_report(run)
 
 
 def numbers(run, name):
@@ -91,9 +91,9 @@ def test_features_that_cannot_be_drawn_cost_a_line_and_not_the_report(run, tmp_p
     other = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("*.png"))
     config = other / "config.yaml"
     config.write_text(config.read_text().replace("features_classes: null", "features_classes: [0, cat]"))
-    drawn = write_report(other)
-    assert "features are not drawn: classes 0,cat: no class 'cat'" in capsys.readouterr().err
-    assert other / "report" / "table.txt" in drawn and other / "report" / "features-train.png" not in drawn
+    drawn = draw_report(other)
+    assert "features are not drawn: ValueError: classes 0,cat: no class 'cat'" in capsys.readouterr().err
+    assert other / "report" / "class_counts.png" in drawn and other / "report" / "features-train.png" not in drawn
     config.write_text(config.read_text().replace("features_picture: pca", "features_picture: false"))
     assert draw_stages(other) == [] and capsys.readouterr().err == ""
 

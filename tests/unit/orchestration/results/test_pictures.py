@@ -11,10 +11,11 @@ from aggregation.metrics import Scores, groups_by_count
 from orchestration.results.class_axis import running_mean
 from orchestration.results.finals_picture import draw_finals, draw_tried
 from orchestration.results.fitted_table import Chosen
-from orchestration.results.pictures import _has_steps, _steps_per_epoch, write_report
+from orchestration.results.pictures import _has_steps, _steps_per_epoch, draw_report
+from orchestration.runs.stopping import Stopped
 from orchestration.storage.journal import Journal, Series, series
 
-EVERYTHING = ["class_counts.png", "curves.png", "per_class.png", "table.txt"]
+EVERYTHING = ["class_counts.png", "curves.png", "per_class.png"]
 
 
 def write(path, value):
@@ -58,65 +59,78 @@ def run(folder, num_classes=10, epochs=3, stages=("train",), evaluated=("last", 
 
 @pytest.mark.parametrize(("num_classes", "stages"), [(10, ("train",)), (2000, ("first", "second"))])
 @pytest.mark.slow
-def test_a_run_gets_every_picture_and_the_table(tmp_path, num_classes, stages):
-    written = write_report(run(tmp_path, num_classes, stages=stages))
+def test_a_run_gets_every_picture(tmp_path, num_classes, stages):
+    written = draw_report(run(tmp_path, num_classes, stages=stages))
     assert sorted(path.name for path in written) == EVERYTHING
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == EVERYTHING
-    for name in EVERYTHING[:3]:
+    for name in EVERYTHING:
         with Image.open(tmp_path / "report" / name) as picture:
             assert picture.format == "PNG"
             pixels = np.asarray(picture.convert("L"))
         assert 300 < min(pixels.shape) < 2000
         assert pixels.std() > 5  # something is drawn
-    assert "best was chosen on TEST" in (tmp_path / "report" / "table.txt").read_text()
 
 
 @pytest.mark.slow
 def test_a_report_is_the_same_when_written_again(tmp_path):
     run(tmp_path)
-    before = {path.name: path.read_bytes() for path in write_report(tmp_path)}
-    assert {path.name: path.read_bytes() for path in write_report(tmp_path)} == before
+    before = {path.name: path.read_bytes() for path in draw_report(tmp_path)}
+    assert {path.name: path.read_bytes() for path in draw_report(tmp_path)} == before
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({"evaluated": ()}, ["class_counts.png", "curves.png", "table.txt"]),
-        ({"evaluated": (), "journal": False}, ["class_counts.png", "table.txt"]),
+        ({"evaluated": ()}, ["class_counts.png", "curves.png"]),
+        ({"evaluated": (), "journal": False}, ["class_counts.png"]),
         ({"evaluated": ("last",), "epochs": 1}, EVERYTHING),
     ],
 )
 @pytest.mark.slow
 def test_an_interrupted_run_gets_what_it_has(tmp_path, arguments, expected):
-    assert sorted(path.name for path in write_report(run(tmp_path, **arguments))) == expected
+    assert sorted(path.name for path in draw_report(run(tmp_path, **arguments))) == expected
 
 
 def test_a_run_of_one_step_and_an_empty_folder(tmp_path):
-    assert write_report(tmp_path / "empty") == []
+    assert draw_report(tmp_path / "empty") == []
     with Journal(tmp_path / "young") as lines:
         lines.append("train", 1, 1, {"train/loss": 2.0})
-    assert [path.name for path in write_report(tmp_path / "young")] == ["curves.png"]
+    assert [path.name for path in draw_report(tmp_path / "young")] == ["curves.png"]
 
 
 @pytest.mark.parametrize("broken", ["_curves", "_class_counts", "_per_class", "draw_diversity"])
-def test_one_picture_that_fails_leaves_the_others_and_the_table(tmp_path, broken, monkeypatch):
-    whole = {path.name for path in write_report(with_experts(run(tmp_path), ["expert0", "expert1"]))}
+def test_one_picture_that_fails_leaves_the_others(tmp_path, broken, monkeypatch):
+    whole = {path.name for path in draw_report(with_experts(run(tmp_path), ["expert0", "expert1"]))}
 
     def fail(*_):
         raise RuntimeError("out of ink")
 
     monkeypatch.setattr(f"orchestration.results.pictures.{broken}", fail)
     said = []
-    written = {path.name for path in write_report(tmp_path, said.append)}
+    written = {path.name for path in draw_report(tmp_path, said.append)}
     (line,) = said
     assert line.endswith("was not drawn: RuntimeError: out of ink")
     assert whole - written == {f"{broken.removeprefix('_').removeprefix('draw_')}.png"}
 
 
+@pytest.mark.parametrize("where", ["pictures._curves", "features.stages_to_measure", "regions.from_yaml"])
+def test_a_stop_is_no_fault_of_a_picture(tmp_path, where, monkeypatch):
+    """The guards around pictures, features and regions let it pass."""
+
+    def stop(*_):
+        raise Stopped(15, "put in")
+
+    with_finals(run(tmp_path))
+    (tmp_path / "export").mkdir()
+    monkeypatch.setattr(f"orchestration.results.{where}", stop)
+    with pytest.raises(Stopped, match="put in"):
+        draw_report(tmp_path)
+
+
 def test_a_damaged_file_is_named(tmp_path):
     (run(tmp_path) / "evaluation" / "last.json").write_text("{")
     with pytest.raises(ValueError, match=r"last\.json: not valid JSON"):
-        write_report(tmp_path)
+        draw_report(tmp_path)
 
 
 def test_steps_per_epoch_come_from_complete_epochs():
@@ -154,7 +168,7 @@ def with_experts(folder, names, *, routed=False, evaluated=("last", "best")):
 @pytest.mark.slow
 def test_how_different_the_experts_are_is_drawn(tmp_path, num_experts, arguments):
     names = [f"the expert number {k}" for k in range(num_experts)]
-    written = write_report(with_experts(run(tmp_path), names, **arguments))
+    written = draw_report(with_experts(run(tmp_path), names, **arguments))
     assert sorted(path.name for path in written) == sorted([*EVERYTHING, "diversity.png"])
     with Image.open(tmp_path / "report" / "diversity.png") as picture:
         pixels = np.asarray(picture.convert("L"))
@@ -162,14 +176,11 @@ def test_how_different_the_experts_are_is_drawn(tmp_path, num_experts, arguments
     assert pixels.shape[0] == pytest.approx(110 * (0.5 + 3.4 * rows), abs=1)
     assert pixels.shape[1] == pytest.approx(110 * 4.4 * (4 if arguments.get("routed") else 3), abs=1)
     assert pixels.std() > 20
-    table = (tmp_path / "report" / "table.txt").read_text()
-    assert "pairs that disagree, %" in table
-    assert ("expert passes saved, %" in table) == bool(arguments.get("routed"))
 
 
 @pytest.mark.slow
 def test_a_single_expert_has_no_picture_of_differences(tmp_path):
-    assert sorted(path.name for path in write_report(with_experts(run(tmp_path), ["alone"]))) == EVERYTHING
+    assert sorted(path.name for path in draw_report(with_experts(run(tmp_path), ["alone"]))) == EVERYTHING
 
 
 @pytest.mark.slow
@@ -182,8 +193,7 @@ def test_experts_that_never_disagree_and_groups_without_images_are_drawn(tmp_pat
     write(tmp_path / "evaluation/last.json", {
         "split": "test", "members": {"ensemble": member([1.0, 1.0])}, "diversity": diversity.result(counts, None),
     })  # fmt: skip
-    assert "diversity.png" in [path.name for path in write_report(tmp_path)]
-    assert "n/a" in (tmp_path / "report" / "table.txt").read_text()
+    assert "diversity.png" in [path.name for path in draw_report(tmp_path)]
 
 
 def with_finals(folder, stages=("ncm", "crt")):
@@ -206,13 +216,12 @@ def with_finals(folder, stages=("ncm", "crt")):
 
 @pytest.mark.slow
 def test_several_final_stages_are_compared_and_each_has_its_pictures(tmp_path):
-    written = write_report(with_finals(run(tmp_path)))
+    written = draw_report(with_finals(run(tmp_path)))
     names = {path.relative_to(tmp_path / "report").as_posix() for path in written}
     assert names == {*EVERYTHING, "finals.png", "tried.png", "ncm/per_class.png", "crt/per_class.png"}
     for name in ("finals.png", "tried.png"):
         with Image.open(tmp_path / "report" / name) as picture:
             assert np.asarray(picture.convert("L")).std() > 5
-    assert "== ncm ==" in (tmp_path / "report" / "table.txt").read_text()
 
 
 def test_a_stage_without_steps_takes_no_place_among_the_curves(tmp_path):
@@ -227,7 +236,7 @@ def test_a_run_whose_stages_have_no_steps_has_no_curves(tmp_path):
     (folder / "metrics.jsonl").unlink()
     with Journal(folder) as lines:
         lines.append("ncm", 0, 0, {"test/ensemble/all/top1": 0.9})
-    assert "curves.png" not in {path.name for path in write_report(folder)}
+    assert "curves.png" not in {path.name for path in draw_report(folder)}
 
 
 def bars(finals, groups=None):

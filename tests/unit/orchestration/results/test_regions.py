@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from orchestration.cli import main
-from orchestration.results.pictures import write_report
+from orchestration.results.pictures import draw_report
 from orchestration.results.regions import _starting_model, draw_regions_if_heads_alone
 from orchestration.results.saved_run import open_run
 from orchestration.storage.checkpoint import read_tensors
@@ -32,7 +32,7 @@ def single(tmp_path_factory):
 @pytest.mark.parametrize("host", ["ride", "single"])
 def test_a_report_has_the_regions_of_every_member_before_and_after(host, request):
     run = request.getfixturevalue(host)
-    written = write_report(run)
+    written = draw_report(run)
     assert run / "report" / "regions.png" in written
     with Image.open(run / "report" / "regions.png") as picture:
         pixels = np.asarray(picture.convert("L"))
@@ -103,7 +103,7 @@ def test_a_run_without_such_a_stage_is_refused_by_the_command_and_passed_over_by
     run = train(tmp_path / "run", "ce", stages=1)
     assert main(["regions", str(run)]) == 1
     assert "its last stage, train, trains features, heads, trunk; needed" in capsys.readouterr().err
-    assert run / "report" / "regions.png" not in write_report(run)
+    assert run / "report" / "regions.png" not in draw_report(run)
     assert capsys.readouterr().err == ""
 
 
@@ -111,7 +111,7 @@ def test_a_run_whose_last_stage_has_not_begun_is_refused(tmp_path, capsys):
     run = train(tmp_path / "run", "dr_h2t", stages=1)
     assert main(["regions", str(run)]) == 1
     assert "stage h2t has not begun (reached: train)" in capsys.readouterr().err
-    assert run / "report" / "regions.png" not in write_report(run)
+    assert run / "report" / "regions.png" not in draw_report(run)
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
@@ -122,6 +122,6 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
 def test_regions_that_cannot_be_drawn_cost_a_line_and_not_the_report(single, tmp_path, capsys):
     run = shutil.copytree(single, tmp_path / "run", ignore=shutil.ignore_patterns("regions*"))
     shutil.rmtree(run / "checkpoints" / "00-train-00000002")
-    written = write_report(run)
+    written = draw_report(run)
     assert "decision regions are not drawn: " in (said := capsys.readouterr().err) and "no checkpoint" in said
-    assert run / "report" / "table.txt" in written and run / "report" / "regions.png" not in written
+    assert run / "report" / "class_counts.png" in written and run / "report" / "regions.png" not in written

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import math
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from orchestration.results.text import bytes_, decimals, duration, in_one_line, number, plural, text_table
+import orchestration
+from experts.data.names import visible
+from orchestration.config.messages import in_one_line, say, show
+from orchestration.results.text import bytes_, decimals, duration, number, plural, text_table
+from orchestration.runs.console import Console
 
 
 def test_columns_stand_below_each_other_without_trailing_spaces():
@@ -47,10 +54,34 @@ def test_an_error_is_one_line_that_any_stream_takes():
     assert in_one_line(ValueError("caf\udce9.jpg\nmore")) == "ValueError: caf\\xe9.jpg"
 
 
+def test_names_cannot_act_on_a_terminal_or_break_a_line(capsys):
+    """An escape sequence, a line's end, a change of direction; letters of any script and joined emoji stay."""
+    name = "a\x1b[31m\nb\u202e.jpg\u2028"
+    assert visible(name) == "a\\x1b[31m\\nb\\u202e.jpg\\u2028"
+    kept = "naïve 猫\u3000\u00a0👩\u200d🔬 نمی\u200cخواهم"
+    assert visible(kept) == kept
+    assert text_table([["class"], [name]]) == ["class", visible(name)]
+    show(f"one\n  {visible(name)}\x07")
+    say(f"{name}")
+    out, err = capsys.readouterr()
+    assert out == f"one\n  {visible(name)}\\x07\n"
+    assert err == f"expertail: {visible(name, keep=chr(10))}\n"
+    console = Console(stream=(stream := io.StringIO()))
+    console.message(name)
+    assert "\x1b" not in stream.getvalue()
+
+
+def test_every_message_goes_through_one_function():
+    """A bare print would let a terminal act on a file's name, or end a command whose reader has gone."""
+    root = Path(orchestration.__file__).parent
+    found = [path for path in root.rglob("*.py") if re.search(r"(?<![\w.])print\(", path.read_text())]
+    assert [path.name for path in found] == ["messages.py"]
+
+
 @pytest.mark.parametrize("how", ["| head -c 1 >/dev/null", ">&-", ">/dev/full"])
 def test_text_that_nobody_reads_changes_no_exit_code(how):
     """A reader that has gone, a closed stream, a full disk; in an encoding that lacks most characters."""
-    show = "from orchestration.results.text import show; show('\\u732b' * 100_000); show('more' * 100_000)"
+    show = "from orchestration.config.messages import show; show('\\u732b' * 100_000); show('more' * 100_000)"
     command = f'set -o pipefail; PYTHONIOENCODING=ascii {sys.executable} -c "{show}" {how}'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,37 @@
+"""Print what a command says: results on standard output, messages on standard error. All of it goes through here."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from typing import TextIO
+
+from experts.data.names import HANDLER, readable, visible
+
+
+def show(text: str, stream: TextIO | None = None) -> None:
+    """Print a text, on standard output by default. A reader that has gone, or a closed stream, changes nothing.
+
+    Control characters, which names of files and classes may hold, are shown by their numbers; lines stay lines.
+    """
+    stream = sys.stdout if stream is None else stream
+    if stream is None:  # Python was started with it closed
+        return
+    text = visible(text, keep="\n\t")
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, HANDLER).decode(encoding), file=stream, flush=True)
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):  # else Python tries to write the rest when it ends, and fails
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def say(text: str) -> None:
+    """Print a message of ours on standard error."""
+    show(f"expertail: {text}", sys.stderr)
+
+
+def in_one_line(problem: BaseException) -> str:
+    """Return the kind of an error and the first line of what it says."""
+    return visible(readable(f"{type(problem).__name__}: {problem}".strip().splitlines()[0]))[:500]
