@@ -103,7 +103,7 @@ def lend(pool, monkeypatch):
         fleet.workers = []
 
     # The pool has no placement group.
-    monkeypatch.setattr(Fleet, "reserve", Fleet.check_room)
+    monkeypatch.setattr(Fleet, "reserve", lambda fleet, *_: fleet.check_room())
     monkeypatch.setattr(Fleet, "unreachable_nodes", lambda fleet: [])
     monkeypatch.setattr(Fleet, "_create", create)
     monkeypatch.setattr(Fleet, "close", close)

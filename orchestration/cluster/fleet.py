@@ -8,7 +8,8 @@ call. `replace_lost` then fills the places of the dead, from warm spare processe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import ray
@@ -24,16 +25,18 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from orchestration.cluster.connection import node_resources
 from orchestration.cluster.failures import broken_exchange, failure_of, refusal
 from orchestration.cluster.hangs import Watch
-from orchestration.cluster.placement import NoRoom, bundle_of, check_fits, seats
+from orchestration.cluster.placement import GIB, NoRoom, bundle_of, check_fits, placement_wait_s, seats
 from orchestration.cluster.ray_internals import draining_nodes
 from orchestration.cluster.reachability import disconnected_pair, unreachable_from_here
 from orchestration.cluster.sending import call
+from orchestration.cluster.spares import Spares
 from orchestration.cluster.transfer import Sent
 from orchestration.cluster.worker import Seat, Worker
 from orchestration.config.run_config import RunConfig
 from orchestration.training.mesh import MeshShape
 
 _STACKS_FIRST_S = 30.0  # an exchange gives up this much after the watch has found the hang and written the stacks
+_LOOK_S = 1.0  # between two looks at what a wait for places should do
 _LEAVE_S = 5.0  # how long a survivor may take to give up a step that lost a partner
 _DEATH_S = 3.0  # how long to look for the death that broke an exchange
 
@@ -44,16 +47,23 @@ class Fleet:
     Args:
         config: with cpus_per_worker and threads resolved.
         shape: of the mesh.
+        look: see `reserve`.
 
     Attributes:
         engine: of its workers, "torch" or "deepspeed".
         workers: actors in the order of ranks; empty before `start` and after `kill`.
         hosts: process, node and host name of each worker, in the order of ranks.
+        report: takes lines for the operator about what training survives; by default they are lost.
         left_out: training images that cannot be read, once the first worker has looked for them; else None.
     """
 
-    def __init__(self, config: RunConfig, shape: MeshShape) -> None:
-        self.config, self.shape = config, shape
+    def __init__(
+        self,
+        config: RunConfig,
+        shape: MeshShape,
+        look: Callable[[float, Callable[[], str]], None] = lambda waited_s, awaited: None,
+    ) -> None:
+        self.config, self.shape, self._look = config, shape, look
         self.engine = config.engine.chosen(shape.workers)
         assert config.cluster.cpus_per_worker is not None and config.engine.threads is not None
         self._bundle = bundle_of(config.cluster, config.cluster.cpus_per_worker)
@@ -62,18 +72,26 @@ class Fleet:
         self.left_out: list[dict[str, Any]] | None = None
         self._group: PlacementGroup | None = None
         self._seats: list[int] = []  # place in the group by rank
-        self._spares: list[tuple[Any, Any]] = []  # a process, and the promise of what `warm_up` returns
+        self.report: Callable[[str], None] = lambda text: None
+        self._spares = Spares(self._report)
 
     # Places
 
-    def reserve(self) -> None:
+    def reserve(
+        self, wait_s: float | None = None, look: Callable[[float, Callable[[], str]], None] | None = None
+    ) -> None:
         """Reserve a place for each worker.
+
+        Args:
+            wait_s: seconds to wait for places that others hold; by default as for a command that somebody watches.
+            look: called about once a second while it waits, with the seconds since it began and a function that says
+                what is waited for. It may raise to end the wait. By default the fleet's own.
 
         Raises:
             NoRoom: the nodes could never hold the workers, or other runs hold the places.
         """
         self.check_room()
-        self._group = self._new_group()
+        self._group = self._new_group(placement_wait_s(self.config.cluster) if wait_s is None else wait_s, look)
         # Ray fills places in an order of its own, so that neighbours among the places may be on different nodes.
         nodes: dict[int, str] = placement_group_table(self._group)["bundles_to_node_id"]
         self._seats = seats([nodes[place] for place in range(self.shape.workers)], self.shape.replicas)
@@ -86,20 +104,35 @@ class Fleet:
         """
         check_fits(self.shape.workers, self._bundle, node_resources())
 
-    def _new_group(self) -> PlacementGroup:
-        workers, wait_s = self.shape.workers, self.config.cluster.placement_timeout_s
+    def _new_group(self, wait_s: float, look: Callable[[float, Callable[[], str]], None] | None) -> PlacementGroup:
         # Ray reserves all places or none, so two runs cannot wait for ever with half of the nodes each.
-        group = placement_group([self._bundle] * workers, strategy="PACK")
-        if not group.wait(wait_s):  # without a limit Ray would wait for ever
-            free, all_ = ray.available_resources(), ray.cluster_resources()
+        group, begun = placement_group([self._bundle] * self.shape.workers, strategy="PACK"), time.monotonic()
+        try:
+            # In short waits: without a limit Ray would wait for ever, and signals are not seen meanwhile.
+            while not group.wait(min(_LOOK_S, wait_s)):
+                waited_s = time.monotonic() - begun
+                if waited_s >= wait_s:
+                    raise NoRoom(
+                        f"cluster.workers = {self.shape.workers}: wanted {self._awaited()} after {wait_s:g} s of "
+                        f"waiting; wait for other runs to end, lower cluster.workers or cluster.cpus_per_worker, or "
+                        f"raise cluster.placement_timeout_s"
+                    )
+                (look or self._look)(waited_s, self._awaited)
+        except BaseException:
             remove_placement_group(group)
-            raise NoRoom(
-                f"cluster.workers = {workers}: wanted {workers} x ({self._bundle['CPU']:g} CPUs, "
-                f"{self._bundle.get('GPU', 0):g} GPUs), free after {wait_s:g} s are {free.get('CPU', 0):g} CPUs and "
-                f"{free.get('GPU', 0):g} GPUs of {all_.get('CPU', 0):g} and {all_.get('GPU', 0):g}; wait for other "
-                f"runs to end, lower cluster.workers or cluster.cpus_per_worker, or raise cluster.placement_timeout_s"
-            )
+            raise
         return group
+
+    def _awaited(self) -> str:
+        """Return the places that are wanted, and what is free of what there is."""
+        free, all_ = ray.available_resources(), ray.cluster_resources()
+        wanted, have, of = [], [], []
+        for name, unit, size in (("CPU", "CPUs", 1), ("GPU", "GPUs", 1), ("memory", "GiB", GIB)):
+            if name in self._bundle or name != "memory":
+                wanted.append(f"{self._bundle.get(name, 0) / size:.4g} {unit}")
+                have.append(f"{free.get(name, 0) / size:.4g} {unit}")
+                of.append(f"{all_.get(name, 0) / size:.4g}")
+        return f"{self.shape.workers} x ({', '.join(wanted)}), free are {', '.join(have)} of {', '.join(of)}"
 
     def move(self) -> None:
         """End all processes and reserve places again, on nodes that are not being drained.
@@ -142,7 +175,7 @@ class Fleet:
         missing = range(len(self._spares), self.config.cluster.standby)
         engine, dataset = self.engine, self.config.dataset
         for spare in self._create([i % self.shape.workers for i in missing], spare=True):
-            self._spares.append((spare, call(spare.warm_up, engine, dataset, self._left_out_paths())))
+            self._spares.add(spare, call(spare.warm_up, engine, dataset, self._left_out_paths()))
 
     def replace_lost(self) -> int:
         """Keep the workers that survived a loss, and fill the other places. Return how many spares were used.
@@ -162,12 +195,18 @@ class Fleet:
                 ray.kill(self.workers[rank])
 
         # Fewer spares than losses is the usual case: new processes take the rest.
-        warm = dict(zip(lost, self._warm_spares([self.hosts[rank]["node_id"] for rank in lost]), strict=False))
+        nodes = [self.hosts[rank]["node_id"] for rank in lost]
+        # `load_libraries` is quick the second time, and promises the node again.
+        spares = self._spares.take(nodes, lambda unused: unused.load_libraries.remote(self.engine))
+        warm = dict(zip(lost, spares, strict=False))
         cold = [rank for rank in lost if rank not in warm]
         for rank, worker in (warm | dict(zip(cold, self._create(cold), strict=True))).items():
             self.workers[rank] = worker
         self.hosts = self.call("load_libraries", self.engine)
         return len(warm)
+
+    def _report(self, text: str) -> None:
+        self.report(text)
 
     def _survivors(self) -> set[int]:
         """Return the ranks of the workers that gave up their mesh in time."""
@@ -180,25 +219,6 @@ class Fleet:
                 alive.add(refs[ref])
         return alive
 
-    def _warm_spares(self, nodes: list[str]) -> list[Any]:
-        """Take a warm spare process for each of some nodes, as far as there are any; on that node if possible."""
-        ready = []
-        for spare in list(self._spares):
-            done, _ = ray.wait([spare[1]], timeout=0)
-            if done:  # one that is still loading would not be faster than a new process
-                self._spares.remove(spare)
-                with contextlib.suppress(RayError):  # a spare that has died since it was warm is of no use
-                    ray.get(spare[0].heartbeat.remote(), timeout=1.0)
-                    ready.append((ray.get(spare[1])["node_id"], spare[0]))
-
-        chosen = []
-        for node in nodes[: len(ready)]:
-            ready.sort(key=lambda found, node=node: found[0] != node)  # type: ignore[misc]
-            chosen.append(ready.pop(0)[1])
-        for _, unused in ready:  # `load_libraries` is quick the second time, and promises the node again
-            self._spares.append((unused, unused.load_libraries.remote(self.engine)))
-        return chosen
-
     def kill(self) -> None:
         """End the workers' processes at once; spare ones stay."""
         for worker in self.workers:
@@ -209,10 +229,7 @@ class Fleet:
     def close(self) -> None:
         """End the workers and give their places back. Goes on past failures."""
         self.kill()
-        for spare, _ in self._spares:
-            with contextlib.suppress(RayError, ValueError):
-                ray.kill(spare)
-        self._spares = []
+        self._spares.close()
         if self._group is not None:
             with contextlib.suppress(RayError, ValueError):
                 remove_placement_group(self._group)
@@ -281,6 +298,7 @@ class Fleet:
         pending = list(refs)
         watch = Watch(self.workers[: len(refs)], self.config.cluster.heartbeat_timeout_s)
         while pending:
+            self._spares.look()
             # One answer at a time: after a death the others may never come.
             done, pending = ray.wait(pending, num_returns=1, timeout=2.0)
             for ref in done:

@@ -13,6 +13,9 @@ GIB = 2**30
 _MAX_CPUS = 8  # of one worker by default; small images do not use more
 _BOXES_PER_ROW = 4
 
+SHORT_WAIT_S, JOB_WAIT_S = 8.0, 24 * 3600.0
+"""Seconds that cluster.placement_timeout_s=auto means: of a command that somebody watches, and of a submitted job."""
+
 Resources = Mapping[str, float]
 """Amounts by Ray's names: CPU, GPU, memory (bytes)."""
 
@@ -78,6 +81,18 @@ def bundle_of(cluster: ClusterConfig, cpus: float) -> dict[str, float]:
     """
     gpus, memory = cluster.gpus_per_worker, cluster.memory_gib_per_worker
     return {"CPU": cpus} | ({"GPU": float(gpus)} if gpus else {}) | ({"memory": memory * GIB} if memory else {})
+
+
+def placement_wait_s(cluster: ClusterConfig, *, job: bool = False) -> float:
+    """Return how many seconds to wait for places that others hold.
+
+    Args:
+        cluster: of the config.
+        job: whether this is the beginning of a submitted job, which nobody watches.
+    """
+    if cluster.placement_timeout_s == "auto":
+        return JOB_WAIT_S if job else SHORT_WAIT_S
+    return cluster.placement_timeout_s
 
 
 def places(node: Resources, bundle: Resources) -> int:

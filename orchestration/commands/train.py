@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,6 +115,7 @@ def _train(admitted: Admission, folder: RunFolder, marks: dict[str, float]) -> i
     uploader = _Tracking(config, folder)
     try:
         with Console(interval_s=config.run.log_interval_s, stream=sys.stderr) as console:
+            uploader.report = console.message
             console.message(f"run folder {folder.path}")
             outcome = train(admitted, folder, console, marks, uploader.begin)
         with signals_stop("its results were written"):
@@ -182,14 +184,17 @@ class _Tracking:
     def __init__(self, config: RunConfig, folder: RunFolder) -> None:
         self._config, self._folder = config, folder
         self._uploader: Uploader | None = None
+        self.report: Callable[[str], None] = say
 
     def begin(self) -> None:
         """Start the uploader, once."""
         wanted = self._config.tracking
         if wanted.enabled and self._uploader is None:
-            self._uploader = start_uploader(
-                self._folder.path, tracking_uri(self._config), wanted.experiment, self._config.run_name
-            )
+            where = self._folder.path, tracking_uri(self._config), wanted.experiment, self._config.run_name
+            try:
+                self._uploader = start_uploader(*where, self.report)
+            except OSError as problem:  # no memory, processes or disk for it: the run needs none of them
+                self.report(f"tracking: {in_one_line(problem)}; training goes on; later: expertail sync {where[0]}")
 
     def end(self, status: str, wait_s: float) -> None:
         """Let the uploader send the rest, and print what it could not send."""

@@ -70,6 +70,13 @@ def _number_or_auto(value: Any) -> Any:
     raise ValueError("needed a whole number of 1 or more, or auto")
 
 
+def _seconds_or_auto(value: Any) -> Any:
+    """Refuse what is neither a positive number nor 'auto', in one message for both."""
+    if value == "auto" or (type(value) in (int, float) and value > 0):
+        return value
+    raise ValueError("needed a number of seconds above 0, or auto")
+
+
 class ClusterConfig(Settings):
     """Where a run is carried out. Never changes its results beyond rounding."""
 
@@ -83,8 +90,9 @@ class ClusterConfig(Settings):
     """CPUs of a worker, which may be a fraction. Unset: the cluster's CPUs divided by the workers."""
     gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0
     """0 computes on the CPU with gloo, 1 on one GPU with NCCL."""
-    placement_timeout_s: Annotated[float, Field(gt=0)] = 8.0
-    """Seconds to wait for resources that exist but are in use."""
+    placement_timeout_s: Annotated[float | Literal["auto"], BeforeValidator(_seconds_or_auto)] = "auto"
+    """Seconds to wait for resources that exist but are in use. 'auto': 24 hours in a submitted job, 8 s anywhere else.
+    What the cluster could never hold is refused at once."""
     heartbeat_timeout_s: Annotated[float, Field(gt=0)] = 300.0
     """A worker that finishes no step, image batch or file for this many seconds counts as hanging."""
     side_by_side: Annotated[int, Field(ge=1)] | None = None

@@ -17,7 +17,7 @@ from experts.data.readers import open_raw
 from experts.flow import PARTS
 from experts.progress import Progress
 from experts.registry import build, piece
-from orchestration.cluster.placement import bundle_of, draw, largest_share, pack, with_shape
+from orchestration.cluster.placement import bundle_of, draw, largest_share, pack, placement_wait_s, with_shape
 from orchestration.config.identity import published
 from orchestration.config.late import never_reached
 from orchestration.config.paths import expand
@@ -30,7 +30,7 @@ from orchestration.preflight.placements import Comparison, compare
 from orchestration.preflight.placements_text import placement_lines
 from orchestration.preflight.plan import WORKER_GIB, Plan, Size, StagePlan, plan
 from orchestration.preflight.traffic import Exchange, shares_of
-from orchestration.results.text import bytes_, number, plural, text_table
+from orchestration.results.text import bytes_, duration, number, plural, text_table
 from orchestration.storage.exports import check_sources
 from orchestration.storage.url_store import is_url
 from orchestration.tracking.uri import default_uri
@@ -268,7 +268,9 @@ def _mesh(config: RunConfig, found: Plan) -> Iterator[str]:
     computing = ", ".join(dict.fromkeys([config.engine.precision, *config.engine.differences]))
     yield f"each: {cpus}, {device}, {threads}; engine {engine}{zero}, {computing}"
     where = cluster.address or "RAY_ADDRESS if set, else its own Ray on this machine"
-    yield f"cluster: {where}"
+    short, job = placement_wait_s(cluster), placement_wait_s(cluster, job=True)
+    wait = duration(short) + (f", {duration(job)} in a submitted job" if job != short else "")
+    yield f"cluster: {where}; waits for places that others hold up to {wait}"
     yield from _waves(found)
 
     teachers = " and teachers" if any(stage.teachers for stage in found.stages) else ""

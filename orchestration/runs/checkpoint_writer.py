@@ -43,6 +43,7 @@ from orchestration.cluster.failures import WorkerLost
 from orchestration.cluster.fleet import Fleet
 from orchestration.cluster.transfer import receive_saved
 from orchestration.runs.run import Run
+from orchestration.runs.stopping import Stopped
 from orchestration.storage.checkpoint import FileEntry
 
 _LAST_FILES_S = 3.0  # after a loss or a second Ctrl-C: what is nearly written may still become a checkpoint
@@ -120,7 +121,7 @@ class CheckpointWriter:
     def _leave(self, problem: BaseException | None) -> None:
         if problem is None:
             self.wait()
-        elif isinstance(problem, WorkerLost) or not isinstance(problem, Exception):
+        elif isinstance(problem, WorkerLost) or not isinstance(problem, Exception | Stopped):
             self._give_up()  # a write that fails with its worker is no failure of its own
         else:
             try:

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from orchestration.cluster.connection import cluster, node_resources
 from orchestration.cluster.fleet import Fleet
-from orchestration.cluster.placement import NoRoom
+from orchestration.cluster.placement import NoRoom, placement_wait_s
 from orchestration.config.late import late_notes
 from orchestration.runs.admission import Admission
 from orchestration.runs.console import Console
@@ -26,6 +26,8 @@ from orchestration.runs.run import Run
 from orchestration.runs.stage_run import write_evaluations
 from orchestration.runs.stopping import GivenUp, Outcome, Stopped, StopSignals
 from orchestration.runs.supervisor import Supervisor
+from orchestration.runs.waiting import Waiting
+from orchestration.storage.location import is_submitted_job
 from orchestration.storage.run_folder import RunFolder
 
 
@@ -44,6 +46,7 @@ def train(
         console: shows progress and messages.
         marks: unix seconds of the start so far, by what happened then; written to run.json after the first step.
         begin_tracking: called once, when workers, data and model are in place: a start refused before leaves no trace.
+            A run that has to wait for its places calls it as the wait begins.
 
     Raises:
         ValueError, FloatingPointError: something an operator can change.
@@ -67,10 +70,12 @@ def train(
             folder.update_run(never_reached=late)
         for note in late:
             console.message(note)
-        fleet = Fleet(config, admitted.shape)
+        run = Run(config, folder, console, signals, marks, begin_tracking)
+        fleet = Fleet(config, admitted.shape, run.raise_if_waiting_is_over)
         try:
-            fleet.reserve()
-            outcome = Driver(Run(config, folder, console, signals, marks, begin_tracking), fleet).carry_out()
+            wait_s = placement_wait_s(config.cluster, job=is_submitted_job())
+            fleet.reserve(wait_s, Waiting(run, wait_s))
+            outcome = Driver(run, fleet).carry_out()
             outcome.signal = signals.received
             return outcome
         finally:
@@ -160,7 +165,7 @@ class Driver:
         fleets = [self.fleet]
         wanted = min(wanted, self.run.config.side_by_side)
         while len(fleets) < wanted:
-            fleet = Fleet(self.run.config, self.fleet.shape)
+            fleet = Fleet(self.run.config, self.fleet.shape, self.run.raise_if_waiting_is_over)
             try:
                 fleet.reserve()
             except NoRoom as reason:

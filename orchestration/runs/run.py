@@ -75,6 +75,13 @@ class Run:
         if self.signals.given_up.is_set():
             raise GivenUp(f"stage {stage}: its workers were not started any more")
 
+    def raise_if_waiting_is_over(self, waited_s: float, awaited: Callable[[], str]) -> None:
+        """Raise if the run is to end while a fleet of it waits for places; see `Fleet.reserve`."""
+        if self.signals.received is not None:
+            raise Stopped(self.signals.received, "stopped while it waited for places; the same command continues")
+        if self.signals.given_up.is_set():
+            raise GivenUp("no places were waited for any more")
+
     def model(self, source: ModelSource) -> Path:
         """Return the exported model of a source. A stage of this run is exported once, for all that ask."""
         asked = source.stage or source.run, source.export

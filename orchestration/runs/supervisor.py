@@ -26,7 +26,7 @@ from collections.abc import Callable
 from orchestration.cluster.failures import WorkerLost
 from orchestration.cluster.fleet import Fleet
 from orchestration.cluster.hangs import write_stacks
-from orchestration.cluster.placement import NoRoom
+from orchestration.cluster.placement import NoRoom, placement_wait_s
 from orchestration.cluster.preemption import Preempted, PreemptionNotice
 from orchestration.cluster.reachability import Disconnected
 from orchestration.runs.console import Console
@@ -37,7 +37,7 @@ from orchestration.runs.stage_run import StageRun
 from orchestration.runs.stopping import GivenUp, Outcome, Stopped
 from orchestration.storage.files import LOCK
 
-_WAITS_FOR_NODES = 10  # times cluster.placement_timeout_s: how long a restart waits for a node that was lost
+_WAITS_FOR_NODES = 10  # times cluster.placement_timeout_s (its short auto): how long a restart waits for a node
 _ASK_AGAIN_S = 0.5  # nodes that did not answer
 _RAY_NOTICES_S = 120.0  # by default Ray counts a node that vanished as dead after about 65 s
 
@@ -64,6 +64,7 @@ class Supervisor:
 
     def __init__(self, run: Run, fleet: Fleet, console: Console, stage: str, before: int = 0) -> None:
         self._run, self._fleet, self._console = run, fleet, console
+        fleet.report = console.message
         self._stage, self._before = stage, before
         self._stage_run: StageRun | None = None
         self._pause: Pause | None = None  # since the last loss, until the step after it
@@ -294,7 +295,7 @@ class Supervisor:
             ValueError: the problem lasted.
             Stopped, GivenUp: the run is to end.
         """
-        wait_s = _WAITS_FOR_NODES * self._run.config.cluster.placement_timeout_s
+        wait_s = _WAITS_FOR_NODES * placement_wait_s(self._run.config.cluster)
         end, announced = time.monotonic() + wait_s, False
         while True:
             try:

@@ -19,6 +19,11 @@ from orchestration.storage.url_store import UrlStore, check_url, copy_folder, is
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for what `ray job submit` starts
 
 
+def is_submitted_job() -> bool:
+    """Return whether Ray started this process for somebody who does not sit and watch it."""
+    return bool(os.environ.get(_JOB) or os.environ.get("RAY_JOB_ID"))
+
+
 def run_path(config: RunConfig) -> Path:
     """Return a run's folder, absolute as workers may start elsewhere; for a URL, the copy on this node."""
     if is_url(config.run.dir):

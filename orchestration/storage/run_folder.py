@@ -123,7 +123,7 @@ class RunFolder:
     def record_start(self, config: RunConfig, hosts: list[dict[str, Any]], shape: dict[str, int]) -> None:
         """Add this start to run.json: command, versions, host, mesh."""
         found = {
-            "command": redact(shlex.join(["expertail", *sys.argv[1:]])),
+            "command": _command(),
             "commit": _commit(),
             "config_hash": config_hash(config),
             "seed": config.seed,
@@ -142,8 +142,20 @@ class RunFolder:
         }
         with self._changing:  # read, change and write: two threads at once would lose the values of one
             run = self.read_run()
-            run.setdefault("created", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
-            self._write_json(RUN, run | found | {"starts": run.get("starts", 0) + 1})
+            run.setdefault("created", _now())
+            over = {name: None for name in ("waits_for", "problem") if name in run}
+            self._write_json(RUN, run | found | over | {"starts": run.get("starts", 0) + 1})
+
+    def record_waiting(self, config: RunConfig, awaited: str) -> None:
+        """Note that the run waits for places; its workers are not known yet."""
+        self.update_run(
+            created=self.read_run().get("created", _now()),
+            command=_command(),
+            config_hash=config_hash(config),
+            seed=config.seed,
+            status="waiting",
+            waits_for=awaited,
+        )
 
     def read_run(self) -> dict[str, Any]:
         """Read run.json; {} before the first start."""
@@ -189,6 +201,14 @@ class RunFolder:
 
     def _write_json(self, name: str, value: dict[str, Any]) -> None:
         write_atomic(self.path / name, json.dumps(value, indent=1) + "\n")
+
+
+def _command() -> str:
+    return redact(shlex.join(["expertail", *sys.argv[1:]]))
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def versions() -> dict[str, str]:

@@ -23,7 +23,7 @@ SWEEP_FILE = "sweep.json"
 """The file that makes a folder a sweep's: its runs, and what they have in common."""
 _MOST_CHARACTERS = 250  # of a name or a value: older servers take no more
 _STATUS = {
-    "running": "RUNNING", "finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED",
+    "waiting": "RUNNING", "running": "RUNNING", "finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED",
 }  # fmt: skip
 """The `status` of run.json -> the status of the MLflow run."""
 
@@ -91,6 +91,8 @@ def tags(run: Mapping[str, Any], data: Mapping[str, Any], config: Mapping[str, A
         "config_hash": run.get("config_hash") or _hash(config),
         "seed": run.get("seed", config.get("seed")),
         "status": run.get("status"),
+        # A tag cannot be taken back: that of an earlier start is overwritten.
+        **{name: run[name] or "none" for name in ("problem", "waits_for") if name in run},
         "dataset": data.get("dataset"),
         "dataset_digest": data.get("digest"),
         "dataset_images": data.get("total"),

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TextIO
@@ -29,6 +29,7 @@ from orchestration.tracking.uri import sqlite_path
 
 STATE_FILE = "tracking.json"
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+_PASSING = 3  # failures in a row that a server may need to come back
 _log = logging.getLogger("expertail.tracking")
 
 
@@ -207,9 +208,7 @@ def flush(sender: Sender, wait_s: float, status: str | None) -> str | None:
                 sender.close(status)
                 problem = None
         except Exception as error:
-            problem = one_line(error)
-            if what_to_do := remedy(error):  # what MLflow advises is longer, and not all of it fits
-                problem = problem.split(". ")[0] + what_to_do
+            problem = said(error)
             _log.warning("%s", problem)
             if is_permanent(error):
                 break
@@ -222,13 +221,23 @@ def flush(sender: Sender, wait_s: float, status: str | None) -> str | None:
     return problem
 
 
-def follow(sender: Sender, wake: threading.Event, *, interval_s: float = 2.0, system_s: float = 10.0) -> None:
+def follow(
+    sender: Sender,
+    wake: threading.Event,
+    *,
+    interval_s: float = 2.0,
+    system_s: float = 10.0,
+    report: Callable[[str], None] = lambda problem: None,
+) -> None:
     """Send what arrives until woken. No exception leaves; after failures the pause grows, up to a minute.
 
     The pause is random by a fifth, so that the uploaders of many runs do not ask a recovered server all at once.
 
     Once the tracking server shows that the run is there, the process yields to training.
+
+    `report` takes a problem that will not pass by itself, or has not passed at the third attempt, once.
     """
+    reported: str | None = None
     failures, system_at, yields = 0, time.monotonic() + system_s, False
     while not wake.is_set():
         if not sender.has_run:
@@ -247,7 +256,11 @@ def follow(sender: Sender, wake: threading.Event, *, interval_s: float = 2.0, sy
             failures = 0
         except Exception as error:
             failures += 1
-            _log.warning("%s (failure %d)", one_line(error), failures)
+            problem = said(error)
+            _log.warning("%s (failure %d)", problem, failures)
+            if problem != reported and (failures >= _PASSING or is_permanent(error)):
+                reported = problem
+                report(problem)
         pause = interval_s if failures == 0 else min(2.0**failures, 60.0) * random.uniform(0.8, 1.2)
         wake.wait(pause)
 
@@ -287,6 +300,13 @@ def file_version(path: Path) -> tuple[int, int] | None:
 def one_line(error: BaseException) -> str:
     """Return an error as one line without secrets."""
     return redact(f"{type(error).__name__}: {error}".strip().splitlines()[0])[:500]
+
+
+def said(error: Exception) -> str:
+    """Return an error as one line, with what to do about it."""
+    what_to_do = remedy(error)
+    # What MLflow advises is longer, and not all of it fits.
+    return one_line(error).split(". ")[0] + what_to_do if what_to_do else one_line(error)
 
 
 def is_permanent(error: Exception) -> bool:

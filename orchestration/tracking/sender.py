@@ -396,6 +396,9 @@ def main(arguments: list[str]) -> int:
 
     Standard input holds the target as one line of JSON, later a line with `finish`. Where it ends without one, the
     driver was killed: send the rest for 10 s and call the run KILLED.
+
+    Args:
+        arguments: the run folder, and the number of an open file for lines that the driver is to say at once.
     """
     # Service managers and batch systems send these to everybody; the driver says when to end.
     for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
@@ -416,6 +419,10 @@ def main(arguments: list[str]) -> int:
         wake.set()
         set_priority(0)  # training is over; the driver waits
 
+    def report(problem: str) -> None:
+        with contextlib.suppress(OSError):  # the driver has gone
+            os.write(int(arguments[1]), problem.encode() + b"\n")
+
     threading.Thread(target=listen, daemon=True).start()
     # An uploader whose driver was killed ends by itself: wait for it.
     with hold_lock(run_dir / f".{STATE_FILE}.lock", wait_s=60.0) as ours:
@@ -423,7 +430,7 @@ def main(arguments: list[str]) -> int:
             _log.error("another process is uploading this run")
             return 1
         sender = MlflowSender(run_dir, target)
-        follow(sender, wake)
+        follow(sender, wake, report=report)
         set_priority(0)  # whatever `follow` set last
         return 0 if flush(sender, last["finish"], last["status"]) is None else 3
 

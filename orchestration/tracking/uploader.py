@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ def start_uploader(
     uri: str,
     experiment: str = "expertail",
     run_name: str | None = None,
+    report: Callable[[str], None] = lambda text: None,
 ) -> Uploader:
     """Start the process that uploads a run while it trains. Return at once: nothing is imported or connected here.
 
@@ -34,6 +37,7 @@ def start_uploader(
         uri: of the tracking store; see `tracking_uri`.
         experiment: MLflow experiment; created when missing.
         run_name: name of the MLflow run; by default that of the folder.
+        report: takes a line, from a thread, when the upload cannot go on by itself, or its process ends too early.
 
     Raises:
         ValueError: the URI is not that of a tracking store.
@@ -41,17 +45,19 @@ def start_uploader(
     run_dir = Path(run_dir)
     target = Target(check_uri(uri), experiment, run_name or run_dir.name)
     path = os.pathsep.join(import_roots() + list(filter(None, [os.environ.get("PYTHONPATH")])))
-    with open(run_dir / LOG_FILE, "ab") as log:
+    problems, end = os.pipe()  # beside the log: what the driver is to say at once
+    with open(run_dir / LOG_FILE, "ab") as log, open(end, "wb", buffering=0):
         process = subprocess.Popen(
             # -P: folders in the current directory may have the names of our packages.
-            [sys.executable, "-P", "-m", "orchestration.tracking.sender", str(run_dir)],
-            stdin=subprocess.PIPE, stdout=log, stderr=log,
+            [sys.executable, "-P", "-m", "orchestration.tracking.sender", str(run_dir), str(end)],
+            stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=(end,),
             start_new_session=True,  # Ctrl-C is for the driver; and priorities count within a session
             env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
         )  # fmt: skip
     # By standard input, not as an argument: every user of the machine sees arguments, and the URI may hold a password.
     uploader = Uploader(run_dir, target, process)
     uploader.send_message(asdict(target))
+    uploader.listen(problems, report)
     return uploader
 
 
@@ -62,6 +68,26 @@ class Uploader:
         self._run_dir = run_dir
         self._target = target
         self._process = process
+        self._finishing = False
+
+    def listen(self, problems: int, report: Callable[[str], None]) -> None:
+        """Report what the process cannot mend by itself, at once, and its end if it comes before it is asked for.
+
+        Args:
+            problems: the end of a pipe on which it writes a line for each; closed by its end, however that comes.
+            report: takes a line.
+        """
+
+        def follow() -> None:
+            with open(problems, encoding="utf-8", errors="replace") as lines:
+                for line in lines:
+                    if not self._finishing:
+                        report(f"{self._incomplete(line.strip())}; training goes on, and so do the attempts")
+            code = self._process.wait()
+            if not self._finishing:
+                report(f"{self._incomplete(self._end(code))}; training goes on")
+
+        threading.Thread(target=follow, name="uploader", daemon=True).start()
 
     def send_message(self, message: dict[str, Any]) -> None:
         """Send one message to the process, which may have ended."""
@@ -80,6 +106,7 @@ class Uploader:
         Returns:
             None when everything arrived, else one line that says what is missing, why, and how to send it later.
         """
+        self._finishing = True
         self.send_message({"finish": wait_s, "status": status})
         with contextlib.suppress(OSError):
             assert self._process.stdin is not None
@@ -97,7 +124,7 @@ class Uploader:
         with contextlib.suppress(ValueError):
             if problem := State(self._run_dir, self._target).values.get("problem"):
                 return self._incomplete(problem)
-        return self._incomplete(f"the uploader ended with code {code}, see {LOG_FILE}")
+        return self._incomplete(self._end(code))
 
     def place(self) -> str | None:
         """Return where the run and its models are in MLflow, as one line without secrets; None if it is not there."""
@@ -110,6 +137,13 @@ class Uploader:
         models = contents.exported_models(self._run_dir)
         name = contents.model_name(read_config(self._run_dir), self._target.experiment)
         return f"MLflow: {shown}" + (f"; models:/{name}@{next(iter(models))}" if models else "")
+
+    def _end(self, code: int) -> str:
+        """Say how the process ended, with its last words."""
+        with contextlib.suppress(OSError):
+            last = (self._run_dir / LOG_FILE).read_text(errors="replace").strip().splitlines()[-1:]
+            return f"the uploader ended with code {code}, {redact(last[0])[:200] if last else 'without a word'}"
+        return f"the uploader ended with code {code}, see {LOG_FILE}"
 
     def _incomplete(self, problem: str) -> str:
         return incomplete_message(self._run_dir, self._target.uri, problem)

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from orchestration.cluster.placement import NoRoom, check_fits, largest_share, pack, seats, shape_of, shapes_of
+from orchestration.cluster.placement import (
+    NoRoom,
+    check_fits,
+    largest_share,
+    pack,
+    placement_wait_s,
+    seats,
+    shape_of,
+    shapes_of,
+)
 from orchestration.config.compose import load_config
 from orchestration.training.mesh import MeshShape
 
@@ -90,3 +99,11 @@ def test_auto_stands_for_a_number_that_fits_until_it_is_decided():
     assert shape("cluster.experts_per_worker=auto") == MeshShape(3, 3)
     assert shape("cluster.experts_per_worker=auto", "cluster.workers=2") == MeshShape(3, 3, 2)
     assert shape("cluster.experts_per_worker=auto", "cluster.workers=6") == shape("cluster.workers=6")
+
+
+def test_a_submitted_job_waits_for_a_day_unless_a_number_is_given():
+    auto, given = load_config([]).cluster, load_config(["cluster.placement_timeout_s=30"]).cluster
+    assert [placement_wait_s(auto), placement_wait_s(auto, job=True)] == [8.0, 86400.0]
+    assert [placement_wait_s(given), placement_wait_s(given, job=True)] == [30, 30]
+    with pytest.raises(ValueError, match="needed a number of seconds above 0, or auto"):
+        load_config(["cluster.placement_timeout_s=0"])

@@ -20,6 +20,7 @@ from orchestration.runs.driver import Driver
 from orchestration.runs.kept_predictions import predictions_missing
 from orchestration.runs.run import Run
 from orchestration.runs.stopping import GivenUp, Outcome, Stopped, StopSignals
+from orchestration.runs.waiting import Waiting
 from orchestration.storage.checkpoint import write_file
 from orchestration.storage.run_folder import RunFolder
 from orchestration.training.mesh import MeshShape
@@ -125,7 +126,7 @@ def make_run(tmp_path, events, monkeypatch):
         monkeypatch.setattr(supervisor_module, "keep_predictions", lambda trained: None)
         monkeypatch.setattr(supervisor_module, "_ASK_AGAIN_S", 0.01)
         monkeypatch.setattr(supervisor_module, "StageRun", FakeStage)
-        monkeypatch.setattr(driver_module, "Fleet", lambda config, shape: FakeFleet(events, "further"))
+        monkeypatch.setattr(driver_module, "Fleet", lambda config, shape, look: FakeFleet(events, "further"))
         folders.append(RunFolder(tmp_path / str(len(folders))))
         main = FakeFleet(events, rooms=rooms)
         return Driver(Run(load_config(words), folders[-1], Console(stream=shown), StopSignals(), {}), main)
@@ -437,3 +438,22 @@ def test_workers_lost_while_they_predict_cost_no_failure_and_at_most_the_predict
     assert bool(driver.fleet.workers) == (losses == 1), "a later stage starts workers of its own"
     missing = predictions_missing(driver.run.folder, driver.run.config, "student")
     assert missing == (losses == 1), "what was given up is not asked for by a later start"
+
+
+def test_a_wait_for_places_is_noted_and_tracked_once_said_every_minute_and_ended_by_a_signal(make_run):
+    shown, tracked = io.StringIO(), []
+    run = make_run({}, shown=shown).run
+    run._begin_tracking = lambda: tracked.append(run.folder.read_run()["status"])
+    waiting = Waiting(run, 86400.0)
+    for waited_s in range(130):
+        waiting(float(waited_s), lambda: "2 x (1 CPUs, 0 GPUs), free are 0 CPUs")
+    assert tracked == ["waiting"]
+    stored = run.folder.read_run()
+    assert stored["waits_for"] == "2 x (1 CPUs, 0 GPUs), free are 0 CPUs" and stored["created"]
+    first, *more = shown.getvalue().splitlines()
+    assert first == "waiting for 2 x (1 CPUs, 0 GPUs), free are 0 CPUs; waited 3.0 s of at most 24.0 h"
+    assert len(more) == 2
+    run.signals.received = signal.SIGTERM
+    with pytest.raises(Stopped, match="the same command starts it again") as stopped:
+        waiting(130.0, lambda: "")
+    assert stopped.value.exit_code == 143

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 
@@ -14,6 +15,7 @@ from orchestration.tracking.process import (
     State,
     Target,
     flush,
+    follow,
     hold_lock,
     incomplete_message,
     is_permanent,
@@ -93,6 +95,9 @@ class Refusal(Exception):
     def __init__(self, status):
         self.status = status
 
+    def __str__(self):
+        return str(self.status)
+
     def get_http_status_code(self):
         return self.status
 
@@ -137,6 +142,19 @@ class Flaky:
 
     def close(self, status):
         self.calls.append(status)
+
+
+def test_what_does_not_pass_is_reported_once_and_what_may_pass_at_the_third_time(tmp_path, monkeypatch):
+    """403 is permanent; a server that is down may come back."""
+    monkeypatch.setattr("orchestration.tracking.process.set_priority", lambda nice: None)  # of all tests
+    reports, wake = [], threading.Event()
+    wake.wait = lambda seconds: reports.append("pause")
+    down = OSError("down")
+    sender = Flaky(tmp_path, [down, down, Refusal(403), Refusal(403), down, down])
+    sender.describe = wake.set
+    follow(sender, wake, report=reports.append)
+    pause = ["pause"]
+    assert reports == [*pause * 2, "Refusal: 403", *pause * 2, "OSError: down", *pause * 3]
 
 
 @pytest.mark.slow
