@@ -1,4 +1,4 @@
-"""Measure what the step of every loss and mixing costs, against cross-entropy with the same network.
+"""Measure what the step of every loss, mixing and auxiliary costs, against cross-entropy with the same network.
 
     python -m benchmarks.loss_steps [--rounds 60] [--only ROW ...] [--beside "what else ran"] [--out FILE]
     python -m benchmarks.loss_steps --docs      put the table of what was measured into docs/results.md
@@ -8,6 +8,10 @@ of the form of CIFAR-100-LT, batch 128. A small network is the hard case, as a l
 judges. In each round a row and its baseline take one step each, in an order that changes. Printed and saved
 (benchmarks/results/loss_steps.json): the median over rounds of the ratio of both and its quartiles, in time and in
 processor's time, which other processes disturb less.
+
+Of methods that see a second view through a copy of the network, the same rounds measure what that must cost: drawing
+views beyond the baseline's, and a forward pass of the copy. Memory is counted, not sampled: what a checkpoint holds,
+and the tensors that a step keeps for its backward pass.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,12 +58,14 @@ class Row(NamedTuple):
         baseline: of cross-entropy with the same network.
         stage: the stage that is measured, of both.
         more: what the method does more than another loss, where it does.
+        must: whether memory, and the least that its views and its copy of the network cost, are measured too.
     """
 
     words: tuple[str, ...]
     baseline: tuple[str, ...] = ("method=ce",)
     stage: str = "train"
     more: str = ""
+    must: bool = False
 
 
 def _then(stage: str, host: str = "ce") -> Row:
@@ -92,6 +98,10 @@ ROWS: dict[str, Row] = {
                            more="the best of five directions for each class"),
     **{mix: Row(("method=ce", f"mix={mix}", *ALWAYS.get(mix, ())), more="blended images, two losses")
        for mix in ("mixup", "remix", "cutmix", "cmo") if mix in available("mix")},
+    "paco": Row(("method=paco",), more="a second view, a copy of the network, a queue", must=True),
+    "kcl": Row(("method=kcl",), more="stronger views, a copy of the network, a queue", must=True),
+    "dro_lt": Row(("method=dro_lt",), ("method=dro_lt", "method.stages.robust.auxiliaries={}"), "robust",
+                  more="centres of all classes before each epoch", must=True),
 }  # fmt: skip
 
 
@@ -104,18 +114,20 @@ def main() -> None:
     parser.add_argument("--docs", action="store_true", help="measure nothing, put the table into docs/results.md")
     options = parser.parse_args()
     if options.docs:
-        rows = json.loads(options.out.read_text())["rows"]
-        DOCS.write_text(filled_in(DOCS.read_text(), {"steps": "\n".join(table(rows))}))
+        DOCS.write_text(filled_in(DOCS.read_text(), tables(json.loads(options.out.read_text())["rows"])))
         return
     torch.set_num_threads(1)
     record: dict[str, Any] = {
         "command": f"python -m benchmarks.loss_steps --rounds {options.rounds}", **machine(), "threads": 1,
         "load": [round(value, 2) for value in os.getloadavg()], "beside": options.beside, "rows": {},
     }  # fmt: skip
+    commit = record["commit"]
+    if set(options.only) < set(ROWS) and options.out.exists():  # the other rows stay, with what they were measured by
+        record = json.loads(options.out.read_text())
     with tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder), per_class=30, test=200)
         for name in options.only:
-            record["rows"][name] = measured(ROWS[name], Path(folder), options.rounds)
+            record["rows"][name] = measured(ROWS[name], Path(folder), options.rounds) | {"commit": commit}
             print(line(name, record["rows"][name]), flush=True)
             options.out.write_text(json.dumps(record, indent=1) + "\n")
 
@@ -135,10 +147,18 @@ def measured(row: Row, folder: Path, rounds: int) -> dict[str, Any]:
         for _ in range(WARM_UP):
             step(side)
     took: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    least = [needed(side) for side in sides.values()] if row.must else []
+    floors = []
     for turn in range(rounds):
         for name in list(sides)[:: 1 if turn % 2 else -1]:
             took[name].append(step(sides[name]))
+        if least:
+            own, base = map(next, least)
+            floors.append(1 + (own - base) / took["baseline"][-1][1])
     found: dict[str, Any] = {"words": row.words, "baseline": row.baseline, "more": row.more}
+    if row.must:
+        found["must"] = round(statistics.median(floors), 4)
+        found["memory"] = {name: memory(side) for name, side in sides.items()}
     for at, kind in enumerate(("time", "cpu")):
         ms = {name: 1000 * statistics.median(pair[at] for pair in pairs) for name, pairs in took.items()}
         ratios = [own[at] / base[at] for own, base in zip(took["row"], took["baseline"], strict=True)]
@@ -183,20 +203,79 @@ def step(side: StageTrainer) -> tuple[float, float]:
     return time.perf_counter() - time_s, time.process_time() - cpu_s
 
 
+def needed(side: StageTrainer) -> Iterator[float]:
+    """Yield the processor's seconds of drawing a batch with its views, and of a forward pass of the network's copy."""
+    setup = side.training
+    assert setup is not None
+    epoch = 0
+    while True:
+        stream = iter(setup.batches.iterate(epoch, 0))
+        while True:
+            start = time.process_time()
+            if (batch := next(stream, None)) is None:
+                break
+            if setup.model.trunk_copy is not None:
+                with torch.no_grad():
+                    maps = setup.model.trunk_copy(batch.views[0])
+                    for expert in setup.model.members():
+                        assert expert.momentum_copy is not None
+                        expert.momentum_copy["features"](maps)
+            yield time.process_time() - start
+        epoch += 1
+
+
+def memory(side: StageTrainer) -> dict[str, float]:
+    """Return MiB of a checkpoint, and of what a step keeps for its backward pass beside the weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        saved = sum(Path(folder, entry.name).stat().st_size for entry in side.save(folder))
+    weights = {tensor.untyped_storage().data_ptr() for tensor in side.setup.model.state_dict().values()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        step(side)
+    return {"checkpoint_mib": round(saved / 2**20, 2), "kept_mib": round(sum(kept.values()) / 2**20, 1)}
+
+
+def tables(rows: Mapping[str, dict[str, Any]]) -> dict[str, str]:
+    """Return the two tables in docs/results.md by name: of losses, and of what has views, copies or centres."""
+    plain = {name: found for name, found in rows.items() if "must" not in found}
+    return {"steps": "\n".join(table(plain)), "views": "\n".join(table_of_views(rows, set(rows) - set(plain)))}
+
+
 def table(rows: Mapping[str, dict[str, Any]]) -> Iterator[str]:
-    """Yield the lines of the table in docs/results.md."""
+    """Yield the lines of the table of losses."""
     yield "| loss | ms per step | time | processor's time | what the method does more |"
     yield "|---" * 5 + "|"
     yield from (line(name, found) for name, found in rows.items())
 
 
+def table_of_views(rows: Mapping[str, dict[str, Any]], names: Collection[str]) -> Iterator[str]:
+    """Yield the lines of the table of methods whose least cost and memory are known."""
+    columns = ("method", "processor's time", "must", "MiB kept for backward", "MiB of a checkpoint",
+               "what the method does more")  # fmt: skip
+    yield f"| {' | '.join(columns)} |"
+    yield "|---" * len(columns) + "|"
+    for name in (name for name in rows if name in names):
+        found, memory = rows[name], rows[name]["memory"]
+        parts = [f"{memory['row'][key]:.1f} / {memory['baseline'][key]:.1f}" for key in ("kept_mib", "checkpoint_mib")]
+        yield f"| `{name}` | {spread(found['cpu'])} | {found['must']:.2f} | {' | '.join(parts)} | {found['more']} |"
+
+
 def line(name: str, found: dict[str, Any]) -> str:
     """Return a row of the table."""
-    ratios = [
-        f"{found[kind]['ratio']:.2f} ({found[kind]['low']:.2f} to {found[kind]['high']:.2f})"
-        for kind in ("time", "cpu")
-    ]
-    return f"| `{name}` | {found['time']['row_ms']:.0f} | {' | '.join(ratios)} | {found['more']} |"
+    ratios = " | ".join(spread(found[kind]) for kind in ("time", "cpu"))
+    return f"| `{name}` | {found['time']['row_ms']:.0f} | {ratios} | {found['more']} |"
+
+
+def spread(found: Mapping[str, float]) -> str:
+    """Return the median of the ratios and their quartiles."""
+    return f"{found['ratio']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@
 
 A ResNet-8 for 40 epochs, or 20 on Fashion-MNIST, second stages for 10, all by pace=fashion_mnist_lt; the last epoch
 counts. `run` trains what is not finished, two runs at a time with one thread each, CIFAR-10-LT first and seeds
-outermost, so that a part of the table is a table. It can be stopped and started again; a file PAUSE in the folder of the runs makes it wait before the
-next run; several commands may work on one folder, also from different checkouts (seeds.py). `table` reads the finished
-runs, writes benchmarks/results/losses.json and prints the tables; with --docs it also puts them into docs/results.md.
-`list` prints the words of each run.
+outermost, so that a part of the table is a table. It can be stopped and started again; a file PAUSE in the folder of
+the runs makes it wait before the next run; several commands may work on one folder, also from different checkouts
+(seeds.py). `table` reads the finished runs, writes benchmarks/results/losses.json and prints the tables; with --docs it
+also puts them into docs/results.md. `list` prints the words of each run.
 
 Second stages of the same network are final stages of one run, so they share its training.
 """

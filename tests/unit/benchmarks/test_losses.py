@@ -89,7 +89,7 @@ def test_the_document_shows_the_steps_that_were_measured():
     if not loss_steps.RESULTS.exists():
         pytest.skip("no results yet: python -m benchmarks.loss_steps")
     rows = json.loads(loss_steps.RESULTS.read_text())["rows"]
-    assert losses.filled_in(DOCS.read_text(), {"steps": "\n".join(loss_steps.table(rows))}) == DOCS.read_text()
+    assert losses.filled_in(DOCS.read_text(), loss_steps.tables(rows)) == DOCS.read_text()
 
 
 @pytest.mark.parametrize("network", [*LOSSES, *MIXING])
