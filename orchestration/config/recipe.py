@@ -241,7 +241,8 @@ class Recipe(Settings):
     def fits_head_first(self, stage: str) -> bool:
         """Return whether a stage with steps begins with fitting its head to the training images.
 
-        It does so where it gives the experts a head that asks for it, not where it goes on with one.
+        It does so where it gives the experts a head that asks for it, not where it goes on with one. Of a saved run's
+        model only the trainer knows whether it brings such a head (`StageTrainer.prepare`).
         """
         name, before = self.head_in(stage).name, self.stage_before(stage)
         begins = before is None or self.head_in(before).name != name or "heads" in self.stages[stage].reinit

@@ -173,6 +173,9 @@ def _auxiliaries(settings: StageConfig, stage: StagePlan) -> Iterator[str]:
             f"before every epoch trunk and features run on all training images, {stage.work_each_epoch:,.0f} "
             f"multiply-adds for each"
         )
+    if makers := [key for key, config in settings.auxiliaries.items() if config.makes]:
+        named = ", ".join(makers)
+        yield f"further images are made by {named}, as the labels of a batch ask; the costs do not count them"
 
 
 def _ramps(settings: StageConfig) -> Iterator[str]:

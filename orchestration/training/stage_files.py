@@ -151,15 +151,18 @@ def load_weights(setup: StageSetup, folder: Path) -> None:
     setup.model.load_state_dict({**own, **taken})
 
 
-def start_from_model(setup: StageSetup, folder: Path) -> None:
-    """Begin a stage with a model that another run exported.
+def start_from_model(setup: StageSetup, folder: Path) -> bool:
+    """Begin a stage with a model that another run exported; return whether its heads came whole, memories included.
 
     Raises:
         ValueError: it was made for other classes or of other parts.
     """
     model = load_model(folder)
     check_teacher("start_from", model, setup.dataset, folder)
-    _begin_with(setup, dict(model.ensemble.state_dict()), folder)
+    weights = dict(model.ensemble.state_dict())
+    _begin_with(setup, weights, folder)
+    own = {name for name in setup.model.state_dict() if part_of(name) in ("heads", "memory")}
+    return "heads" not in setup.stage.reinit and own <= weights.keys()
 
 
 def _begin_with(setup: StageSetup, weights: dict[str, Tensor], folder: Path) -> None:

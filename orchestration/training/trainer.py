@@ -108,6 +108,7 @@ class StageTrainer:
         self.fitted: fitting.Fitted = {}
         self._features: list[Tensor] | None = None
         self._features_asked = False
+        self._heads_came = False
         self._sums: dict[str, float] = {}  # over the epoch: number of images, and values times images
         self._upcoming: Iterator[Batch] | None = None
 
@@ -192,7 +193,7 @@ class StageTrainer:
         assert self.training is not None
         use_precision(self.setup.config.engine, self.setup.mesh.device)
         evaluation.prepare_objective(self.training, self._alive)
-        if self.setup.config.method.fits_head_first(self.setup.stage_name):
+        if self.setup.config.method.fits_head_first(self.setup.stage_name) and not self._heads_came:
             fitting.fit_before_steps(self.training, self._alive)
 
     def observe(self, per_class: list[float | None]) -> None:
@@ -258,7 +259,7 @@ class StageTrainer:
 
     def start_from_model(self, folder: str) -> None:
         """Begin this stage with a model that another run exported; see `stage_files.start_from_model`."""
-        stage_files.start_from_model(self.setup, Path(folder))
+        self._heads_came = stage_files.start_from_model(self.setup, Path(folder))
 
     def close(self) -> None:
         """Stop loader processes and free captured steps and the engine's buffers."""

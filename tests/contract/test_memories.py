@@ -5,6 +5,7 @@ That this is the same on every placement, after a resume and in a replay is chec
 
 from experts.ensemble import part_of
 from tests.auxiliaries import heads_with_memory, take, trainer_of
+from tests.contract.test_recipes import export
 
 
 def memories(trainer):
@@ -32,3 +33,14 @@ def test_a_stage_that_goes_on_with_such_a_head_does_not_fit_it_again():
     assert method.fits_head_first("train")
     later = method.stages["train"].model_copy(update={"head": None})
     assert not method.model_copy(update={"stages": {**method.stages, "later": later}}).fits_head_first("later")
+
+
+def test_a_memory_that_a_saved_model_brings_is_not_fitted_again(tmp_path):
+    first = trainer_of(heads_with_memory())
+    first.prepare()
+    take(first, 1)
+    second = trainer_of(heads_with_memory())
+    second.start_from_model(export(tmp_path, second.setup.config, "train", first.setup.dataset, first.setup.model))
+    second.prepare()
+    was, now = memories(first), memories(second)
+    assert was.keys() == now.keys() and all((was[name] == now[name]).all() for name in was)

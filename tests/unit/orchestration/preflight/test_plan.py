@@ -277,6 +277,11 @@ def test_augmentations_and_views_of_a_stage_are_told():
     assert "every image comes in 3 views; further ones: crop, rotation; moco (resized_crop, color_jitter" in text
 
 
+def test_images_that_an_auxiliary_makes_are_told_and_not_counted():
+    text, plain = (describe(load_config([f"method={method}"])) for method in ("rsg", "ldam"))
+    assert "further images are made by rsg" in text and "further images" not in plain
+
+
 def test_features_that_training_keeps_are_counted_once():
     """405 x 64 x 4 bytes fit into dataset.resident_mib. Each of 2 replicas computes them all; steps run the heads."""
     off = ["dataset.augment.crop_padding=0", "dataset.augment.rotation=0"]
