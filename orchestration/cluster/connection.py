@@ -70,7 +70,7 @@ def _check_listening(address: str) -> None:
             f"host alone"
         )
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdecimal():
         return  # 'auto' and 'local'
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()

@@ -33,7 +33,7 @@ from orchestration.config.recipe import ModelSource
 from orchestration.results.features_picture import draw_features, draw_norms
 from orchestration.results.saved_run import SavedRun, open_run, same_threads, stages_to_measure
 from orchestration.results.style import picture_style, save_figure
-from orchestration.results.text import text_table
+from orchestration.results.text import listed, text_table
 from orchestration.storage.checkpoint import Checkpoints
 from orchestration.storage.exports import ensemble_state, weights_of
 from orchestration.storage.files import read_config
@@ -77,8 +77,8 @@ def draw_stages(run_dir: Path) -> list[Path]:
         return drawn
     try:
         saved = open_run(str(run_dir), "last", "test", [], stages_to_measure(str(run_dir), None)[-1])
-        classes = settings.get("features_classes")
-        chosen = _default_classes(saved) if classes is None else _classes(",".join(map(str, classes)), saved)
+        asked = settings.get("features_classes")
+        chosen = _default_classes(saved) if asked is None else _named(asked, saved, f"run.features_classes={asked}")
         for stage in _stages(saved):
             drawn += _draw(saved, stage, chosen, rule, "")[0]
     except Exception as problem:  # a courtesy to a run that is trained: nothing here may make it fail
@@ -104,7 +104,8 @@ def draw_chosen(run: str, classes: str | None, rule: Rule, overrides: list[str],
             as `project`, or `open_run` refuses the run.
     """
     saved = open_run(run, "last", "test", overrides, stages_to_measure(run, None)[-1])
-    chosen, stages = _default_classes(saved) if classes is None else _classes(classes, saved), _stages(saved)
+    named = None if classes is None else _named(listed(classes), saved, f"--classes {classes}")
+    chosen, stages = _default_classes(saved) if named is None else named, _stages(saved)
     if stage is not None and stage not in stages:
         raise ValueError(
             f"--stage {stage}: needed a stage that is trained, has steps and knows all classes: "
@@ -169,7 +170,7 @@ def _default_classes(saved: SavedRun) -> list[int]:
     if len(order) <= _SHOWN_CLASSES:
         return order
     chosen: list[int] = []
-    groups = [[c for c in order if c in set(own.tolist())] for own in groups_by_count(counts_C).values()]
+    groups = [[c for c in order if c in own] for own in map(set, groups_by_count(counts_C).values())]
     groups = [own for own in groups if own]
     for own in groups:
         number = min(len(own), _PER_GROUP * 3 // len(groups))
@@ -177,20 +178,9 @@ def _default_classes(saved: SavedRun) -> list[int]:
     return chosen
 
 
-def _classes(asked: str, saved: SavedRun) -> list[int]:
+def _named(words: Sequence[int | str], saved: SavedRun, key: str) -> list[int]:
     """Return the ids of classes asked for by id or name, the most frequent first."""
-    names, found = [str(name) for name in saved.data["class_names"]], []
-    for word in (part.strip() for part in asked.split(",")):
-        place = names.index(word) if word in names else int(word) if word.isdigit() else -1
-        if not 0 <= place < len(names):
-            raise ValueError(
-                f"classes {asked}: no class {word!r}; needed ids from 0 to {len(names) - 1}, or names such as "
-                f"{', '.join(names[:3])}"
-            )
-        if place not in saved.store.labels:
-            raise ValueError(f"classes {asked}: class {word} has no test image to show; leave it out")
-        found.append(place)
-    return sorted(dict.fromkeys(found), key=lambda c: -saved.data["counts"][c])
+    return sorted(saved.classes_named(words, key), key=lambda c: -saved.data["counts"][c])
 
 
 def _positions(saved: SavedRun, shown: Sequence[int]) -> NDArray[np.int64]:

@@ -21,7 +21,7 @@ from orchestration.config.recipe import ModelSource
 from orchestration.config.recipe_checks import parts_that_learn
 from orchestration.config.run_config import RunConfig
 from orchestration.results.style import member_colour, new_figure, picture_style, save_figure, set_figure_title, shorten
-from orchestration.results.text import text_table
+from orchestration.results.text import listed, text_table
 
 if TYPE_CHECKING:
     from aggregation.regions import Regions
@@ -145,7 +145,7 @@ def _draw(folder: Path, stage: str, asked: str | None, overrides: list[str]) -> 
     from orchestration.results.saved_run import open_run, same_threads
 
     saved = open_run(str(folder), "last", "test", overrides, stage)
-    classes = _classes(asked, saved.data, saved.store.labels)
+    classes = _classes(asked, saved)
     with same_threads(saved.config):
         shown, labels_N = _measure(saved, classes)
     name = "regions" if asked is None else "regions-" + "-".join(map(str, classes))
@@ -157,26 +157,17 @@ def _draw(folder: Path, stage: str, asked: str | None, overrides: list[str]) -> 
     return path, result, saved.save(name, result)
 
 
-def _classes(asked: str | None, data: Mapping[str, Any], test_labels: NDArray[np.integer]) -> list[int]:
+def _classes(asked: str | None, saved: SavedRun) -> list[int]:
     """Return the ids of the classes to show; by default the most frequent and the rarest that have test images."""
-    names, counts = [str(name) for name in data["class_names"]], data["counts"]
-    there = set(np.unique(test_labels).tolist())
+    counts = saved.data["counts"]
     if asked is None:
+        there = set(np.unique(saved.store.labels).tolist())
         order = [c for c in sorted(range(len(counts)), key=lambda c: -counts[c]) if c in there]
         return [order[0], order[-1]]
-    classes = []
-    for word in (part.strip() for part in asked.split(",")):
-        place = names.index(word) if word in names else int(word) if word.isdigit() else -1
-        if not 0 <= place < len(names):
-            raise ValueError(
-                f"--classes {asked}: no class {word!r}; needed ids from 0 to {len(names) - 1}, or names such as "
-                f"{', '.join(names[:3])}"
-            )
-        if place not in there:
-            raise ValueError(f"--classes {asked}: class {word} has no test image to show; leave it out")
-        classes.append(place)
-    if len(set(classes)) != len(classes) or len(classes) < 2:
-        raise ValueError(f"--classes {asked}: needed two or more different classes, e.g. --classes 0,{len(names) - 1}")
+    words = listed(asked)
+    classes = saved.classes_named(words, f"--classes {asked}")
+    if len(classes) < len(words) or len(classes) < 2:
+        raise ValueError(f"--classes {asked}: needed two or more different classes, e.g. --classes 0,{len(counts) - 1}")
     return classes
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,6 +89,30 @@ class SavedRun:
     def title(self) -> str:
         """The run's name, and the stage that the model is of where there are several."""
         return f"{self.folder.name}, stage {self.stage}" if self.stage else self.folder.name
+
+    def classes_named(self, words: Sequence[int | str], key: str) -> list[int]:
+        """Return the ids of classes that are named by id or name, each once.
+
+        Args:
+            words: ids or names.
+            key: the option or key that they come from, for messages.
+
+        Raises:
+            ValueError: there is no such class, or it has no test image; names it.
+        """
+        names, found = [str(name) for name in self.data["class_names"]], []
+        for word in words:
+            text = str(word)
+            place = names.index(text) if text in names else int(text) if text.isdecimal() else -1
+            if not 0 <= place < len(names):
+                raise ValueError(
+                    f"{key}: no class {text!r}; needed ids from 0 to {len(names) - 1}, or names such as "
+                    f"{', '.join(names[:3])}"
+                )
+            if place not in self.store.labels:
+                raise ValueError(f"{key}: class {text} has no {self.split} image to show; leave it out")
+            found.append(place)
+        return list(dict.fromkeys(found))
 
     def with_model(self, which: str, stage: str) -> SavedRun:
         """Return the same run with another of its models; arguments as for `open_run`."""

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Collection, Sequence
 
 from experts.data.names import visible
 
 _GAP = 2  # spaces between columns
+
+
+def listed(text: str) -> list[str]:
+    """Return the items of a list with commas; quotes keep a comma in an item: `cat,"boots, high"`."""
+    return [item.strip() for items in csv.reader([text], skipinitialspace=True) for item in items]
 
 
 def text_table(

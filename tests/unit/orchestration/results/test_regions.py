@@ -90,6 +90,8 @@ def test_classes_may_be_chosen(single, capsys):
     [
         ("0,12", "no class '12'; needed ids from 0 to 9"),
         ("0,cat", "no class 'cat'"),
+        ('0,"cat, high"', "no class 'cat, high'"),
+        ("0,\u00b2", "no class '\u00b2'"),  # a digit that is no number
         ("4", "two or more different classes"),
         ("4,4", "two or more different classes"),
     ],
