@@ -35,6 +35,7 @@ from experts.augmentation.stack import Stack
 from experts.data.config import Augment, DatasetConfig
 from experts.data.images import FileImages, ImageStore, ResidentImages
 from experts.data.keyed_random import key, uniforms
+from experts.data.loader_room import refuse_little_room
 from experts.data.prefetch import CropKey, Prefetcher, Request, read
 from experts.data.transfer import to_device
 from experts.epoch import Epoch, Stream, draw_mixes, joined, merged
@@ -228,6 +229,8 @@ class TrainBatches:
         self._epoch: Epoch | None = None
         self._prefetcher: Prefetcher | None = None
         if isinstance(self.store, FileImages):
+            crops = 1 + max(self._frame_of)
+            refuse_little_room(dataset_config, self._images_of_a_step() * crops)
             self._prefetcher = Prefetcher(
                 self.store, dataset_config.loader_processes, pin_memory=self.device.type == "cuda"
             )
@@ -236,11 +239,14 @@ class TrainBatches:
         """Return the number of steps to augment at once."""
         if isinstance(self.store, FileImages) or self.device.type == "cpu":
             return 1
-        side, in_step = self.store.images.shape[-1], self.config.batch_size
-        if self.mixing is None or self._second is not None:
-            in_step = -(-in_step // self.replica.count)
-        in_step *= len(self._stacks) * (1 if self._second is None else 2)
+        side = self.store.images.shape[-1]
+        in_step = self._images_of_a_step() * len(self._stacks) * (1 if self._second is None else 2)
         return max(1, AHEAD_BYTES // (in_step * 3 * side * side * self.replica.dtype.itemsize))
+
+    def _images_of_a_step(self) -> int:
+        """Return the most images that this replica makes for a step: its share, or all where any may be mixed in."""
+        alone = self.mixing is None or self._second is not None
+        return -(-self.config.batch_size // self.replica.count) if alone else self.config.batch_size
 
     def positions(self, epoch: int) -> np.ndarray:
         """Return the epoch's global sequence of positions in the store, int64 [draws_per_epoch]; epochs start at 1."""

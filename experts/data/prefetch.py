@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from experts.data.decode import CROP_UNIFORMS
 from experts.data.images import FileImages
 from experts.data.keyed_random import uniforms
+from experts.data.loader_room import SHARED_MEMORY
 
 
 class CropKey(NamedTuple):
@@ -58,8 +59,6 @@ def read(store: FileImages, request: Request) -> Tensor:
     return store.read(request.positions, crops)
 
 
-SHARED_MEMORY = "/dev/shm"
-"""The folder on Linux that shared memory is taken from."""
 _OUT_OF_ROOM = {errno.ENOSPC: "shared memory", errno.EMFILE: "open files", errno.ENFILE: "open files of the system"}
 _CODES = 100  # exit codes from here on are numbers of a system's error
 

@@ -163,16 +163,31 @@ def _autocast(config: RunConfig) -> Iterator[Finding]:
 def _memory(config: RunConfig) -> Iterator[Finding]:
     if config.cluster.named_address:
         return  # workers run on the cluster, whose nodes are asked
+    from experts.data.loader_room import room_here
     from orchestration.preflight.plan import WORKER_GIB
 
-    memory = psutil.virtual_memory()
-    text = f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free on this machine"
+    total, free = room_here().memory
+    text = f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB free on this machine"
     needed = WORKER_GIB[1] * config.cluster.workers
-    if memory.available < needed * _GIB:
+    if free < needed * _GIB:
         yield Finding("warn", "memory", f"{text}; needed about {needed:g} GiB for {config.cluster.workers} workers; "
                                         f"use fewer workers, or free some memory")  # fmt: skip
     else:
         yield Finding("ok", "memory", f"{text}, about {needed:g} GiB needed")
+
+
+def _loaders(config: RunConfig) -> Iterator[Finding]:
+    """Look for what loader processes of all workers need on this machine."""
+    from experts.data.loader_room import missing_room, room_here
+    from orchestration.training.mesh import mesh_shape
+
+    data, workers = config.dataset, config.cluster.workers
+    if config.cluster.named_address or not data.loader_processes:
+        return
+    if images := _decoded(config, mesh_shape(config.method.num_experts, workers)):
+        lacking = missing_room(data.loader_processes, images, data.image_size, room_here(), workers)
+        room = f"{data.loader_processes} of each worker have memory, shared memory and open files"
+        yield Finding("FAIL" if lacking else "ok", "loaders", lacking or room)
 
 
 def _run_dir(config: RunConfig) -> Iterator[Finding]:
@@ -256,7 +271,7 @@ def _connected(config: RunConfig, shape: MeshShape, address: str) -> Iterator[Fi
     bundle = bundle_of(config.cluster, cpus)
     placement = pack(shape.workers * config.side_by_side, bundle, nodes) or pack(shape.workers, bundle, nodes)
     run_dir = None if is_url(config.run.dir) else Path(os.path.abspath(expand(config.run.dir)))
-    yield from check_nodes(Needs(config, placement, run_dir, _weights(config), _batch_bytes(config, shape)))
+    yield from check_nodes(Needs(config, placement, run_dir, _weights(config), _decoded(config, shape)))
 
 
 def _fits(
@@ -288,13 +303,17 @@ def _weights(config: RunConfig) -> int | None:
         return None
 
 
-def _batch_bytes(config: RunConfig, shape: MeshShape) -> int:
-    """Return the bytes of images that wait for one worker: two batches of each loader process."""
-    images = max(_decoded(stage, shape.replicas) for stage in config.method.stages.values() if stage.batch_size)
-    return 2 * config.dataset.loader_processes * images * 3 * config.dataset.image_size**2
+def _decoded(config: RunConfig, shape: MeshShape) -> int:
+    """Return the most images that a worker decodes at once, for a step or for an evaluation; 0 without files."""
+    from orchestration.preflight.expected_data import FILES
+
+    if config.dataset.source not in FILES:
+        return 0
+    in_steps = [_in_step(stage, shape.replicas) for stage in config.method.stages.values() if stage.batch_size]
+    return max([config.evaluation_batch_size("cuda" if config.cluster.gpus_per_worker else "cpu"), *in_steps])
 
 
-def _decoded(stage: StageConfig, replicas: int) -> int:
+def _in_step(stage: StageConfig, replicas: int) -> int:
     """Return the images that each replica decodes for a step: its share, and the partners that they are mixed with."""
     assert stage.batch_size is not None
     share = -(-stage.batch_size // replicas)
@@ -360,6 +379,7 @@ CHECKS: dict[str, Check] = {
     "gpus": _gpus,
     "autocast": _autocast,
     "memory": _memory,
+    "loaders": _loaders,
     "cluster": _cluster,
     "run.dir": _run_dir,
     "tracking": _tracking,

@@ -23,6 +23,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from experts.data.loader_room import Room, missing_room
 from orchestration.cluster.placement import Placement
 from orchestration.cluster.sending import call
 from orchestration.config.run_config import RunConfig
@@ -49,14 +50,14 @@ class Needs:
         placement: workers on nodes; None if they do not fit.
         run_dir: absolute; None if run folders are at a URL.
         weights: bytes of weights, gradients, momentum and teachers of a worker; None if unknown.
-        batch_bytes: of decoded images waiting for one worker.
+        decoded: images that a worker decodes for a step; 0 where it reads no files while it trains.
     """
 
     config: RunConfig
     placement: Placement | None
     run_dir: Path | None
     weights: int | None
-    batch_bytes: int
+    decoded: int
 
 
 @dataclass
@@ -277,15 +278,16 @@ def _shared_memory(survey: Survey, needs: Needs) -> Iterator[Finding]:
             continue
         store = survey.resources[name].get("object_store_memory", 0.0)
         workers = len(needs.placement.on(name)) if needs.placement else 0
-        batches = needs.batch_bytes * workers
         text = f"{name}: {shm / _GIB:.2g} GiB, {free / _GIB:.2g} free; object store {store / _GIB:.2g} GiB"
-        advice = "enlarge it (docker: --shm-size), or"
+        data = needs.config.dataset
+        here = Room((room["memory"], room["memory_free"]), (shm, free), room["open_files"])
         if shm < store:
-            text += f"; needed at least the size of the object store; {advice} start Ray with --object-store-memory"
-            yield Finding("warn", "/dev/shm", text)
-        elif free < batches:
-            text += f"; loader processes hand over up to {batches / _GIB:.2g} GiB there; {advice} lower "
-            yield Finding("warn", "/dev/shm", f"{text}dataset.loader_processes")
+            text += (
+                "; needed at least the size of the object store; enlarge it (docker: --shm-size), or start Ray with "
+            )
+            yield Finding("warn", "/dev/shm", f"{text}--object-store-memory")
+        elif lacking := missing_room(data.loader_processes, needs.decoded, data.image_size, here, workers):
+            yield Finding("warn", "loaders", f"{name}: {lacking}")
         else:
             fine.append(text)
     if fine:

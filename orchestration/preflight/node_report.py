@@ -11,7 +11,6 @@ import importlib.metadata
 import os
 import platform
 import re
-import shutil
 import socket
 import threading
 import time
@@ -23,6 +22,7 @@ from typing import Any
 import psutil
 import ray
 
+from experts.data.loader_room import room_here
 from orchestration.cluster.ray_internals import token_needed
 from orchestration.cluster.sending import carries_anything
 from orchestration.config.paths import code_root
@@ -32,7 +32,6 @@ _START_BYTES = 2**20  # of a data file, compared between nodes
 _CONNECT_S = 3.0  # to connect, and as long again for the answer
 _CONNECTING_S = 12.0  # no connection is opened later: the doctor waits 20 s for all of them
 _THREADS = 64  # connections at once
-_UNLIMITED = 2**60  # bytes, more than any machine has; cgroups without a limit report a number above it
 _RAY_PROCESSES = {
     "gcs_server": "the cluster's control service",
     "raylet": "raylet",
@@ -180,32 +179,11 @@ def code_digest() -> str:
 
 
 def room() -> dict[str, Any]:
-    """Return the memory that processes of this node can have, and its shared memory; bytes."""
-    memory = psutil.virtual_memory()
-    limit, used = _container_memory()
-    total = min(memory.total, limit)
-    shared = shutil.disk_usage("/dev/shm") if os.path.isdir("/dev/shm") else None
-    return {
-        "memory": total,
-        "memory_free": min(memory.available, total - used),
-        "shm": shared and shared.total,
-        "shm_free": shared and shared.free,
-    }
-
-
-def _container_memory() -> tuple[int, int]:
-    """Return the limit of a container's control group, and how much of it is used; bytes."""
-    for limit, used in (  # version 2, version 1
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            value = Path(limit).read_text().strip()
-            if value != "max" and int(value) < _UNLIMITED:
-                return int(value), int(Path(used).read_text())
-        except (OSError, ValueError):
-            continue
-    return _UNLIMITED, 0
+    """Return the memory that processes of this node can have, its shared memory, bytes, and its limit of open files."""
+    here = room_here()
+    shm, shm_free = here.shared_memory or (None, None)
+    return {"memory": here.memory[0], "memory_free": here.memory[1], "shm": shm, "shm_free": shm_free,
+            "open_files": here.open_files}  # fmt: skip
 
 
 def listening() -> list[tuple[str, str, int]]:

@@ -20,8 +20,9 @@ from experts.batches import Replica, StreamConfig, TrainBatches
 from experts.class_groups import split_classes
 from experts.data.config import Augment
 from experts.data.dataset import Dataset
-from experts.data.images import ImageStore
+from experts.data.images import FileImages, ImageStore
 from experts.data.keyed_random import key
+from experts.data.loader_room import refuse_little_room
 from experts.draws import StepDraws
 from experts.ensemble import Ensemble, build_ensemble, freeze
 from experts.flow import Flow
@@ -118,6 +119,8 @@ class StageSetup:
         if split not in self._scored:
             images = self.dataset.test if split == "test" else self.dataset.val
             assert images is not None, split
+            if isinstance(images, FileImages):
+                refuse_little_room(self.dataset.config, self.scored_at_once)
             self._scored[split] = images.to(self.mesh.device)
         return self._scored[split]
 
@@ -185,6 +188,8 @@ class TrainingSetup(StageSetup):
             make=self.auxiliaries.made,
         )
 
+        if isinstance(self.dataset.test, FileImages):  # now, not after an epoch
+            refuse_little_room(self.dataset.config, self.scored_at_once)
         train = self.dataset.train.to(mesh.device)  # once, for both streams
         self.batches = self._build_batches(train, self.stage.sampler, "all", self.stage.mixing, views=self.stage.views)
         self.partners: TrainBatches | None = None

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
+from experts.data import loader_room
 from orchestration.commands import doctor
 from orchestration.commands.doctor import examine
 from orchestration.config.compose import load_config
@@ -333,7 +334,17 @@ def test_a_check_that_breaks_is_a_finding(monkeypatch):
     ids=["plain", "mixed in the step", "a second stream", "two views"],
 )
 def test_images_that_wait_are_those_that_a_replica_decodes(words, images):
-    """Two batches of 128 for each of 3 loader processes, shared by 3 replicas; 3 * 8 * 8 bytes of an image."""
-    small = ["method.stages.train.batch_size=128", "dataset.loader_processes=3", "dataset.image_size=8"]
-    config = load_config(["method=ce", "dataset=digits_lt", *small, *words])
-    assert doctor._batch_bytes(config, MeshShape(1, 1, 3)) == 2 * 3 * images * 3 * 8 * 8
+    """A batch of 128, shared by 3 replicas."""
+    small = ["method.stages.train.batch_size=128", "run.evaluation_batch_size=1", "dataset.num_classes=10"]
+    config = load_config(["method=ce", "dataset=image_folder_lt", "pace=cifar10_lt", *small, *words])
+    assert doctor._decoded(config, MeshShape(1, 1, 3)) == images
+    assert doctor._decoded(load_config(["run.evaluation_batch_size=500", *words]), MeshShape(1, 1, 1)) == 0
+
+
+def test_too_little_room_for_loaders_on_this_machine_is_a_failure(monkeypatch, tmp_path):
+    config = load_config(["dataset=image_folder_lt", "pace=cifar10_lt", "dataset.loader_processes=2"])
+    assert [finding.state for finding in doctor._loaders(config)] == ["ok"]
+    room = loader_room.room_here()._replace(shared_memory=(2**20, 2**20))
+    monkeypatch.setattr(loader_room, "room_here", lambda: room)
+    (finding,) = doctor._loaders(config)
+    assert finding.state == "FAIL" and "/dev/shm: 1.0 of 1.0 MiB are free" in finding.text

@@ -33,9 +33,9 @@ def survey(report):
     return equal
 
 
-def needs(survey, *words, weights=0, batch_bytes=0):
+def needs(survey, *words, weights=0, decoded=0):
     config = load_config(["cluster.workers=3", *words])
-    return Needs(config, pack(3, {"CPU": 1.0}, survey.resources), Path("/runs"), weights, batch_bytes)
+    return Needs(config, pack(3, {"CPU": 1.0}, survey.resources), Path("/runs"), weights, decoded)
 
 
 def software(survey, asked):
@@ -109,14 +109,15 @@ def test_a_workers_memory_grows_with_its_weights_and_its_files():
 
 
 def test_a_small_dev_shm_is_warned_of(survey):
-    """64 MB is what containers get; loader processes of 2 workers hand over 2 x 40 MB."""
+    """64 MiB is what containers get; 2 workers have 5 batches of 600 images of 64 x 64 on their way each, 70 MiB."""
     survey.reports["a"]["room"].update(shm=64 * 2**20, shm_free=64 * 2**20)
     (text,) = found(node_checks._shared_memory(survey, needs(survey)), "warn")
     assert text.startswith("a: ") and "the size of the object store" in text
     survey.resources["a"]["object_store_memory"] = 1e6
     assert not found(node_checks._shared_memory(survey, needs(survey)), "warn")
-    (text,) = found(node_checks._shared_memory(survey, needs(survey, batch_bytes=40 * 10**6)), "warn")
-    assert "loader processes" in text
+    words = ("dataset=image_folder_lt", "dataset.image_size=64", "dataset.loader_processes=2")
+    (text,) = found(node_checks._shared_memory(survey, needs(survey, *words, decoded=600)), "warn")
+    assert text.startswith("a: /dev/shm: 64.0 of 64.0 MiB are free; loader processes hand over up to 70.3 MiB")
 
 
 def test_data_that_differ_are_named_with_file_and_nodes(survey):

@@ -92,7 +92,7 @@ def test_features_that_cannot_be_drawn_cost_a_line_and_not_the_report(run, tmp_p
     config = other / "config.yaml"
     config.write_text(config.read_text().replace("features_classes: null", "features_classes: [0, cat]"))
     drawn = draw_report(other)
-    assert "features are not drawn: ValueError: run.features_classes=[0, 'cat']: no class 'cat'" in capsys.readouterr().err
+    assert "not drawn: ValueError: run.features_classes=[0, 'cat']: no class 'cat'" in capsys.readouterr().err
     assert other / "report" / "class_counts.png" in drawn and other / "report" / "features-train.png" not in drawn
     config.write_text(config.read_text().replace("features_picture: pca", "features_picture: false"))
     assert draw_stages(other) == [] and capsys.readouterr().err == ""
