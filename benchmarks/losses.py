@@ -4,7 +4,7 @@
     python -m benchmarks.losses table [--docs]
     python -m benchmarks.losses list
 
-A ResNet-8 for 40 epochs, or 20 on Fashion-MNIST, second stages for 10, all by pace=fashion_mnist_lt; the last epoch
+A ResNet-8 for 40 epochs, or 15 on Fashion-MNIST, second stages for 10, all by pace=fashion_mnist_lt; the last epoch
 counts. `run` trains what is not finished, two runs at a time with one thread each, CIFAR-10-LT first and seeds
 outermost, so that a part of the table is a table. It can be stopped and started again; a file PAUSE in the folder of
 the runs makes it wait before the next run; several commands may work on one folder, also from different checkouts
@@ -75,7 +75,7 @@ REPRESENTATION: dict[str, tuple[str, ...]] = {
 NETWORKS: dict[str, dict[str, tuple[str, ...]]] = {
     "losses": LOSSES, "mixing": MIXING, "representation": REPRESENTATION,
 }  # fmt: skip
-EPOCHS = {"cifar": 40, "fashion": 20}
+EPOCHS = {"cifar": 40, "fashion": 15}
 _WORDS = {name: words for networks in NETWORKS.values() for name, words in networks.items()}
 _FIRST_STAGES = {"dive": ("teacher",), "ssp_rotation": ("pretrain",)}  # beside `train`, as long as it
 CIFAR_WORDS: dict[str, tuple[str, ...]] = {
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--fashion", type=Path, help="folder of the four .gz files")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", choices=NETWORKS, help="one kind of networks")
-    parser.add_argument("--epochs", type=int, help="of first stages, else 40 and 20; all runs of a table need the same")
+    parser.add_argument("--epochs", type=int, help="of first stages, else 40 and 15; all runs of a table need the same")
     parser.add_argument("--runs", type=Path, default=Path("runs/losses"))
     parser.add_argument("--docs", action="store_true", help="put the tables into docs/results.md")
     options = parser.parse_args()

@@ -38,6 +38,7 @@ _MARKS = (
 _WINDOWS = "cp1252"
 _SEPARATORS = (None, "\t", ",", ";")  # None: any blanks
 _NUMBER = re.compile(r"(\d+)(?:\.0*)?")  # tables are often saved with 3.0 for 3
+_LABEL = re.compile(r"-?\d+(?:\.0*)?")  # -1 is what open sets are published with
 _LABEL_FIRST = re.compile(r"\d+[\s,;]+\S*[^\s\d]")
 _LIMIT = 2**63
 
@@ -140,15 +141,18 @@ class ImageList(NamedTuple):
 
 
 class _Form(NamedTuple):
-    """The form of a list's lines: what stands before the label, and what is around or inside of a path."""
+    """The form of a list's lines: what stands before the label, if any, and what is around or inside of a path."""
 
     separator: str | None
     quoted: bool = False
     backslashes: bool = False
+    labelled: bool = True
 
     def split(self, line: str) -> tuple[str, str]:
         """Return path and label of a line, as text; both empty where it has no separator."""
-        if self.separator is None:
+        if not self.labelled:
+            image, label = line, ""
+        elif self.separator is None:
             parts = line.rsplit(None, 1)
             image, label = parts if len(parts) == 2 else ("", "")
         else:
@@ -165,6 +169,7 @@ def _unquoted(text: str) -> str:
 
 
 _FORMS = [_Form(s, q, b) for b in (False, True) for q in (False, True) for s in _SEPARATORS]
+_ALONE = [_Form(None, q, b, labelled=False) for b in (False, True) for q in (False, True)]
 
 
 def read_list(root: str, key: str, value: str) -> ImageList:
@@ -180,9 +185,7 @@ def read_list(root: str, key: str, value: str) -> ImageList:
             f"dataset.{key} = {value}: no such file, here or in dataset.root = {root}; needed a text file "
             f"of `path label` lines"
         )
-    text, encoding = _text(file)
-    lines = [(n, line.strip()) for n, line in enumerate(io.StringIO(text, newline=None), start=1) if line.strip()]
-    lines = [(n, line) for n, line in lines if not (line.startswith("#") and not _names_a_file(root, line))]
+    lines, encoding = _lines(root, file)
     if not lines:
         raise ValueError(f"{file}: holds no image; needed at least one `path label` line (dataset.{key})")
 
@@ -212,6 +215,43 @@ def read_list(root: str, key: str, value: str) -> ImageList:
             f"relative to (line {lines[0][0]}: '{shown(lines[0][1][:80])}')"
         )
     return ImageList(file, paths, labels, [n for n, _ in lines], remarks)
+
+
+def read_paths(root: str, file: str) -> np.ndarray:
+    """Read the paths of a list whose labels, if it has any, do not matter; as the file system's bytes.
+
+    Raises:
+        ValueError: it is no text, holds no path, or its first image is not below root; names file and line.
+    """
+    lines, _ = _lines(root, file)
+    if not lines:
+        raise ValueError(f"{file}: holds no path; needed one image per line")
+    found = ((lines[at:], form) for at in (0, 1) for form in (*_ALONE, *_FORMS) if _is_there(root, form, lines[at:]))
+    taken = next(found, None)
+    if taken is None:
+        raise ValueError(
+            f"{file}:{lines[0][0]}: '{shown(lines[0][1][:80])}' names no image below {root}; set dataset.root to the "
+            f"folder that its paths are relative to"
+        )
+    rest, form = taken  # without a header
+    alone = form._replace(labelled=False)
+    split = [(line, *form.split(line)) for _, line in rest]
+    paths = [image if _LABEL.fullmatch(label) else alone.split(line)[0] for line, image, label in split]
+    return _as_stored(root, file, [os.fsencode(path) for path in paths])
+
+
+def _is_there(root: str, form: _Form, lines: list[tuple[int, str]]) -> bool:
+    """Say whether the first of some lines names a file in a form, by its bytes or by the letters of Windows."""
+    image = os.fsencode(form.split(lines[0][1])[0]) if lines else b""
+    spellings = (image, _from_windows(image)) if image else ()
+    return any(path and os.path.isfile(os.path.join(os.fsencode(root), path)) for path in spellings)
+
+
+def _lines(root: str, file: str) -> tuple[list[tuple[int, str]], str | None]:
+    """Return the lines of a list with their numbers, without empty ones and remarks, and its encoding as `_text`."""
+    text, encoding = _text(file)
+    lines = [(n, line.strip()) for n, line in enumerate(io.StringIO(text, newline=None), start=1) if line.strip()]
+    return [(n, line) for n, line in lines if not (line.startswith("#") and not _names_a_file(root, line))], encoding
 
 
 def _text(file: str) -> tuple[str, str | None]:

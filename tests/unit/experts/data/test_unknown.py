@@ -38,12 +38,29 @@ def test_a_list_has_a_path_per_line_below_the_data_sets_root_or_its_own_folder(t
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "\ufeffcaf\u00e9/x.png\ny z.png\n".encode(),
+        'image,label\n"caf\u00e9/x.png",-1\n"y z.png",3\n'.encode(),
+        "caf\u00e9\\x.png\t0\r\ny z.png\t0\r\n".encode("cp1252"),
+    ],
+    ids=["a mark, paths alone", "commas, quotes, header", "as Windows writes it"],
+)
+def test_a_list_of_any_form_is_read(tmp_path, text):
+    picture(tmp_path / "caf\u00e9" / "x.png", 10)
+    picture(tmp_path / "y z.png", 20)
+    (tmp_path / "list.txt").write_bytes(text)
+    store = open_unknown(str(tmp_path / "list.txt"), config(image_size=16))
+    assert store.read(np.arange(2))[:, 0, 0, 0].tolist() == [10, 20]
+
+
+@pytest.mark.parametrize(
     ("name", "words"),
     [
         ("nothing", "nothing: no such folder or file; needed images of no known class"),
         ("empty", "empty: holds no image of no known class; needed files that end in .jpg"),
         ("empty.txt", "empty.txt: holds no path"),
-        ("lost.txt", "lost.txt: its first image is not at .*gone.png; set dataset.root"),
+        ("lost.txt", "lost.txt:1: 'gone.png 0' names no image below .*; set dataset.root"),
     ],
 )
 def test_what_is_not_there_is_named(tmp_path, name, words):
