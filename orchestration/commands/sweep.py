@@ -49,6 +49,7 @@ from orchestration.storage.location import run_path
 from orchestration.storage.run_folder import RunFolder
 from orchestration.storage.url_store import is_url
 from orchestration.tracking.contents import SWEEP_FILE as SWEEP
+from orchestration.tracking.ownership import settle_ownership
 from orchestration.tracking.process import one_line
 from orchestration.tracking.target import tracking_uri
 from orchestration.tracking.uploader import Uploader, start_uploader
@@ -125,6 +126,8 @@ def _uploader(folder: Path, config: RunConfig) -> Uploader | None:
     """Start the uploader of the sweep's own files, to the parent of its runs in MLflow; None if tracking is off."""
     if not config.tracking.enabled:
         return None
+    if line := settle_ownership(folder):
+        say(line)
     return start_uploader(folder, tracking_uri(config), config.tracking.experiment)
 
 

@@ -39,6 +39,7 @@ from orchestration.storage.exports import export_finals
 from orchestration.storage.files import CONFIG, evaluations, final_evaluations, write_atomic
 from orchestration.storage.location import open_run_folder
 from orchestration.storage.run_folder import RunFolder
+from orchestration.tracking.ownership import settle_ownership
 from orchestration.tracking.target import tracking_uri
 from orchestration.tracking.uploader import Uploader, start_uploader
 
@@ -191,6 +192,11 @@ class _Tracking:
         wanted = self._config.tracking
         if wanted.enabled and self._uploader is None:
             where = self._folder.path, tracking_uri(self._config), wanted.experiment, self._config.run_name
+            try:
+                if line := settle_ownership(self._folder.path, self._folder.url):
+                    self.report(line)
+            except ValueError as problem:  # of the upload alone
+                return self.report(f"tracking: {problem}; training goes on; later: expertail sync {where[0]}")
             try:
                 self._uploader = start_uploader(*where, self.report)
             except OSError as problem:  # no memory, processes or disk for it: the run needs none of them

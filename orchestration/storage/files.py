@@ -27,6 +27,11 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         scratch.unlink(missing_ok=True)
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write an object as indented JSON, a whole file or nothing."""
+    write_atomic(path, json.dumps(value, indent=1) + "\n")
+
+
 def sync_folder(folder: Path) -> None:
     """Flush a folder's list of names to disk. Without it a rename may be undone by a power failure."""
     handle = os.open(folder, os.O_RDONLY)

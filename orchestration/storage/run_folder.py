@@ -24,7 +24,7 @@ from orchestration.config.identity import config_hash, difference, identity
 from orchestration.config.paths import code_root
 from orchestration.config.run_config import RunConfig
 from orchestration.config.secrets import redact
-from orchestration.storage.files import CONFIG, DATA, LOCK, RUN, write_atomic
+from orchestration.storage.files import CONFIG, DATA, LOCK, RUN, write_atomic, write_json
 
 _LIBRARIES = ("torch", "torchvision", "ray", "deepspeed", "mlflow", "numpy", "safetensors", "pydantic")
 
@@ -34,6 +34,7 @@ class RunFolder:
 
     Attributes:
         path: the folder.
+        url: where the run is kept, if the folder is a working copy.
         shared: whether workers of all nodes read and write it themselves.
         token: in the lock file while this process holds it. Workers read it to check that they see the same folder.
 
@@ -45,6 +46,7 @@ class RunFolder:
     """
 
     shared = True
+    url: str | None = None
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -137,6 +139,7 @@ class RunFolder:
                 "cpus": psutil.cpu_count(),
                 "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
             },
+            "folder": {"path": str(self.path), "inode": self.path.stat().st_ino, "url": self.url},
             "mesh": shape,
             "workers": hosts,
         }
@@ -200,7 +203,7 @@ class RunFolder:
         self._write_json(f"evaluation/{name}.json", evaluation)
 
     def _write_json(self, name: str, value: dict[str, Any]) -> None:
-        write_atomic(self.path / name, json.dumps(value, indent=1) + "\n")
+        write_json(self.path / name, value)
 
 
 def _command() -> str:

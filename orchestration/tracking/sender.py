@@ -43,6 +43,7 @@ from orchestration.storage import journal
 from orchestration.storage.files import read_config, read_json
 from orchestration.tracking import contents
 from orchestration.tracking.contents import SWEEP_FILE
+from orchestration.tracking.ownership import copied_from
 from orchestration.tracking.process import (
     STATE_FILE,
     TIMEOUT,
@@ -225,7 +226,7 @@ class MlflowSender:
                 for stray in found.keys() - {run_id}:
                     client.delete_run(stray)
             else:
-                tags = {"expertail.key": values["key"], "mlflow.user": user_name(), **tags}
+                tags = {"expertail.key": values["key"], "mlflow.user": user_name(), **tags, **copied_from(folder)}
                 created = contents.time_ms(contents.describe_folder(folder)[0], "created")
                 run_id = client.create_run(experiment_id, created, tags, name).info.run_id
                 values["files"] = {}  # a new run has none of them

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from orchestration.storage.journal import Journal
+from orchestration.tracking.ownership import settle_ownership
 from orchestration.tracking.process import Target, flush
 from orchestration.tracking.sender import MlflowSender, sync
 from orchestration.tracking.uploader import start_uploader
@@ -199,6 +200,26 @@ def test_a_lost_answer_and_a_lost_memory_double_nothing(runs):
     (folder / "tracking.json").write_text(json.dumps(state))
     assert sync(folder, uri) is None
     assert history(uri, "lost") == expected(range(1, 11))
+
+
+def test_a_copied_folder_gets_a_run_of_its_own_and_a_moved_one_goes_on_with_it(runs):
+    """Both folders train on after the copy: neither writes to the other's run."""
+    uri, folder = default_uri(runs), make_run(runs / "origin")
+    settle_ownership(folder)
+    assert sync(folder, uri) is None
+    origin = the_run(uri, "origin").info.run_id
+    copy = shutil.copytree(folder, runs / "copy")
+    append(copy, range(11, 13), 2e9)
+    settle_ownership(copy)
+    assert sync(copy, uri) is None
+    assert history(uri, "origin") == expected(range(1, 11))
+    assert history(uri, "copy") == expected(range(1, 11)) + expected([11, 12], 2e9)
+    assert the_run(uri, "copy").data.tags["expertail.copied_from.run"] == origin
+    moved = shutil.move(folder, runs / "moved")
+    append(moved, range(11, 12), 3e9)
+    settle_ownership(moved)
+    assert sync(moved, uri) is None
+    assert history(uri, "origin") == expected(range(1, 11)) + expected([11], 3e9)
 
 
 def test_a_sweep_is_the_parent_of_its_runs(runs):
