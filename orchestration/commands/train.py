@@ -17,7 +17,11 @@ import shutil
 import signal
 import sys
 import time
+<<<<<<< HEAD
 from collections.abc import Callable
+=======
+from collections.abc import Sequence
+>>>>>>> 5353510 (wip)
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +29,7 @@ from experts.data.names import visible
 from orchestration.cluster.connection import cluster, node_resources
 from orchestration.cluster.placement import shape_of, shapes_of, with_shape
 from orchestration.cluster.preemption import Preempted
+from orchestration.config.folders import digests
 from orchestration.config.messages import in_one_line, say, show
 from orchestration.config.run_config import RunConfig
 from orchestration.results.measures_table import measures_lines
@@ -48,10 +53,17 @@ _SHORT_WAIT_S = 10.0  # for the upload after a failure: its message should not w
 _STOPPED_WAIT_S = 60.0  # for run.dir after a failure: the newest checkpoint is worth more
 
 
-def train_and_report(config: RunConfig, marks: dict[str, float]) -> int:
-    """Train a run or the rest of it, and write its report, models and table. Returns the exit code."""
+def train_and_report(config: RunConfig, marks: dict[str, float], files: Sequence[str] = ()) -> int:
+    """Train a run or the rest of it, and write its report, models and table. Returns the exit code.
+
+    Args:
+        config: of the run.
+        marks: times of what has happened so far.
+        files: names of the files that made the config, for the run's record.
+    """
     admitted = admit(config)
     folder = open_run_folder(config)
+    folder.recipe = digests(files)
     try:
         if folder.started and is_complete(folder, config):
             say(f"{folder.path} is finished; set another run.name to train again")

@@ -37,6 +37,7 @@ class RunFolder:
         url: where the run is kept, if the folder is a working copy.
         shared: whether workers of all nodes read and write it themselves.
         token: in the lock file while this process holds it. Workers read it to check that they see the same folder.
+        recipe: path and digest of the files that made the config, by name; for run.json.
 
     Args:
         path: the folder; made if missing.
@@ -50,6 +51,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.recipe: dict[str, dict[str, str]] = {}
         self._changing = threading.Lock()
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -123,7 +125,7 @@ class RunFolder:
         write_atomic(self.path / CONFIG, to_yaml(kept))
 
     def record_start(self, config: RunConfig, hosts: list[dict[str, Any]], shape: dict[str, int]) -> None:
-        """Add this start to run.json: command, versions, host, mesh."""
+        """Add this start to run.json: command, versions, host, mesh, files of the recipe."""
         found = {
             "command": _command(),
             "commit": _commit(),
@@ -142,6 +144,7 @@ class RunFolder:
             "folder": {"path": str(self.path), "inode": self.path.stat().st_ino, "url": self.url},
             "mesh": shape,
             "workers": hosts,
+            **({"recipe": self.recipe} if self.recipe else {}),
         }
         with self._changing:  # read, change and write: two threads at once would lose the values of one
             run = self.read_run()
