@@ -17,11 +17,7 @@ import shutil
 import signal
 import sys
 import time
-<<<<<<< HEAD
-from collections.abc import Callable
-=======
-from collections.abc import Sequence
->>>>>>> 5353510 (wip)
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 

@@ -80,15 +80,9 @@ def draw_stages(run_dir: Path, opened: Callable[[], SavedRun] | None = None) -> 
     if rule not in ("pca", "tsne") or not (run_dir / "export").is_dir():
         return drawn
     try:
-<<<<<<< HEAD
-        saved = open_run(str(run_dir), "last", "test", [], stages_to_measure(str(run_dir), None)[-1])
+        saved = open_last(run_dir) if opened is None else opened()
         asked = settings.get("features_classes")
         chosen = _default_classes(saved) if asked is None else _named(asked, saved, f"run.features_classes={asked}")
-=======
-        saved = open_last(run_dir) if opened is None else opened()
-        classes = settings.get("features_classes")
-        chosen = _default_classes(saved) if classes is None else _classes(",".join(map(str, classes)), saved)
->>>>>>> 5353510 (wip)
         for stage in _stages(saved):
             drawn += _draw(saved, stage, chosen, rule, "")[0]
     except Exception as problem:  # a courtesy to a run that is trained: nothing here may make it fail

@@ -39,11 +39,8 @@ from orchestration.storage import journal
 from orchestration.storage.files import read_config
 from orchestration.tracking import contents
 from orchestration.tracking.contents import SWEEP_FILE
-<<<<<<< HEAD
-from orchestration.tracking.ownership import copied_from
-=======
 from orchestration.tracking.mlflow_model import save_pyfunc
->>>>>>> 5353510 (wip)
+from orchestration.tracking.ownership import copied_from
 from orchestration.tracking.process import (
     STATE_FILE,
     TIMEOUT,

@@ -10,7 +10,7 @@ import yaml
 
 from orchestration.cli import main
 from orchestration.config.compose import compose, from_yaml, to_yaml
-from orchestration.config.folders import VARIABLE, digests
+from orchestration.config.folders import VARIABLE, configs_folder, digests
 
 RECIPE = "# Mine.\nof: {method: ce}\nstage: {optimizer: {lr: 0.123}}\non:\n  my_digits: {second: {}}\n"
 DATA = "# My digits.\nname: my_digits\nsource: digits\nimage_size: 8\nmean: [0.3, 0.3, 0.3]\nstd: [0.4, 0.4, 0.4]\n"
@@ -18,8 +18,8 @@ FILES = {
     "mine.yaml": RECIPE,
     "compose.yaml": "services: {}\n",
     "dataset/my_digits.yaml": DATA,
-    "then/my_crt.yaml": "# My second stage.\nstage: {epochs: 3, freeze: [trunk, features]}\n",
-    "pace/brisk.yaml": "# Brisk.\nstage: {epochs: 7, batch_size: 16}\nbackbone: resnet8\n",
+    "then/my_crt.yaml": (configs_folder() / "then" / "crt.yaml").read_text(),
+    "pace/brisk.yaml": (configs_folder() / "pace" / "digits_lt.yaml").read_text(),
     "augment/plain.yaml": "# Plain.\npieces: [{name: flip}]\n",
 }
 
@@ -40,9 +40,13 @@ def test_a_recipe_of_ones_own_is_composed_and_needs_its_files_no_more(folder, mo
     composed = compose(WORDS)
     config = composed.config
     assert config.method.name == "mine+my_crt"
-    assert config.method.stages["train"].optimizer.lr == 0.123
-    assert (config.method.stages["train"].epochs, config.method.stages["my_crt"].epochs) == (7, 3)
+    ours = compose(["method=ce", "then=crt", "dataset=digits_lt", "method.stages.train.optimizer.lr=0.123"]).config
+    for theirs, name in (("train", "train"), ("my_crt", "crt")):
+        plain = {"augment": None, "views": (), "lr_schedule": None}  # which follow the data set, too
+        mine, other = (c.method.stages[n].model_copy(update=plain) for c, n in ((config, theirs), (ours, name)))
+        assert mine == other
     assert config.dataset.name == "my_digits"
+    assert config.dataset.augment != ours.dataset.augment
     found = digests(composed.files)
     assert found["method/mine"] == {
         "file": str(folder / "mine.yaml"), "sha256": hashlib.sha256(RECIPE.encode()).hexdigest(),
@@ -60,7 +64,7 @@ def test_they_are_listed_and_shown_with_where_they_come_from(folder, monkeypatch
         assert main([*command, "--config-dir", str(folder)]) == 0
         rows = capsys.readouterr().out.splitlines()
         assert f"  method=mine               Mine. ({folder / 'mine.yaml'})" in rows
-        assert any(row.startswith("  then=my_crt ") and "My second stage." in row for row in rows)
+        assert any(row.startswith("  then=my_crt ") and row.endswith("then/my_crt.yaml)") for row in rows)
         assert any(row.startswith("  plain ") for row in rows)
         assert not any("method=compose" in row for row in rows)
         monkeypatch.delenv(VARIABLE)
