@@ -8,12 +8,11 @@ Shapes: N images of a split, B images of one batch, M members, C classes.
 
 from __future__ import annotations
 
-import io
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -80,6 +79,8 @@ class Predictions:
         if len({part.names for part in parts}) != 1:
             found = [", ".join(part.names) for part in parts]
             raise ValueError(f"predictions of {' and of '.join(found) or 'nobody'}; needed pieces of the same members")
+        if len(parts) == 1:
+            return parts[0]
         logits = [part.logits_MNC for part in parts]
         return cls(
             parts[0].names,
@@ -90,28 +91,30 @@ class Predictions:
             None if any(one is None for one in logits) else np.concatenate(logits, axis=1),  # type: ignore[arg-type]
         )
 
-    def packed(self) -> bytes:
-        """Return everything as an npz file; nothing in it is pickled."""
+    def write(self, file: BinaryIO) -> None:
+        """Write everything as an npz file, without a copy in memory; nothing in it is pickled."""
         named: dict[str, Any] = {
             "names": np.array(self.names), "labels": self.labels_N, "predicted": self.predicted_MN,
             "rank": self.rank_MN, "confidence": self.confidence_MN,
         }  # fmt: skip
         if self.logits_MNC is not None:
             named["logits"] = self.logits_MNC
-        file = io.BytesIO()
         np.savez(file, **named)
-        return file.getvalue()
 
     @classmethod
-    def read(cls, path: Path) -> Predictions:
+    def read(cls, path: Path, *, logits: bool = True) -> Predictions:
         """Read an npz file.
+
+        Args:
+            path: of the file.
+            logits: whether to read the scores of all classes, too, which are most of it.
 
         Raises:
             ValueError: the file is damaged or of something else.
         """
         try:
             with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-                found = {name: file[name] for name in file.files}
+                found = {name: file[name] for name in file.files if logits or name != "logits"}
             return cls(
                 tuple(map(str, found["names"])), found["labels"], found["predicted"], found["rank"],
                 found["confidence"], found.get("logits"),

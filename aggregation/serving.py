@@ -3,8 +3,8 @@
     export/best/model.safetensors    the weights, float32
     export/best/model.json           what to build round them, and what images they expect
 
-`load_model(folder).predict(images)` takes raw pixels as the dataset's files have them and returns probabilities. It
-goes through the same preprocessing, network and aggregator as evaluation did. MLflow calls `_load_pyfunc`.
+`load_model(folder).predict(images)` takes raw pixels of any size and returns probabilities. It goes through the same
+preprocessing, network and aggregator as evaluation did. MLflow serves it by `aggregation/pyfunc.py`.
 
 Shapes: B images of H x W pixels, E experts, C classes.
 """
@@ -31,6 +31,8 @@ from torch import Tensor
 import aggregation
 import experts
 from aggregation.aggregator import Aggregator, Outputs
+from aggregation.answers import Answers
+from aggregation.pictures import as_trained, pixels
 from experts.augmentation.stack import prepare_eval
 from experts.data.config import DatasetConfig, Evaluation
 from experts.data.decode import frame
@@ -228,19 +230,6 @@ def blank_ensemble(description: Description) -> Ensemble:
     return build_ensemble(config, seed=0)
 
 
-@dataclass(frozen=True)
-class Answers:
-    """Answers of an ensemble for images.
-
-    Attributes:
-        probabilities_BC: of the ensemble, float32.
-        experts_EBC: of each expert alone, float32.
-    """
-
-    probabilities_BC: NDArray[np.float32]
-    experts_EBC: NDArray[np.float32]
-
-
 class ServedModel:
     """A loaded ensemble.
 
@@ -269,52 +258,55 @@ class ServedModel:
         """Return the class probabilities of raw images.
 
         Args:
-            images: uint8 in 0..255, [B, H, W] grey or [B, H, W, 3] colour (also [B, H, W, 1]); a single image [H, W] or
-                [H, W, 3] is a batch of one. Grey images may be given to a model of colour images, not the reverse.
+            images: pixels of any size, uint8 [B, H, W] grey or [B, H, W, 3] colour; a single image is a batch of one.
+                See `pixels`. A model of grey images sees the luma of colours.
             batch_size: images computed at once; does not change the result beyond rounding.
 
         Returns:
             Probabilities of the ensemble, float32 [B, C]; a row sums to 1.
 
         Raises:
-            ValueError: another type, shape or size of images than the model takes, or as `outputs`.
+            ValueError: another type or shape of images, or as `outputs`.
         """
-        images_BcHW = self._check(np.asarray(images))
+        images_BcHW = pixels(np.asarray(images), self.description.image_shape[2])
         rows = [torch.empty(0, self.description.num_classes + 1, device=self._device)]
         with torch.inference_mode(), exact_float32():
             for start in range(0, len(images_BcHW), batch_size):
                 raw = to_device(images_BcHW[start : start + batch_size].copy(), self._device)
-                square = frame(raw, self._dataset.image_size, self._dataset.eval.resize)
-                rows.append(self._probabilities(self.outputs(prepare_eval(square, self._dataset))))
+                rows.append(self._probabilities(self.outputs(prepare_eval(self._square(raw), self._dataset))))
             found = torch.cat(rows).cpu().numpy()  # all batches together, so that the host waits once
         if np.isnan(found[:, -1]).any():
             raise ValueError(self.aggregator.undecided)
         return np.ascontiguousarray(found[:, :-1])
 
-    def ask(self, images: Sequence[Tensor]) -> Answers:
-        """Return what ensemble and experts say of images of any size, each brought to the network as in evaluation.
+    def frame(self, image_cHW: Tensor) -> Tensor:
+        """Bring a picture to the square that the network sees, as evaluation does.
 
         Args:
-            images: at least one, uint8 [3, H, W] as `decode_file` reads them. A model of grey images sees their luma.
+            image_cHW: uint8, of any size, 1 or 3 channels.
+
+        Returns:
+            uint8 [c, S, S], with the channels of training.
+        """
+        square = self._square(image_cHW)
+        return square.expand(self.description.image_shape[2], -1, -1).contiguous()
+
+    def _square(self, images: Tensor) -> Tensor:
+        images = as_trained(images, self.description.image_shape[2])
+        return frame(images, self._dataset.image_size, self._dataset.eval.resize)
+
+    def ask(self, frames_BcSS: Tensor) -> Answers:
+        """Return what ensemble and experts say of pictures that `frame` has brought to the network's square.
 
         Raises:
             ValueError: as `outputs`, or the aggregator has no answer.
         """
         with torch.inference_mode(), exact_float32():
-            squares = [frame(self._channels(i), self._dataset.image_size, self._dataset.eval.resize) for i in images]
-            batch = to_device(torch.stack(squares), self._device)
-            outputs = self.outputs(prepare_eval(batch, self._dataset))
+            outputs = self.outputs(prepare_eval(to_device(frames_BcSS, self._device), self._dataset))
             found, experts = self._probabilities(outputs), outputs.logits_EBC.softmax(dim=2).float()
         if found[:, -1].isnan().any():
             raise ValueError(self.aggregator.undecided)
         return Answers(found[:, :-1].cpu().numpy(), experts.cpu().numpy())
-
-    def _channels(self, image_3HW: Tensor) -> Tensor:
-        """Return an image with as many channels as those of training."""
-        if self.description.image_shape[2] == 3:
-            return image_3HW
-        luma_3 = torch.tensor([299, 587, 114])  # ITU-R BT.601, as Pillow takes it, in thousandths
-        return ((image_3HW.int() * luma_3[:, None, None]).sum(dim=0, keepdim=True) + 500).div(1000).to(torch.uint8)
 
     def _probabilities(self, outputs: Outputs) -> Tensor:
         """Return float32 [B, C + 1]: probabilities, and a number that is NaN where the aggregator has no answer."""
@@ -334,33 +326,6 @@ class ServedModel:
             self._checked = True
         logits_EBC, gates_EB = self.ensemble.outputs(images_B3HW)
         return Outputs(logits_EBC, self._numbers_EK.on(logits_EBC.device), gates_EB)
-
-    def _check(self, images: NDArray[Any]) -> NDArray[np.uint8]:
-        height, width, channels = self.description.image_shape
-        size = f"{height or 'H'} x {width or 'W'}"
-        needed = f"needed uint8 pixels [B, H, W]{' or [B, H, W, 3]' if channels == 3 else ''} of {size}"
-        if images.dtype != np.uint8:
-            raise ValueError(f"images: found type {images.dtype}; {needed}, 0 to 255 and not normalised")
-        shape = images.shape
-        if channels == 3 and images.ndim == 3 and shape[0] == 3 and shape[-1] not in (1, 3):
-            raise ValueError(
-                f"images: found shape {list(shape)}: one picture with its channels first, or three grey ones? {needed};"
-                f" give [H, W, 3] for one picture, [3, H, W, 1] for three grey ones"
-            )
-        if images.ndim == 2 or (images.ndim == 3 and shape[-1] in (1, 3)):  # no image is 3 pixels wide
-            images = images[None]
-        if images.ndim == 3:
-            images = images[..., None]
-        if images.ndim != 4 or images.shape[-1] not in (1, channels):
-            raise ValueError(f"images: found shape {list(shape)}; {needed}")
-        if (height or images.shape[1], width or images.shape[2]) != images.shape[1:3] or 0 in images.shape[1:3]:
-            raise ValueError(f"images: found {images.shape[1]} x {images.shape[2]} pixels in {list(shape)}; {needed}")
-        return np.moveaxis(images, -1, 1)
-
-
-def _load_pyfunc(path: str) -> ServedModel:
-    """Load an exported folder for MLflow, which needs an object with `predict`."""
-    return load_model(path)
 
 
 def read_description(path: Path) -> Description:

@@ -27,6 +27,8 @@ class Settings(BaseModel):
 
 P = TypeVar("P", bound=type)
 _PIECES: dict[str, dict[str, Any]] = {}
+_ABOVE = __name__.removesuffix("experts.registry")
+"""What our packages lie below: nothing, but for the copy that an MLflow model brings."""
 
 
 def register(kind: str, name: str) -> Callable[[P], P]:
@@ -105,7 +107,7 @@ class PieceOf:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
         if self.package is not None:
-            import_pieces(importlib.import_module(self.package))
+            import_pieces(importlib.import_module(_ABOVE + self.package))
         chosen = choice(self.kind)
         return handler.generate_schema(chosen | None if self.optional else chosen)
 

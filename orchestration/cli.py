@@ -32,12 +32,14 @@ examples:
   expertail train method=ce 'then=[joint,ncm,crt,lws]' dataset=cifar100_lt    four classifiers on one network
   expertail train then=ncm method.like=runs/ride-cifar100_lt-s0               a further stage on a saved run
   expertail show  method=ride then=h2t dataset=cifar100_lt                    the whole recipe, each value's origin
+  expertail cp ride my.yaml                                                   a recipe of your own, method=my
   expertail plan  method=ride dataset=cifar100_lt cluster.workers=6           placement, sizes, cost; starts nothing
   expertail plan --probe method=ride dataset=digits_lt                        ... and the hours, measured on a few steps
   expertail evaluate runs/ride-digits_lt-s0                                   measure a saved run again
   expertail evaluate RUN --weights test-time --distribution backward-50       learn the experts' weights without labels
   expertail evaluate RUN --unknown ~/data/others                              ... on images of no known class, too
-  expertail predict runs/ride-birds-s0 photos/ --csv                          class names for image files
+  expertail predict runs/ride-birds-s0 photos/ --csv said.csv                 class names for image files
+  expertail export runs/ride-birds-s0 birds.onnx                              one file for other programs
   expertail sweep method.stages.h2t.flow.ratio=0,0.25,0.5 method=ride_h2t     one run per value, one table
   expertail sweep method=ce,ldam 'then=[joint,ncm,crt,lws]' dataset=digits_lt any loss with any classifier
   expertail regions runs/ride_h2t-digits_lt-s0 --classes 0,9                  decision regions before and after H2T
@@ -88,6 +90,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.print_help()
         return 2
 
+    if getattr(options, "config_dir", None):  # by the environment, for whatever this process starts
+        os.environ["EXPERTAIL_CONFIG_DIR"] = os.path.abspath(os.path.expanduser(options.config_dir))
     try:
         return int(options.carry_out(options) or 0)
     except KeyboardInterrupt:
@@ -149,11 +153,21 @@ def _add_overrides(parser: argparse.ArgumentParser, text: str = "changes to the 
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=text)
 
 
+def _add_config_dir(parser: argparse.ArgumentParser) -> None:
+    text = "your own recipes, parts and data sets beside ours (also EXPERTAIL_CONFIG_DIR)"
+    parser.add_argument("--config-dir", metavar="DIR", help=text)
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    _add_overrides(parser)
+    _add_config_dir(parser)
+
+
 # One pair of functions per command: its options, and what it does. Each imports its own libraries, which take seconds.
 
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
-    _add_overrides(parser)
+    _add_recipe(parser)
     parser.add_argument("--list", action="store_true", help="list the choices of every group and exit")
 
 
@@ -176,7 +190,7 @@ def _train(options: argparse.Namespace) -> int:
         marks["config"] = time.time()
         for note in composed.notes:
             say(note)
-        return train_and_report(composed.config, marks)
+        return train_and_report(composed.config, marks, composed.files)
 
 
 @contextlib.contextmanager
@@ -210,8 +224,22 @@ def _process_start() -> float:
     return psutil.Process().create_time()
 
 
+def _cp_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="RECIPE", help="a method, or group=choice, e.g. ride, then=crt, pace=demo")
+    parser.add_argument(
+        "target", metavar="FILE", help="the new file, e.g. my.yaml; its name will be that of the recipe"
+    )
+
+
+def _cp(options: argparse.Namespace) -> int:
+    from orchestration.commands.copy_recipe import copy_recipe
+
+    show(copy_recipe(options.source, options.target))
+    return 0
+
+
 def _show_options(parser: argparse.ArgumentParser) -> None:
-    _add_overrides(parser)
+    _add_recipe(parser)
     parser.add_argument("--all", action="store_true", help="also the keys that no file and no word sets")
 
 
@@ -224,7 +252,7 @@ def _show(options: argparse.Namespace) -> int:
 
 def _sweep_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("variation", metavar="KEY=V1,V2,...", help="e.g. method.stages.h2t.flow.ratio=0,0.1,0.25,0.5,1")
-    _add_overrides(parser)
+    _add_recipe(parser)
 
 
 def _sweep(options: argparse.Namespace) -> int:
@@ -234,7 +262,7 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _plan_options(parser: argparse.ArgumentParser) -> None:
-    _add_overrides(parser)
+    _add_recipe(parser)
     text = "take a few steps on real workers and estimate the hours from them"
     parser.add_argument("--probe", action="store_true", help=text)
 
@@ -289,22 +317,44 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _predict_options(parser: argparse.ArgumentParser) -> None:
-    text = "run folder or its URL, an exported model's folder, or an MLflow model, e.g. models:/NAME@best"
+    text = "run folder or its URL, an exported model's folder, or an MLflow model, e.g. models:/NAME/1"
     parser.add_argument("source", metavar="RUN|MODEL", help=text)
     parser.add_argument("files", nargs="+", metavar="FILE|FOLDER", help="images of any format and size")
     parser.add_argument("--model", choices=("best", "last"), default="best", help="which of a run's (default: best)")
     parser.add_argument("--stage", metavar="STAGE", default="", help="which of several final stages, e.g. crt")
     parser.add_argument("--top", type=int, default=3, metavar="K", help="classes named for each image (default: 3)")
-    parser.add_argument("--csv", action="store_true", help="write CSV")
+    parser.add_argument("--csv", metavar="FILE", help="write CSV; - writes it to standard output")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if any file cannot be read, not only if all")
 
 
 def _predict(options: argparse.Namespace) -> int:
     from orchestration.commands.predict import Options, predict
 
     how = Options(options.model, options.stage, options.top, options.csv)
-    text, whole = predict(options.source, options.files, how)
+    text, unread = predict(options.source, options.files, how)
     show(text)
-    return 0 if whole else 1
+    return 1 if unread and options.strict else 0
+
+
+def _export_options(parser: argparse.ArgumentParser) -> None:
+    text = "run folder or its URL, an exported model's folder, or an MLflow model, e.g. models:/NAME/1"
+    parser.add_argument("source", metavar="RUN|MODEL", help=text)
+    text = "file to write; .onnx or .pt2 says the form, else each form adds its ending"
+    parser.add_argument("out", metavar="OUT", help=text)
+    for form, text in (
+        ("onnx", "for ONNX Runtime and others"),
+        ("torch", "torch.export, for PyTorch without our code"),
+    ):
+        parser.add_argument(f"--{form}", dest="forms", action="append_const", const=form, help=text)
+    parser.add_argument("--model", choices=("best", "last"), default="best", help="which of a run's (default: best)")
+    parser.add_argument("--stage", metavar="STAGE", default="", help="which of several final stages, e.g. crt")
+
+
+def _export(options: argparse.Namespace) -> int:
+    from orchestration.commands.export import Options, export
+
+    show(export(options.source, options.out, Options(options.model, options.stage, tuple(options.forms or ()))))
+    return 0
 
 
 def _regions_options(parser: argparse.ArgumentParser) -> None:
@@ -381,6 +431,21 @@ def _sync(options: argparse.Namespace) -> int:
     return 1 if problem else 0
 
 
+def _promote_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run folder or its URL, e.g. runs/ride-digits_lt-s0")
+    parser.add_argument("--alias", default="best", help="the alias to set (default: best)")
+    parser.add_argument("--model", choices=("best", "last"), default="best", help="which of the run's (default: best)")
+    parser.add_argument("--stage", metavar="STAGE", default="", help="which of several final stages, e.g. crt")
+    parser.add_argument("--uri", help="tracking server (default: the run's own)")
+
+
+def _promote(options: argparse.Namespace) -> int:
+    from orchestration.commands.promote import promote
+
+    show(promote(options.run, options.model, options.stage, options.alias, options.uri))
+    return 0
+
+
 class _Command(NamedTuple):
     """One command: a line about it, its options, and the function that carries it out and returns its exit code."""
 
@@ -391,7 +456,8 @@ class _Command(NamedTuple):
 
 _COMMANDS = {
     "train": _Command("Train a run, or resume it where it stopped.", _train_options, _train),
-    "ls": _Command("List methods, parts, data sets and settings, a line each.", lambda parser: None, _ls),
+    "ls": _Command("List methods, parts, data sets and settings, a line each.", _add_config_dir, _ls),
+    "cp": _Command("Copy one of our recipes or parts, to change it.", _cp_options, _cp),
     "show": _Command("Print the resolved recipe, and where each of its values comes from.", _show_options, _show),
     "sweep": _Command(
         "Train one run for each value of a key and compare them; repeat the command to resume.", _sweep_options, _sweep
@@ -401,6 +467,9 @@ _COMMANDS = {
     ),
     "evaluate": _Command("Measure a saved run again and print its table.", _evaluate_options, _evaluate),
     "predict": _Command("Say what a trained ensemble takes image files for.", _predict_options, _predict),
+    "export": _Command(
+        "Write a trained ensemble as one file for other programs: ONNX or torch.export.", _export_options, _export
+    ),
     "regions": _Command(
         "Draw decision regions before and after a last stage that trains only heads.", _regions_options, _regions
     ),
@@ -411,7 +480,8 @@ _COMMANDS = {
         "Convert a PyTorch file of a ResNet or ResNeXt to safetensors.", _import_weights_options, _import_weights
     ),
     "doctor": _Command(
-        "Compare what a config needs with what this machine and its cluster have.", _add_overrides, _doctor
+        "Compare what a config needs with what this machine and its cluster have.", _add_recipe, _doctor
     ),
+    "promote": _Command("Give the alias `best` in MLflow's registry to a run's model.", _promote_options, _promote),
     "sync": _Command("Upload to MLflow what is still missing of a run.", _sync_options, _sync),
 }

@@ -244,6 +244,7 @@ class Worker:
             "remarks": [asdict(remark) for remark in dataset.remarks],
             "has_val": dataset.val is not None,
             "test_images": len(dataset.test.labels),
+            "val_images": 0 if dataset.val is None else len(dataset.val.labels),
             "prepares": training is not None and training.prepares,
             "observes": training is not None and training.stage.objective.observes,
             "steps_per_epoch": setup.steps_per_epoch,

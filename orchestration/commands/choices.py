@@ -1,4 +1,4 @@
-"""`expertail train --list`: what can be chosen, methods and parts by the survey's taxonomy, a line each.
+"""`expertail ls` and `train --list`: what can be chosen, methods and parts by the survey's taxonomy, a line each.
 
 The line is the first comment line of the file. Imports next to nothing, so that the list appears at once.
 """
@@ -6,9 +6,8 @@ The line is the first comment line of the file. Imports next to nothing, so that
 from __future__ import annotations
 
 import textwrap
-from pathlib import Path
 
-import configs
+from orchestration.config.folders import choices, is_ours, path_of
 
 FAMILIES = (
     "baseline",
@@ -73,19 +72,18 @@ def family_of(name: str, group: str = "method") -> str:
 
 
 def _about(group: str, name: str) -> str:
-    return _lines(group, name)[0].removeprefix("#").strip()
+    """Return the first comment line of a file, and where it lies if it is the user's."""
+    first, path = _lines(group, name)[0], path_of(group, name)
+    about = first.removeprefix("#").strip() if first.startswith("#") else ""
+    return about if is_ours(path) else f"{about} ({path})".strip()
 
 
 def _lines(group: str, name: str) -> list[str]:
-    return (_folder() / group / f"{name}.yaml").read_text("utf-8").splitlines() or [""]
+    return path_of(group, name).read_text("utf-8", errors="replace").splitlines() or [""]
 
 
 def _names(group: str) -> list[str]:
-    return sorted(path.stem for path in (_folder() / group).glob("*.yaml"))
-
-
-def _folder() -> Path:
-    return Path(configs.__file__).parent
+    return list(choices(group))
 
 
 def _row(label: str, about: str) -> list[str]:

@@ -1,7 +1,7 @@
 """`expertail predict`: what a trained ensemble says of image files.
 
-    expertail predict runs/ride-birds-s0 photos/ one.jpg --top 3
-    expertail predict models:/expertail-birds@best photos/ --csv > said.csv
+    expertail predict runs/ride-birds-s0 photos/ one.jpg --top 5
+    expertail predict models:/birds-ride/3 photos/ --csv said.csv
 
 Files go through the preprocessing of the run's own evaluation, whatever their format and size. A file that cannot be
 read costs a line on standard error; the others are answered.
@@ -12,24 +12,29 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-import numpy as np
+import torch
+from torch import Tensor
 
-from aggregation.serving import DESCRIPTION, Answers, ServedModel, load_model
+from aggregation.answers import in_words
+from aggregation.serving import ServedModel, load_model
+from experts.data.cpus import usable_cpus
 from experts.data.decode import UnreadableImage, decode_file
 from experts.data.files import EXTENSIONS, images_below
 from orchestration.config.messages import say
 from orchestration.config.paths import expand
 from orchestration.results.text import plural, text_table
-from orchestration.storage.location import local_run
-from orchestration.tracking.models import SCHEMES, download_model
+from orchestration.storage.files import write_atomic
+from orchestration.tracking.models import model_folder
 
 _BATCH = 64  # images computed at once
+_DECODERS = 8  # whole pictures in memory at once, at most
+_STDOUT = "-"
 
 
 @dataclass(frozen=True)
@@ -40,20 +45,20 @@ class Options:
         which: "best" or "last", of a run's models.
         stage: the final stage whose model answers; "" for the run's own result.
         top: classes named per image, at least 1.
-        as_csv: write CSV instead of a table.
+        csv: a file for CSV in the place of a table, "-" for standard output; None for the table.
     """
 
     which: str = "best"
     stage: str = ""
     top: int = 3
-    as_csv: bool = False
+    csv: str | None = None
 
 
-def predict(source: str, given: Sequence[str], options: Options) -> tuple[str, bool]:
-    """Return what a model says of files, and whether all of them could be read.
+def predict(source: str, given: Sequence[str], options: Options) -> tuple[str, int]:
+    """Return what a model says of files, as text to print, and how many of them could not be read.
 
     Args:
-        source: a run folder or its URL, the folder of an exported model, or the URI of an MLflow model.
+        source: a run folder or its URL, the folder of an exported or of an MLflow model, or the URI of an MLflow model.
         given: files, and folders whose images are answered, those below them too.
         options: how to answer.
 
@@ -62,47 +67,67 @@ def predict(source: str, given: Sequence[str], options: Options) -> tuple[str, b
     """
     if options.top < 1:
         raise ValueError(f"--top {options.top}: needed at least 1")
+    _check_csv(options.csv)
     files = [file for one in given for file in _files(one)]
-    with _model_folder(source, options) as folder:
+    with model_folder(source, options.which, options.stage) as folder:
         model = load_model(folder)
-    rows, unread = [], 0
-    for start in range(0, len(files), _BATCH):
-        images, names = [], []
-        for file in files[start : start + _BATCH]:
-            try:
-                images.append(decode_file(file))
-                names.append(file)
-            except UnreadableImage as problem:
-                say(f"{problem.path}: {problem.reason}")
-                unread += 1
-        if images:
-            rows += _rows(model, names, model.ask(images), options.top)
-    if not rows:
+    answered: list[tuple[str, dict[str, Any]]] = []
+    frames = _framed(model, files)
+    while batch := list(itertools.islice(frames, _BATCH)):
+        answers = model.ask(torch.stack([frame for _, frame in batch]))
+        said = in_words(answers, model.class_names, model.description.expert_names, options.top)
+        answered += zip((file for file, _ in batch), said, strict=True)
+    unread = len(files) - len(answered)
+    if not answered:
         raise ValueError(f"none of {plural(len(files), 'file')} could be read; needed images")
-    text = _csv(model, rows, options.top) if options.as_csv else _table(model, rows, options.top)
-    return text, not unread
+    if unread:
+        say(f"{unread:,} of {plural(len(files), 'file')} could not be read")
+    if options.csv is None:
+        return _table(answered), unread
+    text = _csv(answered)
+    if options.csv == _STDOUT:
+        return text, unread
+    write_atomic(expand(options.csv), text + "\n")
+    return f"{options.csv}: answers for {plural(len(answered), 'file')}", unread
 
 
-@contextmanager
-def _model_folder(source: str, options: Options) -> Iterator[Path]:
-    """Yield the folder of an exported model; a copy of one in MLflow is removed at the end."""
-    if source.startswith(SCHEMES):
-        with tempfile.TemporaryDirectory() as scratch:
-            yield download_model(source, scratch)
+def _check_csv(file: str | None) -> None:
+    """Refuse a file that answers cannot be written to before anything is computed, or that may be an image.
+
+    Raises:
+        ValueError: names it.
+    """
+    if file in (None, _STDOUT):
         return
-    with local_run(source) as run:
-        folder = expand(run)
-        if (folder / DESCRIPTION).is_file():
-            yield folder
-            return
-        export = folder / "export" / options.stage / options.which
-        if not (export / DESCRIPTION).is_file():
-            there = sorted(
-                path.parent.relative_to(folder).as_posix() for path in folder.glob(f"export/**/{DESCRIPTION}")
-            )
-            found = f"the run has {', '.join(there)}" if there else "no exported model there"
-            raise ValueError(f"{export}: {found}; needed the folder of a trained run, or of a model that it exported")
-        yield export
+    path = expand(str(file))
+    if path.suffix.lower() != ".csv":  # else --csv a.jpg b.jpg would replace an image
+        raise ValueError(f"--csv {file}: needed a file whose name ends in .csv, or - for standard output")
+    if not path.parent.is_dir():
+        raise ValueError(f"--csv {file}: {path.parent} is no folder; needed one that exists")
+
+
+def _framed(model: ServedModel, files: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield files that can be read with their pictures, as the network sees them, in the files' order.
+
+    Threads decode a few files ahead; decoding releases Python's global lock. Each brings its picture to the frame at
+    once, so that never more whole pictures are in memory than there are threads.
+    """
+
+    def framed(file: str) -> Tensor:
+        return model.frame(decode_file(file))
+
+    workers = min(_DECODERS, usable_cpus())
+    waiting: deque[tuple[str, Future[Tensor]]] = deque()
+    with ThreadPoolExecutor(workers) as threads:
+        for file in itertools.chain(files, [None] * 2 * workers):
+            if file is not None:
+                waiting.append((file, threads.submit(framed, file)))
+            if waiting and (file is None or len(waiting) > 2 * workers):
+                first, frame = waiting.popleft()
+                try:
+                    yield first, frame.result()
+                except UnreadableImage as problem:
+                    say(f"{problem.path}: {problem.reason}")
 
 
 def _files(given: str) -> list[str]:
@@ -118,36 +143,33 @@ def _files(given: str) -> list[str]:
     return [str(path)]
 
 
-def _rows(model: ServedModel, names: Sequence[str], answers: Answers, top: int) -> list[list[str]]:
-    """Return a row per file: its classes and their probabilities, each expert's, and how far experts disagree."""
-    rows, classes = [], model.class_names
-    for b, name in enumerate(names):
-        likely = np.argsort(-answers.probabilities_BC[b], kind="stable")[:top]
-        said = [cell for c in likely for cell in (classes[c], f"{answers.probabilities_BC[b, c]:.4f}")]
-        own_E = answers.experts_EBC[:, b].argmax(axis=1)
-        if len(own_E) > 1:
-            said += [cell for e, c in enumerate(own_E) for cell in (classes[c], f"{answers.experts_EBC[e, b, c]:.4f}")]
-            said.append(f"{np.mean([one != other for one, other in itertools.combinations(own_E, 2)]):.2f}")
-        rows.append([name, *said])
-    return rows
+def _cells(said: dict[str, Any]) -> list[str]:
+    """Return the cells of an answer: classes and their probabilities, each expert's, and how far experts disagree."""
+    cells = [cell for one in said["top"] for cell in (one["class"], f"{one['probability']:.4f}")]
+    if len(said["experts"]) > 1:  # one expert says what the ensemble says
+        cells += [cell for one in said["experts"].values() for cell in (one["class"], f"{one['probability']:.4f}")]
+        cells.append(f"{said['disagreement']:.2f}")
+    return cells
 
 
-def _heads(model: ServedModel, top: int) -> list[str]:
-    likely = range(1, min(top, len(model.class_names)) + 1)
+def _heads(said: dict[str, Any]) -> list[str]:
+    """Return the headings of `_cells`, with that of the file before them."""
+    likely = range(1, len(said["top"]) + 1)
     places = [head + (str(place) if place > 1 else "") for place in likely for head in ("class", "probability")]
-    experts = [head for name in model.description.expert_names for head in (name, f"probability, {name}")]
-    return ["file", *places, *((*experts, "disagreement") if len(experts) > 2 else ())]
+    experts = [head for name in said["experts"] for head in (name, f"probability, {name}")]
+    return ["file", *places, *((*experts, "disagreement") if len(said["experts"]) > 1 else ())]
 
 
-def _table(model: ServedModel, rows: list[list[str]], top: int) -> str:
-    heads = _heads(model, top)
+def _table(answered: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    heads = _heads(answered[0][1])
     left = [0, *(place for place, head in enumerate(heads) if not head.startswith(("probability", "disagreement")))]
     note = "disagreement: share of the pairs of experts that name different classes" if "disagreement" in heads else ""
-    lines = text_table([heads, *rows], left=left, rule=True)
-    return "\n".join([*lines, *([note] if note else [])])
+    rows = [[file, *_cells(said)] for file, said in answered]
+    return "\n".join([*text_table([heads, *rows], left=left, rule=True), *([note] if note else [])])
 
 
-def _csv(model: ServedModel, rows: list[list[str]], top: int) -> str:
-    file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows([_heads(model, top), *rows])
-    return file.getvalue().rstrip("\n")
+def _csv(answered: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    rows = [[file, *_cells(said)] for file, said in answered]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([_heads(answered[0][1]), *rows])
+    return text.getvalue().rstrip("\n")

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from orchestration.config.compose import Composed, compose
+from orchestration.config.folders import with_path
 
 _WIDEST = 72  # a longer line has its comment right behind it
 _DEFAULT = "default"
@@ -31,7 +32,7 @@ def show_text(words: list[str], everything: bool = False) -> str:
     rows = list(_rows(composed.config.model_dump(mode="json"), composed, (), everything))
     column = max((len(text) for text, origin in rows if origin and len(text) <= _WIDEST), default=0)
     lines = [f"{text:{column}}  # {origin}" if origin else text for text, origin in rows]
-    head = [f"made of, later ones win: {', '.join(composed.files)}", *composed.notes]
+    head = [f"made of, later ones win: {', '.join(map(_with_file, composed.files))}", *composed.notes]
     return "\n".join([*(f"# {line}" for line in head), *lines])
 
 
@@ -52,6 +53,12 @@ def _rows(
         origin = composed.layered.origin(where)
         if origin is not None or everything:
             yield f"{named} {_flow(value)}", _with_percentage(composed, where, origin or _DEFAULT)
+
+
+def _with_file(name: str) -> str:
+    """Name a file that made the recipe, with its path where it is the user's."""
+    named, _, path = with_path(name).partition(", ")
+    return f"{named} ({path})" if path else named
 
 
 def _with_percentage(composed: Composed, where: tuple[str, ...], origin: str) -> str:

@@ -32,7 +32,8 @@ from hydra.errors import HydraException
 
 from orchestration.cluster.connection import cluster
 from orchestration.commands.train import is_complete, train_and_report, with_threads
-from orchestration.config.compose import from_yaml, load_config
+from orchestration.config.compose import compose, from_yaml
+from orchestration.config.folders import digests
 from orchestration.config.identity import difference, identity
 from orchestration.config.messages import say, show
 from orchestration.config.run_config import RunConfig, name_problems
@@ -49,6 +50,7 @@ from orchestration.storage.location import run_path
 from orchestration.storage.run_folder import RunFolder
 from orchestration.storage.url_store import is_url
 from orchestration.tracking.contents import SWEEP_FILE as SWEEP
+from orchestration.tracking.ownership import settle_ownership
 from orchestration.tracking.process import one_line
 from orchestration.tracking.target import tracking_uri
 from orchestration.tracking.uploader import Uploader, start_uploader
@@ -63,6 +65,8 @@ class Point:
 
     value: str
     config: RunConfig
+    files: tuple[str, ...] = ()
+    """Names of the files that made the config."""
 
     @property
     def folder(self) -> Path:
@@ -102,7 +106,7 @@ def sweep(variation: str, words: list[str]) -> int:
                     with contextlib.redirect_stdout(sys.stderr):
                         # The folder is locked here and again by `train_and_report`, so it is released in between.
                         with contextlib.closing(RunFolder(point.folder)) as run:
-                            run.update_run(study=folder.name)
+                            run.update_run(study=folder.name, recipe=digests(point.files))
                         take_over_stages(point, points)
                         train_and_report(point.config, {"start": time.time()})
                 except FloatingPointError as problem:
@@ -125,6 +129,8 @@ def _uploader(folder: Path, config: RunConfig) -> Uploader | None:
     """Start the uploader of the sweep's own files, to the parent of its runs in MLflow; None if tracking is off."""
     if not config.tracking.enabled:
         return None
+    if line := settle_ownership(folder):
+        say(line)
     return start_uploader(folder, tracking_uri(config), config.tracking.experiment)
 
 
@@ -155,19 +161,21 @@ def plan_sweep(variation: str, words: list[str]) -> tuple[str, list[Point], Path
         raise ValueError(f"{key}: set twice, to several values and to one; leave out the second")
 
     # Every config is composed as `expertail train` would do it; all that are refused are reported together.
-    configs, problems = {}, []
+    composed, problems = {}, []
     for value in values:
         try:
-            configs[value] = load_config([*words, f"{key}={value}"])
+            composed[value] = compose([*words, f"{key}={value}"])
         except ValueError as problem:
             problems.append(str(problem))
     if problems:
         raise ValueError("\n".join(problems))
 
+    configs = {value: one.config for value, one in composed.items()}
     first = configs[values[0]]
     named = any(word.startswith("run.name=") for word in words)
     points = [
-        Point(value, _with_name(config, _run_name(key, value, config, named))) for value, config in configs.items()
+        Point(value, _with_name(config, _run_name(key, value, config, named)), composed[value].files)
+        for value, config in configs.items()
     ]
     if is_url(first.run.dir):
         raise ValueError(

@@ -6,11 +6,13 @@ import contextlib
 from pathlib import Path
 
 from orchestration.config.compose import from_yaml
+from orchestration.config.messages import say
 from orchestration.storage.files import CONFIG, read_json
 from orchestration.storage.location import local_run
 from orchestration.storage.run_folder import RunFolder
-from orchestration.storage.url_store import is_url
+from orchestration.storage.url_store import UrlStore, is_url
 from orchestration.tracking.contents import SWEEP_FILE
+from orchestration.tracking.ownership import settle_ownership
 from orchestration.tracking.sender import sync
 from orchestration.tracking.target import tracking_uri
 
@@ -30,7 +32,7 @@ def sync_run(run: str, uri: str | None) -> str | None:
     """
     if is_url(run):
         with local_run(run) as copy:
-            return _sync(Path(copy), uri)
+            return _sync(Path(copy), uri, UrlStore(run).url)
 
     path = Path(run)
     if (path / SWEEP_FILE).is_file():
@@ -41,8 +43,10 @@ def sync_run(run: str, uri: str | None) -> str | None:
         return _sync(path, uri)
 
 
-def _sync(path: Path, uri: str | None) -> str | None:
+def _sync(path: Path, uri: str | None, url: str | None = None) -> str | None:
     config = from_yaml(path / CONFIG)
+    if line := settle_ownership(path, url):
+        say(line)
     return sync(path, uri or tracking_uri(config), config.tracking.experiment, path.name)
 
 
@@ -55,5 +59,7 @@ def _sync_sweep(path: Path, uri: str | None) -> str | None:
     # The runs first, then the sweep's own files, which go to the parent of the runs in MLflow.
     problems = [sync_run(str(run), uri) for run in started]
     config = from_yaml(started[0] / CONFIG)
+    if line := settle_ownership(path):
+        say(line)
     problems.append(sync(path, uri or tracking_uri(config), config.tracking.experiment, path.name))
     return "\n".join(filter(None, problems)) or None

@@ -17,7 +17,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from experts.data.names import visible
 from orchestration.cluster.connection import cluster, node_resources
 from orchestration.cluster.placement import shape_of, shapes_of, with_shape
 from orchestration.cluster.preemption import Preempted
+from orchestration.config.folders import digests
 from orchestration.config.messages import in_one_line, say, show
 from orchestration.config.run_config import RunConfig
 from orchestration.results.measures_table import measures_lines
@@ -39,6 +40,7 @@ from orchestration.storage.exports import export_finals
 from orchestration.storage.files import CONFIG, evaluations, final_evaluations, write_atomic
 from orchestration.storage.location import open_run_folder
 from orchestration.storage.run_folder import RunFolder
+from orchestration.tracking.ownership import settle_ownership
 from orchestration.tracking.target import tracking_uri
 from orchestration.tracking.uploader import Uploader, start_uploader
 
@@ -47,10 +49,17 @@ _SHORT_WAIT_S = 10.0  # for the upload after a failure: its message should not w
 _STOPPED_WAIT_S = 60.0  # for run.dir after a failure: the newest checkpoint is worth more
 
 
-def train_and_report(config: RunConfig, marks: dict[str, float]) -> int:
-    """Train a run or the rest of it, and write its report, models and table. Returns the exit code."""
+def train_and_report(config: RunConfig, marks: dict[str, float], files: Sequence[str] = ()) -> int:
+    """Train a run or the rest of it, and write its report, models and table. Returns the exit code.
+
+    Args:
+        config: of the run.
+        marks: times of what has happened so far.
+        files: names of the files that made the config, for the run's record.
+    """
     admitted = admit(config)
     folder = open_run_folder(config)
+    folder.recipe = digests(files)
     try:
         if folder.started and is_complete(folder, config):
             say(f"{folder.path} is finished; set another run.name to train again")
@@ -191,6 +200,11 @@ class _Tracking:
         wanted = self._config.tracking
         if wanted.enabled and self._uploader is None:
             where = self._folder.path, tracking_uri(self._config), wanted.experiment, self._config.run_name
+            try:
+                if line := settle_ownership(self._folder.path, self._folder.url):
+                    self.report(line)
+            except ValueError as problem:  # of the upload alone
+                return self.report(f"tracking: {problem}; training goes on; later: expertail sync {where[0]}")
             try:
                 self._uploader = start_uploader(*where, self.report)
             except OSError as problem:  # no memory, processes or disk for it: the run needs none of them

@@ -25,6 +25,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel
 
+from orchestration.config.folders import configs_folder, with_path
 from orchestration.config.layers import STAGES, read_file, read_yaml
 from orchestration.config.like import SAVED_RUN, SavedEnsemble, saved_ensemble
 from orchestration.config.list_paths import absolute_lists, unread_lists
@@ -37,7 +38,7 @@ from orchestration.config.renamed import with_new_keys
 from orchestration.config.run_config import RunConfig
 from orchestration.config.secrets import redact
 from orchestration.config.stacks import resolve_stacks
-from orchestration.config.words import NO_MIX, UNMIXED, Words, configs_folder, message, parse, title
+from orchestration.config.words import NO_MIX, UNMIXED, Words, message, parse, title
 
 S = TypeVar("S", bound=BaseModel)
 _LIKE = "method.like"
@@ -217,7 +218,7 @@ def _file_of(layered: Layered, keys: list[str]) -> str | None:
     if origin is None:  # a mapping of several values
         path = tuple(keys)
         origin = next((found for known, found in layered.origins.items() if known[: len(path)] == path), None)
-    return None if origin == COMMAND_LINE else origin
+    return None if origin in (None, COMMAND_LINE) else with_path(origin)
 
 
 def _lengths(layered: Layered) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The YAML files under configs/ as layers, and the shorthands that they may use.
+"""The YAML files of the groups as layers, and the shorthands that they may use.
 
 A file is a part of the config: `method:`, `dataset:`, ... at the top. It may also have
 
@@ -22,8 +22,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from orchestration.config.folders import is_ours, path_of
 from orchestration.config.origins import Layered
-from orchestration.config.words import configs_folder
 
 STAGES = ("method", "stages")
 _SHORTHANDS = ("stage", "second", "protocol", "on", "of")
@@ -54,16 +54,38 @@ class File:
 
 
 def read_file(group: str, choice: str) -> File:
-    """Read configs/<group>/<choice>.yaml.
+    """Read the file of a choice, <group>/<choice>.yaml, ours or the user's.
 
     Raises:
-        ValueError: it is not YAML, or no mapping.
+        ValueError: there is none, it is not YAML, or not made as such a file is; names it.
     """
-    path = configs_folder() / group / f"{choice}.yaml"
+    path = path_of(group, choice)
     content = copy.deepcopy(_mapping(path, path.stat().st_mtime_ns))
     # YAML 1.1 reads the bare key `on` as true.
     on = content.pop("on", None) or content.pop(True, None) or {}
+    if not is_ours(path):
+        _check_made(path, group, choice, content, on)
     return File(f"{group}/{choice}", content, {str(name): block or {} for name, block in on.items()})
+
+
+def _check_made(path: Path, group: str, choice: str, content: Mapping[str, Any], on: Any) -> None:
+    """Refuse a file of the user's whose shorthands are none.
+
+    Raises:
+        ValueError: names file and key.
+    """
+    of = content.get("of")
+    if group == "dataset" and content.get("name") != choice:
+        raise ValueError(f"{path}: name = {content.get('name')}; needed {choice}, as the file is called")
+    if of is not None and not (isinstance(of, Mapping) and isinstance(of.get("method"), str)):
+        raise ValueError(f"{path}: of: found {of}; needed a mapping with method, e.g. {{method: ride, then: [crt]}}")
+    if not isinstance(on, Mapping) or any(not isinstance(block, Mapping | None) for block in on.values()):
+        raise ValueError(
+            f"{path}: on: needed mappings by data set or protocol, e.g. {{cifar10_lt: {{stage: {{...}}}}}}"
+        )
+    for key in ("stage", "second"):
+        if not isinstance(content.get(key, {}), Mapping):
+            raise ValueError(f"{path}: {key}: found {content[key]}; needed a mapping")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orchestration.config.folders import path_of
 from orchestration.config.layers import STAGES, File, lay_block, lay_part, named_in, read_file, stages_that
 from orchestration.config.like import SavedEnsemble
 from orchestration.config.origins import Layered
@@ -70,7 +71,7 @@ def plan_recipe(
     """Find the files of a recipe.
 
     Args:
-        method: a file of configs/method; None where a saved run takes its place.
+        method: the choice; None where a saved run takes its place.
         mix, then: the parts of the command line.
         dataset: its name.
         chosen: choices of the command line for protocol, pace and backbone.
@@ -103,7 +104,7 @@ def _steps_of(method: str, trail: tuple[str, ...]) -> list[Step]:
     if of is None:
         return [Step("method", (file,))]
     if method in trail:
-        raise ValueError(f"configs/method/{method}.yaml: made `of` itself by way of {', '.join(trail)}")
+        raise ValueError(f"{path_of('method', method)}: made `of` itself by way of {', '.join(trail)}")
     return [
         *_steps_of(of["method"], (*trail, method)),
         *_parts(of.get("mix"), of.get("then", ())),

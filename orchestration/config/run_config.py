@@ -151,7 +151,8 @@ class RunSettings(Settings):
     stages (evaluation/predictions-*.npz), and measure more of it. Costs one or two passes over these images at the end.
     """
     predictions_mib: Annotated[int, Field(ge=0)] = 1024
-    """Larger files leave the scores of all classes out, and keep class, rank and confidence of every image."""
+    """Memory of the driver for the scores of a split, twice the size of their file. Where they need more, files leave
+    the scores of all classes out, and keep class, rank and confidence of every image."""
     pictures: bool = True
     """Draw report/*.png at the end, which takes some seconds. report/table.txt is always written."""
     features_picture: Literal["pca", "tsne", False] = "pca"

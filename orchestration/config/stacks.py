@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from experts.data.config import Augment
 from experts.registry import registered_names
+from orchestration.config.folders import path_of
 from orchestration.config.layers import STAGES, read_file
 from orchestration.config.origins import COMMAND_LINE, Layered, Path
 from orchestration.config.words import available
@@ -123,7 +124,7 @@ def _pieces_of(name: str, data: _Data) -> list[dict[str, Any]] | str:
     if pieces is None:
         return (
             f"it is for {'small' if size == 'large' else 'large'} images, found image_size = {data.image_size}; write "
-            f"pieces of your own as a list, or add `{size}` to configs/augment/{name}.yaml"
+            f"pieces of your own as a list, or add `{size}` to {path_of('augment', name)}"
         )
     return copy.deepcopy(pieces)
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from importlib.resources import files
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 
+from orchestration.config.folders import choices
 from orchestration.config.text_keys import is_text
 
 GROUPS = ("method", "dataset", "backbone", "protocol", "pace", "mix", "then", "cluster")
@@ -32,14 +31,9 @@ class Words(NamedTuple):
     """In the order given."""
 
 
-def configs_folder() -> Path:
-    """Return the folder of the YAML groups, in a checkout or an installed wheel."""
-    return Path(str(files("configs")))
-
-
 def available(group: str) -> list[str]:
-    """Return the choices of a group, sorted."""
-    return sorted(path.stem for path in (configs_folder() / group).glob("*.yaml"))
+    """Return the choices of a group, sorted; those of the user's folder, too."""
+    return list(choices(group))
 
 
 def parse(words: list[str]) -> Words:

@@ -12,7 +12,7 @@ A stage that leaves the features as they are has no picture of them, and one tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from orchestration.config.messages import in_one_line, say
 from orchestration.config.paths import expand
 from orchestration.config.recipe import ModelSource
 from orchestration.results.features_picture import draw_features, draw_norms
-from orchestration.results.saved_run import SavedRun, open_run, same_threads, stages_to_measure
+from orchestration.results.saved_run import SavedRun, open_last, open_run, same_threads, stages_to_measure
 from orchestration.results.style import picture_style, save_figure
 from orchestration.results.text import listed, text_table
 from orchestration.storage.checkpoint import Checkpoints
@@ -65,8 +65,12 @@ class Moment:
     weight_norms: list[NDArray[np.float64] | None]
 
 
-def draw_stages(run_dir: Path) -> list[Path]:
+def draw_stages(run_dir: Path, opened: Callable[[], SavedRun] | None = None) -> list[Path]:
     """Draw the features of every stage of a run, as run.features_picture asks; a failure is a line on stderr.
+
+    Args:
+        run_dir: the run folder.
+        opened: returns the run as `open_last` does; called where there is something to draw.
 
     Returns:
         The paths of the pictures; none after a failure.
@@ -76,7 +80,7 @@ def draw_stages(run_dir: Path) -> list[Path]:
     if rule not in ("pca", "tsne") or not (run_dir / "export").is_dir():
         return drawn
     try:
-        saved = open_run(str(run_dir), "last", "test", [], stages_to_measure(str(run_dir), None)[-1])
+        saved = open_last(run_dir) if opened is None else opened()
         asked = settings.get("features_classes")
         chosen = _default_classes(saved) if asked is None else _named(asked, saved, f"run.features_classes={asked}")
         for stage in _stages(saved):

@@ -62,7 +62,7 @@ def _confusion(folder: Path, data: Mapping[str, Any], title: str) -> Any:
     counts, path = np.asarray(data.get("counts") or []), file_of(folder, "last", "test")
     if not path.is_file() or not 0 < len(counts) <= MOST_CLASSES:
         return None
-    kept, order = Predictions.read(path), np.argsort(-counts, kind="stable")
+    kept, order = Predictions.read(path, logits=False), np.argsort(-counts, kind="stable")
     images = confusion(kept, _ENSEMBLE, len(counts))[np.ix_(order, order)]
     size = images.sum(axis=1, keepdims=True)
     share = np.divide(images, size, out=np.full(images.shape, np.nan), where=size > 0)

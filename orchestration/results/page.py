@@ -18,7 +18,7 @@ from orchestration.results.text import duration, plural
 from orchestration.storage.files import read_json, write_atomic
 
 PAGE = "index.html"
-_FIRST = ("curves", "finals", "per_class", "confusion", "reliability", "class_counts")
+_FIRST = ("curves", "finals", "per_class", "confusion", "reliability", "mistakes", "class_counts")
 """Pictures that come first, in this order."""
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; max-width: 1100px; margin: 2em auto; padding: 0 1em }
@@ -62,6 +62,8 @@ def _about(run: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     yield "command", redact(str(run.get("command", "")))
     yield "begun, ended", f"{run.get('created', '?')}, {ended or '?'}"
     yield "commit, config", f"{run.get('commit')}, {run.get('config_hash')}"
+    recipe = run.get("recipe") or {}
+    yield "recipe", ", ".join(f"{one['file']} {one['sha256'][:8]}" for one in recipe.values())
     yield "seed", run.get("seed")
     yield "resumes", run.get("resume")
     if workers:

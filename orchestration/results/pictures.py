@@ -6,6 +6,7 @@ become a cloud of points with a running mean.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,7 +34,9 @@ from orchestration.results.finals_picture import draw_finals, draw_tried
 from orchestration.results.finals_table import distinct
 from orchestration.results.fitted_table import choices
 from orchestration.results.measures_table import drawings_of_measures
+from orchestration.results.mistakes_picture import draw_mistakes
 from orchestration.results.regions import draw_regions_if_heads_alone
+from orchestration.results.saved_run import open_last
 from orchestration.results.style import (
     BEST,
     GROUP_COLOURS,
@@ -86,13 +89,19 @@ def draw_report(run_dir: str | os.PathLike[str], say: Callable[[str], None] = la
     for stage, own in finals.items():
         named = _drawings_of_a_result(run_dir / "evaluation" / stage, own, data, _with_stage(title, own, finals))
         drawings |= {f"{stage}/{name}": draw for name, draw in named.items()}
+    # Data and model are opened once, by whoever needs them first.
+    opened = functools.cache(lambda: open_last(run_dir))
+    for stage in finals or [""]:
+        drawings[f"{stage}/mistakes.png".lstrip("/")] = functools.partial(
+            draw_mistakes, run_dir / "evaluation" / stage, opened, stage, f"{title}, stage {stage}" if stage else title
+        )
     names = visible("".join([title, *map(str, data.get("class_names") or ())]))
     if drawings and (absent := fonts_for(names)[1]):
         say(f"no font of this machine has {absent[:20]!r}, which pictures show as boxes; install one that has")
     written = [folder / name for name, draw in drawings.items() if draw_to(folder / name, draw, say, names)]
 
     # Regions and features need the model and the data as well, and bring their own style.
-    return written + draw_regions_if_heads_alone(run_dir) + draw_stages(run_dir)
+    return written + draw_regions_if_heads_alone(run_dir) + draw_stages(run_dir, opened)
 
 
 def _drawings_of_a_result(

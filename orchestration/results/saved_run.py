@@ -198,6 +198,11 @@ def open_run(run: str, which: str, split: str, overrides: list[str], stage: str 
     return SavedRun(folder, config, data, which, stage, model, split, store, dataset, device, dtype)
 
 
+def open_last(run_dir: Path) -> SavedRun:
+    """Open a run with its last model and its test images, of several final stages the last; see `open_run`."""
+    return open_run(str(run_dir), "last", "test", [], stages_to_measure(str(run_dir), None)[-1])
+
+
 @contextmanager
 def same_threads(config: RunConfig) -> Iterator[None]:
     """Compute on as many CPU threads as the run did: their number changes results in the last bits."""

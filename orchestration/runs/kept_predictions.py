@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
 from aggregation.predictions import Predictions
 from orchestration.cluster.failures import WorkerLost
@@ -32,16 +32,9 @@ def keep_predictions(trained: StageRun) -> None:
     run, stage = trained.run, trained.stage
     below = folders_of_results(trained.config, stage)
     try:
-        kept = {"last": _predicted(trained)}
-        kept["best"] = kept["last"]
-        if trained.best is not None and trained.best["step"] != trained.step:
-            # No step follows, so the workers need the last weights no more.
-            best = trained.checkpoints.folder / trained.best["checkpoint"]
-            trained.fleet.call("load_weights", trained.send(best))
-            kept["best"] = _predicted(trained)
         probabilities = trained.config.method.gives_probabilities(stage)
         folders = [trained.folder.path / "evaluation" / name for name in below]
-        write_predictions(folders, kept, len(trained.counts), probabilities=probabilities)
+        write_predictions(folders, _predictions(trained), len(trained.counts), probabilities=probabilities)
         run.record_predictions(stage, None)
     except WorkerLost:
         raise
@@ -66,16 +59,28 @@ def predictions_missing(folder: RunFolder, config: RunConfig, stage: str) -> boo
     return any(not (folder.path / "evaluation" / b / MEASURES).is_file() for b in folders_of_results(config, stage))
 
 
-def _predicted(trained: StageRun) -> dict[str, Predictions]:
-    """Return what the workers' weights say of each split."""
-    config, num_classes = trained.config, len(trained.counts)
-    members, limit = 1 + config.method.num_experts, config.run.predictions_mib
-    size = 2 * trained.built[0]["test_images"] * members * num_classes  # bytes of the scores in float16
-    with_scores = size <= limit * 2**20
-    if not with_scores:
+def _predictions(trained: StageRun) -> Iterator[tuple[tuple[str, ...], str, Predictions]]:
+    """Yield what last and best weights say of each split, one after the other: models, split, predictions."""
+    best = trained.best if trained.best is not None and trained.best["step"] != trained.step else None
+    for split in trained.splits:
+        yield ("last", "best") if best is None else ("last",), split, _predicted(trained, split)
+    if best is not None:
+        # No step follows, so the workers need the last weights no more.
+        trained.fleet.call("load_weights", trained.send(trained.checkpoints.folder / best["checkpoint"]))
+        for split in trained.splits:
+            yield ("best",), split, _predicted(trained, split)
+
+
+def _predicted(trained: StageRun, split: str) -> Predictions:
+    """Return what the workers' weights say of a split."""
+    assert trained.last is not None
+    members, limit = len(trained.last["evaluation"]["members"]), trained.config.run.predictions_mib
+    # Scores in float16: as the workers send them, and once more, put together.
+    size = 2 * 2 * trained.built[0][f"{split}_images"] * members * len(trained.counts)
+    if size > limit * 2**20:
         trained.run.message_once(
-            f"stage {trained.stage}: scores of the test images would take {bytes_(size)}, more than "
-            f"run.predictions_mib = {limit}; kept without them: class, rank and confidence of every image"
+            f"stage {trained.stage}: scores of the {split} images would take {bytes_(size)} of the driver's memory, "
+            f"more than run.predictions_mib = {limit}; kept without them: class, rank and confidence of every image"
         )
-    found: dict[str, list[Any]] = {split: trained.fleet.call("predict", split, with_scores) for split in trained.splits}
-    return {split: Predictions.joined([p for p in parts if p is not None]) for split, parts in found.items()}
+    parts = trained.fleet.call("predict", split, size <= limit * 2**20)
+    return Predictions.joined([part for part in parts if part is not None])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from experts.data.names import HANDLER
 
@@ -15,16 +17,28 @@ CONFIG, RUN, DATA, LOCK = "config.yaml", "run.json", "data.json", ".lock"
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a whole file or nothing: to a scratch file beside it, flushed to disk, then renamed onto it."""
+    """Write a whole file or nothing; see `writing_whole`."""
+    with writing_whole(path) as file:
+        file.write(content if isinstance(content, bytes) else content.encode(errors=HANDLER))
+
+
+@contextlib.contextmanager
+def writing_whole(path: Path) -> Iterator[BinaryIO]:
+    """Yield a scratch file beside a file; at the end it is flushed to disk, then renamed onto it, or else removed."""
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         with open(scratch, "wb") as file:
-            file.write(content if isinstance(content, bytes) else content.encode(errors=HANDLER))
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write an object as indented JSON, a whole file or nothing."""
+    write_atomic(path, json.dumps(value, indent=1) + "\n")
 
 
 def sync_folder(folder: Path) -> None:

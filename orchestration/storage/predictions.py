@@ -7,34 +7,41 @@ evaluation/[<stage>/]measures.json                             by model, split a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from aggregation.predictions import Predictions, measures
-from orchestration.storage.files import write_atomic
+from orchestration.storage.files import write_atomic, writing_whole
 
 MEASURES = "measures.json"
 
 
 def write_predictions(
-    folders: Sequence[Path], kept: Mapping[str, Mapping[str, Predictions]], num_classes: int, *, probabilities: bool
+    folders: Sequence[Path],
+    kept: Iterable[tuple[Sequence[str], str, Predictions]],
+    num_classes: int,
+    *,
+    probabilities: bool,
 ) -> None:
-    """Write the predictions of models on splits, and their measures.
+    """Write the predictions of models on splits, each before the next is asked for, and their measures.
 
     Args:
         folders: that get all of it.
-        kept: by model, "last" or "best", and split.
+        kept: models that say the same, of "last" and "best"; a split; what they say of it.
         num_classes, probabilities: as for `measures`.
     """
-    measured = {
-        which: {split: measures(one, num_classes, probabilities=probabilities) for split, one in splits.items()}
-        for which, splits in kept.items()
-    }
+    measured: dict[str, dict[str, Any]] = {}
+    for models, split, one in kept:
+        found = measures(one, num_classes, probabilities=probabilities)
+        for which in models:
+            measured.setdefault(which, {})[split] = found
+            for folder in folders:
+                folder.mkdir(parents=True, exist_ok=True)
+                with writing_whole(file_of(folder, which, split)) as file:
+                    one.write(file)
+        del one  # before the next is made: each may be large
     for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-        for which, splits in kept.items():
-            for split, one in splits.items():
-                write_atomic(file_of(folder, which, split), one.packed())
         write_atomic(folder / MEASURES, json.dumps(measured, indent=1) + "\n")
 
 

@@ -24,7 +24,7 @@ from orchestration.config.identity import config_hash, difference, identity
 from orchestration.config.paths import code_root
 from orchestration.config.run_config import RunConfig
 from orchestration.config.secrets import redact
-from orchestration.storage.files import CONFIG, DATA, LOCK, RUN, write_atomic
+from orchestration.storage.files import CONFIG, DATA, LOCK, RUN, write_atomic, write_json
 
 _LIBRARIES = ("torch", "torchvision", "ray", "deepspeed", "mlflow", "numpy", "safetensors", "pydantic")
 
@@ -34,8 +34,10 @@ class RunFolder:
 
     Attributes:
         path: the folder.
+        url: where the run is kept, if the folder is a working copy.
         shared: whether workers of all nodes read and write it themselves.
         token: in the lock file while this process holds it. Workers read it to check that they see the same folder.
+        recipe: path and digest of the files that made the config, by name; for run.json.
 
     Args:
         path: the folder; made if missing.
@@ -45,9 +47,11 @@ class RunFolder:
     """
 
     shared = True
+    url: str | None = None
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.recipe: dict[str, dict[str, str]] = {}
         self._changing = threading.Lock()
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -121,7 +125,7 @@ class RunFolder:
         write_atomic(self.path / CONFIG, to_yaml(kept))
 
     def record_start(self, config: RunConfig, hosts: list[dict[str, Any]], shape: dict[str, int]) -> None:
-        """Add this start to run.json: command, versions, host, mesh."""
+        """Add this start to run.json: command, versions, host, mesh, files of the recipe."""
         found = {
             "command": _command(),
             "commit": _commit(),
@@ -137,8 +141,10 @@ class RunFolder:
                 "cpus": psutil.cpu_count(),
                 "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
             },
+            "folder": {"path": str(self.path), "inode": self.path.stat().st_ino, "url": self.url},
             "mesh": shape,
             "workers": hosts,
+            **({"recipe": self.recipe} if self.recipe else {}),
         }
         with self._changing:  # read, change and write: two threads at once would lose the values of one
             run = self.read_run()
@@ -200,7 +206,7 @@ class RunFolder:
         self._write_json(f"evaluation/{name}.json", evaluation)
 
     def _write_json(self, name: str, value: dict[str, Any]) -> None:
-        write_atomic(self.path / name, json.dumps(value, indent=1) + "\n")
+        write_json(self.path / name, value)
 
 
 def _command() -> str:

@@ -130,14 +130,14 @@ def mlflow_status(run: Mapping[str, Any]) -> str:
 
 
 def model_name(config: Mapping[str, Any], experiment: str) -> str:
-    """Return the name that the run's models are registered under: `<dataset>-<method>`."""
+    """Return the name that the run's models are registered under: `<experiment>-<dataset>-<method>`."""
 
     def name(group: str) -> str | None:
         value = config.get(group)
         value = value.get("name") if isinstance(value, Mapping) else value
         return value if isinstance(value, str) else None
 
-    words = [name("dataset") or experiment, name("method")]
+    words = [experiment, name("dataset"), name("method")]
     return re.sub(r"[^\w. -]", "_", "-".join(word for word in words if word))
 
 
@@ -190,13 +190,6 @@ def model_step(run_dir: Path, folder: Path) -> int:
     """Return the step at which an exported ensemble was evaluated; 0 where that is not known."""
     evaluation = run_dir / "evaluation" / folder.relative_to(run_dir / "export")
     return int(read_json(evaluation.with_suffix(".json")).get("step", 0))
-
-
-def signature_shape(folder: Path) -> tuple[int, ...]:
-    """Return the shape of the images that an exported model takes, batch first, -1 where any size will do."""
-    height, width, channels = read_json(folder / "model.json")["image_shape"]
-    sizes = tuple(-1 if size is None else int(size) for size in (height, width))
-    return (-1, *sizes) if channels == 1 else (-1, *sizes, channels)
 
 
 def _hash(value: Any) -> str:

@@ -47,7 +47,7 @@ class State:
 
     def __init__(self, run_dir: Path, target: Target) -> None:
         self._path, self._uri = run_dir / STATE_FILE, target.uri
-        self._stores = read_json(self._path)
+        self._stores = read_json(self._path)  # with entries of `ownership`, which stay as they are
         self.values: dict[str, Any] = self._stores.setdefault(redact(target.uri), {})
         # One key for all: the same store may be reached by several names.
         keys = [store["key"] for store in self._stores.values() if "key" in store]

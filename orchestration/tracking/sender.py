@@ -23,26 +23,24 @@ MLflow is imported in the functions that need it: the import costs seconds, whic
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import importlib.util
 import json
 import logging
 import os
-import shutil
 import signal
 import sys
 import tempfile
 import threading
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 from experts.data.names import readable
 from orchestration.storage import journal
-from orchestration.storage.files import read_config, read_json
+from orchestration.storage.files import read_config
 from orchestration.tracking import contents
 from orchestration.tracking.contents import SWEEP_FILE
+from orchestration.tracking.mlflow_model import save_pyfunc
+from orchestration.tracking.ownership import copied_from
 from orchestration.tracking.process import (
     STATE_FILE,
     TIMEOUT,
@@ -65,7 +63,6 @@ from orchestration.tracking.uri import artifact_folder, check_uri
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 _BATCH = 1000  # points; MLflow takes no more at once
-_REQUIREMENTS = ("mlflow", "numpy", "Pillow", "pydantic", "safetensors", "scikit-learn", "torch", "torchvision")
 _ENVIRONMENT = {
     TIMEOUT: "5",  # seconds; the default of 120 would hold up the end of a run
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
@@ -225,7 +222,7 @@ class MlflowSender:
                 for stray in found.keys() - {run_id}:
                     client.delete_run(stray)
             else:
-                tags = {"expertail.key": values["key"], "mlflow.user": user_name(), **tags}
+                tags = {"expertail.key": values["key"], "mlflow.user": user_name(), **tags, **copied_from(folder)}
                 created = contents.time_ms(contents.describe_folder(folder)[0], "created")
                 run_id = client.create_run(experiment_id, created, tags, name).info.run_id
                 values["files"] = {}  # a new run has none of them
@@ -295,7 +292,10 @@ class MlflowSender:
             self.state.save()
 
     def send_models(self) -> None:
-        """Register the exported ensembles, and point aliases at them: "last", "best", and "<stage>-last" of finals."""
+        """Register the exported ensembles; tags of a version say of which run and which of its models it is.
+
+        No alias is set: `expertail promote` does that, so that no run takes one from another by ending later.
+        """
         from mlflow.exceptions import MlflowException
 
         found = contents.exported_models(self._run_dir)
@@ -305,23 +305,25 @@ class MlflowSender:
         with contextlib.suppress(MlflowException):  # exists; anything else shows at the next call
             self._client.create_registered_model(name)
 
-        versions = {}
+        versions = {}  # by digest; under the name that a run's models had when they were sent first
         for version in self._client.search_model_versions(f"run_id = '{self._run_id}'"):
-            versions[version.tags.get("expertail.digest")] = version.version
+            versions[version.tags.get("expertail.digest")] = version
 
-        for which, (folder, digest) in found.items():
+        for digest in dict.fromkeys(digest for _, digest in found.values()):
+            same = [which for which, (_, other) in found.items() if other == digest]
             if digest not in versions:
-                model_id = self._send_model(which, folder, digest)
+                model_id = self._send_model(same[-1], found[same[-1]][0], digest)
                 versions[digest] = self._client.create_model_version(
                     name, f"models:/{model_id}", run_id=self._run_id, model_id=model_id,
                     tags={"expertail.digest": digest, "run": self._target.run_name}, await_creation_for=30,
-                ).version  # fmt: skip
-            if self._aliases(name).get(which) != str(versions[digest]):
-                self._client.set_registered_model_alias(name, which, str(versions[digest]))
-
-    def _aliases(self, name: str) -> dict[str, str]:
-        aliases = self._client.get_registered_model(name).aliases
-        return {alias: str(version) for alias, version in dict(aliases).items()}
+                )  # fmt: skip
+            version, label = versions[digest], ", ".join(same)
+            if version.tags.get("model") != label:
+                self._client.set_model_version_tag(version.name, version.version, "model", label)
+        self.state.values["models"] = {
+            which: f"models:/{versions[digest].name}/{versions[digest].version}" for which, (_, digest) in found.items()
+        }
+        self.state.save()
 
     def _send_model(self, which: str, folder: Path, digest: str) -> str:
         """Upload an ensemble as a logged model, unless that was done before. Return the model's id."""
@@ -340,7 +342,7 @@ class MlflowSender:
                 artifact_path=logged.artifact_location, run_id=self._run_id,
                 model_uuid=logged.model_id, model_id=logged.model_id,
             )  # fmt: skip
-            _save_pyfunc(Path(scratch), folder, model)
+            save_pyfunc(Path(scratch), folder, model)
             self._client.log_model_artifacts(logged.model_id, str(Path(scratch) / "model"))
         self._client.finalize_logged_model(logged.model_id, "READY")
 
@@ -360,35 +362,6 @@ class MlflowSender:
         if status != "RUNNING":
             ended = contents.time_ms(run, "ended") if status == "FINISHED" else None
             self._client.set_terminated(self._run_id, status, ended)
-
-
-def _save_pyfunc(scratch: Path, export: Path, model: Any) -> None:
-    """Write an exported ensemble as an MLflow model below `scratch`: tensors, JSON and our code, nothing pickled."""
-    import mlflow
-    import numpy as np
-    from mlflow.models.signature import ModelSignature
-    from mlflow.types import Schema, TensorSpec
-
-    code = []
-    for package in ("experts", "aggregation"):
-        spec = importlib.util.find_spec(package)
-        assert spec is not None
-        assert spec.submodule_search_locations is not None
-        ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
-        code.append(shutil.copytree(next(iter(spec.submodule_search_locations)), scratch / package, ignore=ignored))
-    num_classes = int(read_json(export / "model.json")["num_classes"])
-    images = TensorSpec(np.dtype(np.uint8), contents.signature_shape(export))
-    versions = {package: importlib.metadata.version(package).split("+")[0] for package in _REQUIREMENTS}
-    warnings.filterwarnings("ignore", message=".*input example was not provided.*")  # the signature is exact
-    mlflow.pyfunc.save_model(
-        scratch / "model",
-        loader_module="aggregation.serving",
-        data_path=str(export),
-        code_paths=[str(folder) for folder in code],
-        mlflow_model=model,
-        signature=ModelSignature(Schema([images]), Schema([TensorSpec(np.dtype(np.float32), (-1, num_classes))])),
-        pip_requirements=[f"{package}=={version}" for package, version in versions.items()],
-    )
 
 
 def main(arguments: list[str]) -> int:

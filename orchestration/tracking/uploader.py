@@ -15,8 +15,6 @@ from typing import Any
 
 from orchestration.config.paths import import_roots
 from orchestration.config.secrets import redact
-from orchestration.storage.files import read_config
-from orchestration.tracking import contents
 from orchestration.tracking.process import State, Target, incomplete_message
 from orchestration.tracking.uri import check_uri
 
@@ -134,9 +132,8 @@ class Uploader:
         uri = redact(self._target.uri)
         page = f"{uri.rstrip('/')}/#/experiments/{values['experiment_id']}/runs/{values['run_id']}"
         shown = page if uri.startswith("http") else f"run {self._target.run_name}; mlflow ui --backend-store-uri {uri}"
-        models = contents.exported_models(self._run_dir)
-        name = contents.model_name(read_config(self._run_dir), self._target.experiment)
-        return f"MLflow: {shown}" + (f"; models:/{name}@{next(iter(models))}" if models else "")
+        model = values.get("models", {}).get("best")
+        return f"MLflow: {shown}" + (f"; {model}" if model else "")
 
     def _end(self, code: int) -> str:
         """Say how the process ended, with its last words."""

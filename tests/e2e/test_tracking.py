@@ -12,9 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from orchestration.cli import main
 from orchestration.storage.journal import Journal
+from orchestration.tracking.ownership import settle_ownership
 from orchestration.tracking.process import Target, flush
+from orchestration.tracking.registry import set_alias
 from orchestration.tracking.sender import MlflowSender, sync
 from orchestration.tracking.uploader import start_uploader
 from orchestration.tracking.uri import default_uri
@@ -126,7 +130,7 @@ def test_mlflow_holds_what_the_run_folder_holds_and_nothing_twice(runs, whole):
         assert run.data.tags["dataset_digest"] == "d" * 64
         assert run.data.tags["mlflow.source.git.commit"] == "abc"
         assert len(run.inputs.dataset_inputs) == 1
-        versions = client(uri).search_model_versions("name = 'tiny-ride'")
+        versions = client(uri).search_model_versions("name = 'expertail-tiny-ride'")
         assert len(versions) == 2
         assert len(run.outputs.model_outputs) == 2
     names = {file.path for file in client(uri).list_artifacts(run.info.run_id)}
@@ -148,21 +152,51 @@ def test_the_registered_model_predicts_where_the_project_is_not_installed(runs, 
     script = f"""
 import sys
 sys.path = [p for p in sys.path if p != {str(ROOT)!r}]
-import importlib.util, mlflow, numpy as np
+import mlflow, numpy as np
 mlflow.set_tracking_uri({uri!r})
 images = np.load("images.npy")
-for alias in ("last", "best"):
-    np.save(alias, mlflow.pyfunc.load_model("models:/tiny-ride@" + alias).predict(images))
-import aggregation
-assert "/mlartifacts/" in aggregation.__file__, aggregation.__file__
+for version in mlflow.MlflowClient().search_model_versions("name = 'expertail-tiny-ride'"):
+    place = f"models:/{{version.name}}/{{version.version}}"
+    answers = mlflow.pyfunc.load_model(place).predict(images, params={{"top": 3}})
+    found = [{{one["class"]: one["probability"] for one in answer["top"]}} for answer in answers]
+    np.save(version.tags["model"], [[one[c] for c in "abc"] for one in found])
+assert not {{"experts", "aggregation", "orchestration"}} & sys.modules.keys()
 """
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True)
-    for alias in ("last", "best"):
-        probabilities = np.load(tmp_path / f"{alias}.npy")
-        assert probabilities.dtype == np.float32
-        np.testing.assert_allclose(probabilities, load_model(folder / "export" / alias).predict(images), rtol=1e-5)
+    for which in ("last", "best"):
+        probabilities = np.load(tmp_path / f"{which}.npy")
+        np.testing.assert_allclose(probabilities, load_model(folder / "export" / which).predict(images), rtol=1e-5)
     assert not list((runs / "mlartifacts").rglob("*.pkl"))
+
+
+def test_an_alias_is_asked_for_and_not_taken_by_a_run_that_ends_later(runs, whole, tmp_path, monkeypatch, capsys):
+    uri, name = default_uri(runs), "expertail-tiny-ride"
+    with pytest.raises(
+        ValueError, match=r"later: best is not in sqlite.*: it has no model of the run; .*expertail sync"
+    ):
+        set_alias(runs / "later", uri, "expertail", "best", "best")
+    assert sync(whole, uri) is None
+    assert "best of whole (new)" in set_alias(whole, uri, "expertail", "best", "best")
+    first = client(uri).get_model_version_by_alias(name, "best")
+    assert (first.tags["run"], first.tags["model"]) == ("whole", "best")
+
+    later = make_run(runs / "later")
+    add_models(later)
+    assert sync(later, uri) is None
+    assert client(uri).get_model_version_by_alias(name, "best").version == first.version
+    Image.new("L", (8, 8), 99).save(tmp_path / "a.png")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    answers = []
+    for model in (f"models:/{name}@best", f"models:/{name}/{first.version}", f"runs:/{first.run_id}/best", whole):
+        assert main(["predict", str(model), str(tmp_path / "a.png"), "--csv", "-"]) == 0
+        answers.append(capsys.readouterr().out)
+    assert len(set(answers)) == 1
+    moved = set_alias(later, uri, "expertail", "best", "best")
+    assert moved.endswith(f"best of later (before: version {first.version})")
+    assert client(uri).get_model_version_by_alias(name, "best").tags["run"] == "later"
+    with pytest.raises(ValueError, match="alias latest is as it was"):
+        set_alias(later, uri, "expertail", "best", "latest")
 
 
 def test_a_killed_and_resumed_run_has_every_point_once(runs):
@@ -199,6 +233,26 @@ def test_a_lost_answer_and_a_lost_memory_double_nothing(runs):
     (folder / "tracking.json").write_text(json.dumps(state))
     assert sync(folder, uri) is None
     assert history(uri, "lost") == expected(range(1, 11))
+
+
+def test_a_copied_folder_gets_a_run_of_its_own_and_a_moved_one_goes_on_with_it(runs):
+    """Both folders train on after the copy: neither writes to the other's run."""
+    uri, folder = default_uri(runs), make_run(runs / "origin")
+    settle_ownership(folder)
+    assert sync(folder, uri) is None
+    origin = the_run(uri, "origin").info.run_id
+    copy = shutil.copytree(folder, runs / "copy")
+    append(copy, range(11, 13), 2e9)
+    settle_ownership(copy)
+    assert sync(copy, uri) is None
+    assert history(uri, "origin") == expected(range(1, 11))
+    assert history(uri, "copy") == expected(range(1, 11)) + expected([11, 12], 2e9)
+    assert the_run(uri, "copy").data.tags["expertail.copied_from.run"] == origin
+    moved = shutil.move(folder, runs / "moved")
+    append(moved, range(11, 12), 3e9)
+    settle_ownership(moved)
+    assert sync(moved, uri) is None
+    assert history(uri, "origin") == expected(range(1, 11)) + expected([11], 3e9)
 
 
 def test_a_sweep_is_the_parent_of_its_runs(runs):
@@ -282,7 +336,7 @@ def test_a_server_that_is_not_there_costs_nothing_but_a_message_and_is_caught_up
         assert history(uri, "late", "served") == expected(range(1, 11))
         assert the_run(uri, "late", "served").info.status == "FINISHED"
         (version,) = client(uri).search_model_versions(f"run_id = '{the_run(uri, 'late', 'served').info.run_id}'")
-        assert client(uri).get_model_version_by_alias("tiny-ride", "last").version == version.version
+        assert (version.name, version.tags["model"]) == ("served-tiny-ride", "last")
 
 
 class server:

@@ -31,7 +31,8 @@ def kept():
 
 def test_they_are_in_the_order_of_the_images_and_come_back_from_a_file(kept, tmp_path):
     found, labels, scores = kept
-    (tmp_path / "p.npz").write_bytes(found.packed())
+    with open(tmp_path / "p.npz", "wb") as file:
+        found.write(file)
     again = Predictions.read(tmp_path / "p.npz")
     for one in (found, again):
         assert one.names == ("ensemble", "expert0")
@@ -76,7 +77,8 @@ def test_reliability_adds_up_and_is_left_out_where_scores_are_no_probabilities(k
 
 def test_images_of_each_class_come_from_the_labels_alone(kept, tmp_path):
     found, labels, _ = kept
-    (tmp_path / "p.npz").write_bytes(found.packed())
+    with open(tmp_path / "p.npz", "wb") as file:
+        found.write(file)
     assert images_per_class(tmp_path / "p.npz", CLASSES).tolist() == np.bincount(labels, minlength=CLASSES).tolist()
     assert images_per_class(tmp_path / "none.npz", CLASSES) is None
 

@@ -3,11 +3,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from aggregation.ace import Ace
 from aggregation.aggregator import MeanLogits, MeanProbabilities, Outputs, Weighted
-from aggregation.serving import DESCRIPTION, TENSORS, TrainingData, _load_pyfunc, _sha256, export_model, load_model
+from aggregation.serving import DESCRIPTION, TENSORS, TrainingData, _sha256, export_model, load_model
 from experts.augmentation.stack import prepare_eval
 from experts.backbones.resnet_cifar import ResNetCifar
 from experts.class_groups import GroupRule
@@ -81,7 +82,7 @@ def test_served_probabilities_are_those_of_evaluation(tmp_path, aggregator, conf
 
 
 def test_colour_images_and_batches(tmp_path):
-    model = _load_pyfunc(str(export(tmp_path / "m", COLOUR, (32, 32, 3))))
+    model = load_model(export(tmp_path / "m", COLOUR, (32, 32, 3)))
     images = pixels(5, 32, 32, 3)
     whole = model.predict(images)
     np.testing.assert_allclose(model.predict(images, batch_size=2), whole, rtol=1e-5)
@@ -112,12 +113,23 @@ def test_a_picture_with_its_channels_first_is_not_taken_for_three_grey_ones(tmp_
     assert model.predict(pixels(3, 40, 60, 1)).shape == (3, 4)
 
 
+def test_pixels_of_any_size_and_colours_are_those_of_evaluation(tmp_path):
+    model = load_model(export(tmp_path / "m"))
+    tall = pixels(1, 90, 40)
+    squared = frame(torch.from_numpy(tall), 32).numpy()
+    np.testing.assert_array_equal(model.predict(tall), model.predict(squared))
+    colour = pixels(2, 8, 8, 3)
+    luma = np.stack([np.asarray(Image.fromarray(one).convert("L")) for one in colour])
+    np.testing.assert_allclose(model.predict(colour), model.predict(luma), rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (np.zeros((2, 8, 8), np.float32), "found type float32; needed uint8"),
-        (np.zeros((2, 9, 8), np.uint8), "found 9 x 8 pixels .* needed uint8 pixels .* of 8 x 8"),
-        (np.zeros((2, 8, 8, 3), np.uint8), r"found shape \[2, 8, 8, 3\]"),
+        (np.zeros((2, 8, 8), np.float32), "found type float32; needed pixels"),
+        (np.full((2, 8, 8), 256), "found numbers of 256 to 256"),
+        (np.zeros((2, 8, 8, 2), np.uint8), r"found shape \[2, 8, 8, 2\]"),
+        (np.zeros((2, 0, 8), np.uint8), r"found shape \[2, 0, 8\]"),
         (np.zeros((2, 2, 8, 8, 1), np.uint8), r"found shape \[2, 2, 8, 8, 1\]"),
         (np.zeros(5, np.uint8), r"found shape \[5\]"),
     ],

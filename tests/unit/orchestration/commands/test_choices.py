@@ -6,7 +6,8 @@ import pytest
 
 from orchestration.commands.choices import FAMILIES, choices_text, family_of
 from orchestration.config.compose import load_config
-from orchestration.config.words import available, configs_folder
+from orchestration.config.folders import configs_folder
+from orchestration.config.words import available
 
 RECIPES = [(group, name) for group in ("method", "mix", "then") for name in available(group)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestration.config import layers
+from orchestration.config import folders
 from orchestration.config.compose import compose, load_config
 from orchestration.config.layers import read_file
 from orchestration.config.parts import plan_recipe
@@ -98,8 +98,8 @@ def test_a_recipe_made_of_itself_is_named(monkeypatch, tmp_path):
     (tmp_path / "method").mkdir()
     (tmp_path / "method" / "ce.yaml").write_text("of: {method: ride}\n")
     (tmp_path / "method" / "ride.yaml").write_text("of: {method: ce}\n")
-    monkeypatch.setattr(layers, "configs_folder", lambda: tmp_path)
-    with pytest.raises(ValueError, match=r"configs/method/ride\.yaml: made `of` itself by way of ride, ce"):
+    monkeypatch.setattr(folders, "configs_folder", lambda: tmp_path)
+    with pytest.raises(ValueError, match=r"method/ride\.yaml: made `of` itself by way of ride, ce"):
         plan_recipe("ride", None, (), "digits_lt", {}, "resnet32")
 
 

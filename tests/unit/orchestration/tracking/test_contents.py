@@ -27,7 +27,7 @@ def test_metrics_of_several_stages_do_not_share_a_key(stage, stages, expected):
 def test_the_config_is_sent_without_secrets(tmp_path):
     (tmp_path / "config.yaml").write_text("tracking:\n  uri: http://me:s3cret@h\n")
     assert tracking_contents.files(tmp_path) == {"config.yaml": "tracking:\n  uri: http://h\n"}
-    assert tracking_contents.model_name({"dataset": {"name": "d"}, "method": {"name": "m"}}, "e") == "d-m"
+    assert tracking_contents.model_name({"dataset": {"name": "d"}, "method": {"name": "m"}}, "e") == "e-d-m"
     assert tracking_contents.model_name({}, "e") == "e"
 
 

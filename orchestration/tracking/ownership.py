@@ -1,0 +1,94 @@
+"""Whose MLflow run a run folder is. The key that finds it lies in the folder, so whoever copies one copies it too.
+
+Beside the key, `tracking.json` holds the place where the folder was when it was last uploaded. At another place:
+
+    the old folder is gone                   it was moved: it keeps its MLflow run
+    the old folder is there, with the key    it was copied: it gets an MLflow run of its own
+    nobody here can tell                     (another host's) the same: two folders must never write to one run
+
+The same place is the same path or URL, or the same folder by another path. A restored folder is back at its place.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from orchestration.storage.files import read_json, write_json
+from orchestration.tracking.process import STATE_FILE, hold_lock
+
+FOLDER, COPIED_FROM = "folder", "copied_from"
+"""Entries of tracking.json beside those of the stores."""
+
+
+def settle_ownership(run_dir: Path, url: str | None = None) -> str | None:
+    """Note where a folder is, and give it a key of its own if it is a copy.
+
+    Args:
+        run_dir: the folder of a run or of a sweep.
+        url: where the run is kept, of which the folder is a working copy.
+
+    Returns:
+        A line that says whether the folder was moved or copied; None if it is where it was.
+
+    Raises:
+        ValueError: tracking.json is damaged.
+    """
+    path = run_dir / STATE_FILE
+    with hold_lock(run_dir / f".{STATE_FILE}.run.lock", wait_s=30.0):
+        content = read_json(path)
+        here, old = _place(run_dir, url), content.get(FOLDER)
+        if here == old:
+            return None
+        line = None
+        if old is not None and not _is_same(old, here):
+            keys = {store["key"] for store in content.values() if "key" in store}
+            moved = _was_moved(old, here, keys)
+            if keys and not moved:
+                runs = sorted({store["run_id"] for store in content.values() if "run_id" in store})
+                content = {COPIED_FROM: {"place": old["path"], "runs": runs}}
+            was = f"{run_dir}: was {'moved' if moved else 'copied'} from {old['path']} on {old['host']}"
+            line = f"{was}; it keeps its MLflow run" if moved else f"{was}; this copy gets an MLflow run of its own"
+            line = line if keys else None  # nothing was uploaded from there
+        write_json(path, {**content, FOLDER: here})
+        return line
+
+
+def copied_from(run_dir: Path) -> dict[str, str]:
+    """Return the tags of the MLflow run of a folder that is a copy: where it was copied from, and that one's run."""
+    origin = read_json(run_dir / STATE_FILE).get(COPIED_FROM)
+    if origin is None:
+        return {}
+    return {"expertail.copied_from": origin["place"], "expertail.copied_from.run": ",".join(origin["runs"]) or "none"}
+
+
+def _place(run_dir: Path, url: str | None) -> dict[str, Any]:
+    if url is not None:
+        return {"path": url, "host": platform.node(), "inode": None}
+    return {"path": os.path.abspath(run_dir), "host": platform.node(), "inode": run_dir.stat().st_ino}
+
+
+def _is_same(old: dict[str, Any], here: dict[str, Any]) -> bool:
+    """Return whether two places are one: links, and mounts of one storage at several paths, too."""
+    if old["path"] == here["path"]:  # hosts and inodes change where containers mount a storage again
+        return True
+    try:
+        return os.path.samefile(old["path"], here["path"])
+    except OSError:
+        return False
+
+
+def _was_moved(old: dict[str, Any], here: dict[str, Any], keys: set[str]) -> bool:
+    """Return whether the folder has left its old place for the new one."""
+    if old["inode"] is None or here["inode"] is None:  # at a URL: nobody looks there
+        return False
+    try:
+        found = read_json(Path(old["path"]) / STATE_FILE)
+    except (OSError, ValueError):  # unreadable is no proof that it has gone
+        return False
+    if any(store.get("key") in keys for store in found.values()):
+        return False
+    # A path of another host says nothing, unless both hosts see one storage, where a moved folder keeps its inode.
+    return old["host"] == here["host"] or old["inode"] == here["inode"]
