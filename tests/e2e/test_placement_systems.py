@@ -44,6 +44,12 @@ SYSTEMS = {
     ),
 }
 """Stage and further words of each. dr_h2t's first stage has mixup, and one expert; gcl's has mixup and draws."""
+BESIDE = [
+    "method=ride",
+    "method.stages.train.views=[crop_flip]",
+    "method.stages.train.auxiliaries.contrast={name: paco, queue_size: 128, dim: 8, weight: 0.2}",
+    "method.stages.train.auxiliaries.centres={name: dro_lt, weight: 0.1}",
+]
 LOUD = ["method.stages.train.mixing.quiet_first=0"]  # so that CMO mixes the epochs that are compared
 COMBINED = {
     "LDAM + DRW + mixup + cRT, host": (
@@ -58,6 +64,8 @@ COMBINED = {
     "LDAM + DRW + mixup + cRT": ("crt", ["method=ldam_drw", "mix=mixup", "then=crt"]),
     "MiSLAS": ("mislas", ["method=mislas"]),
     "MiSLAS + H2T": ("h2t", ["method=mislas_h2t"]),
+    "RIDE + PaCo + DRO-LT": ("train", BESIDE),
+    "RIDE + PaCo + DRO-LT + H2T": ("h2t", [*BESIDE, "then=h2t"]),
     "GCL, second stage": ("gcl", ["method=gcl"]),
     "GCL + H2T": ("h2t", ["method=gcl_h2t"]),
     "logit-adjusted TADE": (
