@@ -1,6 +1,6 @@
 """Every loss, second stage and mixing, and ways to better features, on the same images with one schedule and seeds.
 
-    python -m benchmarks.losses run   [--cifar <folder>] [--fashion <folder>] [--seeds 0,1,2] [--only mixing]
+    python -m benchmarks.losses run   [--cifar <folder>] [--fashion <folder>] [--seeds 0,1,2] [--only mixing ride ...]
     python -m benchmarks.losses table [--docs]
     python -m benchmarks.losses list
 
@@ -165,13 +165,13 @@ def main() -> None:
     parser.add_argument("--cifar", type=Path, help="CIFAR-10 as a tree train/<class>/*, test/<class>/*")
     parser.add_argument("--fashion", type=Path, help="folder of the four .gz files")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--only", choices=NETWORKS, help="one kind of networks")
+    parser.add_argument("--only", nargs="+", choices=(*NETWORKS, *_WORDS), help="kinds of networks, or networks")
     parser.add_argument("--epochs", type=int, help="of first stages, else 40 and 15; all runs of a table need the same")
     parser.add_argument("--runs", type=Path, default=Path("runs/losses"))
     parser.add_argument("--docs", action="store_true", help="put the tables into docs/results.md")
     options = parser.parse_args()
-    networks = {name: words for kind, found in NETWORKS.items() if options.only in (None, kind)
-                for name, words in found.items()}  # fmt: skip
+    networks = {name: words for kind, found in NETWORKS.items() for name, words in found.items()
+                if options.only is None or {kind, name} & set(options.only)}  # fmt: skip
     if options.command == "list":
         print("\n".join(f"{name}: {' '.join(words)}" for name, words in networks.items()))
     elif options.command == "run":
