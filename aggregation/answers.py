@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from experts.data.names import readable
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -45,8 +47,10 @@ def in_words(
         `disagreement`: share of the pairs of experts that name different classes; 0 for one expert.
     """
 
+    names = [readable(name) for name in class_names]  # JSON and files take no bytes that are no text
+
     def said(p_C: NDArray[np.float32], c: int) -> dict[str, Any]:
-        return {"class": class_names[c], "probability": float(p_C[c])}
+        return {"class": names[c], "probability": float(p_C[c])}
 
     found = []
     for p_C, p_EC in zip(answers.probabilities_BC, answers.experts_EBC.swapaxes(0, 1), strict=True):

@@ -10,10 +10,8 @@ import re
 import shlex
 from pathlib import Path
 
-from orchestration.config.folders import GROUPS, VARIABLE, configs_folder, path_of
+from orchestration.config.folders import GROUPS, VARIABLE, configs_folder, name_problem, path_of
 from orchestration.config.paths import expand
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 def copy_recipe(source: str, target: str) -> str:
@@ -32,10 +30,10 @@ def copy_recipe(source: str, target: str) -> str:
         raise ValueError(f"{source}: no group is called {group}; known: {', '.join(GROUPS)}")
     text, path = path_of(group, choice).read_text("utf-8"), Path(expand(target))
     name = path.stem
-    if path.suffix != ".yaml" or not _NAME.fullmatch(name):
-        raise ValueError(
-            f"{target}: needed a name of letters, digits, _ and - that ends in .yaml, e.g. my_{choice}.yaml"
-        )
+    if path.suffix != ".yaml":
+        raise ValueError(f"{target}: needed a name that ends in .yaml, e.g. my_{choice}.yaml")
+    if problem := name_problem(name):
+        raise ValueError(f"{target}: {problem}")
     if (configs_folder() / group / path.name).exists():
         raise ValueError(f"{target}: {group}={name} is a name of ours; give the file another name")
     if path.exists():

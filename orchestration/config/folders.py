@@ -20,6 +20,9 @@ import configs
 
 VARIABLE = "EXPERTAIL_CONFIG_DIR"
 GROUPS = ("method", "dataset", "backbone", "protocol", "pace", "mix", "then", "cluster", "augment")
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+_TAKEN = ("null", "true", "false", "standard", "unmixed", "generic")
+"""Words that mean something else where a name stands."""
 _RECIPE = re.compile(r"^(method|of)\s*:", re.MULTILINE)
 
 
@@ -76,7 +79,17 @@ def _of_user(group: str) -> dict[str, Path]:
             if path.stem in found:
                 raise ValueError(f"{path}: there is {found[path.stem]}, too; needed one file of a name")
             found[path.stem] = path
+    for name, path in found.items():
+        if problem := name_problem(name):
+            raise ValueError(f"{path}: {problem}")
     return found
+
+
+def name_problem(name: str) -> str | None:
+    """Return why a file of this name, without its ending, cannot be chosen; None if it can."""
+    if _NAME.fullmatch(name) and name.lower() not in _TAKEN:
+        return None
+    return f"{name} cannot be chosen by name; needed a letter, then letters, digits, _ and -"
 
 
 def is_ours(path: Path) -> bool:

@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from experts.data.names import readable
 from orchestration.storage.files import read_json
 
 _PACKAGES = ("experts", "aggregation")
@@ -44,7 +45,10 @@ def save_pyfunc(scratch: Path, export: Path, model: Any) -> None:
         mlflow_model=model,
         signature=_signature(described),
         pip_requirements=[f"{package}=={version}" for package, version in versions.items()],
-        metadata={"class_names": described["class_names"], "preprocessing": described["preprocessing"]},
+        metadata={
+            "class_names": [readable(name) for name in described["class_names"]],
+            "preprocessing": described["preprocessing"],
+        },
     )
 
 

@@ -28,7 +28,8 @@ def test_a_copied_recipe_is_the_same_under_its_own_name(tmp_path, monkeypatch, c
 @pytest.mark.parametrize(("words", "message"), [
     (["rid", "{tmp}/my.yaml"], "method=rid: no such method, did you mean ride"),
     (["methd=ride", "{tmp}/my.yaml"], "no group is called methd"),
-    (["ride", "{tmp}/my.yml"], "needed a name of letters, digits, _ and - that ends in .yaml, e.g. my_ride.yaml"),
+    (["ride", "{tmp}/my.yml"], "needed a name that ends in .yaml, e.g. my_ride.yaml"),
+    (["ride", "{tmp}/my+ride.yaml"], "my+ride cannot be chosen by name; needed a letter, then letters"),
     (["ride", "{tmp}/tade.yaml"], "method=tade is a name of ours"),
     (["ride", "{tmp}/there.yaml"], "there.yaml: exists"),
     (["ride", "{tmp}/none/my.yaml"], "none is no folder"),

@@ -13,8 +13,11 @@ from experts.data import images as images_module
 from experts.data.images import FileImages
 from experts.data.pools import FilePool
 from orchestration.results.mistakes_picture import draw_mistakes, worst_mistakes
+from orchestration.results.pictures import draw_report
 from orchestration.results.style import picture_style, save_figure
 from orchestration.storage.predictions import write_predictions
+from tests import short_runs
+from tests.recipes import digits
 
 IMAGES, CLASSES = 60, 4
 
@@ -26,6 +29,12 @@ def predictions(labels, wrong):
     predicted = (labels + ranks) % CLASSES
     confidence = np.linspace(0.3, 0.9, IMAGES, dtype=np.float32)
     return Predictions(("ensemble", "expert0"), labels, predicted, ranks, np.stack([confidence] * 2), None)
+
+
+def predictions_of(labels):
+    """Predicted classes, ranks and confidence where every third image is taken for the next class."""
+    ranks = np.stack([np.arange(len(labels)) % 3 == 0] * 2).astype(np.int32)
+    return (labels + ranks) % 10, ranks, np.full(ranks.shape, 0.5, np.float32)
 
 
 @pytest.fixture
@@ -78,3 +87,22 @@ def test_predictions_of_other_images_are_refused(saved, tmp_path):
     write_predictions([tmp_path / "evaluation"], [(("last",), "test", kept)], CLASSES, probabilities=True)
     with pytest.raises(ValueError, match="its labels are not those of the test images"):
         draw_mistakes(tmp_path / "evaluation", lambda: saved, "", "")
+
+
+@pytest.mark.slow
+def test_a_sheet_that_cannot_be_drawn_costs_itself_and_a_line(tmp_path):
+    run = short_runs.train(tmp_path / "run", "ce", "backbone=resnet8", "run.features_picture=false", stages=1)
+    labels = digits(0).test.labels
+    others = Predictions(("ensemble", "expert0"), labels[::-1], *predictions_of(labels[::-1]), None)
+    write_predictions([run / "evaluation"], [(("last",), "test", others)], 10, probabilities=True)
+    lines = []
+    drawn = {path.name for path in draw_report(run, lines.append)}
+    (line,) = lines
+    assert line.startswith("report/mistakes.png was not drawn: ValueError: ")
+    assert "its labels are not those of the test images" in line
+    assert {"per_class.png", "confusion.png", "reliability.png"} <= drawn
+
+    right = Predictions(("ensemble", "expert0"), labels, *predictions_of(labels), None)
+    write_predictions([run / "evaluation"], [(("last",), "test", right)], 10, probabilities=True)
+    assert run / "report" / "mistakes.png" in draw_report(run, lines.append)
+    assert lines == [line]
