@@ -18,7 +18,7 @@ from pathlib import Path
 def main(arguments: list[str]) -> int:
     """Run one expertail command and return its exit code."""
     os.environ.setdefault("RAY_ADDRESS", "auto")
-    if importlib.util.find_spec("orchestration") is None:
+    if not _is_installed():
         root = _checkout()
         if root is None:
             print(
@@ -33,6 +33,12 @@ def main(arguments: list[str]) -> int:
     from orchestration.cli import main as expertail
 
     return expertail(arguments[1:] if arguments[:1] == ["--"] else arguments)
+
+
+def _is_installed() -> bool:
+    """Return whether expertail is found, and not a folder of another project that has the name of a package of ours."""
+    found = importlib.util.find_spec("orchestration")
+    return any((Path(place) / "cli.py").is_file() for place in (found and found.submodule_search_locations) or [])
 
 
 def _checkout() -> Path | None:

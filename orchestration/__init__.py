@@ -18,7 +18,7 @@ def _find_own_packages() -> None:
         ImportError: another package with the name of one of ours is imported already; names it.
     """
     hidden = False
-    for name in ("experts", "aggregation", "configs", "deploy"):
+    for name in ("experts", "aggregation", "configs"):  # deploy is never imported by us
         places = _places_of(name)
         if not places or _ROOT / name in places[:1]:
             continue

@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     _print_any_text()
     _warn_only()
+    _keep_docstrings()
     parser = _parser()
     given = sys.argv[1:] if argv is None else argv
     if given and "=" in given[0] and not given[0].startswith("-"):
@@ -112,10 +113,22 @@ def _print_any_text() -> None:
 
 def _warn_only() -> None:
     """Let libraries warn while they load: with PYTHONWARNINGS=error the first of them would end the command."""
-    if any(option.partition(":")[0].strip() == "error" for option in os.environ.get("PYTHONWARNINGS", "").split(",")):
-        del os.environ["PYTHONWARNINGS"]  # for the processes that this one starts
-        warnings.simplefilter("default")
-        say("PYTHONWARNINGS = error is not applied: libraries warn while they load")
+    asked = {"PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "").split(","), "-W": sys.warnoptions}
+    found = [way for way, options in asked.items() if any(o.partition(":")[0].strip() == "error" for o in options)]
+    if found:
+        os.environ.pop("PYTHONWARNINGS", None)  # for the processes that this one starts
+        sys.warnoptions.clear()  # multiprocessing hands these on, of -W too
+        warnings.resetwarnings()
+        for usual in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", usual)
+        say(f"{found[0]} = error is not applied: libraries warn while they load")
+
+
+def _keep_docstrings() -> None:
+    """Let the processes that this one starts have docstrings: some of Ray's end without, and minutes pass then."""
+    if os.environ.get("PYTHONOPTIMIZE", "") not in ("", "0", "1"):
+        say(f"PYTHONOPTIMIZE = {os.environ['PYTHONOPTIMIZE']} is 1 for Ray's processes, which need their docstrings")
+        os.environ["PYTHONOPTIMIZE"] = "1"
 
 
 def _explain(error: BaseException, full: bool) -> int:

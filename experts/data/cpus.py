@@ -61,12 +61,12 @@ class _Mount:
 
 
 def _quota_of(folder: Path) -> Iterator[float]:
-    texts = _lines(folder / "cpu.max") or [
-        " ".join(_lines(folder / f"cpu.cfs_{what}_us")[0] for what in ("quota", "period"))
-        for _ in _lines(folder / "cpu.cfs_quota_us")
-    ]
+    texts = _lines(folder / "cpu.max")
+    if not texts:
+        quotas, periods = (_lines(folder / f"cpu.cfs_{what}_us") for what in ("quota", "period"))
+        texts = [f"{quota} {period}" for quota, period in zip(quotas, periods, strict=False)]  # one may be hidden
     for text in texts[:1]:
-        with contextlib.suppress(ValueError, IndexError):  # "max" and -1 are no limit
+        with contextlib.suppress(ValueError):  # "max" and -1 are no limit
             share, period = map(int, text.split())
             if share > 0 and period > 0:
                 yield share / period

@@ -12,7 +12,8 @@ import ray
 
 from orchestration.cluster.local_ray import start_local_ray
 from orchestration.cluster.placement import largest_share
-from orchestration.cluster.ray_internals import draining_nodes, own_code_in_workers, token_headers
+from orchestration.cluster.ray_internals import draining_nodes, own_code_in_workers, rays_of_this_host, token_headers
+from orchestration.config.messages import say
 from orchestration.config.run_config import ClusterConfig, EngineConfig
 
 
@@ -41,6 +42,7 @@ def start_ray(address: str | None) -> None:
     if not named:
         start_local_ray()
         return
+    named = _one_of_this_host() if named == "auto" else named
     _check_listening(named)
     try:
         with own_code_in_workers():
@@ -50,6 +52,29 @@ def start_ray(address: str | None) -> None:
             f"cluster.address = {named}: no Ray cluster answers ({str(error).splitlines()[0]}); "
             f"start one with `ray start --head`, correct the address, or unset it to run on this machine alone"
         ) from error
+
+
+def _one_of_this_host() -> str:
+    """Return the address that 'auto' means here: of the only Ray, or of the one that `ray start` started last.
+
+    Others may be those of other users, or of other runs that named no cluster and end with them.
+
+    Raises:
+        ValueError: there are several, and none of them is of `ray start`.
+    """
+    running, started = rays_of_this_host()
+    if len(running) < 2:
+        return next(iter(running), "auto")
+    ports = {address.rpartition(":")[2] for address in running}
+    if started is not None and started.rpartition(":")[2] in ports:
+        say(
+            f"cluster.address = auto: {len(running)} Rays run on this host; taken is {started}, of the last `ray start`"
+        )
+        return started
+    raise ValueError(
+        f"cluster.address = auto: {len(running)} Rays run on this host ({', '.join(sorted(running))}), and `ray start` "
+        f"started none of them; needed one; set cluster.address or RAY_ADDRESS to it"
+    )
 
 
 def _check_listening(address: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import tempfile
 import time
 from pathlib import Path
 
@@ -55,29 +56,41 @@ def start_local_ray() -> None:
 
 
 def _use_short_folder() -> None:
-    """Take /tmp for the sockets of Ray and of loader processes, where TMPDIR is too long for their paths.
+    """Take /tmp for the sockets of Ray (RAY_TMPDIR, else TMPDIR) and of loaders (TMPDIR), which need short paths.
 
     Raises:
         ValueError: /tmp cannot be written; names what to set.
     """
-    variable = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
-    folder = os.environ.get(variable, "/tmp")
-    if len(os.fsencode(folder)) <= _LONGEST_FOLDER:
-        return
-    if not os.access("/tmp", os.W_OK):
-        raise ValueError(
-            f"{variable} = {folder}: too long for the sockets of Ray, at most {_LONGEST_FOLDER} bytes, and /tmp cannot "
-            f"be written; set {variable} to a shorter folder"
-        )
-    say(f"{variable} = {folder} is too long for sockets; /tmp is used")
-    os.environ[variable] = os.environ["TMPDIR"] = "/tmp"
+    for variable in ("RAY_TMPDIR", "TMPDIR"):
+        folder = os.environ.get(variable, "")
+        if len(os.fsencode(folder)) <= _LONGEST_FOLDER:
+            continue
+        if not os.access("/tmp", os.W_OK):
+            raise ValueError(
+                f"{variable} = {folder}: too long for the sockets of Ray and of loader processes, at most "
+                f"{_LONGEST_FOLDER} bytes, and /tmp cannot be written; set {variable} to a shorter folder"
+            )
+        say(f"{variable} = {folder} is too long for sockets; /tmp is used")
+        os.environ[variable] = "/tmp"
+        tempfile.tempdir = None  # Python remembers what it found first
 
 
 def _use_own_token() -> None:
     """Give this process and its Ray a token of their own, where Ray could not keep one in the home folder."""
     home = Path.home()
     kept = home / ".ray" / "auth_token"
-    nearest = next(folder for folder in (kept.parent, home, *home.parents) if folder.exists())
-    if any(name.startswith("RAY_AUTH_") for name in os.environ) or kept.exists() or os.access(nearest, os.W_OK):
+    if any(name.startswith("RAY_AUTH_") for name in os.environ):
         return
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    try:
+        if kept.exists():
+            usable = bool(kept.read_text().strip())  # a full disk left an empty one
+        else:
+            nearest = next(folder for folder in (kept.parent, home, *home.parents) if folder.exists())
+            with tempfile.TemporaryFile(dir=nearest) as file:  # neither permissions nor a full disk show otherwise
+                file.write(bytes(64))
+                file.flush()
+            usable = True
+    except OSError:
+        usable = False
+    if not usable:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

@@ -47,6 +47,16 @@ def token_needed() -> bool:
     return bool(is_token_auth_enabled())
 
 
+def rays_of_this_host() -> tuple[set[str], str | None]:
+    """Return the addresses of the Rays that run here, and of the one that `ray start` started or joined last, if any.
+
+    Asked for 'auto', `ray.init` takes any of them, and warns of it where nobody sees it.
+    """
+    from ray._private.services import find_bootstrap_address, find_gcs_addresses
+
+    return set(find_gcs_addresses()), find_bootstrap_address(None)
+
+
 @contextlib.contextmanager
 def own_process_groups() -> Iterator[None]:
     """Keep the Ray processes that start inside this context out of this command's process group.

@@ -319,8 +319,9 @@ def _manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
         files = manifest["files"]
-        assert STATE in files and all({"size", "sha256"} <= e.keys() for e in files.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        if STATE not in files or not all({"size", "sha256"} <= e.keys() for e in files.values()):
+            raise ValueError("an entry is missing")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"{path}: not a readable manifest ({type(error).__name__})") from error
     paths = [name for name in files if not _is_plain(name)]
     if paths:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("experts", "aggregation", "configs", "deploy")
+NAMES = ("experts", "aggregation", "configs")
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def python(code, theirs, *, first=True):
 
 
 def test_a_command_takes_our_packages(theirs):
-    code = "import orchestration, experts, experts.data, configs, deploy; print(experts.__file__)"
+    code = "import orchestration, experts, experts.data, configs; print(experts.__file__)"
     done = python(code, theirs)
     assert done.stdout.strip() == str(ROOT / "experts" / "__init__.py"), done.stderr
 
@@ -55,3 +56,23 @@ def test_a_package_that_is_imported_already_is_named(theirs, needs):
 def test_a_folder_behind_ours_changes_nothing(theirs):
     code = "import sys; before = list(sys.path); import orchestration, aggregation; assert sys.path == before"
     assert python(code, theirs, first=False).returncode == 0
+
+
+def test_an_imported_deploy_of_another_project_is_in_nobodys_way(theirs):
+    (theirs / "deploy").mkdir()
+    (theirs / "deploy" / "__init__.py").touch()
+    done = python("import deploy, orchestration; print(deploy.__file__)", theirs)
+    assert done.stdout.strip() == str(theirs / "deploy" / "__init__.py"), done.stderr
+
+
+def test_the_command_is_ours_where_another_project_has_an_orchestration(theirs):
+    """The script that pip makes imports `expertail`; where theirs is loaded already, the message names it."""
+    (theirs / "orchestration").mkdir()
+    (theirs / "orchestration" / "__init__.py").touch()
+    script = "import sys; from expertail import main; sys.argv = ['expertail', '--version']; sys.exit(main())"
+    assert python(script, theirs).stdout.startswith("expertail ")
+    done = python(f"import orchestration; {script}", theirs)
+    assert done.returncode == 1
+    assert str(theirs / "orchestration") in done.stderr and "take it off PYTHONPATH" in done.stderr
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"expertail": "expertail:main"}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
+import warnings
 
 import pytest
 import torch
 from safetensors import safe_open
 
+from orchestration import cli
 from orchestration.cli import main
 from orchestration.config.words import GROUPS, available
 from orchestration.storage.pretrained import _whole_network
@@ -73,3 +77,26 @@ def test_the_list_names_every_choice_in_lines_that_fit_a_screen(capsys):
                 r"\s*\|?\s+", printed.partition(f"\n{group}=")[2].partition("\n")[2].split("\n\n")[0].strip()
             )
         assert sorted(listed) == available(group)
+
+
+@pytest.mark.parametrize("way", ["PYTHONWARNINGS", "-W"])
+def test_warnings_of_libraries_end_no_command_and_none_of_its_processes(way, monkeypatch, capsys):
+    """Processes that multiprocessing starts get the options of -W again."""
+    monkeypatch.setenv("PYTHONWARNINGS", "error::DeprecationWarning" if way == "PYTHONWARNINGS" else "")
+    monkeypatch.setattr(sys, "warnoptions", ["error"] if way == "-W" else [])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cli._warn_only()
+        for kind in (DeprecationWarning, ResourceWarning):
+            warnings.warn("put in", kind, stacklevel=1)
+    assert "PYTHONWARNINGS" not in os.environ and sys.warnoptions == []
+    assert f"expertail: {way} = error is not applied: libraries warn while they load" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("given", "handed_on"), [("2", "1"), ("1", "1"), ("", "")])
+def test_processes_keep_their_docstrings(given, handed_on, monkeypatch, capsys):
+    """Ray's agent adds to a docstring and ends where there is none; the command would wait for it for minutes."""
+    monkeypatch.setenv("PYTHONOPTIMIZE", given)
+    cli._keep_docstrings()
+    assert os.environ["PYTHONOPTIMIZE"] == handed_on
+    assert ("PYTHONOPTIMIZE = 2 is 1 for" in capsys.readouterr().err) == (given == "2")

@@ -45,6 +45,7 @@ JOB = "system.slice/slurmstepd.scope/job_7/step_0"
         (["4:cpu,cpuacct:/job"], [V1], {"cpu/job/cpu.cfs_quota_us": "-1", "cpu/job/cpu.cfs_period_us": "100000"}, None),
         (["4:memory:/job"], [V1], {"cpu/job/cpu.cfs_quota_us": "100", "cpu/job/cpu.cfs_period_us": "100"}, None),
         (["0::/"], [V2], {"cg/cpu.max": "nonsense"}, None),
+        (["4:cpu,cpuacct:/job"], [V1], {"cpu/job/cpu.cfs_quota_us": "100"}, None),  # without its period
         (["0::/../.."], [V2], {}, None),
         ([], [], {}, None),
     ],

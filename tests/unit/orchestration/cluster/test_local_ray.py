@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import tempfile
 
 import pytest
 
@@ -20,6 +22,16 @@ def test_a_folder_that_is_too_long_for_sockets_is_replaced_and_said(monkeypatch,
     assert f"{variable} = {LONG} is too long for sockets; /tmp is used" in capsys.readouterr().err
 
 
+def test_a_short_folder_for_ray_hides_no_long_one_of_loader_processes(monkeypatch, capsys):
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/r")
+    monkeypatch.setenv("TMPDIR", LONG)
+    monkeypatch.setattr(tempfile, "tempdir", LONG)
+    local_ray._use_short_folder()
+    assert (os.environ["RAY_TMPDIR"], os.environ["TMPDIR"]) == ("/tmp/r", "/tmp")
+    assert tempfile.gettempdir() == "/tmp"
+    assert capsys.readouterr().err == f"expertail: TMPDIR = {LONG} is too long for sockets; /tmp is used\n"
+
+
 def test_without_tmp_the_message_names_the_variable(monkeypatch):
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv("TMPDIR", LONG)
@@ -28,18 +40,30 @@ def test_without_tmp_the_message_names_the_variable(monkeypatch):
         local_ray._use_short_folder()
 
 
-def test_a_home_that_cannot_be_written_gets_a_token_for_this_process(monkeypatch, tmp_path):
+def test_a_home_that_is_full_or_cannot_be_written_gets_a_token_for_this_process(monkeypatch, tmp_path):
     for name in [name for name in os.environ if name.startswith("RAY_AUTH_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    local_ray._use_own_token()
-    assert "RAY_AUTH_TOKEN" not in os.environ
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/their/token")
-    local_ray._use_own_token()
-    assert "RAY_AUTH_TOKEN" not in os.environ
-    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "")  # restored after the test
     monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.setenv("HOME", str(tmp_path))
     local_ray._use_own_token()
-    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+    assert "RAY_AUTH_TOKEN" not in os.environ and not [*tmp_path.iterdir()]
+
+    def refuse(dir):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(tempfile, "TemporaryFile", refuse)
+        full.setenv("RAY_AUTH_TOKEN_PATH", "/their/token")
+        local_ray._use_own_token()
+        assert "RAY_AUTH_TOKEN" not in os.environ
+        full.delenv("RAY_AUTH_TOKEN_PATH")
+        local_ray._use_own_token()
+        assert len(os.environ.pop("RAY_AUTH_TOKEN")) == 64
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").touch()  # Ray made it, and had no room for its content
+    local_ray._use_own_token()
+    assert len(os.environ.pop("RAY_AUTH_TOKEN")) == 64
+    (tmp_path / ".ray" / "auth_token").write_text("kept")
+    local_ray._use_own_token()
+    assert "RAY_AUTH_TOKEN" not in os.environ
