@@ -134,7 +134,7 @@ class Ensemble(nn.Module):
                 running_BC = logits_EBC[: expert.position + 1].mean(dim=0)
                 scores.append(self.shared["router"](expert.gate(features_BD), running_BC))
             else:
-                scores.append(features_BD.new_zeros(len(features_BD)))
+                scores.append(features_BD.new_zeros(features_BD.shape[0]))  # `len` would be a constant in an export
         return torch.stack(scores)
 
 

@@ -208,6 +208,7 @@ def _write_onnx(portable: Portable, images: Tensor, about: dict[str, str], file:
 
     program = _traced(portable, images, "ONNX")
     with _quiet(), _or_refused("ONNX"):
+        program = program.run_decompositions(torch.export.default_decompositions() | _UNKNOWN_TO_ONNX)
         made = torch.onnx.export(program, (), input_names=["images"], output_names=list(OUTPUTS), verbose=False)
         assert made is not None
         made.model.metadata_props.update(about)
@@ -216,6 +217,14 @@ def _write_onnx(portable: Portable, images: Tensor, about: dict[str, str], file:
     return lambda batch: session.run(list(OUTPUTS), {"images": batch.numpy()})
 
 
+def _distances(a: Tensor, b: Tensor, p: float = 2.0, compute_mode: int | None = None) -> Tensor:
+    """Return the distances of rows from rows, as `torch.cdist` does."""
+    del compute_mode
+    return torch.linalg.vector_norm(a[..., :, None, :] - b[..., None, :, :], ord=p, dim=-1)
+
+
+_UNKNOWN_TO_ONNX = {torch.ops.aten.cdist.default: _distances, torch.ops.aten._cdist_forward.default: _distances}
+"""Operations that the ONNX exporter does not know, in others that it does."""
 _WRITERS: dict[str, Callable[[Portable, Tensor, dict[str, str], Path], Runner]] = {
     "torch": _write_torch,
     "onnx": _write_onnx,
@@ -239,8 +248,11 @@ def _or_refused(form: str) -> Iterator[None]:
     try:
         yield
     except Exception as problem:
+        cause: BaseException = problem
+        while cause.__cause__ is not None:  # exporters wrap what was wrong in pages about themselves
+            cause = cause.__cause__
         raise ValueError(
-            f"this model cannot be exported as {form}: {in_one_line(problem)}; serve it by MLflow (docs/serving.md)"
+            f"this model cannot be exported as {form}: {in_one_line(cause)}; serve it by MLflow (docs/serving.md)"
         ) from problem
 
 
