@@ -223,7 +223,19 @@ def _distances(a: Tensor, b: Tensor, p: float = 2.0, compute_mode: int | None = 
     return torch.linalg.vector_norm(a[..., :, None, :] - b[..., None, :, :], ord=p, dim=-1)
 
 
-_UNKNOWN_TO_ONNX = {torch.ops.aten.cdist.default: _distances, torch.ops.aten._cdist_forward.default: _distances}
+def _running_product(rows: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the products of the first rows, the first two, and so on, as `torch.cumprod` does; for few rows."""
+    products: list[Tensor] = []
+    for row in rows.to(dtype).unbind(dim):
+        products.append(products[-1] * row if products else row)
+    return torch.stack(products, dim)
+
+
+_UNKNOWN_TO_ONNX = {
+    torch.ops.aten.cdist.default: _distances,
+    torch.ops.aten._cdist_forward.default: _distances,
+    torch.ops.aten.cumprod.default: _running_product,
+}
 """Operations that the ONNX exporter does not know, in others that it does."""
 _WRITERS: dict[str, Callable[[Portable, Tensor, dict[str, str], Path], Runner]] = {
     "torch": _write_torch,
