@@ -121,13 +121,14 @@ def main() -> None:
         "command": f"python -m benchmarks.loss_steps --rounds {options.rounds}", **machine(), "threads": 1,
         "load": [round(value, 2) for value in os.getloadavg()], "beside": options.beside, "rows": {},
     }  # fmt: skip
-    commit = record["commit"]
+    now = record
     if set(options.only) < set(ROWS) and options.out.exists():  # the other rows stay, with what they were measured by
         record = json.loads(options.out.read_text())
     with tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder), per_class=30, test=200)
         for name in options.only:
-            record["rows"][name] = measured(ROWS[name], Path(folder), options.rounds) | {"commit": commit}
+            row = measured(ROWS[name], Path(folder), options.rounds)
+            record["rows"][name] = row | {"commit": now["commit"], "load": now["load"], "beside": now["beside"]}
             print(line(name, record["rows"][name]), flush=True)
             options.out.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.losses run   [--cifar <folder>] [--fashion <folder>] [--seeds 0,1,2] [--only mixing ride ...]
     python -m benchmarks.losses table [--docs]
+    python -m benchmarks.losses pair  --only ce ssp_rotation
     python -m benchmarks.losses list
 
 A ResNet-8 for 40 epochs, or 15 on Fashion-MNIST, second stages for 10, all by pace=fashion_mnist_lt; the last epoch
@@ -9,7 +10,8 @@ counts. `run` trains what is not finished, two runs at a time with one thread ea
 outermost, so that a part of the table is a table. It can be stopped and started again; a file PAUSE in the folder of
 the runs makes it wait before the next run; several commands may work on one folder, also from different checkouts
 (seeds.py). `table` reads the finished runs, writes benchmarks/results/losses.json and prints the tables; with --docs it
-also puts them into docs/results.md. `list` prints the words of each run.
+also puts them into docs/results.md. `pair` compares two networks on
+CIFAR-10-LT seed by seed, over all seeds that both have. `list` prints the words of each run.
 
 Second stages of the same network are final stages of one run, so they share its training.
 """
@@ -161,7 +163,7 @@ TABLES: dict[str, tuple[str, tuple[Row, ...]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "table", "list"))
+    parser.add_argument("command", choices=("run", "table", "pair", "list"))
     parser.add_argument("--cifar", type=Path, help="CIFAR-10 as a tree train/<class>/*, test/<class>/*")
     parser.add_argument("--fashion", type=Path, help="folder of the four .gz files")
     parser.add_argument("--seeds", default="0,1,2")
@@ -174,6 +176,10 @@ def main() -> None:
                 if options.only is None or {kind, name} & set(options.only)}  # fmt: skip
     if options.command == "list":
         print("\n".join(f"{name}: {' '.join(words)}" for name, words in networks.items()))
+    elif options.command == "pair":
+        record = paired(options.runs, *options.only)
+        Path(RESULTS.parent, f"losses_{'_'.join(options.only)}.json").write_text(json.dumps(record, indent=1) + "\n")
+        print(json.dumps(record["gain"], indent=1))
     elif options.command == "run":
         folders = {data: folder for data, folder in (("cifar", options.cifar), ("fashion", options.fashion)) if folder}
         numbers = [int(seed) for seed in options.seeds.split(",")]
@@ -246,6 +252,25 @@ def entry_of(data: str, row: Row, done: Mapping[int, Path]) -> dict[str, Any]:
         "training_multiply_adds": work_of(data, row, epochs["train"]),
         "published": published_of(row),
     }
+
+
+def paired(runs: Path, first: str, second: str) -> dict[str, Any]:
+    """Return by how much the second of two networks beats the first on the same seeds: mean and standard error."""
+    seeds_of = [{int(f.name.rpartition("-s")[2]) for f in runs.glob(f"cifar-{name}-s*/") if seeds.is_finished(f)}
+                for name in (first, second)]  # fmt: skip
+    both = sorted(set.intersection(*seeds_of))
+    folders = {name: [runs / f"cifar-{name}-s{seed}" for seed in both] for name in (first, second)}
+    finals = {row.network: row.final for row in reversed(TABLES["cifar"][1] + TABLES["representation"][1])}
+    top1 = {name: seeds.accuracies(seeds.evaluation(f, finals[name]) for f in own) for name, own in folders.items()}
+    gain = {}
+    for group in GROUPS:
+        pairs = zip(top1[first][group], top1[second][group], strict=True)
+        mean, spread = mean_and_spread(own - base for base, own in pairs if own is not None and base is not None)
+        gain[group] = {"mean": mean, "standard_error": spread and spread / math.sqrt(len(both))}
+    commits = {name: [json.loads((f / "run.json").read_text())["commit"] for f in own] for name, own in folders.items()}
+    command = f"python -m benchmarks.losses pair --only {first} {second}"
+    found = {"seeds": both, "commits": commits, "top1": top1, "gain": gain}
+    return {"command": command, **seeds.made_by(folders[first][-1]), **found}
 
 
 def published_of(row: Row) -> dict[str, dict[str, float]]:

@@ -35,7 +35,6 @@ from experts.augmentation.stack import Stack
 from experts.data.config import Augment, DatasetConfig
 from experts.data.images import FileImages, ImageStore, ResidentImages
 from experts.data.keyed_random import key, uniforms
-from experts.data.loader_room import refuse_little_room
 from experts.data.prefetch import CropKey, Prefetcher, Request, read
 from experts.data.transfer import to_device
 from experts.epoch import Epoch, Stream, draw_mixes, joined, merged
@@ -229,8 +228,6 @@ class TrainBatches:
         self._epoch: Epoch | None = None
         self._prefetcher: Prefetcher | None = None
         if isinstance(self.store, FileImages):
-            crops = 1 + max(self._frame_of)
-            refuse_little_room(dataset_config, self._images_of_a_step() * crops)
             self._prefetcher = Prefetcher(
                 self.store, dataset_config.loader_processes, pin_memory=self.device.type == "cuda"
             )
@@ -240,13 +237,22 @@ class TrainBatches:
         if isinstance(self.store, FileImages) or self.device.type == "cpu":
             return 1
         side = self.store.images.shape[-1]
-        in_step = self._images_of_a_step() * len(self._stacks) * (1 if self._second is None else 2)
+        in_step = images_of_a_step(self.config.batch_size, self.replica.count, alone=self._alone)
+        in_step *= len(self._stacks) * (1 if self._second is None else 2)
         return max(1, AHEAD_BYTES // (in_step * 3 * side * side * self.replica.dtype.itemsize))
 
-    def _images_of_a_step(self) -> int:
-        """Return the most images that this replica makes for a step: its share, or all where any may be mixed in."""
-        alone = self.mixing is None or self._second is not None
-        return -(-self.config.batch_size // self.replica.count) if alone else self.config.batch_size
+    @property
+    def _alone(self) -> bool:
+        """Whether the images of this replica are made without others of the batch, which may be mixed in."""
+        return self.mixing is None or self._second is not None
+
+    @property
+    def read_at_once(self) -> int:
+        """The most images of files that are read at once, each of their crops counted; 0 where none are."""
+        if self._prefetcher is None:
+            return 0
+        images = images_of_a_step(self.config.batch_size, self.replica.count, alone=self._alone)
+        return images * crops_of(self._stacks)
 
     def positions(self, epoch: int) -> np.ndarray:
         """Return the epoch's global sequence of positions in the store, int64 [draws_per_epoch]; epochs start at 1."""
@@ -464,6 +470,16 @@ class TrainBatches:
             views=views,
             told={name: told_N[rows] for name, told_N in epoch.told_N.items()},
         )
+
+
+def images_of_a_step(batch_size: int, replicas: int, *, alone: bool) -> int:
+    """Return the most images that a replica makes for a step: its share, or all where any may be mixed in."""
+    return -(-batch_size // replicas) if alone else batch_size
+
+
+def crops_of(stacks: Sequence[Stack]) -> int:
+    """Return the number of frames that are read from a file for all views of its image."""
+    return 1 + max(_frames(stacks))
 
 
 def _frames(stacks: Sequence[Stack]) -> list[int]:

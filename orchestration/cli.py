@@ -27,7 +27,6 @@ from orchestration.config.messages import say, show
 _EPILOG = """\
 examples:
   expertail train method=ride dataset=cifar100_lt dataset.root=~/data/cifar    train, or resume where it stopped
-  expertail train dataset=digits_lt cluster.workers=3                         three workers, one expert each
   expertail train method=ride mix=mixup then=h2t dataset=cifar100_lt          a recipe from parts
   expertail train method=ce 'then=[joint,ncm,crt,lws]' dataset=cifar100_lt    four classifiers on one network
   expertail train then=ncm method.like=runs/ride-cifar100_lt-s0               a further stage on a saved run

@@ -234,10 +234,17 @@ def read_paths(root: str, file: str) -> np.ndarray:
             f"folder that its paths are relative to"
         )
     rest, form = taken  # without a header
-    alone = form._replace(labelled=False)
-    split = [(line, *form.split(line)) for _, line in rest]
-    paths = [image if _LABEL.fullmatch(label) else alone.split(line)[0] for line, image, label in split]
-    return _as_stored(root, file, [os.fsencode(path) for path in paths])
+    return _as_stored(root, file, [os.fsencode(_path_of(root, line, form)) for _, line in rest])
+
+
+def _path_of(root: str, line: str, form: _Form) -> str:
+    """Return the path in a line of a list of paths; a line may have a label where the first had none, or none."""
+    image, label = form.split(line)
+    if form.labelled and _LABEL.fullmatch(label):
+        return image
+    # Words, or nothing, where a label would be: what is there decides.
+    candidates = [image, *(other.split(line)[0] for other in (*_ALONE, *_FORMS))]
+    return next((path for path in candidates if path and os.path.isfile(os.path.join(root, path))), image or line)
 
 
 def _is_there(root: str, form: _Form, lines: list[tuple[int, str]]) -> bool:

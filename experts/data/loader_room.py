@@ -5,13 +5,16 @@ Without it a process dies in the middle of training, with a message of the syste
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from experts.data.config import DatasetConfig
+from experts.data.control_groups import HERE, group_folders, lines_of
 
 SHARED_MEMORY = "/dev/shm"
 """The folder on Linux that shared memory is taken from."""
@@ -20,9 +23,9 @@ _AHEAD = 2  # batches that a process reads ahead, torch's default
 _FILES_PER_PROCESS = 8  # of the training process: pipes of the queues, and a file for each batch on its way
 _FILES_BESIDE = 32  # that may be opened later: logs, checkpoints, connections
 _UNLIMITED = 2**60  # bytes, more than any machine has; control groups without a limit report a number above it
-_LIMITS = (  # of memory and how much is used, version 2 and version 1 of control groups
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+_OF_GROUPS = (  # limit of memory, how much is used, and the part of it that can be taken back; versions 2 and 1
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 
 
@@ -39,14 +42,12 @@ class Room(NamedTuple):
 
 def room_here() -> Room:
     """Return what this machine has now. The limit of a container or job counts, not the node's memory."""
-    of_machine, available = _machine_memory()
-    limit, used = _group_memory()
-    total = min(of_machine, limit)
+    memory = [_machine_memory(), *_group_memory()]
     shared = shutil.disk_usage(SHARED_MEMORY) if os.path.isdir(SHARED_MEMORY) else None
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     files = _UNLIMITED if files == resource.RLIM_INFINITY else files
     return Room(
-        (total, min(available, total - used)),
+        (min(total for total, _ in memory), min(free for _, free in memory)),
         shared and (shared.total, shared.free),
         (files, files - len(os.listdir("/dev/fd"))),
     )
@@ -62,40 +63,46 @@ def _machine_memory() -> tuple[int, int]:
     return total, available
 
 
-def _group_memory() -> tuple[int, int]:
-    """Return the limit of this process's control group, and how much of it is used; bytes."""
-    for limit, used in _LIMITS:
-        try:
-            value = Path(limit).read_text().strip()
-            if value != "max" and int(value) < _UNLIMITED:
-                return int(value), int(Path(used).read_text())
-        except (OSError, ValueError):
-            continue
-    return _UNLIMITED, 0
+def _group_memory(process: Path = HERE) -> Iterator[tuple[int, int]]:
+    """Yield the limit of each control group of a process, and how much of it is free; bytes.
+
+    Files that were read are kept in memory as long as there is room, and count as used: what is not in use is free.
+    """
+    for folder in group_folders("memory", process):
+        for names in _OF_GROUPS:
+            with contextlib.suppress(OSError, ValueError):
+                limit, used = ((folder / name).read_text().strip() for name in names[:2])
+                if limit == "max" or int(limit) >= _UNLIMITED:
+                    continue
+                parts = dict(line.split(maxsplit=1) for line in lines_of(folder / "memory.stat") if " " in line)
+                yield int(limit), int(limit) - int(used) + int(parts.get(names[2], 0))
 
 
-def waiting_bytes(processes: int, images: int, image_size: int) -> int:
+def waiting_bytes(processes: int, streams: Sequence[int], image_size: int) -> int:
     """Return the bytes of batches that may wait in shared memory for one training process.
 
     Args:
-        processes: loader processes.
-        images: of a batch, each of its crops counted.
+        processes: loader processes of a stream.
+        streams: for each stream of batches the images of a request, each of their crops counted.
         image_size: side of an image, pixels.
     """
-    return (_AHEAD * processes + 1) * images * 3 * image_size**2 if processes else 0
+    return (_AHEAD * processes + 1) * sum(streams) * 3 * image_size**2 if processes else 0
 
 
-def missing_room(processes: int, images: int, image_size: int, room: Room, workers: int = 1) -> str | None:
+def missing_room(
+    processes: int, streams: Sequence[int], image_size: int, room: Room | None = None, workers: int = 1
+) -> str | None:
     """Say what loader processes lack on a machine, and what to set; None where they have all they need.
 
     Args:
-        processes, images, image_size: as `waiting_bytes`.
-        room: of the machine.
+        processes, streams, image_size: as `waiting_bytes`; no streams need nothing.
+        room: of the machine; None for this one.
         workers: training processes there, which share memory but not the limit of open files.
     """
-    if not processes:
+    if not processes or not streams:
         return None
-    needed = workers * waiting_bytes(processes, images, image_size)
+    room = room or room_here()
+    needed = workers * waiting_bytes(processes, streams, image_size)
     for_batches = f"loader processes hand over up to {needed / _MIB:,.1f} MiB of batches there"
     lower = "set a lower dataset.loader_processes; 0 needs none"
     if room.shared_memory is None:
@@ -108,7 +115,7 @@ def missing_room(processes: int, images: int, image_size: int, room: Room, worke
         )
     if room.memory[1] < needed:
         return f"memory: {room.memory[1] / _MIB:,.0f} MiB are free; {for_batches}, in memory; {lower}"
-    files = _FILES_PER_PROCESS * processes + _FILES_BESIDE
+    files = _FILES_PER_PROCESS * processes * len(streams) + _FILES_BESIDE
     total, free = room.open_files
     if free < files:
         return (
@@ -118,15 +125,15 @@ def missing_room(processes: int, images: int, image_size: int, room: Room, worke
     return None
 
 
-def refuse_little_room(config: DatasetConfig, images: int) -> None:
+def refuse_little_room(config: DatasetConfig, streams: Sequence[int], workers: int = 1) -> None:
     """Refuse loader processes that this machine has no room for, before the first of them is started.
 
     Args:
         config: of the data set.
-        images: of a batch, each of its crops counted.
+        streams, workers: as `missing_room`.
 
     Raises:
         ValueError: says what is missing.
     """
-    if problem := missing_room(config.loader_processes, images, config.image_size, room_here()):
+    if problem := missing_room(config.loader_processes, streams, config.image_size, workers=workers):
         raise ValueError(f"dataset.loader_processes = {config.loader_processes}: {problem}")

@@ -32,11 +32,12 @@ def visible(text: str, keep: str = "") -> str:
 
 
 def _acts(letter: str) -> bool:
-    return unicodedata.category(letter) in _CONTROL or "\u202a" <= letter <= "\u202e" or "\u2066" <= letter <= "\u2069"
+    return unicodedata.category(letter) in _CONTROL and letter not in _JOINERS
 
 
-_CONTROL = ("Cc", "Zl", "Zp")
-"""Control characters, and what ends a line or a paragraph, by their categories in Unicode."""
+_CONTROL = ("Cc", "Cf", "Zl", "Zp")
+"""Control and format characters, directions among them, and ends of lines and paragraphs; categories of Unicode."""
+_JOINERS = "\u200c\u200d"  # some scripts and pictures of several signs need them
 
 
 def _replace(error: UnicodeError) -> tuple[str, int]:

@@ -178,14 +178,14 @@ def _memory(config: RunConfig) -> Iterator[Finding]:
 
 def _loaders(config: RunConfig) -> Iterator[Finding]:
     """Look for what loader processes of all workers need on this machine."""
-    from experts.data.loader_room import missing_room, room_here
+    from experts.data.loader_room import missing_room
     from orchestration.training.mesh import mesh_shape
 
     data, workers = config.dataset, config.cluster.workers
     if config.cluster.named_address or not data.loader_processes:
         return
-    if images := _decoded(config, mesh_shape(config.method.num_experts, workers)):
-        lacking = missing_room(data.loader_processes, images, data.image_size, room_here(), workers)
+    if streams := _decoded(config, mesh_shape(config.method.num_experts, workers)):
+        lacking = missing_room(data.loader_processes, streams, data.image_size, workers=workers)
         room = f"{data.loader_processes} of each worker have memory, shared memory and open files"
         yield Finding("FAIL" if lacking else "ok", "loaders", lacking or room)
 
@@ -303,23 +303,30 @@ def _weights(config: RunConfig) -> int | None:
         return None
 
 
-def _decoded(config: RunConfig, shape: MeshShape) -> int:
-    """Return the most images that a worker decodes at once, for a step or for an evaluation; 0 without files."""
+def _decoded(config: RunConfig, shape: MeshShape) -> list[int]:
+    """Return the images that a worker reads at once for each stream of batches, where it reads most."""
     from orchestration.preflight.expected_data import FILES
 
     if config.dataset.source not in FILES:
-        return 0
-    in_steps = [_in_step(stage, shape.replicas) for stage in config.method.stages.values() if stage.batch_size]
-    return max([config.evaluation_batch_size("cuda" if config.cluster.gpus_per_worker else "cpu"), *in_steps])
+        return []
+    scored = config.evaluation_batch_size("cuda" if config.cluster.gpus_per_worker else "cpu")
+    in_steps = (_in_step(config, stage, shape.replicas) for stage in config.method.stages.values() if stage.batch_size)
+    return max([scored], *in_steps, key=sum)
 
 
-def _in_step(stage: StageConfig, replicas: int) -> int:
-    """Return the images that each replica decodes for a step: its share, and the partners that they are mixed with."""
+def _in_step(config: RunConfig, stage: StageConfig, replicas: int) -> list[int]:
+    """Return the images that each replica reads for a step, for both streams where a stage has partners."""
+    from experts.augmentation.stack import Stack
+    from experts.batches import crops_of, images_of_a_step
+
     assert stage.batch_size is not None
-    share = -(-stage.batch_size // replicas)
-    if stage.mixing is None:
-        return share * (1 + len(stage.views))
-    return stage.batch_size if stage.mixing.second_sampler is None else 2 * share
+    alone = stage.mixing is None or stage.mixing.second_sampler is not None
+    images, augment = images_of_a_step(stage.batch_size, replicas, alone=alone), stage.augment or config.dataset.augment
+    views = [images * crops_of([Stack.of(config.dataset, one) for one in (augment, *stage.views)])]
+    if stage.partner_sampler is None:
+        return views
+    share = images_of_a_step(stage.batch_size, replicas, alone=True)
+    return [*views, share * crops_of([Stack.of(config.dataset, augment)])]
 
 
 def _tracking(config: RunConfig) -> Iterator[Finding]:

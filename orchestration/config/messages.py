@@ -28,8 +28,9 @@ def show(text: str, stream: TextIO | None = None) -> None:
 
 
 def say(text: str) -> None:
-    """Print a message of ours on standard error."""
-    show(f"expertail: {text}", sys.stderr)
+    """Print a message of ours on standard error; nothing where Python was started with it closed."""
+    if sys.stderr is not None:
+        show(f"expertail: {text}", sys.stderr)
 
 
 def in_one_line(problem: BaseException) -> str:

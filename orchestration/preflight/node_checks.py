@@ -50,14 +50,14 @@ class Needs:
         placement: workers on nodes; None if they do not fit.
         run_dir: absolute; None if run folders are at a URL.
         weights: bytes of weights, gradients, momentum and teachers of a worker; None if unknown.
-        decoded: images that a worker decodes for a step; 0 where it reads no files while it trains.
+        decoded: images that a worker reads at once from files, for each stream of batches; none where it reads none.
     """
 
     config: RunConfig
     placement: Placement | None
     run_dir: Path | None
     weights: int | None
-    decoded: int
+    decoded: list[int]
 
 
 @dataclass
@@ -287,7 +287,7 @@ def _shared_memory(survey: Survey, needs: Needs) -> Iterator[Finding]:
             )
             yield Finding("warn", "/dev/shm", f"{text}--object-store-memory")
         elif lacking := missing_room(data.loader_processes, needs.decoded, data.image_size, here, workers):
-            yield Finding("warn", "loaders", f"{name}: {lacking}")
+            yield Finding("FAIL", "loaders", f"{name}: {lacking}")
         else:
             fine.append(text)
     if fine:

@@ -119,10 +119,14 @@ class StageSetup:
         if split not in self._scored:
             images = self.dataset.test if split == "test" else self.dataset.val
             assert images is not None, split
-            if isinstance(images, FileImages):
-                refuse_little_room(self.dataset.config, self.scored_at_once)
+            self._refuse_little_room([self.scored_at_once] if isinstance(images, FileImages) else [])
             self._scored[split] = images.to(self.mesh.device)
         return self._scored[split]
+
+    def _refuse_little_room(self, streams: list[int]) -> None:
+        """See `refuse_little_room`. Of a cluster this worker counts itself alone: it does not know who is beside it."""
+        workers = 1 if self.config.cluster.named_address else self.mesh.shape.workers
+        refuse_little_room(self.dataset.config, [images for images in streams if images], workers)
 
     def numbers_of_experts(self) -> Tensor:
         """Return what the aggregator wants to know of every expert's weights, [E, K]. Every worker must take part."""
@@ -188,14 +192,15 @@ class TrainingSetup(StageSetup):
             make=self.auxiliaries.made,
         )
 
-        if isinstance(self.dataset.test, FileImages):  # now, not after an epoch
-            refuse_little_room(self.dataset.config, self.scored_at_once)
         train = self.dataset.train.to(mesh.device)  # once, for both streams
         self.batches = self._build_batches(train, self.stage.sampler, "all", self.stage.mixing, views=self.stage.views)
         self.partners: TrainBatches | None = None
         if self.stage.partner_sampler is not None:
             self.partners = self._build_batches(train, self.stage.partner_sampler, "partner")
             _check_pairing(stage, self.batches, self.partners)
+        streams = [stream.read_at_once for stream in (self.batches, self.partners) if stream is not None]
+        scored = self.scored_at_once if isinstance(self.dataset.test, FileImages) else 0
+        self._refuse_little_room(max([scored], [n for n in streams if n], key=sum))  # now, not after an epoch
 
     def _build_engine(self, make_engine: type[TorchEngine] | None) -> Engine:
         args = (self.leaves, self.mesh, self.optimizer, self.config.engine)

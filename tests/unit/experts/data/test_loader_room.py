@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from functools import partial
 
 import pytest
 from PIL import Image
@@ -31,29 +32,43 @@ ENOUGH = Room((2**40, 2**40), (2**40, 2**40), (10**6, 10**6))
     ],
 )
 def test_what_is_missing_is_named_with_what_to_set(lacking, words):
-    assert missing_room(3, 512, 64, ENOUGH) is None
-    problem = missing_room(3, 512, 64, ENOUGH._replace(**lacking))
+    assert missing_room(3, [512], 64, ENOUGH) is None
+    problem = missing_room(3, [512], 64, ENOUGH._replace(**lacking))
     assert problem is not None and words in problem and "dataset.loader_processes" in problem
-    assert missing_room(0, 512, 64, ENOUGH._replace(**lacking)) is None
+    assert missing_room(0, [512], 64, ENOUGH._replace(**lacking)) is None
 
 
 def test_room_is_needed_for_two_batches_of_each_process_and_one_in_use_by_every_worker():
     size = (2 * 3 + 1) * 512 * 3 * 64 * 64
-    assert waiting_bytes(3, 512, 64) == size and waiting_bytes(0, 512, 64) == 0
+    assert waiting_bytes(3, [512], 64) == size and waiting_bytes(0, [512], 64) == 0
     for workers in (1, 2):
-        assert missing_room(3, 512, 64, ENOUGH._replace(shared_memory=(2**40, workers * size)), workers) is None
-        assert missing_room(3, 512, 64, ENOUGH._replace(shared_memory=(2**40, workers * size - 1)), workers)
+        assert missing_room(3, [512], 64, ENOUGH._replace(shared_memory=(2**40, workers * size)), workers) is None
+        assert missing_room(3, [512], 64, ENOUGH._replace(shared_memory=(2**40, workers * size - 1)), workers)
 
 
-def test_the_limit_of_a_control_group_counts_where_it_is_lower(tmp_path, monkeypatch):
-    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
-    limit.write_text(f"{512 * MIB}\n")
-    used.write_text(f"{500 * MIB}\n")
-    monkeypatch.setattr(loader_room, "_LIMITS", ((str(limit), str(used)),))
-    assert room_here().memory == (512 * MIB, 12 * MIB)
-    limit.write_text("max\n")
-    assert room_here().memory[0] > 512 * MIB
-    assert room_here().open_files[0] == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_lowest_limit_of_nested_groups_counts_and_files_in_memory_are_free(tmp_path, monkeypatch, version):
+    """A group of 512 MiB with 500 used, 100 of them for files read; around it one of 600 MiB with 590 used."""
+    process, outer = tmp_path / "proc", tmp_path / "groups" / "outer"
+    names = (("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+             ("memory.max", "memory.current", "inactive_file"))[version - 1]  # fmt: skip
+    for folder, numbers in ((outer, (600, 590, 0)), (outer / "inner", (512, 500, 100))):
+        folder.mkdir(parents=True)
+        for name, mib in zip(names[:2], numbers, strict=False):
+            (folder / name).write_text(f"{mib * MIB}\n")
+        (folder / "memory.stat").write_text(f"anon 1\n{names[2]} {numbers[2] * MIB}\n")
+    process.mkdir()
+    kind = ("cgroup cgroup rw,memory", "cgroup2 cgroup rw")[version - 1]
+    (process / "cgroup").write_text(("4:memory:/outer/inner\n", "0::/outer/inner\n")[version - 1])
+    (process / "mountinfo").write_text(f"30 20 0:1 / {tmp_path / 'groups'} rw - {kind}\n")
+    assert list(loader_room._group_memory(process)) == [(512 * MIB, 112 * MIB), (600 * MIB, 10 * MIB)]
+    monkeypatch.setattr(loader_room, "_group_memory", partial(loader_room._group_memory, process))
+    assert room_here().memory == (512 * MIB, 10 * MIB)
+
+
+def test_the_limit_of_open_files_is_this_process_own():
+    limit, free = room_here().open_files
+    assert limit == resource.getrlimit(resource.RLIMIT_NOFILE)[0] and 0 < free < limit
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,11 @@ def test_a_list_has_a_path_per_line_below_the_data_sets_root_or_its_own_folder(t
         "\ufeffcaf\u00e9/x.png\ny z.png\n".encode(),
         'image,label\n"caf\u00e9/x.png",-1\n"y z.png",3\n'.encode(),
         "caf\u00e9\\x.png\t0\r\ny z.png\t0\r\n".encode("cp1252"),
+        "caf\u00e9/x.png,cat\ny z.png,dog\n".encode(),
+        "caf\u00e9/x.png\ny z.png 3\n".encode(),
+        "caf\u00e9/x.png -1\ny z.png\n".encode(),
     ],
-    ids=["a mark, paths alone", "commas, quotes, header", "as Windows writes it"],
+    ids=["a mark, paths alone", "commas, quotes, header", "as Windows writes it", "words", "a label once", "none once"],
 )
 def test_a_list_of_any_form_is_read(tmp_path, text):
     picture(tmp_path / "caf\u00e9" / "x.png", 10)

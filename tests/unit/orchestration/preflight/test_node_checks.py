@@ -33,7 +33,7 @@ def survey(report):
     return equal
 
 
-def needs(survey, *words, weights=0, decoded=0):
+def needs(survey, *words, weights=0, decoded=()):
     config = load_config(["cluster.workers=3", *words])
     return Needs(config, pack(3, {"CPU": 1.0}, survey.resources), Path("/runs"), weights, decoded)
 
@@ -116,7 +116,7 @@ def test_a_small_dev_shm_is_warned_of(survey):
     survey.resources["a"]["object_store_memory"] = 1e6
     assert not found(node_checks._shared_memory(survey, needs(survey)), "warn")
     words = ("dataset=image_folder_lt", "dataset.image_size=64", "dataset.loader_processes=2")
-    (text,) = found(node_checks._shared_memory(survey, needs(survey, *words, decoded=600)), "warn")
+    (text,) = found(node_checks._shared_memory(survey, needs(survey, *words, decoded=[600])), "FAIL")
     assert text.startswith("a: /dev/shm: 64.0 of 64.0 MiB are free; loader processes hand over up to 70.3 MiB")
 
 
