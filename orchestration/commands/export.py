@@ -226,7 +226,7 @@ def _distances(a: Tensor, b: Tensor, p: float = 2.0, compute_mode: int | None = 
 def _running_product(rows: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
     """Return the products of the first rows, the first two, and so on, as `torch.cumprod` does; for few rows."""
     products: list[Tensor] = []
-    for row in rows.to(dtype).unbind(dim):
+    for row in (rows if dtype is None else rows.to(dtype)).unbind(dim):
         products.append(products[-1] * row if products else row)
     return torch.stack(products, dim)
 

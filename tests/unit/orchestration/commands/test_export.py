@@ -44,7 +44,7 @@ def opened(path):
 
 @pytest.mark.filterwarnings("ignore:No complete tensor found")
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("method", "words"), [("ride_router", ()), ("tade", (WEIGHTED,)), ("oltr", ())])
+@pytest.mark.parametrize(("method", "words"), [("ride", ()), ("tade", (WEIGHTED,)), ("oltr", ())])
 def test_the_file_answers_as_the_model_and_carries_what_it_needs(method, words, form, tmp_path, capsys):
     run = short_runs.train(tmp_path / "run", method, *words)
     target = tmp_path / f"model{command.ENDINGS[form]}"
