@@ -278,7 +278,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _compare(target: Path, run: Runner, images: Tensor, expected: list[NDArray[Any]]) -> float:
-    """Return the largest difference of scores, for all images together and for one alone.
+    """Return the largest difference of scores and probabilities, for all images together and for one alone.
 
     Raises:
         ValueError: it is larger than TOLERANCE.
@@ -287,7 +287,7 @@ def _compare(target: Path, run: Runner, images: Tensor, expected: list[NDArray[A
     for count in (len(images), 1):
         found = dict(zip(OUTPUTS, run(images[:count]), strict=True))
         wanted = dict(zip(OUTPUTS, expected, strict=True))
-        for name in ("logits", "experts"):
+        for name in OUTPUTS:
             right = wanted[name][..., :count, :]
             allowed = TOLERANCE * max(1.0, float(np.abs(right).max()))
             difference = float(np.abs(found[name] - right).max())

@@ -58,7 +58,7 @@ def choices(group: str) -> dict[str, Path]:
     Raises:
         ValueError: a name of the user's is one of ours, or two of theirs are the same.
     """
-    ours = {path.stem: path for path in (configs_folder() / group).glob("*.yaml")}
+    ours = _files(configs_folder() / group)
     theirs = _of_user(group)
     for name in theirs:
         if name in ours:
@@ -73,8 +73,8 @@ def _of_user(group: str) -> dict[str, Path]:
     folder = user_folder()
     if folder is None:
         return {}
-    found = {path.stem: path for path in (folder / group).glob("*.yaml")}
-    for path in folder.glob("*.yaml") if group == "method" else ():
+    found = _files(folder / group)
+    for path in _files(folder).values() if group == "method" else ():
         if _RECIPE.search(path.read_text("utf-8", errors="replace")):
             if path.stem in found:
                 raise ValueError(f"{path}: there is {found[path.stem]}, too; needed one file of a name")
@@ -83,6 +83,11 @@ def _of_user(group: str) -> dict[str, Path]:
         if problem := name_problem(name):
             raise ValueError(f"{path}: {problem}")
     return found
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Return the configs of a folder by name; hidden files are locks and traces of editors and systems."""
+    return {path.stem: path for path in folder.glob("*.yaml") if not path.name.startswith(".")}
 
 
 def name_problem(name: str) -> str | None:

@@ -1,6 +1,6 @@
 """The most confident mistakes of a run's last model: a sheet of test images with what they are and were taken for.
 
-It follows from kept predictions. Only the images shown are decoded.
+It follows from kept predictions. Of images that are not kept in memory only those shown are decoded.
 """
 
 from __future__ import annotations

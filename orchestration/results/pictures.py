@@ -36,7 +36,7 @@ from orchestration.results.fitted_table import choices
 from orchestration.results.measures_table import drawings_of_measures
 from orchestration.results.mistakes_picture import draw_mistakes
 from orchestration.results.regions import draw_regions_if_heads_alone
-from orchestration.results.saved_run import open_last
+from orchestration.results.saved_run import SavedRun, open_last
 from orchestration.results.style import (
     BEST,
     GROUP_COLOURS,
@@ -90,7 +90,7 @@ def draw_report(run_dir: str | os.PathLike[str], say: Callable[[str], None] = la
         named = _drawings_of_a_result(run_dir / "evaluation" / stage, own, data, _with_stage(title, own, finals))
         drawings |= {f"{stage}/{name}": draw for name, draw in named.items()}
     # Data and model are opened once, by whoever needs them first.
-    opened = functools.cache(lambda: open_last(run_dir))
+    opened = _once(lambda: open_last(run_dir))
     for stage in finals or [""]:
         drawings[f"{stage}/mistakes.png".lstrip("/")] = functools.partial(
             draw_mistakes, run_dir / "evaluation" / stage, opened, stage, f"{title}, stage {stage}" if stage else title
@@ -102,6 +102,24 @@ def draw_report(run_dir: str | os.PathLike[str], say: Callable[[str], None] = la
 
     # Regions and features need the model and the data as well, and bring their own style.
     return written + draw_regions_if_heads_alone(run_dir) + draw_stages(run_dir, opened)
+
+
+def _once(open_run: Callable[[], SavedRun]) -> Callable[[], SavedRun]:
+    """Return a function that opens a run when it is first called, and then returns or raises the same again."""
+
+    @functools.cache
+    def found() -> SavedRun | Exception:
+        try:
+            return open_run()
+        except Exception as problem:
+            return problem
+
+    def opened() -> SavedRun:
+        if isinstance(run := found(), Exception):
+            raise run
+        return run
+
+    return opened
 
 
 def _drawings_of_a_result(

@@ -103,5 +103,5 @@ def test_a_file_that_answers_otherwise_is_not_written(exported, monkeypatch, tmp
 
     monkeypatch.setitem(command._WRITERS, "torch", lambda *_: zeros)
     assert main(["export", str(exported), str(tmp_path / "m.pt2")]) == 1
-    assert "m.pt2: not written: its logits for 32 images differ by" in capsys.readouterr().err
+    assert "m.pt2: not written: its probabilities for 32 images differ by" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

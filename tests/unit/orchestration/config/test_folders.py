@@ -17,6 +17,8 @@ RECIPE = "# Mine.\nof: {method: ce}\nstage: {optimizer: {lr: 0.123}}\non:\n  my_
 DATA = "# My digits.\nname: my_digits\nsource: digits\nimage_size: 8\nmean: [0.3, 0.3, 0.3]\nstd: [0.4, 0.4, 0.4]\n"
 FILES = {
     "mine.yaml": RECIPE,
+    "._mine.yaml": "\0\5 traces of a system",
+    "dataset/._my_digits.yaml": "\0\5 traces of a system",
     "compose.yaml": "services: {}\n",
     "dataset/my_digits.yaml": DATA,
     "then/my_crt.yaml": (configs_folder() / "then" / "crt.yaml").read_text(),

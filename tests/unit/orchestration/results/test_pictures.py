@@ -113,7 +113,7 @@ def test_one_picture_that_fails_leaves_the_others(tmp_path, broken, monkeypatch)
     assert whole - written == {f"{broken.removeprefix('_').removeprefix('draw_')}.png"}
 
 
-@pytest.mark.parametrize("where", ["pictures._curves", "features.stages_to_measure", "regions.from_yaml"])
+@pytest.mark.parametrize("where", ["pictures._curves", "pictures.open_last", "regions.from_yaml"])
 def test_a_stop_is_no_fault_of_a_picture(tmp_path, where, monkeypatch):
     """The guards around pictures, features and regions let it pass."""
 
