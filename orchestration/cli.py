@@ -97,9 +97,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted")
         return 130
-    except SystemExit:
-        raise
     except BaseException as error:  # a stop is no Exception: nothing that guards a picture may swallow it
+        if not isinstance(error, Exception) and not hasattr(error, "exit_code"):
+            raise  # SystemExit and whatever else is no answer to give
         return _explain(error, options.traceback)
 
 

@@ -184,7 +184,7 @@ def _metadata(model: ServedModel, source: str) -> dict[str, str]:
             "mean": preprocessing.mean,
             "std": preprocessing.std,
         },
-        "model": {key: getattr(described, key) for key in ("backbone", "head", "aggregator", "router", "calibration")},
+        "model": {key: value for key, value in described if isinstance(value, dict)},
         "weights_sha256": described.tensors_sha256,
     }
     found = {key: json.dumps(value) for key, value in values.items()}

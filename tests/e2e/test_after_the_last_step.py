@@ -23,6 +23,11 @@ def fail(*_, **__):
     raise RuntimeError("put in")
 
 
+def fail_at_the_end(folders, found, *_, **__):
+    list(found)  # workers are asked for them one by one
+    fail()
+
+
 def die_at_first_prediction(monkeypatch):
     """Let the first worker that is asked for predictions die."""
     call, dead = Fleet.call, []
@@ -39,7 +44,7 @@ def die_at_first_prediction(monkeypatch):
 def test_faults_after_the_last_step_cost_a_line_each(warm, tmp_path, monkeypatch, capsys):
     die_at_first_prediction(monkeypatch)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)  # whoever has imported what saves it
-    monkeypatch.setattr("orchestration.runs.kept_predictions.write_predictions", fail)
+    monkeypatch.setattr("orchestration.runs.kept_predictions.write_predictions", fail_at_the_end)
     monkeypatch.setattr("orchestration.tracking.uploader.State", fail)  # of an uploader that ended badly
     monkeypatch.setattr("orchestration.tracking.uploader.Uploader.send_message", lambda *_: None)
     folder = tmp_path / "price $_$ up"

@@ -21,6 +21,6 @@ def test_a_plan_says_what_a_shorter_run_scales(monkeypatch):
 
 def test_so_does_training_in_its_first_line(monkeypatch, capsys):
     monkeypatch.setattr(cli, "_early_ray", lambda words: contextlib.nullcontext())
-    monkeypatch.setattr(train, "train_and_report", lambda config, marks: 0)
+    monkeypatch.setattr(train, "train_and_report", lambda *_: 0)
     assert cli.main(["train", *SHORT]) == 0
     assert capsys.readouterr().err == f"expertail: {NOTE}\n"
