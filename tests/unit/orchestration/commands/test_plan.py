@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 
 from orchestration import cli
+from orchestration.cluster import early_ray
 from orchestration.commands import train
 from orchestration.commands.plan import plan_text
 
@@ -20,7 +21,7 @@ def test_a_plan_says_what_a_shorter_run_scales(monkeypatch):
 
 
 def test_so_does_training_in_its_first_line(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_early_ray", lambda words: contextlib.nullcontext())
+    monkeypatch.setattr(early_ray, "early_ray", lambda words: contextlib.nullcontext())
     monkeypatch.setattr(train, "train_and_report", lambda *_: 0)
     assert cli.main(["train", *SHORT]) == 0
     assert capsys.readouterr().err == f"expertail: {NOTE}\n"

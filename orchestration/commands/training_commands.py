@@ -1,0 +1,129 @@
+"""The commands around training: the options of each, and what it does with them.
+
+Each imports its own libraries, which take seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from orchestration.commands.options import Command, add_config_dir, add_recipe
+from orchestration.config.messages import say, show
+
+
+def _train_options(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser)
+    parser.add_argument("--list", action="store_true", help="list the choices of every group and exit")
+
+
+def _ls(options: argparse.Namespace) -> int:
+    from orchestration.commands.choices import choices_text
+
+    show(choices_text())
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    if options.list:
+        return _ls(options)
+    marks = {"start": _process_start(), "command": time.time()}
+    from orchestration.cluster.early_ray import early_ray
+
+    with early_ray(options.overrides):
+        from orchestration.commands.train import train_and_report
+        from orchestration.config.compose import compose
+
+        composed = compose(options.overrides)
+        marks["config"] = time.time()
+        for note in composed.notes:
+            say(note)
+        return train_and_report(composed.config, marks, composed.files)
+
+
+def _process_start() -> float:
+    import psutil
+
+    return psutil.Process().create_time()
+
+
+def _cp_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="RECIPE", help="a method, or group=choice, e.g. ride, then=crt, pace=demo")
+    parser.add_argument(
+        "target", metavar="FILE", help="the new file, e.g. my.yaml; its name will be that of the recipe"
+    )
+
+
+def _cp(options: argparse.Namespace) -> int:
+    from orchestration.commands.copy_recipe import copy_recipe
+
+    show(copy_recipe(options.source, options.target))
+    return 0
+
+
+def _show_options(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser)
+    parser.add_argument("--all", action="store_true", help="also the keys that no file and no word sets")
+
+
+def _show(options: argparse.Namespace) -> int:
+    from orchestration.commands.show import show_text
+
+    show(show_text(options.overrides, options.all))
+    return 0
+
+
+def _sweep_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("variation", metavar="KEY=V1,V2,...", help="e.g. method.stages.h2t.flow.ratio=0,0.1,0.25,0.5,1")
+    add_recipe(parser)
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from orchestration.commands.sweep import sweep
+
+    return sweep(options.variation, options.overrides)
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser)
+    text = "take a few steps on real workers and estimate the hours from them"
+    parser.add_argument("--probe", action="store_true", help=text)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    if not options.probe:
+        from orchestration.commands.plan import plan_text
+
+        show(plan_text(options.overrides))
+        return 0
+    from orchestration.cluster.early_ray import early_ray
+
+    begun = _process_start()
+    with early_ray(options.overrides):  # as `train` does, because the time until the first step is measured
+        from orchestration.commands.plan import probe_text
+
+        show(probe_text(options.overrides, begun))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from orchestration.commands.doctor import examine
+
+    text, healthy = examine(options.overrides)
+    show(text)
+    return 0 if healthy else 1
+
+
+TRAINING: dict[str, Command] = {
+    "train": Command("Train a run, or resume it where it stopped.", _train_options, _train),
+    "ls": Command("List methods, parts, data sets and settings, a line each.", add_config_dir, _ls),
+    "cp": Command("Copy one of our recipes or parts, to change it.", _cp_options, _cp),
+    "show": Command("Print the resolved recipe, and where each of its values comes from.", _show_options, _show),
+    "plan": Command(
+        "Show placement, sizes, steps and cost of a run; without --probe nothing is started.", _plan_options, _plan
+    ),
+    "sweep": Command(
+        "Train one run for each value of a key and compare them; repeat the command to resume.", _sweep_options, _sweep
+    ),
+    "doctor": Command("Compare what a config needs with what this machine and its cluster have.", add_recipe, _doctor),
+}
