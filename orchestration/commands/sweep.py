@@ -35,7 +35,7 @@ from orchestration.commands.train import is_complete, train_and_report, with_thr
 from orchestration.config.compose import compose, from_yaml
 from orchestration.config.folders import digests
 from orchestration.config.identity import difference, identity
-from orchestration.config.messages import say, show
+from orchestration.config.messages import in_one_line, say, show
 from orchestration.config.run_config import RunConfig, name_problems
 from orchestration.config.words import UNMIXED
 from orchestration.results.classifier_table import loss_label
@@ -51,7 +51,6 @@ from orchestration.storage.run_folder import RunFolder
 from orchestration.storage.url_store import is_url
 from orchestration.tracking.contents import SWEEP_FILE as SWEEP
 from orchestration.tracking.ownership import settle_ownership
-from orchestration.tracking.process import one_line
 from orchestration.tracking.target import tracking_uri
 from orchestration.tracking.uploader import Uploader, start_uploader
 
@@ -98,6 +97,7 @@ def sweep(variation: str, words: list[str]) -> int:
     left = [point for point in points if not _is_finished(point)]
     problems: dict[str, str] = {}
     _save(folder, key, points, problems)
+    _settle(folder, points[0].config)  # before its runs, whose parent in MLflow is the one that it names
     if left:
         with _upload_if_interrupted(folder, points[0].config), cluster(left[0].config.cluster.address):
             for number, point in enumerate(left, 1):
@@ -118,11 +118,29 @@ def sweep(variation: str, words: list[str]) -> int:
     result = _save(folder, key, points, problems)
     show(sweep_table(result))
     show(f"\nsaved in {folder}: {SWEEP}, table.txt, {draw_sweep(folder, result)}")
-    if (uploader := _uploader(folder, points[0].config)) and (
-        incomplete := uploader.finish(points[0].config.tracking.final_wait_s)
-    ):
+    try:
+        uploader = _uploader(folder, points[0].config)
+        incomplete = uploader and uploader.finish(points[0].config.tracking.final_wait_s)
+    except Exception as problem:  # the runs are trained and compared, and this does not change it
+        incomplete = f"sweep: table and picture were not uploaded ({in_one_line(problem)}); {_later(folder)}"
+    if incomplete:
         say(incomplete)
     return 1 if problems else 0
+
+
+def _settle(folder: Path, config: RunConfig) -> None:
+    """Give a copied sweep an MLflow run of its own, if it is tracked."""
+    if not config.tracking.enabled:
+        return
+    try:
+        if line := settle_ownership(folder):
+            say(line)
+    except (OSError, ValueError) as problem:  # of the upload alone
+        say(f"tracking: {in_one_line(problem)}; training goes on; {_later(folder)}")
+
+
+def _later(folder: Path) -> str:
+    return f"later: expertail sync {folder}"
 
 
 def _uploader(folder: Path, config: RunConfig) -> Uploader | None:
@@ -143,7 +161,7 @@ def _upload_if_interrupted(folder: Path, config: RunConfig) -> Iterator[None]:
         try:
             _uploader(folder, config)
         except Exception as problem:  # must not hide what stopped the sweep
-            say(f"sweep: table and picture were not uploaded ({one_line(problem)}); later: expertail sync {folder}")
+            say(f"sweep: table and picture were not uploaded ({in_one_line(problem)}); {_later(folder)}")
         raise
 
 

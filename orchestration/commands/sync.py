@@ -56,10 +56,10 @@ def _sync_sweep(path: Path, uri: str | None) -> str | None:
     if not started:
         raise ValueError(f"{path}: none of its runs has started; needed at least one; start the sweep again")
 
+    if line := settle_ownership(path):  # before its runs, whose parent in MLflow is the one that it names
+        say(line)
     # The runs first, then the sweep's own files, which go to the parent of the runs in MLflow.
     problems = [sync_run(str(run), uri) for run in started]
     config = from_yaml(started[0] / CONFIG)
-    if line := settle_ownership(path):
-        say(line)
     problems.append(sync(path, uri or tracking_uri(config), config.tracking.experiment, path.name))
     return "\n".join(filter(None, problems)) or None

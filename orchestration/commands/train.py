@@ -63,8 +63,8 @@ def train_and_report(config: RunConfig, marks: dict[str, float], files: Sequence
     try:
         if folder.started and is_complete(folder, config):
             say(f"{folder.path} is finished; set another run.name to train again")
-            if not (folder.path / "report" / PAGE).exists():  # stopped while it was drawn
-                _report(config, folder)
+            drawn = (folder.path / "report" / PAGE).exists()  # else it was stopped while it drew
+            if not drawn and _report(config, folder):
                 say(f"its report is drawn now; to upload it: expertail sync {folder.path}")
             show(_stored_table(config, folder))
             folder.wait_until_stored()
@@ -203,10 +203,9 @@ class _Tracking:
             try:
                 if line := settle_ownership(self._folder.path, self._folder.url):
                     self.report(line)
-            except ValueError as problem:  # of the upload alone
-                return self.report(f"tracking: {problem}; training goes on; later: expertail sync {where[0]}")
-            try:
                 self._uploader = start_uploader(*where, self.report)
+            except ValueError as problem:  # of the upload alone
+                self.report(f"tracking: {problem}; training goes on; later: expertail sync {where[0]}")
             except OSError as problem:  # no memory, processes or disk for it: the run needs none of them
                 self.report(f"tracking: {in_one_line(problem)}; training goes on; later: expertail sync {where[0]}")
 
@@ -227,6 +226,8 @@ class _Tracking:
 
 def _conclude(config: RunConfig, folder: RunFolder, outcome: Outcome) -> None:
     """Write the models, the table and how the run ended."""
+    # An earlier start, cut by run.max_steps, may have drawn one. While it is missing, the report is still to be drawn.
+    (folder.path / "report" / PAGE).unlink(missing_ok=True)
     stored = folder.stored_config()
     # A run that stopped in a stage that knows only some classes has no model or table yet.
     if stored.method.stages[outcome.stage].classes is None:
@@ -236,8 +237,12 @@ def _conclude(config: RunConfig, folder: RunFolder, outcome: Outcome) -> None:
     folder.update_run(status="finished" if outcome.finished else "stopped", ended=time.time())
 
 
-def _report(config: RunConfig, folder: RunFolder) -> None:
-    """Draw the pictures and write the page. Whatever fails costs itself and one line: the run is trained."""
+def _report(config: RunConfig, folder: RunFolder) -> bool:
+    """Draw the pictures and write the page. Whatever fails costs itself and one line: the run is trained.
+
+    Returns:
+        Whether the page was written.
+    """
     if config.run.pictures:
         try:
             from orchestration.results.pictures import draw_report  # loads Matplotlib
@@ -249,6 +254,8 @@ def _report(config: RunConfig, folder: RunFolder) -> None:
         write_page(folder.path)
     except Exception as problem:  # as of any picture
         say(f"report/{PAGE} was not written: {in_one_line(problem)}")
+        return False
+    return True
 
 
 def _stored_table(config: RunConfig, folder: RunFolder) -> str:

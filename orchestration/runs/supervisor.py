@@ -82,9 +82,10 @@ class Supervisor:
             ValueError, FloatingPointError: something an operator can change.
         """
         outcome = self._train_through_losses()
+        self._note_memory()  # before the predictions: workers that are started for them have never trained
         if outcome.finished and keeps_predictions(self._run.config, self._stage):
             self._keep_predictions()
-        self._note_memory()
+            self._run.cost.write()  # with the time that they took
         return outcome
 
     def _train_through_losses(self) -> Outcome:
@@ -161,11 +162,12 @@ class Supervisor:
 
     def _keep_predictions(self) -> None:
         assert self._stage_run is not None
-        try:
-            return keep_predictions(self._stage_run)
-        except WorkerLost as loss:
-            self._console.message(f"{loss}; stage {self._stage} is trained; asking new workers for its predictions")
-        self._end_workers()
+        if self._fleet.workers:  # else one was lost when it was asked for its memory
+            try:
+                return keep_predictions(self._stage_run)
+            except WorkerLost as loss:
+                self._console.message(f"{loss}; stage {self._stage} is trained; asking new workers for its predictions")
+            self._end_workers()
         self._begin_pause()
         try:
             self._wait_for_answers()

@@ -1,12 +1,14 @@
-"""Whose MLflow run a run folder is. The key that finds it lies in the folder, so whoever copies one copies it too.
+"""Decides which MLflow run a run folder writes to. Two folders must never write to one MLflow run.
 
-Beside the key, `tracking.json` holds the place where the folder was when it was last uploaded. At another place:
+The MLflow run is found by a key in the folder's `tracking.json`. Copying a folder copies the key too. So
+`tracking.json` also holds the place where the folder was when it was last uploaded. If the folder is elsewhere now:
 
-    the old folder is gone                   it was moved: it keeps its MLflow run
-    the old folder is there, with the key    it was copied: it gets an MLflow run of its own
-    nobody here can tell                     (another host's) the same: two folders must never write to one run
+    nothing with this key is at the old place    the folder was moved: it keeps its MLflow run
+    a folder with this key is still there        the folder was copied: it gets an MLflow run of its own
+    the old place cannot be looked at from here  the folder may be a copy: it gets an MLflow run of its own
 
-The same place is the same path or URL, or the same folder by another path. A restored folder is back at its place.
+The last case is a place at a URL, in an unreadable folder, or on another host without shared storage. A folder is not
+elsewhere if it only has another path, as by a link, nor if it was restored to its old place from a backup.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from typing import Any
 
 from orchestration.storage.files import read_json, write_json
 from orchestration.tracking.process import STATE_FILE, hold_lock
+
+_WAIT_S = 30.0  # for another process that settles the same folder, which takes milliseconds
 
 FOLDER, COPIED_FROM = "folder", "copied_from"
 """Entries of tracking.json beside those of the stores."""
@@ -34,10 +38,15 @@ def settle_ownership(run_dir: Path, url: str | None = None) -> str | None:
         A line that says whether the folder was moved or copied; None if it is where it was.
 
     Raises:
-        ValueError: tracking.json is damaged.
+        ValueError: tracking.json is damaged, or another process kept it locked.
+        OSError: it cannot be read or written.
     """
     path = run_dir / STATE_FILE
-    with hold_lock(run_dir / f".{STATE_FILE}.run.lock", wait_s=30.0):
+    with hold_lock(run_dir / f".{STATE_FILE}.run.lock", wait_s=_WAIT_S) as ours:
+        if not ours:
+            raise ValueError(
+                f"{path}: another process has kept it locked for {_WAIT_S:g} s; wait until that process ends"
+            )
         content = read_json(path)
         here, old = _place(run_dir, url), content.get(FOLDER)
         if here == old:

@@ -320,6 +320,10 @@ class MlflowSender:
             version, label = versions[digest], ", ".join(same)
             if version.tags.get("model") != label:
                 self._client.set_model_version_tag(version.name, version.version, "model", label)
+        current = {digest for _, digest in found.values()}
+        for digest, version in versions.items():
+            if digest not in current and version.tags.get("model"):  # of an earlier end of this run
+                self._client.delete_model_version_tag(version.name, version.version, "model")
         self.state.values["models"] = {
             which: f"models:/{versions[digest].name}/{versions[digest].version}" for which, (_, digest) in found.items()
         }

@@ -43,15 +43,18 @@ def start_uploader(
     run_dir = Path(run_dir)
     target = Target(check_uri(uri), experiment, run_name or run_dir.name)
     path = os.pathsep.join(import_roots() + list(filter(None, [os.environ.get("PYTHONPATH")])))
-    problems, end = os.pipe()  # beside the log: what the driver is to say at once
-    with open(run_dir / LOG_FILE, "ab") as log, open(end, "wb", buffering=0):
-        process = subprocess.Popen(
-            # -P: folders in the current directory may have the names of our packages.
-            [sys.executable, "-P", "-m", "orchestration.tracking.sender", str(run_dir), str(end)],
-            stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=(end,),
-            start_new_session=True,  # Ctrl-C is for the driver; and priorities count within a session
-            env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
-        )  # fmt: skip
+    with contextlib.ExitStack() as on_failure, open(run_dir / LOG_FILE, "ab") as log:
+        problems, end = os.pipe()  # beside the log: what the driver is to say at once
+        on_failure.callback(os.close, problems)
+        with open(end, "wb", buffering=0):
+            process = subprocess.Popen(
+                # -P: folders in the current directory may have the names of our packages.
+                [sys.executable, "-P", "-m", "orchestration.tracking.sender", str(run_dir), str(end)],
+                stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=(end,),
+                start_new_session=True,  # Ctrl-C is for the driver; and priorities count within a session
+                env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+            )  # fmt: skip
+        on_failure.pop_all()  # from here on the thread of `listen` closes it
     # By standard input, not as an argument: every user of the machine sees arguments, and the URI may hold a password.
     uploader = Uploader(run_dir, target, process)
     uploader.send_message(asdict(target))

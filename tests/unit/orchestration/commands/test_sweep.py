@@ -1,16 +1,23 @@
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from orchestration.commands import sweep as sweep_module
+from orchestration.commands import sync as sync_module
 from orchestration.commands.sweep import _merge_journals, _upload_if_interrupted, plan_sweep, untouched_stages
-from orchestration.config.compose import load_config
+from orchestration.config.compose import load_config, to_yaml
 from orchestration.results.sweep_table import draw_sweep, sweep_table
+from orchestration.storage.files import read_json
 from orchestration.storage.journal import Journal, read_journal
 from orchestration.storage.run_folder import RunFolder
+from orchestration.tracking.ownership import settle_ownership
+from orchestration.tracking.process import State, Target
 
 RATIO = "method.stages.h2t.flow.ratio"
 H2T = ["method=ride_h2t", "dataset=digits_lt"]
@@ -112,6 +119,35 @@ def test_what_ended_a_sweep_is_reported_though_its_uploader_does_not_start(tmp_p
         raise FloatingPointError("what happened first")
     said = capsys.readouterr().err
     assert "were not uploaded (FileNotFoundError" in said and f"expertail sync {missing}" in said
+
+
+@pytest.mark.parametrize("command", ["sweep", "sync"])
+def test_a_copied_sweep_has_an_mlflow_run_of_its_own_before_its_runs_name_it_as_their_parent(
+    command, tmp_path, monkeypatch
+):
+    (original := tmp_path / "a" / "x-sweep").mkdir(parents=True)
+    settle_ownership(original)
+    (state := State(original, Target("sqlite:////a.db", "expertail", "x-sweep"))).save()
+    (copied := tmp_path / "b" / "x-0").mkdir(parents=True)
+    (copied / "config.yaml").write_text(to_yaml(plan(f"{RATIO}=0,1", tmp_path / "b", "run.name=x")[1][0].config))
+    copy = shutil.copytree(original, tmp_path / "b" / "x-sweep")
+    seen = []
+
+    def begin_run(*_):
+        seen.append(read_json(copy / "tracking.json"))
+
+    if command == "sync":
+        (copy / "sweep.json").write_text(json.dumps({"runs": [{"run": "x-0"}]}))
+        monkeypatch.setattr(sync_module, "sync_run", begin_run)
+        monkeypatch.setattr(sync_module, "sync", lambda *_: None)
+        sync_module._sync_sweep(copy, None)
+    else:
+        shutil.rmtree(copied)
+        monkeypatch.setattr(sweep_module, "cluster", lambda address: contextlib.nullcontext())
+        monkeypatch.setattr(sweep_module, "train_and_report", begin_run)
+        monkeypatch.setattr(sweep_module, "start_uploader", lambda *_: None)
+        sweep_module.sweep(f"{RATIO}=0,1", [*H2T, f"run.dir={tmp_path / 'b'}", "run.name=x"])
+    assert seen[0]["folder"]["path"] == str(copy) and state.values["key"] not in json.dumps(seen[0])
 
 
 def test_folders_of_other_runs_are_refused_and_all_named(tmp_path):

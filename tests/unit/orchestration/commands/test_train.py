@@ -97,12 +97,17 @@ def test_without_a_measurement_the_model_decides_and_says_so(measuring, monkeypa
 def test_a_signal_while_pictures_are_drawn_ends_a_finished_run_and_the_same_command_draws_them(
     tmp_path, monkeypatch, capsys
 ):
-    """Models, table and status are there before the first picture; SIGTERM comes as it is saved."""
+    """Models, table and status are there before the first picture; SIGTERM comes as it is saved.
+
+    A page that an earlier start drew, cut by run.max_steps, is gone by then, and does not pass for this one.
+    """
     path = short_runs.train(tmp_path / "run", "ce", stages=1)
     words = [f"run.dir={tmp_path}", "run.name=run", "run.features_picture=false"]
     config = load_config(["method=ce", *short_runs.WORDS, *words])
     (checkpoint,) = (path / "checkpoints").glob("[0-9]*")
     monkeypatch.setattr(train, "train", lambda *_: Outcome("train", True, 2, checkpoint))
+    (path / "report").mkdir(exist_ok=True)
+    (path / "report" / "index.html").write_text("drawn when run.max_steps had cut the run")
 
     def stop(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -129,3 +134,17 @@ def test_a_signal_after_the_last_step_leaves_the_pictures_out(tmp_path, monkeypa
     with pytest.raises(Stopped, match="the same command draws the report"):
         train.train_and_report(config, {})
     assert [file.name for file in (path / "report").iterdir()] == ["table.txt"]
+
+
+def test_a_folder_whose_mlflow_run_cannot_be_settled_costs_the_upload_and_a_line(tmp_path):
+    config = load_config(["method=ce", "dataset=digits_lt", f"run.dir={tmp_path}", "run.name=run"])
+    path = tmp_path / "run"
+    (path / "tracking.json").mkdir(parents=True)
+    said = []
+    uploads = train._Tracking(config, SimpleNamespace(path=path, url=None))
+    uploads.report = said.append
+    uploads.begin()
+    (line,) = said
+    assert line.startswith("tracking: IsADirectoryError: ") and f"later: expertail sync {path}" in line
+    uploads.end("FINISHED", 1.0)
+    assert len(said) == 1

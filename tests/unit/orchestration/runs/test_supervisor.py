@@ -425,9 +425,11 @@ def test_workers_lost_while_they_predict_cost_no_failure_and_at_most_the_predict
     """With no failure allowed: other workers are asked once, then the run goes on without predictions."""
     shown = io.StringIO()
     driver = make_run({"student": [None]}, words=[*LFME, "cluster.max_failures=0"], shown=shown)
-    asked = lost_in_predict(driver, monkeypatch, losses)
+    asked, noted = lost_in_predict(driver, monkeypatch, losses), []
+    monkeypatch.setattr(supervisor_module.StageRun, "note_memory", lambda stage: noted.append((stage, len(asked))))
     assert supervise(driver, "student").finished
     assert len(asked) == 2 and asked[0] is not asked[1]
+    assert noted == [(asked[0], 0)], "the peak is that of the workers that trained"
     assert events == ["start main", "train student", "room?", "start main", "connected?"]
     stored = driver.run.folder.read_run()
     assert "failures" not in stored
@@ -438,6 +440,20 @@ def test_workers_lost_while_they_predict_cost_no_failure_and_at_most_the_predict
     assert bool(driver.fleet.workers) == (losses == 1), "a later stage starts workers of its own"
     missing = predictions_missing(driver.run.folder, driver.run.config, "student")
     assert missing == (losses == 1), "what was given up is not asked for by a later start"
+
+
+def test_a_worker_lost_when_asked_for_its_memory_is_replaced_for_the_predictions(make_run, monkeypatch, events):
+    shown = io.StringIO()
+    driver = make_run({"student": [None]}, words=[*LFME, "cluster.max_failures=0"], shown=shown)
+    asked = lost_in_predict(driver, monkeypatch, 0)
+
+    def die(stage):
+        raise WorkerLost("a worker died: put in")
+
+    monkeypatch.setattr(supervisor_module.StageRun, "note_memory", die)
+    assert supervise(driver, "student").finished
+    assert len(asked) == 1 and events == ["start main", "train student", "room?", "start main", "connected?"]
+    assert "stage student is trained; its peak memory is not noted: a worker died: put in" in shown.getvalue()
 
 
 def test_a_wait_for_places_is_noted_and_tracked_once_said_every_minute_and_ended_by_a_signal(make_run):
@@ -454,6 +470,6 @@ def test_a_wait_for_places_is_noted_and_tracked_once_said_every_minute_and_ended
     assert first == "waiting for 2 x (1 CPUs, 0 GPUs), free are 0 CPUs; waited 3.0 s of at most 24.0 h"
     assert len(more) == 2
     run.signals.received = signal.SIGTERM
-    with pytest.raises(Stopped, match="the same command starts it again") as stopped:
+    with pytest.raises(Stopped, match="while it waited for places; the same command continues") as stopped:
         waiting(130.0, lambda: "")
     assert stopped.value.exit_code == 143

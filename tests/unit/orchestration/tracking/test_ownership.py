@@ -12,7 +12,7 @@ from orchestration.storage.files import read_json
 from orchestration.storage.run_folder import RunFolder
 from orchestration.tracking import ownership
 from orchestration.tracking.ownership import copied_from, settle_ownership
-from orchestration.tracking.process import State, Target
+from orchestration.tracking.process import State, Target, hold_lock
 
 TARGET = Target("sqlite:////runs/mlflow.db", "expertail", "run")
 
@@ -99,3 +99,16 @@ def test_a_folder_of_an_older_version_keeps_its_run(tmp_path):
     state.save()
     assert settle_ownership(tmp_path) is None
     assert key(tmp_path) == state.values["key"]
+
+
+def test_a_folder_that_another_process_settles_is_not_written_to(uploaded, tmp_path, monkeypatch):
+    copy = shutil.copytree(uploaded, tmp_path / "copy")
+    before = (copy / "tracking.json").read_text()
+    monkeypatch.setattr(ownership, "_WAIT_S", 0.0)
+    with (
+        hold_lock(copy / ".tracking.json.run.lock", wait_s=0.0),
+        pytest.raises(ValueError, match=r"copy/tracking\.json: another process has kept it locked for 0 s; wait until"),
+    ):
+        settle_ownership(copy)
+    assert (copy / "tracking.json").read_text() == before
+    assert "was copied from" in settle_ownership(copy)
