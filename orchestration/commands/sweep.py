@@ -43,7 +43,7 @@ from orchestration.results.sweep_table import draw_sweep, sweep_table
 from orchestration.results.text import plural
 from orchestration.runs.admission import admit
 from orchestration.storage.checkpoint import Checkpoints
-from orchestration.storage.files import DATA, final_evaluations, read_json, write_atomic
+from orchestration.storage.files import DATA, final_evaluations, read_json, write_atomic, write_json
 from orchestration.storage.journal import FILE_NAME as JOURNAL
 from orchestration.storage.journal import read_journal
 from orchestration.storage.location import run_path
@@ -414,7 +414,7 @@ def _save(folder: Path, key: str, points: list[Point], problems: dict[str, str])
     }
     result["group_sizes"] = next((sizes for point in points if (sizes := _group_sizes(point.folder))), {})
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / SWEEP, json.dumps(result, indent=1) + "\n")
+    write_json(folder / SWEEP, result)
     write_atomic(folder / "table.txt", sweep_table(result) + "\n")
     return result
 

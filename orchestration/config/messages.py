@@ -8,6 +8,7 @@ import sys
 from typing import TextIO
 
 from experts.data.names import HANDLER, readable, visible
+from orchestration.config.secrets import redact
 
 
 def show(text: str, stream: TextIO | None = None) -> None:
@@ -34,5 +35,5 @@ def say(text: str) -> None:
 
 
 def in_one_line(problem: BaseException) -> str:
-    """Return the kind of an error and the first line of what it says."""
-    return visible(readable(f"{type(problem).__name__}: {problem}".strip().splitlines()[0]))[:500]
+    """Return the kind of an error and the first line of what it says, without secrets."""
+    return visible(readable(redact(f"{type(problem).__name__}: {problem}".strip().splitlines()[0])))[:500]

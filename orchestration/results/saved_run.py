@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,7 +29,7 @@ from orchestration.config.paths import expand
 from orchestration.config.problems import check
 from orchestration.config.run_config import RunConfig
 from orchestration.config.words import parse
-from orchestration.storage.files import CONFIG, DATA, RUN, read_json, write_atomic
+from orchestration.storage.files import CONFIG, DATA, RUN, read_json, write_json
 from orchestration.training.precision import casting, use_precision
 
 MAY_DIFFER = (
@@ -315,7 +314,7 @@ def save_evaluation(folder: Path, name: str, evaluation: dict[str, Any]) -> str:
     path = folder / "evaluation" / f"{name}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(evaluation, indent=1) + "\n")
+        write_json(path, evaluation)
     except OSError as error:
         # A run folder may be read-only for whoever measures it; the table is printed all the same.
         return f"not saved: {path} cannot be written ({error.strerror})"

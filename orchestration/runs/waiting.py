@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 from orchestration.results.text import duration
 from orchestration.runs.run import Run
-from orchestration.runs.stopping import Stopped
 
 _SAY_FIRST_S, _SAY_AGAIN_S = 3.0, 60.0
 
@@ -36,9 +35,7 @@ class Waiting:
         Raises:
             Stopped: a signal came.
         """
-        number = self._run.signals.received
-        if number is not None:
-            raise Stopped(number, "stopped while it waited for places; the same command starts it again")
+        self._run.raise_if_waiting_is_over(waited_s, awaited)
         if not self._noted:
             self._noted = True
             self._run.folder.record_waiting(self._run.config, awaited())

@@ -6,13 +6,12 @@ evaluation/[<stage>/]measures.json                             by model, split a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from aggregation.predictions import Predictions, measures
-from orchestration.storage.files import write_atomic, writing_whole
+from orchestration.storage.files import write_json, writing_whole
 
 MEASURES = "measures.json"
 
@@ -42,7 +41,7 @@ def write_predictions(
                     one.write(file)
         del one  # before the next is made: each may be large
     for folder in folders:
-        write_atomic(folder / MEASURES, json.dumps(measured, indent=1) + "\n")
+        write_json(folder / MEASURES, measured)
 
 
 def file_of(folder: Path, which: str, split: str) -> Path:

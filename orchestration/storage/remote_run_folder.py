@@ -28,7 +28,7 @@ from typing import Any
 
 from orchestration.config.messages import say
 from orchestration.storage.checkpoint import MANIFEST
-from orchestration.storage.files import RUN, write_atomic
+from orchestration.storage.files import RUN, write_json
 from orchestration.storage.journal import FILE_NAME as JOURNAL
 from orchestration.storage.run_folder import RunFolder
 from orchestration.storage.url_lock import LOCK, UrlLock
@@ -161,7 +161,7 @@ class RemoteRunFolder(UnsharedRunFolder):
         return target
 
     def _record(self, states: list[str]) -> None:
-        write_atomic(self.path / _RECORD, json.dumps({"states": states}) + "\n")
+        write_json(self.path / _RECORD, {"states": states})
 
     def _set_aside(self) -> None:
         """Make room for the download. A copy that may hold more than the URL is kept beside it, one at most."""

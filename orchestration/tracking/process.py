@@ -7,12 +7,10 @@ import fcntl
 import getpass
 import io
 import itertools
-import json
 import logging
 import os
 import random
 import re
-import tempfile
 import threading
 import time
 import uuid
@@ -21,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TextIO
 
+from orchestration.config.messages import in_one_line
 from orchestration.config.secrets import redact
 from orchestration.storage import journal
-from orchestration.storage.files import read_json
+from orchestration.storage.files import read_json, write_json
 from orchestration.tracking import contents
 from orchestration.tracking.uri import sqlite_path
 
@@ -73,13 +72,7 @@ class State:
 
     def save(self) -> None:
         """Write the file as a whole."""
-        handle, temporary = tempfile.mkstemp(dir=self._path.parent, prefix=f".{STATE_FILE}.")
-        with open(handle, "w") as file:
-            json.dump(self._stores, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, self._path)
+        write_json(self._path, self._stores)
 
 
 class JournalTail:
@@ -297,16 +290,11 @@ def file_version(path: Path) -> tuple[int, int] | None:
     return status.st_mtime_ns, status.st_ino
 
 
-def one_line(error: BaseException) -> str:
-    """Return an error as one line without secrets."""
-    return redact(f"{type(error).__name__}: {error}".strip().splitlines()[0])[:500]
-
-
 def said(error: Exception) -> str:
     """Return an error as one line, with what to do about it."""
     what_to_do = remedy(error)
     # What MLflow advises is longer, and not all of it fits.
-    return one_line(error).split(". ")[0] + what_to_do if what_to_do else one_line(error)
+    return in_one_line(error).split(". ")[0] + what_to_do if what_to_do else in_one_line(error)
 
 
 def is_permanent(error: Exception) -> bool:

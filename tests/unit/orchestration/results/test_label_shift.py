@@ -262,7 +262,7 @@ def test_results_that_cannot_be_written_are_still_shown(run, monkeypatch, pictur
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("orchestration.results.saved_run.write_atomic", refuse)
+    monkeypatch.setattr("orchestration.results.saved_run.write_json", refuse)
     monkeypatch.setattr("orchestration.results.style.os.replace", refuse)
     text = evaluate_distributions(str(run), "known-prior", "uniform", "best", "test", [])
     assert "known prior" in text

@@ -194,7 +194,7 @@ def test_a_result_that_cannot_be_written_is_still_shown(copy, monkeypatch):
     def refuse(path, text):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("orchestration.results.saved_run.write_atomic", refuse)
+    monkeypatch.setattr("orchestration.results.saved_run.write_json", refuse)
     text = reevaluate(str(copy), "best", "test", [])
     assert "ensemble" in text
     assert text.endswith("again-best-test.json cannot be written (Permission denied)")

@@ -52,6 +52,10 @@ def test_numbers_in_words():
 
 def test_an_error_is_one_line_that_any_stream_takes():
     assert in_one_line(ValueError("caf\udce9.jpg\nmore")) == "ValueError: caf\\xe9.jpg"
+    assert (
+        in_one_line(OSError("no route to http://me:s3cret@h/?token=s3cret"))
+        == "OSError: no route to http://h/?token=***"
+    )
 
 
 def test_names_cannot_act_on_a_terminal_or_break_a_line(capsys):
