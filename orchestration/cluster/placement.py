@@ -15,6 +15,7 @@ _BOXES_PER_ROW = 4
 
 SHORT_WAIT_S, JOB_WAIT_S = 8.0, 24 * 3600.0
 """Seconds that cluster.placement_timeout_s=auto means: of a command that somebody watches, and of a submitted job."""
+RESTART_FACTOR = 10  # how many times as long a restart waits: a node that boots, or a switch, takes a minute
 
 Resources = Mapping[str, float]
 """Amounts by Ray's names: CPU, GPU, memory (bytes)."""
@@ -88,11 +89,17 @@ def placement_wait_s(cluster: ClusterConfig, *, job: bool = False) -> float:
 
     Args:
         cluster: of the config.
-        job: whether this is the beginning of a submitted job, which nobody watches.
+        job: whether this is the beginning of a submitted job, which nobody watches. Later waits are short there too:
+            a run that trains holds places, and two such runs could wait for each other.
     """
     if cluster.placement_timeout_s == "auto":
         return JOB_WAIT_S if job else SHORT_WAIT_S
     return cluster.placement_timeout_s
+
+
+def restart_wait_s(cluster: ClusterConfig) -> float:
+    """Return how many seconds a restart waits for a node or the network, and a move for places on other nodes."""
+    return RESTART_FACTOR * placement_wait_s(cluster)
 
 
 def places(node: Resources, bundle: Resources) -> int:

@@ -91,8 +91,9 @@ class ClusterConfig(Settings):
     gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0
     """0 computes on the CPU with gloo, 1 on one GPU with NCCL."""
     placement_timeout_s: Annotated[float | Literal["auto"], BeforeValidator(_seconds_or_auto)] = "auto"
-    """Seconds to wait for resources that exist but are in use. 'auto': 24 hours in a submitted job, 8 s anywhere else.
-    What the cluster could never hold is refused at once."""
+    """Seconds that a start waits for places that others hold. 'auto': 24 hours in a submitted job, 8 s anywhere else.
+    Once it trains, a run holds places itself and waits less long ('auto' is 8 s): stages side by side this long for
+    theirs, a restart or move ten times this long for a node. What the cluster could never hold is refused at once."""
     heartbeat_timeout_s: Annotated[float, Field(gt=0)] = 300.0
     """A worker that finishes no step, image batch or file for this many seconds counts as hanging."""
     side_by_side: Annotated[int, Field(ge=1)] | None = None

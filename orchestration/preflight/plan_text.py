@@ -17,7 +17,15 @@ from experts.data.readers import open_raw
 from experts.flow import PARTS
 from experts.progress import Progress
 from experts.registry import build, piece
-from orchestration.cluster.placement import bundle_of, draw, largest_share, pack, placement_wait_s, with_shape
+from orchestration.cluster.placement import (
+    bundle_of,
+    draw,
+    largest_share,
+    pack,
+    placement_wait_s,
+    restart_wait_s,
+    with_shape,
+)
 from orchestration.config.identity import published
 from orchestration.config.late import never_reached
 from orchestration.config.paths import expand
@@ -273,7 +281,8 @@ def _mesh(config: RunConfig, found: Plan) -> Iterator[str]:
     where = cluster.address or "RAY_ADDRESS if set, else its own Ray on this machine"
     short, job = placement_wait_s(cluster), placement_wait_s(cluster, job=True)
     wait = duration(short) + (f", {duration(job)} in a submitted job" if job != short else "")
-    yield f"cluster: {where}; waits for places that others hold up to {wait}"
+    yield f"cluster: {where}; a start waits up to {wait} for places that others hold,"
+    yield f"a restart {duration(restart_wait_s(cluster))} for a node"
     yield from _waves(found)
 
     teachers = " and teachers" if any(stage.teachers for stage in found.stages) else ""

@@ -10,6 +10,7 @@ from orchestration.cluster.placement import (
     largest_share,
     pack,
     placement_wait_s,
+    restart_wait_s,
     seats,
     shape_of,
     shapes_of,
@@ -105,5 +106,6 @@ def test_a_submitted_job_waits_for_a_day_unless_a_number_is_given():
     auto, given = load_config([]).cluster, load_config(["cluster.placement_timeout_s=30"]).cluster
     assert [placement_wait_s(auto), placement_wait_s(auto, job=True)] == [8.0, 86400.0]
     assert [placement_wait_s(given), placement_wait_s(given, job=True)] == [30, 30]
+    assert [restart_wait_s(auto), restart_wait_s(given)] == [80.0, 300]
     with pytest.raises(ValueError, match="needed a number of seconds above 0, or auto"):
         load_config(["cluster.placement_timeout_s=0"])
