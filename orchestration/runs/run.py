@@ -161,6 +161,13 @@ class Run:
             f"checkpoint between)"
         )
 
+    def record_late_loss(self, loss: WorkerLost, stage: str) -> None:
+        """Note a loss that came after a stage's last step: it costs no training, and counts against no limit."""
+        with self._changing:
+            noted = self.folder.read_run().get("losses_after_training", [])
+            late = {"time": time.time(), "stage": stage, "what": str(loss)}
+            self.folder.update_run(losses_after_training=[*noted, late])
+
     def record_preemption(self, notice: Exception, stage: str, nodes: set[str]) -> None:
         """Count nodes that were taken away, once for all stages that leave them.
 

@@ -12,8 +12,8 @@ A stage is in one of four states. A loss ends the state that it falls into:
                a worker died or hangs: count the failure, give up after too many          -> waiting
                the run is to end, or something an operator can change                     -> raised
 
-After its last step a stage is no longer lost with its workers: new ones are asked once more for its predictions, which
-are then given up.
+After its last step a stage is no longer lost with its workers. The loss is noted in run.json and counts as no failure;
+new workers are asked once more for the stage's predictions, which are then given up.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from collections.abc import Callable
 from orchestration.cluster.failures import WorkerLost
 from orchestration.cluster.fleet import Fleet
 from orchestration.cluster.hangs import write_stacks
-from orchestration.cluster.placement import NoRoom, placement_wait_s
+from orchestration.cluster.placement import NoRoom, restart_wait_s
 from orchestration.cluster.preemption import Preempted, PreemptionNotice
 from orchestration.cluster.reachability import Disconnected
 from orchestration.runs.console import Console
@@ -37,7 +37,6 @@ from orchestration.runs.stage_run import StageRun
 from orchestration.runs.stopping import GivenUp, Outcome, Stopped
 from orchestration.storage.files import LOCK
 
-_WAITS_FOR_NODES = 10  # times cluster.placement_timeout_s (its short auto): how long a restart waits for a node
 _ASK_AGAIN_S = 0.5  # nodes that did not answer
 _RAY_NOTICES_S = 120.0  # by default Ray counts a node that vanished as dead after about 65 s
 
@@ -166,6 +165,7 @@ class Supervisor:
             try:
                 return keep_predictions(self._stage_run)
             except WorkerLost as loss:
+                self._run.record_late_loss(loss, self._stage)
                 self._console.message(f"{loss}; stage {self._stage} is trained; asking new workers for its predictions")
             self._end_workers()
         self._begin_pause()
@@ -179,6 +179,8 @@ class Supervisor:
         except (Stopped, GivenUp):
             raise
         except Exception as problem:
+            if isinstance(problem, WorkerLost):
+                self._run.record_late_loss(problem, self._stage)
             self._end_workers()
             give_up_predictions(self._run, self._stage, problem)
 
@@ -187,6 +189,7 @@ class Supervisor:
             try:
                 self._stage_run.note_memory()
             except WorkerLost as loss:
+                self._run.record_late_loss(loss, self._stage)
                 self._console.message(f"stage {self._stage} is trained; its peak memory is not noted: {loss}")
                 self._end_workers()
 
@@ -297,7 +300,7 @@ class Supervisor:
             ValueError: the problem lasted.
             Stopped, GivenUp: the run is to end.
         """
-        wait_s = _WAITS_FOR_NODES * placement_wait_s(self._run.config.cluster)
+        wait_s = restart_wait_s(self._run.config.cluster)
         end, announced = time.monotonic() + wait_s, False
         while True:
             try:

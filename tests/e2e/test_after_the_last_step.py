@@ -55,6 +55,7 @@ def test_faults_after_the_last_step_cost_a_line_each(warm, tmp_path, monkeypatch
     pictures = ["curves", "class_counts", "per_class"]
     assert "stage train is trained; asking new workers for its predictions" in said
     assert "failures" not in read_json(folder / "run.json")
+    assert [late["stage"] for late in read_json(folder / "run.json")["losses_after_training"]] == ["train"]
     kept, *drawn, sent = [line for line in said.splitlines() if "put in" in line]
     assert kept == "stage train: predictions were not kept: RuntimeError: put in"
     assert read_json(folder / "run.json")["predictions"] == {

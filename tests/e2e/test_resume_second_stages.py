@@ -250,7 +250,9 @@ def test_a_worker_killed_changes_nothing(moment, calm, warm, tmp_path):
         process.kill()
     assert process.returncode == 0, output
     assert "a worker died" in output
-    assert json.loads((folder / "run.json").read_text())["failures"] == 1
+    # Whichever the death falls into: a stage's training, or what follows on its last checkpoint, as its predictions.
+    noted = json.loads((folder / "run.json").read_text())
+    assert noted.get("failures", 0) + len(noted.get("losses_after_training", [])) == 1
     same(folder, calm)
 
 

@@ -433,6 +433,7 @@ def test_workers_lost_while_they_predict_cost_no_failure_and_at_most_the_predict
     assert events == ["start main", "train student", "room?", "start main", "connected?"]
     stored = driver.run.folder.read_run()
     assert "failures" not in stored
+    assert [late["stage"] for late in stored["losses_after_training"]] == ["student"] * losses
     cause = "WorkerLost: a worker died: put in"
     given_up = {"student": {"status": "failed", "cause": cause}} if losses == 2 else None
     assert stored.get("predictions") == given_up
@@ -454,6 +455,8 @@ def test_a_worker_lost_when_asked_for_its_memory_is_replaced_for_the_predictions
     assert supervise(driver, "student").finished
     assert len(asked) == 1 and events == ["start main", "train student", "room?", "start main", "connected?"]
     assert "stage student is trained; its peak memory is not noted: a worker died: put in" in shown.getvalue()
+    (late,) = driver.run.folder.read_run()["losses_after_training"]
+    assert (late["stage"], late["what"]) == ("student", "a worker died: put in")
 
 
 def test_a_wait_for_places_is_noted_and_tracked_once_said_every_minute_and_ended_by_a_signal(make_run):
