@@ -19,6 +19,8 @@ from typing import Any
 
 import yaml
 
+from orchestration.storage.run_folder import origin
+
 WORDS = ["method=ride", "dataset=digits_lt", "pace=demo"]
 GROUPS = ("all", "many", "medium", "few")
 OUT = Path(__file__).parent / "results" / "demo.json"
@@ -53,7 +55,7 @@ def summary(folders: dict[int, Path]) -> dict[str, Any]:
     leads = {which: [found[which]["lead"] for found in seeds.values()] for which in ("last", "best")}
     return {
         "command": f"expertail train {' '.join(WORDS)} seed=<seed>",
-        **{key: run[key] for key in ("host", "versions", "commit")},
+        **origin(run),
         "epochs": config["method"]["stages"]["train"]["epochs"],
         "threads": config["engine"]["threads"],
         "lead": {which: {"mean": round(statistics.mean(found), 2), "seeds": found} for which, found in leads.items()},

@@ -40,7 +40,7 @@ from experts.data.dataset import open_dataset
 from orchestration.config.compose import load_config
 from orchestration.runs.stage_run import metrics_of
 from orchestration.storage.journal import Journal
-from orchestration.storage.run_folder import RunFolder, versions
+from orchestration.storage.run_folder import RunFolder, origin
 from orchestration.training.mesh import Mesh, mesh_shape
 from orchestration.training.trainer import StageTrainer
 
@@ -157,7 +157,7 @@ def summary(ms: list[float]) -> dict[str, float]:
 def host_of(folder: RunFolder) -> dict[str, Any]:
     """Return hardware and versions behind the numbers."""
     run = folder.read_run()
-    return {"host": run["host"], "versions": versions(), "commit": run["commit"]}
+    return origin(run)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from orchestration.storage.run_folder import origin
+
 METHODS = ("ce", "ride")
 GROUPS = ("all", "many", "medium", "few", "many_by_index", "medium_by_index", "few_by_index")
 COMMON = ("dataset=fashion_mnist_lt", "dataset.max_per_class=1000", "engine.threads=1", "run.evaluate_every_epochs=10")
@@ -40,7 +42,7 @@ def main() -> None:
         }
 
     run_record = json.loads((folders[0] / "run.json").read_text())
-    record = {key: run_record[key] for key in ("host", "versions", "commit")} | {"results": results}
+    record = origin(run_record) | {"results": results}
     path = Path(__file__).parent / "results" / "learning_check.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")

@@ -21,6 +21,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from orchestration.storage.run_folder import origin
+
 Words = tuple[str, ...]
 GROUPS: Words = ("all", "many", "medium", "few", "many_by_index", "medium_by_index", "few_by_index")
 ONE_THREAD: Words = (
@@ -163,8 +165,7 @@ def percent(mean: float | None, spread: float | None = None) -> str:
 
 def made_by(folder: Path) -> dict[str, Any]:
     """Return commit, versions and hardware of a run."""
-    run = json.loads((folder / "run.json").read_text())
-    return {key: run[key] for key in ("commit", "versions", "host")}
+    return origin(json.loads((folder / "run.json").read_text()))
 
 
 def training_work(stages: Iterable[Any]) -> float | None:

@@ -28,6 +28,8 @@ from typing import Any
 import psutil
 import ray
 
+from orchestration.storage.run_folder import origin
+
 WORDS = [
     "method=ride", "dataset=digits_lt", "dataset.image_size=16", "method.stages.train.batch_size=50",
     "method.stages.train.epochs=100000", "run.evaluate_every_epochs=50", "run.checkpoint_every_steps=50",
@@ -110,7 +112,7 @@ def train_under_kills(runs: Path, options: argparse.Namespace) -> dict[str, Any]
             **{kind: sorted(names - before[kind]) for kind, names in ray_objects().items()},
             "half_written": [path.name for path in (runs / "disturbed" / "checkpoints").glob(".*")],
         },
-        "host": {"cpus": os.cpu_count(), "processor": found["host"]["processor"]},
+        "hardware": origin(found)["hardware"],
     }
 
 

@@ -21,6 +21,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from orchestration.storage.run_folder import origin
+
 PLACEMENTS = {"packed": [], "spread over 3": ["cluster.workers=3"]}
 
 
@@ -44,8 +46,7 @@ def main() -> None:
         name: {part: round(statistics.median(s[part] for s in spans), 2) for part in spans[0]}
         for name, spans in seen.items()
     }
-    kept = {key: record[key] for key in ("host", "versions", "commit")}
-    out = {"command": f"python benchmarks/startup.py --rounds {options.rounds}", **kept, "seconds": results}
+    out = {"command": f"python benchmarks/startup.py --rounds {options.rounds}", **origin(record), "seconds": results}
     Path(options.out).parent.mkdir(exist_ok=True)
     Path(options.out).write_text(json.dumps(out, indent=1) + "\n")
     print(json.dumps(results, indent=1))

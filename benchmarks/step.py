@@ -38,7 +38,7 @@ from orchestration.runs.console import Console
 from orchestration.runs.run import Run
 from orchestration.runs.stage_run import StageRun
 from orchestration.runs.stopping import StopSignals
-from orchestration.storage.run_folder import RunFolder, versions
+from orchestration.storage.run_folder import RunFolder, origin
 from orchestration.tracking.uploader import start_uploader
 from orchestration.tracking.uri import default_uri
 from orchestration.training.mesh import mesh_shape
@@ -197,7 +197,7 @@ def host_of(folder: RunFolder) -> dict[str, Any]:
     """Return hardware and versions behind the numbers."""
     folder.record_start(load_config([]), [], {})
     run = folder.read_run()
-    return {"host": run["host"], "versions": versions(), "commit": run["commit"]}
+    return origin(run)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,12 @@ def _command() -> str:
 
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def origin(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return commit, versions and hardware of a run, from its run.json; without the name of its host."""
+    hardware = {key: run["host"][key] for key in ("processor", "cpus", "memory_gib")}
+    return {"commit": run["commit"], "versions": run["versions"], "hardware": hardware}
 
 
 def versions() -> dict[str, str]:
