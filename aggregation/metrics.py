@@ -19,7 +19,7 @@ from experts.data.transfer import to_device
 
 MANY_ABOVE = 100
 FEW_BELOW = 20
-GROUPS = ("many", "medium", "few")
+CLASS_GROUPS = ("many", "medium", "few")
 CALIBRATION_BINS = 15
 MEASURED = ("correct", "confidence", "nll")
 _EXTRA = "per_image:"  # before the names of extra numbers in a state; a member's arrays have a "/"
@@ -32,7 +32,7 @@ def groups_by_count(counts_C: Sequence[int] | NDArray[Any]) -> dict[str, NDArray
     """
     counts = np.asarray(counts_C)
     many, few = counts > MANY_ABOVE, counts < FEW_BELOW
-    return {group: np.flatnonzero(mask) for group, mask in zip(GROUPS, (many, ~many & ~few, few), strict=True)}
+    return {group: np.flatnonzero(mask) for group, mask in zip(CLASS_GROUPS, (many, ~many & ~few, few), strict=True)}
 
 
 def groups_by_index(counts_C: Sequence[int] | NDArray[Any], cuts: Sequence[int]) -> dict[str, NDArray[np.int64]]:
@@ -53,12 +53,12 @@ def groups_by_index(counts_C: Sequence[int] | NDArray[Any], cuts: Sequence[int])
             f"dataset.index_groups = {list(cuts)}: needs two cuts with 0 <= first <= second <= {len(counts)} classes"
         )
     order = np.argsort(-counts.astype(np.int64), kind="stable")
-    return {group: np.sort(part) for group, part in zip(GROUPS, np.split(order, list(cuts)), strict=True)}
+    return {group: np.sort(part) for group, part in zip(CLASS_GROUPS, np.split(order, list(cuts)), strict=True)}
 
 
 def all_groups(counts_C: Sequence[int] | NDArray[Any], cuts: Sequence[int] | None) -> dict[str, NDArray[np.int64]]:
     """Return the groups of both rules: `many`, `medium`, `few` and, empty without `cuts`, the same `_by_index`."""
-    no_class = dict.fromkeys(GROUPS, np.empty(0, np.int64))
+    no_class = dict.fromkeys(CLASS_GROUPS, np.empty(0, np.int64))
     by_index = groups_by_index(counts_C, cuts) if cuts is not None else no_class
     return groups_by_count(counts_C) | {f"{group}_by_index": ids for group, ids in by_index.items()}
 

@@ -10,7 +10,7 @@ import re
 import shlex
 from pathlib import Path
 
-from orchestration.config.folders import GROUPS, VARIABLE, configs_folder, name_problem, path_of
+from orchestration.config.folders import CONFIG_GROUPS, VARIABLE, configs_folder, name_problem, path_of
 from orchestration.config.paths import expand
 
 
@@ -26,8 +26,8 @@ def copy_recipe(source: str, target: str) -> str:
     """
     group, _, choice = source.rpartition("=")
     group = group or "method"
-    if group not in GROUPS:
-        raise ValueError(f"{source}: no group is called {group}; known: {', '.join(GROUPS)}")
+    if group not in CONFIG_GROUPS:
+        raise ValueError(f"{source}: no group is called {group}; known: {', '.join(CONFIG_GROUPS)}")
     text, path = path_of(group, choice).read_text("utf-8"), Path(expand(target))
     name = path.stem
     if path.suffix != ".yaml":

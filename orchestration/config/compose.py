@@ -94,7 +94,7 @@ def compose(words: list[str]) -> Composed:
     checked = check(layered.tree, title(words), lambda keys: _file_of(layered, keys))
     config = _with_absolute_paths(checked)
     unread = unread_lists(checked.dataset, absolute_lists(config.dataset))
-    notes = (*about_like, *_notes(length, config, resolved), *unread, *_taken(layered))
+    notes = (*about_like, *_notes(length, config, resolved), *unread, *_describe_environment(layered))
     return Composed(config, layered, files, tuple(resolved), notes)
 
 
@@ -247,7 +247,7 @@ def _notes(length: dict[str, Any], config: RunConfig, resolved: Sequence[Resolve
     return notes
 
 
-def _taken(layered: Layered) -> Iterator[str]:
+def _describe_environment(layered: Layered) -> Iterator[str]:
     """Say what the environment decides about tracking."""
     for key, variable in _VARIABLES.items():
         if layered.origin(("tracking", key)) == variable and layered.get(("tracking", "enabled")) is not False:

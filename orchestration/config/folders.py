@@ -19,7 +19,7 @@ from typing import Any
 import configs
 
 VARIABLE = "EXPERTAIL_CONFIG_DIR"
-GROUPS = ("method", "dataset", "backbone", "protocol", "pace", "mix", "then", "cluster", "augment")
+CONFIG_GROUPS = ("method", "dataset", "backbone", "protocol", "pace", "mix", "then", "cluster", "augment")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _TAKEN = ("null", "true", "false", "standard", "unmixed", "generic")
 """Words that mean something else where a name stands."""
@@ -46,8 +46,8 @@ def user_folder() -> Path | None:
             f"{VARIABLE} = {given}: no such folder; needed one with recipes, or with method/, dataset/ ..."
         )
     for entry in sorted(folder.iterdir()):
-        near = difflib.get_close_matches(entry.name, GROUPS, 1, 0.8) if entry.is_dir() else []
-        if near and entry.name not in GROUPS and any(entry.glob("*.yaml")):
+        near = difflib.get_close_matches(entry.name, CONFIG_GROUPS, 1, 0.8) if entry.is_dir() else []
+        if near and entry.name not in CONFIG_GROUPS and any(entry.glob("*.yaml")):
             raise ValueError(f"{entry}: no group has this name; did you mean {near[0]}/?")
     return folder
 
@@ -124,7 +124,7 @@ def with_path(origin: str) -> str:
     """
     group, _, rest = origin.partition("/")
     choice = rest.partition(" on ")[0]
-    path = _of_user(group).get(choice) if group in GROUPS else None
+    path = _of_user(group).get(choice) if group in CONFIG_GROUPS else None
     return origin if path is None else f"{origin}, {path}"
 
 
@@ -133,7 +133,7 @@ def digests(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     found = {}
     for name in names:
         group, _, choice = name.partition("/")
-        path = choices(group).get(choice) if group in GROUPS else None
+        path = choices(group).get(choice) if group in CONFIG_GROUPS else None
         if path is not None:
             shown = f"configs/{path.relative_to(configs_folder())}" if is_ours(path) else str(path.absolute())
             found[name] = {"file": shown, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}

@@ -83,13 +83,13 @@ def plan_recipe(
     steps = (*(_steps_of(method, ()) if method else ()), *_parts(mix, then))
     pace = read_file("pace", chosen.get("pace") or (dataset if dataset in available("pace") else "generic"))
     # The command line decides, then the outermost file: what it says of the data set before what it says in general.
-    said = [content for step in reversed(steps) for file in step.files for content in _said(file, dataset)]
+    said = [content for step in reversed(steps) for file in step.files for content in _contents_for(file, dataset)]
     protocol = chosen.get("protocol") or _first(said, pace, "protocol") or "own"
     backbone = chosen.get("backbone") or _first(said, pace, "backbone") or default
     return Recipe(steps, dataset, read_file("protocol", protocol), pace, backbone)
 
 
-def _said(file: File, dataset: str) -> Iterator[dict[str, Any]]:
+def _contents_for(file: File, dataset: str) -> Iterator[dict[str, Any]]:
     yield from (block for _, block in file.blocks(dataset))
     yield file.content
 

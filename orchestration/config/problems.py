@@ -43,7 +43,7 @@ def check(tree: dict[str, Any], title: str, origin: Origin = lambda keys: None) 
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         lines = {_line(problem, tree, origin): None for problem in error.errors()}
-    raise ValueError(message(title, sorted(_joined(list(lines)))))
+    raise ValueError(message(title, sorted(_join_lines(list(lines)))))
 
 
 def _line(problem: Any, tree: dict[str, Any], origin: Origin) -> str:
@@ -81,7 +81,7 @@ def _wrong_value(keys: list[Any], tree: dict[str, Any], problem: Any) -> str:
     return f"{key} = {found}: {text[0].lower() + text[1:]}"
 
 
-def _joined(lines: list[str]) -> list[str]:
+def _join_lines(lines: list[str]) -> list[str]:
     """Make one line of those about one value: what each of the types that its key may have says of it."""
     by_value: dict[str, list[str]] = {}
     for line in lines:

@@ -201,12 +201,12 @@ def head_problem(method: Recipe, stage: str, before: str) -> str | None:
     head = piece("head", name)
     if "heads" in config.reinit or name == before or before in head.continues:
         return None
-    goes_on = f"continues {_quoted(head.continues)} only" if head.continues else "takes over no other head's weights"
+    goes_on = f"continues {_quote(head.continues)} only" if head.continues else "takes over no other head's weights"
     renew = "set reinit=[heads] for new weights, or " if config.epochs or head.fits else "set "
     return f"head '{name}' {goes_on}, found '{before}'; {renew}another head.name, or leave the stage out"
 
 
-def _quoted(names: Iterable[str]) -> str:
+def _quote(names: Iterable[str]) -> str:
     return " or ".join(f"'{name}'" for name in names)
 
 

@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from orchestration.config.folders import choices
 from orchestration.config.text_keys import is_text
 
-GROUPS = ("method", "dataset", "backbone", "protocol", "pace", "mix", "then", "cluster")
+RECIPE_GROUPS = ("method", "dataset", "backbone", "protocol", "pace", "mix", "then", "cluster")
 """Folders of configs/. Of `then` several may be chosen, of the others one."""
 NO_MIX = "null"
 """The choice of `mix` that takes off the mixing of a recipe."""
@@ -67,7 +67,7 @@ def parse(words: list[str]) -> Words:
             read = read._replace(then=parts)
         elif key == "mix":
             problems += _set_mix(read.choices, word, override.value())
-        elif key in GROUPS:
+        elif key in RECIPE_GROUPS:
             read.choices[key] = str(override.value())
         else:
             read.values.append(override)
@@ -105,7 +105,7 @@ def _parse_word(parser: OverridesParser, word: str) -> Override:
     # 2e57342, 1.10, true and a,b are names and paths for some keys, and no numbers, truths or lists.
     plain = not override.is_sweep_override() and isinstance(override.value(), str | None)
     if override.type is OverrideType.CHANGE and not plain and is_text(override.key_or_group.split(".")):
-        return _quoted(parser, word)
+        return _quote(parser, word)
     if override.type is OverrideType.CHANGE and not override.is_sweep_override():
         return override
     if word.startswith("then=") and override.is_sweep_override():
@@ -123,10 +123,10 @@ def _parse_literally(parser: OverridesParser, word: str) -> Override:
     except HydraException:
         if "=" not in word:
             raise
-        return _quoted(parser, word)
+        return _quote(parser, word)
 
 
-def _quoted(parser: OverridesParser, word: str) -> Override:
+def _quote(parser: OverridesParser, word: str) -> Override:
     """Parse one override whose value is the text that is there."""
     key, _, text = word.partition("=")
     quoted = text.replace("\\", "\\\\").replace("'", "\\'")

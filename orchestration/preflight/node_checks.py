@@ -263,7 +263,7 @@ def _memory(survey: Survey, needs: Needs) -> Iterator[Finding]:
         else:
             good.append(text)
     if good:
-        yield Finding("ok", "memory", "\n".join(_shortened(good)))
+        yield Finding("ok", "memory", "\n".join(_shorten(good)))
 
 
 def _shared_memory(survey: Survey, needs: Needs) -> Iterator[Finding]:
@@ -291,10 +291,10 @@ def _shared_memory(survey: Survey, needs: Needs) -> Iterator[Finding]:
         else:
             fine.append(text)
     if fine:
-        yield Finding("ok", "/dev/shm", "\n".join(_shortened(fine)))
+        yield Finding("ok", "/dev/shm", "\n".join(_shorten(fine)))
 
 
-def _shortened(lines: list[str]) -> list[str]:
+def _shorten(lines: list[str]) -> list[str]:
     return lines[:_SHOWN] + ([f"and {len(lines) - _SHOWN} more"] if lines[_SHOWN:] else [])
 
 
@@ -405,7 +405,7 @@ def _ports(survey: Survey) -> Iterator[Finding]:
     untried = [f"{name}: no time was left to connect to {_names(left)}" for name, (_, left) in answers.items() if left]
     if broken or untried:
         advice = "workers exchange gradients on ports that the system picks; open ports 1024 and above between nodes"
-        yield Finding("FAIL", "ports", "\n".join([*_shortened(broken), *_shortened(untried), advice]))
+        yield Finding("FAIL", "ports", "\n".join([*_shorten(broken), *_shorten(untried), advice]))
     elif not problems:
         pairs = len(ports) * (len(ports) - 1)
         yield Finding("ok", "ports", f"{pairs} connections between {len(ports)} nodes, each on a free port")

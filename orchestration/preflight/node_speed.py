@@ -114,15 +114,15 @@ class SpeedGauge:
 def measure(task: Task) -> Measured:
     """Measure on the connected cluster. What cannot be measured, for lack of room say, is missing from the result."""
     found = Measured()
-    with _gauges(task) as (first, partners), _noted(found, "a worker's speed"):
+    with _gauges(task) as (first, partners), _note_problems(found, "a worker's speed"):
         everyone = [first, *partners.values()]
         ray.get([gauge.load.remote() for gauge in everyone], timeout=_START_S)
         for shape in task.configs:
-            with _noted(found, f"a step of {plural(shape.workers, 'worker')}"):
+            with _note_problems(found, f"a step of {plural(shape.workers, 'worker')}"):
                 gauges = [first, *([partners[task.beside[shape]]] if shape in task.beside else [])]
                 found.compute_s[shape] = {stage: _time_step(gauges, task, shape, stage) for stage in task.counts_C}
         for name, partner in partners.items():
-            with _noted(found, f"the link {name}"):
+            with _note_problems(found, f"the link {name}"):
                 found.links[name] = _time_link(first, partner)
     return found
 
@@ -165,7 +165,7 @@ def _gauges(task: Task) -> Iterator[tuple[Any, dict[str, Any]]]:
 
 
 @contextlib.contextmanager
-def _noted(found: Measured, what: str) -> Iterator[None]:
+def _note_problems(found: Measured, what: str) -> Iterator[None]:
     """Take note of what could not be measured, and go on without it."""
     try:
         yield

@@ -230,14 +230,14 @@ def blank_batch(setup: TrainingSetup, images: int, width: int | None = None) -> 
     streams = [setup.batches] if setup.partners is None else [setup.batches, setup.partners]
     blank = [blank_batches(stream, rarest, images) for stream in streams]
     if width is None:
-        batches = [_mixed(stream.batch(1, 0), stream) for stream in blank]
+        batches = [_mix(stream.batch(1, 0), stream) for stream in blank]
     else:
         features = [torch.zeros(1, width, dtype=setup.dtype) for _ in setup.model.experts]
         batches = [next(stream.of_features(features, 1)) for stream in blank]
     return batches[0] if setup.partners is None else replace(batches[0], partner=batches[1])
 
 
-def _mixed(batch: Batch, stream: TrainBatches) -> Batch:
+def _mix(batch: Batch, stream: TrainBatches) -> Batch:
     if stream.mixing is None or batch.mixed is not None:
         return batch
     half = batch.images_B3HW.new_tensor(0.5)

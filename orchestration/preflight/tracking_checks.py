@@ -64,7 +64,7 @@ def _sqlite(path: Path, experiment: str) -> Finding:
     if not usable or not os.access(there, os.W_OK):
         text = f"tracking.uri: {path} cannot be written; make it writable, or choose another with tracking.uri"
         return Finding("FAIL", "tracking", text)
-    if number := _deleted(path, experiment):
+    if number := _find_deleted(path, experiment):
         text = (
             f"tracking.experiment = {experiment}: deleted in {path}; restore it with `mlflow experiments restore "
             f"--experiment-id {number}`, or choose another name"
@@ -73,7 +73,7 @@ def _sqlite(path: Path, experiment: str) -> Finding:
     return Finding("ok", "tracking", f"SQLite file {path}{'' if path.exists() else ', to be created'}")
 
 
-def _deleted(path: Path, experiment: str) -> str | None:
+def _find_deleted(path: Path, experiment: str) -> str | None:
     """Return the id of an experiment that a SQLite file holds as deleted; None where it takes runs, or has none."""
     if not path.exists():
         return None

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from orchestration.results.tables import GROUPS
+from orchestration.results.tables import CLASS_GROUPS
 from orchestration.results.text import decimals, text_table
 
 RULES = {"number of training images": "", "index": "_by_index"}
@@ -68,11 +68,11 @@ def classifier_table(entries: Sequence[Entry], sizes: Mapping[str, int] | None =
     classifiers = list(dict.fromkeys(stage for one in entries for stage in one.top1))
     lines: list[str] = []
     for rule, suffix in RULES.items():
-        groups = [group + suffix for group in GROUPS]
+        groups = [group + suffix for group in CLASS_GROUPS]
         if not any(top1.get(key) is not None for one in entries for top1 in one.top1.values() for key in groups):
             continue
         keys = [*groups, "all"]
-        rows = [["", *([*GROUPS, "all"] * len(classifiers))]]
+        rows = [["", *([*CLASS_GROUPS, "all"] * len(classifiers))]]
         for loss in losses:
             of_loss = [one for one in entries if one.loss == loss]
             cells = [_values(of_loss, stage, key) for stage in classifiers for key in keys]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from orchestration.results.style import LAST, member_colour, new_figure, set_figure_title, shorten
-from orchestration.results.tables import GROUPS, diversity_of, selection_note
+from orchestration.results.tables import CLASS_GROUPS, diversity_of, selection_note
 
 
 def draw_diversity(found: Mapping[str, Mapping[str, Any]], title: str) -> Any:
@@ -75,7 +75,7 @@ def _draw_experts_used(axes: Any, evaluation: Mapping[str, Any]) -> None:
 
 def _group_bars(axes: Any, bars: Mapping[str, tuple[str, Mapping[str, float | None]]], scale: float) -> None:
     """Draw a bar for every name in every group, all images first; "n/a" where a group has no image."""
-    groups = ["all", *GROUPS]
+    groups = ["all", *CLASS_GROUPS]
     width = 0.8 / len(bars)
     for k, (name, (colour, by_group)) in enumerate(bars.items()):
         x = np.arange(len(groups)) + (k - (len(bars) - 1) / 2) * width

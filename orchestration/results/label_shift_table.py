@@ -13,7 +13,7 @@ from orchestration.results.style import draw_to, member_colour, new_figure, set_
 from orchestration.results.tables import selection_note
 from orchestration.results.text import decimals, text_table
 
-GROUPS = ("all", *tables.GROUPS)
+ALL_AND_GROUPS = ("all", *tables.CLASS_GROUPS)
 WEIGHTINGS = ("as trained", "uniform", "test-time", "given", "known prior", "oracle")
 """All weightings in the order of the table. An evaluation has some of them, and each expert alone."""
 _COLOURS = {
@@ -32,7 +32,7 @@ def distributions_table(result: Mapping[str, Any]) -> str:
         Lines of text, the last without a newline.
     """
     sizes = result.get("group_sizes") or {}
-    heads = ["all", *(f"{group} [{sizes[group]}]" if group in sizes else group for group in GROUPS[1:])]
+    heads = ["all", *(f"{group} [{sizes[group]}]" if group in sizes else group for group in ALL_AND_GROUPS[1:])]
     rows = [["distribution", "images", "weighting", "weights", *heads]]
     for name, found in result["distributions"].items():
         first = [name, f"{found['num_images']:,}"]
@@ -40,7 +40,7 @@ def distributions_table(result: Mapping[str, Any]) -> str:
             weights = found["weights"].get(member)
             shown = " ".join(f"{weight:.2f}" for weight in weights) if weights else ""
             top1 = found["members"][member]["top1"]
-            rows.append([*first, member, shown, *(decimals(top1[group], 100.0, 2) for group in GROUPS)])
+            rows.append([*first, member, shown, *(decimals(top1[group], 100.0, 2) for group in ALL_AND_GROUPS)])
             first = ["", ""]  # a distribution is named in its first row only
 
     when = [f"{key} {result[key]}" for key in ("stage", "epoch", "step") if result.get(key) is not None]

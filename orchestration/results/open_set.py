@@ -22,7 +22,7 @@ from experts.data.unknown import open_unknown
 from experts.eval_batches import EvalBatches
 from orchestration.results.saved_run import SavedRun, open_run, same_threads, stages_to_measure
 from orchestration.results.style import LAST, new_figure, picture_style, save_figure, set_figure_title
-from orchestration.results.tables import GROUPS, shown_members
+from orchestration.results.tables import CLASS_GROUPS, shown_members
 from orchestration.results.text import decimals, text_table
 
 _BINS = 50  # of the picture
@@ -114,7 +114,7 @@ def _rows(result: Mapping[str, Any], which: str, stage: str) -> list[list[str]]:
         found = result["members"][member]
         shares = [found[key] for key in ("f_measure", "precision", "recall", "auroc")]
         shares += [found["rejected"][key] for key in ("known", "unknown")]
-        shares += [found["top1"][group] for group in ("all", *GROUPS)]
+        shares += [found["top1"][group] for group in ("all", *CLASS_GROUPS)]
         model = f"{stage}, {which}" if stage else which
         rows.append([member, model, *(decimals(share, 100.0, 2) for share in shares)])
     return rows
@@ -123,7 +123,7 @@ def _rows(result: Mapping[str, Any], which: str, stage: str) -> list[list[str]]:
 def _table(rows: list[list[str]]) -> list[str]:
     """Lay out the rows; all numbers in %."""
     spans = [("", 2), ("", 4), ("rejected", 2), ("top-1 with rejection", 4)]
-    names = ["in %", "model", "F", "precision", "recall", "AUROC", "known", "unknown", "all", *GROUPS]
+    names = ["in %", "model", "F", "precision", "recall", "AUROC", "known", "unknown", "all", *CLASS_GROUPS]
     return text_table([names, *rows], left=(0, 1), rule=True, spans=spans)
 
 

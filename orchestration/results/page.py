@@ -41,11 +41,11 @@ def write_page(run_dir: Path) -> Path:
     table, config = _text(report / "table.txt"), redact(_text(run_dir / "config.yaml"))
     title = f"{run_dir.name}: {table.partition(chr(10))[0]}"
     body = [
-        f"<h1>{_escaped(title)}</h1>", _facts(_about(run)), "<h2>Results</h2>", f"<pre>{_escaped(table)}</pre>",
+        f"<h1>{_escape(title)}</h1>", _facts(_about(run)), "<h2>Results</h2>", f"<pre>{_escape(table)}</pre>",
         *_pictures(report), "<h2>Data</h2>", _facts(_of_data(data)), "<h2>What it cost</h2>", _facts(_cost(run)),
-        "<h2>Config</h2>", f"<details><summary>config.yaml</summary><pre>{_escaped(config)}</pre></details>",
+        "<h2>Config</h2>", f"<details><summary>config.yaml</summary><pre>{_escape(config)}</pre></details>",
     ]  # fmt: skip
-    head = f'<meta charset="utf-8"><title>{_escaped(title)}</title><style>{_STYLE}</style>'
+    head = f'<meta charset="utf-8"><title>{_escape(title)}</title><style>{_STYLE}</style>'
     page = f'<!doctype html><html lang="en"><head>{head}</head><body>\n' + "\n".join(body) + "\n</body></html>\n"
     report.mkdir(exist_ok=True)
     write_atomic(report / PAGE, page)
@@ -99,6 +99,7 @@ def _cost(run: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
         yield "to the first step", duration(start)
     yield "starts", run.get("starts")
     yield "failures, preemptions", f"{run.get('failures', 0)}, {run.get('preemptions', 0)}"
+    yield "workers lost after training", len(run.get("losses_after_training") or []) or None
 
 
 def _pictures(report: Path) -> Iterable[str]:
@@ -109,18 +110,18 @@ def _pictures(report: Path) -> Iterable[str]:
         return depth, _FIRST.index(path.stem) if path.stem in _FIRST else len(_FIRST), str(path)
 
     for path in sorted(report.rglob("*.png"), key=place):
-        name = _escaped(str(path.relative_to(report).with_suffix("")).replace("_", " "))
+        name = _escape(str(path.relative_to(report).with_suffix("")).replace("_", " "))
         pixels = base64.b64encode(path.read_bytes()).decode()
         yield f'<h2>{name}</h2><img alt="{name}" src="data:image/png;base64,{pixels}">'
 
 
 def _facts(rows: Iterable[tuple[str, Any]]) -> str:
     found = [(name, value) for name, value in rows if value not in (None, "")]
-    cells = "".join(f"<tr><td>{_escaped(name)}</td><td>{_escaped(str(value))}</td></tr>" for name, value in found)
+    cells = "".join(f"<tr><td>{_escape(name)}</td><td>{_escape(str(value))}</td></tr>" for name, value in found)
     return f"<table>{cells}</table>"
 
 
-def _escaped(text: str) -> str:
+def _escape(text: str) -> str:
     return html.escape(visible(text, keep="\n"))
 
 

@@ -48,7 +48,7 @@ from orchestration.results.style import (
     new_figure,
     set_figure_title,
 )
-from orchestration.results.tables import GROUPS, diversity_of, members, selection_note, shown_members
+from orchestration.results.tables import CLASS_GROUPS, diversity_of, members, selection_note, shown_members
 from orchestration.storage.files import evaluations, final_evaluations, read_config, read_json
 from orchestration.storage.journal import Series, series
 from orchestration.storage.predictions import file_of
@@ -438,7 +438,7 @@ def _fill_counts(axes: Any, counts: NDArray[Any]) -> None:
     if len(counts) <= 300:  # more bars than pixels would leave gaps
         axes.bar(x, counts, 0.8 if len(counts) <= NAMED_CLASSES else 1.0, color=[GROUP_COLOURS[g] for g in groups])
     else:
-        for group in GROUPS:
+        for group in CLASS_GROUPS:
             axes.fill_between(x, counts, where=groups == group, step="mid", color=GROUP_COLOURS[group], linewidth=0)
     draw_in_decades(axes.yaxis)
     axes.set_ylim(bottom=0.8)
@@ -449,7 +449,7 @@ def _fill_counts(axes: Any, counts: NDArray[Any]) -> None:
     rule = {"many": "> 100", "medium": "20-100", "few": "< 20"}
     handles = [
         Patch(color=GROUP_COLOURS[group], label=f"{group} ({rule[group]}): {_classes(int((groups == group).sum()))}")
-        for group in GROUPS
+        for group in CLASS_GROUPS
     ]
     legend_above(axes, handles)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from orchestration.results.classifier_table import Entry, classifier_table
 from orchestration.results.style import GROUP_COLOURS, draw_in_decades, draw_to, new_figure, set_figure_title, shorten
-from orchestration.results.tables import GROUPS
+from orchestration.results.tables import CLASS_GROUPS
 from orchestration.results.text import decimals, text_table
 
 _RULES = {"by number of training images": "", "by index": "_by_index"}
@@ -60,7 +60,7 @@ def _value_lines(result: Mapping[str, Any]) -> list[str]:
     lines = []
     for rule, suffix in _rules(result).items():
         lines += ["", f"Top-1 accuracy of the ensemble in %, classes grouped {rule}"]
-        keys = ["all", *(group + suffix for group in GROUPS)]
+        keys = ["all", *(group + suffix for group in CLASS_GROUPS)]
         rows = [[result["key"].rsplit(".", 1)[-1], *(_heading(key, result) for key in keys), "run"]]
         for run in result["runs"]:
             top1 = run.get("top1") or {}
@@ -103,7 +103,7 @@ def _rules(result: Mapping[str, Any]) -> dict[str, str]:
 
 def _by_index(run: Mapping[str, Any]) -> dict[str, float | None]:
     top1 = run.get("top1") or {}
-    return {group: top1.get(f"{group}_by_index") for group in GROUPS}
+    return {group: top1.get(f"{group}_by_index") for group in CLASS_GROUPS}
 
 
 def _heading(key: str, result: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from orchestration.results.text import decimals, plural, text_table
 
-GROUPS = ("many", "medium", "few")
+CLASS_GROUPS = ("many", "medium", "few")
 _COUNT_RULE = {"many": "> 100", "medium": "20-100", "few": "< 20"}
 _TEST_NAMES = ("test",)  # splits on which a model should not be chosen
 
@@ -96,7 +96,7 @@ def groupings(data: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]])
     groups = data.get("groups") or {}
     found = [Grouping("number of training images", _headings(groups.get("by_count"), _COUNT_RULE))]
     # Evaluations hold the keys by index for every data set; they are None where it has no cuts by index.
-    by_index = [f"{group}_by_index" for group in GROUPS]
+    by_index = [f"{group}_by_index" for group in CLASS_GROUPS]
     if any(top1(e, key, member) is not None for e in evaluations for member in members({"": e}) for key in by_index):
         headings = _headings(groups.get("by_index"), _index_rule(groups.get("by_index")), "_by_index")
         found.append(Grouping("index, sorted by falling training count", {key: headings[key] for key in by_index}))
@@ -185,7 +185,7 @@ def _origin(evaluation: Mapping[str, Any]) -> str:
 def _headings(groups: Mapping[str, Sequence[int]] | None, rule: Mapping[str, str], suffix: str = "") -> dict[str, str]:
     """Return a heading for each key of the groups: its name, its rule and its number of classes."""
     found = {"all": "all"}
-    for group in GROUPS:
+    for group in CLASS_GROUPS:
         size = f"{len(groups.get(group, ())):,}" if groups else "?"
         found[group + suffix] = f"{group} {rule.get(group, '')}".strip() + f" [{size}]"
     return found
@@ -194,7 +194,7 @@ def _headings(groups: Mapping[str, Sequence[int]] | None, rule: Mapping[str, str
 def _index_rule(groups: Mapping[str, Sequence[int]] | None) -> dict[str, str]:
     """Return the range of class indices of each group, classes sorted by decreasing count."""
     rule, start = {}, 0
-    for group in GROUPS if groups else ():
+    for group in CLASS_GROUPS if groups else ():
         size = len((groups or {}).get(group, ()))
         rule[group] = f"{start}-{start + size - 1}" if size else ""
         start += size

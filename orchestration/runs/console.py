@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 from experts.data.names import visible
 from orchestration.config.messages import show
-from orchestration.results.tables import GROUPS, shown_members
+from orchestration.results.tables import CLASS_GROUPS, shown_members
 
 _FIRST = ("loss", "lr", "images/s")
 _LINE_LENGTH = 160  # characters of a progress line; terms that do not fit are left out
@@ -158,11 +158,11 @@ class Console:
         if self._evaluation:
             table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
             table.add_column(f"{self._evaluation.get('split', '')} top-1 %", no_wrap=True, style="dim")
-            for group in ("all", *GROUPS):
+            for group in ("all", *CLASS_GROUPS):
                 table.add_column(group, justify="right", no_wrap=True)
             for member in shown_members(_accuracies(self._evaluation)):
                 top1 = self._evaluation["members"][member]["top1"]
-                cells = [_percent(top1.get(group)) for group in ("all", *GROUPS)]
+                cells = [_percent(top1.get(group)) for group in ("all", *CLASS_GROUPS)]
                 table.add_row(member, *cells, style="bold" if member == "ensemble" else "")
             parts.append(table)
         return Group(*parts)
@@ -194,7 +194,7 @@ def evaluation_line(result: Mapping[str, Any]) -> str:
     for member in shown_members(_accuracies(result)):
         top1 = result["members"][member]["top1"]
         if member == "ensemble":
-            shown += [f"{group} {_percent(top1.get(group))}" for group in ("all", *GROUPS)]
+            shown += [f"{group} {_percent(top1.get(group))}" for group in ("all", *CLASS_GROUPS)]
         else:
             shown.append(f"{member} {_percent(top1.get('all'))}")
     return "  ".join(shown)

@@ -265,7 +265,7 @@ class RemoteRunFolder(UnsharedRunFolder):
             try:
                 of_steps = sorted((self.path / "checkpoints").glob(f"[0-9]*/{MANIFEST}"))
                 best = sorted((self.path / "checkpoints").glob(f"best-*/{MANIFEST}"))  # second: has all they name
-                return [_linked(manifest.parent, held) for manifest in best + of_steps]
+                return [_link(manifest.parent, held) for manifest in best + of_steps]
             except FileNotFoundError:  # removed or replaced meanwhile: look again
                 continue
 
@@ -314,7 +314,7 @@ class RemoteRunFolder(UnsharedRunFolder):
         self._manifests[folder.name] = digest
 
 
-def _linked(folder: Path, below: Path) -> Path:
+def _link(folder: Path, below: Path) -> Path:
     """Link a checkpoint's files into another folder.
 
     Raises:

@@ -76,7 +76,7 @@ class UrlStore:
         self._using = threading.RLock()
         self._opened: Any = None
         self._made: set[str] = set()
-        with self._explained("opened"):
+        with self._explain_errors("opened"):
             self._connect()
 
     def _connect(self) -> None:
@@ -95,7 +95,7 @@ class UrlStore:
         return self._opened
 
     @contextlib.contextmanager
-    def _explained(self, what: str, name: str = "") -> Iterator[None]:
+    def _explain_errors(self, what: str, name: str = "") -> Iterator[None]:
         try:
             with self._using:
                 yield
@@ -125,7 +125,7 @@ class UrlStore:
     def _all(self) -> list[str]:
         from fsspec.asyn import AsyncFileSystem
 
-        with self._explained("listed"):
+        with self._explain_errors("listed"):
             self._fs.invalidate_cache()  # other nodes write here too
             try:
                 # `find` of file systems with folders leaves out those that cannot be listed, and hides the error.
@@ -143,7 +143,7 @@ class UrlStore:
 
     def read(self, name: str) -> bytes | None:
         """Read a file; None if there is no such file."""
-        with self._explained("read", name):
+        with self._explain_errors("read", name):
             try:
                 return bytes(self._fs.cat_file(self._path(name)))
             except FileNotFoundError:
@@ -151,7 +151,7 @@ class UrlStore:
 
     def write(self, name: str, data: bytes) -> None:
         """Put a file, whole or not at all, in place of what is there."""
-        with self._explained("written", name):
+        with self._explain_errors("written", name):
             self._make_parent(name)
             if self._whole:
                 self._fs.pipe_file(self._path(name), data)
@@ -169,20 +169,20 @@ class UrlStore:
 
     def put(self, source: Path, name: str) -> None:
         """Upload a file that may be large; if interrupted, a part of it may be there."""
-        with self._explained("written", name):
+        with self._explain_errors("written", name):
             self._make_parent(name)
             self._fs.put_file(str(source), self._path(name))
 
     def get(self, name: str, target: Path) -> None:
         """Download a file."""
         target.parent.mkdir(parents=True, exist_ok=True)
-        with self._explained("read", name):
+        with self._explain_errors("read", name):
             self._fs.get_file(self._path(name), str(target))
 
     def remove(self, names: list[str]) -> None:
         """Remove files in this order, and folders that become empty; files that do not exist are skipped."""
         for name in names:
-            with self._explained("removed", name), contextlib.suppress(FileNotFoundError):
+            with self._explain_errors("removed", name), contextlib.suppress(FileNotFoundError):
                 self._fs.rm_file(self._path(name))
         if not self._whole:
             for parent in {self._path(name).rpartition("/")[0] for name in names if "/" in name}:

@@ -201,7 +201,7 @@ def flush(sender: Sender, wait_s: float, status: str | None) -> str | None:
                 sender.close(status)
                 problem = None
         except Exception as error:
-            problem = said(error)
+            problem = describe_error(error)
             _log.warning("%s", problem)
             if is_permanent(error):
                 break
@@ -249,7 +249,7 @@ def follow(
             failures = 0
         except Exception as error:
             failures += 1
-            problem = said(error)
+            problem = describe_error(error)
             _log.warning("%s (failure %d)", problem, failures)
             if problem != reported and (failures >= _PASSING or is_permanent(error)):
                 reported = problem
@@ -290,7 +290,7 @@ def file_version(path: Path) -> tuple[int, int] | None:
     return status.st_mtime_ns, status.st_ino
 
 
-def said(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Return an error as one line, with what to do about it."""
     what_to_do = remedy(error)
     # What MLflow advises is longer, and not all of it fits.

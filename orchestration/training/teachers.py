@@ -57,7 +57,7 @@ class Teachers:
         self._slots: dict[str, list[int]] = {}  # of each expert, by teacher
         slots, dealt = mesh.shape.slots, 0
         for name, config in configs.items():
-            model = _checked(name, models[name], dataset)
+            model = _load_checked(name, models[name], dataset)
             names = model.description.expert_names
             numbers_EK = torch.stack([model.aggregator.describe(e) for e in model.ensemble.experts.values()])
 
@@ -111,7 +111,7 @@ class Teachers:
         return scores
 
 
-def _checked(name: str, model: str | ServedModel, dataset: Dataset) -> ServedModel:
+def _load_checked(name: str, model: str | ServedModel, dataset: Dataset) -> ServedModel:
     if isinstance(model, ServedModel):
         return model
     loaded = load_model(model)

@@ -21,7 +21,7 @@ from aggregation.serving import load_model
 from orchestration.cli import main
 from orchestration.config.compose import from_yaml, load_config, to_yaml
 from orchestration.config.problems import check
-from orchestration.config.words import GROUPS
+from orchestration.config.words import RECIPE_GROUPS
 from orchestration.storage.checkpoint import FORMAT, Checkpoints, DamagedCheckpoint, read_tensors, verify
 from orchestration.storage.location import run_path
 from tests import runs
@@ -306,7 +306,7 @@ def test_a_config_cannot_name_a_callable(word):
 
 
 @pytest.mark.parametrize("choice", ["../../x", "/etc/passwd", "ride/../../x"])
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", RECIPE_GROUPS)
 def test_a_choice_is_no_path(group, choice):
     with pytest.raises(ValueError, match=f"no such {group}"):
         load_config([f"{group}={choice}"])

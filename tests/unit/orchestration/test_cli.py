@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from orchestration import cli
 from orchestration.cli import main
-from orchestration.config.words import GROUPS, available
+from orchestration.config.words import RECIPE_GROUPS, available
 from orchestration.storage.pretrained import _whole_network
 
 
@@ -70,7 +70,7 @@ def test_the_list_names_every_choice_in_lines_that_fit_a_screen(capsys):
     assert main(["train", "--list"]) == 0
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 120
-    for group in GROUPS:
+    for group in RECIPE_GROUPS:
         listed = re.findall(rf"^  {group}=(\S+)", printed, re.MULTILINE)
         if not listed:  # of these the names alone, on one line or more
             listed = re.split(

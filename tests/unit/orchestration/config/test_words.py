@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestration.config.words import GROUPS, NO_MIX, available, parse
+from orchestration.config.words import NO_MIX, RECIPE_GROUPS, available, parse
 
 
 def refused(*words):
@@ -75,7 +75,7 @@ def test_a_schedule_is_refused_with_what_replaces_it(word, instead):
 
 
 def test_every_group_has_choices():
-    assert all(available(group) for group in GROUPS)
+    assert all(available(group) for group in RECIPE_GROUPS)
 
 
 @pytest.mark.parametrize(
