@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
 class Settings(BaseModel):
     """Base of every config: unknown keys are errors, values never change, field docstrings say unit and meaning."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    # pydantic would collect those docstrings by parsing every class again, a third of the time that the package loads.
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 P = TypeVar("P", bound=type)

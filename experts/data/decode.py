@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -29,13 +31,6 @@ from torch.nn.functional import interpolate, pad
 from experts.data.kinds import formats
 from experts.data.resampling import resample
 
-with contextlib.suppress(ImportError):
-    import torchvision.io  # noqa: F401, it registers the operator below
-
-# torchvision's decoder is twice as fast as Pillow's and, from the same libjpeg, gives the same pixels. torchvision has
-# announced its removal and warns of it at every call of the wrapper, so the operator below it is called. Where it is
-# missing, Pillow decodes everything.
-decode_jpeg = getattr(torch.ops.image, "decode_jpeg", None)
 MODE_RGB = 3  # torchvision.io.ImageReadMode.RGB
 JPEG_START = b"\xff\xd8\xff"
 _DEEP_FORMATS = ("PNG", "PPM")  # their grey of 16 bits is 32 bits wide in Pillow; PPM's is scaled to 65535 there
@@ -46,6 +41,19 @@ _FRAME_MARKERS = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # followed by the 
 _SCAN_MARKERS = {0xD9, 0xDA}
 CROP_ATTEMPTS = 10
 CROP_UNIFORMS = 2 * CROP_ATTEMPTS + 2  # per image: area and aspect of every attempt, then top and left
+
+
+@functools.cache
+def jpeg_decoder() -> Callable[[Tensor, int], Tensor] | None:
+    """Return torchvision's decoder of JPEG files; None where torchvision is missing, and Pillow decodes everything.
+
+    It is twice as fast as Pillow's and, from the same libjpeg, gives the same pixels. torchvision has announced its
+    removal and warns of it at every call of the wrapper, so this is the operator below it. The first call loads
+    torchvision, which takes a second: most data has no JPEG files.
+    """
+    with contextlib.suppress(ImportError):
+        import torchvision.io  # noqa: F401, it registers the operator
+    return getattr(torch.ops.image, "decode_jpeg", None)
 
 
 class UnreadableImage(ValueError):
@@ -108,8 +116,9 @@ def decode(path: str, data: bytes) -> Tensor:
     Raises:
         UnreadableImage: the file is truncated, too large or not an image; names it.
     """
+    decode_jpeg = jpeg_decoder() if data.startswith(JPEG_START) else None
     try:
-        if decode_jpeg is not None and data.startswith(JPEG_START):
+        if decode_jpeg is not None:
             height, width = _size_of_jpeg(data)
             _refuse_size(height, width)
             if height and width:

@@ -81,6 +81,25 @@ def test_a_heavy_library_is_imported_in_its_own_room(library, where):
     assert not [user for user in users if not user.startswith(tuple(where))]
 
 
+@pytest.mark.parametrize("library", ["torchvision", "matplotlib", "sklearn", "deepspeed"])
+def test_a_library_that_few_runs_need_loads_where_it_is_used(library):
+    """Every process of a run would wait for it: torchvision alone doubles the time that our packages need."""
+
+    def at_once(node):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            return
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            yield str(node.module)
+        for child in ast.iter_child_nodes(node):
+            yield from at_once(child)
+
+    for path in files(*PACKAGES):
+        found = {module.split(".")[0] for module in at_once(ast.parse(path.read_text()))}
+        assert library not in found, named(path)
+
+
 def imports_between_packages():
     """(file, package it lies in, package it imports) for every import inside orchestration/, type-only ones too."""
     for path in files("orchestration"):
