@@ -16,11 +16,12 @@ emulated: autocast, inference mode, streams, and the rounding of CUDA's own kern
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Protocol
 from unittest.mock import patch
 
@@ -32,7 +33,7 @@ DEVICE = "meta"
 _aten = torch.ops.aten
 _INDEXING = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
 _SIZED_BY_VALUES = {_aten.nonzero.default, _aten.masked_select.default, _aten._unique2.default}
-_NO_KERNEL = {(_aten._upsample_bilinear2d_aa.default, torch.uint8), (_aten._upsample_bicubic2d_aa.default, torch.uint8)}
+_NO_UINT8_KERNEL = {_aten._upsample_bilinear2d_aa.default, _aten._upsample_bicubic2d_aa.default}
 _UNFILLED = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
 _make_tensor, _enter_autocast = torch.tensor, torch.autocast
 
@@ -61,12 +62,11 @@ class Seen:
         """
         if _capture.recorder is not None:
             raise RefusedByDevice(f"operation not permitted when stream is capturing: {kind}")
-        ours = [
-            frame
-            for frame in traceback.extract_stack()
-            if "/site-packages/" not in frame.filename and not frame.filename.endswith("emulated_device.py")
-        ]
-        self.waits[kind, f"{ours[-1].filename}:{ours[-1].lineno}"] += 1
+        frame = sys._getframe(1)
+        while (file := frame.f_code.co_filename) == __file__ or "/site-packages/" in file:
+            assert frame.f_back is not None, "no line of the project asked"
+            frame = frame.f_back
+        self.waits[kind, f"{file}:{frame.f_lineno}"] += 1
 
 
 _active = [Seen()]  # the innermost context is last
@@ -170,14 +170,57 @@ class EmulatedDevice(_Dispatch):
         _active.pop()
 
 
+@dataclass(frozen=True)
+class _Traits:
+    """What an operation's schema says of it.
+
+    Attributes:
+        looks: it makes a view, or takes memory without filling it.
+        mutable: it writes to arguments.
+        returns_written: (position, name) of the arguments that it writes to and returns.
+        indexes, sized: see _INDEXING, _SIZED_BY_VALUES.
+        takes_numbers: a number in a tensor of its own may lie anywhere.
+    """
+
+    looks: bool
+    mutable: bool
+    returns_written: tuple[tuple[int, str], ...]
+    indexes: bool
+    sized: bool
+    takes_numbers: bool
+
+
+@cache
+def _traits(func: Any) -> _Traits:
+    schema = func._schema
+    written = [
+        (i, argument.name)
+        for i, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    returns = any(r.alias_info is not None and r.alias_info.is_write for r in schema.returns)
+    return _Traits(
+        looks=func.is_view or func.overloadpacket in _UNFILLED,
+        mutable=schema.is_mutable,
+        returns_written=tuple(written) if returns else (),
+        indexes=func in _INDEXING,
+        sized=func in _SIZED_BY_VALUES,
+        takes_numbers=torch.Tag.pointwise in func.tags,
+    )
+
+
 def _carry_out(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Compute an operation on the CPU; its results lie on the device if its inputs do or it says so."""
-    tensors = tensors_of((args, kwargs))
-    on_device = any(isinstance(value, OnDevice) for value in tensors)
-    asked = kwargs.get("device")
-    to_device = on_device if asked is None else torch.device(asked).type == DEVICE
-    if asked is not None:
+    tensors = tensors_of(args)
+    if kwargs:
+        tensors += tensors_of(kwargs)
+    on_device = any(map(_is_on_device, tensors))
+    to_device = on_device
+    if (asked := kwargs.get("device")) is not None:
+        to_device = torch.device(asked).type == DEVICE
         kwargs = {**kwargs, "device": torch.device("cpu")}
+    if not on_device and not to_device:
+        return func(*args, **kwargs)
 
     if func is _aten._to_copy.default:
         return _copied(args[0], kwargs, to_device)
@@ -187,8 +230,7 @@ def _carry_out(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         _refuse_or_count(func, args, tensors)
     if not to_device or func is _aten._local_scalar_dense.default:
         return func(*changed(args, _inner), **changed(kwargs, _inner))
-    found = _launched(func, args, kwargs)
-    return _written(func, args, kwargs, changed(found, OnDevice))
+    return _written(func, args, kwargs, _launched(func, args, kwargs))
 
 
 def _launched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -197,9 +239,9 @@ def _launched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         # A number from the host becomes an argument of the kernel: it stays what it is now.
         args, kwargs = changed((args, kwargs), lambda x: _inner(x) if isinstance(x, OnDevice) else x.clone())
         return _capture.recorder.record(func, args, kwargs)
-    args, kwargs = changed((args, kwargs), _inner)
+    args, kwargs = changed(args, _inner), changed(kwargs, _inner)
     found = func(*args, **kwargs)
-    if not only_looks(func, tensors_of((args, kwargs)), found):
+    if not only_looks(func, (args, kwargs), found):
         launched(str(func))
     return found
 
@@ -211,56 +253,63 @@ def launched(name: str) -> None:
 
 def tensors_of(value: Any) -> list[Tensor]:
     """Return the tensors among an operation's arguments or results, in a fraction of the time of torch's own trees."""
+    found: list[Tensor] = []
+    _collect(value, found)
+    return found
+
+
+def _collect(value: Any, found: list[Tensor]) -> None:
     if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, tuple | list):
-        return []
-    return [tensor for item in value for tensor in tensors_of(item)]
+        found.append(value)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            _collect(item, found)
+    elif isinstance(value, dict):
+        for item in value.values():
+            _collect(item, found)
 
 
 def changed(value: Any, change: Callable[[Tensor], Any]) -> Any:
     """Return an operation's arguments or results with every tensor changed."""
     if isinstance(value, Tensor):
         return change(value)
-    if isinstance(value, dict):
-        return {name: changed(item, change) for name, item in value.items()}
     if isinstance(value, tuple | list):
         return type(value)([changed(item, change) for item in value])
+    if isinstance(value, dict):
+        return {name: changed(item, change) for name, item in value.items()}
     return value
 
 
-def only_looks(func: Any, given: list[Tensor], found: Any) -> bool:
+def only_looks(func: Any, given: Any, found: Any) -> bool:
     """Return whether an operation launches nothing: it makes a view, or takes memory without filling it.
 
     Args:
-        given: tensors among its arguments, as the CPU has them.
+        given: its arguments, as the CPU has them.
         found: its results, as the CPU has them.
     """
-    if func.is_view or func.overloadpacket in _UNFILLED:
-        return True
-    if func._schema.is_mutable:
-        return False
+    traits = _traits(func)
+    if traits.looks or traits.mutable:
+        return traits.looks
+    storages = {value.untyped_storage()._cdata for value in tensors_of(given)}
     made = tensors_of(found)
-    storages = {value.untyped_storage()._cdata for value in given}
     return bool(made) and all(value.untyped_storage()._cdata in storages for value in made)
 
 
 def _refuse_or_count(func: Any, args: Any, tensors: list[Tensor]) -> None:
     """Raise RefusedByDevice where a GPU would refuse, and count the waits that a GPU would cause."""
+    traits = _traits(func)
     for value in tensors:
-        if isinstance(value, OnDevice):
-            if (func, value.dtype) in _NO_KERNEL:
+        if type(value) is OnDevice:
+            if func in _NO_UINT8_KERNEL and value.dtype == torch.uint8:
                 raise RefusedByDevice(f"{func} has no CUDA kernel for {value.dtype}")
-        elif func in _INDEXING and value is not args[0]:
+        elif traits.indexes and value is not args[0]:
             _active[-1].wait("index on the host")
-        elif value.ndim or torch.Tag.pointwise not in func.tags:  # a number in a tensor of its own may lie anywhere
+        elif value.ndim or not traits.takes_numbers:
             raise RefusedByDevice(f"{func}: tensors of the device and of the host, {tuple(value.shape)}")
     if func is _aten._local_scalar_dense.default:
         _active[-1].wait("item")
-    masks = func in _INDEXING and any(index is not None and index.dtype == torch.bool for index in args[1])
-    if masks or func in _SIZED_BY_VALUES:
+    masks = traits.indexes and any(index is not None and index.dtype == torch.bool for index in args[1])
+    if masks or traits.sized:
         _active[-1].wait("size from values")
 
 
@@ -288,17 +337,20 @@ def _copied_to(target: Tensor, source: Tensor, non_blocking: bool = False) -> Te
 
 
 def _written(func: Any, args: Any, kwargs: dict[str, Any], found: Any) -> Any:
-    """Return the tensor that an operation in place wrote to, instead of a new one."""
-    if not any(r.alias_info is not None and r.alias_info.is_write for r in func._schema.returns):
-        return found
-    given = [*zip(func._schema.arguments, args, strict=False)]
-    given += [(a, kwargs[a.name]) for a in func._schema.arguments[len(args) :] if a.name in kwargs]
-    written = [value for a, value in given if a.alias_info is not None and a.alias_info.is_write]
+    """Put results on the device; of an operation in place, return the tensor that it wrote to instead of a new one."""
+    arguments = _traits(func).returns_written
+    if not arguments:
+        return changed(found, OnDevice)
+    written = [args[i] if i < len(args) else kwargs[name] for i, name in arguments if i < len(args) or name in kwargs]
     return written[0] if len(func._schema.returns) == 1 else tuple(written)
 
 
+def _is_on_device(value: Any) -> bool:
+    return type(value) is OnDevice
+
+
 def _inner(value: Any) -> Any:
-    return value.inner if isinstance(value, OnDevice) else value
+    return value.inner if type(value) is OnDevice else value
 
 
 # Functions of torch that would look at the device's name or at the class of a tensor, and miss what it stands for.

@@ -105,9 +105,9 @@ class _Piece:
         """Return the operation's results, without numbers. See `emulated_device.Recorder`."""
         given = tensors_of((args, kwargs))
         # Not by the schema: it does not say that BatchNorm writes to its running statistics.
-        before = [value.clone() for value in given]
+        before = [(value, value.clone()) for value in given] if not func.is_view else []
         found = func(*args, **kwargs)
-        for value, old in zip(given, before, strict=True):
+        for value, old in before:
             if not _overlaps(value):
                 value.copy_(old)
         known = {value.untyped_storage()._cdata for value in given}
