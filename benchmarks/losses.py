@@ -9,9 +9,9 @@ A ResNet-8 for 40 epochs, or 15 on Fashion-MNIST, second stages for 10, all by p
 counts. `run` trains what is not finished, two runs at a time with one thread each, CIFAR-10-LT first and seeds
 outermost, so that a part of the table is a table. It can be stopped and started again; a file PAUSE in the folder of
 the runs makes it wait before the next run; several commands may work on one folder, also from different checkouts
-(seeds.py). `table` reads the finished runs, writes benchmarks/results/losses.json and prints the tables; with --docs it
-also puts them into docs/results.md. `pair` compares two networks on
-CIFAR-10-LT seed by seed, over all seeds that both have. `list` prints the words of each run.
+(seeds.py). `table` reads the finished runs, writes benchmarks/results/losses.json, or --out, and prints the tables;
+with --docs it also puts them into docs/results.md. `pair` compares two networks on CIFAR-10-LT seed by seed, over all
+seeds that both have. `list` prints the words of each run.
 
 Second stages of the same network are final stages of one run, so they share its training.
 """
@@ -58,6 +58,7 @@ LOSSES: dict[str, tuple[str, ...]] = {
     "distribution_balanced": ("method=distribution_balanced",),
     "robal": ("method=robal",),
     "mixup": ("method=ce", "mix=mixup", "then=[joint,mislas]"),
+    "ce_randaugment": ("method=ce", "dataset.augment.name=randaugment"),
     "ride": ("method=ride",),
     "dive": ("method=dive",),
 }  # fmt: skip
@@ -138,6 +139,7 @@ ROWS = (
     Row("`ce` + `las`", "ce", "las"),
     Row("`ce` + `gist_classifier`", "ce", "gist_classifier"),
     Row("`ce` + `mixup`", "mixup", "joint", "ce+mixup"),
+    Row("`ce` + RandAugment", "ce_randaugment"),
     Row("`mislas`: mixup, then its stage", "mixup", "mislas", "mislas"),
     Row("`dive`", "dive", None, "dive"),
     Row("`ride`", "ride", None, "ride"),
@@ -170,6 +172,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=(*NETWORKS, *_WORDS), help="kinds of networks, or networks")
     parser.add_argument("--epochs", type=int, help="of first stages, else 40 and 15; all runs of a table need the same")
     parser.add_argument("--runs", type=Path, default=Path("runs/losses"))
+    parser.add_argument("--out", type=Path, default=RESULTS, help="file that `table` writes the numbers to")
     parser.add_argument("--docs", action="store_true", help="put the tables into docs/results.md")
     options = parser.parse_args()
     networks = {name: words for kind, found in NETWORKS.items() for name, words in found.items()
@@ -192,7 +195,7 @@ def main() -> None:
         seeds.train_all(options.runs.absolute(), jobs)
     else:
         record = summary(options.runs)
-        RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
         tables = {data: "\n".join(table(rows)) for data, rows in record["results"].items()}
         print("\n\n".join(tables.values()))
         if options.docs:
@@ -206,7 +209,10 @@ def words_of(data: str, network: str, epochs: int) -> tuple[str, ...]:
         words += CIFAR_WORDS.get(network, ())
     stages = ("train", *_FIRST_STAGES.get(network, ()))
     shorter = () if epochs == 40 else tuple(f"method.stages.{stage}.epochs={epochs}" for stage in stages)
-    return (*words, *SCHEDULE, *shorter, *IMAGES[data])
+    images = IMAGES[data]
+    if any(word.startswith("dataset.augment.name=") for word in words):  # in the place of the images' own
+        images = tuple(word for word in images if not word.startswith("dataset.augment."))
+    return (*words, *SCHEDULE, *shorter, *images)
 
 
 def summary(runs: Path) -> dict[str, Any]:
