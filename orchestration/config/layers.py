@@ -6,7 +6,7 @@ A file is a part of the config: `method:`, `dataset:`, ... at the top. It may al
     second: {...}                changes to every later stage with steps, which learns heads or gates only
     protocol: name               the protocol to use, if the command line names none
     backbone: name               the backbone, in the same way; or {of: name, ...} to change some of its keys, too
-    on: {name: {...}, ...}       the same again, for one data set, or for one protocol
+    on: {name: {...}, ...}       the same again, for one data set, protocol, or pace that is not called as a data set
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class File:
     Attributes:
         name: group and choice, as `show` names it: method/ride.
         content: without its `on`.
-        on: by data set or protocol.
+        on: by data set, protocol or pace.
     """
 
     name: str
@@ -81,7 +81,7 @@ def _check_made(path: Path, group: str, choice: str, content: Mapping[str, Any],
         raise ValueError(f"{path}: of: found {of}; needed a mapping with method, e.g. {{method: ride, then: [crt]}}")
     if not isinstance(on, Mapping) or any(not isinstance(block, Mapping | None) for block in on.values()):
         raise ValueError(
-            f"{path}: on: needed mappings by data set or protocol, e.g. {{cifar10_lt: {{stage: {{...}}}}}}"
+            f"{path}: on: needed mappings by data set, protocol or pace, e.g. {{cifar10_lt: {{stage: {{...}}}}}}"
         )
     for key in ("stage", "second"):
         if not isinstance(content.get(key, {}), Mapping):

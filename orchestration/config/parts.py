@@ -62,7 +62,9 @@ class Recipe:
 
     def blocks(self, file: File) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the blocks of a file's `on` that apply, each with its name."""
-        return file.blocks(self.dataset, self.protocol.choice)
+        # A pace called as a data set is that of its images; on others it is borrowed, and the block is not meant.
+        pace = () if self.pace.choice in available("dataset") else (self.pace.choice,)
+        return file.blocks(self.dataset, self.protocol.choice, *pace)
 
 
 def plan_recipe(

@@ -181,7 +181,7 @@ def _curves(
     columns = 2 if len(panels) in (2, 4) else 3
     rows = -(-len(panels) // columns)
     figure = new_figure(4.5 * columns, 0.5 + 3.7 * rows)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    set_figure_title(figure, title)
     # Panels with arguments show evaluations, in which the best one is marked.
     for place, (draw, arguments) in enumerate(panels, 1):
         axes = figure.add_subplot(rows, columns, place)

@@ -103,8 +103,8 @@ def test_a_recipe_made_of_itself_is_named(monkeypatch, tmp_path):
         plan_recipe("ride", None, (), "digits_lt", {}, "resnet32")
 
 
-def test_blocks_name_data_sets_and_protocols_that_exist():
-    known = {*available("dataset"), *available("protocol")}
+def test_blocks_name_data_sets_protocols_and_paces_that_exist():
+    known = {*available("dataset"), *available("protocol"), *available("pace")}
     for group in ("method", "mix", "then", "protocol", "pace"):
         for choice in available(group):
             file = read_file(group, choice)

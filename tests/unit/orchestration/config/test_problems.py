@@ -31,11 +31,14 @@ def test_a_key_of_one_other_piece_names_it():
     assert line == "method.head.initial_length: head 'linear' has no key initial_length; 'gist' has"
 
 
-def test_a_key_that_a_file_wrote_names_the_file():
-    [line] = refused("method=ce", "dataset=digits_lt", "pace=demo")
+def test_a_key_that_a_file_wrote_names_the_file(tmp_path, monkeypatch):
+    (tmp_path / "pace").mkdir()
+    (tmp_path / "pace" / "mine.yaml").write_text("stage: {epochs: 2, objective: {diversity_factor: -0.9}}\n")
+    monkeypatch.setenv("EXPERTAIL_CONFIG_DIR", str(tmp_path))
+    [line] = refused("method=ce", "dataset=digits_lt", "pace=mine")
     assert line == (
         "method.stages.train.objective.diversity_factor: objective 'cross_entropy' has no key diversity_factor; "
-        "'ride' has (from pace/demo)"
+        f"'ride' has (from pace/mine, {tmp_path / 'pace' / 'mine.yaml'})"
     )
 
 

@@ -158,7 +158,7 @@ def test_new_heads_leave_the_calibration_of_the_old_ones_behind():
     ("host", "why"),
     [
         ("lws", "with sampler.name = class_balanced the heads have seen another one"),
-        ("disalign", "with objective.name = grw the experts learn: uniform"),
+        ("disalign", "with objective.name = grw the experts learn: train, weighted"),
         ("ncm", "from scores that were trained, but head.name = ncm is fitted"),
         ("tau_norm", "head.name = tau_normalised has taken away what frequent classes gained"),
     ],
