@@ -83,6 +83,20 @@ class AggregatorSettings(Settings):
         """
 
 
+def check_probabilities(rule: str, objective: Any) -> None:
+    """Refuse an objective, by its config, whose scores only rank, for a rule that reads them as log probabilities.
+
+    Raises:
+        ValueError: names both keys and what to set.
+    """
+    if not objective.gives_probabilities:
+        raise ValueError(
+            f"aggregator '{rule}' reads scores as log probabilities, but those of objective.name = {objective.name} "
+            f"only rank, since it asks one question for each class; set aggregator.name=mean_logits, or a loss with a "
+            f"softmax"
+        )
+
+
 class Aggregator(ABC):
     """One rule. Built with the training images per class, int64 [C], and the experts' names."""
 
@@ -176,6 +190,10 @@ class MeanProbabilities(Aggregator):
 
     class Config(AggregatorSettings):
         name: Literal["mean_probabilities"] = "mean_probabilities"
+
+        def check_objective(self, objective: Any) -> None:
+            """Refuse an objective whose scores are no log probabilities."""
+            check_probabilities(self.name, objective)
 
     def __call__(self, outputs: Outputs) -> Tensor:
         """Return log-probabilities; see `Aggregator.__call__`."""

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from aggregation.aggregator import Aggregator, AggregatorSettings, Outputs
+from aggregation.aggregator import Aggregator, AggregatorSettings, Outputs, check_probabilities
 from experts.cases import Case
 from experts.data.transfer import Constant
 from experts.losses.counts import log_prior
@@ -34,6 +34,7 @@ class PriorSettings(AggregatorSettings):
 
     def check_objective(self, objective: Any) -> None:
         """Refuse an objective whose experts do not learn the training distribution: there is nothing to subtract."""
+        check_probabilities(self.name, objective)
         counts_C = torch.tensor([2, 1])
         numbers = range(1, MAX_EXPERTS + 1)
         num_experts = next(number for number in numbers if objective.number_problem(number) is None)

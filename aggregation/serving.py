@@ -79,6 +79,8 @@ class Description(Settings):
     calibration: dict[str, Any] | None = None
     attention: dict[str, Any] | None = None
     """Models of earlier versions have neither."""
+    gives_probabilities: bool = True
+    """Whether a softmax of the scores is what was trained; else it only ranks the classes."""
     num_classes: int
     class_names: tuple[str, ...]
     counts: tuple[int, ...]
@@ -113,6 +115,8 @@ def export_model(
     config: EnsembleConfig,
     aggregator: Settings,
     data: TrainingData,
+    *,
+    gives_probabilities: bool = True,
 ) -> None:
     """Write a trained ensemble; a folder that exists is replaced once the new one is complete.
 
@@ -122,6 +126,7 @@ def export_model(
         config: what the ensemble was built from, all its experts.
         aggregator: config of the "aggregator" piece.
         data: what it was trained on.
+        gives_probabilities: see `Description`.
 
     Raises:
         ValueError: the tensors do not fit the description.
@@ -132,7 +137,9 @@ def export_model(
     scratch.mkdir(parents=True)
     try:
         save_file(_stored_tensors(state), scratch / TENSORS)
-        description = describe(config, aggregator, data, _sha256(scratch / TENSORS))
+        description = describe(config, aggregator, data, _sha256(scratch / TENSORS)).model_copy(
+            update={"gives_probabilities": gives_probabilities}
+        )
         (scratch / DESCRIPTION).write_text(json.dumps(description.model_dump(mode="json"), indent=1) + "\n")
         load_model(scratch)  # refuse what could not be served
     except BaseException:

@@ -51,7 +51,8 @@ def export(folder, config, stage, dataset, *, names=None, state=None, image_shap
         image_shape=image_shape,
     )
     state = build_ensemble(ensemble, seed=1).state_dict() if state is None else state
-    export_model(folder, state, ensemble, config.method.aggregator_in(stage), data)
+    rule, probabilities = config.method.aggregator_in(stage), config.method.gives_probabilities(stage)
+    export_model(folder, state, ensemble, rule, data, gives_probabilities=probabilities)
     return str(folder)
 
 

@@ -20,7 +20,7 @@ from experts.registry import register
 class BalancedSoftmax(PerImage):
     """Cross-entropy of z + log n in training; at test the plain scores, which answer for a balanced set.
 
-    As `logit_adjustment` with tau 1, under its own name and without a number to set. The sampler must keep the training
+    It equals `logit_adjustment` with tau 1, and has no number to set. The sampler must keep the training
     distribution, as n is that of the training set.
 
     Source: Ren et al. 2020, arXiv:2007.10740. Adding log n or log(n / N) is the same loss.

@@ -8,32 +8,41 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from experts.losses.class_balanced import effective_number_weights
 from experts.losses.counts import log_prior, positive_counts
+from experts.losses.effective_number import effective_number_weights
 from experts.registry import Settings
 
 
-def power_weights(counts_C: Tensor, *, rho: float) -> Tensor:
+def power_weights(counts_C: Tensor, *, rho: float, key: str = "rho") -> Tensor:
     """Return weights w_c = C pi_c^-rho / sum_j pi_j^-rho, whose sum is C.
 
     Args:
         counts_C: training images per class, each at least 1; only their ratios count.
         rho: power, no unit; 0 gives ones, 1 inverse frequency, -1 frequency; published: 1.2 (ImageNet-LT), 0.3
             (segmentation).
+        key: that sets rho, for the message.
 
     Returns:
         float64 [C].
 
     Raises:
-        ValueError: a class has no image.
+        ValueError: a class has no image, or rho is so large that a weight is 0 in float32.
 
     Source: Zhang et al. 2021, arXiv:2103.16370, section 3.3, scaled as in the published code.
     """
     # A softmax of logs: pi^-rho itself overflows where rho is large and a class rare.
-    return len(counts_C) * (-rho * log_prior(counts_C)).softmax(dim=0)
+    weight_C = len(counts_C) * (-rho * log_prior(counts_C)).softmax(dim=0)
+    lightest = int(weight_C.argmin())
+    if weight_C[lightest] < torch.finfo(torch.float32).tiny:  # a batch of such images would be divided by 0
+        raise ValueError(
+            f"{key} = {rho:g}: a class of {int(counts_C[lightest]):,} images weighs {float(weight_C[lightest]):.1g}, "
+            f"which is nothing in float32; needed a smaller power of the inverse frequency; published 0.3 to 1.2"
+        )
+    return weight_C
 
 
 def log_ratio_weights(counts_C: Tensor) -> Tensor:
@@ -90,7 +99,9 @@ class ClassWeights(Settings):
         """
         if self.rule == "effective_number":
             return effective_number_weights(counts_C, beta=self.beta)
-        return power_weights(counts_C, rho=self.power) if self.rule == "power" else log_ratio_weights(counts_C)
+        if self.rule == "power":
+            return power_weights(counts_C, rho=self.power, key="class_weights.power")
+        return log_ratio_weights(counts_C)
 
     def apply_in(self, epoch: int) -> bool:
         """Return whether they apply in an epoch, counted from 1."""
@@ -102,6 +113,14 @@ class ClassWeights(Settings):
         return {} if self.after_epoch is None else {"after_epoch": self.after_epoch}
 
 
-def trained_with(weights: ClassWeights, counts_C: Tensor, log_share_C: Tensor) -> Tensor:
-    """Return the logs of the class distribution that a softmax learns from weighted images, [C], up to a constant."""
-    return log_share_C + weights.of(counts_C).log().to(log_share_C.dtype)
+def trained_with(weight_C: Tensor, log_share_C: Tensor, num_experts: int) -> tuple[Tensor, tuple[str, ...]]:
+    """Return the class distribution that softmaxes learn from weighted images; see `trained_log_prior` of objectives.
+
+    Args:
+        weight_C: weights of the classes, above 0.
+        log_share_C: logs of each class's share of the training images.
+        num_experts: E.
+    """
+    learnt_C = log_share_C + weight_C.log().to(log_share_C.dtype)
+    word = "train" if bool((weight_C == weight_C[0]).all()) else "train, weighted"
+    return learnt_C.repeat(num_experts, 1), (word,) * num_experts

@@ -182,8 +182,8 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 class Sum(Composed):
     """A weighted sum of objectives of all experts.
 
-    What its experts' softmax is trained for is what its terms say, in the proportion of their weights; terms with a
-    weight that is not positive, and terms that say nothing of classes, do not count.
+    The class distribution that its experts learn is the mean of what the terms say, by their weights. Terms with a
+    weight that is not positive do not count, nor do terms that say nothing of classes.
     """
 
     class Config(ComposedSettings):

@@ -34,6 +34,9 @@ def negative_log_likelihood(logits_EBC: Tensor, labels_B: Tensor, weight_C: Tens
     return minus_of_label(logits_EBC.log_softmax(dim=-1), labels_B, weight_C)
 
 
+_NONE = -(2**31)  # no label: those are 0 or more
+
+
 def minus_of_label(values_EBC: Tensor, labels_B: Tensor, weight_C: Tensor | None = None) -> Tensor:
     """Return -w_y times the value of every image's own class y, [E, B]; w is 1 without weights.
 
@@ -51,9 +54,6 @@ def minus_of_label(values_EBC: Tensor, labels_B: Tensor, weight_C: Tensor | None
         reduction="none",
     )
     return found.view(num_experts, -1)
-
-
-_NONE = -(2**31)
 
 
 def cross_entropy(

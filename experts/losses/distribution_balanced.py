@@ -105,7 +105,7 @@ class DistributionBalanced(PerImage):
 
         @property
         def gives_probabilities(self) -> bool:
-            """It asks a question per class."""
+            """Return False: the loss asks one question for each class, and its scores only rank them."""
             return False
 
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = (

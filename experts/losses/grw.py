@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from experts.losses.class_weights import power_weights
+from experts.losses.class_weights import power_weights, trained_with
 from experts.losses.cross_entropy import cross_entropy
 from experts.objective import Objective, ObjectiveSettings, StepContext
 from experts.progress import Progress
@@ -33,6 +33,12 @@ class GeneralisedReweighting(Objective):
         rho: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.2
         """Power of the inverse frequency, no unit; published 1.2 for ImageNet-LT. Above 1 the weights are steep."""
 
+        def trained_log_prior(
+            self, counts_C: Tensor, log_share_C: Tensor, num_experts: int
+        ) -> tuple[Tensor, tuple[str, ...]]:
+            """Return the weighted training distribution. See `ObjectiveSettings.trained_log_prior`."""
+            return trained_with(power_weights(counts_C, rho=self.rho), log_share_C, num_experts)
+
     why_not_weighable: ClassVar[str] = " beside its own"
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({"rho": 0.5},)
     weight_C: Tensor
@@ -40,7 +46,7 @@ class GeneralisedReweighting(Objective):
     def __init__(self, config: Config, counts_C: Tensor, num_experts: int) -> None:
         super().__init__(config, counts_C, num_experts)
         # Not persistent: it follows from config and counts, and an old checkpoint must not bring another.
-        self.register_buffer("weight_C", power_weights(counts_C, rho=config.rho), persistent=False)
+        self.register_buffer("weight_C", power_weights(counts_C, rho=config.rho, key="objective.rho"), persistent=False)
 
     def denominators(self, labels_B: Tensor, progress: Progress) -> dict[str, Tensor]:
         """Return `class_weight`, the sum of the labels' weights."""

@@ -14,8 +14,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from experts.losses.class_balanced import effective_number_weights
 from experts.losses.cross_entropy import negative_log_likelihood
+from experts.losses.effective_number import effective_number_weights
 from experts.losses.ldam import check_same_scale, ldam_margins, with_margins
 from experts.losses.per_image import PerImage
 from experts.objective import ObjectiveSettings, StepContext

@@ -17,9 +17,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from experts.losses.class_balanced import effective_number_weights
 from experts.losses.counts import positive_counts
 from experts.losses.cross_entropy import of_label
+from experts.losses.effective_number import effective_number_weights
 from experts.losses.ldam import check_same_scale, ldam_loss, ldam_margins
 from experts.objective import MAX_EXPERTS, Objective, ObjectiveSettings, StepContext, num_images
 from experts.precision import at_least_float32

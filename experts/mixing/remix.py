@@ -37,9 +37,9 @@ def label_shares(share: float, counts_B: np.ndarray, partners_B: np.ndarray, *, 
 class Remix(Mixing):
     """x = share x_i + (1 - share) x_j; the label of the rarer class alone where the larger one's pixels are weak.
 
-    An image whose label is its partner's alone has that one in both sets, and so on: one weight serves the whole step,
-    and the loss is the paper's for whatever is a mean over images. How class weights enter it the paper leaves open.
-    Here each of the two sets has its own weighted mean, which is our choice.
+    An image that takes its partner's label alone has it in both sets of labels, and one that keeps its own has that one
+    twice. So one weight serves the whole step, and the loss is the paper's for whatever is a mean over images. How
+    class weights enter it the paper leaves open. Here each of the two sets has its own weighted mean, our choice.
     """
 
     class Config(MixingSettings):

@@ -14,7 +14,7 @@ from experts.samplers.sampler import WeightedSampler
 def effective_number_weights(counts_C: np.ndarray, beta: float) -> np.ndarray:
     """Return the weight of an image of each class, (1 - beta) / (1 - beta^n_c), float64 [C].
 
-    The class weights of losses (`experts/losses/class_balanced.py`) have the same ratios, scaled to the sum C.
+    The class weights of losses (`experts/losses/effective_number.py`) have the same ratios, scaled to the sum C.
 
     Source: Cui et al. 2019, arXiv:1901.05555, Eq. 4.
     """

@@ -35,6 +35,7 @@ from orchestration.tracking.models import model_folder
 _BATCH = 64  # images computed at once
 _DECODERS = 8  # whole pictures in memory at once, at most
 _STDOUT = "-"
+_ONLY_RANKS = "probability: a softmax of scores that only rank the classes, since the run's loss trains none"
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,11 @@ def predict(source: str, given: Sequence[str], options: Options) -> tuple[str, i
         raise ValueError(f"none of {plural(len(files), 'file')} could be read; needed images")
     if unread:
         say(f"{unread:,} of {plural(len(files), 'file')} could not be read")
+    notes = [] if model.description.gives_probabilities else [_ONLY_RANKS]
     if options.csv is None:
-        return _table(answered), unread
+        return "\n".join([_table(answered), *notes]), unread
+    for note in notes:
+        say(note)
     text = _csv(answered)
     if options.csv == _STDOUT:
         return text, unread

@@ -150,7 +150,14 @@ def _measure(saved: SavedRun, request: Request) -> dict[str, Any]:
     learning = _settings("test_time", WeightLearning, PUBLISHED.get(config.dataset.name, {}), request.learning)
     views = _settings("views", Views, default_views(config.dataset), request.views)
     known = _settings("known_prior", KnownPrior, {}, request.known_prior)
-    trained_EC, trained_for = trained_priors(config, known, saved.data["counts"], saved.final)
+    trained_EC, trained_for = None, list[str]()
+    if known.trained != "auto" or config.method.gives_probabilities(saved.final):
+        trained_EC, trained_for = trained_priors(config, known, saved.data["counts"], saved.final)
+    elif request.rule == "known-prior":
+        raise ValueError(
+            "--weights known-prior: corrects probabilities, and this run's loss trains none, since its scores only "
+            "rank; needed a run with a softmax loss; or say what its experts are trained for: known_prior.trained=train"
+        )
 
     # The networks see every image once here; all distributions and weightings share the logits.
     parts, skipped = _positions(saved, request.names)
@@ -196,7 +203,7 @@ def _compare(
     own_NC: Tensor,
     labels_N: Tensor,
     rules: Mapping[str, list[float]],
-    trained_EC: np.ndarray,
+    trained_EC: np.ndarray | None,
 ) -> dict[str, Any]:
     """Score every weighting and every expert alone on one distribution; the weights of the oracle are found here."""
     description, counts = saved.model.description, saved.data["counts"]
@@ -210,7 +217,9 @@ def _compare(
     size = saved.config.evaluation_batch_size(saved.device.type)
     for part in (slice(first, first + size) for first in range(0, len(labels_N), size)):
         logits_EBC = logits_ENC[:, part]
-        members = {AS_TRAINED: own_NC[part], KNOWN: correct_for_prior(logits_EBC, target_C, trained_EC).mean(dim=0)}
+        members = {AS_TRAINED: own_NC[part]}
+        if trained_EC is not None:
+            members[KNOWN] = correct_for_prior(logits_EBC, target_C, trained_EC).mean(dim=0)
         members |= {rule: combine(torch.tensor(weights_E), logits_EBC) for rule, weights_E in weights.items()}
         alone = {f"{name} alone": z_BC for name, z_BC in zip(description.expert_names, logits_EBC, strict=True)}
         scores.update({rule: members[rule] for rule in WEIGHTINGS if rule in members} | alone, labels_N[part])
@@ -349,9 +358,10 @@ def trained_priors(config: RunConfig, known: KnownPrior, counts: list[int], fina
                 torch.tensor(counts), torch.from_numpy(log_train_C), num_experts
             )
             if set(of_each) == {"train"} and stage.class_weights is not None:
-                found_EC = trained_with(stage.class_weights, torch.tensor(counts), found_EC)
-                of_each = ("train, weighted",) * num_experts
-            if set(of_each) != {"train"} or piece("sampler", stage.sampler.name).keeps_distribution:
+                weight_C = stage.class_weights.of(torch.tensor(counts))
+                found_EC, of_each = trained_with(weight_C, found_EC[0], num_experts)
+            from_train = any(word.startswith("train") for word in of_each)
+            if not from_train or piece("sampler", stage.sampler.name).keeps_distribution:
                 return found_EC.numpy(), list(of_each)
         words = ["uniform"] * num_experts
     elif isinstance(known.trained, str):

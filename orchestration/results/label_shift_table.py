@@ -65,6 +65,12 @@ def _legend(result: Mapping[str, Any]) -> list[str]:
     settings, views = result.get("settings"), result.get("views")
     trained = result["trained_for"]
     trained_for = trained[0] if len(set(trained)) == 1 else ", ".join(trained)
+    known = (
+        f"known prior: logits corrected for the test set's class counts, which must be known; experts taken to be "
+        f"trained for: {trained_for}"
+        if trained
+        else "known prior: n/a, it corrects probabilities, and this run's loss trains none"
+    )
     lines = [
         "all: mean over the images, so it follows the distribution; many, medium, few: means over their classes",
         f"as trained: the recipe's own rule, {result['aggregator']}; uniform: mean of the experts' logits",
@@ -80,8 +86,7 @@ def _legend(result: Mapping[str, Any]) -> list[str]:
         ]
     return [
         *lines,
-        f"known prior: logits corrected for the test set's class counts, which must be known; experts taken to be "
-        f"trained for: {trained_for}",
+        known,
         "oracle: the best weights, found WITH the labels of these images: an upper bound, not a result",
     ]
 

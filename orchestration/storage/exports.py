@@ -167,7 +167,8 @@ def export_stage(
     chosen = fitted.get("values", {})
     ensemble = replace(ensemble, head=ensemble.head.model_copy(update=chosen.get("head", {})))
     rule = method.aggregator_in(stage).model_copy(update=chosen.get("aggregator", {}))
-    export_model(target, ensemble_state(config, stage, checkpoint), ensemble, rule, trained_on)
+    state, means_something = ensemble_state(config, stage, checkpoint), method.gives_probabilities(stage)
+    export_model(target, state, ensemble, rule, trained_on, gives_probabilities=means_something)
 
 
 def ensemble_state(config: RunConfig, stage: str, checkpoint: Path) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from experts.losses.class_balanced import effective_number_weights
 from experts.losses.cross_entropy import CrossEntropy
+from experts.losses.effective_number import effective_number_weights
 from experts.losses.grw import GeneralisedReweighting, power_weights
 from experts.losses.ldam import ldam_margins
 from experts.losses.logit_adjustment import LogitAdjustment

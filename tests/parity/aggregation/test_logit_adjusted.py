@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from aggregation.aggregator import MeanLogits, Outputs
+from aggregation.aggregator import MeanLogits, MeanProbabilities, Outputs
 from aggregation.logit_adjusted import LogitAdjusted, UnoIC
 from experts.losses.cross_entropy import CrossEntropy
+from experts.losses.distribution_balanced import DistributionBalanced
+from experts.losses.focal import Focal
 from experts.losses.grw import GeneralisedReweighting
 from experts.losses.logit_adjustment import LogitAdjustment
 from experts.methods.ldam import LDAM
@@ -127,7 +129,8 @@ def test_the_training_distribution_is_never_subtracted_where_it_was_not_learnt(c
     config.check_objective(CrossEntropy.Config())
     config.check_objective(LogitAdjustment.Config(tau=0.0))  # plain cross-entropy by another name
     refused = {
-        "uniform": (LogitAdjustment.Config(), LDAM.Config(), GeneralisedReweighting.Config()),
+        "uniform": (LogitAdjustment.Config(), LDAM.Config()),
+        "train, weighted": (GeneralisedReweighting.Config(),),
         "train\\^0.5": (LogitAdjustment.Config(tau=0.5),),
         "train, uniform, inverse": (TADE.Config(),),
     }
@@ -136,6 +139,15 @@ def test_the_training_distribution_is_never_subtracted_where_it_was_not_learnt(c
             message = rf"aggregator '{config.name}'.*objective.name = {objective.name} the experts learn: {aims}"
             with pytest.raises(ValueError, match=message):
                 config.check_objective(objective)
+
+
+@pytest.mark.parametrize("cls", [LogitAdjusted, UnoIC, MeanProbabilities])
+def test_scores_that_only_rank_are_never_read_as_log_probabilities(cls):
+    config = cls.Config()
+    config.check_objective(Focal.Config() if cls is MeanProbabilities else CrossEntropy.Config())
+    for binary in (Focal.Config(form="sigmoid"), DistributionBalanced.Config()):
+        with pytest.raises(ValueError, match=rf"'{config.name}'.*objective.name = {binary.name} only rank"):
+            config.check_objective(binary)
 
 
 @pytest.mark.parametrize("cls", [LogitAdjusted, UnoIC])

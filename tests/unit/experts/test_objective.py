@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from experts.losses.class_balanced import effective_number_weights
 from experts.losses.cross_entropy import CrossEntropy
+from experts.losses.effective_number import effective_number_weights
 from experts.losses.ldam import ldam_margins
 from experts.methods.ldam import LDAM
 from experts.methods.ride import RIDE, class_temperatures

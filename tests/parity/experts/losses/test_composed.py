@@ -8,10 +8,12 @@ import torch
 import experts
 from experts import registry
 from experts.losses.balanced_softmax import BalancedSoftmax
+from experts.losses.class_balanced import ClassBalanced
 from experts.losses.class_weights import ClassWeights, log_ratio_weights, trained_with
 from experts.losses.composed import PerExpert, Sum
 from experts.losses.counts import log_prior
 from experts.losses.cross_entropy import CrossEntropy
+from experts.losses.grw import GeneralisedReweighting
 from experts.methods.ldam import LDAM
 from experts.methods.ride import RIDE
 from experts.methods.tade import TADE, InverseSoftmax
@@ -126,8 +128,32 @@ def test_log_ratio_weights_are_the_published_ones():
 
 
 def test_cross_entropy_weighted_by_inverse_frequency_learns_a_uniform_distribution():
-    found_C = trained_with(ClassWeights(rule="power"), COUNTS, log_prior(COUNTS))
+    [found_C], words = trained_with(ClassWeights(rule="power").of(COUNTS), log_prior(COUNTS), 1)
     torch.testing.assert_close(found_C, found_C.mean().expand(4), **EXACT)
+    assert words == ("train, weighted",)
+
+
+def test_losses_with_weights_of_their_own_learn_what_class_weights_would_teach():
+    """The same weights make the same distribution, whichever key sets them; weights of 1 leave that of training."""
+    for own, weights in (
+        (ClassBalanced.Config(beta=0.9), ClassWeights(rule="effective_number", beta=0.9)),
+        (GeneralisedReweighting.Config(rho=0.7), ClassWeights(rule="power", power=0.7)),
+    ):
+        found, words = own.trained_log_prior(COUNTS, log_prior(COUNTS), 2)
+        expected, _ = trained_with(weights.of(COUNTS), log_prior(COUNTS), 2)
+        torch.testing.assert_close(found, expected, **EXACT)
+        assert words == ("train, weighted",) * 2
+    for even in (ClassBalanced.Config(beta=0.0), GeneralisedReweighting.Config(rho=0.0)):
+        found, words = even.trained_log_prior(COUNTS, log_prior(COUNTS), 2)
+        torch.testing.assert_close(found, log_prior(COUNTS).expand(2, -1), **EXACT)
+        assert words == ("train",) * 2
+
+
+def test_class_weights_that_would_be_zero_in_training_are_refused():
+    with pytest.raises(ValueError, match=r"class_weights\.power = 1000: a class of 300 images weighs 0"):
+        ClassWeights(rule="power", power=1000.0).of(COUNTS)
+    with pytest.raises(ValueError, match=r"objective\.rho = 1000: .*needed a smaller power"):
+        GeneralisedReweighting(GeneralisedReweighting.Config(rho=1000.0), COUNTS, 1)
 
 
 BAD = [

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from experts.losses.class_balanced import effective_number_weights
 from experts.losses.class_weights import power_weights
 from experts.losses.counts import log_prior
 from experts.losses.cross_entropy import CrossEntropy, cross_entropy
+from experts.losses.effective_number import effective_number_weights
 from experts.losses.grw import GeneralisedReweighting
 from experts.losses.ldam import ldam_loss, ldam_margins
 from experts.losses.logit_adjustment import LogitAdjustment, logit_adjustment_loss

@@ -16,7 +16,7 @@ import torch
 
 from experts.losses.acsl import ACSL, suppression_mask
 from experts.losses.balanced_softmax import BalancedSoftmax
-from experts.losses.class_balanced import effective_number_weights
+from experts.losses.class_balanced import ClassBalanced
 from experts.losses.distribution_balanced import (
     Balance,
     DistributionBalanced,
@@ -24,7 +24,7 @@ from experts.losses.distribution_balanced import (
     distribution_balanced_loss,
     rebalancing_weights,
 )
-from experts.losses.effective_number import ClassBalanced
+from experts.losses.effective_number import effective_number_weights
 from experts.losses.focal import Focal
 from experts.losses.label_smoothing import LabelAwareSmoothing, smoothing_factors
 from experts.losses.seesaw import Seesaw, seesaw_log_factors

@@ -61,6 +61,14 @@ def test_files_get_the_names_and_probabilities_of_their_pixels(grey, tmp_path, c
         assert float(row["disagreement"]) == pytest.approx(np.mean(pairs), abs=0.005)
 
 
+def test_scores_that_only_rank_are_said_to(tmp_path, capsys):
+    words = ["method=focal", "method.stages.train.objective.form=sigmoid", *WORDS]
+    model = export(tmp_path / "m", load_config(words), "train", digits(0), image_shape=(8, 8, 1))
+    [file] = written(tmp_path, 1)
+    assert main(["predict", model, file]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("probability: a softmax of scores that only rank")
+
+
 def test_a_file_that_cannot_be_read_costs_its_line_and_the_exit_code_where_asked(grey, tmp_path, capsys):
     (good,) = written(tmp_path, 1)
     bad = tmp_path / "bad.jpg"

@@ -220,6 +220,18 @@ def test_one_expert_is_measured_like_any_other_number(tmp_path):
     assert "warning: 1 expert" in text
 
 
+def test_scores_that_only_rank_are_corrected_for_no_prior(tmp_path):
+    path = save_run(tmp_path / "run", "method=focal", "method.stages.train.objective.form=sigmoid")
+    with pytest.raises(
+        ValueError, match=r"--weights known-prior: .*its scores only rank; .*known_prior\.trained=train"
+    ):
+        evaluate(path, "known-prior", "uniform")
+    text, result = evaluate(path, "uniform", "uniform")
+    assert result["trained_for"] == []
+    assert "known prior" not in result["distributions"]["uniform"]["members"]
+    assert "known prior: n/a" in text
+
+
 @pytest.mark.parametrize("precision", ["float64", "autocast"])
 @pytest.mark.slow
 def test_other_precisions(precision, tmp_path):
