@@ -30,7 +30,7 @@ test: setup
 	$(BIN)/python -m pytest -m 'not drill' -n 2 --dist loadgroup
 
 unit: setup
-	$(BIN)/python -m pytest -m 'not drill and not ray and not slow' -n 2 tests/unit tests/contract tests/parity tests/properties
+	$(BIN)/python -m pytest -m 'not drill and not ray and not slow' -n 2 --dist loadgroup tests/unit tests/contract tests/parity tests/properties
 
 drills: setup
 	$(BIN)/python -m pytest -m drill

@@ -39,6 +39,9 @@ examples:
   expertail export runs/ride-birds-s0 birds.onnx                              one file for other programs
   expertail sweep method.stages.h2t.flow.ratio=0,0.25,0.5 method=ride_h2t     one run per value, one table
   expertail sweep method=ce,ldam 'then=[joint,ncm,crt,lws]' dataset=digits_lt any loss with any classifier
+  expertail study method=ce,ride seed=0,1,2 dataset=digits_lt                 many runs side by side, compared
+  expertail study study=tour --plan                                           ... of a file; what it would take
+  expertail status runs/tour                                                  how far each of its runs is
   expertail regions runs/ride_h2t-digits_lt-s0 --classes 0,9                  decision regions before and after H2T
   expertail features RUN --classes 0,5,9 --projection tsne                    features before and after each stage
   expertail import-weights resnet50.pth weights/resnet50.safetensors          pretrained weights for big backbones

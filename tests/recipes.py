@@ -1,8 +1,13 @@
-"""Recipes carried out in one process on small digits, for tests that compare devices."""
+"""Recipes carried out in one process on small digits, for tests that compare devices.
+
+Such tests take seconds per recipe. So `make test` tries the recipes that have a part which no other one tried has, see
+`chosen`; the others are drills.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +20,8 @@ from aggregation.serving import TrainingData, export_model
 from experts.data.dataset import open_dataset
 from experts.ensemble import TRAINING_ONLY, build_ensemble, part_of
 from orchestration.config.compose import load_config
+from orchestration.config.recipe import Recipe as RecipeConfig
+from orchestration.config.recipe import StageConfig
 from orchestration.config.run_config import RunConfig
 from orchestration.config.words import available
 from orchestration.training.mesh import Mesh, mesh_shape
@@ -28,9 +35,69 @@ AS_ON_A_GPU = "engine.memory_format=contiguous"
 """The format that "auto" is there for float32; with it a CPU has the bits of an emulated GPU."""
 QUICK = {"ride", "ace"}
 """Recipes that `make unit` tries: one whose rule asks for no numbers of the experts, one whose rule does."""
-every_recipe = pytest.mark.parametrize(
-    "method", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in available("method")]
-)
+_NUMBERS = {"epochs", "batch_size", "optimizer", "lr_schedule", "sampler", "objective"}
+"""Keys of nearly every stage. Those of them that are pieces count by name."""
+
+
+def parts_of(method: str) -> set[Hashable]:
+    """Return what a recipe is made of: its pieces by name, and which other keys it and its stages set."""
+    recipe = load_config([f"method={method}", *WORDS]).method
+    parts: set[Hashable] = {("one expert", recipe.num_experts == 1)}
+    parts |= set(_pieces(recipe.model_dump(exclude={"name", "expected"})))
+    parts |= {("method", key) for key in _set_by(recipe, RecipeConfig) - {"name", "expected", "experts"}}
+    for stage in recipe.stages.values():
+        parts |= {("steps", stage.epochs > 0), *(("stage", key) for key in _set_by(stage, StageConfig) - _NUMBERS)}
+    return parts
+
+
+def _pieces(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield key and name of every piece in a config, wherever it is."""
+    if isinstance(value, dict):
+        if "name" in value:
+            yield key, value["name"]
+        for inner, item in value.items():
+            yield from _pieces(item, inner)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _pieces(item, key)
+
+
+def _set_by(config: Any, schema: Any) -> set[str]:
+    """Return the keys of a config that have another value than the schema's default."""
+    defaults = {
+        key: field.get_default(call_default_factory=True)
+        for key, field in schema.model_fields.items()
+        if not field.is_required()
+    }
+    return {key for key, default in defaults.items() if getattr(config, key) != default}
+
+
+def chosen(parts: Mapping[str, set[Hashable]], first: Sequence[str]) -> list[str]:
+    """Return some names that together have every part: the first ones, then always the one with most new parts."""
+    found = list(first)
+    left = sorted(set(parts) - set(found))
+    while True:
+        seen = set().union(*(parts[name] for name in found))
+        best = max(left, key=lambda name: len(parts[name] - seen), default=None)
+        if best is None or parts[best] <= seen:
+            return found
+        found.append(best)
+        left.remove(best)
+
+
+PARTS = {method: parts_of(method) for method in available("method")}
+TRIED = chosen(PARTS, sorted(QUICK))
+"""Recipes that `make test` tries."""
+
+
+def marks(method: str) -> list[pytest.MarkDecorator]:
+    """Return the marks of a test that takes seconds with a recipe."""
+    if method in QUICK:
+        return []
+    return [pytest.mark.slow] if method in TRIED else [pytest.mark.slow, pytest.mark.drill]
+
+
+every_recipe = pytest.mark.parametrize("method", [pytest.param(method, marks=marks(method)) for method in PARTS])
 
 
 @lru_cache
@@ -98,8 +165,18 @@ class Recipe:
         return found
 
 
-def numbers(method: str, folder: Path, device: str, *words: str) -> list[Any]:
-    """Return losses, terms and the test's results of every stage; saved and loaded half-way."""
+def numbers(
+    method: str,
+    folder: Path,
+    device: str,
+    *words: str,
+    watch: Callable[[StageTrainer], AbstractContextManager[Any]] = lambda _: nullcontext(),
+) -> list[Any]:
+    """Return losses, terms and the test's results of every stage; saved and loaded half-way.
+
+    Args:
+        watch: takes a stage's trainer to a context for its evaluation.
+    """
     found = []
     folder.mkdir()
     recipe = Recipe(
@@ -115,7 +192,8 @@ def numbers(method: str, folder: Path, device: str, *words: str) -> list[Any]:
             left = trainer.setup.steps_per_epoch - trainer.done % trainer.setup.steps_per_epoch
             second = trainer.train(trainer.done + min(2, left))
             found += [first.losses, first.terms, second.losses, second.terms]
-        scores, diversity = trainer.evaluate("test")
+        with watch(trainer):
+            scores, diversity = trainer.evaluate("test")
         result = Scores.from_state(scores).result(trainer.setup.dataset.counts_C.tolist(), None)
         found += [result["members"], {name: value.tolist() for name, value in diversity.items()}]
     return found

@@ -153,3 +153,8 @@ def node_resources() -> dict[str, dict[str, float]]:
         for node in ray.nodes()
         if node["Alive"] and node["NodeID"] not in leaving
     }
+
+
+def own_address() -> str:
+    """Return the address of the Ray that this process is connected to, for other processes of this host."""
+    return str(ray.get_runtime_context().gcs_address)

@@ -31,6 +31,7 @@ from orchestration.cluster.reachability import disconnected_pair, unreachable_fr
 from orchestration.cluster.sending import call
 from orchestration.cluster.spares import Spares
 from orchestration.cluster.transfer import Sent
+from orchestration.cluster.warm import Kept, keep, take_kept
 from orchestration.cluster.worker import Seat, Worker
 from orchestration.config.run_config import RunConfig
 from orchestration.training.mesh import MeshShape
@@ -72,6 +73,9 @@ class Fleet:
         self.left_out: list[dict[str, Any]] | None = None
         self._group: PlacementGroup | None = None
         self._seats: list[int] = []  # place in the group by rank
+        self._kept: Kept | None = None  # workers of an earlier run, before `start`
+        self._first_mib: list[float] = []  # memory of such workers after their first run
+        self._failed = False
         self.report: Callable[[str], None] = lambda text: None
         self._spares = Spares(self._report)
 
@@ -91,10 +95,19 @@ class Fleet:
             NoRoom: the nodes could never hold the workers, or other runs hold the places.
         """
         self.check_room()
+        if (kept := take_kept(self._likeness)) is not None:
+            self._kept, self._group, self._seats = kept, kept.group, kept.seats
+            return
         self._group = self._new_group(placement_wait_s(self.config.cluster) if wait_s is None else wait_s, look)
         # Ray fills places in an order of its own, so that neighbours among the places may be on different nodes.
         nodes: dict[int, str] = placement_group_table(self._group)["bundles_to_node_id"]
         self._seats = seats([nodes[place] for place in range(self.shape.workers)], self.shape.replicas)
+
+    @property
+    def _likeness(self) -> tuple[Any, ...]:
+        """What two fleets must have in common for one to take over the workers of the other."""
+        shape, threads = self.shape, self.config.engine.threads
+        return tuple(sorted(self._bundle.items())), shape.workers, shape.replicas, threads, self.engine
 
     def check_room(self) -> None:
         """Refuse to go on if the nodes that there are now could not hold the workers.
@@ -149,7 +162,9 @@ class Fleet:
         """Create the actors and import their libraries, all at once; reserve their places first if need be."""
         if self._group is None:
             self.reserve()
-        self.workers, self.hosts = self._create(range(self.shape.workers)), []
+        kept, self._kept = self._kept, None
+        self._first_mib = [] if kept is None else kept.first_mib
+        self.workers, self.hosts = self._create(range(self.shape.workers)) if kept is None else kept.workers, []
         self.hosts = self.call("load_libraries", self.engine)
 
     def _create(self, ranks: Iterable[int], *, spare: bool = False) -> list[Any]:
@@ -189,6 +204,7 @@ class Fleet:
             self.kill()
             self.start()
             return 0
+        self._failed = True
         lost = sorted(set(range(self.shape.workers)) - self._survivors())
         for rank in lost:  # one that did not answer in time may still live, and hold its place
             with contextlib.suppress(RayError, ValueError):
@@ -221,13 +237,26 @@ class Fleet:
 
     def kill(self) -> None:
         """End the workers' processes at once; spare ones stay."""
+        self._failed = True
         for worker in self.workers:
             with contextlib.suppress(RayError, ValueError):
                 ray.kill(worker)
         self.workers = []
 
+    def hand_on(self) -> None:
+        """Keep the workers for the next run of this process, if it keeps any and nothing has failed; see warm.py.
+
+        `close` ends them otherwise.
+        """
+        if self._group is None or self._failed:
+            return
+        if keep(self._likeness, self.workers, self._group, self._seats, self._first_mib):
+            self.workers, self._group = [], None
+
     def close(self) -> None:
         """End the workers and give their places back. Goes on past failures."""
+        kept, self._kept = self._kept, None
+        self.workers = self.workers or ([] if kept is None else kept.workers)
         self.kill()
         self._spares.close()
         if self._group is not None:

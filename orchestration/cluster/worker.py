@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import resource
 import socket
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import ray
 
 from experts.data.cpus import usable_cpus
@@ -365,6 +367,20 @@ class Worker:
             self._listener.close()
             self._listener = None
         leave_world()  # after the engine, which holds groups of it
+
+    def renew(self) -> float:
+        """Make ready for another run in this process. Return the memory that it holds now, MiB."""
+        self._note_progress()
+        self.leave()
+        gc.collect()
+        if self.gpu:
+            import torch
+
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        with contextlib.suppress(OSError):  # the peak that `peak_memory_gib` tells is of one run
+            Path("/proc/self/clear_refs").write_text("5")
+        return psutil.Process().memory_info().rss / 2**20
 
     def peak_memory_gib(self) -> float:
         """Return the most memory this worker's process has held, GiB; not that of its GPU."""

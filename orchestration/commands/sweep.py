@@ -16,10 +16,8 @@ sweep
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import re
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -31,8 +29,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from orchestration.cluster.connection import cluster
-from orchestration.commands.train import is_complete, train_and_report, with_threads
-from orchestration.config.compose import compose, from_yaml
+from orchestration.commands.train import train_and_report
+from orchestration.config.compose import compose
 from orchestration.config.folders import digests
 from orchestration.config.identity import difference, identity
 from orchestration.config.messages import in_one_line, say, show
@@ -42,13 +40,12 @@ from orchestration.results.classifier_table import loss_label
 from orchestration.results.sweep_table import draw_sweep, sweep_table
 from orchestration.results.text import plural
 from orchestration.runs.admission import admit
-from orchestration.storage.checkpoint import Checkpoints
+from orchestration.runs.finished import is_complete, with_threads
 from orchestration.storage.files import DATA, final_evaluations, read_json, write_atomic, write_json
-from orchestration.storage.journal import FILE_NAME as JOURNAL
-from orchestration.storage.journal import read_journal
 from orchestration.storage.location import run_path
 from orchestration.storage.run_folder import RunFolder
 from orchestration.storage.url_store import is_url
+from orchestration.studies.shared_stages import take_over_stages
 from orchestration.tracking.contents import SWEEP_FILE as SWEEP
 from orchestration.tracking.ownership import settle_ownership
 from orchestration.tracking.target import tracking_uri
@@ -107,7 +104,7 @@ def sweep(variation: str, words: list[str]) -> int:
                         # The folder is locked here and again by `train_and_report`, so it is released in between.
                         with contextlib.closing(RunFolder(point.folder)) as run:
                             run.update_run(study=folder.name, recipe=digests(point.files))
-                        take_over_stages(point, points)
+                        take_over_stages(point.config, point.folder, [other.folder for other in points])
                         train_and_report(point.config, {"start": time.time()})
                 except FloatingPointError as problem:
                     problems[point.value] = str(problem)
@@ -306,93 +303,6 @@ def _is_finished(point: Point) -> bool:
         return False
     with contextlib.closing(RunFolder(point.folder)) as folder:
         return folder.started and is_complete(folder, point.config)
-
-
-# Stages that are trained once
-
-
-def untouched_stages(one: RunConfig, other: RunConfig) -> list[str]:
-    """Return the stages that are bitwise equal in two runs: they, their initial weights and their teachers agree.
-
-    A difference outside the stages, in seed or backbone say, affects all of them; the recipe's name none. Of recipes
-    with other stages those compare that both begin with.
-    """
-    a, b = identity(one), identity(other)
-    changed = [key for key in a.keys() | b.keys() if a.get(key) != b.get(key) and key != "method.name"]
-    if not all(key.startswith("method.stages.") for key in changed):
-        return []
-    pairs = zip(one.method.stages, other.method.stages, strict=False)
-    both = [stage for stage, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
-    prefixes = {stage: f"method.stages.{stage}." for stage in both}
-    same: list[str] = []
-    for stage in both:
-        config = one.method.stages[stage]
-        start = one.method.starts_from(stage)
-        needed = {source.stage for source in (*config.teachers.values(), *([start] if start else [])) if source.stage}
-        if needed <= set(same) and not any(key.startswith(prefixes[stage]) for key in changed):
-            same.append(stage)
-    return same
-
-
-def take_over_stages(point: Point, points: list[Point]) -> dict[str, str]:
-    """Copy the stages that another run of the sweep has trained to a run that has not begun them.
-
-    Returns:
-        Name of the run that each stage was taken from.
-    """
-    taken: dict[str, str] = {}
-    with contextlib.closing(RunFolder(point.folder)) as folder:
-        for donor in points:
-            if donor is not point and (donor.folder / "config.yaml").exists():
-                for stage in _take(donor, point, folder):
-                    taken[stage] = donor.folder.name
-                    say(f"stage {stage}: taken from run {donor.folder.name}, where the same was trained")
-    return taken
-
-
-def _take(donor: Point, point: Point, folder: RunFolder) -> list[str]:
-    """Copy the finished stages that two runs share. If it is killed at any moment, it can be repeated."""
-    # The donor's stored config has the threads that it computed with, which are part of what is compared.
-    stored = from_yaml(donor.folder / "config.yaml")
-    config = folder.stored_config() if folder.started else with_threads(point.config, stored)
-    stages = list(config.method.stages)
-    source, target = Checkpoints(donor.folder, list(stored.method.stages)), Checkpoints(folder.path, stages)
-    target.clean()
-
-    finished = {}
-    for stage in untouched_stages(stored, config):
-        newest = source.newest_finished(stage, say)
-        if newest is not None and target.newest(stage, say) is None:
-            finished[stage] = newest
-    if not finished:
-        return []
-
-    # The order makes it repeatable: a stage counts as trained once its checkpoint is there, which is written last.
-    if not folder.started:
-        folder.write_config(config)
-        write_atomic(folder.path / DATA, (donor.folder / DATA).read_text())
-    taken = folder.read_run().get("stages_taken", {})
-    folder.update_run(stages_taken=taken | dict.fromkeys(finished, donor.folder.name))
-    _merge_journals(donor.folder, folder.path, stages, set(finished))
-    for stage, newest in finished.items():
-        evaluations = donor.folder / "evaluation" / stage
-        if evaluations.is_dir():
-            shutil.copytree(evaluations, folder.path / "evaluation" / stage, dirs_exist_ok=True)
-        if best := newest.state["best"]:
-            target.copy_weights(source.folder / best["checkpoint"], best["checkpoint"])
-        target.copy_weights(newest.folder, newest.folder.name)  # last: the stage counts as trained from here on
-    return list(finished)
-
-
-def _merge_journals(donor: Path, ours: Path, stages: list[str], taken: set[str]) -> None:
-    """Merge the donor's lines of the stages taken into our journal, in the order of the recipe."""
-    lines: dict[str, list[str]] = {stage: [] for stage in stages}
-    for folder, is_donor in ((donor, True), (ours, False)):
-        for record in read_journal(folder):
-            if (record.stage in taken) == is_donor:
-                value = record.value if record.value == record.value else None  # NaN is null in the journal
-                lines[record.stage].append(json.dumps(record._asdict() | {"value": value}) + "\n")
-    write_atomic(ours / JOURNAL, "".join(line for own in lines.values() for line in own))
 
 
 # Results

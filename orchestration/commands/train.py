@@ -34,6 +34,7 @@ from orchestration.results.run_table import run_table
 from orchestration.runs.admission import Admission, admit
 from orchestration.runs.console import Console
 from orchestration.runs.driver import train
+from orchestration.runs.finished import is_complete
 from orchestration.runs.stopping import Outcome, Stopped, signals_stop
 from orchestration.storage.checkpoint import Checkpoints
 from orchestration.storage.exports import export_finals
@@ -72,24 +73,6 @@ def train_and_report(config: RunConfig, marks: dict[str, float], files: Sequence
         return _train(_placed(admitted, folder), folder, marks)
     finally:
         folder.close()  # releases the lock of the folder
-
-
-def is_complete(folder: RunFolder, config: RunConfig) -> bool:
-    """Return whether a run folder holds the finished run of a config.
-
-    Raises:
-        ValueError: it holds the finished run of another config.
-    """
-    if folder.read_run().get("status") != "finished":
-        return False
-    folder.check_same_config(with_threads(config, folder.stored_config()))
-    return True
-
-
-def with_threads(config: RunConfig, stored: RunConfig) -> RunConfig:
-    """Return the config with the threads of a run's first start, if it leaves them open."""
-    threads = config.engine.threads or stored.engine.threads
-    return config.model_copy(update={"engine": config.engine.model_copy(update={"threads": threads})})
 
 
 def _placed(admitted: Admission, folder: RunFolder) -> Admission:

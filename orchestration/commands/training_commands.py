@@ -84,6 +84,43 @@ def _sweep(options: argparse.Namespace) -> int:
     return sweep(options.variation, options.overrides)
 
 
+def _study_options(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser)
+    parser.add_argument("--plan", action="store_true", help="print runs, places, hours and storage; start nothing")
+    parser.add_argument("--list", action="store_true", help="list the studies that there are and exit")
+
+
+def _study(options: argparse.Namespace) -> int:
+    if options.list:
+        from orchestration.studies.study_config import studies_text
+
+        show(studies_text())
+        return 0
+    if options.plan:
+        from orchestration.commands.study import plan_study
+
+        show(plan_study(options.overrides))
+        return 0
+    from orchestration.cluster.early_ray import early_ray
+
+    with early_ray(options.overrides, "orchestration.commands.study"):
+        from orchestration.commands.study import study
+
+        return study(options.overrides)
+
+
+def _status_options(parser: argparse.ArgumentParser) -> None:
+    text = "the folder of a study, of runs or of one run (default: runs)"
+    parser.add_argument("place", metavar="DIR|STUDY", nargs="?", default="runs", help=text)
+
+
+def _status(options: argparse.Namespace) -> int:
+    from orchestration.commands.status import status
+
+    show(status(options.place))
+    return 0
+
+
 def _plan_options(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     text = "take a few steps on real workers and estimate the hours from them"
@@ -124,6 +161,12 @@ TRAINING: dict[str, Command] = {
     ),
     "sweep": Command(
         "Train one run for each value of a key and compare them; repeat the command to resume.", _sweep_options, _sweep
+    ),
+    "study": Command(
+        "Train many runs side by side and compare them; repeat the command to resume.", _study_options, _study
+    ),
+    "status": Command(
+        "Say how far the runs of a study or folder are, without touching them.", _status_options, _status
     ),
     "doctor": Command("Compare what a config needs with what this machine and its cluster have.", add_recipe, _doctor),
 }

@@ -19,7 +19,7 @@ from typing import Any
 import configs
 
 VARIABLE = "EXPERTAIL_CONFIG_DIR"
-CONFIG_GROUPS = ("method", "dataset", "backbone", "protocol", "pace", "mix", "then", "cluster", "augment")
+CONFIG_GROUPS = ("method", "dataset", "backbone", "protocol", "pace", "mix", "then", "cluster", "augment", "study")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _TAKEN = ("null", "true", "false", "standard", "unmixed", "generic")
 """Words that mean something else where a name stands."""

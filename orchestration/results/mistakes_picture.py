@@ -16,7 +16,7 @@ from aggregation.predictions import Predictions
 from experts.data.images import FileImages, ImageStore
 from experts.data.remarks import shown
 from orchestration.results.saved_run import SavedRun
-from orchestration.results.style import new_figure, set_figure_title, shorten
+from orchestration.results.style import fonts_for, new_figure, set_figure_title, shorten
 from orchestration.storage.predictions import file_of
 
 _COLUMNS, _ROWS = 6, 4
@@ -69,12 +69,16 @@ def draw_mistakes(folder: Path, opened: Callable[[], SavedRun], stage: str, titl
     axes = figure.subplots(rows, _COLUMNS, squeeze=False).ravel()
     for one in axes:
         one.set_axis_off()
-    for one, place, pixels in zip(axes, places, _pixels(saved.store, places), strict=False):
+    texts = []
+    for place in places:
+        said, sure = names[kept.predicted_MN[m, place]], 100 * float(kept.confidence_MN[m, place])
+        lines = [shorten(str(names[kept.labels_N[place]])), f"taken for {shorten(str(said))}, {sure:.1f} %"]
+        texts.append("\n".join([*lines, *_file(saved.store, int(place))]))
+    # The files' names are known here alone; the fonts of the other pictures were chosen for those of the classes.
+    fonts = fonts_for("".join(texts))[0]
+    for one, text, pixels in zip(axes, texts, _pixels(saved.store, places), strict=False):
         one.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        said = names[kept.predicted_MN[m, place]]
-        sure = 100 * float(kept.confidence_MN[m, place])
-        lines = [f"{shorten(str(names[kept.labels_N[place]]))}", f"taken for {shorten(str(said))}, {sure:.1f} %"]
-        one.set_title("\n".join([*lines, *_file(saved.store, int(place))]), fontsize=7, loc="left")
+        one.set_title(text, fontsize=7, loc="left", fontfamily=fonts)
     wrong = int((kept.rank_MN[m] != 0).sum())
     about = f"the surest {len(places)} of {wrong:,} mistakes among {len(kept.labels_N):,} test images"
     set_figure_title(figure, f"{title}\nWhat the ensemble's last model is surest of and wrong about: {about}")

@@ -77,6 +77,7 @@ def train(
             fleet.reserve(wait_s, Waiting(run, wait_s))
             outcome = Driver(run, fleet).carry_out()
             outcome.signal = signals.received
+            fleet.hand_on()
             return outcome
         finally:
             fleet.close()

@@ -16,12 +16,14 @@ from orchestration.storage.remote_run_folder import RemoteRunFolder
 from orchestration.storage.run_folder import RunFolder
 from orchestration.storage.url_store import UrlStore, check_url, copy_folder, is_url
 
+STUDY_LANE = "EXPERTAIL_STUDY_LANE"
+"""Set for a process that trains runs of a study: it waits for places as a submitted job does."""
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for what `ray job submit` starts
 
 
 def is_submitted_job() -> bool:
-    """Return whether Ray started this process for somebody who does not sit and watch it."""
-    return bool(os.environ.get(_JOB) or os.environ.get("RAY_JOB_ID"))
+    """Return whether Ray or a study started this process for somebody who does not sit and watch it."""
+    return any(os.environ.get(name) for name in (_JOB, "RAY_JOB_ID", STUDY_LANE))
 
 
 def run_path(config: RunConfig) -> Path:

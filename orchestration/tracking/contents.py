@@ -21,6 +21,8 @@ from orchestration.storage.files import evaluations, file_sha256, final_evaluati
 PER_CLASS_FILE = "per_class.json"
 SWEEP_FILE = "sweep.json"
 """The file that makes a folder a sweep's: its runs, and what they have in common."""
+STUDY_FILE = "study.json"
+"""The file that makes a folder a study's."""
 _MOST_CHARACTERS = 250  # of a name or a value: older servers take no more
 _STATUS = {
     "waiting": "RUNNING", "running": "RUNNING", "finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED",
@@ -29,8 +31,13 @@ _STATUS = {
 
 
 def sweep_folder(run_dir: Path) -> Path | None:
-    """Return the folder of the sweep that a run belongs to (`study` in run.json); None for a run on its own."""
+    """Return the folder of the sweep or study that a run belongs to (`study` in run.json); None for a run on its own.
+
+    A sweep's folder lies beside those of its runs, a study's around them.
+    """
     name = read_json(run_dir / "run.json").get("study")
+    if name and (run_dir.parent / STUDY_FILE).exists():
+        return run_dir.parent
     folder = run_dir.parent / str(name)
     return folder if name and (folder / SWEEP_FILE).exists() else None
 
@@ -38,11 +45,22 @@ def sweep_folder(run_dir: Path) -> Path | None:
 def describe_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Return the run, the data and the config that a folder describes; for a sweep, what its runs have in common."""
     sweep = read_json(folder / SWEEP_FILE)
+    if study := read_json(folder / STUDY_FILE):
+        return (
+            {"status": _study_status(study)},
+            {},
+            {"study": {k: study[k] for k in ("name", "words", "axes", "seeds")}},
+        )
     if not sweep:
         return read_json(folder / "run.json"), read_json(folder / "data.json"), read_config(folder)
     values = ",".join(run["value"] for run in sweep["runs"])
     run = {"seed": sweep["seed"], "status": sweep.get("status")}
     return run, {"dataset": sweep["dataset"]}, {**sweep["config"], "sweep": {"key": sweep["key"], "values": values}}
+
+
+def _study_status(study: Mapping[str, Any]) -> str:
+    statuses = {point["status"] for point in study["points"]}
+    return next((status for status in ("running", "stopped", "waiting", "failed") if status in statuses), "finished")
 
 
 def metric_key(name: str, stage: str, stages: list[str]) -> str:
@@ -149,7 +167,7 @@ def files(run_dir: Path) -> dict[str, str | Path]:
             found[path.name] = redact(path.read_text())
 
     patterns = ("data.json", "evaluation/**/*.json", "report/**/*.png", "report/*.txt", "report/*.html")
-    of_a_sweep = (SWEEP_FILE, "sweep.png", "table.txt")
+    of_a_sweep = (SWEEP_FILE, "sweep.png", "table.txt", STUDY_FILE, "report/*.md", "report/*.csv", "report/*.tex")
     for path in sorted(path for pattern in patterns + of_a_sweep for path in run_dir.glob(pattern)):
         found[path.relative_to(run_dir).as_posix()] = path
     data, results = read_json(run_dir / "data.json"), evaluations(run_dir)

@@ -38,7 +38,7 @@ from experts.data.names import readable
 from orchestration.storage import journal
 from orchestration.storage.files import read_config
 from orchestration.tracking import contents
-from orchestration.tracking.contents import SWEEP_FILE
+from orchestration.tracking.contents import STUDY_FILE, SWEEP_FILE
 from orchestration.tracking.mlflow_model import save_pyfunc
 from orchestration.tracking.ownership import copied_from
 from orchestration.tracking.process import (
@@ -123,7 +123,7 @@ class MlflowSender:
     @property
     def has_run(self) -> bool:
         """Whether the folder holds a run or a sweep yet."""
-        return any((self._run_dir / name).exists() for name in ("config.yaml", SWEEP_FILE))
+        return any((self._run_dir / name).exists() for name in ("config.yaml", SWEEP_FILE, STUDY_FILE))
 
     def connect(self) -> None:
         """Find or create the MLflow run; do nothing once that has succeeded."""
@@ -162,7 +162,8 @@ class MlflowSender:
         """Send parameters, tags, dataset and files, once and whenever the files that describe the run change."""
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 
-        state = [file_version(self._run_dir / name) for name in ("config.yaml", "run.json", "data.json", SWEEP_FILE)]
+        files = ("config.yaml", "run.json", "data.json", SWEEP_FILE, STUDY_FILE)
+        state = [file_version(self._run_dir / name) for name in files]
         if state == self._described:
             return
 

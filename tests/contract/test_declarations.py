@@ -195,8 +195,6 @@ def test_a_method_of_one_file_and_one_recipe_passes_every_contract_check(tmp_pat
         "test_heads.py",
         "test_models.py",
         "test_recipes.py",
-        "test_repeatable.py",
         "test_steps.py",
-        "test_waits.py",
     }
     assert passed == {"test_objectives.py"} | others

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,14 +24,62 @@ from orchestration.training.trainer import StageTrainer
 from tests.echo import spread
 from tests.emulated_device import DEVICE, EmulatedDevice, OnDevice, RefusedByDevice
 from tests.emulated_graphs import emulated_graphs
-from tests.recipes import AS_ON_A_GPU, WORDS, Recipe, digits, every_recipe, export, numbers
+from tests.recipes import AS_ON_A_GPU, PARTS, WORDS, Recipe, digits, every_recipe, export, marks, numbers
+from tests.repeatable import Repeatable
 
 
-@every_recipe
-def test_numbers_are_the_cpus(method, tmp_path):
+@dataclass
+class Ran:
+    """A recipe on the emulated device: its numbers, the waits in every stage's evaluation, what a GPU would refuse."""
+
+    numbers: list[Any]
+    waits: list[Counter[tuple[str, str]]]
+    refused: list[str]
+
+
+@pytest.fixture(scope="module")
+def on_device(request, tmp_path_factory):
+    """Carry out a recipe once for the tests that ask for something of it."""
+    folder = tmp_path_factory.mktemp(request.param)
+    waits = []
+    with EmulatedDevice() as seen, Repeatable() as repeatable:
+
+        @contextmanager
+        def watch(trainer):
+            """Count waits once the images are on the device."""
+            assert len(trainer.setup.scored("test")) > trainer.setup.scored_at_once
+            before = seen.waits.copy()
+            yield
+            waits.append(seen.waits - before)
+
+        found = numbers(request.param, folder / "run", DEVICE, watch=watch)
+    return request.param, Ran(found, waits, repeatable.refused)
+
+
+recipes_on_device = pytest.mark.parametrize(
+    "on_device", [pytest.param(m, marks=marks(m)) for m in PARTS], indirect=True, scope="module"
+)
+
+
+@recipes_on_device
+def test_numbers_are_the_cpus(on_device, tmp_path):
+    method, ran = on_device
     expected = numbers(method, tmp_path / "cpu", "cpu", AS_ON_A_GPU)
-    with EmulatedDevice():
-        assert str(numbers(method, tmp_path / "device", DEVICE)) == str(expected)  # text, since NaN is not itself
+    assert str(ran.numbers) == str(expected)  # text, since NaN is not itself
+
+
+@recipes_on_device
+def test_an_evaluation_has_at_most_two_waits(on_device):
+    _, ran = on_device
+    assert ran.waits
+    assert all(waits.total() <= 2 for waits in ran.waits), ran.waits
+
+
+@recipes_on_device
+def test_no_recipe_needs_an_operation_that_cannot_be_repeated(on_device):
+    """With engine.deterministic a GPU refuses it."""
+    _, ran = on_device
+    assert ran.refused == []
 
 
 @every_recipe

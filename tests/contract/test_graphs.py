@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from orchestration.config.compose import load_config
-from orchestration.config.words import available
 from orchestration.training import graphs
 from orchestration.training.exchange import Alone, Groups
 from orchestration.training.mesh import Mesh, MeshShape, mesh_shape
@@ -22,11 +21,11 @@ from orchestration.training.trainer import StageTrainer
 from tests.echo import Crossing, spread
 from tests.emulated_device import DEVICE, EmulatedDevice
 from tests.emulated_graphs import emulated_graphs
-from tests.recipes import WORDS, Recipe, digits, every_recipe
+from tests.recipes import PARTS, WORDS, Recipe, digits, every_recipe, marks
 
 BATCH = 48
 """Images of a step: an epoch of 405 ends with a step of another size."""
-SEVERAL_EXPERTS = [m for m in available("method") if load_config([f"method={m}"]).method.num_experts > 1]
+SEVERAL_EXPERTS = [pytest.param(m, marks=marks(m)) for m, parts in PARTS.items() if ("one expert", False) in parts]
 
 
 def moments(setup):
@@ -100,7 +99,7 @@ def test_replays_give_the_bits_of_steps_of_their_own(method, tmp_path):
         assert backend.replays
 
 
-@pytest.mark.parametrize("method", ["ce", *(pytest.param(m, marks=pytest.mark.slow) for m in SEVERAL_EXPERTS)])
+@pytest.mark.parametrize("method", ["ce", *SEVERAL_EXPERTS])
 def test_replays_are_cut_where_workers_exchange(method, tmp_path):
     """Recipes of one expert exchange what that of cross-entropy does."""
     crossed = []

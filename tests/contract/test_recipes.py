@@ -23,6 +23,7 @@ from orchestration.config.identity import published
 from orchestration.config.words import available
 from orchestration.training.mesh import Mesh, mesh_shape
 from orchestration.training.trainer import StageTrainer
+from tests.recipes import PARTS, QUICK, TRIED, chosen
 
 
 @lru_cache
@@ -55,6 +56,19 @@ def test_nothing_is_planned_for_after_the_end(method, dataset):
             late = stage.class_weights.switches if stage.class_weights else {}
             switches = (*stage.lr_schedule.drops, *stage.objective.switches.values(), *late.values())
             assert all(epoch < stage.epochs for epoch in switches)
+
+
+def test_recipes_that_are_tried_have_every_part_of_every_recipe():
+    """The slow contract tests take these; a recipe with a new part is one of them, see tests/recipes.py."""
+    assert set().union(*map(PARTS.get, TRIED)) == set().union(*PARTS.values())
+    assert {("objective", "ride"), ("flow", "h2t"), ("stage", "freeze"), ("steps", False)} <= set().union(
+        *PARTS.values()
+    )
+    for part in ("piece", "way of training"):
+        assert "new" in chosen({**PARTS, "new": {*PARTS["ce"], part}}, [])
+    assert "again" not in chosen({**PARTS, "again": PARTS["ride"]}, sorted(QUICK))
+    assert chosen({"a": {1, 2}, "b": {2}, "c": {3}, "d": {1, 2, 3}}, []) == ["d"]
+    assert chosen({"a": {1, 2}, "b": {2}, "c": {3}, "d": {1, 2, 3}}, ["b"]) == ["b", "d"]
 
 
 WITHOUT_PROBABILITIES = {("acsl", "acsl"), ("distribution_balanced", "train")}

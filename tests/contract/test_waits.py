@@ -18,7 +18,7 @@ from orchestration.training import fitting
 from orchestration.training.mesh import Mesh, mesh_shape
 from tests.echo import spread
 from tests.emulated_device import DEVICE, EmulatedDevice
-from tests.recipes import WORDS, Recipe, digits, every_recipe, export
+from tests.recipes import WORDS, Recipe, digits, export
 
 
 def packed(config):
@@ -26,16 +26,7 @@ def packed(config):
 
 
 class TestEvaluation:
-    """Its waits do not grow with its batches."""
-
-    @every_recipe
-    def test_has_at_most_two_waits_once_the_images_are_on_the_device(self, method, tmp_path):
-        with EmulatedDevice():
-            for trainer in Recipe(method, tmp_path, mesh=packed).trainers():
-                assert len(trainer.setup.scored("test")) > trainer.setup.scored_at_once
-                with EmulatedDevice() as seen:
-                    trainer.evaluate("test")
-                assert seen.waits.total() <= 2, seen.waits
+    """Its waits do not grow with its batches. test_devices.py counts them in every recipe."""
 
     @pytest.mark.parametrize("method", ["ride", "ace", "ride_router"])
     def test_has_so_on_workers_that_hold_one_expert_of_two_replicas(self, method, tmp_path):

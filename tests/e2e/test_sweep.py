@@ -30,9 +30,9 @@ def taken(folder):
 def test_a_sweep_shares_a_stage_goes_on_where_it_was_stopped_and_ends_as_single_runs_do(warm, tmp_path, capsys):
     words = [*WORDS, f"run.dir={tmp_path}", "run.name=x"]
 
-    def stop(point, points, take=sweep.take_over_stages):
+    def stop(*run, take=sweep.take_over_stages):
         """Stop in the second run, right after its first stage was taken over."""
-        if take(point, points):
+        if take(*run):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:

@@ -25,6 +25,7 @@ ORDER = [
     {"cluster", "results"},
     {"tracking", "runs"},
     {"preflight"},
+    {"studies"},
     {"commands"},
 ]
 """Packages of orchestration/, lowest level first (docs/architecture.md)."""

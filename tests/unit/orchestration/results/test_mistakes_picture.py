@@ -74,6 +74,26 @@ def test_the_images_shown_are_decoded_and_no_other(saved, tmp_path, monkeypatch)
     assert "the surest 24 of 30 mistakes among 60 test images" in figure.get_suptitle().replace("\n", " ")
 
 
+def test_names_of_files_are_drawn_with_fonts_that_have_their_script(saved, tmp_path, monkeypatch):
+    """No font of another script need be on this machine: one that has 猫 is put in its place."""
+    saved.store.files.paths[5] = "猫.png".encode()
+    Image.new("RGB", (9, 9)).save(tmp_path / "猫.png")
+    write_predictions(
+        [tmp_path / "evaluation"],
+        [(("last",), "test", predictions(saved.store.labels, [5, 6]))],
+        CLASSES,
+        probabilities=True,
+    )
+    monkeypatch.setattr(
+        "orchestration.results.mistakes_picture.fonts_for",
+        lambda names: (["DejaVu Sans", "a font with 猫"] if "猫" in names else ["DejaVu Sans"], ""),
+    )
+    figure = draw_mistakes(tmp_path / "evaluation", lambda: saved, "", "ce, run a")
+    titles = [axes._left_title for axes in figure.axes if axes.get_title(loc="left")]
+    assert [title.get_fontfamily() for title in titles] == [["DejaVu Sans", "a font with 猫"]] * 2
+    assert titles[1].get_text().endswith("猫.png")
+
+
 def test_nothing_is_drawn_where_nothing_is_wrong_or_scores_are_no_probabilities(saved, tmp_path):
     assert draw_mistakes(tmp_path / "none", lambda: saved, "", "") is None
     for wrong, stage in (([], ""), ([1], "other")):

@@ -1,0 +1,170 @@
+"""The process that trains one run of a study after another; see orchestration/studies/lanes.py for its other side.
+
+    python -m orchestration.commands.lane EVENTS        EVENTS: number of an open file for lines of JSON
+
+Each run is what `expertail train` makes of its words, bit for bit. Its text goes to console.log in its folder.
+Libraries, the connection to Ray and, where they fit, the workers stay from run to run (cluster/warm.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+LOG_FILE = "console.log"
+_PARENT_GONE_S = 900.0  # how long a run whose parent has gone may take to write its checkpoint
+
+
+class _Parent:
+    """The study's process: runs come from it, and it is told what becomes of them."""
+
+    def __init__(self, events: int) -> None:
+        self._events = events
+        os.set_inheritable(events, False)
+        self._jobs: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self.training = False
+        threading.Thread(target=self._listen, name="parent", daemon=True).start()
+
+    def say(self, event: str, **values: Any) -> None:
+        """Tell the parent something; nothing if it has gone."""
+        with suppress(OSError):
+            os.write(self._events, json.dumps({"event": event, **values}).encode() + b"\n")
+
+    def jobs(self) -> Iterator[dict[str, Any]]:
+        """Yield one run after another until the parent has no more, or has gone."""
+        while (job := self._jobs.get()) is not None:
+            yield job
+
+    def _listen(self) -> None:
+        for line in sys.stdin:
+            self._jobs.put(json.loads(line))
+        self._jobs.put(None)
+        if self.training:  # as on a signal: a checkpoint, then the end
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(_PARENT_GONE_S)
+            os._exit(1)
+
+
+def main(arguments: list[str]) -> int:
+    """Train runs until standard input ends."""
+    for number in range(3, 64):  # the study's lock, which this process holds by having it open, is not for others
+        try:
+            os.set_inheritable(number, False)
+        except OSError:
+            continue
+    parent = _Parent(int(arguments[0]))
+
+    from orchestration.cluster.connection import cluster
+    from orchestration.cluster.warm import end_kept, kept_warm
+    from orchestration.commands.train import train_and_report  # noqa: F401  (for its time)
+
+    with cluster(None), kept_warm():
+        parent.say("ready")
+        for job in parent.jobs():
+            if "run" not in job:  # nothing to do for a while: others may need the places
+                end_kept()
+                continue
+            parent.training = True
+            outcome = _train(job, parent)
+            parent.training = False
+            parent.say("ended", run=job["run"], memory_mib=_memory_mib(), **outcome)
+            if outcome["status"] == "stopped":
+                break  # by a signal, which is for this process and not for one run
+    return 0
+
+
+def _train(job: dict[str, Any], parent: _Parent) -> dict[str, Any]:
+    """Train one run. Return its status, and its problem if it has one."""
+    folder = Path(job["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    with _output_to(folder / LOG_FILE):
+        parent.say("began", run=job["run"])
+        try:
+            code = _carry_out(job, folder)
+        except BaseException as problem:
+            return _problem(problem)
+    return {"status": "finished" if _is_finished(folder) else "stopped", "exit": code, "problem": None}
+
+
+def _carry_out(job: dict[str, Any], folder: Path) -> int:
+    from orchestration.commands.train import train_and_report
+    from orchestration.config.compose import compose
+    from orchestration.config.folders import digests
+    from orchestration.config.messages import say
+    from orchestration.storage.run_folder import RunFolder
+    from orchestration.studies.shared_stages import take_over_stages
+
+    marks = {"start": time.time(), "command": time.time()}
+    composed = compose(job["words"])
+    marks["config"] = time.time()
+    for note in composed.notes:
+        say(note)
+    # The folder is locked here and again by `train_and_report`, so it is released in between.
+    run = RunFolder(folder)
+    try:
+        run.update_run(study=job["study"], recipe=digests(composed.files))
+    finally:
+        run.close()
+    take_over_stages(composed.config, folder, map(Path, job["donors"]))
+    return train_and_report(composed.config, marks, composed.files)
+
+
+def _is_finished(folder: Path) -> bool:
+    from orchestration.storage.files import read_json
+
+    return read_json(folder / "run.json").get("status") == "finished"
+
+
+def _problem(problem: BaseException) -> dict[str, Any]:
+    """Print a problem and return how the run has ended by it."""
+    from orchestration.config.messages import in_one_line, say
+
+    code = getattr(problem, "exit_code", None)
+    if code is not None or isinstance(problem, KeyboardInterrupt):
+        say(str(problem) or "interrupted")
+        return {"status": "stopped", "exit": code or 130, "problem": str(problem) or "interrupted"}
+    told = isinstance(problem, ValueError | FloatingPointError) or type(problem).__name__ == "WorkerLost"
+    if told:
+        say(str(problem))
+    else:
+        traceback.print_exception(problem)
+    return {"status": "failed", "exit": 1, "problem": str(problem) if told else in_one_line(problem)}
+
+
+@contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    """Append all that this process and its libraries print to a file."""
+    kept = os.dup(1), os.dup(2)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        for number in (1, 2):
+            os.dup2(file, number)
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        for number, before in zip((1, 2), kept, strict=True):
+            os.dup2(before, number)
+            os.close(before)
+        os.close(file)
+
+
+def _memory_mib() -> float:
+    """Return the memory that this process holds, MiB."""
+    import psutil
+
+    return float(psutil.Process().memory_info().rss / 2**20)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,118 @@
+"""`expertail study`: train the runs of a study side by side, or what is left of them.
+
+study
+    `read_study`, `lay_out`      what runs there are; every refusal before anything starts
+    `StudyFolder.take`           names of known runs stay; study.json
+    `SideBySide.carry_out`       lanes on one Ray
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+
+from orchestration.cluster.connection import cluster, node_resources, own_address
+from orchestration.config.messages import in_one_line, say, show
+from orchestration.results.text import plural
+from orchestration.runs.stopping import Stopped
+from orchestration.storage.location import STUDY_LANE
+from orchestration.studies.estimate import plan_lines
+from orchestration.studies.grid import Grid, lay_out
+from orchestration.studies.lanes import Lanes
+from orchestration.studies.points import Point
+from orchestration.studies.run_queue import FAILED, FINISHED, WAITING
+from orchestration.studies.side_by_side import SideBySide
+from orchestration.studies.status import status_text
+from orchestration.studies.study_config import read_study
+from orchestration.studies.study_folder import StudyFolder, held, refuse
+from orchestration.tracking.ownership import settle_ownership
+from orchestration.tracking.uploader import start_uploader
+
+_LANE = (sys.executable, "-P", "-m", "orchestration.commands.lane")
+
+
+def plan_study(words: Sequence[str]) -> str:
+    """Return what a study would train, where and for how long. Nothing is started or written.
+
+    Raises:
+        ValueError: everything that is wrong with it.
+    """
+    grid = lay_out(read_study(words))
+    folder = StudyFolder(grid.folder)
+    refuse(grid.name, list(folder.problems_with(grid)))
+    nodes = None
+    if grid.address is not None:
+        with cluster(grid.address):
+            nodes = node_resources()
+    return "\n".join(plan_lines(grid, folder, nodes))
+
+
+def study(words: Sequence[str]) -> int:
+    """Train the runs of a study, or what is left of them.
+
+    Returns:
+        The exit code: 1 when a run failed.
+
+    Raises:
+        ValueError: the study is malformed, or its folder holds something else. Raised before anything is started.
+        Stopped: on a signal, after checkpoints; the same command goes on.
+    """
+    grid = lay_out(read_study(words))  # before a cluster is asked: refusals come at once
+    refuse(grid.name, list(StudyFolder(grid.folder).problems_with(grid)))
+    with held(grid.folder) as lock, cluster(grid.address):
+        nodes = node_resources()
+        if share := gpu_share(nodes):
+            grid = lay_out(grid.study, share)
+        folder = StudyFolder(grid.folder)
+        refuse(grid.name, list(folder.problems_with(grid)))
+        points = folder.take(grid)
+        refuse(grid.name, folder.settle(points, retry=grid.study.retry == "failed"))
+        number = _train(grid, folder, points, lock)
+        _upload(grid, folder)
+    show(status_text(folder.path))
+    if number is not None:
+        raise Stopped(number, f"study {grid.name}: stopped; the same command goes on")
+    failed = [record["run"] for record in folder.records if record["status"] == FAILED]
+    if failed:
+        say(f"failed: {', '.join(failed)}; study.retry=failed trains them again")
+    return 1 if failed else 0
+
+
+def gpu_share(nodes: Mapping[str, Mapping[str, float]]) -> float | None:
+    """Return the CPUs that each GPU's worker can have on every node with GPUs, at most 8; None without GPUs."""
+    shares = [node.get("CPU", 0.0) / node["GPU"] for node in nodes.values() if node.get("GPU", 0) >= 1]
+    if not shares:
+        return None
+    least = min(shares)
+    return float(min(8, int(least))) if least >= 1 else max(0.01, int(least * 100) / 100)
+
+
+def _train(grid: Grid, folder: StudyFolder, points: Sequence[Point], lock: int) -> int | None:
+    """Train what is left. Return the signal that stopped it, if one did."""
+    left = [point for point in points if folder.record(point.run)["status"] == WAITING]
+    done = sum(folder.record(point.run)["status"] == FINISHED for point in points)
+    say(f"study {grid.name}: {plural(len(points), 'run')}, {done} finished, {len(left)} to train; folder {folder.path}")
+    if not left:
+        return None
+    environment = {"RAY_ADDRESS": own_address(), STUDY_LANE: "1"}
+    lanes = Lanes(_LANE, folder.path, environment, [lock])
+    most = None if grid.study.parallel == "auto" else grid.study.parallel
+    return SideBySide(folder, points, lanes, node_resources, most, grid.defaults, say).carry_out()
+
+
+def _upload(grid: Grid, folder: StudyFolder) -> None:
+    """Upload the study's own files to the parent of its runs in MLflow. A failure costs a line."""
+    from orchestration.config.compose import compose
+
+    config = compose([*grid.points[0].words, *grid.defaults]).config
+    if not config.tracking.enabled or config.tracking.uri is None:
+        return
+    try:
+        if line := settle_ownership(folder.path):
+            say(line)
+        uploader = start_uploader(folder.path, config.tracking.uri, config.tracking.experiment)
+        problem = uploader.finish(config.tracking.final_wait_s)
+    except Exception as error:  # the runs are trained, and this does not change it
+        problem = f"the study's own files were not uploaded: {in_one_line(error)}"
+    if problem:
+        say(problem)

@@ -1,0 +1,318 @@
+"""Lay out a study: its recipes, axes and seeds become runs with words, labels and names. Nothing is started.
+
+recipes x axes -> combinations, less those excluded        `_combinations`
+               -> configs, composed as `train` does         `_compose`
+    x seeds    -> points with names and identities          `_points_of`
+               +  runs on balanced data for references      `_references`
+All problems are told in one message.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestration.cluster.placement import bundle_of, shape_of
+from orchestration.config.compose import compose
+from orchestration.config.identity import config_hash
+from orchestration.config.paths import expand
+from orchestration.config.run_config import RunConfig, name_problems
+from orchestration.config.words import message
+from orchestration.results.text import plural
+from orchestration.runs.admission import admit
+from orchestration.storage.location import run_path
+from orchestration.storage.url_store import is_url
+from orchestration.studies.points import Point
+from orchestration.studies.shared_stages import stage_digests
+from orchestration.studies.study_config import PARTS, StudyConfig, default_name, short_key
+from orchestration.tracking.uri import default_uri
+
+BALANCED = "dataset.balanced"
+_NONE = "none"
+_NAME_CHARACTERS = 60  # of a value, in the name of its run
+_SHOWN = 3  # recipes that one problem names
+_GROUPS_BY_VALUE = ("dataset", "backbone", "pace", "protocol")  # whose choice alone says what it is
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A study, laid out.
+
+    Attributes:
+        study: as it was asked for.
+        name: of the study.
+        folder: of the study, absolute; its runs lie in it.
+        points: in the order of recipes, axes, seeds; references last.
+        baseline: pairs of a label that the row to compare with has; None without one.
+        defaults: words that every run gets beside its own, which change no result: where it is tracked.
+        address: of the cluster, as the configs name it.
+    """
+
+    study: StudyConfig
+    name: str
+    folder: Path
+    points: tuple[Point, ...]
+    baseline: Mapping[str, str] | None
+    defaults: tuple[str, ...]
+    address: str | None
+
+
+@dataclass(frozen=True)
+class _Combination:
+    """A recipe with a value of every axis; all its seeds are alike but for the seed."""
+
+    title: str
+    words: tuple[str, ...]
+    label: dict[str, str]
+    extra: tuple[str, ...]  # of its name, beside method, mix and then
+
+
+def lay_out(study: StudyConfig, gpu_share: float | None = None) -> Grid:
+    """Lay out a study.
+
+    Args:
+        study: as asked for.
+        gpu_share: CPUs for a worker with a GPU, where its config leaves them open; None: not known yet.
+
+    Raises:
+        ValueError: everything that is wrong with it.
+    """
+    problems = list(_word_problems(study))
+    combinations = [] if problems else list(_combinations(study, problems))
+    composed = {} if problems else _compose(study, combinations, gpu_share, problems)
+    if problems:
+        raise ValueError(message("study", problems))
+
+    points = [point for combination in combinations for point in _points_of(study, combination, composed)]
+    if study.references:
+        points += _references(study, combinations, points, gpu_share, problems)
+    first = next(iter(composed.values()))[1]
+    name = study.name or default_name(study, first.dataset.name)
+    baseline = None if study.baseline is None else label_of(study.baseline.split())
+    problems += [*_duplicates(points), *_no_baseline(study, baseline, points), *_place_problems(name, composed)]
+    if problems:
+        raise ValueError(message(f"study {name}", problems))
+    named = first.model_copy(update={"run": first.run.model_copy(update={"name": name})})
+    return Grid(study, name, run_path(named), tuple(points), baseline, _defaults(name, first), first.cluster.address)
+
+
+def label_of(words: Sequence[str]) -> dict[str, str]:
+    """Return words as pairs of a label; no mixing and no further stage are `none`."""
+    pairs = (word.partition("=")[::2] for word in words)
+    return {key: _NONE if key in PARTS and value in ("null", "[]", "") else value for key, value in pairs}
+
+
+# Combinations
+
+
+def _word_problems(study: StudyConfig) -> Iterator[str]:
+    common = {word.partition("=")[0] for word in study.words}
+    for key in ("run.name", "seed"):
+        if key in common or key in study.axes or any(key in label_of(r.words.split()) for r in study.recipes):
+            where = "study.name" if key == "run.name" else "seeds, or seed=0,1,2 on the command line"
+            yield f"{key}: runs of a study are named and seeded by it; needed {where}"
+    if "cluster" in study.axes or any(key.startswith(("cluster.", "run.", "tracking.")) for key in study.axes):
+        key = next(k for k in study.axes if k.startswith(("cluster", "run.", "tracking.")))
+        yield f"{key}: changes no result, so that its runs would be the same; needed one value for all"
+    for key, values in study.axes.items():
+        if not values:
+            yield f"axes.{key}: no value; needed at least one"
+        if key in common:
+            yield f"{key}: set twice, to several values and for all runs; leave one out"
+        for recipe in study.recipes:
+            if key in label_of(recipe.words.split()):
+                yield f"{key}: set twice, by an axis and by recipe {recipe.words!r}; leave one out"
+
+
+def _combinations(study: StudyConfig, problems: list[str]) -> Iterator[_Combination]:
+    """Yield every recipe with every combination of values that is not excluded; note an empty grid."""
+    recipes = [(tuple(recipe.words.split()), recipe.label) for recipe in study.recipes] or [((), None)]
+    keys = dict.fromkeys(key for words, _ in recipes for key in label_of(words) if key in PARTS)
+    found = 0
+    for (words, shown), values in itertools.product(recipes, itertools.product(*study.axes.values())):
+        axes = dict(zip(study.axes, values, strict=True))
+        own = label_of(words)
+        varied = {
+            **{key: own.get(key, _NONE) for key in keys},
+            **own,
+            **label_of([f"{k}={v}" for k, v in axes.items()]),
+        }
+        label = {**({"recipe": shown} if shown else {}), **varied}
+        if any(all(label.get(key) == value for key, value in pairs.items()) for pairs in study.exclude):
+            continue
+        found += 1
+        extra = tuple(_part(key, value) for key, value in varied.items() if key not in PARTS)
+        set_ = [f"{key}={'null' if key in PARTS and value == _NONE else value}" for key, value in axes.items()]
+        mine = tuple(word if label_of([word]) != {"mix": _NONE} else "mix=null" for word in words)
+        title = " ".join([*mine, *set_]) or "its one recipe"
+        yield _Combination(title, (*study.words, *mine, *set_), label, extra)
+    if not found:
+        problems.append("no run is left: every combination is excluded; needed at least one; shorten `exclude`")
+
+
+def _part(key: str, value: str) -> str:
+    """Return the part of a run's name that a value is: ratio50."""
+    text = value if key in _GROUPS_BY_VALUE else f"{short_key(key)}{value}"
+    return re.sub(r"[^\w.+-]+", "_", text).strip("_")[:_NAME_CHARACTERS] or "_"
+
+
+# Configs
+
+
+def _compose(
+    study: StudyConfig, combinations: Sequence[_Combination], gpu_share: float | None, problems: list[str]
+) -> dict[str, tuple[tuple[str, ...], RunConfig]]:
+    """Return words and config of each combination by title, with the first seed; note each problem once."""
+    composed, found = {}, dict[str, list[str]]()
+    for combination in combinations:
+        try:
+            composed[combination.title] = compose_as_run(combination.words, study.seeds[0], gpu_share)
+        except ValueError as problem:
+            lines = str(problem).splitlines()
+            for line in [text.strip() for text in lines[1:]] or lines:  # the first counts them, and has all words
+                found.setdefault(line, []).append(combination.title)
+    for line, titles in found.items():
+        more = f" and {len(titles) - _SHOWN} more" if len(titles) > _SHOWN else ""
+        whose = "every recipe" if len(titles) == len(combinations) else "; ".join(titles[:_SHOWN]) + more
+        problems.append(f"{whose}: {line}" if len(combinations) > 1 else line)
+    return composed
+
+
+def compose_as_run(
+    words: Sequence[str], seed: int, gpu_share: float | None = None
+) -> tuple[tuple[str, ...], RunConfig]:
+    """Return the words of a run of a study, without its seed, and its config, admitted.
+
+    Raises:
+        ValueError: they make no run that can work.
+    """
+    # First, so that a saved run's name, which words with method.like take over, ends with the seed.
+    words = tuple(words)
+    config = compose([*words, f"seed={seed}"]).config
+    if is_url(config.run.dir):
+        raise ValueError(
+            f"run.dir = {config.run.dir}: a study compares run folders on disk; needed a folder; set run.dir=/..., or "
+            f"train the runs one by one"
+        )
+    if (cpus := _cpus(config, gpu_share)) is not None:
+        words += (f"cluster.cpus_per_worker={cpus:g}",)
+        config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"cpus_per_worker": cpus})})
+    admit(config)
+    return words, config
+
+
+def _cpus(config: RunConfig, gpu_share: float | None) -> float | None:
+    """Return the CPUs of a worker where a config leaves them open: n runs of one thread beat one run of n threads."""
+    if config.cluster.cpus_per_worker is not None:
+        return None
+    return gpu_share if config.cluster.gpus_per_worker else float(config.engine.threads or 1)
+
+
+def _points_of(
+    study: StudyConfig, combination: _Combination, composed: Mapping[str, tuple[tuple[str, ...], RunConfig]]
+) -> Iterator[Point]:
+    words, config = composed[combination.title]
+    name = "-".join([re.sub(r"[^\w.+-]+", "_", config.method.name), *combination.extra])
+    for seed in study.seeds:
+        yield _point(f"{name}-s{seed}", combination.label, seed, words, config)
+
+
+def _point(
+    run: str, label: Mapping[str, str], seed: int, words: tuple[str, ...], config: RunConfig, role: str = "run"
+) -> Point:
+    seeded = config.model_copy(update={"seed": seed, "run": config.run.model_copy(update={"name": run})})
+    cluster = config.cluster
+    bundle = bundle_of(cluster, cluster.cpus_per_worker or 1.0)
+    need = tuple(sorted(bundle.items())), shape_of(config.method.num_experts, cluster).workers
+    return Point(run, label, seed, (*words, f"seed={seed}"), config_hash(seeded), stage_digests(seeded), role, need)
+
+
+def _references(
+    study: StudyConfig,
+    combinations: Sequence[_Combination],
+    points: Sequence[Point],
+    gpu_share: float | None,
+    problems: list[str],
+) -> list[Point]:
+    """Return runs on the balanced variant of the data, of equal total: of every recipe, and of plain cross-entropy.
+
+    Those that are runs of the study already, or references of another recipe, are not there twice.
+    """
+    known, found = {point.identity for point in points}, list[Point]()
+    for combination in combinations:
+        plain = tuple(word for word in combination.words if not word.startswith(("method", "mix=", "then=", *_MIXES)))
+        for asked, recipe in ((combination.words, True), (("method=ce", *plain), False)):
+            try:
+                words, config = compose_as_run((*asked, f"{BALANCED}=true"), study.seeds[0], gpu_share)
+            except ValueError as problem:
+                problems.append(f"reference on balanced data: {str(problem).splitlines()[-1].strip()}")
+                return []
+            label = dict(combination.label) if recipe else {
+                key: {"method": "ce"}.get(key, _NONE) if key in PARTS else value
+                for key, value in combination.label.items()
+                if key != "recipe" and not key.startswith("method.")
+            }  # fmt: skip
+            extra = [part for key, part in _parts_of(label)]
+            name = "-".join([re.sub(r"[^\w.+-]+", "_", config.method.name), "balanced", *extra])
+            for seed in study.seeds:
+                point = _point(f"{name}-s{seed}", label | {BALANCED: "true"}, seed, words, config, "reference")
+                if point.identity not in known:
+                    known.add(point.identity)
+                    found.append(point)
+    return found
+
+
+_MIXES = ("protocol=",)  # a recipe's own; the data's default is taken
+
+
+def _parts_of(label: Mapping[str, str]) -> list[tuple[str, str]]:
+    return [(key, _part(key, value)) for key, value in label.items() if key not in (*PARTS, "recipe")]
+
+
+# Checks
+
+
+def _duplicates(points: Sequence[Point]) -> Iterator[str]:
+    """Yield a problem for each pair of runs that would compute the same, or lie in one folder."""
+    by_identity, by_name = dict[str, Point](), dict[str, Point]()
+    for point in points:
+        same, there = by_identity.setdefault(point.identity, point), by_name.setdefault(point.run, point)
+        if same is not point:
+            first, second = _told(same, point)
+            yield f"{first} and {second}: the same run twice; leave one out"
+        elif there is not point:
+            first, second = _told(there, point)
+            yield f"{first} and {second}: both runs would be {point.run}; leave one out, or split the study in two"
+
+
+def _told(one: Point, other: Point) -> tuple[str, str]:
+    """Return what makes two runs differ, in words."""
+    words = [" ".join(word for word in p.words if word not in (q.words)) for p, q in ((one, other), (other, one))]
+    return words[0] or one.run, words[1] or other.run
+
+
+def _no_baseline(study: StudyConfig, baseline: Mapping[str, str] | None, points: Sequence[Point]) -> Iterator[str]:
+    if baseline is not None and not any(baseline.items() <= point.label.items() for point in points):
+        labels = dict.fromkeys(" ".join(f"{k}={v}" for k, v in point.label.items()) for point in points)
+        yield (
+            f"baseline = {study.baseline}: no run has it; needed words of one of {plural(len(labels), 'recipe')}, e.g. "
+            f"{next(filter(None, labels), 'method=ce,ride as an axis')}"
+        )
+
+
+def _place_problems(name: str, composed: Mapping[str, tuple[tuple[str, ...], RunConfig]]) -> Iterator[str]:
+    """Yield what is wrong with the folders of study and runs."""
+    config = next(iter(composed.values()))[1]
+    if len({one.run.dir for _, one in composed.values()}) > 1:
+        yield "run.dir: differs between recipes; needed one for the study"
+    yield from name_problems(config.model_copy(update={"run": config.run.model_copy(update={"name": name})}))
+
+
+def _defaults(name: str, config: RunConfig) -> tuple[str, ...]:
+    """Return where the runs are tracked unless they say so: one store beside the study, one experiment for it."""
+    tracking = config.tracking
+    uri = [] if tracking.uri is not None else [f"tracking.uri={default_uri(expand(config.run.dir))}"]
+    return (*uri, *([f"tracking.experiment={name}"] if tracking.experiment == "expertail" else []))

@@ -1,0 +1,124 @@
+"""Which run of a study is next. Pure: no files, no processes.
+
+    waiting -> running -> finished, failed or stopped
+                  |
+                  +-> waiting      its process died: again, from its newest checkpoint
+
+A run waits for an earlier one that begins with the same stage and has not ended: it takes the stage over then. Later
+runs overtake it. If the earlier one fails, the next that needs the stage trains it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+WAITING, RUNNING, FINISHED, FAILED, STOPPED = "waiting", "running", "finished", "failed", "stopped"
+ENDED = (FINISHED, FAILED, STOPPED)
+
+
+@dataclass
+class _Run:
+    status: str = WAITING
+    deaths: int = 0  # of its process, in a row without progress
+    progress: int = -1  # at the last of them
+
+
+class RunQueue:
+    """The runs of a study and what has become of each.
+
+    Args:
+        stages: digests of the stages of each run, by run, in the order in which they are to be trained.
+        statuses: of runs that are not waiting.
+        deaths: how often the process of a run may die without progress between, before the run fails.
+    """
+
+    def __init__(
+        self, stages: Mapping[str, Sequence[str]], statuses: Mapping[str, str] | None = None, deaths: int = 6
+    ) -> None:
+        self._stages = {name: frozenset(own) for name, own in stages.items()}
+        self._runs = {name: _Run() for name in stages}
+        self._most_deaths = deaths
+        for name, status in (statuses or {}).items():
+            self._runs[name].status = status
+
+    def status(self, run: str) -> str:
+        """Return the status of a run."""
+        return self._runs[run].status
+
+    def with_status(self, *statuses: str) -> list[str]:
+        """Return the runs that have one of some statuses, in order."""
+        return [name for name, run in self._runs.items() if run.status in statuses]
+
+    @property
+    def done(self) -> bool:
+        """Whether every run has ended."""
+        return not self.with_status(WAITING, RUNNING)
+
+    def next(self) -> str | None:
+        """Return the run to train next; None if none can begin now."""
+        return next((name for name in self.with_status(WAITING) if self._blocker(name) is None), None)
+
+    def ready(self) -> int:
+        """Count the runs that could be trained at once, those that train now too."""
+        begun = list[str]()
+        for name in self.with_status(RUNNING, WAITING):
+            if self.status(name) == RUNNING or not any(self._shared(name, other) for other in begun):
+                begun.append(name)
+        return len(begun)
+
+    def donors(self, run: str) -> list[str]:
+        """Return the runs that may have trained stages of a run, finished ones first."""
+        ended = self.with_status(FINISHED) + self.with_status(FAILED, STOPPED)
+        return [name for name in ended if name != run and self._shared(run, name)]
+
+    def begin(self, run: str) -> None:
+        """Note that a run trains."""
+        assert self._runs[run].status == WAITING
+        self._runs[run].status = RUNNING
+
+    def end(self, run: str, status: str) -> None:
+        """Note how a run has ended."""
+        assert self._runs[run].status == RUNNING and status in ENDED
+        self._runs[run].status = status
+
+    def lose(self, run: str, progress: int) -> bool:
+        """Note that the process that trained a run has died. Return whether the run is tried again.
+
+        Args:
+            run: that it trained.
+            progress: of its checkpoints, a number that grows with each.
+        """
+        lost = self._runs[run]
+        assert lost.status == RUNNING
+        lost.deaths = 1 if progress > lost.progress else lost.deaths + 1
+        lost.progress = max(progress, lost.progress)
+        lost.status = WAITING if lost.deaths < self._most_deaths else FAILED
+        return lost.status == WAITING
+
+    def stop(self) -> None:
+        """Note that no waiting run will begin."""
+        for name in self.with_status(WAITING):
+            self._runs[name].status = STOPPED
+
+    def _blocker(self, run: str) -> str | None:
+        """Return a run that trains a stage of this one, or will train it before; None if there is none.
+
+        A stage that a finished run has needs nobody.
+        """
+        missing = self._stages[run].difference(*(self._stages[name] for name in self.with_status(FINISHED)))
+        for other in self._before(run):
+            if missing & self._stages[other]:
+                return other
+        return None
+
+    def _before(self, run: str) -> Iterator[str]:
+        """Yield the runs that train, and those that wait before a run."""
+        yield from self.with_status(RUNNING)
+        for name in self.with_status(WAITING):
+            if name == run:
+                return
+            yield name
+
+    def _shared(self, one: str, other: str) -> bool:
+        return bool(self._stages[one] & self._stages[other])

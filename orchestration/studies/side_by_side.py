@@ -1,0 +1,233 @@
+"""Train the runs of a study side by side: as many lanes as the cluster has places, one queue, study.json as it goes.
+
+carry_out
+    `_adjust`     as many lanes as there are places and runs that can begin
+    `_feed`       a run for each idle lane
+    `_hear`       what lanes say: a run began, ended; a lane died
+A signal is passed on to the lanes once; each writes a checkpoint, and the same command goes on.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestration.cluster.placement import Resources, places
+from orchestration.results.text import duration
+from orchestration.runs.stopping import StopSignals
+from orchestration.storage.files import read_json
+from orchestration.studies.lanes import Event, Lane, Lanes
+from orchestration.studies.points import Point
+from orchestration.studies.run_queue import FAILED, FINISHED, RUNNING, STOPPED, WAITING, RunQueue
+from orchestration.studies.study_folder import StudyFolder
+
+_LOOK_S = 1.0  # between two looks at signals
+_NODES_S = 5.0  # between two looks at the nodes of the cluster
+_GROWTH_MIB = 1024.0  # of a lane since its first run; what libraries keep must not grow for ever
+_PROBLEM_CHARACTERS = 200
+_STARTS_LOST = 3  # lanes in a row that die before they are ready
+
+
+class SideBySide:
+    """Trains the runs of a study.
+
+    Args:
+        folder: of the study, with its points taken.
+        points: to train, in the order in which reports show them.
+        lanes: to train them in.
+        nodes: returns the resources of each node of the cluster, by name.
+        most: limit to the number of lanes; None: as many as there are places.
+        defaults: words of every run beside its own.
+        report: takes a line for the operator.
+    """
+
+    def __init__(
+        self,
+        folder: StudyFolder,
+        points: Sequence[Point],
+        lanes: Lanes,
+        nodes: Callable[[], Mapping[str, Resources]],
+        most: int | None,
+        defaults: Sequence[str],
+        report: Callable[[str], None],
+    ) -> None:
+        self._folder, self._lanes, self._nodes, self._most = folder, lanes, nodes, most
+        self._defaults, self._report = tuple(defaults), report
+        self._points = {point.run: point for point in points}
+        # All recipes with the first seed come first: a report has something to compare early.
+        order = sorted(points, key=lambda point: point.seed)
+        statuses = {point.run: folder.record(point.run)["status"] for point in points}
+        self._queue = RunQueue({point.run: list(point.stages.values()) for point in order}, statuses)
+        self._begun_at: dict[str, float] = {}
+        self._asked_at, self._room = -math.inf, 1
+        self._lost_starts = 0
+        self._stopping = False
+
+    def carry_out(self) -> int | None:
+        """Train until every run has ended. Return the signal that stopped it before, if one did.
+
+        Raises:
+            KeyboardInterrupt: a second Ctrl-C; lanes are ended at once.
+            ValueError: lanes do not start.
+        """
+        try:
+            with StopSignals().watch() as signals:
+                while not self._queue.done or self._stopping:
+                    if signals.received is not None and not self._stopping:
+                        self._stop(signals.received)
+                    if not self._stopping:
+                        self._adjust()
+                        self._feed()
+                    elif not self._lanes.alive:
+                        break
+                    for event in self._lanes.events(_LOOK_S):
+                        self._hear(event)
+                for lane in self._lanes.alive:
+                    lane.end()
+                while self._lanes.alive:
+                    self._lanes.events(_LOOK_S)
+                return signals.received
+        finally:
+            self._lanes.close()
+            for run in self._queue.with_status(RUNNING):
+                self._folder.record(run)["status"] = STOPPED
+            self._folder.write()
+
+    # Lanes
+
+    def _adjust(self) -> None:
+        """Start lanes for runs that could begin, up to the places that there are; end those that are too many."""
+        now = time.monotonic()
+        if now - self._asked_at >= _NODES_S:
+            self._asked_at = now
+            waiting = self._queue.with_status(WAITING, RUNNING)
+            self._room = room(self._nodes(), [self._points[run] for run in waiting])
+        wanted = min(self._room, self._queue.ready(), self._most or self._room)
+        lanes = [lane for lane in self._lanes.alive if not lane.ending]
+        for _ in range(len(lanes), wanted):
+            self._lanes.start()
+        idle = [lane for lane in lanes if lane.run is None]
+        for lane in idle[: max(0, len(lanes) - max(wanted, 1))]:
+            lane.end()
+
+    def _feed(self) -> None:
+        for lane in self._lanes.alive:
+            if not lane.ready or lane.ending or lane.run is not None:
+                continue
+            run = self._queue.next()
+            if run is None:
+                lane.release()
+                continue
+            self._queue.begin(run)
+            self._begun_at[run] = time.time()
+            record = self._folder.record(run)
+            self._folder.update(run, status=RUNNING, attempts=record["attempts"] + 1)
+            lane.give(self._job(run))
+
+    def _job(self, run: str) -> dict[str, Any]:
+        path = self._folder.path
+        return {
+            "run": run,
+            "folder": str(path / run),
+            "words": launch_words(self._points[run], path, self._defaults),
+            "study": path.name,
+            "donors": [str(path / donor) for donor in self._queue.donors(run)],
+        }
+
+    def _stop(self, number: int) -> None:
+        self._stopping = True
+        self._queue.stop()
+        self._lanes.stop(number)
+
+    # What lanes say
+
+    def _hear(self, event: Event) -> None:
+        lane = event.lane
+        match event.kind:
+            case "ready":
+                lane.ready, self._lost_starts = True, 0
+            case "began":
+                self._report(f"{event.values['run']}: began  ({self._count()})")
+            case "ended":
+                self._end(lane, event.values)
+            case "died":
+                self._lose(lane, event.values["code"])
+
+    def _end(self, lane: Lane, values: Mapping[str, Any]) -> None:
+        run, status, problem = values["run"], values["status"], values["problem"]
+        lane.run = None
+        if status == STOPPED and not self._stopping:
+            status = FAILED if problem is None else status
+            problem = problem or "run.max_steps ended it before the end of training"
+        self._queue.end(run, status)
+        self._note(run, status, problem)
+        memory = values["memory_mib"]
+        lane.first_memory_mib = lane.first_memory_mib or memory
+        if memory - lane.first_memory_mib > _GROWTH_MIB:
+            lane.end()
+
+    def _lose(self, lane: Lane, code: int) -> None:
+        """Go on without a lane that has died; the run that it trained goes on in another."""
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
+        if lane.run is None:
+            if not lane.ready and not self._stopping:
+                self._lost_starts += 1
+                if self._lost_starts >= _STARTS_LOST:
+                    raise ValueError(
+                        f"{_STARTS_LOST} processes for runs ended {how} before they were ready; see "
+                        f"{self._folder.path}/lanes.log"
+                    )
+            return
+        run = lane.run
+        if self._stopping:
+            self._queue.end(run, STOPPED)
+            return self._note(run, STOPPED, f"its process ended {how}")
+        if self._queue.lose(run, _progress(self._folder.path / run)):
+            self._report(f"{run}: its process ended {how}; it goes on from its newest checkpoint")
+            self._folder.update(run, status=WAITING)
+        else:
+            self._note(run, FAILED, f"its process ended {how}, again and again without a new checkpoint")
+
+    def _note(self, run: str, status: str, problem: str | None) -> None:
+        self._folder.update(run, status=status, problem=problem)
+        took = duration(time.time() - self._begun_at.get(run, time.time()))
+        said = _result(self._folder.path / run) if status == FINISHED else f": {_first_line(problem)}"
+        self._report(f"{run}: {status}{said}  {took}  ({self._count()})")
+
+    def _count(self) -> str:
+        ended = len(self._queue.with_status(FINISHED, FAILED, STOPPED))
+        running, waiting = (len(self._queue.with_status(status)) for status in (RUNNING, WAITING))
+        return f"{ended} of {len(self._points)} ended, {running} running, {waiting} waiting"
+
+
+def room(nodes: Mapping[str, Resources], points: Sequence[Point]) -> int:
+    """Count the runs that fit on the nodes at once, by those that need least; at least one, which may have to wait."""
+    most = 1
+    for bundle, workers in {point.need for point in points}:
+        most = max(most, sum(places(node, dict(bundle)) for node in nodes.values()) // workers)
+    return most
+
+
+def launch_words(point: Point, folder: Path, defaults: Sequence[str]) -> list[str]:
+    """Return the words with which `expertail train` makes exactly this run."""
+    return [*point.words, *defaults, f"run.dir={folder}", f"run.name={point.run}"]
+
+
+def _first_line(problem: str | None) -> str:
+    return ((problem or "").strip().splitlines() or ["without a word"])[0][:_PROBLEM_CHARACTERS]
+
+
+def _progress(folder: Path) -> int:
+    """Return a number that grows with each checkpoint of a run."""
+    return max((path.stat().st_mtime_ns for path in folder.glob("checkpoints/[0-9]*")), default=0)
+
+
+def _result(folder: Path) -> str:
+    """Return a finished run's accuracies in a few words; nothing where it has none."""
+    top1 = read_json(folder / "evaluation" / "last.json").get("members", {}).get("ensemble", {}).get("top1", {})
+    shown = [f"{group} {100 * top1[group]:.1f}" for group in ("all", "few") if top1.get(group) is not None]
+    return f": {', '.join(shown)}" if shown else ""

@@ -1,0 +1,225 @@
+"""The folder of a study: study.json, its lock, and the folders of its runs.
+
+study.json is the truth about which runs there are and what they are called; what a run has measured is in its folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from orchestration.config.compose import compose
+from orchestration.config.identity import difference, identity
+from orchestration.config.messages import say
+from orchestration.config.words import message
+from orchestration.results.text import plural
+from orchestration.runs.finished import with_threads
+from orchestration.storage.files import CONFIG, read_json, write_json
+from orchestration.storage.run_folder import RunFolder
+from orchestration.studies.grid import Grid
+from orchestration.studies.points import Point
+from orchestration.studies.run_queue import FAILED, FINISHED, WAITING
+from orchestration.tracking.contents import STUDY_FILE as STUDY
+
+_SCHEMA = 1
+_LEFTOVER_S = 120.0  # how long processes of a killed start may take to write their checkpoints
+_FREE = ("run.", "cluster.", "tracking.", "cluster=", "dataset.root", "dataset.loader_processes")
+"""Common words that may change between two starts: they change no result."""
+
+
+class StudyFolder:
+    """A study on disk.
+
+    Attributes:
+        path: the folder.
+        content: of study.json.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.content: dict[str, Any] = read_json(path / STUDY)
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """What study.json keeps of each run."""
+        points: list[dict[str, Any]] = self.content["points"]
+        return points
+
+    def record(self, run: str) -> dict[str, Any]:
+        """Return what study.json keeps of a run."""
+        return next(record for record in self.records if record["run"] == run)
+
+    def update(self, run: str, **values: Any) -> None:
+        """Change what study.json keeps of a run, on disk too."""
+        self.record(run).update(values)
+        self.write()
+
+    def write(self) -> None:
+        """Write study.json."""
+        write_json(self.path / STUDY, self.content)
+
+    # Another start of the study
+
+    def problems_with(self, grid: Grid) -> Iterator[str]:
+        """Yield why a grid is not a further part of the study in this folder."""
+        if not self.content:
+            if (self.path / CONFIG).exists():
+                yield f"{self.path}: holds a run, not a study; set another study.name"
+            return
+        axes = {*self.content["axes"], *grid.study.axes}
+        old, new = (_by_key(words, axes) for words in (self.content["words"], grid.study.words))
+        lines = difference(old, new)
+        by_name = {record["run"]: record for record in self.records}
+        known = {record["identity"] for record in self.records}
+        for point in grid.points:
+            record = by_name.get(point.run)
+            if not lines and record is not None and point.identity not in known:
+                lines = [f"{point.run}: {line}" for line in _differences(record["words"], point.words)]
+        if lines:
+            yield f"{self.path}: holds another study; {plural(len(lines), 'difference')} (old -> new)"
+            yield from (f"  {line}" for line in lines)
+            yield "  give the old values to go on with it, or another study.name"
+
+    def take(self, grid: Grid) -> list[Point]:
+        """Make the grid a part of the study, and write study.json.
+
+        Returns:
+            The points of the grid, those known already by the names that they have.
+        """
+        by_identity = {record["identity"]: record for record in (self.records if self.content else [])}
+        points, records = [], []
+        for asked in grid.points:
+            record = by_identity.pop(asked.identity, None)
+            point = asked if record is None else replace(asked, run=record["run"])
+            before = record or {"status": WAITING, "problem": None, "attempts": 0}
+            records.append(point.record() | {key: before[key] for key in ("status", "problem", "attempts")})
+            points.append(point)
+        records += by_identity.values()  # of earlier starts; not asked for this time
+        earlier = self.content
+        self.content = {
+            "schema": _SCHEMA,
+            "name": grid.name,
+            "words": list(grid.study.words),
+            "axes": _united(earlier.get("axes", {}), {key: list(values) for key, values in grid.study.axes.items()}),
+            "seeds": sorted({*earlier.get("seeds", ()), *grid.study.seeds}),
+            "baseline": grid.study.baseline,
+            "report": dict(grid.study.report),
+            "missing": [missing.model_dump() for missing in grid.study.missing],
+            "references": grid.study.references,
+            "points": records,
+        }
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.write()
+        return points
+
+    def settle(self, points: Sequence[Point], retry: bool) -> list[str]:
+        """Bring the status of runs up to what their folders say, after a start that may have been killed.
+
+        Args:
+            points: to look at.
+            retry: whether failed runs are to be trained again.
+
+        Returns:
+            Problems: folders that hold something else.
+        """
+        problems = list[str]()
+        for point in points:
+            record = self.record(point.run)
+            folder = self.path / point.run
+            run = read_json(folder / "run.json") if (folder / CONFIG).exists() else {}
+            if run and record["status"] != FINISHED:
+                problems += _other_run(folder, point)
+            if run.get("status") == "finished":
+                record |= {"status": FINISHED, "problem": None}
+            elif record["status"] == FAILED and not retry:
+                continue
+            else:
+                record["status"] = WAITING
+                record |= {"problem": None} if retry else {}
+        if not problems:
+            self.write()
+        return problems
+
+
+def _united(old: Mapping[str, list[str]], new: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    return {key: list(dict.fromkeys([*old.get(key, ()), *new.get(key, ())])) for key in {**old, **new}}
+
+
+def _by_key(words: Sequence[str], axes: set[str]) -> dict[str, str]:
+    """Return words that decide results, by key, without the keys that are an axis at one of two starts."""
+    pairs = dict(word.partition("=")[::2] for word in words if not word.startswith(_FREE))
+    return {key: value for key, value in pairs.items() if key not in axes}
+
+
+def _differences(old: Sequence[str], new: Sequence[str]) -> list[str]:
+    try:
+        return difference(identity(compose(list(old)).config), identity(compose(list(new)).config))
+    except ValueError as problem:  # a recipe that is gone
+        return [str(problem).splitlines()[-1].strip()]
+
+
+def _other_run(folder: Path, point: Point) -> Iterator[str]:
+    """Yield a problem if a folder holds a run of another config."""
+    with contextlib.closing(RunFolder(folder)) as run:
+        if run.started:
+            try:
+                run.check_same_config(with_threads(compose(list(point.words)).config, run.stored_config()))
+            except ValueError as problem:
+                yield str(problem)
+
+
+# Locks
+
+
+@contextlib.contextmanager
+def held(path: Path, say_line: Callable[[str], None] = say) -> Iterator[int]:
+    """Hold a study's folder: nobody else trains it, and no process of an earlier start does any more.
+
+    Yields:
+        An open file, which the processes that train inherit: it stays locked until the last of them has ended.
+
+    Raises:
+        ValueError: another process holds the study, or what is left of an earlier start does not end.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    with open(path / ".lock", "a+") as own, open(path / ".lanes.lock", "a+") as lanes:
+        if not _locked(own):
+            own.seek(0)
+            holder = own.readline().strip() or "another process"
+            raise ValueError(f"{path}: the study is already being carried out by {holder}; wait for it, or stop it")
+        own.truncate(0)
+        own.write(f"process {os.getpid()} on {platform.node()}\n")
+        own.flush()
+        end, told = time.monotonic() + _LEFTOVER_S, False
+        while not _locked(lanes):
+            if time.monotonic() > end:
+                raise ValueError(
+                    f"{path}: processes of an earlier start still train after {_LEFTOVER_S:.0f} s; wait for them, or "
+                    f"stop them (orchestration.commands.lane)"
+                )
+            if not told:
+                say_line("processes of an earlier start still write their checkpoints; waiting for them")
+                told = True
+            time.sleep(0.2)
+        yield lanes.fileno()
+
+
+def _locked(file: Any) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def refuse(name: str, problems: Sequence[str]) -> None:
+    """Raise all problems of a study as one error, if there are any."""
+    if problems:
+        raise ValueError(message(f"study {name}", list(problems)))

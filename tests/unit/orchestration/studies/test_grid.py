@@ -1,0 +1,109 @@
+"""Words and files become runs with names and labels; everything that is wrong is told at once, before a start."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from orchestration.config.compose import load_config
+from orchestration.config.identity import config_hash
+from orchestration.studies.grid import lay_out
+from orchestration.studies.study_config import read_study
+
+DIGITS = ("dataset=digits_lt", "engine.threads=1")
+
+
+def grid(*words, **file):
+    if file:
+        words = (f"study={file.pop('path')}", *words)
+    return lay_out(read_study([*DIGITS, *words]))
+
+
+def written(tmp_path, **content):
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+    return {"path": tmp_path / "mine.yaml"}
+
+
+def test_every_combination_is_a_run_named_by_what_differs_seed_last(tmp_path):
+    found = grid("method=ce,ride", "mix=none,cmo", "dataset.imbalance_ratio=50,100", "seed=0,7", f"run.dir={tmp_path}")
+    assert len(found.points) == 16 and found.folder == tmp_path / "study-method+mix+ratio-digits_lt"
+    assert [point.run for point in found.points[:4]] == [
+        "ce-ratio50-s0",
+        "ce-ratio50-s7",
+        "ce-ratio100-s0",
+        "ce-ratio100-s7",
+    ]
+    last = found.points[-1]
+    assert last.run == "ride+cmo-ratio100-s7" and last.seed == 7 and last.role == "run"
+    assert last.label == {"method": "ride", "mix": "cmo", "dataset.imbalance_ratio": "100"}
+    assert found.points[0].label["mix"] == "none"
+    assert config_hash(load_config(list(last.words))) == last.identity, "a single run of its words is this run"
+    assert "cluster.cpus_per_worker=1" in last.words
+
+
+def test_names_stay_when_values_and_seeds_are_added():
+    few = {point.identity: point.run for point in grid("method=ce", "seed=0").points}
+    many = {point.identity: point.run for point in grid("method=ce,ride", "seed=0,1").points}
+    assert few.items() <= many.items()
+    assert grid("method=ce,ride", "seed=0").name == grid("method=ce,ride,tade", "seed=0,1").name
+
+
+def test_a_file_has_recipes_exclusions_a_baseline_and_missing_rows_and_words_replace_its_axes(tmp_path):
+    path = written(
+        tmp_path,
+        recipes=["method=ce", {"label": "RIDE, 5", "words": "method=ride method.num_experts=5"}, "method=ride mix=cmo"],
+        axes={"dataset.imbalance_ratio": [50, 100]},
+        seeds=[0, 1],
+        exclude=[{"mix": "cmo", "dataset.imbalance_ratio": 100}],
+        baseline="method=ce",
+        missing=[{"label": "ABL", "why": "no public formula"}],
+    )
+    found = grid("study.parallel=3", **path)
+    assert found.name == "mine" and found.study.parallel == 3 and len(found.points) == 10
+    assert found.baseline == {"method": "ce"} and found.study.missing[0].label == "ABL"
+    five = next(point for point in found.points if "experts5" in point.run)
+    assert five.run == "ride-experts5-ratio50-s0" and five.label["recipe"] == "RIDE, 5"
+    fewer = grid("dataset.imbalance_ratio=20", "seed=4", **path)
+    assert [point.run for point in fewer.points] == ["ce-s4", "ride-experts5-s4", "ride+cmo-s4"]
+
+
+def test_references_are_balanced_runs_that_recipes_share():
+    found = grid("method=ce,ride", "seed=0,1", "study.references=true").points
+    references = {point.run for point in found if point.role == "reference"}
+    assert references == {f"{name}-balanced-s{seed}" for name in ("ce", "ride") for seed in (0, 1)}
+    alone = [point for point in grid("method=ride", "seed=0", "study.references=true").points if point.role != "run"]
+    assert [point.run for point in alone] == ["ride-balanced-s0", "ce-balanced-s0"]
+    assert alone[1].label == {"method": "ce", "dataset.balanced": "true"} or "method" not in alone[1].label
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["method=ce,ride", "method.num_expert=3"], "every recipe: method.num_expert: unknown key"),
+        (["method=ce,ride", "method.stages.train.objective.diversity_factor=0.1"], "method=ce: .*diversity_factor"),
+        (["method=ce,rid"], "method=rid: no such method, did you mean"),
+        (
+            ["dataset.imbalance_ratio=50,50.0", "method=ce"],
+            "ratio=50 and dataset.imbalance_ratio=50.0: the same run twice",
+        ),
+        (["run.keep_checkpoints=1,2", "method=ce"], "run.keep_checkpoints: changes no result"),
+        (["method=ce", "run.name=x"], "needed study.name"),
+        (["method=ce", "seeds=1"], "did you mean seed=1"),
+        (["method=ce", "study.paralel=2"], "paralel: unknown key; known: name"),
+        (["method=ce", "study.parallel=0"], "parallel: .*needed a whole number of 1 or more, or auto"),
+        (["method=ce", "study.baseline=method=tade"], "baseline = method=tade: no run has it"),
+        (["method=ce", "run.dir=s3://x/y", "tracking.enabled=false"], "needed a folder; set run.dir"),
+        (["method=ce", "seed=-1"], "seeds.0: "),
+        (["study=toor"], "study=toor: no such study, did you mean tour"),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_starts(words, message):
+    with pytest.raises(ValueError, match=message):
+        grid(*words)
+
+
+def test_all_problems_are_told_at_once_and_an_empty_grid_is_one(tmp_path):
+    with pytest.raises(ValueError, match=r"2 problems\n.*foo: unknown key.*\n.*seeds=1: unknown|2 problems"):
+        grid("method=ce", "study.foo=1", "seeds=1")
+    with pytest.raises(ValueError, match="no run is left: every combination is excluded"):
+        grid(**written(tmp_path, axes={"method": ["ce"]}, exclude=[{"method": "ce"}]))
