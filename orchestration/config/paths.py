@@ -11,8 +11,12 @@ import orchestration
 
 
 def expand(path: str) -> Path:
-    """Return an operator's path with ~ and environment variables replaced."""
-    return Path(os.path.expandvars(os.path.expanduser(path)))
+    """Return an operator's path with ~ and environment variables replaced; what exists as it is typed stays so.
+
+    A shell has replaced them already, so a `$` that is left is part of a name; a YAML file has not.
+    """
+    path = os.path.expanduser(path)
+    return Path(path if os.path.lexists(path) else os.path.expandvars(path))
 
 
 def import_roots() -> list[str]:

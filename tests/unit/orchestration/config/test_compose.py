@@ -218,11 +218,14 @@ def test_flatten_keeps_lists_and_empty_mappings():
     assert flatten({"a": {"b": [1], "c": {}}, "d": None}) == {"a.b": [1], "a.c": {}, "d": None}
 
 
-def test_expand_reads_home_and_variables(monkeypatch):
+def test_expand_reads_home_and_variables(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("DATA", "/data")
     assert str(expand("~/runs")) == "/home/me/runs"
     assert str(expand("$DATA/runs")) == "/data/runs"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "price $DATA").mkdir()
+    assert str(expand("price $DATA")) == "price $DATA", "as it is named"
 
 
 @pytest.mark.parametrize(("mixup", "words"), [("null", []), ("{alpha: 0.5}", ["mix=mixup", "AT.mixing.alpha=0.5"])])
