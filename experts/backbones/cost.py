@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
+
+from experts.registry import Settings
+
+_SETTING = (bool, int, float, str, tuple, list, type(None), Settings)
+_COUNTED: dict[tuple[str, tuple[int, ...]], tuple[int, tuple[int, ...]]] = {}
+"""What `multiply_adds_by_shape` found, by structure and input: a plan asks again for every stage and placement."""
 
 
 def multiply_adds(module: nn.Module, inputs: Tensor) -> int:
@@ -37,6 +44,24 @@ def multiply_adds_by_shape(module: nn.Module, shape: tuple[int, ...]) -> tuple[i
         The count, and the shape of the output.
     """
     assert not module.training, "BatchNorm would record a batch"
+    key = structure(module), shape
+    if key not in _COUNTED:
+        _COUNTED[key] = _count_by_shape(module, shape)
+    return _COUNTED[key]
+
+
+def structure(module: nn.Module) -> str:
+    """Return a digest of what decides the cost of a module: its parts' classes, settings and shapes of tensors."""
+    digest = hashlib.sha256()
+    for name, part in module.named_modules():
+        settings = {key: value for key, value in vars(part).items() if isinstance(value, _SETTING)}
+        tensors = itertools.chain(part.named_parameters(recurse=False), part.named_buffers(recurse=False))
+        shapes = [(own, tuple(tensor.shape), tensor.dtype) for own, tensor in tensors]
+        digest.update(repr((name, type(part), sorted(settings.items()), part.extra_repr(), shapes)).encode())
+    return digest.hexdigest()
+
+
+def _count_by_shape(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
     tensors = {
         name: torch.empty_like(tensor, device="meta")
         for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from experts.backbones.cost import multiply_adds
+from experts.backbones.cost import multiply_adds, multiply_adds_by_shape, structure
 from experts.backbones.resnet_cifar import ResNetCifar
 from experts.backbones.resnet_imagenet import ResNetImageNet
 from experts.ensemble import EnsembleConfig, build_ensemble
@@ -54,6 +54,24 @@ def test_pooling_before_a_branch_costs_one_position_instead_of_all():
         config = ResNetImageNet.Config(depth=10, split="branches", branch_order_eval=order)
         branch = ResNetImageNet(config).late_stages(reduce_dimension=False)
         assert multiply_adds(branch, h) == positions * 512 * 512
+
+
+def test_modules_of_one_structure_are_counted_once_and_any_difference_counts_anew():
+    """Classes, settings and shapes decide; weights do not, so a plan asks for every architecture once."""
+
+    def branch(**settings):
+        config = ResNetImageNet.Config(**{"depth": 10, "split": "branches", **settings})
+        return ResNetImageNet(config).late_stages(reduce_dimension=False).eval()
+
+    assert structure(branch()) == structure(branch())
+    different = [branch(), branch(branch_order_eval="conv_first"), branch(depth=50), torch.nn.Conv2d(3, 4, 3)]
+    different += [torch.nn.Conv2d(3, 4, 3, **{key: 2}) for key in ("stride", "padding", "dilation")]
+    different += [torch.nn.Conv2d(4, 4, 3), torch.nn.Conv2d(4, 4, 3, groups=2), torch.nn.AvgPool2d(3)]
+    assert len({structure(module) for module in different}) == len(different)
+    for order in ("conv_first", "pool_first"):
+        for _ in range(2):
+            module, h = branch(branch_order_eval=order), torch.zeros(1, 512, 2, 2)
+            assert multiply_adds_by_shape(module, tuple(h.shape))[0] == multiply_adds(module, h)
 
 
 def test_a_trunk_that_passes_the_images_on_costs_nothing():
