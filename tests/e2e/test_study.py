@@ -1,0 +1,130 @@
+"""A study trains what single runs train, bit for bit, whatever is shared, warm, failing or killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import yaml
+
+from orchestration.cli import main
+from tests import runs
+
+pytestmark = pytest.mark.ray
+
+WORDS = [
+    "dataset=digits_lt", "dataset.image_size=8", "method.stages.train.batch_size=135", "method.stages.train.epochs=2",
+    "method.stages.train.lr_schedule.milestones=[]", "tracking.enabled=false", "run.pictures=false",
+]  # fmt: skip
+
+
+def written(tmp_path, **content):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))
+    return [f"study={tmp_path / 'tiny.yaml'}", f"run.dir={tmp_path}", *WORDS]
+
+
+def records(folder):
+    return {record["run"]: record for record in json.loads((folder / "study.json").read_text())["points"]}
+
+
+def alone(tmp_path, record, *more):
+    """Train a run of a study by itself, with the words that study.json has for it."""
+    assert main(["train", *record["words"], f"run.dir={tmp_path}", "run.name=alone", *more]) == 0
+    return tmp_path / "alone"
+
+
+def assert_equal(ours, single):
+    assert runs.points(ours) == runs.points(single)
+    assert runs.weights(ours) == runs.weights(single)
+    assert runs.exports(ours) == runs.exports(single)
+    for name in ("last", "best"):
+        assert (ours / "evaluation" / f"{name}.json").read_text() == (
+            single / "evaluation" / f"{name}.json"
+        ).read_text()
+
+
+def test_runs_of_a_study_are_bitwise_those_of_single_runs_and_a_failure_costs_itself(warm, tmp_path, capsys):
+    stages = "method.stages.{0}.epochs=1 method.stages.{0}.batch_size=135"
+    recipes = [
+        f"method=ce then=crt {stages.format('crt')}",
+        f"method=ce then=lws {stages.format('lws')}",
+        "method=ldam method.stages.train.optimizer.lr=1e30",
+    ]
+    words = [*written(tmp_path, recipes=recipes, baseline="method=ce then=crt"), "study.parallel=1"]
+    assert main(["study", *words]) == 1
+    folder, said = tmp_path / "tiny", capsys.readouterr()
+    found = records(folder)
+    crt, lws, failed = found
+    assert [record["status"] for record in found.values()] == ["finished", "finished", "failed"]
+    assert "not finite" in found[failed]["problem"] and "not finite" in said.out
+    assert f"failed: {failed}; study.retry=failed" in said.err
+
+    kept = {name: json.loads((folder / name / "run.json").read_text()) for name in (crt, lws)}
+    assert kept[lws]["stages_taken"] == {"train": crt} and kept[lws]["study"] == "tiny"
+    assert kept[crt]["workers"][0]["pid"] == kept[lws]["workers"][0]["pid"], "workers stay from run to run"
+    assert_equal(folder / lws, alone(tmp_path, found[lws]))
+
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/run.json")}
+    assert main(["study", *words]) == 1
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*/run.json")} == before, "what has ended stays"
+    capsys.readouterr()
+    assert main(["status", str(folder)]) == 0
+    assert "3 runs; 2 finished, 1 failed" in capsys.readouterr().out
+
+
+def start(words):
+    command = [sys.executable, "-m", "orchestration", "study", *words]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def lanes_of(process):
+    return [
+        child for child in psutil.Process(process.pid).children() if "orchestration.commands.lane" in child.cmdline()
+    ]
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("seed", range(2))
+def test_a_study_killed_three_times_ends_as_one_that_was_not(seed, tmp_path):
+    draw = random.Random(seed)
+    words = [
+        "method=ce,ldam", "seed=0,1", "study.name=killed", f"run.dir={tmp_path}", "run.checkpoint_every_steps=5",
+        *(word for word in WORDS if "epochs" not in word), "method.stages.train.epochs=60",
+    ]  # fmt: skip
+    for _ in range(3):
+        process = start(words)
+        runs.wait_until(lambda: any((tmp_path / "killed").glob("*/checkpoints/00-*")), "a checkpoint")
+        runs.wait_until(lambda its=process: its.poll() is not None or len(lanes_of(its)) == 2, "two lanes")
+        time.sleep(draw.uniform(2, 12))
+        if process.poll() is not None:
+            break
+        if draw.random() < 0.5 and (lanes := lanes_of(process)):
+            draw.choice(lanes).send_signal(signal.SIGKILL)
+            time.sleep(draw.uniform(1, 5))
+        process.kill()
+        process.wait()
+    process = start(words)
+    assert process.wait(timeout=400) == 0
+    found = records(tmp_path / "killed")
+    assert {record["status"] for record in found.values()} == {"finished"}
+    assert_equal(tmp_path / "killed" / "ce-s0", alone(tmp_path, found["ce-s0"], "run.checkpoint_every_steps=500"))
+
+
+@pytest.mark.drill
+def test_a_stopped_study_writes_checkpoints_and_the_same_command_goes_on(tmp_path):
+    words = ["method=ce", "seed=0,1", "study.name=s", f"run.dir={tmp_path}", *WORDS, "method.stages.train.epochs=80"]
+    process = start(words)
+    runs.wait_until(lambda: len(list((tmp_path / "s").glob("*/metrics.jsonl"))) == 2, "two runs that train")
+    process.terminate()
+    assert process.wait(timeout=120) == 143
+    assert {record["status"] for record in records(tmp_path / "s").values()} == {"stopped"}
+    assert all(any(run.glob("checkpoints/00-*")) for run in (tmp_path / "s").glob("ce-*"))
+    assert start(words).wait(timeout=300) == 0
