@@ -154,6 +154,24 @@ def _promote(options: argparse.Namespace) -> int:
     return 0
 
 
+def _report_options(parser: argparse.ArgumentParser) -> None:
+    text = "the folder of a study, run folders, or folders that hold runs"
+    parser.add_argument("targets", nargs="+", metavar="STUDY|RUN", help=text)
+    parser.add_argument(
+        "--baseline", metavar="LABEL", help="the row to compare with (default: the study's, or the first)"
+    )
+    text = "which model of each run: of the last epoch, or of the best one (default: last)"
+    parser.add_argument("--model", choices=("last", "best"), default="last", help=text)
+    parser.add_argument("--out", metavar="FOLDER", help="where the report goes (default: report/ beside the runs)")
+
+
+def _report(options: argparse.Namespace) -> int:
+    from orchestration.commands.report import report
+
+    show(report(options.targets, options.baseline, options.model, options.out))
+    return 0
+
+
 def _sync_options(parser: argparse.ArgumentParser) -> None:
     text = "run folder or its URL, or the folder of a sweep for all its runs"
     parser.add_argument("run", metavar="RUN", help=text)
@@ -170,6 +188,7 @@ def _sync(options: argparse.Namespace) -> int:
 
 RESULTS: dict[str, Command] = {
     "evaluate": Command("Measure a saved run again and print its table.", _evaluate_options, _evaluate),
+    "report": Command("Compare finished runs: tables, intervals, pictures, one page.", _report_options, _report),
     "predict": Command("Say what a trained ensemble takes image files for.", _predict_options, _predict),
     "export": Command(
         "Write a trained ensemble as one file for other programs: ONNX or torch.export.", _export_options, _export

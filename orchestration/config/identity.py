@@ -6,6 +6,7 @@ import hashlib
 import json
 from typing import Any
 
+from orchestration.config.recipe import Expected
 from orchestration.config.run_config import RunConfig
 
 MAY_CHANGE = (
@@ -53,16 +54,22 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def published(config: RunConfig) -> str | None:
     """Return one line with the published result, or None if there is none for exactly this config."""
+    expected = published_result(config)
+    if expected is None:
+        return None
+    numbers = ", ".join(f"{group} {value:g}" for group, value in expected.top1.items())
+    return f"published, top-1 in %: {numbers} ({expected.remark})"
+
+
+def published_result(config: RunConfig) -> Expected | None:
+    """Return the published result of a recipe, or None if there is none for exactly this config."""
     expected = config.method.expected
     if expected is None:
         return None
     flat = flatten(config.model_dump(mode="json"))
     # Published with the data set's own augmentation, unless the conditions name another.
     conditions = {"dataset.augment.pieces": None, **expected.conditions}
-    if any(flat.get(key) != value for key, value in conditions.items()):
-        return None
-    numbers = ", ".join(f"{group} {value:g}" for group, value in expected.top1.items())
-    return f"published, top-1 in %: {numbers} ({expected.remark})"
+    return expected if all(flat.get(key) == value for key, value in conditions.items()) else None
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

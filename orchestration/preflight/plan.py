@@ -9,7 +9,7 @@ Letters: E experts in all, e in one slot, S expert slots, R replicas, W = S R wo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,7 +22,7 @@ from orchestration.config.recipe import StageConfig, stage_classes
 from orchestration.config.recipe_checks import parts_that_learn
 from orchestration.config.run_config import RunConfig
 from orchestration.preflight.blanks import blank_teachers
-from orchestration.preflight.expected_data import expected_data
+from orchestration.preflight.expected_data import ExpectedData, expected_data
 from orchestration.preflight.rehearsal import Costs, Load, rehearse, size_without_steps
 from orchestration.preflight.traffic import Exchange, exchanges, shares_of
 from orchestration.training.mesh import MeshShape
@@ -158,6 +158,7 @@ def plan(
     config: RunConfig,
     nodes: Mapping[str, Mapping[str, float]] | None = None,
     slots: range | None = None,
+    counts: Sequence[int] | None = None,
 ) -> Plan:
     """Plan a run.
 
@@ -165,6 +166,7 @@ def plan(
         config: validated. `cluster.experts_per_worker=auto` stands for the first number that fits.
         nodes: resources by node, as Ray names them. If given, a placement that does not fit them is refused.
         slots: those to rehearse, from 0 on; all by default. Whatever is a sum over slots is of these alone.
+        counts: training images per class, of a run that has opened its data; None for those that are expected.
 
     Raises:
         ValueError: experts and workers do not fit, the data set has too few images for the counts asked for, a group
@@ -173,7 +175,7 @@ def plan(
     shape = shape_of(config.method.num_experts, config.cluster)
     if nodes is not None and config.cluster.cpus_per_worker is not None:
         check_fits(shape.workers, bundle_of(config.cluster, config.cluster.cpus_per_worker), nodes)
-    data = expected_data(config)
+    data = expected_data(config) if counts is None else ExpectedData(len(counts), np.array(counts, dtype=np.int64))
     waves = tuple(tuple(wave) for wave in config.method.waves())
 
     return Plan(

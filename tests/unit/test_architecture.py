@@ -25,6 +25,7 @@ ORDER = [
     {"cluster", "results"},
     {"tracking", "runs"},
     {"preflight"},
+    {"reports"},
     {"studies"},
     {"commands"},
 ]

@@ -1,0 +1,1 @@
+"""Reports of many finished runs: tables, differences with intervals, pictures, one page."""

@@ -1,0 +1,58 @@
+"""The report as LaTeX: a floating table for each table of the report. It needs the package booktabs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from experts.data.names import visible
+from orchestration.reports.blocks import Block, Cell, blocks
+from orchestration.reports.report import Report, Section
+
+_SPECIAL = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "_": r"\_", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", "±": r"$\pm$", "…": r"\dots{}",
+    "|": r"\textbar{}", '"': "''",
+}  # fmt: skip
+_SHOWN = ("accuracy", "differences", "bootstrap", "measures", "cost", "best", "relative")
+
+
+def latex(report: Report) -> str:
+    """Return the whole report, to be read with \\input."""
+    lines = [r"% \usepackage{booktabs,graphicx}"]
+    for section in report.sections:
+        for block in blocks(report, section):
+            if block.name in _SHOWN:
+                lines += ["", *_table(section, block)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(section: Section, block: Block) -> Iterator[str]:
+    columns = "".join("l" if column in block.prose else "r" for column in range(len(block.headings)))
+    caption = f"{block.title}. {section.table.data.line}; {section.table.schedule.line}. {' '.join(block.notes)}"
+    yield r"\begin{table}"
+    yield r"\centering"
+    yield rf"\caption{{{escaped(caption)}}}"
+    yield rf"\label{{tab:{block.name}-{section.table.number}}}"
+    yield r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
+    yield rf"\begin{{tabular}}{{{columns}}}"
+    yield r"\toprule"
+    yield " & ".join(escaped(text) for text in block.headings) + r" \\"
+    yield r"\midrule"
+    for row in block.rows:
+        yield " & ".join(map(_cell, row)) + r" \\"
+    yield r"\bottomrule"
+    yield r"\end{tabular}}"
+    yield r"\end{table}"
+
+
+def _cell(cell: Cell) -> str:
+    text = escaped(cell.text)
+    if text.startswith("["):  # after \\ a bracket would be read as a length
+        text = "{}" + text
+    return rf"\textbf{{{text}}}" if cell.strong else text
+
+
+def escaped(text: str) -> str:
+    """Return a text as LaTeX prints it: no character of a name is a command; a leading minus is one of mathematics."""
+    found = "".join(_SPECIAL.get(character, character) for character in visible(text).replace("\n", " "))
+    return f"$-${found[1:]}" if found[:1] == "-" and found[1:2].isdigit() else found
