@@ -98,6 +98,7 @@ ROWS: dict[str, Row] = {
                            more="the best of five directions for each class"),
     **{mix: Row(("method=ce", f"mix={mix}", *ALWAYS.get(mix, ())), more="blended images, two losses")
        for mix in ("mixup", "remix", "cutmix", "cmo") if mix in available("mix")},
+    "ce_randaugment": Row(("method=ce", "dataset.augment.name=randaugment"), more="two more operations on each image"),
     "paco": Row(("method=paco",), more="a second view, a copy of the network, a queue", must=True),
     "kcl": Row(("method=kcl",), more="stronger views, a copy of the network, a queue", must=True),
     "dro_lt": Row(("method=dro_lt",), ("method=dro_lt", "method.stages.robust.auxiliaries={}"), "robust",
