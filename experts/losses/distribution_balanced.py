@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from experts.losses.binary import binary_cross_entropy, one_hot
+from experts.losses.binary import binary_cross_entropy, focal_factor, one_hot
 from experts.losses.counts import positive_counts
 from experts.losses.per_image import PerImage
 from experts.objective import ObjectiveSettings, StepContext
@@ -76,12 +76,11 @@ def distribution_balanced_loss(
     Source: Wu et al. 2020, arXiv:2007.09654, section 3, in the form of the published code.
     Differs: that code changes the scores in place.
     """
-    negative_BC = 1 - target_BC
-    scale_BC = target_BC + balance.tolerance * negative_BC
+    scale_BC = target_BC + balance.tolerance * (1 - target_BC)
     scaled_EBC = (logits_EBC + shift_C.to(logits_EBC.dtype)) * scale_BC
     loss_EBC = binary_cross_entropy(scaled_EBC, target_BC)
     weight_BC = rebalancing_weights(target_BC, counts_C, balance) / scale_BC
-    factor_EBC = 2 * (-binary_cross_entropy(scaled_EBC, negative_BC)).exp() ** 2 if focal else 1.0
+    factor_EBC = 2 * focal_factor(scaled_EBC, target_BC, 2) if focal else 1.0
     return factor_EBC * weight_BC * loss_EBC
 
 

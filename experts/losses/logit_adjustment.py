@@ -14,33 +14,10 @@ from pydantic import Field
 from torch import Tensor
 
 from experts.losses.counts import log_prior
-from experts.losses.cross_entropy import cross_entropy, negative_log_likelihood
+from experts.losses.cross_entropy import negative_log_likelihood
 from experts.losses.per_image import PerImage
 from experts.objective import ObjectiveSettings, StepContext
-from experts.precision import at_least_float32
 from experts.registry import register
-
-
-def logit_adjustment_loss(
-    logits_EBC: Tensor, labels_B: Tensor, *, log_prior_C: Tensor, tau: float, denominator: Tensor
-) -> Tensor:
-    """Return the cross-entropy of z + tau log pi for each expert.
-
-    Args:
-        logits_EBC: scores z, already multiplied by the head's scale; half types are computed in float32.
-        labels_B: class ids, int64, in [0, C).
-        log_prior_C: log pi of the images that are drawn.
-        tau: strength, no unit; 1 is consistent for the class-averaged error, and equal to balanced softmax.
-        denominator: scalar, images of the global batch.
-
-    Returns:
-        Nats per expert, [E].
-
-    Source: Menon et al. 2021, arXiv:2007.07314.
-    Differs: published code has log(pi^tau + 1e-12); we refuse empty classes. Same to 1e-12 / pi^tau.
-    """
-    logits_EBC = at_least_float32(logits_EBC)
-    return cross_entropy(logits_EBC + (tau * log_prior_C).to(logits_EBC.dtype), labels_B, denominator=denominator)
 
 
 @register("objective", "logit_adjustment")
@@ -51,6 +28,7 @@ class LogitAdjustment(PerImage):
     uniform, and adding log pi would correct what the sampler has corrected.
 
     Source: Menon et al. 2021, arXiv:2007.07314; tau 1 is the balanced softmax of Ren et al. 2020, arXiv:2007.10740.
+    Differs: published code has log(pi^tau + 1e-12); we refuse empty classes. Same to 1e-12 / pi^tau.
     """
 
     class Config(ObjectiveSettings):
@@ -76,7 +54,7 @@ class LogitAdjustment(PerImage):
         self.register_buffer("log_prior_C", log_prior(counts_C), persistent=False)
 
     def per_image(self, logits_EBC: Tensor, labels_B: Tensor, now: StepContext) -> Tensor:
-        """See `logit_adjustment_loss` and `PerImage.per_image`."""
+        """See `PerImage.per_image`."""
         del now
         shift_C = (self.config.tau * self.log_prior_C).to(logits_EBC.dtype)
         return negative_log_likelihood(logits_EBC + shift_C, labels_B)

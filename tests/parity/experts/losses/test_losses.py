@@ -19,7 +19,7 @@ from experts.losses.cross_entropy import CrossEntropy, cross_entropy
 from experts.losses.effective_number import effective_number_weights
 from experts.losses.grw import GeneralisedReweighting
 from experts.losses.ldam import ldam_loss, ldam_margins
-from experts.losses.logit_adjustment import LogitAdjustment, logit_adjustment_loss
+from experts.losses.logit_adjustment import LogitAdjustment
 from experts.methods.ldam import LDAM
 from experts.objective import StepContext
 from experts.progress import Progress
@@ -162,21 +162,18 @@ def test_logit_adjustment_is_the_published_loss(tau, published):
 
 
 def test_at_strength_one_it_is_the_published_balanced_softmax():
-    prior_C = log_prior(COUNTS)
-    images = per_image(lambda z, y: logit_adjustment_loss(z, y, log_prior_C=prior_C, tau=1.0, denominator=ONE), Z)
-    close(images, [0.094987, 2.953496, 2.206528])
+    objective = LogitAdjustment(LogitAdjustment.Config(tau=1.0), COUNTS, 1)
+    for b, expected in enumerate([0.094987, 2.953496, 2.206528]):
+        close(objective_loss(objective, Z[None, b : b + 1], LABELS[b : b + 1])[0], expected)
 
 
 @pytest.mark.parametrize(
     ("tau", "published"), [(0.5, [4.424685, 0.705307]), (1.0, [6.642602, 0.253335]), (1.5, [8.919456, 0.083981])]
 )
 def test_logit_adjustment_of_single_images_by_hand(tau, published):
-    prior_C = log_prior(HAND_COUNTS)
+    objective = LogitAdjustment(LogitAdjustment.Config(tau=tau), HAND_COUNTS, 1)
     for b, expected in enumerate(published):
-        found = logit_adjustment_loss(
-            HAND_Z[None, b : b + 1], HAND_LABELS[b : b + 1], log_prior_C=prior_C, tau=tau, denominator=ONE
-        )
-        close(found, [expected])
+        close(objective_loss(objective, HAND_Z[None, b : b + 1], HAND_LABELS[b : b + 1])[0], expected)
 
 
 @pytest.mark.parametrize(
