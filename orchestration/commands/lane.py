@@ -3,7 +3,7 @@
     python -m orchestration.commands.lane EVENTS        EVENTS: number of an open file for lines of JSON
 
 Each run is what `expertail train` makes of its words, bit for bit. Its text goes to console.log in its folder.
-Libraries, the connection to Ray and, where they fit, the workers stay from run to run (cluster/warm.py).
+Libraries, the connection to Ray, the uploading process and, where they fit, the workers stay from run to run.
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ def main(arguments: list[str]) -> int:
     from orchestration.cluster.connection import cluster
     from orchestration.cluster.warm import end_kept, kept_warm
     from orchestration.commands.train import train_and_report  # noqa: F401  (for its time)
+    from orchestration.tracking.series import one_uploader
 
-    with cluster(None), kept_warm():
+    with one_uploader(), cluster(None), kept_warm():
         parent.say("ready")
         for job in parent.jobs():
             if "run" not in job:  # nothing to do for a while: others may need the places

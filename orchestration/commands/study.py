@@ -12,7 +12,9 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from orchestration.cluster.connection import cluster, node_resources, own_address
+from orchestration.config.compose import compose
 from orchestration.config.messages import in_one_line, say, show
+from orchestration.config.run_config import RunConfig
 from orchestration.results.text import plural
 from orchestration.runs.stopping import Stopped
 from orchestration.storage.location import STUDY_LANE
@@ -94,22 +96,37 @@ def _train(grid: Grid, folder: StudyFolder, points: Sequence[Point], lock: int) 
     say(f"study {grid.name}: {plural(len(points), 'run')}, {done} finished, {len(left)} to train; folder {folder.path}")
     if not left:
         return None
+    _settle(grid, folder)
     environment = {"RAY_ADDRESS": own_address(), STUDY_LANE: "1"}
     lanes = Lanes(_LANE, folder.path, environment, [lock])
     most = None if grid.study.parallel == "auto" else grid.study.parallel
     return SideBySide(folder, points, lanes, node_resources, most, grid.defaults, say).carry_out()
 
 
-def _upload(grid: Grid, folder: StudyFolder) -> None:
-    """Upload the study's own files to the parent of its runs in MLflow. A failure costs a line."""
-    from orchestration.config.compose import compose
-
+def _tracked(grid: Grid) -> RunConfig | None:
+    """Return the config of the study's first run if it is tracked."""
     config = compose([*grid.points[0].words, *grid.defaults]).config
-    if not config.tracking.enabled or config.tracking.uri is None:
+    return config if config.tracking.enabled else None
+
+
+def _settle(grid: Grid, folder: StudyFolder) -> None:
+    """Give a copied study an MLflow run of its own, before its runs name it as their parent."""
+    if _tracked(grid) is None:
         return
     try:
         if line := settle_ownership(folder.path):
             say(line)
+    except (OSError, ValueError) as problem:  # of the upload alone
+        say(f"tracking: {in_one_line(problem)}; training goes on; later: expertail sync {folder.path}")
+
+
+def _upload(grid: Grid, folder: StudyFolder) -> None:
+    """Upload the study's own files to the parent of its runs in MLflow. A failure costs a line."""
+    config = _tracked(grid)
+    if config is None or config.tracking.uri is None:
+        return
+    try:
+        _settle(grid, folder)
         uploader = start_uploader(folder.path, config.tracking.uri, config.tracking.experiment)
         problem = uploader.finish(config.tracking.final_wait_s)
     except Exception as error:  # the runs are trained, and this does not change it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from orchestration.config.compose import from_yaml
@@ -11,17 +12,17 @@ from orchestration.storage.files import CONFIG, read_json
 from orchestration.storage.location import local_run
 from orchestration.storage.run_folder import RunFolder
 from orchestration.storage.url_store import UrlStore, is_url
-from orchestration.tracking.contents import SWEEP_FILE
+from orchestration.tracking.contents import STUDY_FILE, SWEEP_FILE
 from orchestration.tracking.ownership import settle_ownership
 from orchestration.tracking.sender import sync
 from orchestration.tracking.target import tracking_uri
 
 
 def sync_run(run: str, uri: str | None) -> str | None:
-    """Upload what is missing of a run, or of a sweep and all its runs.
+    """Upload what is missing of a run, or of a sweep or study and all its runs.
 
     Args:
-        run: the run folder or its URL, or the folder of a sweep.
+        run: the run folder or its URL, or the folder of a sweep or study.
         uri: tracking server; None for the run's own.
 
     Returns:
@@ -36,7 +37,9 @@ def sync_run(run: str, uri: str | None) -> str | None:
 
     path = Path(run)
     if (path / SWEEP_FILE).is_file():
-        return _sync_sweep(path, uri)
+        return _sync_all(path, [path.parent / run["run"] for run in read_json(path / SWEEP_FILE)["runs"]], uri)
+    if (path / STUDY_FILE).is_file():
+        return _sync_all(path, [path / point["run"] for point in read_json(path / STUDY_FILE)["points"]], uri)
     if not (path / CONFIG).is_file():
         raise ValueError(f"{path}: not a run folder (no {CONFIG}); needed one that `expertail train` made")
     with contextlib.closing(RunFolder(path)):  # refuses a run that is training: its own uploader sends it
@@ -50,15 +53,15 @@ def _sync(path: Path, uri: str | None, url: str | None = None) -> str | None:
     return sync(path, uri or tracking_uri(config), config.tracking.experiment, path.name)
 
 
-def _sync_sweep(path: Path, uri: str | None) -> str | None:
-    runs = [path.parent / run["run"] for run in read_json(path / SWEEP_FILE)["runs"]]
+def _sync_all(path: Path, runs: Sequence[Path], uri: str | None) -> str | None:
+    """Upload the runs of a sweep or study, and what is its own."""
     started = [run for run in runs if (run / CONFIG).is_file()]
     if not started:
-        raise ValueError(f"{path}: none of its runs has started; needed at least one; start the sweep again")
+        raise ValueError(f"{path}: none of its runs has started; needed at least one; start it again")
 
     if line := settle_ownership(path):  # before its runs, whose parent in MLflow is the one that it names
         say(line)
-    # The runs first, then the sweep's own files, which go to the parent of the runs in MLflow.
+    # The runs first, then the own files of the whole, which go to the parent of the runs in MLflow.
     problems = [sync_run(str(run), uri) for run in started]
     config = from_yaml(started[0] / CONFIG)
     problems.append(sync(path, uri or tracking_uri(config), config.tracking.experiment, path.name))

@@ -31,6 +31,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -402,15 +403,33 @@ def main(arguments: list[str]) -> int:
             os.write(int(arguments[1]), problem.encode() + b"\n")
 
     threading.Thread(target=listen, daemon=True).start()
+    return 0 if upload(run_dir, target, wake, last, report) is None else 3
+
+
+def upload(
+    run_dir: Path, target: Target, wake: threading.Event, last: Mapping[str, Any], report: Callable[[str], None]
+) -> str | None:
+    """Upload a run until woken, and then the rest of it.
+
+    Args:
+        run_dir: the run folder, or that of a sweep or a study.
+        target: where to.
+        wake: set when the run has ended.
+        last: how it has ended, and how long the rest may take; read once woken.
+        report: takes a problem that will not pass by itself.
+
+    Returns:
+        None, or what is missing and why.
+    """
     # An uploader whose driver was killed ends by itself: wait for it.
     with hold_lock(run_dir / f".{STATE_FILE}.lock", wait_s=60.0) as ours:
         if not ours:
             _log.error("another process is uploading this run")
-            return 1
+            return "another process is uploading this run"
         sender = MlflowSender(run_dir, target)
         follow(sender, wake, report=report)
         set_priority(0)  # whatever `follow` set last
-        return 0 if flush(sender, last["finish"], last["status"]) is None else 3
+        return flush(sender, last["finish"], last["status"])
 
 
 if __name__ == "__main__":

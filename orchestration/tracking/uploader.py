@@ -19,6 +19,8 @@ from orchestration.tracking.process import State, Target, incomplete_message
 from orchestration.tracking.uri import check_uri
 
 LOG_FILE = "tracking.log"
+instead: list[Callable[[Path, Target, Callable[[str], None]], Uploader]] = []
+"""How to start an upload in another way than by a process of its own; the last counts. See series.py."""
 
 
 def start_uploader(
@@ -42,6 +44,8 @@ def start_uploader(
     """
     run_dir = Path(run_dir)
     target = Target(check_uri(uri), experiment, run_name or run_dir.name)
+    if instead:
+        return instead[-1](run_dir, target, report)
     path = os.pathsep.join(import_roots() + list(filter(None, [os.environ.get("PYTHONPATH")])))
     with contextlib.ExitStack() as on_failure, open(run_dir / LOG_FILE, "ab") as log:
         problems, end = os.pipe()  # beside the log: what the driver is to say at once
@@ -83,10 +87,10 @@ class Uploader:
             with open(problems, encoding="utf-8", errors="replace") as lines:
                 for line in lines:
                     if not self._finishing:
-                        report(f"{self._incomplete(line.strip())}; training goes on, and so do the attempts")
+                        report(f"{self.incomplete(line.strip())}; training goes on, and so do the attempts")
             code = self._process.wait()
             if not self._finishing:
-                report(f"{self._incomplete(self._end(code))}; training goes on")
+                report(f"{self.incomplete(self._end(code))}; training goes on")
 
         threading.Thread(target=follow, name="uploader", daemon=True).start()
 
@@ -119,13 +123,13 @@ class Uploader:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-            return self._incomplete(f"not done after {wait_s:.0f} s")
+            return self.incomplete(f"not done after {wait_s:.0f} s")
         if code == 0:
             return None
         with contextlib.suppress(ValueError):
             if problem := State(self._run_dir, self._target).values.get("problem"):
-                return self._incomplete(problem)
-        return self._incomplete(self._end(code))
+                return self.incomplete(problem)
+        return self.incomplete(self._end(code))
 
     def place(self) -> str | None:
         """Return where the run and its models are in MLflow, as one line without secrets; None if it is not there."""
@@ -145,5 +149,6 @@ class Uploader:
             return f"the uploader ended with code {code}, {redact(last[0])[:200] if last else 'without a word'}"
         return f"the uploader ended with code {code}, see {LOG_FILE}"
 
-    def _incomplete(self, problem: str) -> str:
+    def incomplete(self, problem: str) -> str:
+        """Return the line that says what the problem is and what to do."""
         return incomplete_message(self._run_dir, self._target.uri, problem)
