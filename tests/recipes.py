@@ -13,11 +13,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from aggregation.metrics import Scores
 from aggregation.serving import TrainingData, export_model
-from experts.data.dataset import open_dataset
+from experts.data.dataset import Dataset, open_dataset
 from experts.ensemble import TRAINING_ONLY, build_ensemble, part_of
 from orchestration.config.compose import load_config
 from orchestration.config.recipe import Recipe as RecipeConfig
@@ -134,7 +136,8 @@ class Recipe:
     def trainers(self):
         """Yield a trainer for every stage, ready for its first step; what it holds afterwards starts later stages."""
         for stage in self.config.method.stages:
-            trainer = StageTrainer(self.config, stage, self.dataset, self.mesh(self.config), self._teachers(stage))
+            teachers = teachers_of(self.config, stage, self.dataset, self.folder)
+            trainer = StageTrainer(self.config, stage, self.dataset, self.mesh(self.config), teachers)
             source = self.config.method.starts_from(stage)
             if source is not None:
                 trainer.start_from(str(self.folder / source.stage))
@@ -155,14 +158,24 @@ class Recipe:
         state = {**whole, **{name: value for name, value in held.items() if part_of(name) not in TRAINING_ONLY}}
         export(self.folder / f"{stage}.export", self.config, stage, trainer.setup.dataset, state=state)
 
-    def _teachers(self, stage):
-        found = {}
-        for name, teacher in self.config.method.stages[stage].teachers.items():
-            found[name] = str(self.folder / f"{teacher.stage}.export")
-            if teacher.run is not None:  # of another run; here an untrained one, twice as large
-                names = [f"teacher{i}" for i in range(2 * self.config.method.num_experts)]
-                found[name] = export(self.folder / "teacher", self.config, stage, self.dataset, names=names)
-        return found
+
+def teachers_of(config: RunConfig, stage: str, dataset: Dataset, folder: Path) -> dict[str, str]:
+    """Return the folders of a stage's teachers, by name; those of earlier stages are exported as `<stage>.export`."""
+    found = {}
+    for name, teacher in config.method.stages[stage].teachers.items():
+        found[name] = str(folder / f"{teacher.stage}.export")
+        if teacher.run is not None:  # of another run; here an untrained one, twice as large
+            names = [f"teacher{i}" for i in range(2 * config.method.num_experts)]
+            found[name] = export(folder / "teacher", config, stage, dataset, names=names)
+    return found
+
+
+def saved_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """Return every tensor of a folder of safetensors, by file and name."""
+    tensors = {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= {f"{path.stem}:{name}": t.numpy() for name, t in load_file(path).items()}
+    return tensors
 
 
 def numbers(

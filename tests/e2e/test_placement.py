@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
 
 from orchestration.cluster.fleet import Fleet
 from orchestration.config.compose import load_config
 from orchestration.training.mesh import mesh_shape
+from tests.recipes import saved_tensors
 
 pytestmark = pytest.mark.ray
 
@@ -69,14 +69,6 @@ def save(fleet, folder):
     state = fleet.call("snapshot")[0]
     fleet.call("write", str(folder))
     return state
-
-
-def saved_tensors(folder):
-    """Return every tensor of a folder of safetensors, by file and name."""
-    tensors = {}
-    for path in folder.glob("*.safetensors"):
-        tensors |= {f"{path.stem}:{name}": t.numpy() for name, t in load_file(path).items()}
-    return tensors
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from orchestration.cluster.fleet import Fleet
 from orchestration.config.compose import load_config
 from orchestration.training.mesh import Mesh, mesh_shape
 from orchestration.training.trainer import StageTrainer
-from tests.e2e.test_placement import save, saved_tensors
+from tests.e2e.test_placement import save
+from tests.recipes import saved_tensors
 from tests.second_stages import HOST, WITH_STEPS, WITHOUT_STEPS, second_stages
 
 pytestmark = pytest.mark.ray

@@ -1,7 +1,8 @@
 """Where experts live changes nothing, for every system of experts: packed, spread, replicas and the plain engine agree.
 
 Digits at 16 x 16, batches of 50 of 405 images: the last of an epoch has 5 (ACE's rare experts then have no image at
-all), unless the recipe drops it. Later stages begin with new weights here: what they train is the same program.
+all), unless the recipe drops it. Later stages begin with new weights here: what they train is the same program. From
+the first stage on, each system is trained in tests/contract/test_placements.py.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from experts.data.dataset import open_dataset
 from orchestration.config.compose import load_config
 from orchestration.training.mesh import Mesh, mesh_shape
 from orchestration.training.trainer import StageTrainer
-from tests.e2e.test_placement import saved_tensors, train_on
+from tests.combinations import COMBINED
+from tests.e2e.test_placement import train_on
+from tests.recipes import saved_tensors
 
 pytestmark = pytest.mark.ray
 
@@ -44,42 +47,6 @@ SYSTEMS = {
     ),
 }
 """Stage and further words of each. dr_h2t's first stage has mixup, and one expert; gcl's has mixup and draws."""
-BESIDE = [
-    "method=ride",
-    "method.stages.train.views=[crop_flip]",
-    "method.stages.train.auxiliaries.contrast={name: paco, queue_size: 128, dim: 8, weight: 0.2}",
-    "method.stages.train.auxiliaries.centres={name: dro_lt, weight: 0.1}",
-]
-LOUD = ["method.stages.train.mixing.quiet_first=0"]  # so that CMO mixes the epochs that are compared
-COMBINED = {
-    "LDAM + DRW + mixup + cRT, host": (
-        "train",
-        ["method=ldam_drw", "mix=mixup", "then=crt", "method.stages.train.class_weights.after_epoch=1"],
-    ),
-    "RIDE + CMO": ("train", ["method=ride", "mix=cmo", *LOUD]),
-    "BSCE + CMO": ("train", ["method=balanced_softmax", "mix=cmo", *LOUD]),
-    "RIDE + CMO + H2T": ("h2t", ["method=ride", "mix=cmo", "then=h2t"]),
-    "LADE + CutMix": ("train", ["method=lade", "mix=cutmix"]),
-    "ACE + Remix": ("train", ["method=ace", "mix=remix"]),
-    "LDAM + DRW + mixup + cRT": ("crt", ["method=ldam_drw", "mix=mixup", "then=crt"]),
-    "MiSLAS": ("mislas", ["method=mislas"]),
-    "MiSLAS + H2T": ("h2t", ["method=mislas_h2t"]),
-    "RIDE + PaCo + DRO-LT": ("train", BESIDE),
-    "RIDE + PaCo + DRO-LT + H2T": ("h2t", [*BESIDE, "then=h2t"]),
-    "GCL, second stage": ("gcl", ["method=gcl"]),
-    "GCL + H2T": ("h2t", ["method=gcl_h2t"]),
-    "logit-adjusted TADE": (
-        "train",
-        [
-            "method=tade",
-            "method.stages.train.objective.name=per_expert",
-            "method.stages.train.objective.of=[{name: logit_adjustment, tau: .5},{name: lade},{name: inverse_softmax}]",
-        ],
-    ),
-    "cosine head + cRT": ("crt", ["method=ce", "method.head.name=cosine", "then=crt"]),
-}
-"""Stage and words. All with three experts."""
-COMBINED = {name: (stage, [*words, "method.num_experts=3"]) for name, (stage, words) in COMBINED.items()}
 SYSTEMS |= COMBINED
 LONG = pytest.mark.drill
 PLACEMENTS = [
@@ -88,8 +55,8 @@ PLACEMENTS = [
     pytest.param("gcl", "replicas", "1", id="gcl, 2 replicas", marks=LONG),
     pytest.param("ride", "spread", "1", id="ride of parts, spread", marks=LONG),
     pytest.param("RIDE + CMO", "spread", "1", id="RIDE + CMO, spread"),
-    pytest.param("BSCE + CMO", "replicas", "1", id="BSCE + CMO, 2 replicas"),
-    pytest.param("lade", "replicas", "1", id="lade, 2 replicas"),
+    pytest.param("BSCE + CMO", "replicas", "1", id="BSCE + CMO, 2 replicas", marks=LONG),
+    pytest.param("lade", "replicas", "1", id="lade, 2 replicas", marks=LONG),
     *(
         pytest.param(name, "spread", "1", id=f"{name}, spread", marks=LONG)
         for name in ("tade", "reslt_h2t", "ride_router", "gcl", "esql", "seesaw", "lade", *COMBINED)

@@ -15,6 +15,8 @@ from experts.data.dataset import open_dataset
 from experts.data.images import ResidentImages
 from experts.data.keyed_random import key, uniforms
 from experts.samplers.instance_balanced import InstanceBalanced
+from orchestration.config.compose import load_config
+from orchestration.config.words import available
 from tests.emulated_device import DEVICE, EmulatedDevice, OnDevice
 
 SIZE, IMAGES, BATCH = 12, 21, 5
@@ -98,6 +100,18 @@ def test_views_made_ahead_are_those_of_single_steps_on_every_replica(replicas):
         batch = whole.batch(2, step)
         for number, view in enumerate(batch.views):
             assert torch.equal(torch.cat([share.views[number] for share in shares]), view)
+
+
+@pytest.mark.parametrize("name", available("augment"))
+def test_every_named_augmentation_is_the_same_on_every_replica(name):
+    """Whatever the recipe: its experts share a replica's images, wherever they live."""
+    augment = load_config([f"dataset.augment.name={name}"]).dataset.augment
+    config = DatasetConfig(**SETTINGS | {"augment": augment})
+    whole = list(batches(views=(), config=config).iterate(2))
+    for replicas in (2, 3):
+        parts = [batches(Replica(index, replicas), (), config=config).iterate(2) for index in range(replicas)]
+        for batch, shares in zip(whole, zip(*parts, strict=True), strict=True):
+            assert torch.equal(torch.cat([share.images_B3HW for share in shares]), batch.images_B3HW)
 
 
 def test_a_device_gets_the_same_views_without_a_wait_or_a_launch_in_a_step():
