@@ -5,7 +5,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.complete
-unexport PYTHONPATH
+# Bytecode is kept: else every process of a run compiles our packages again.
+unexport PYTHONPATH PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo test unit drills lint types bench audit clean
 
