@@ -57,6 +57,12 @@ def run(folder, num_classes=10, epochs=3, stages=("train",), evaluated=("last", 
     return folder
 
 
+@pytest.fixture
+def unrendered(monkeypatch):
+    """Write empty files in place of pictures, for tests that ask which there are: rendering one takes 0.3 s."""
+    monkeypatch.setattr("orchestration.results.style.save_figure", lambda figure, path: path.write_bytes(b""))
+
+
 @pytest.mark.parametrize(("num_classes", "stages"), [(10, ("train",)), (2000, ("first", "second"))])
 @pytest.mark.slow
 def test_a_run_gets_every_picture(tmp_path, num_classes, stages):
@@ -87,7 +93,7 @@ def test_a_report_is_the_same_when_written_again(tmp_path):
     ],
 )
 @pytest.mark.slow
-def test_an_interrupted_run_gets_what_it_has(tmp_path, arguments, expected):
+def test_an_interrupted_run_gets_what_it_has(tmp_path, arguments, expected, unrendered):
     assert sorted(path.name for path in draw_report(run(tmp_path, **arguments))) == expected
 
 
@@ -99,7 +105,7 @@ def test_a_run_of_one_step_and_an_empty_folder(tmp_path):
 
 
 @pytest.mark.parametrize("broken", ["_curves", "_class_counts", "_per_class", "draw_diversity"])
-def test_one_picture_that_fails_leaves_the_others(tmp_path, broken, monkeypatch):
+def test_one_picture_that_fails_leaves_the_others(tmp_path, broken, monkeypatch, unrendered):
     whole = {path.name for path in draw_report(with_experts(run(tmp_path), ["expert0", "expert1"]))}
 
     def fail(*_):
@@ -114,7 +120,7 @@ def test_one_picture_that_fails_leaves_the_others(tmp_path, broken, monkeypatch)
 
 
 @pytest.mark.parametrize("where", ["pictures._curves", "pictures.open_last", "regions.from_yaml"])
-def test_a_stop_is_no_fault_of_a_picture(tmp_path, where, monkeypatch):
+def test_a_stop_is_no_fault_of_a_picture(tmp_path, where, monkeypatch, unrendered):
     """The guards around pictures, features and regions let it pass."""
 
     def stop(*_):
@@ -179,7 +185,7 @@ def test_how_different_the_experts_are_is_drawn(tmp_path, num_experts, arguments
 
 
 @pytest.mark.slow
-def test_a_single_expert_has_no_picture_of_differences(tmp_path):
+def test_a_single_expert_has_no_picture_of_differences(tmp_path, unrendered):
     assert sorted(path.name for path in draw_report(with_experts(run(tmp_path), ["alone"]))) == EVERYTHING
 
 
@@ -231,7 +237,7 @@ def test_a_stage_without_steps_takes_no_place_among_the_curves(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_whose_stages_have_no_steps_has_no_curves(tmp_path):
+def test_a_run_whose_stages_have_no_steps_has_no_curves(tmp_path, unrendered):
     folder = with_finals(run(tmp_path, journal=False))
     (folder / "metrics.jsonl").unlink()
     with Journal(folder) as lines:
