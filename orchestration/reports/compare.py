@@ -17,7 +17,7 @@ none, up to 5 will be called real.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,8 +76,8 @@ def baseline_of(found: Sequence[Table], asked: str | None) -> dict[int, str | No
 
     Args:
         found: the tables.
-        asked: a label; with or without the name of a group in front, as in `method=ce`. The first row that begins
-            with it and a final stage will do.
+        asked: a label, or words of a study's recipe such as `method=ce mix=none`. Of several final stages of that
+            recipe the first is taken.
 
     Returns:
         None for a table that has no such row.
@@ -87,17 +87,24 @@ def baseline_of(found: Sequence[Table], asked: str | None) -> dict[int, str | No
     """
     if asked is None:
         return {table.number: table.rows[0].label for table in found}
-    word = asked.removeprefix("method=")
-    chosen: dict[int, str | None] = {}
-    for table in found:
-        labels = [row.label for row in table.rows]
-        exact = [label for label in labels if label in (asked, word)]
-        stages = [row.label for row in table.rows if row.records[0].stage and row.label.startswith(f"{word}+")]
-        chosen[table.number] = next(iter([*exact, *stages]), None)
+    chosen = {table.number: next(_named(table, asked), None) for table in found}
     if not any(chosen.values()):
         labels = list(dict.fromkeys(row.label for table in found for row in table.rows))
         raise ValueError(f"--baseline {asked}: no such row; needed one of: {', '.join(labels)}")
     return chosen
+
+
+def _named(table: Table, asked: str) -> Iterator[str]:
+    """Yield labels of rows that are meant by a label or by words, the surest first."""
+    yield from (row.label for row in table.rows if row.label == asked)
+    pairs = dict(word.partition("=")[::2] for word in asked.split()) if "=" in asked else {}
+    for row in table.rows:
+        label = row.records[0].label or {}
+        if pairs and pairs.items() <= label.items():
+            yield row.label
+    name = asked.removeprefix("method=")
+    yield from (row.label for row in table.rows if row.label == name)
+    yield from (row.label for row in table.rows if row.records[0].stage and row.label.startswith(f"{name}+"))
 
 
 def compare(table: Table, baseline: str, which: str = "last", *, draws: int | None = None) -> Comparison:

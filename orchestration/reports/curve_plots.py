@@ -44,7 +44,7 @@ def curves_figures(report: Report, section: Section) -> dict[str, Any]:
         drawers["curves_loss"] = lambda: _panels(section, found, {_LOSS: BASE}, words, "loss", alike=False)
     tops = {name: colour_of(key) for name, key in zip(list(names)[1:], groups, strict=True)}
     if any(name in own for own in found.values() for name in tops):
-        over = f"Top-1 on {section.table.schedule.split} over epochs by group, all in black"
+        over = f"Top-1 on {section.table.schedule.split} over epochs by group"
         drawers["curves_accuracy"] = lambda: _panels(section, found, tops, over, "top-1, %", alike=True)
     return drawers
 
@@ -120,6 +120,10 @@ def _panels(
     for axes in panels[:, 0]:
         axes.set_ylabel(label, fontsize=8)
     figure.supxlabel("epoch, counted over the stages", fontsize=8)
+    if len(shown) > 1:
+        handles = [panels[0, 0].plot([], [], color=colour)[0] for colour in shown.values()]
+        names = [name.split("/")[2] for name in shown]
+        figure.legend(handles, names, loc="outside upper right", ncols=len(names))
     return figure
 
 

@@ -24,6 +24,7 @@ _TITLES = {
     "curves_loss": "Training loss over epochs",
     "curves_accuracy": "Accuracy over epochs",
 }
+_AXES = {"num_experts": "number of experts"}
 _NEEDS = {
     "cost": "costs of two rows",
     "relative": "runs on the balanced variant of the data",
@@ -73,7 +74,7 @@ def _drawers(report: Report, section: Section) -> tuple[dict[str, tuple[str, Cal
     }
     kinds = set()
     for key, families in varied_numbers(section).items():
-        name, kind = short_key(key), f"against_{key.replace('.', '_')}"
+        name, kind = _AXES.get(key.rsplit(".", 1)[-1], short_key(key)), f"against_{key.replace('.', '_')}"
         found[kind] = (f"Accuracy against {name}", _against(report, section, name, families))
         kinds.add("against")
     for name, draw in curves_figures(report, section).items():

@@ -13,7 +13,7 @@ from orchestration.reports.cost import Cost, Costs
 from orchestration.reports.records import BY_COUNT, BY_INDEX, LeftOut, Record
 from orchestration.reports.relative import Relative, relative_accuracies
 from orchestration.reports.rows import Row, Table, apart_lines, tables
-from orchestration.reports.sources import Sources
+from orchestration.reports.sources import REFERENCE, Sources
 from orchestration.reports.statistics import paired_interval
 from orchestration.results.text import decimals, plural
 
@@ -104,10 +104,10 @@ def make_report(found: Sources, say: Callable[[str], None], baseline: str | None
     Raises:
         ValueError: no table has the baseline.
     """
-    shown = [record for record in found.records if record.role != "reference"]
-    references = [record for record in found.records if record.role == "reference"]
+    shown = [record for record in found.records if record.role != REFERENCE]
+    references = [one for one in found.records if one.role == REFERENCE or one.config.dataset.balanced]
     # Of references alone there is a table all the same: somebody asked for it.
-    all_tables, doubles = tables(shown or references, found.varied)
+    all_tables, doubles = tables(shown or references, found.varied, found.axes)
     asked = baseline if baseline is not None else found.study.get("baseline")
     bases = baseline_of(all_tables, asked)
     costs = Costs(say)

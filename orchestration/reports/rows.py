@@ -8,7 +8,7 @@ the papers: rows of one table may differ in them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ _OF_DATA = ("dataset.augment", "dataset.eval", "dataset.mean", "dataset.std")
 _HOW = ("threads", "deterministic", "compile", "memory_format", "zero_stage", "sync_batchnorm")
 """Keys of the engine that change the last bits of a result at most."""
 _PARTS = ("method", "mix", "then")
+_NONE = "none"  # as a study calls no mixing and no further stage
 _MOST_KEYS = 4  # of a label; more cannot be read
 
 
@@ -151,13 +152,14 @@ def base_name(record: Record) -> str:
 
 
 def tables(
-    records: Sequence[Record], varied: Mapping[str, Sequence[str]] | None = None
+    records: Sequence[Record], varied: Collection[str] = (), axes: Collection[str] = ()
 ) -> tuple[list[Table], list[LeftOut]]:
     """Sort results into rows and tables.
 
     Args:
         records: in the order in which rows shall come.
-        varied: values by key that a study gives to its runs; labels name those alone.
+        varied: keys in which labels of a study differ; others are not worth naming.
+        axes: those of them that its recipes do not say; a recipe with a label of its own names these alone.
 
     Returns:
         The tables, and results that are left out because the same was there before.
@@ -177,7 +179,7 @@ def tables(
             keys[name] = key
             if earlier is not record:
                 doubles.append(_double(record, earlier))
-        labels = _labels({name: next(iter(of.values())) for name, of in rows.items()}, keys, varied or {})
+        labels = _labels({name: next(iter(of.values())) for name, of in rows.items()}, keys, varied, axes)
         found.append(
             Table(
                 len(found) + 1,
@@ -197,10 +199,13 @@ def _double(record: Record, earlier: Record) -> LeftOut:
 
 
 def _labels(
-    records: Mapping[str, Record], keys: Mapping[str, Mapping[str, Any]], varied: Mapping[str, Sequence[str]]
+    records: Mapping[str, Record],
+    keys: Mapping[str, Mapping[str, Any]],
+    varied: Collection[str],
+    axes: Collection[str],
 ) -> dict[str, str]:
     """Return a label for each row: its name, and what tells it from others of this name."""
-    names = {name: _study_label(record, varied) for name, record in records.items()}
+    names = {name: _study_label(record, varied, axes) for name, record in records.items()}
     found = {}
     for name, label in names.items():
         others = [other for other, its in names.items() if its == label]
@@ -212,20 +217,26 @@ def _labels(
     return found
 
 
-def _study_label(record: Record, varied: Mapping[str, Sequence[str]]) -> str:
+def _study_label(record: Record, varied: Collection[str], axes: Collection[str]) -> str:
     """Return the label that a study gives, or the recipe's own name."""
-    if not record.label:
+    label = record.label
+    if not label:
         return base_name(record)
-    if text := record.label.get("label"):
-        return f"{text}, {record.stage}" if record.stage else str(text)
-    recipe = "+".join(
-        str(record.label[part]) for part in _PARTS if record.label.get(part) not in (None, "", "none", "null")
-    )
-    keys = [key for key in record.label if key not in _PARTS and not key.startswith("dataset")]
-    shown = [f"{short_key(key)}={record.label[key]}" for key in keys if len(varied.get(key, ("", ""))) > 1]
+    own = label.get("recipe")
+    named = [key for key in label if key in varied and key != "recipe" and not key.startswith("dataset.")]
+    keys = [key for key in named if key not in _PARTS and (own is None or key in axes)]
+    shown = [f"{short_key(key)}={label[key]}" for key in keys]
+    if own is not None:
+        parts = [str(label[part]) for part in _PARTS if part in axes and label.get(part, _NONE) != _NONE]
+        stage = [record.stage] if record.stage else []
+        return " ".join(["+".join([str(own), *parts, *stage]), *shown])
+    parts = [str(label[part]) for part in _PARTS if label.get(part, _NONE) != _NONE]
     if record.stage:
-        recipe = f"{loss_label(recipe or record.config.method.name, record.config.method.finals)}+{record.stage}"
-    return " ".join([recipe or base_name(record), *shown])
+        method = record.config.method
+        parts = [loss_label("+".join(parts), method.finals) if parts else loss_label(method.name, method.finals)]
+        parts.append(record.stage)
+    # A recipe without a part in its label is the same in all runs of the study.
+    return " ".join(["+".join(parts) or base_name(record), *shown])
 
 
 def _differing(name: str, others: Sequence[str], keys: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -11,8 +11,11 @@ from typing import Any
 from orchestration.config.paths import expand
 from orchestration.reports.records import LeftOut, Record, read_run
 from orchestration.storage.files import CONFIG, read_json
+from orchestration.storage.url_store import is_url
 
 STUDY = "study.json"
+REFERENCE = "reference"
+_USUAL = Path("runs")  # the usual run.dir: a study may be named alone
 
 
 @dataclass
@@ -36,13 +39,16 @@ class Sources:
     missing: list[tuple[str, str]] = field(default_factory=list)
 
     @property
-    def varied(self) -> dict[str, list[str]]:
-        """Values by key of the labels that a study gives its runs."""
-        values: dict[str, dict[str, None]] = {}
-        for point in self.study.get("points", ()):
-            for key, value in (point.get("label") or {}).items():
-                values.setdefault(key, {})[str(value)] = None
-        return {key: list(of) for key, of in values.items()}
+    def varied(self) -> frozenset[str]:
+        """Keys of a study's labels that not all of its runs have alike."""
+        labels = [point.get("label") or {} for point in self.study.get("points", ()) if point.get("role") != REFERENCE]
+        keys = {key for label in labels for key in label}
+        return frozenset(key for key in keys if len({label.get(key) for label in labels}) > 1)
+
+    @property
+    def axes(self) -> frozenset[str]:
+        """Keys that a study gives several values, beside what its recipes say."""
+        return frozenset(self.study.get("axes") or ())
 
 
 def read_sources(targets: Sequence[str], out: str | None = None) -> Sources:
@@ -65,7 +71,11 @@ def read_sources(targets: Sequence[str], out: str | None = None) -> Sources:
 
 
 def _existing(target: str) -> Path:
+    if is_url(target):
+        raise ValueError(f"{target}: a URL; a report reads folders on disk; needed a copy of the runs, or a mount")
     path = expand(target)
+    if not path.exists() and (_USUAL / target / STUDY).is_file():
+        return _USUAL / target
     if not path.exists():
         parent = path.parent
         names = [one.name for one in parent.iterdir() if one.is_dir()] if parent.is_dir() else []
@@ -108,7 +118,7 @@ def _runs(folders: Sequence[Path]) -> Sources:
         result = read_run(run)
         # A run on the balanced variant of a set is what relative accuracy needs, also outside a study.
         if isinstance(result, list) and result and result[0].config.dataset.balanced:
-            result = read_run(run, role="reference")
+            result = read_run(run, role=REFERENCE)
         _add(found, result)
     return found
 

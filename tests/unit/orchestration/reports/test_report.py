@@ -199,7 +199,7 @@ def test_a_study_gives_labels_order_baseline_and_missing_rows(runs, tmp_path):
     copied(runs, tmp_path, "ce-s0", "ride-s0")
     point = {"seed": 0, "role": "run", "words": [], "problem": None, "attempts": 1}
     study = {
-        "schema": 1, "name": "night", "seeds": [0, 1], "baseline": "method=ce",
+        "schema": 1, "name": "night", "seeds": [0, 1], "baseline": "method=ce mix=none",
         "missing": [{"label": "ABL", "why": "no public formula"}],
         "points": [
             {"run": "ride-s0", "label": {"method": "ride", "mix": "none"}, "status": "finished", **point},
@@ -242,7 +242,7 @@ def test_names_are_no_commands_in_any_file(runs, tmp_path):
     """A label, a class and a folder are whatever their owners wrote."""
     copied(runs, tmp_path, "ce-s0")
     label = r"a_b & 50% <b>|x| `y` \input{z}"
-    study = {"name": label, "points": [{"run": "ce-s0", "label": {"label": label}, "status": "finished"}]}
+    study = {"name": label, "points": [{"run": "ce-s0", "label": {"recipe": label}, "status": "finished"}]}
     (tmp_path / "study.json").write_text(json.dumps(study))
     folder = write_report([str(tmp_path)], nothing, pictures=False).folder
     tex = (folder / "report.tex").read_text()
