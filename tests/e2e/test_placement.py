@@ -19,7 +19,7 @@ pytestmark = pytest.mark.ray
 
 STEPS = 20
 COMMON = [
-    "dataset.image_size=16",
+    "dataset.image_size=8",
     "method.stages.train.batch_size=50",
     "method.stages.train.objective.reweight_epoch=1",
     "engine.threads=1",

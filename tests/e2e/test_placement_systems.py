@@ -1,6 +1,6 @@
 """Where experts live changes nothing, for every system of experts: packed, spread, replicas and the plain engine agree.
 
-Digits at 16 x 16, batches of 50 of 405 images: the last of an epoch has 5 (ACE's rare experts then have no image at
+Digits at 8 x 8, batches of 50 of 405 images: the last of an epoch has 5 (ACE's rare experts then have no image at
 all), unless the recipe drops it. Later stages begin with new weights here: what they train is the same program. From
 the first stage on, each system is trained in tests/contract/test_placements.py.
 """
@@ -83,7 +83,7 @@ def words_of(name: str) -> list[str]:
     stage, more = SYSTEMS[name]
     return [
         *(more if name in COMBINED else [f"method={name}"]),
-        "dataset.image_size=16",
+        "dataset.image_size=8",
         f"method.stages.{stage}.batch_size=50",
         "engine.threads=1",
         "engine.precision=float64",
