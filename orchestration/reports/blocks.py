@@ -49,8 +49,8 @@ class Block:
 def blocks(report: Report, section: Section) -> list[Block]:
     """Return the tables of a section that have something to show."""
     makers: tuple[Callable[[Report, Section], Block | None], ...] = (
-        accuracy_block, _differences_block, _bootstrap_block, _measures_block, _cost_block, _chosen_block,
-        _relative_block,
+        accuracy_block, _differences_block, _index_differences_block, _bootstrap_block, _measures_block, _cost_block,
+        _chosen_block, _relative_block,
     )  # fmt: skip
     return [block for make in makers if (block := make(report, section)) is not None]
 
@@ -117,28 +117,23 @@ def _published_cells(section: Section, row: Row, which: str) -> list[Cell]:
 def _interval_text(mean: float, interval: Interval | None) -> str:
     if interval is None:
         return f"{100 * mean:+.1f}"
-    return f"{100 * mean:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
+    return f"{100 * mean:+.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
 
 
 def _differences_block(report: Report, section: Section) -> Block | None:
     """Return the differences to the baseline with their intervals over seeds, and the words."""
     if section.comparison is None:
         return None
-    told = tuple(dict.fromkeys(("all", section.rarest)))
+    told = tuple(dict.fromkeys((section.rarest, "all")))
+    keys = [key for key in section.measures if key not in BY_INDEX]
     rows = []
-    for row in section.table.rows:
-        if row.label == section.comparison.baseline:
-            continue
-        cells = [Cell(row.label)]
-        for key in section.measures:
-            one = section.difference(row.label, key)
-            cells.append(Cell("n/a") if one is None else
-                         Cell(_interval_text(one.mean, one.over_seeds), one.mean, one.real))  # fmt: skip
-        for key in told:
-            one = section.difference(row.label, key)
-            cells.append(Cell("no seed in common" if one is None else one.words))
-        rows.append(tuple(cells))
-    names = tuple(f"{heading(section, key).split(' ')[0]}: what may be said" for key in told)
+    for row in _others(section):
+        words = [section.difference(row.label, key) for key in told]
+        rows.append((
+            Cell(row.label),
+            *(Cell("no seed in common" if one is None else one.words) for one in words),
+            *(_seeds_interval_cell(section, row, key) for key in keys),
+        ))  # fmt: skip
     tests = len(rows) * len(section.measures)
     notes = (
         "Percentage points; in brackets Student's 95 % interval over seeds, paired by seed. Bold: real at 95 %, that "
@@ -146,11 +141,33 @@ def _differences_block(report: Report, section: Section) -> Block | None:
         f"Each difference is judged alone: of {tests} that are none, about {max(1, round(0.05 * tests))} would be "
         f"called real.",
     )
-    last = range(len(section.measures) + 1, len(section.measures) + 1 + len(told))
+    headings = ("recipe", *(f"{key.replace('_', ' ')}: what may be said" for key in told))
     return Block(
         "differences", f"Differences to {section.comparison.baseline}", notes,
-        ("recipe", *(heading(section, key) for key in section.measures), *names), tuple(rows), (0, *last),
+        (*headings, *(heading(section, key) for key in keys)), tuple(rows), tuple(range(len(headings))),
     )  # fmt: skip
+
+
+def _index_differences_block(report: Report, section: Section) -> Block | None:
+    """Return the same for groups by index, which most papers of H2T's kind print."""
+    keys = [key for key in section.measures if key in BY_INDEX]
+    if section.comparison is None or not keys:
+        return None
+    rows = [(Cell(row.label), *(_seeds_interval_cell(section, row, key) for key in keys)) for row in _others(section)]
+    return Block(
+        "index_differences", f"Differences to {section.comparison.baseline}, classes by index", (),
+        ("recipe", *(heading(section, key) for key in keys)), tuple(rows),
+    )  # fmt: skip
+
+
+def _others(section: Section) -> list[Row]:
+    base = section.comparison.baseline if section.comparison else None
+    return [row for row in section.table.rows if row.label != base]
+
+
+def _seeds_interval_cell(section: Section, row: Row, key: str) -> Cell:
+    one = section.difference(row.label, key)
+    return Cell("n/a") if one is None else Cell(_interval_text(one.mean, one.over_seeds), one.mean, one.real)
 
 
 def _bootstrap_block(report: Report, section: Section) -> Block | None:

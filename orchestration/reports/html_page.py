@@ -32,7 +32,8 @@ th { border-bottom: 1.5px solid var(--ink); vertical-align: bottom; cursor: poin
   white-space: normal; max-width: 9em; font-weight: 600 }
 th::after { content: " \\2195"; color: #b9b9b9; font-size: 10px } th[aria-sort=ascending]::after { content: " \\2191" }
 th[aria-sort=descending]::after { content: " \\2193" }
-th.prose, td.prose { text-align: left } td.prose { white-space: normal; max-width: 34em }
+th.prose, td.prose { text-align: left } td.prose { white-space: normal; min-width: 11em; max-width: 34em;
+  overflow-wrap: anywhere }
 td:first-child, th:first-child { position: sticky; left: 0; background: #fff; white-space: nowrap; text-align: left;
   font-weight: 500; max-width: none }
 tbody tr:hover td { background: var(--stripe) } td.strong { font-weight: 700 } tr.base td { background: #eef3fb }
@@ -79,7 +80,8 @@ def html_page(report: Report, pictures: Sequence[tuple[int, Path, str]] = ()) ->
         body.append(f"<nav>{''.join(links)}</nav>")
     for section in report.sections:
         own = [(path, name) for number, path, name in pictures if number == section.table.number]
-        body += [*_head(section), *_tables(report, section), *_pictures(own)]
+        several = len(report.sections) > 1
+        body += [*_head(section, several), *_tables(report, section), *_pictures(own)]
     if foot := list(foot_lines(report)):
         body += ["<h2>Not shown</h2>", "<ul>", *(f"<li>{_escaped(line)}</li>" for line in foot), "</ul>"]
     body += ["<h2>Made with</h2>", *_provenance(report)]
@@ -99,9 +101,10 @@ def _name(section: Section) -> str:
     return _escaped(f"{section.table.number}. {data.name}{ratio}, {section.table.schedule.epochs} epochs")
 
 
-def _head(section: Section) -> Iterator[str]:
+def _head(section: Section, numbered: bool) -> Iterator[str]:
     data = section.table.data
-    yield f'<h2 id="t{section.table.number}">{_name(section)}</h2>'
+    name = _name(section) if numbered else _name(section).partition(". ")[2]
+    yield f'<h2 id="t{section.table.number}">{name}</h2>'
     yield f"<p>{_escaped(data.line)}.</p>"
     yield f'<p class="soft">{_escaped(section.table.schedule.line)}. Data {_escaped(data.digest[:12])}.</p>'
     if section.answers:

@@ -13,7 +13,6 @@ _SPECIAL = {
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", "±": r"$\pm$", "…": r"\dots{}",
     "|": r"\textbar{}", '"': "''",
 }  # fmt: skip
-_SHOWN = ("accuracy", "differences", "bootstrap", "measures", "cost", "best", "relative")
 
 
 def latex(report: Report) -> str:
@@ -21,8 +20,7 @@ def latex(report: Report) -> str:
     lines = [r"% \usepackage{booktabs,graphicx}"]
     for section in report.sections:
         for block in blocks(report, section):
-            if block.name in _SHOWN:
-                lines += ["", *_table(section, block)]
+            lines += ["", *_table(section, block)]
     return "\n".join(lines) + "\n"
 
 

@@ -47,7 +47,9 @@ def runs(tmp_path_factory):
         (run / "evaluation" / "test-time.json").write_text(json.dumps({"distributions": shifts}))
         journal = Journal(run)
         for epoch in (1, 2, 3):
-            journal.append("train", epoch, epoch, {"train/epoch_loss": 1 / epoch, "test/ensemble/all/top1": 0.2 * epoch})
+            journal.append(
+                "train", epoch, epoch, {"train/epoch_loss": 1 / epoch, "test/ensemble/all/top1": 0.2 * epoch}
+            )
         journal.close()
     even = {"accuracy": [0.8] * 10, "counts": [61] * 10, "digest": "b0" * 32}
     finish(folder / "even-s0", "method=ce", "dataset.balanced=true", **even)
