@@ -8,19 +8,23 @@ study
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 
 from orchestration.cluster.connection import cluster, node_resources, own_address
 from orchestration.config.compose import compose
 from orchestration.config.messages import in_one_line, say, show
+from orchestration.config.paths import import_roots
 from orchestration.config.run_config import RunConfig
 from orchestration.results.text import plural
 from orchestration.runs.stopping import Stopped
 from orchestration.storage.location import STUDY_LANE
 from orchestration.studies.estimate import plan_lines
 from orchestration.studies.grid import Grid, lay_out
-from orchestration.studies.lanes import Lanes
+from orchestration.studies.lanes import LOG_FILE, Lanes
 from orchestration.studies.points import Point
 from orchestration.studies.run_queue import FAILED, FINISHED, WAITING
 from orchestration.studies.side_by_side import SideBySide
@@ -30,6 +34,7 @@ from orchestration.studies.study_folder import StudyFolder, held, refuse
 from orchestration.tracking.ownership import settle_ownership
 from orchestration.tracking.uploader import start_uploader
 
+_LIVE_S = 600.0  # between two reports while runs train
 _LANE = (sys.executable, "-P", "-m", "orchestration.commands.lane")
 
 
@@ -70,8 +75,10 @@ def study(words: Sequence[str]) -> int:
         points = folder.take(grid)
         refuse(grid.name, folder.settle(points, retry=grid.study.retry == "failed"))
         number = _train(grid, folder, points, lock)
+        show(status_text(folder.path))
+        if any(record["status"] == FINISHED for record in folder.records):
+            _report(folder)
         _upload(grid, folder)
-    show(status_text(folder.path))
     if number is not None:
         raise Stopped(number, f"study {grid.name}: stopped; the same command goes on")
     failed = [record["run"] for record in folder.records if record["status"] == FAILED]
@@ -100,7 +107,49 @@ def _train(grid: Grid, folder: StudyFolder, points: Sequence[Point], lock: int) 
     environment = {"RAY_ADDRESS": own_address(), STUDY_LANE: "1"}
     lanes = Lanes(_LANE, folder.path, environment, [lock])
     most = None if grid.study.parallel == "auto" else grid.study.parallel
-    return SideBySide(folder, points, lanes, node_resources, most, grid.defaults, say).carry_out()
+    live = _LiveReport(folder)
+    try:
+        return SideBySide(folder, points, lanes, node_resources, most, grid.defaults, say, live.write).carry_out()
+    finally:
+        live.end()
+
+
+class _LiveReport:
+    """Writes the report while runs train, in a process of its own, at most every ten minutes."""
+
+    def __init__(self, folder: StudyFolder) -> None:
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+        self._next = time.monotonic() + _LIVE_S
+
+    def write(self) -> None:
+        """Write it anew, unless that was done a short while ago or is going on."""
+        if time.monotonic() < self._next or (self._process is not None and self._process.poll() is None):
+            return
+        self._next = time.monotonic() + _LIVE_S
+        command = [sys.executable, "-P", "-m", "orchestration", "report", str(self._folder.path)]
+        path = os.pathsep.join(import_roots() + list(filter(None, [os.environ.get("PYTHONPATH")])))
+        with open(self._folder.path / LOG_FILE, "ab") as log:
+            environment = {**os.environ, "PYTHONPATH": path}
+            self._process = subprocess.Popen(
+                ["nice", *command], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
+            )
+
+    def end(self) -> None:
+        """End a report that is being written: the last one follows."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait()
+
+
+def _report(folder: StudyFolder) -> None:
+    """Write the report and print its answers. A failure costs a line: the runs are trained."""
+    from orchestration.commands.report import report  # loads Matplotlib
+
+    try:
+        show(f"\n{report([str(folder.path)], None, 'last', None)}")
+    except Exception as problem:
+        say(f"the report was not written ({in_one_line(problem)}); again: expertail report {folder.path}")
 
 
 def _tracked(grid: Grid) -> RunConfig | None:

@@ -43,6 +43,7 @@ class SideBySide:
         most: limit to the number of lanes; None: as many as there are places.
         defaults: words of every run beside its own.
         report: takes a line for the operator.
+        ended: called when a run has ended.
     """
 
     def __init__(
@@ -54,9 +55,10 @@ class SideBySide:
         most: int | None,
         defaults: Sequence[str],
         report: Callable[[str], None],
+        ended: Callable[[], None] = lambda: None,
     ) -> None:
         self._folder, self._lanes, self._nodes, self._most = folder, lanes, nodes, most
-        self._defaults, self._report = tuple(defaults), report
+        self._defaults, self._report, self._ended = tuple(defaults), report, ended
         self._points = {point.run: point for point in points}
         # All recipes with the first seed come first: a report has something to compare early.
         order = sorted(points, key=lambda point: point.seed)
@@ -84,6 +86,7 @@ class SideBySide:
                         self._feed()
                     elif not self._lanes.alive:
                         break
+                    self._end_idle()
                     for event in self._lanes.events(_LOOK_S):
                         self._hear(event)
                 for lane in self._lanes.alive:
@@ -113,6 +116,11 @@ class SideBySide:
         idle = [lane for lane in lanes if lane.run is None]
         for lane in idle[: max(0, len(lanes) - max(wanted, 1))]:
             lane.end()
+
+    def _end_idle(self) -> None:
+        for lane in self._lanes.alive:
+            if self._stopping and lane.run is None and not lane.ending:
+                lane.end()
 
     def _feed(self) -> None:
         for lane in self._lanes.alive:
@@ -160,9 +168,10 @@ class SideBySide:
     def _end(self, lane: Lane, values: Mapping[str, Any]) -> None:
         run, status, problem = values["run"], values["status"], values["problem"]
         lane.run = None
-        if status == STOPPED and not self._stopping:
-            status = FAILED if problem is None else status
-            problem = problem or "run.max_steps ended it before the end of training"
+        if status == STOPPED and problem is None:
+            problem = "run.max_steps ended it before the end of training"
+        elif status == STOPPED and not self._stopping:  # by a signal to its process alone, or by drained nodes
+            return self._try_again(run, problem)
         self._queue.end(run, status)
         self._note(run, status, problem)
         memory = values["memory_mib"]
@@ -186,17 +195,22 @@ class SideBySide:
         if self._stopping:
             self._queue.end(run, STOPPED)
             return self._note(run, STOPPED, f"its process ended {how}")
+        self._try_again(run, f"its process ended {how}")
+
+    def _try_again(self, run: str, why: str) -> None:
+        """Let a run go on from its newest checkpoint, unless it ends again and again without a new one."""
         if self._queue.lose(run, _progress(self._folder.path / run)):
-            self._report(f"{run}: its process ended {how}; it goes on from its newest checkpoint")
+            self._report(f"{run}: {_first_line(why)}; it goes on from its newest checkpoint")
             self._folder.update(run, status=WAITING)
         else:
-            self._note(run, FAILED, f"its process ended {how}, again and again without a new checkpoint")
+            self._note(run, FAILED, f"{_first_line(why)}, again and again without a new checkpoint")
 
     def _note(self, run: str, status: str, problem: str | None) -> None:
         self._folder.update(run, status=status, problem=problem)
         took = duration(time.time() - self._begun_at.get(run, time.time()))
         said = _result(self._folder.path / run) if status == FINISHED else f": {_first_line(problem)}"
         self._report(f"{run}: {status}{said}  {took}  ({self._count()})")
+        self._ended()
 
     def _count(self) -> str:
         ended = len(self._queue.with_status(FINISHED, FAILED, STOPPED))
