@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
@@ -16,7 +17,7 @@ if not torch.cuda.is_available():
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Give a process whole files, those with most tests first, so that fixtures of a file are made once.
+    """Give a process whole files, in the order in which they are collected, so that fixtures of a file are made once.
 
     Test by test, 12,000 messages and a search through all earlier ones for each would cost ten seconds, too.
     """
@@ -26,15 +27,31 @@ def pytest_xdist_make_scheduler(config, log):
         def _split_scope(self, nodeid):
             return super()._split_scope(nodeid).split("::")[0]
 
-    return ByFile(config, log) if config.getoption("dist") == "loadgroup" else None
+    if config.getoption("dist") != "loadgroup":
+        return None
+    config.option.loadscopereorder = False  # else by the number of tests alone, and those on Ray would come late
+    return ByFile(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items):
-    """Keep tests that share the local Ray in one process when several processes run tests."""
+def pytest_collection_modifyitems(config, items):
+    """Keep tests that share the local Ray in one process when several processes run tests, and let it begin with them.
+
+    Files of long tests are next, then those with most tests, so that the processes end together.
+    """
     for item in items:
         if item.get_closest_marker("ray"):
             item.add_marker(pytest.mark.xdist_group("ray"))
+    if hasattr(config, "workerinput"):
+        counts = Counter(item.path for item in items if not item.get_closest_marker("drill"))
+        items.sort(
+            key=lambda item: (
+                item.get_closest_marker("ray") is None,
+                "e2e" not in item.path.parts,
+                -counts[item.path],
+                item.path,
+            )
+        )
 
 
 def pytest_collection_finish(session):
