@@ -31,20 +31,22 @@ def finish(
     digest: str = "d1" * 32,
     predictions: bool = True,
     images: int = _IMAGES,
+    base: Sequence[str] = WORDS,
 ) -> Path:
     """Write a finished run.
 
     Args:
         folder: of the run.
-        words: of its config, with `WORDS` in front.
+        words: of its config, with those of `base` in front.
         accuracy: of each class, or several by final stage; rounded to whole images.
         counts: training images per class.
         best: accuracy of the best model, chosen on test; None for that of the last.
         digest: of the data.
         predictions: whether they are kept.
         images: of each class in the test.
+        base: data set and schedule.
     """
-    config = compose([*WORDS, f"run.dir={folder.parent}", f"run.name={folder.name}", *words]).config
+    config = compose([*base, f"run.dir={folder.parent}", f"run.name={folder.name}", *words]).config
     folder.mkdir(parents=True)
     (folder / CONFIG).write_text(to_yaml(config))
     write_json(folder / RUN, _facts(config))

@@ -7,13 +7,14 @@ wherever they were placed. Hours are those of the workers of a whole run, with a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from orchestration.config.identity import identity
 from orchestration.config.messages import in_one_line
 from orchestration.config.run_config import RunConfig
-from orchestration.preflight.plan import Plan, plan
+from orchestration.preflight.plan import Plan, StagePlan, plan
 from orchestration.reports.records import Record
 from orchestration.reports.rows import Row, stages_to
 from orchestration.reports.statistics import mean_and_sd
@@ -62,14 +63,7 @@ class Costs:
         stages = {stage.name: stage for stage in found.stages}
         final = stages[record.final]
         needed = stages_to(record.config, record.final)
-        total: float | None = 0.0
-        for stage in (stages[name] for name in needed):
-            if stage.work is None or stage.images_per_epoch is None or total is None:
-                total = None
-                break
-            images = sum(record.data.counts)
-            total += stage.work_before * images
-            total += stage.epochs * (stage.work * stage.images_per_epoch + stage.work_each_epoch * images)
+        total = _training_work([stages[name] for name in needed], sum(record.data.counts), record.config.run.max_steps)
         outside = any(
             source.stage is None for name in needed for source in record.config.method.stages[name].teachers.values()
         )
@@ -86,6 +80,20 @@ class Costs:
                 self._say(f"{record.run}: its cost could not be counted: {in_one_line(problem)}")
                 self._plans[key] = None
         return self._plans[key]
+
+
+def _training_work(stages: Sequence[StagePlan], images: int, max_steps: int | None) -> float | None:
+    """Return the multiply-adds of stages on so many training images, of the steps that were done; None if unknown."""
+    total, left = 0.0, math.inf if max_steps is None else max_steps
+    for stage in stages:
+        if stage.work is None or stage.images_per_epoch is None or stage.steps_per_epoch is None:
+            return None
+        steps = stage.epochs * stage.steps_per_epoch
+        done = min(1.0, left / steps) if steps else 1.0
+        left = max(left - steps, 0)
+        each = stage.work * stage.images_per_epoch + stage.work_each_epoch * images
+        total += stage.work_before * images + done * stage.epochs * each
+    return total
 
 
 def _on_one_worker(config: RunConfig) -> RunConfig:

@@ -5,6 +5,7 @@ A damaged file costs the run that it belongs to, and is named; the report goes o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,7 +190,7 @@ def _model(place: Path, which: str, evaluation: Mapping[str, Any], data: Data) -
             f"{path}: found no accuracy of the ensemble by group and class ({problem}); restore the file"
         ) from None
     there = per_class[np.isfinite(per_class)]
-    values |= {key: ensemble.get(key) for key in ("nll", "ece")}
+    values |= {key: _finite(ensemble.get(key)) for key in ("nll", "ece")}
     values |= {"worst": float(there.min()), "balanced": float(there.mean())} if len(there) else {}
     split = str(evaluation.get("split", "test"))
     measured = (read_json(place / MEASURES).get(which) or {}).get(split, {}).get(ENSEMBLE) or {}
@@ -200,6 +201,11 @@ def _model(place: Path, which: str, evaluation: Mapping[str, Any], data: Data) -
         values, per_class, split, evaluation.get("num_images"), chosen, evaluation.get("epoch"),
         evaluation.get("step"), kept if kept.is_file() else None,
     )  # fmt: skip
+
+
+def _finite(value: float | None) -> float | None:
+    """Return a number, or None where a model has diverged: an infinite loss has no mean over seeds."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _light(facts: Mapping[str, Any]) -> dict[str, Any]:

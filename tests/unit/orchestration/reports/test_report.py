@@ -142,6 +142,29 @@ def test_relative_accuracy_is_of_the_better_reference(runs, tmp_path):
     assert section.relative["ce"].upper == pytest.approx((0.6, 0.0))
 
 
+def test_a_published_number_stands_beside_rows_that_meet_its_conditions_alone(tmp_path):
+    """ACE's 49.4 on CIFAR-100-LT is for 200 epochs of batches of 128."""
+    data = {"base": ("dataset=cifar100_lt", "tracking.enabled=false"), "accuracy": [0.5] * 100, "counts": [50] * 100}
+    finish(tmp_path / "ace-s0", "method=ace", **data, images=2)
+    finish(tmp_path / "large-s0", "method=ace", "method.stages.train.batch_size=256", **data, images=2)
+    found = write_report([str(tmp_path)], print, pictures=False)
+    (section,) = found.report.sections
+    assert section.published == {"ace batch_size=128": {"all": 49.4}}
+    rows = (found.folder / "report.md").read_text().splitlines()
+    assert any(row.startswith("| `ace batch_size=128` |") and "| 49.4 | +0.6 |" in row for row in rows)
+    assert not any(row.startswith("| `ace batch_size=256` |") and "49.4" in row for row in rows)
+
+
+def test_a_diverged_model_has_no_loss_and_costs_nothing_else(runs, tmp_path):
+    folder = copied(runs, tmp_path, "ce-s0")
+    path = folder / "ce-s0" / "evaluation" / "last.json"
+    path.write_text(path.read_text().replace('"nll": 1.5', '"nll": Infinity'))
+    found = write_report([str(folder)], print, pictures=False)
+    measures = json.loads((found.folder / "report.json").read_text())["tables"][0]["rows"][0]["measures"]
+    assert measures["nll"] == {"mean": None, "sd": None, "by_seed": {}}
+    assert measures["all"]["mean"] is not None
+
+
 # What cannot be shown
 
 
