@@ -48,6 +48,12 @@ def ray_ports(count: int) -> list[int]:
     return found
 
 
+def _left_out(folder: str, names: list[str]) -> set[str]:
+    """Leave out what is no part of a checkout. A package may be called `runs`, too."""
+    own = {"runs", "build", "dist"} & set(names) if Path(folder) == ROOT else set()
+    return own | shutil.ignore_patterns(".git", ".venv", ".whl", "__pycache__", ".*_cache", "*.egg-info")(folder, names)
+
+
 class Site:
     """A Ray head started as an operator starts it, with a token; jobs are submitted from outside.
 
@@ -57,8 +63,7 @@ class Site:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.run_dir, self.checkout = folder, folder / "runs", folder / "checkout"
-        left_out = shutil.ignore_patterns(".git", ".venv", "runs", "results", "__pycache__", ".*_cache", "*.egg-info")
-        shutil.copytree(ROOT, self.checkout, ignore=left_out)  # nobody edits it while it is being packed
+        shutil.copytree(ROOT, self.checkout, ignore=_left_out)  # nobody edits it while it is being packed
         gcs, dashboard, agent, client = ray_ports(4)
         self.url, self.dashboard = f"http://127.0.0.1:{dashboard}", ("127.0.0.1", dashboard)
         token, other = folder / "token", folder / "other"

@@ -196,7 +196,7 @@ def test_sdist_and_checkout_build_the_same_wheel_with_everything_in_it(built):
         for package in ("experts", "aggregation", "orchestration", "configs", "deploy")
         for path in (ROOT / package).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
-    }
+    } | {"expertail.py"}
     about = f"expertail-{__version__}.dist-info"
     assert found.keys() - needed == {
         f"{about}/{name}"
