@@ -241,6 +241,18 @@ def test_a_study_gives_labels_order_baseline_and_missing_rows(runs, tmp_path):
     assert "missing: ABL: no public formula" in text
 
 
+def test_a_study_says_which_model_is_shown_and_another_key_is_refused(runs, tmp_path):
+    finish(tmp_path / "ce-s0", "method=ce", accuracy=CE, best=RIDE)
+    study = {"name": "night", "report": {"model": "best"}, "points": [{"run": "ce-s0", "status": "finished"}]}
+    (tmp_path / "study.json").write_text(json.dumps(study))
+    found = write_report([str(tmp_path)], print, pictures=False)
+    assert found.report.sections[0].table.rows[0].spread("few", found.report.which)[0] == pytest.approx(0.4)
+    assert "best on TEST: optimistic" in (found.folder / "report.md").read_text()
+    (tmp_path / "study.json").write_text(json.dumps(study | {"report": {"modle": "best"}}))
+    with pytest.raises(ValueError, match="report has modle; needed model: last, or model: best"):
+        write_report([str(tmp_path)], print, pictures=False)
+
+
 # Files
 
 
