@@ -253,6 +253,15 @@ def test_a_study_says_which_model_is_shown_and_another_key_is_refused(runs, tmp_
         write_report([str(tmp_path)], print, pictures=False)
 
 
+def test_a_study_whose_baseline_is_not_finished_is_shown_without_differences(runs, tmp_path):
+    copied(runs, tmp_path, "ride-s0")
+    study = {"baseline": "method=ce", "points": [{"run": "ride-s0", "label": {"method": "ride"}, "status": "finished"}]}
+    (tmp_path / "study.json").write_text(json.dumps(study))
+    report = write_report([str(tmp_path)], print, pictures=False).report
+    assert report.sections[0].comparison is None
+    assert report.remarks == ("table 1: the baseline method=ce is not in it, or not finished; no differences",)
+
+
 # Files
 
 
