@@ -42,6 +42,7 @@ examples:
   expertail study method=ce,ride seed=0,1,2 dataset=digits_lt                 many runs side by side, compared
   expertail study study=tour --plan                                           ... of a file; what it would take
   expertail status runs/tour                                                  how far each of its runs is
+  expertail report runs/tour                                                  which is best, at which cost, how surely
   expertail regions runs/ride_h2t-digits_lt-s0 --classes 0,9                  decision regions before and after H2T
   expertail features RUN --classes 0,5,9 --projection tsne                    features before and after each stage
   expertail import-weights resnet50.pth weights/resnet50.safetensors          pretrained weights for big backbones

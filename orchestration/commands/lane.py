@@ -131,7 +131,7 @@ def _problem(problem: BaseException) -> dict[str, Any]:
     from orchestration.config.messages import in_one_line, say
 
     code = getattr(problem, "exit_code", None)
-    if code is not None or isinstance(problem, KeyboardInterrupt):
+    if code is not None or isinstance(problem, KeyboardInterrupt | SystemExit):  # Ray ends a process by the latter
         say(str(problem) or "interrupted")
         return {"status": "stopped", "exit": code or 130, "problem": str(problem) or "interrupted"}
     told = isinstance(problem, ValueError | FloatingPointError) or type(problem).__name__ == "WorkerLost"

@@ -7,13 +7,13 @@ from orchestration.reports.markdown import terminal
 from orchestration.reports.write import FILES, write_report
 
 
-def report(targets: list[str], baseline: str | None, which: str, out: str | None) -> str:
+def report(targets: list[str], baseline: str | None, which: str | None, out: str | None) -> str:
     """Write the report of some runs.
 
     Args:
         targets: folders of runs, the folder of a study, or folders that hold runs.
         baseline: label of the row to compare with; None for the study's, or the first.
-        which: "last" or "best", the models to show.
+        which: "last" or "best", the models to show; None for what the study says, or "last".
         out: folder of the report; None for the usual one.
 
     Returns:

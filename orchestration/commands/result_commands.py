@@ -160,8 +160,8 @@ def _report_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--baseline", metavar="LABEL", help="the row to compare with (default: the study's, or the first)"
     )
-    text = "which model of each run: of the last epoch, or of the best one (default: last)"
-    parser.add_argument("--model", choices=("last", "best"), default="last", help=text)
+    text = "which model of each run: of the last epoch, or of the best one (default: the study's, or last)"
+    parser.add_argument("--model", choices=("last", "best"), help=text)
     parser.add_argument("--out", metavar="FOLDER", help="where the report goes (default: report/ beside the runs)")
 
 

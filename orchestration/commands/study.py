@@ -147,7 +147,7 @@ def _report(folder: StudyFolder) -> None:
     from orchestration.commands.report import report  # loads Matplotlib
 
     try:
-        show(f"\n{report([str(folder.path)], None, 'last', None)}")
+        show(f"\n{report([str(folder.path)], None, None, None)}")
     except Exception as problem:
         say(f"the report was not written ({in_one_line(problem)}); again: expertail report {folder.path}")
 

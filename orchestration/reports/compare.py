@@ -71,27 +71,15 @@ class Comparison:
     remarks: tuple[str, ...]
 
 
-def baseline_of(found: Sequence[Table], asked: str | None) -> dict[int, str | None]:
-    """Return the label of the baseline by number of table: the one asked for, else the first row's.
+def baseline_of(table: Table, asked: str | None) -> str | None:
+    """Return the label of a table's baseline: the row asked for, else the first; None where it has no such row.
 
     Args:
-        found: the tables.
+        table: the rows.
         asked: a label, or words of a study's recipe such as `method=ce mix=none`. Of several final stages of that
             recipe the first is taken.
-
-    Returns:
-        None for a table that has no such row.
-
-    Raises:
-        ValueError: no table has it.
     """
-    if asked is None:
-        return {table.number: table.rows[0].label for table in found}
-    chosen = {table.number: next(_named(table, asked), None) for table in found}
-    if not any(chosen.values()):
-        labels = list(dict.fromkeys(row.label for table in found for row in table.rows))
-        raise ValueError(f"--baseline {asked}: no such row; needed one of: {', '.join(labels)}")
-    return chosen
+    return table.rows[0].label if asked is None else next(_named(table, asked), None)
 
 
 def _named(table: Table, asked: str) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def draw_pictures(report: Report, folder: Path, say: Callable[[str], None]) -> l
     Args:
         report: what is shown.
         folder: of the files.
-        say: takes a line for each picture that was left out.
+        say: takes one line for all pictures that were left out, and one for each that failed.
     """
     drawn: list[Picture] = []
     missing: dict[str, list[int]] = {}
@@ -56,12 +56,19 @@ def draw_pictures(report: Report, folder: Path, say: Callable[[str], None]) -> l
         for kind in _NEEDS:
             if kind not in kinds:
                 missing.setdefault(kind, []).append(number)
-    for kind, numbers in missing.items():
-        title = _TITLES.get(kind, "Accuracy against a number")
-        where = f" of table {', '.join(map(str, numbers))}" if len(report.sections) > 1 else ""
-        say(f"no picture{where}: {title[0].lower()}{title[1:]}; it needs {_NEEDS[kind]}")
+    if missing:
+        say(f"pictures left out for want of data: {'; '.join(_left_out(report, missing))}")
     _remove_others(folder, {path.name for _, path, _ in drawn})
     return drawn
+
+
+def _left_out(report: Report, missing: Mapping[str, list[int]]) -> Iterator[str]:
+    """Yield every kind of picture that some tables have no data for, those tables, and what it needs."""
+    for kind, numbers in missing.items():
+        title = _TITLES.get(kind, "Accuracy against a number")
+        every = len(numbers) == len(report.sections)
+        where = "" if every else f" in table {', '.join(map(str, numbers))}"
+        yield f"{title[0].lower()}{title[1:]}{where} (needs {_NEEDS[kind]})"
 
 
 def _drawers(report: Report, section: Section) -> tuple[dict[str, tuple[str, Callable[[], Any]]], set[str]]:

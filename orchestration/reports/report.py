@@ -109,14 +109,19 @@ def make_report(found: Sources, say: Callable[[str], None], baseline: str | None
     # Of references alone there is a table all the same: somebody asked for it.
     all_tables, doubles = tables(shown or references, found.varied, found.axes)
     asked = baseline if baseline is not None else found.study.get("baseline")
-    bases = baseline_of(all_tables, asked)
+    bases = {table.number: baseline_of(table, asked) for table in all_tables}
+    if baseline is not None and not any(bases.values()):  # that of a study may have no finished run yet
+        labels = list(dict.fromkeys(row.label for table in all_tables for row in table.rows))
+        raise ValueError(f"--baseline {asked}: no such row; needed one of: {', '.join(labels)}")
     costs = Costs(say)
     sections = tuple(
         _section(table, bases[table.number], references, costs, which, found.study) for table in all_tables
     )
     remarks = apart_lines(all_tables)
     remarks += [
-        f"table {number}: the baseline {asked} is not in it; no differences" for number, one in bases.items() if not one
+        f"table {number}: the baseline {asked} is not in it, or not finished; no differences"
+        for number, one in bases.items()
+        if not one
     ]
     remarks += list(dict.fromkeys(line for one in sections if one.comparison for line in one.comparison.remarks))
     return Report(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.config.paths import expand
-from orchestration.reports.records import LeftOut, Record, read_run
+from orchestration.reports.records import MODELS, LeftOut, Record, read_run
 from orchestration.storage.files import CONFIG, read_json
 from orchestration.storage.url_store import is_url
 
@@ -44,6 +44,19 @@ class Sources:
         labels = [point.get("label") or {} for point in self.study.get("points", ()) if point.get("role") != REFERENCE]
         keys = {key for label in labels for key in label}
         return frozenset(key for key in keys if len({label.get(key) for label in labels}) > 1)
+
+    @property
+    def model(self) -> str:
+        """Which models the study asks to show, "last" where it does not say.
+
+        Raises:
+            ValueError: its `report` has another key or value.
+        """
+        asked = self.study.get("report") or {}
+        if (unknown := sorted(set(asked) - {"model"})) or asked.get("model", "last") not in MODELS:
+            found = ", ".join(unknown) or f"model: {asked['model']}"
+            raise ValueError(f"{self.folder.parent / STUDY}: report has {found}; needed model: last, or model: best")
+        return str(asked.get("model", "last"))
 
     @property
     def axes(self) -> frozenset[str]:

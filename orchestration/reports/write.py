@@ -32,7 +32,7 @@ def write_report(
     say: Callable[[str], None],
     *,
     baseline: str | None = None,
-    which: str = "last",
+    which: str | None = None,
     out: str | None = None,
     pictures: bool = True,
 ) -> Written:
@@ -42,7 +42,7 @@ def write_report(
         targets: folders of runs, the folder of a study, or folders that hold runs.
         say: takes a line where something cannot be shown.
         baseline: label of the row to compare with; None for the study's, or the first.
-        which: "last" or "best", the models to show.
+        which: "last" or "best", the models to show; None for the study's `report.model`, or "last".
         out: folder of the report; None for `report` in the folder of the study or beside the runs.
         pictures: whether to draw.
 
@@ -50,7 +50,7 @@ def write_report(
         ValueError: see `read_sources` and `make_report`.
     """
     found = read_sources(targets, out)
-    report = make_report(found, say, baseline, which)
+    report = make_report(found, say, baseline, which or found.model)
     folder = found.folder
     folder.mkdir(parents=True, exist_ok=True)
     drawn = draw_pictures(report, folder, say) if pictures else []

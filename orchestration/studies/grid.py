@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestration.cluster.placement import bundle_of, shape_of
+from experts.data.cpus import usable_cpus
+from orchestration.cluster.placement import bundle_of, largest_share, shape_of
 from orchestration.config.compose import compose
 from orchestration.config.identity import config_hash
 from orchestration.config.paths import expand
@@ -208,7 +209,12 @@ def _cpus(config: RunConfig, gpu_share: float | None) -> float | None:
     """Return the CPUs of a worker where a config leaves them open: n runs of one thread beat one run of n threads."""
     if config.cluster.cpus_per_worker is not None:
         return None
-    return gpu_share if config.cluster.gpus_per_worker else float(config.engine.threads or 1)
+    if config.cluster.gpus_per_worker:
+        return gpu_share
+    share = float(config.engine.threads or 1)
+    if config.cluster.named_address is None:  # a run of many workers must still fit on this machine
+        share = min(share, largest_share(config.cluster.workers, [usable_cpus()]))
+    return share
 
 
 def _points_of(

@@ -24,12 +24,15 @@ def status_text(place: Path) -> str:
         ValueError: the folder holds neither.
     """
     study = read_json(place / STUDY_FILE)
+    inner = [] if study else [_summary(path.parent) for path in sorted(place.glob(f"*/{STUDY_FILE}"))]
     if study:
         records = study["points"]
     elif (place / CONFIG).exists():
         records, place = [{"run": place.name}], place.parent
     else:
         records = [{"run": path.parent.name} for path in sorted(place.glob(f"*/{CONFIG}"))]
+    if inner and not records:
+        return "\n".join(inner)
     if not records:
         raise ValueError(f"{place}: holds neither a study nor runs; needed the folder of one, e.g. runs/tour")
     states = [_state(place / record["run"], record) for record in records]
@@ -40,6 +43,7 @@ def status_text(place: Path) -> str:
     counts = Counter(state["state"] for state in states)
     head = ", ".join(f"{count} {state}" for state, count in counts.items())
     lines = [
+        *inner,
         f"{study['name'] if study else place}: {plural(len(states), 'run')}; {head}",
         "",
         *text_table(rows, left=(0, 1, 2)),
@@ -48,6 +52,13 @@ def status_text(place: Path) -> str:
     lines += ["", *problems] if problems else []
     lines += [f"missing: {one['label']} ({one['why']})" for one in (study.get("missing") or [])] if study else []
     return "\n".join(lines)
+
+
+def _summary(folder: Path) -> str:
+    """Return a line about a study among other runs."""
+    statuses = Counter(point["status"] for point in read_json(folder / STUDY_FILE)["points"])
+    counts = ", ".join(f"{count} {status}" for status, count in statuses.items())
+    return f"{folder}: a study of {plural(sum(statuses.values()), 'run')}; {counts}"
 
 
 def _state(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:

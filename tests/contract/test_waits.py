@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from aggregation.serving import load_model
 from aggregation.weight_learning import Learner, WeightLearning
+from experts.data.images import ResidentImages
 from orchestration.config.compose import load_config
 from orchestration.results import label_shift
 from orchestration.results.saved_run import SavedRun
@@ -80,7 +82,8 @@ class TestEvaluation:
 def waits_of_test_time_weights(method, folder, batch_size):
     """Return how often the host waits while weights are learnt and compared in batches of this size."""
     config = load_config([f"method={method}", *WORDS, f"run.evaluation_batch_size={batch_size}"])
-    dataset = digits(0)
+    whole = digits(0)
+    dataset = replace(whole, test=ResidentImages(whole.test.images[:150], whole.test.labels[:150]))
     (folder / "evaluation").mkdir(exist_ok=True)
     (folder / "evaluation" / "best.json").write_text(json.dumps({"stage": "train"}))
     saved = SavedRun(

@@ -18,7 +18,18 @@ from orchestration.storage.pretrained import _whole_network
 
 
 def test_every_command_explains_itself(capsys):
-    for command in ("train", "sweep", "plan", "evaluate", "regions", "features", "import-weights", "doctor", "sync"):
+    for command in (
+        "train",
+        "sweep",
+        "plan",
+        "evaluate",
+        "regions",
+        "features",
+        "import-weights",
+        "report",
+        "doctor",
+        "sync",
+    ):
         with pytest.raises(SystemExit, match="0"):
             main([command, "--help"])
         assert f"expertail {command}" in capsys.readouterr().out

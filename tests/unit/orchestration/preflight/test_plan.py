@@ -9,10 +9,10 @@ from experts.data.dataset import open_dataset
 from experts.ensemble import build_ensemble
 from orchestration.commands.plan import plan_text
 from orchestration.config.compose import load_config
-from orchestration.config.words import available
 from orchestration.preflight.expected_data import expected_data
 from orchestration.preflight.plan import plan
 from orchestration.preflight.plan_text import describe
+from tests.recipes import every_recipe
 
 CIFAR = ["dataset=cifar100_lt"]
 
@@ -84,8 +84,7 @@ def shapes_of(num_experts):
     yield [f"cluster.workers={3 * num_experts}", "engine.name=torch", "engine.precision=float64"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", available("method"))
+@every_recipe
 def test_every_recipe_is_planned_on_every_mesh(method):
     """Parameters, work and memory are those of the packed placement or more; a mesh of several workers exchanges."""
     packed, text = None, ""

@@ -81,4 +81,5 @@ def test_a_picture_without_data_costs_one_line_and_an_old_one_goes(runs, tmp_pat
     run = finish(tmp_path / "runs" / "ce-s0", "method=ce", accuracy=FEW_KNOWN)
     write_report([str(run)], said.append, out=str(tmp_path))
     assert {path.name for path in tmp_path.glob("*.png")} == {"groups-1.png"}
-    assert [line for line in said if "accuracy over test distributions; it needs `expertail evaluate" in line]
+    (line,) = said
+    assert "accuracy over test distributions (needs `expertail evaluate RUN --weights test-time" in line

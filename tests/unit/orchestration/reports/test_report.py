@@ -241,6 +241,27 @@ def test_a_study_gives_labels_order_baseline_and_missing_rows(runs, tmp_path):
     assert "missing: ABL: no public formula" in text
 
 
+def test_a_study_says_which_model_is_shown_and_another_key_is_refused(runs, tmp_path):
+    finish(tmp_path / "ce-s0", "method=ce", accuracy=CE, best=RIDE)
+    study = {"name": "night", "report": {"model": "best"}, "points": [{"run": "ce-s0", "status": "finished"}]}
+    (tmp_path / "study.json").write_text(json.dumps(study))
+    found = write_report([str(tmp_path)], print, pictures=False)
+    assert found.report.sections[0].table.rows[0].spread("few", found.report.which)[0] == pytest.approx(0.4)
+    assert "best on TEST: optimistic" in (found.folder / "report.md").read_text()
+    (tmp_path / "study.json").write_text(json.dumps(study | {"report": {"modle": "best"}}))
+    with pytest.raises(ValueError, match="report has modle; needed model: last, or model: best"):
+        write_report([str(tmp_path)], print, pictures=False)
+
+
+def test_a_study_whose_baseline_is_not_finished_is_shown_without_differences(runs, tmp_path):
+    copied(runs, tmp_path, "ride-s0")
+    study = {"baseline": "method=ce", "points": [{"run": "ride-s0", "label": {"method": "ride"}, "status": "finished"}]}
+    (tmp_path / "study.json").write_text(json.dumps(study))
+    report = write_report([str(tmp_path)], print, pictures=False).report
+    assert report.sections[0].comparison is None
+    assert report.remarks == ("table 1: the baseline method=ce is not in it, or not finished; no differences",)
+
+
 # Files
 
 
