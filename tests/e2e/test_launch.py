@@ -240,6 +240,7 @@ def test_nobody_gets_in_without_the_token(site, who, status):
     with pytest.raises(urllib.error.HTTPError) as refusal:
         urllib.request.urlopen(urllib.request.Request(f"{site.url}/api/jobs/", headers=headers), timeout=20)
     assert refusal.value.code == status
+    refusal.value.close()  # it is the answer, with the connection
 
     words = (*WORDS, f"cluster.address={site.gcs_address}", f"run.dir={site.run_dir}", "run.name=intruder")
     began = time.monotonic()
