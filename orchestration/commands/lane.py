@@ -12,6 +12,7 @@ import json
 import os
 import queue
 import signal
+import socket
 import sys
 import threading
 import time
@@ -23,6 +24,7 @@ from typing import Any
 
 LOG_FILE = "console.log"
 _PARENT_GONE_S = 900.0  # how long a run whose parent has gone may take to write its checkpoint
+_RAY_GONE = 5  # seconds in a row without an answer: a Ray that ended with the parent; its own clients wait for a minute
 
 
 class _Parent:
@@ -51,8 +53,21 @@ class _Parent:
         self._jobs.put(None)
         if self.training:  # as on a signal: a checkpoint, then the end
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(_PARENT_GONE_S)
-            os._exit(1)
+        end, silent = time.monotonic() + _PARENT_GONE_S, 0
+        while time.monotonic() < end and silent < _RAY_GONE:
+            time.sleep(1.0)
+            silent = 0 if _listens(os.environ.get("RAY_ADDRESS", "")) else silent + 1
+        os._exit(1)
+
+
+def _listens(address: str) -> bool:
+    """Say whether somebody listens at an address, host:port."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=1.0).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def main(arguments: list[str]) -> int:
