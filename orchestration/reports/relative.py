@@ -15,12 +15,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from configs import VANILLA
 from orchestration.reports.records import Record
 from orchestration.reports.rows import Row, Table, base_name, recipe_keys, schedule_of
 from orchestration.reports.statistics import mean_and_sd
 
-VANILLA = "ce"
-"""Name of the recipe that A_v is of."""
 Spread = tuple[float | None, float | None]
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from configs import VANILLA
 from experts.data.cpus import usable_cpus
 from orchestration.cluster.placement import bundle_of, largest_share, shape_of
 from orchestration.config.compose import compose
@@ -250,14 +251,14 @@ def _references(
     known, found = {point.identity for point in points}, list[Point]()
     for combination in combinations:
         plain = tuple(word for word in combination.words if not word.startswith(("method", "mix=", "then=", *_MIXES)))
-        for asked, recipe in ((combination.words, True), (("method=ce", *plain), False)):
+        for asked, recipe in ((combination.words, True), ((f"method={VANILLA}", *plain), False)):
             try:
                 words, config = compose_as_run((*asked, f"{BALANCED}=true"), study.seeds[0], gpu_share)
             except ValueError as problem:
                 problems.append(f"reference on balanced data: {str(problem).splitlines()[-1].strip()}")
                 return []
             label = dict(combination.label) if recipe else {
-                key: {"method": "ce"}.get(key, _NONE) if key in PARTS else value
+                key: {"method": VANILLA}.get(key, _NONE) if key in PARTS else value
                 for key, value in combination.label.items()
                 if key != "recipe" and not key.startswith("method.")
             }  # fmt: skip

@@ -138,9 +138,10 @@ def test_a_copied_sweep_has_an_mlflow_run_of_its_own_before_its_runs_name_it_as_
 
     if command == "sync":
         (copy / "sweep.json").write_text(json.dumps({"runs": [{"run": "x-0"}]}))
+        sync_whole = sync_module.sync_run
         monkeypatch.setattr(sync_module, "sync_run", begin_run)
         monkeypatch.setattr(sync_module, "sync", lambda *_: None)
-        sync_module._sync_sweep(copy, None)
+        sync_whole(str(copy), None)
     else:
         shutil.rmtree(copied)
         monkeypatch.setattr(sweep_module, "cluster", lambda address: contextlib.nullcontext())
