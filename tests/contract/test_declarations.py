@@ -194,6 +194,7 @@ def test_a_method_of_one_file_and_one_recipe_passes_every_contract_check(tmp_pat
         "test_graphs.py",
         "test_heads.py",
         "test_models.py",
+        "test_placements.py",
         "test_recipes.py",
         "test_steps.py",
     }
