@@ -72,6 +72,7 @@ REPRESENTATION: dict[str, tuple[str, ...]] = {
     "paco": ("method=paco",),
     "kcl": ("method=kcl",),
     "ssp_rotation": ("method=ssp_rotation",),
+    "ssp_longer": ("method=ssp_rotation", "method.stages.pretrain.epochs=120"),
     "deconfound": ("method=deconfound",),
     "oltr": ("method=oltr",),
 }
@@ -156,6 +157,7 @@ TABLES: dict[str, tuple[str, tuple[Row, ...]]] = {
         Row("`deconfound`", "deconfound", None, "deconfound"),
         Row("`oltr`", "oltr", None, "oltr"),
         Row("`ssp_rotation`, then cross-entropy", "ssp_rotation", None, "ssp_rotation"),
+        Row("`ssp_rotation` after 120 epochs", "ssp_longer"),
         Row("`kcl`, its second stage cRT", "kcl", None, "kcl"),
         Row("`paco`", "paco", None, "paco"),
     )),
