@@ -141,6 +141,17 @@ def test_a_plan_shows_the_workers_on_the_nodes(nodes):
     assert re.search(rf"{other}  \(1 CPUs; 1 of 3 workers\)", text)
 
 
+def test_a_probe_measures_the_link_between_two_nodes(nodes, tmp_path):
+    words = ["method=ride", "dataset=digits_lt", "dataset.image_size=16", "cluster.experts_per_worker=3"]
+    code, text = on_head(nodes, "plan", "--probe", *words, *WORDS, f"run.dir={tmp_path}/runs")
+    assert code == 0, text
+    assert "measured: an all-reduce of two workers between nodes: " in text
+    assert "was not measured" not in text
+    rows = [line for line in text.splitlines() if re.match(r"  (packed|spread|3 replicas)", line)]
+    assert len(rows) == 3 and not [row for row in rows if "n/a" in row], text
+    assert re.search(r"stage train: \S+ s per step were predicted, \S+ times what was measured", text)
+
+
 def test_a_node_that_does_not_answer_is_named(nodes, tmp_path):
     """Last: Ray may count the node as dead afterwards."""
     raylet = nodes.raylet("place2")
@@ -154,14 +165,3 @@ def test_a_node_that_does_not_answer_is_named(nodes, tmp_path):
     assert [words.partition("/")[0] for words in found["nodes", "FAIL"]] == [nodes.address("place2")]
     assert "2 of 3 answered" in found["nodes", "ok"][0]
     assert "2 nodes read and wrote there" in found["storage", "ok"][0]
-
-
-def test_a_probe_measures_the_link_between_two_nodes(nodes, tmp_path):
-    words = ["method=ride", "dataset=digits_lt", "dataset.image_size=16", "cluster.experts_per_worker=3"]
-    code, text = on_head(nodes, "plan", "--probe", *words, *WORDS, f"run.dir={tmp_path}/runs")
-    assert code == 0, text
-    assert "measured: an all-reduce of two workers between nodes: " in text
-    assert "was not measured" not in text
-    rows = [line for line in text.splitlines() if re.match(r"  (packed|spread|3 replicas)", line)]
-    assert len(rows) == 3 and not [row for row in rows if "n/a" in row], text
-    assert re.search(r"stage train: \S+ s per step were predicted, \S+ times what was measured", text)
