@@ -102,7 +102,8 @@ def new_figure(width: float, height: float) -> Any:
 def save_figure(figure: Any, path: Path) -> None:
     """Write a PNG as a whole: a reader sees the old file or the new one. The same figure gives the same bytes."""
     scratch = path.with_name(f".{path.name}")
-    figure.savefig(scratch, format="png", metadata={"Software": None})
+    # Not `savefig`, which draws everything on trial first: a fourteenth of the time of a report, for the same bytes.
+    figure.canvas.print_png(scratch, metadata={"Software": None})
     os.replace(scratch, path)
 
 
