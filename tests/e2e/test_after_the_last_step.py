@@ -43,7 +43,7 @@ def die_at_first_prediction(monkeypatch):
 
 def test_faults_after_the_last_step_cost_a_line_each(warm, tmp_path, monkeypatch, capsys):
     die_at_first_prediction(monkeypatch)
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)  # whoever has imported what saves it
+    monkeypatch.setattr("matplotlib.backends.backend_agg.FigureCanvasAgg.print_png", fail)
     monkeypatch.setattr("orchestration.runs.kept_predictions.write_predictions", fail_at_the_end)
     monkeypatch.setattr("orchestration.tracking.uploader.State", fail)  # of an uploader that ended badly
     monkeypatch.setattr("orchestration.tracking.uploader.Uploader.send_message", lambda *_: None)

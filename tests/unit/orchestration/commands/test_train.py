@@ -113,7 +113,7 @@ def test_a_signal_while_pictures_are_drawn_ends_a_finished_run_and_the_same_comm
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr("matplotlib.figure.Figure.savefig", stop)
+        patch.setattr("matplotlib.backends.backend_agg.FigureCanvasAgg.print_png", stop)
         with pytest.raises(Stopped, match="SIGTERM while its report was drawn") as stopped:
             train.train_and_report(config, {})
     assert stopped.value.exit_code == 143
