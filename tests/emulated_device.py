@@ -172,7 +172,7 @@ class EmulatedDevice(_Dispatch):
 
 @dataclass(frozen=True)
 class _Traits:
-    """What an operation's schema says of it.
+    """The facts of an operation that its schema holds.
 
     Attributes:
         looks: it makes a view, or takes memory without filling it.

@@ -15,7 +15,7 @@ from experts.registry import Settings
 
 _SETTING = (bool, int, float, str, tuple, list, type(None), Settings)
 _COUNTED: dict[tuple[str, tuple[int, ...]], tuple[int, tuple[int, ...]]] = {}
-"""What `multiply_adds_by_shape` found, by structure and input: a plan asks again for every stage and placement."""
+"""Results of `multiply_adds_by_shape`, by structure and input: a plan asks again for every stage and placement."""
 
 
 def multiply_adds(module: nn.Module, inputs: Tensor) -> int:

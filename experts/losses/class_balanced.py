@@ -56,7 +56,7 @@ class ClassBalanced(PerImage):
 
         @property
         def gives_probabilities(self) -> bool:
-            """Whether the form is one of a softmax."""
+            """Return whether the form is one of a softmax."""
             return self.form in ("softmax", "softmax_bce")
 
         def trained_log_prior(

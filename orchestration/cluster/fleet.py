@@ -105,7 +105,7 @@ class Fleet:
 
     @property
     def _likeness(self) -> tuple[Any, ...]:
-        """What two fleets must have in common for one to take over the workers of the other."""
+        """Return the facts that two fleets must share for one to take over the workers of the other."""
         shape, threads = self.shape, self.config.engine.threads
         return tuple(sorted(self._bundle.items())), shape.workers, shape.replicas, threads, self.engine
 

@@ -1,4 +1,4 @@
-"""What a result cost: parameters, multiply-adds of inference and training (counted), and hours (measured).
+"""The cost of a result: parameters, multiply-adds of inference and training (counted), and hours (measured).
 
 Multiply-adds are those of `expertail plan`, with all experts on one worker, so that runs of one recipe cost the same
 wherever they were placed. Hours are those of the workers of a whole run, with all its final stages.
@@ -22,7 +22,7 @@ from orchestration.reports.statistics import mean_and_sd
 
 @dataclass(frozen=True)
 class Cost:
-    """What a row cost; None where it is not known.
+    """The cost of a row; None where it is not known.
 
     Attributes:
         parameters: of the ensemble that answers.

@@ -1,4 +1,4 @@
-"""What the pictures of a report have in common: colours of rows, labels that do not lie on each other."""
+"""Shared parts of the pictures of a report: colours of rows, labels that do not lie on each other."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Model:
-    """What was measured of one model, "last" or "best".
+    """The measures of one model, "last" or "best".
 
     Attributes:
         values: by name: `all`, the groups of both rules, `nll` (nats), `ece`, `worst`, `balanced`, `macro_f1`, `top5`;

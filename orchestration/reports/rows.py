@@ -28,7 +28,7 @@ _MOST_KEYS = 4  # of a label; more cannot be read
 
 
 class Schedule(NamedTuple):
-    """What the rows of one table have in common besides the data.
+    """The conditions that the rows of one table share besides the data.
 
     Attributes:
         backbone: name and depth.

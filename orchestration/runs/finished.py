@@ -1,4 +1,4 @@
-"""Whether a run folder holds the finished run of a config."""
+"""Tell whether a run folder holds the finished run of a config."""
 
 from __future__ import annotations
 

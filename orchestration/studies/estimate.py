@@ -1,4 +1,4 @@
-"""What `expertail study --plan` prints: runs, places, hours, storage. Nothing is started.
+"""The text of `expertail study --plan`: runs, places, hours, storage. Nothing is started.
 
 Hours and storage are those of runs that are finished, so that they hold for this recipe, data and machine. Before the
 first is finished, they are said to be unknown: `expertail plan --probe` of one run measures the hours.

@@ -26,7 +26,7 @@ _DIED = "died"
 
 
 class Event(NamedTuple):
-    """What a lane says, or its end.
+    """A message of a lane, or its end.
 
     Attributes:
         lane: that says it.

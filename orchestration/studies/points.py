@@ -13,7 +13,7 @@ class Point:
 
     Attributes:
         run: name of the run and of its folder.
-        label: what makes it differ from the others but for the seed, by key: {"method": "ride", "mix": "none"}.
+        label: what makes it differ from the others but for the seed, by key, as {"mix": "none"}.
         seed: of the run.
         words: that `expertail train` takes, without run.dir and run.name.
         identity: digest of what determines its results (`config_hash`).

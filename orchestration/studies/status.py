@@ -1,4 +1,4 @@
-"""What `expertail status` prints: state, epoch, time left, accuracy, cost and failure of each run. Files alone tell."""
+"""The text of `expertail status`: state, epoch, time left, accuracy, cost and failure of each run. Files alone tell."""
 
 from __future__ import annotations
 

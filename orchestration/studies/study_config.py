@@ -1,4 +1,4 @@
-"""What a study is: recipes, axes, seeds, read from YAML or from the words of a command line.
+"""The parts of a study: recipes, axes, seeds, read from YAML or from the words of a command line.
 
     expertail study method=ce,ride mix=none,cmo dataset.imbalance_ratio=50,100 seed=0,1,2 dataset=digits_lt
     expertail study study=tour seed=0,1
@@ -40,7 +40,7 @@ class Recipe(_Keys):
     words: str
     """As on a command line, e.g. `method=ride method.num_experts=5`."""
     label: str | None = None
-    """How reports call it. Unset: by its words."""
+    """Its name in reports. Unset: by its words."""
 
 
 class Missing(_Keys):

@@ -48,7 +48,7 @@ class StudyFolder:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """What study.json keeps of each run."""
+        """The records of study.json, one for each run."""
         points: list[dict[str, Any]] = self.content["points"]
         return points
 

@@ -20,7 +20,7 @@ from orchestration.tracking.uri import check_uri
 
 LOG_FILE = "tracking.log"
 instead: list[Callable[[Path, Target, Callable[[str], None]], Uploader]] = []
-"""How to start an upload in another way than by a process of its own; the last counts. See series.py."""
+"""Other ways to start an upload than by a process of its own; the last counts. See series.py."""
 
 
 def start_uploader(

@@ -81,7 +81,7 @@ def test_a_second_baseline_turns_the_signs(runs):
 
 
 def test_costs_are_counted_for_the_data_of_the_run(report):
-    """Of one run on both sets, training differs by the images: 612 and 552, in whole numbers of draws."""
+    """The training of one run on both sets differs by the images: 612 and 552, in whole numbers of draws."""
     of_first, of_second = (section.costs["ce"] for section in report.sections)
     assert of_first.parameters == of_second.parameters > 10_000
     assert of_second.training / of_first.training == pytest.approx((sum(COUNTS) - 60) / sum(COUNTS))
@@ -106,7 +106,7 @@ def test_another_length_of_training_is_not_compared(runs, tmp_path):
 
 
 def test_final_stages_have_rows_of_their_own(tmp_path):
-    """What four seeds of one recipe end in: the plain network, and the one with another classifier."""
+    """The ends of four seeds of one recipe: the plain network, and the one with another classifier."""
     words = ("method=ce", "then=[joint,ncm]", "seed=0")
     finish(tmp_path / "both-s0", *words, accuracy={"joint": CE, "ncm": RIDE})
     (section,) = make_report(read_sources([str(tmp_path)]), nothing).sections

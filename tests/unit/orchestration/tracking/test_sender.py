@@ -1,4 +1,4 @@
-"""What is sent to MLflow, by a client that records it."""
+"""Messages to MLflow, by a client that records them."""
 
 from __future__ import annotations
 
