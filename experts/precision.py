@@ -33,7 +33,8 @@ def repeat_bits(asked: bool) -> None:
     """
     if asked:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(asked)
+    # Not `use_deterministic_algorithms`: the same switch, which loads the compiler too, for 2 s.
+    torch.set_deterministic_debug_mode("error" if asked else "default")
     # By itself the switch also writes NaN to all new memory, one more kernel for each tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = asked

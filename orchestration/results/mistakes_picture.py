@@ -5,7 +5,7 @@ It follows from kept predictions. Of images that are not kept in memory only tho
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from orchestration.results.style import fonts_for, new_figure, set_figure_title,
 from orchestration.storage.predictions import file_of
 
 _COLUMNS, _ROWS = 6, 4
+_WIDTH, _SIDE, _ROW, _HEAD = 12.0, 1.88, 2.5, 1.05  # inches: sheet, image, row with its text, what is above the images
 _ENSEMBLE = "ensemble"
 _FILE_CHARACTERS = 30
 
@@ -64,24 +65,35 @@ def draw_mistakes(folder: Path, opened: Callable[[], SavedRun], stage: str, titl
     if not np.array_equal(kept.labels_N, saved.store.labels):
         raise ValueError(f"{path}: its labels are not those of the test images; evaluate the run where its data is")
     names, m = saved.data["class_names"], kept.names.index(_ENSEMBLE)
-    rows = -(-len(places) // _COLUMNS)
-    figure = new_figure(12.0, 0.7 + 2.6 * rows)
-    axes = figure.subplots(rows, _COLUMNS, squeeze=False).ravel()
-    for one in axes:
-        one.set_axis_off()
     texts = []
     for place in places:
         said, sure = names[kept.predicted_MN[m, place]], 100 * float(kept.confidence_MN[m, place])
         lines = [shorten(str(names[kept.labels_N[place]])), f"taken for {shorten(str(said))}, {sure:.1f} %"]
         texts.append("\n".join([*lines, *_file(saved.store, int(place))]))
     # The files' names are known here alone; the fonts of the other pictures were chosen for those of the classes.
-    fonts = fonts_for("".join(texts))[0]
-    for one, text, pixels in zip(axes, texts, _pixels(saved.store, places), strict=False):
-        one.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        one.set_title(text, fontsize=7, loc="left", fontfamily=fonts)
+    figure = _sheet(_pixels(saved.store, places), texts, fonts_for("".join(texts))[0])
     wrong = int((kept.rank_MN[m] != 0).sum())
     about = f"the surest {len(places)} of {wrong:,} mistakes among {len(kept.labels_N):,} test images"
     set_figure_title(figure, f"{title}\nWhat the ensemble's last model is surest of and wrong about: {about}")
+    return figure
+
+
+def _sheet(pixels: NDArray[np.uint8], texts: Sequence[str], fonts: Sequence[str]) -> Any:
+    """Draw images in rows, each with a text above it.
+
+    All are in one panel, whose units are inches: a panel for each takes five times as long to draw.
+    """
+    height = _HEAD + _ROW * -(-len(texts) // _COLUMNS) - 0.4
+    figure = new_figure(_WIDTH, height)
+    figure.set_layout_engine("none")
+    panel = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    panel.set_axis_off()
+    for k, (image, text) in enumerate(zip(pixels, texts, strict=True)):
+        left, top = 0.06 + _WIDTH / _COLUMNS * (k % _COLUMNS), _HEAD + _ROW * (k // _COLUMNS)
+        edges = (left, left + _SIDE, top + _SIDE, top)
+        panel.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest", extent=edges)
+        panel.text(left, top - 0.05, text, fontsize=7, fontweight="bold", fontfamily=fonts, va="bottom")
+    panel.set(xlim=(0, _WIDTH), ylim=(height, 0))
     return figure
 
 

@@ -65,7 +65,9 @@ def compile_parts(setup: TrainingSetup, beat: Callable[[], None]) -> None:
     _check_compiler(setup.mesh.device)
     _keep_code()
     import torch._dynamo.config as tracing
+    import torch._inductor.config as generating
 
+    generating.deterministic = torch.are_deterministic_algorithms_enabled()
     tracing.recompile_limit = max(tracing.recompile_limit, _MOST_CODES)
     images = min(setup.batches.config.batch_size, setup.batches.draws_per_epoch)
     first, last = share(images, setup.mesh.replica, setup.mesh.shape.replicas)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,13 @@ class HeldSGD(torch.optim.Optimizer):
         super().__init__(groups, {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay})
         self.nesterov = config.nesterov
         self.ok = ok
+
+    # Torch wraps these for its compiler, which each process would load for them: 1.5 s before its first step.
+    # Nothing compiles an optimiser here.
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rates of the next step from the base rate."""

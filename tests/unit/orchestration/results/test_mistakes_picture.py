@@ -67,8 +67,9 @@ def test_the_images_shown_are_decoded_and_no_other(saved, tmp_path, monkeypatch)
         figure = draw_mistakes(tmp_path / "evaluation", lambda: saved, "", "ce, run a")
         save_figure(figure, tmp_path / "mistakes.png")
     assert read == [saved.store.files.path(place) for place in wrong[::-1][:24]]
-    texts = [axes.get_title(loc="left") for axes in figure.axes]
-    assert len(texts) == 24
+    (panel,) = figure.axes
+    texts = [text.get_text() for text in panel.texts]
+    assert len(texts) == len(panel.images) == 24
     assert texts[0].splitlines()[:2] == ["c", "taken for dddddddddddddddd…, 89.0 %"]
     assert texts[0].endswith("picture $_58.png")
     assert "the surest 24 of 30 mistakes among 60 test images" in figure.get_suptitle().replace("\n", " ")
@@ -89,7 +90,7 @@ def test_names_of_files_are_drawn_with_fonts_that_have_their_script(saved, tmp_p
         lambda names: (["DejaVu Sans", "a font with 猫"] if "猫" in names else ["DejaVu Sans"], ""),
     )
     figure = draw_mistakes(tmp_path / "evaluation", lambda: saved, "", "ce, run a")
-    titles = [axes._left_title for axes in figure.axes if axes.get_title(loc="left")]
+    titles = figure.axes[0].texts
     assert [title.get_fontfamily() for title in titles] == [["DejaVu Sans", "a font with 猫"]] * 2
     assert titles[1].get_text().endswith("猫.png")
 
