@@ -30,7 +30,7 @@ from orchestration.studies.run_queue import FAILED, FINISHED, WAITING
 from orchestration.studies.side_by_side import SideBySide
 from orchestration.studies.status import status_text
 from orchestration.studies.study_config import read_study
-from orchestration.studies.study_folder import StudyFolder, held, refuse
+from orchestration.studies.study_folder import StudyFolder, held, refuse, with_a_folder
 from orchestration.tracking.ownership import settle_ownership
 from orchestration.tracking.uploader import start_uploader
 
@@ -44,7 +44,7 @@ def plan_study(words: Sequence[str]) -> str:
     Raises:
         ValueError: everything that is wrong with it.
     """
-    grid = lay_out(read_study(words))
+    grid = with_a_folder(lay_out(read_study(words)))
     folder = StudyFolder(grid.folder)
     refuse(grid.name, list(folder.problems_with(grid)))
     nodes = None
@@ -64,12 +64,12 @@ def study(words: Sequence[str]) -> int:
         ValueError: the study is malformed, or its folder holds something else. Raised before anything is started.
         Stopped: on a signal, after checkpoints; the same command goes on.
     """
-    grid = lay_out(read_study(words))  # before a cluster is asked: refusals come at once
+    grid = with_a_folder(lay_out(read_study(words)))  # before a cluster is asked: refusals come at once
     refuse(grid.name, list(StudyFolder(grid.folder).problems_with(grid)))
     with held(grid.folder) as lock, cluster(grid.address):
         nodes = node_resources()
         if share := gpu_share(nodes):
-            grid = lay_out(grid.study, share)
+            grid = lay_out(grid.study, share).named(grid.name)
         folder = StudyFolder(grid.folder)
         refuse(grid.name, list(folder.problems_with(grid)))
         points = folder.take(grid)

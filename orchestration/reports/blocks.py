@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from orchestration.reports.across import Across, Member
 from orchestration.reports.compare import Difference
 from orchestration.reports.records import BY_COUNT, BY_INDEX, unfinished_lines
 from orchestration.reports.report import Report, Section, spread_text
@@ -49,8 +50,8 @@ class Block:
 def blocks(report: Report, section: Section) -> list[Block]:
     """Return the tables of a section that have something to show."""
     makers: tuple[Callable[[Report, Section], Block | None], ...] = (
-        accuracy_block, _differences_block, _index_differences_block, _bootstrap_block, _measures_block, _cost_block,
-        _chosen_block, _relative_block,
+        accuracy_block, _classifiers_block, _differences_block, _index_differences_block, _bootstrap_block,
+        _measures_block, _cost_block, _chosen_block, _relative_block,
     )  # fmt: skip
     return [block for make in makers if (block := make(report, section)) is not None]
 
@@ -87,6 +88,53 @@ def accuracy_block(report: Report, section: Section) -> Block:
         notes.append("This data set has no groups by index.")
     return Block("accuracy", "Accuracy", tuple(notes), ("recipe", "n", *(heading(section, k) for k in keys), *extra),
                  tuple(cells))  # fmt: skip
+
+
+def _classifiers_block(report: Report, section: Section) -> Block | None:
+    """Return losses by classifiers, where several recipes end with several final stages.
+
+    Source of the layout: Zhang et al. 2023, "Deep Long-Tailed Learning: A Survey", Table 7.
+    """
+    by_loss: dict[str, dict[str, Row]] = {}
+    for row in section.table.rows:
+        stage = row.records[0].stage
+        by_loss.setdefault(row.label.replace(f"+{stage}", "", 1) if stage else row.label, {})[stage] = row
+    several = {loss: own for loss, own in by_loss.items() if len(own) > 1}
+    if len(several) < 2:
+        return None
+    stages = dict.fromkeys(stage for own in several.values() for stage in own)
+    columns = [(stage, key) for stage in stages for key in section.measures if key not in BY_INDEX]
+    rows = []
+    for loss, own in several.items():
+        spreads = [own[stage].spread(key, report.which) if stage in own else (None, None) for stage, key in columns]
+        rows.append((Cell(loss), *(Cell(spread_text(spread), spread[0]) for spread in spreads)))
+    notes = ("Top-1 in %, mean and standard deviation over seeds, by the final stage that gave the classifier.",)
+    headings = ("loss", *(f"{stage}: {heading(section, key)}" for stage, key in columns))
+    return Block("classifiers", "Losses by classifiers", notes, headings, tuple(rows))
+
+
+def across_block(report: Report, one: Across) -> Block:
+    """Return top-1 by group over a key whose values lie in different tables, with each row's own sizes of groups."""
+    tables = {member.table.number: member.table for member in one.members}.values()
+    keys = ["all", *(key for key in (*BY_COUNT, *BY_INDEX) if any(table.data.groups.get(key) for table in tables))]
+    rows = []
+    for name, members in one.families.items():
+        for member in members:
+            place = (Cell(name), Cell(member.value, member.number), Cell(str(len(member.row.seeds))))
+            rows.append((*place, *(_sized_cell(member, key, report.which) for key in keys)))
+    headings = [key.replace("_by_index", " by index") if key in BY_INDEX else key for key in keys]
+    notes = (
+        "Top-1 in % of test images, mean and standard deviation over n seeds; in brackets the classes of the group in "
+        "the row's own data. Rows of different tables are not compared.",
+    )
+    return Block(f"across_{one.key.replace('.', '_')}", f"Accuracy over {one.name}", notes,
+                 ("recipe", one.name, "n", *headings), tuple(rows))  # fmt: skip
+
+
+def _sized_cell(member: Member, key: str, which: str) -> Cell:
+    spread = member.row.spread(key, which)
+    size = "" if key == "all" else f" [{len(member.table.data.groups.get(key, ())):,}]"
+    return Cell(f"{spread_text(spread)}{size}", spread[0])
 
 
 def _best_text(rows: Sequence[Row], key: str, which: str) -> str:

@@ -46,6 +46,7 @@ def _table(report: Report, section: Section) -> dict[str, Any]:
 def _row(report: Report, section: Section, row: Row) -> dict[str, Any]:
     found: dict[str, Any] = {
         "label": row.label,
+        "parts": row.records[0].label,
         "seeds": row.seeds,
         "runs": [{"run": record.run, "stage": record.final, "seed": record.seed, "commit": record.facts.get("commit"),
                   "config_hash": record.facts.get("config_hash")} for record in row.records],

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestration.config.identity import published_result
+from orchestration.reports.across import Across, across
 from orchestration.reports.compare import Comparison, Difference, baseline_of, compare, verdict
 from orchestration.reports.cost import Cost, Costs
 from orchestration.reports.records import BY_COUNT, BY_INDEX, LeftOut, Record
@@ -70,6 +71,7 @@ class Report:
         left_out: runs that are not shown.
         missing: rows that cannot be trained yet, and why.
         provenance: commits, versions, hardware, digests of data, with the number of runs of each.
+        across: what a study varies across tables.
     """
 
     title: str
@@ -79,6 +81,7 @@ class Report:
     left_out: tuple[LeftOut, ...]
     missing: tuple[tuple[str, str], ...]
     provenance: Mapping[str, Mapping[str, int]]
+    across: tuple[Across, ...] = ()
 
     @property
     def model_line(self) -> str:
@@ -126,7 +129,7 @@ def make_report(found: Sources, say: Callable[[str], None], baseline: str | None
     remarks += list(dict.fromkeys(line for one in sections if one.comparison for line in one.comparison.remarks))
     return Report(
         found.title, which, sections, tuple(remarks), (*found.left_out, *doubles), tuple(found.missing),
-        _provenance(found.records),
+        _provenance(found.records), tuple(across(all_tables, found.axes, found.varied)),
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from orchestration.config.paths import expand
 from orchestration.reports.records import MODELS, LeftOut, Record, read_run
-from orchestration.storage.files import CONFIG, read_json
+from orchestration.storage.files import CONFIG, read_json, refuse_sweep
 from orchestration.storage.url_store import is_url
 
 STUDY = "study.json"
@@ -117,6 +117,7 @@ def _runs(folders: Sequence[Path]) -> Sources:
         if (folder / CONFIG).is_file():
             runs.append(folder)
             continue
+        refuse_sweep(folder)
         inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
         if not inside:
             what = "a folder without config.yaml, and without runs in it" if folder.is_dir() else "a file"

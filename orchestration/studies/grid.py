@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from configs import VANILLA
@@ -34,6 +34,7 @@ from orchestration.tracking.uri import default_uri
 
 BALANCED = "dataset.balanced"
 _NONE = "none"
+_EXPERIMENT = "tracking.experiment="
 _NAME_CHARACTERS = 60  # of a value, in the name of its run
 _SHOWN = 3  # recipes that one problem names
 _GROUPS_BY_VALUE = ("dataset", "backbone", "pace", "protocol")  # whose choice alone says what it is
@@ -60,6 +61,11 @@ class Grid:
     baseline: Mapping[str, str] | None
     defaults: tuple[str, ...]
     address: str | None
+
+    def named(self, name: str) -> Grid:
+        """Return the same study by another name, in a folder of its own."""
+        defaults = tuple(word.replace(f"{_EXPERIMENT}{self.name}", f"{_EXPERIMENT}{name}") for word in self.defaults)
+        return replace(self, name=name, folder=self.folder.with_name(name), defaults=defaults)
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ def lay_out(study: StudyConfig, gpu_share: float | None = None) -> Grid:
     if study.references:
         points += _references(study, combinations, points, gpu_share, problems)
     first = next(iter(composed.values()))[1]
-    name = study.name or default_name(study, first.dataset.name)
+    name = study.name or default_name(study, first.method.name, first.dataset.name)
     baseline = None if study.baseline is None else label_of(study.baseline.split())
     problems += [*_duplicates(points), *_no_baseline(study, baseline, points), *_place_problems(name, composed)]
     if problems:
@@ -322,4 +328,4 @@ def _defaults(name: str, config: RunConfig) -> tuple[str, ...]:
     """Return where the runs are tracked unless they say so: one store beside the study, one experiment for it."""
     tracking = config.tracking
     uri = [] if tracking.uri is not None else [f"tracking.uri={default_uri(expand(config.run.dir))}"]
-    return (*uri, *([f"tracking.experiment={name}"] if tracking.experiment == "expertail" else []))
+    return (*uri, *([f"{_EXPERIMENT}{name}"] if tracking.experiment == "expertail" else []))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.results.text import duration, plural, text_table
-from orchestration.storage.files import CONFIG, read_config, read_json
+from orchestration.storage.files import CONFIG, read_config, read_json, refuse_sweep
 from orchestration.storage.journal import FILE_NAME as JOURNAL
 from orchestration.tracking.contents import STUDY_FILE
 
@@ -23,6 +23,7 @@ def status_text(place: Path) -> str:
     Raises:
         ValueError: the folder holds neither.
     """
+    refuse_sweep(place)
     study = read_json(place / STUDY_FILE)
     inner = [] if study else [_summary(path.parent) for path in sorted(place.glob(f"*/{STUDY_FILE}"))]
     if study:

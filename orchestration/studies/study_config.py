@@ -198,10 +198,20 @@ def _values(parser: OverridesParser, word: str) -> list[str] | None:
     return list(dict.fromkeys(str(value) for value in override.sweep_string_iterator()))
 
 
-def default_name(study: StudyConfig, dataset: str) -> str:
-    """Return the name of a study without one: what varies, and the data; the same when values are added."""
+def default_name(study: StudyConfig, recipe: str, dataset: str) -> str:
+    """Return the name of a study without one: what varies, what does not, and the data; the same when values are added.
+
+    Args:
+        study: without a name.
+        recipe: name of its first run's recipe.
+        dataset: name of its data.
+    """
     varied = [short_key(key) for key in study.axes if key != "dataset"] or (["recipe"] if study.recipes else [])
-    return re.sub(r"[^\w.+-]+", "_", "-".join(["study", *(["+".join(varied)] if varied else []), dataset]))
+    parts = dict(word.partition("=")[::2] for word in study.words)
+    fixed = [parts[key].strip("[]").replace(",", "+") for key in PARTS if parts.get(key, "null") not in ("null", "[]")]
+    whole = study.recipes or any(key in study.axes for key in PARTS)  # then the recipe's name is that of one run alone
+    words = ["study", "+".join(varied), "+".join(fixed) if whole else recipe, dataset]
+    return re.sub(r"[^\w.+-]+", "_", "-".join(filter(None, words)))
 
 
 def short_key(key: str) -> str:
