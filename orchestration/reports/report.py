@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from orchestration.config.identity import published_result
@@ -246,4 +247,6 @@ def _provenance(records: Sequence[Record]) -> dict[str, dict[str, int]]:
         machine = f"{host.get('processor', 'unknown')}, {host.get('cpus', '?')} CPUs"
         found["hardware"][f"{machine}; {plural(workers, 'worker')} {'with GPU' if gpu else 'without GPU'}"] += 1
         found["data"][f"{record.data.name} {record.data.digest}"] += 1
+        if adopted := facts.get("adopted"):  # the folder alone: its runs may be many
+            found.setdefault("taken over from", Counter())[Path(adopted["folder"]).name] += 1
     return {name: dict(counts.most_common()) for name, counts in found.items()}

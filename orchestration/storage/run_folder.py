@@ -224,6 +224,12 @@ def origin(run: Mapping[str, Any]) -> dict[str, Any]:
     return {"commit": run["commit"], "versions": run["versions"], "hardware": hardware}
 
 
+def origin_name(adopted: Mapping[str, Any]) -> str:
+    """Return what a run is called that was taken over: its old folder, with the one above, and the commit."""
+    commit = f" ({adopted['commit'][:8]})" if adopted.get("commit") else ""
+    return f"{Path(adopted['folder']).name}/{adopted['run']}{commit}"
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python, of this project and of the libraries that affect the numbers."""
     found = {"python": platform.python_version(), "expertail": __version__}

@@ -61,6 +61,11 @@ def _number_or_auto(value: Any) -> Any:
     raise ValueError("needed a whole number of 1 or more, or auto")
 
 
+def _several(value: Any) -> Any:
+    """Return the folders that one word names, `study.adopt=A,B`."""
+    return tuple(filter(None, value.strip("[]").split(","))) if isinstance(value, str) else value
+
+
 class StudyConfig(_Keys):
     """A study, as its file and its words say."""
 
@@ -82,6 +87,8 @@ class StudyConfig(_Keys):
     missing: tuple[Missing, ...] = ()
     report: dict[str, Any] = Field(default_factory=dict)
     """For `expertail report`."""
+    adopt: Annotated[tuple[str, ...], BeforeValidator(_several)] = ()
+    """Folders of finished runs that were trained elsewhere; those that are runs of the study are taken over."""
     parallel: Annotated[int | Literal["auto"], BeforeValidator(_number_or_auto)] = "auto"
     """The most runs at once. auto: as many as the cluster has places for."""
     retry: Literal["failed"] | None = None

@@ -139,6 +139,7 @@ class StudyFolder:
                 problems += _other_run(folder, point)
             if run.get("status") == "finished":
                 record |= {"status": FINISHED, "problem": None}
+                record |= {"adopted": run["adopted"]} if "adopted" in run else {}
             elif record["status"] == FAILED and not retry:
                 continue
             else:
