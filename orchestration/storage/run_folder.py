@@ -92,9 +92,7 @@ class RunFolder:
     @property
     def started(self) -> bool:
         """Whether an earlier start trained here. A start that was refused, for its data say, does not count."""
-        journal = self.path / "metrics.jsonl"
-        trained = (journal.exists() and journal.stat().st_size > 0) or any(self.path.glob("checkpoints/[0-9]*"))
-        return trained and (self.path / CONFIG).exists()
+        return has_started(self.path)
 
     def stored_config(self) -> RunConfig:
         """Read the config that the run was started with.
@@ -208,6 +206,13 @@ class RunFolder:
 
     def _write_json(self, name: str, value: dict[str, Any]) -> None:
         write_json(self.path / name, value)
+
+
+def has_started(path: Path) -> bool:
+    """Return whether a run was trained in a folder, which another process may hold."""
+    journal = path / "metrics.jsonl"
+    trained = (journal.exists() and journal.stat().st_size > 0) or any(path.glob("checkpoints/[0-9]*"))
+    return trained and (path / CONFIG).exists()
 
 
 def _command() -> str:

@@ -13,7 +13,6 @@ tracking.json comes with it: by what that says, the copy gets an MLflow run of i
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import shutil
 from collections import Counter
@@ -32,7 +31,7 @@ from orchestration.results.text import plural
 from orchestration.runs.finished import with_threads
 from orchestration.storage.checkpoint import Checkpoints
 from orchestration.storage.files import CONFIG, DATA, LOCK, RUN, read_json, sync_folder, write_atomic, write_json
-from orchestration.storage.run_folder import RunFolder
+from orchestration.storage.run_folder import has_started
 from orchestration.studies.points import Point
 from orchestration.studies.run_queue import FINISHED
 from orchestration.studies.shared_stages import stage_digests
@@ -208,14 +207,7 @@ def held_against(found: Found, study: StudyFolder, points: Sequence[Point]) -> A
     records = study.records if study.content else []
     done = {record["identity"] for record in records if record["status"] == FINISHED}
     left = [point.run for point in points if point.identity not in done]
-    return Adoption(found, points, {run: _has_begun(study.path / run) for run in left})
-
-
-def _has_begun(folder: Path) -> bool:
-    if not (folder / CONFIG).exists():
-        return False
-    with contextlib.closing(RunFolder(folder)) as run:
-        return run.started
+    return Adoption(found, points, {run: has_started(study.path / run) for run in left})
 
 
 def take_over(donor: Donor, point: Point, folder: Path, defaults: Sequence[str]) -> str | None:
