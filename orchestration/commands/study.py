@@ -46,7 +46,7 @@ def plan_study(words: Sequence[str]) -> str:
     Raises:
         ValueError: everything that is wrong with it.
     """
-    grid = with_a_folder(lay_out(read_study(words)))
+    grid = with_a_folder(lay_out(read_study(words), files=False))
     folder = StudyFolder(grid.folder)
     refuse(grid.name, list(folder.problems_with(grid)))
     nodes = None

@@ -55,7 +55,7 @@ def _row(report: Report, section: Section, row: Row) -> dict[str, Any]:
         "best": {key: _measure(row, key, "best") for key in COMPARED},
         "best_chosen_on": {model.selected_on for model in row.models("best").values()},
         "cost": asdict(section.costs[row.label]),
-        "published": section.published.get(row.label),
+        "published": asdict(one) if (one := section.published.get(row.label)) else None,
     }  # fmt: skip
     found["best_chosen_on"] = sorted(map(str, found["best_chosen_on"]))
     if section.comparison:

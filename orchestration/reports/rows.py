@@ -144,10 +144,13 @@ def recipe_keys(record: Record) -> dict[str, Any]:
 
 def base_name(record: Record) -> str:
     """Return the recipe's own name, with the final stage where a run has several."""
-    method = record.config.method
-    if not record.stage:
-        return method.name
-    return f"{loss_label(method.name, method.finals)}+{record.stage}"
+    return recipe_name(record.config, record.stage)
+
+
+def recipe_name(config: RunConfig, stage: str = "") -> str:
+    """Return a recipe's name, with the final stage where it has several: ce+ncm."""
+    method = config.method
+    return f"{loss_label(method.name, method.finals)}+{stage}" if stage else method.name
 
 
 def loss_label(method: str, finals: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from orchestration.cluster.placement import Resources
 from orchestration.results.text import bytes_, duration, plural, text_table
 from orchestration.storage.files import read_json
 from orchestration.studies.adoption import Adoption
+from orchestration.studies.beside import beside_lines
 from orchestration.studies.grid import Grid
 from orchestration.studies.points import Point
 from orchestration.studies.run_queue import FAILED, FINISHED
@@ -72,8 +73,7 @@ def plan_lines(
     measured = [_measured(grid.folder / status[point.identity][1]) for point in done]
     yield f"hours     {_hours(measured, len(left), most)}"
     yield f"storage   {_storage(measured, len(left))}"
-    for missing in grid.study.missing:
-        yield f"missing   {missing.label}: {missing.why}"
+    yield from beside_lines(grid)
 
 
 def _own(point: Point, grid: Grid) -> list[str]:

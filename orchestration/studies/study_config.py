@@ -27,7 +27,7 @@ from orchestration.config.words import message
 PARTS = ("method", "mix", "then")
 """Groups that a recipe's name is made of."""
 _OWN = "study."  # words with this prefix set keys of the study
-_BY_FILE_ALONE = ("words", "axes", "recipes", "seeds", "exclude", "missing")
+_BY_FILE_ALONE = ("words", "axes", "recipes", "seeds", "exclude", "missing", "of")
 
 
 class _Keys(BaseModel):
@@ -82,8 +82,9 @@ class StudyConfig(_Keys):
     """A run is left out if its label has all pairs of one of these."""
     baseline: str | None = None
     """Words of the recipe that others are compared with, e.g. `method=ce`."""
-    references: bool = False
-    """Add the runs on the balanced variant of the data that relative accuracy needs."""
+    references: bool | tuple[str, ...] = False
+    """Add the runs on the balanced variant of the data that relative accuracy needs. Words, where `dataset.balanced`
+    cannot make the variant: a list of as many images of every class."""
     missing: tuple[Missing, ...] = ()
     report: dict[str, Any] = Field(default_factory=dict)
     """For `expertail report`."""
@@ -138,6 +139,8 @@ def _from_file(given: str) -> tuple[dict[str, Any], str]:
         raise ValueError(f"{path}: not YAML ({str(problem).splitlines()[0]})") from problem
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: found {type(tree).__name__}, needed a mapping with recipes or axes")
+    if (other := tree.pop("of", None)) is not None:
+        tree = _from_file(str(other))[0] | tree
     if isinstance(tree.get("axes"), dict):
         tree["axes"] = {
             str(key): [as_text(value) for value in (values if isinstance(values, list) else [values])]
