@@ -37,7 +37,7 @@ examples:
   expertail evaluate RUN --unknown ~/data/others                              ... on images of no known class, too
   expertail predict runs/ride-birds-s0 photos/ --csv said.csv                 class names for image files
   expertail export runs/ride-birds-s0 birds.onnx                              one file for other programs
-  expertail sweep method.stages.h2t.flow.ratio=0,0.25,0.5 method=ride_h2t     one run per value, one table
+  expertail sweep dataset.imbalance_ratio=20,50,100 method=ce,ride seed=0,1,2 a run per value of any keys, with spread
   expertail sweep method=ce,ldam 'then=[joint,ncm,crt,lws]' dataset=digits_lt any loss with any classifier
   expertail study method=ce,ride seed=0,1,2 dataset=digits_lt                 many runs side by side, compared
   expertail study study=tour --plan                                           ... of a file; what it would take

@@ -158,8 +158,7 @@ def open_dataset(
 
     find_unreadable = config.quarantine > 0 and left_out is None
     # A resumed run leaves out what it left out at its start, before anything is decoded.
-    if left_out and isinstance(train, FilePool):
-        train = train.take(np.flatnonzero(~np.isin(train.paths, [os.fsencode(path) for path in left_out])))
+    train = _without(train, left_out or ())
     decoding = _Decoding(config, find_unreadable, beat)
     train_store, missing = decoding.train_store(train)
     if missing:
@@ -284,6 +283,27 @@ def _memory_for(config: DatasetConfig, files: FileImages) -> torch.Tensor | None
     if config.resident == "always" or (config.resident == "auto" and fits):
         return torch.empty(len(files), 3, config.image_size, config.image_size, dtype=torch.uint8)
     return None
+
+
+def selection_digest(config: DatasetConfig, left_out: Sequence[str] = ()) -> str:
+    """Return the digest that a data set would have, without decoding an image.
+
+    Args:
+        left_out: as in `open_dataset`.
+
+    Raises:
+        ValueError: files are missing, or keys do not fit together.
+    """
+    raw = open_raw(config)
+    train, val, test, _ = choose_splits(config, raw)
+    return _digest(raw.class_names, _without(train, left_out), val, test)
+
+
+def _without(pool: Pool, left_out: Sequence[str]) -> Pool:
+    """Return a pool less some files."""
+    if not left_out or not isinstance(pool, FilePool):
+        return pool
+    return pool.take(np.flatnonzero(~np.isin(pool.paths, [os.fsencode(path) for path in left_out])))
 
 
 def _digest(class_names: tuple[str, ...], *pools: Pool | None) -> str:

@@ -35,6 +35,7 @@ _SETTINGS = {
     "pace": "epochs, batch sizes, backbone; follows from the data set",
     "backbone": "the network; follows from the data set",
     "cluster": "where it runs",
+    "study": "many runs that are compared: expertail study study=",
 }
 
 
@@ -50,7 +51,7 @@ def choices_text() -> str:
             lines += _row(f"  {group}={name}", _about(group, name))
     for group, about in _SETTINGS.items():
         lines += ["", f"{group}=   {about}"]
-        if group in ("dataset", "protocol", "pace"):
+        if group in ("dataset", "protocol", "pace", "study"):
             for name in _names(group):
                 lines += _row(f"  {group}={name}", _about(group, name))
         else:

@@ -173,7 +173,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _sync_options(parser: argparse.ArgumentParser) -> None:
-    text = "run folder or its URL, or the folder of a sweep for all its runs"
+    text = "run folder or its URL, or the folder of a study for all its runs"
     parser.add_argument("run", metavar="RUN", help=text)
     parser.add_argument("--uri", help="tracking server (default: the run's own)")
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from orchestration.cluster.connection import cluster, node_resources, own_address
 from orchestration.config.compose import compose
@@ -22,6 +23,7 @@ from orchestration.config.run_config import RunConfig
 from orchestration.results.text import plural
 from orchestration.runs.stopping import Stopped
 from orchestration.storage.location import STUDY_LANE
+from orchestration.studies.adoption import carry_out, find, held_against
 from orchestration.studies.estimate import plan_lines
 from orchestration.studies.grid import Grid, lay_out
 from orchestration.studies.lanes import LOG_FILE, Lanes
@@ -30,7 +32,7 @@ from orchestration.studies.run_queue import FAILED, FINISHED, WAITING
 from orchestration.studies.side_by_side import SideBySide
 from orchestration.studies.status import status_text
 from orchestration.studies.study_config import read_study
-from orchestration.studies.study_folder import StudyFolder, held, refuse
+from orchestration.studies.study_folder import StudyFolder, held, refuse, with_a_folder
 from orchestration.tracking.ownership import settle_ownership
 from orchestration.tracking.uploader import start_uploader
 
@@ -44,14 +46,15 @@ def plan_study(words: Sequence[str]) -> str:
     Raises:
         ValueError: everything that is wrong with it.
     """
-    grid = lay_out(read_study(words))
+    grid = with_a_folder(lay_out(read_study(words), files=False))
     folder = StudyFolder(grid.folder)
     refuse(grid.name, list(folder.problems_with(grid)))
     nodes = None
     if grid.address is not None:
         with cluster(grid.address):
             nodes = node_resources()
-    return "\n".join(plan_lines(grid, folder, nodes))
+    adoption = held_against(find(grid.study.adopt), folder, grid.points) if grid.study.adopt else None
+    return "\n".join(plan_lines(grid, folder, nodes, adoption))
 
 
 def study(words: Sequence[str]) -> int:
@@ -64,17 +67,19 @@ def study(words: Sequence[str]) -> int:
         ValueError: the study is malformed, or its folder holds something else. Raised before anything is started.
         Stopped: on a signal, after checkpoints; the same command goes on.
     """
-    grid = lay_out(read_study(words))  # before a cluster is asked: refusals come at once
+    grid = with_a_folder(lay_out(read_study(words)))  # before a cluster is asked: refusals come at once
     refuse(grid.name, list(StudyFolder(grid.folder).problems_with(grid)))
+    elsewhere = find(grid.study.adopt)
     with held(grid.folder) as lock, cluster(grid.address):
         nodes = node_resources()
         if share := gpu_share(nodes):
-            grid = lay_out(grid.study, share)
+            grid = lay_out(grid.study, share).named(grid.name)
         folder = StudyFolder(grid.folder)
         refuse(grid.name, list(folder.problems_with(grid)))
         points = folder.take(grid)
         refuse(grid.name, folder.settle(points, retry=grid.study.retry == "failed"))
-        number = _train(grid, folder, points, lock)
+        lent = carry_out(elsewhere, folder, points, grid.defaults, say) if grid.study.adopt else {}
+        number = _train(grid, folder, points, lock, lent)
         show(status_text(folder.path))
         if any(record["status"] == FINISHED for record in folder.records):
             _report(folder)
@@ -96,7 +101,7 @@ def gpu_share(nodes: Mapping[str, Mapping[str, float]]) -> float | None:
     return float(min(8, int(least))) if least >= 1 else max(0.01, int(least * 100) / 100)
 
 
-def _train(grid: Grid, folder: StudyFolder, points: Sequence[Point], lock: int) -> int | None:
+def _train(grid: Grid, folder: StudyFolder, points: Sequence[Point], lock: int, lent: Mapping[str, Path]) -> int | None:
     """Train what is left. Return the signal that stopped it, if one did."""
     left = [point for point in points if folder.record(point.run)["status"] == WAITING]
     done = sum(folder.record(point.run)["status"] == FINISHED for point in points)
@@ -109,7 +114,8 @@ def _train(grid: Grid, folder: StudyFolder, points: Sequence[Point], lock: int) 
     most = None if grid.study.parallel == "auto" else grid.study.parallel
     live = _LiveReport(folder)
     try:
-        return SideBySide(folder, points, lanes, node_resources, most, grid.defaults, say, live.write).carry_out()
+        runs = SideBySide(folder, points, lanes, node_resources, most, grid.defaults, say, live.write, lent)
+        return runs.carry_out()
     finally:
         live.end()
 
@@ -174,6 +180,8 @@ def _upload(grid: Grid, folder: StudyFolder) -> None:
     config = _tracked(grid)
     if config is None or config.tracking.uri is None:
         return
+    if any("adopted" in record for record in folder.records):
+        say(f"runs that were taken over are sent to MLflow by: expertail sync {folder.path}")
     try:
         _settle(grid, folder)
         uploader = start_uploader(folder.path, config.tracking.uri, config.tracking.experiment)

@@ -8,21 +8,21 @@ from pathlib import Path
 
 from orchestration.config.compose import from_yaml
 from orchestration.config.messages import say
-from orchestration.storage.files import CONFIG, read_json
+from orchestration.storage.files import CONFIG, read_json, refuse_sweep
 from orchestration.storage.location import local_run
 from orchestration.storage.run_folder import RunFolder
 from orchestration.storage.url_store import UrlStore, is_url
-from orchestration.tracking.contents import STUDY_FILE, SWEEP_FILE
+from orchestration.tracking.contents import STUDY_FILE
 from orchestration.tracking.ownership import settle_ownership
 from orchestration.tracking.sender import sync
 from orchestration.tracking.target import tracking_uri
 
 
 def sync_run(run: str, uri: str | None) -> str | None:
-    """Upload what is missing of a run, or of a sweep or study and all its runs.
+    """Upload what is missing of a run, or of a study and all its runs.
 
     Args:
-        run: the run folder or its URL, or the folder of a sweep or study.
+        run: the run folder or its URL, or the folder of a study.
         uri: tracking server; None for the run's own.
 
     Returns:
@@ -36,8 +36,7 @@ def sync_run(run: str, uri: str | None) -> str | None:
             return _sync(Path(copy), uri, UrlStore(run).url)
 
     path = Path(run)
-    if (path / SWEEP_FILE).is_file():
-        return _sync_all(path, [path.parent / run["run"] for run in read_json(path / SWEEP_FILE)["runs"]], uri)
+    refuse_sweep(path)
     if (path / STUDY_FILE).is_file():
         return _sync_all(path, [path / point["run"] for point in read_json(path / STUDY_FILE)["points"]], uri)
     if not (path / CONFIG).is_file():
@@ -54,7 +53,7 @@ def _sync(path: Path, uri: str | None, url: str | None = None) -> str | None:
 
 
 def _sync_all(path: Path, runs: Sequence[Path], uri: str | None) -> str | None:
-    """Upload the runs of a sweep or study, and what is its own."""
+    """Upload the runs of a study, and what is its own."""
     started = [run for run in runs if (run / CONFIG).is_file()]
     if not started:
         raise ValueError(f"{path}: none of its runs has started; needed at least one; start it again")

@@ -153,7 +153,7 @@ def _draw_until_stopped(config: RunConfig, folder: RunFolder, outcome: Outcome) 
     try:
         with signals_stop("its report was drawn"):
             if (folder.path / TABLE).exists():
-                _report(config, folder)
+                _report(config, folder, files_known=True)  # its workers compared them
     except Stopped as stop:
         return stop
     return None
@@ -220,7 +220,7 @@ def _conclude(config: RunConfig, folder: RunFolder, outcome: Outcome) -> None:
     folder.update_run(status="finished" if outcome.finished else "stopped", ended=time.time())
 
 
-def _report(config: RunConfig, folder: RunFolder) -> bool:
+def _report(config: RunConfig, folder: RunFolder, *, files_known: bool = False) -> bool:
     """Draw the pictures and write the page. Whatever fails costs itself and one line: the run is trained.
 
     Returns:
@@ -230,7 +230,7 @@ def _report(config: RunConfig, folder: RunFolder) -> bool:
         try:
             from orchestration.results.pictures import draw_report  # loads Matplotlib
 
-            draw_report(folder.path, say)
+            draw_report(folder.path, say, files_known=files_known)
         except Exception as problem:
             say(f"the pictures of the report were not drawn: {in_one_line(problem)}")
     try:

@@ -74,20 +74,27 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _sweep_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("variation", metavar="KEY=V1,V2,...", help="e.g. method.stages.h2t.flow.ratio=0,0.1,0.25,0.5,1")
-    add_recipe(parser)
+    text = "keys with several values, e.g. method=ce,ldam seed=0,1,2, and those for all runs"
+    parser.add_argument("overrides", nargs="+", metavar="KEY=V1,V2,...", help=text)
+    add_config_dir(parser)
+    _add_plan(parser)
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from orchestration.commands.sweep import sweep
+    from orchestration.commands.sweep import refuse_one_run
 
-    return sweep(options.variation, options.overrides)
+    refuse_one_run(options.overrides)
+    return _carry_out_study(options)
 
 
 def _study_options(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
-    parser.add_argument("--plan", action="store_true", help="print runs, places, hours and storage; start nothing")
+    _add_plan(parser)
     parser.add_argument("--list", action="store_true", help="list the studies that there are and exit")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plan", action="store_true", help="print runs, places, hours and storage; start nothing")
 
 
 def _study(options: argparse.Namespace) -> int:
@@ -96,11 +103,18 @@ def _study(options: argparse.Namespace) -> int:
 
         show(studies_text())
         return 0
+    return _carry_out_study(options)
+
+
+def _carry_out_study(options: argparse.Namespace) -> int:
     if options.plan:
         from orchestration.commands.study import plan_study
 
         show(plan_study(options.overrides))
         return 0
+    from orchestration.studies.study_config import read_study
+
+    read_study(options.overrides)  # a file that cannot be read is told of before Ray starts
     from orchestration.cluster.early_ray import early_ray
 
     with early_ray(options.overrides, "orchestration.commands.study"):
@@ -160,7 +174,7 @@ TRAINING: dict[str, Command] = {
         "Show placement, sizes, steps and cost of a run; without --probe nothing is started.", _plan_options, _plan
     ),
     "sweep": Command(
-        "Train one run for each value of a key and compare them; repeat the command to resume.", _sweep_options, _sweep
+        "Train a run for each value of a key, or of several; a study without a file.", _sweep_options, _sweep
     ),
     "study": Command(
         "Train many runs side by side and compare them; repeat the command to resume.", _study_options, _study

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from orchestration.reports.across import Across, Member
 from orchestration.reports.compare import Difference
+from orchestration.reports.published import printed
 from orchestration.reports.records import BY_COUNT, BY_INDEX, unfinished_lines
 from orchestration.reports.report import Report, Section, spread_text
 from orchestration.reports.rows import Row, stages_to
@@ -49,8 +51,8 @@ class Block:
 def blocks(report: Report, section: Section) -> list[Block]:
     """Return the tables of a section that have something to show."""
     makers: tuple[Callable[[Report, Section], Block | None], ...] = (
-        accuracy_block, _differences_block, _index_differences_block, _bootstrap_block, _measures_block, _cost_block,
-        _chosen_block, _relative_block,
+        accuracy_block, _published_block, _classifiers_block, _differences_block, _index_differences_block,
+        _bootstrap_block, _measures_block, _cost_block, _chosen_block, _relative_block,
     )  # fmt: skip
     return [block for make in makers if (block := make(report, section)) is not None]
 
@@ -68,7 +70,7 @@ def accuracy_block(report: Report, section: Section) -> Block:
     """Return top-1 by group, with published values where conditions are met."""
     keys, rows = section.measures, section.table.rows
     best = {key: _best_text(rows, key, report.which) for key in keys}
-    with_published = bool(section.published)
+    with_published = any("all" in one.values for one in section.published.values())
     cells = []
     for row in rows:
         line = [Cell(row.label), _seeds_cell(section, row)]
@@ -89,6 +91,53 @@ def accuracy_block(report: Report, section: Section) -> Block:
                  tuple(cells))  # fmt: skip
 
 
+def _classifiers_block(report: Report, section: Section) -> Block | None:
+    """Return losses by classifiers, where several recipes end with several final stages.
+
+    Source of the layout: Zhang et al. 2023, "Deep Long-Tailed Learning: A Survey", Table 7.
+    """
+    by_loss: dict[str, dict[str, Row]] = {}
+    for row in section.table.rows:
+        stage = row.records[0].stage
+        by_loss.setdefault(row.label.replace(f"+{stage}", "", 1) if stage else row.label, {})[stage] = row
+    several = {loss: own for loss, own in by_loss.items() if len(own) > 1}
+    if len(several) < 2:
+        return None
+    stages = dict.fromkeys(stage for own in several.values() for stage in own)
+    columns = [(stage, key) for stage in stages for key in section.measures if key not in BY_INDEX]
+    rows = []
+    for loss, own in several.items():
+        spreads = [own[stage].spread(key, report.which) if stage in own else (None, None) for stage, key in columns]
+        rows.append((Cell(loss), *(Cell(spread_text(spread), spread[0]) for spread in spreads)))
+    notes = ("Top-1 in %, mean and standard deviation over seeds, by the final stage that gave the classifier.",)
+    headings = ("loss", *(f"{stage}: {heading(section, key)}" for stage, key in columns))
+    return Block("classifiers", "Losses by classifiers", notes, headings, tuple(rows))
+
+
+def across_block(report: Report, one: Across) -> Block:
+    """Return top-1 by group over a key whose values lie in different tables, with each row's own sizes of groups."""
+    tables = {member.table.number: member.table for member in one.members}.values()
+    keys = ["all", *(key for key in (*BY_COUNT, *BY_INDEX) if any(table.data.groups.get(key) for table in tables))]
+    rows = []
+    for name, members in one.families.items():
+        for member in members:
+            place = (Cell(name), Cell(member.value, member.number), Cell(str(len(member.row.seeds))))
+            rows.append((*place, *(_sized_cell(member, key, report.which) for key in keys)))
+    headings = [key.replace("_by_index", " by index") if key in BY_INDEX else key for key in keys]
+    notes = (
+        "Top-1 in % of test images, mean and standard deviation over n seeds; in brackets the classes of the group in "
+        "the row's own data. Rows of different tables are not compared.",
+    )
+    return Block(f"across_{one.key.replace('.', '_')}", f"Accuracy over {one.name}", notes,
+                 ("recipe", one.name, "n", *headings), tuple(rows))  # fmt: skip
+
+
+def _sized_cell(member: Member, key: str, which: str) -> Cell:
+    spread = member.row.spread(key, which)
+    size = "" if key == "all" else f" [{len(member.table.data.groups.get(key, ())):,}]"
+    return Cell(f"{spread_text(spread)}{size}", spread[0])
+
+
 def _best_text(rows: Sequence[Row], key: str, which: str) -> str:
     """Return the best mean as it is shown: rows that round to it share the place."""
     means = [mean for row in rows if (mean := row.spread(key, which)[0]) is not None]
@@ -102,16 +151,54 @@ def _seeds_cell(section: Section, row: Row) -> Cell:
 
 
 def _published_cells(section: Section, row: Row, which: str) -> list[Cell]:
-    expected = section.published.get(row.label)
-    if expected is None:
-        return [Cell(""), Cell("")]
-    text = ", ".join(value if group == "all" else f"{group} {value}" for group, value in
-                     ((group, f"{number:g}") for group, number in expected.items()))  # fmt: skip
+    """Return the published accuracy over all and the difference to it; groups have a table of their own."""
+    found = section.published.get(row.label)
+    expected = None if found is None else found.values.get("all")
     mean, _ = row.spread("all", which)
-    if mean is None or "all" not in expected:
-        return [Cell(text), Cell("")]
-    difference = 100 * mean - expected["all"]
-    return [Cell(text, expected["all"]), Cell(f"{difference:+.1f}", difference)]
+    if expected is None or mean is None:
+        return [Cell(""), Cell("")]
+    difference = 100 * mean - expected
+    return [Cell(printed(expected), expected), Cell(f"{difference:+.1f}", difference)]
+
+
+def _published_block(report: Report, section: Section) -> Block | None:
+    """Return published values beside ours, measure by measure, with sources and remarks."""
+    found, rows = section.published, []
+    if not found:
+        return None
+    there = (*section.measures, "upper", "relative")
+    measures = [key for key in there if any(key in one.values for one in found.values())]
+    for row in section.table.rows:
+        if (one := found.get(row.label)) is not None:
+            cells = [_beside(one.values.get(key), _ours(section, row, key, report.which)) for key in measures]
+            rows.append((Cell(row.label), Cell(one.name), *cells))
+    remarks = [f"{one.name}: {remark}" for one in found.values() for remark in one.remarks]
+    notes = [
+        "Published, and in brackets ours minus published, percentage points; only beside rows that meet the conditions "
+        "of what was published.",
+        *(f"Source: {line}." for line in dict.fromkeys(one.source for one in found.values())),
+        *(f"{line}." for line in dict.fromkeys(remarks)),
+    ]
+    headings = ("recipe", "published as", *(_published_heading(section, key) for key in measures))
+    return Block("published", "Published values", tuple(notes), headings, tuple(rows), (0, 1))
+
+
+def _published_heading(section: Section, key: str) -> str:
+    return {"upper": "A_u", "relative": "A_r"}.get(key) or heading(section, key)
+
+
+def _ours(section: Section, row: Row, key: str, which: str) -> float | None:
+    """Return our mean of a published measure, a fraction."""
+    if key in ("upper", "relative"):
+        relative = section.relative.get(row.label)
+        return None if relative is None else {"upper": relative.upper, "relative": relative.relative}[key][0]
+    return row.spread(key, which)[0]
+
+
+def _beside(published: float | None, ours: float | None) -> Cell:
+    if published is None:
+        return Cell("")
+    return Cell(printed(published) + ("" if ours is None else f" ({100 * ours - published:+.1f})"), published)
 
 
 def _interval_text(mean: float, interval: Interval | None) -> str:

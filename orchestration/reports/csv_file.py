@@ -47,8 +47,9 @@ def _line(report: Report, section: Section, row: Row) -> dict[str, str | int | f
         line[f"best/{key}/mean"] = _scaled(mean)
     chosen = sorted({model.selected_on or "" for model in row.models("best").values()})
     line |= {"best/chosen_on": " ".join(chosen)}
-    for group, value in section.published.get(row.label, {}).items():
-        line[f"published/{group}"] = value
+    if published := section.published.get(row.label):
+        line |= {"published/table": published.table, "published/row": published.row}
+        line |= {f"published/{measure}": value for measure, value in published.values.items()}
     if found := section.relative.get(row.label):
         for name in ("vanilla", "own", "upper", "relative"):
             mean, sd = getattr(found, name)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from orchestration.reports.across import Across
 from orchestration.reports.plots import (
     ALL,
     BASE,
@@ -18,9 +19,10 @@ from orchestration.reports.plots import (
     short_label,
     title,
 )
+from orchestration.reports.records import BY_COUNT
 from orchestration.reports.report import Report, Section
 from orchestration.reports.rows import Row
-from orchestration.results.style import draw_in_decades, new_figure
+from orchestration.results.style import draw_in_decades, new_figure, set_figure_title, shorten
 
 _LABEL_INCHES = 2.3
 _WIDE = 30  # values that span more than this factor are drawn in decades
@@ -117,27 +119,62 @@ def against_figure(
         families: value and row by recipe.
     """
     keys = next(iter(rules_of(section).values()))
-    columns = min(len(families), 3)
-    lines = -(-len(families) // columns)
-    figure = new_figure(1.4 + 4.0 * columns, 1.0 + 3.3 * lines)
+    figure, panels = _panels(len(families))
     title(figure, section, f"Top-1 by group against {key}, mean and standard deviation over seeds")
-    panels = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
-    for axes in panels[len(families) :]:
-        axes.set_visible(False)
     for axes, (name, members) in zip(panels, families.items(), strict=False):
         ordered = sorted(members, key=lambda one: one[0])
-        x = np.array([value for value, _ in ordered])
-        for group in keys:
-            mean, sd = points([row for _, row in ordered], group, report.which)
-            axes.plot(x, mean, color=colour_of(group), marker="o", markersize=4, label=group.split("_")[0],
-                      linewidth=2.2 if group == "all" else 1.5)  # fmt: skip
-            axes.fill_between(x, mean - sd, mean + sd, color=colour_of(group), alpha=0.15, linewidth=0)
+        _draw_against(axes, np.array([x for x, _ in ordered]), [row for _, row in ordered], keys, report.which)
         axes.set_title(short_label(name))
         axes.set_xlabel(key)
-        axes.set_xticks(x, [f"{value:g}" for value in x])
-        axes.set_ylabel("top-1, %")
     panels[len(families) - 1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
+
+
+def across_figure(report: Report, one: Across) -> Any:
+    """Draw accuracy by group over a key whose values lie in different tables, a panel for each recipe."""
+    figure, panels = _panels(len(one.families))
+    names = ", ".join(dict.fromkeys(member.table.data.name for member in one.members))
+    set_figure_title(figure, f"Top-1 by group over {one.name}, mean and standard deviation over seeds\n{names}")
+    keys = ["all", *(key for key in BY_COUNT if any(member.table.data.groups.get(key) for member in one.members))]
+    for axes, (name, members) in zip(panels, one.families.items(), strict=False):
+        x = np.array([member.number if one.numeric else place for place, member in enumerate(members)], dtype=float)
+        _draw_against(axes, x, [member.row for member in members], keys, report.which, joined=one.numeric)
+        if not one.numeric:
+            axes.set_xticks(x, [shorten(member.value) for member in members], rotation=20, ha="right")
+            axes.set_xlim(-0.5, len(x) - 0.5)
+        axes.set_title(short_label(name))
+        axes.set_xlabel(one.name)
+    panels[len(one.families) - 1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def _panels(count: int) -> tuple[Any, Any]:
+    """Return a figure with so many panels, and those; what is over is hidden."""
+    columns = min(count, 3)
+    lines = -(-count // columns)
+    figure = new_figure(1.4 + 4.0 * columns, 1.0 + 3.3 * lines)
+    panels = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
+    for axes in panels[count:]:
+        axes.set_visible(False)
+    return figure, panels
+
+
+def _draw_against(
+    axes: Any, x: np.ndarray, rows: Sequence[Row], keys: Sequence[str], which: str, *, joined: bool = True
+) -> None:
+    """Draw a line with its spread for each group; marks alone where values have no between."""
+    for group in keys:
+        mean, sd = points(rows, group, which)
+        line = {"linewidth": 2.2 if group == "all" else 1.5} if joined else {"linestyle": ""}
+        axes.errorbar(x, mean, yerr=sd, color=colour_of(group), marker="o", markersize=4, elinewidth=0.8,
+                      label=group.split("_")[0], **line)  # fmt: skip
+        if joined:
+            axes.fill_between(x, mean - sd, mean + sd, color=colour_of(group), alpha=0.15, linewidth=0)
+    if joined and x.min() > 0 and x.max() / x.min() > _WIDE:
+        draw_in_decades(axes.xaxis)
+    elif joined:
+        axes.set_xticks(x, [f"{value:g}" for value in x])
+    axes.set_ylabel("top-1, %")
 
 
 def _words(key: str) -> str:

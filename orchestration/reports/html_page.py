@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from experts.data.names import visible
-from orchestration.reports.blocks import Block, Cell, blocks, foot_lines
+from orchestration.reports.blocks import Block, Cell, across_block, blocks, foot_lines
 from orchestration.reports.report import Report, Section
 
 _OPEN = ("accuracy", "differences")
@@ -78,6 +78,10 @@ def html_page(report: Report, pictures: Sequence[tuple[int, Path, str]] = ()) ->
     if len(report.sections) > 1:
         links = (f'<a href="#t{one.table.number}">{_name(one)}</a>' for one in report.sections)
         body.append(f"<nav>{''.join(links)}</nav>")
+    for one in report.across:
+        block = across_block(report, one)
+        body += [f"<h2>{_escaped(block.title)}</h2>", *_details(block, None, " open")]
+    body += _pictures([(path, name) for number, path, name in pictures if number == 0])
     for section in report.sections:
         own = [(path, name) for number, path, name in pictures if number == section.table.number]
         several = len(report.sections) > 1
@@ -116,10 +120,13 @@ def _head(section: Section, numbered: bool) -> Iterator[str]:
 def _tables(report: Report, section: Section) -> Iterator[str]:
     base = section.comparison.baseline if section.comparison else None
     for block in blocks(report, section):
-        opened = " open" if block.name in _OPEN else ""
-        yield f"<details{opened}><summary>{_escaped(block.title)}</summary>"
-        yield '<div class="scroll">' + "".join(_table(block, base)) + "</div>"
-        yield f'<p class="notes">{" ".join(_escaped(note) for note in block.notes)}</p></details>'
+        yield from _details(block, base, " open" if block.name in _OPEN else "")
+
+
+def _details(block: Block, base: str | None, opened: str) -> Iterator[str]:
+    yield f"<details{opened}><summary>{_escaped(block.title)}</summary>"
+    yield '<div class="scroll">' + "".join(_table(block, base)) + "</div>"
+    yield f'<p class="notes">{" ".join(_escaped(note) for note in block.notes)}</p></details>'
 
 
 def _table(block: Block, base: str | None) -> Iterator[str]:

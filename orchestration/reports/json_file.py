@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from orchestration.reports.compare import COMPARED
+from orchestration.reports.records import Record
 from orchestration.reports.report import Report, Section
 from orchestration.reports.rows import Row
 
@@ -46,14 +47,15 @@ def _table(report: Report, section: Section) -> dict[str, Any]:
 def _row(report: Report, section: Section, row: Row) -> dict[str, Any]:
     found: dict[str, Any] = {
         "label": row.label,
+        "parts": row.records[0].label,
         "seeds": row.seeds,
         "runs": [{"run": record.run, "stage": record.final, "seed": record.seed, "commit": record.facts.get("commit"),
-                  "config_hash": record.facts.get("config_hash")} for record in row.records],
+                  "config_hash": record.facts.get("config_hash"), **_from_elsewhere(record)} for record in row.records],
         "measures": {key: _measure(row, key, report.which) for key in _MEASURES},
         "best": {key: _measure(row, key, "best") for key in COMPARED},
         "best_chosen_on": {model.selected_on for model in row.models("best").values()},
         "cost": asdict(section.costs[row.label]),
-        "published": section.published.get(row.label),
+        "published": asdict(one) if (one := section.published.get(row.label)) else None,
     }  # fmt: skip
     found["best_chosen_on"] = sorted(map(str, found["best_chosen_on"]))
     if section.comparison:
@@ -62,6 +64,11 @@ def _row(report: Report, section: Section, row: Row) -> dict[str, Any]:
     if relative := section.relative.get(row.label):
         found["relative"] = {name: {"mean": mean, "sd": sd} for name, (mean, sd) in relative.__dict__.items()}
     return found
+
+
+def _from_elsewhere(record: Record) -> dict[str, Any]:
+    """Return the run that this one was taken over from, and those that its stages were."""
+    return {key: record.facts[key] for key in ("adopted", "stages_taken") if record.facts.get(key)}
 
 
 def _measure(row: Row, key: str, which: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from experts.data.names import visible
-from orchestration.reports.blocks import Block, Cell, blocks
+from orchestration.reports.blocks import Block, Cell, across_block, blocks
 from orchestration.reports.report import Report, Section
 
 _SPECIAL = {
@@ -18,19 +18,22 @@ _SPECIAL = {
 def latex(report: Report) -> str:
     """Return the whole report, to be read with \\input."""
     lines = [r"% \usepackage{booktabs,graphicx}"]
+    for one in report.across:
+        lines += ["", *_table(across_block(report, one))]
     for section in report.sections:
         for block in blocks(report, section):
-            lines += ["", *_table(section, block)]
+            lines += ["", *_table(block, section)]
     return "\n".join(lines) + "\n"
 
 
-def _table(section: Section, block: Block) -> Iterator[str]:
+def _table(block: Block, section: Section | None = None) -> Iterator[str]:
     columns = "".join("l" if column in block.prose else "r" for column in range(len(block.headings)))
-    caption = f"{block.title}. {section.table.data.line}; {section.table.schedule.line}. {' '.join(block.notes)}"
+    of_what = f"{section.table.data.line}; {section.table.schedule.line}. " if section else ""
+    caption = f"{block.title}. {of_what}{' '.join(block.notes)}"
     yield r"\begin{table}"
     yield r"\centering"
     yield rf"\caption{{{escaped(caption)}}}"
-    yield rf"\label{{tab:{block.name}-{section.table.number}}}"
+    yield rf"\label{{tab:{block.name}-{section.table.number if section else 0}}}"
     yield r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
     yield rf"\begin{{tabular}}{{{columns}}}"
     yield r"\toprule"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from experts.data.names import visible
-from orchestration.reports.blocks import Block, Cell, accuracy_block, blocks, foot_lines
+from orchestration.reports.blocks import Block, Cell, accuracy_block, across_block, blocks, foot_lines
 from orchestration.reports.report import Report, Section
 from orchestration.results.text import text_table
 
@@ -19,14 +19,14 @@ def markdown(report: Report, pictures: Sequence[tuple[int, str, str]] = ()) -> s
     """
     lines = [f"# {_plain(report.title)}", ""]
     lines += [f"{_plain(line)}\n" for line in report.remarks]
+    for one in report.across:
+        lines += [*_block(across_block(report, one), "##"), ""]
+    lines += [*_images(pictures, 0), ""] if report.across else []
     for section in report.sections:
         lines += _head(report, section)
         for block in blocks(report, section):
-            lines += ["", f"### {_plain(block.title)}", "", *_table(block), "", *map(_plain, block.notes)]
-        for number, file, title in pictures:
-            if number == section.table.number:
-                lines += ["", f"![{_plain(title)}]({file})"]
-        lines.append("")
+            lines += ["", *_block(block, "###")]
+        lines += [*_images(pictures, section.table.number), ""]
     if foot := list(foot_lines(report)):
         lines += ["## Not shown", "", *(f"- {_plain(line)}" for line in foot), ""]
     lines += ["## Made with", ""]
@@ -37,17 +37,33 @@ def markdown(report: Report, pictures: Sequence[tuple[int, str, str]] = ()) -> s
     return "\n".join(lines) + "\n"
 
 
+def _block(block: Block, level: str) -> list[str]:
+    return [f"{level} {_plain(block.title)}", "", *_table(block), "", *map(_plain, block.notes)]
+
+
+def _images(pictures: Sequence[tuple[int, str, str]], table: int) -> Iterator[str]:
+    """Yield the pictures of a table; of number 0, those of several."""
+    for number, file, title in pictures:
+        if number == table:
+            yield from ("", f"![{_plain(title)}]({file})")
+
+
 def terminal(report: Report) -> str:
     """Return what a terminal shows: the answers and the accuracies; the rest is in the files."""
     lines = [*report.remarks]
+    for one in report.across:
+        lines += ["", *_text(across_block(report, one))]
     for section in report.sections:
-        block = accuracy_block(report, section)
         lines += ["", section.table.data.line, section.table.schedule.line, *section.answers, ""]
-        rows = [list(block.headings), *([cell.text for cell in row] for row in block.rows)]
-        lines += [*text_table(rows, rule=True), *block.notes]
+        lines += _text(accuracy_block(report, section))
     foot = list(foot_lines(report))
     lines += ["", "not shown:", *(f"  {line}" for line in foot)] if foot else []
     return "\n".join(lines).strip("\n")
+
+
+def _text(block: Block) -> list[str]:
+    rows = [list(block.headings), *([cell.text for cell in row] for row in block.rows)]
+    return [*text_table(rows, rule=True), *block.notes]
 
 
 def _head(report: Report, section: Section) -> Iterator[str]:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from orchestration.reports.curve_plots import curves_figures, shift_figure
-from orchestration.reports.group_plots import against_figure, cost_figure, groups_figure, relative_figure
+from orchestration.reports.group_plots import across_figure, against_figure, cost_figure, groups_figure, relative_figure
 from orchestration.reports.report import Report, Section
 from orchestration.reports.rows import Row, recipe_keys, short_key
 from orchestration.results.style import draw_to
 
 Picture = tuple[int, Path, str]
-"""Number of the table, file and title of a picture."""
+"""Number of the table, 0 for several, file and title of a picture."""
 
 _TITLES = {
     "groups": "Accuracy by group with spread",
@@ -45,6 +46,10 @@ def draw_pictures(report: Report, folder: Path, say: Callable[[str], None]) -> l
     """
     drawn: list[Picture] = []
     missing: dict[str, list[int]] = {}
+    for one in report.across:
+        path = folder / f"across_{one.key.replace('.', '_')}-0.png"
+        if draw_to(path, partial(across_figure, report, one), say, " ".join(one.families)):
+            drawn.append((0, path, f"Accuracy over {one.name}"))
     for section in report.sections:
         number = section.table.number
         found, kinds = _drawers(report, section)
@@ -53,6 +58,7 @@ def draw_pictures(report: Report, folder: Path, say: Callable[[str], None]) -> l
             if draw_to(path, draw, say, " ".join(row.label for row in section.table.rows)):
                 drawn.append((number, path, title))
                 kinds.add(name)
+        kinds |= {"against"} if report.across else set()
         for kind in _NEEDS:
             if kind not in kinds:
                 missing.setdefault(kind, []).append(number)

@@ -210,7 +210,8 @@ def _finite(value: float | None) -> float | None:
 
 def _light(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a report needs of run.json; of the rest there may be much."""
-    keys = ("created", "ended", "commit", "config_hash", "versions", "host", "mesh", "cost", "status", "recipe")
+    keys = ("created", "ended", "commit", "config_hash", "versions", "host", "mesh", "cost", "status", "recipe",
+            "adopted", "stages_taken")  # fmt: skip
     return {key: facts[key] for key in keys if key in facts}
 
 

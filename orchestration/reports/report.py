@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from orchestration.config.identity import published_result
+from orchestration.reports.across import Across, across
 from orchestration.reports.compare import Comparison, Difference, baseline_of, compare, verdict
 from orchestration.reports.cost import Cost, Costs
+from orchestration.reports.published import Published, published_for
 from orchestration.reports.records import BY_COUNT, BY_INDEX, LeftOut, Record
 from orchestration.reports.relative import Relative, relative_accuracies
 from orchestration.reports.rows import Row, Table, apart_lines, tables
@@ -30,7 +32,7 @@ class Section:
         comparison: differences to the baseline; None where the table has no such row.
         relative: relative accuracy by label, of rows that have references.
         costs: by label.
-        published: accuracies in percent by label and group, of rows that meet the conditions of a published result.
+        published: by label, of rows that meet the conditions of a published result.
         seeds: that a row should have.
         answers: sentences that say what is best.
     """
@@ -39,7 +41,7 @@ class Section:
     comparison: Comparison | None
     relative: Mapping[str, Relative]
     costs: Mapping[str, Cost]
-    published: Mapping[str, Mapping[str, float]]
+    published: Mapping[str, Published]
     seeds: tuple[int, ...]
     answers: tuple[str, ...]
 
@@ -70,6 +72,7 @@ class Report:
         left_out: runs that are not shown.
         missing: rows that cannot be trained yet, and why.
         provenance: commits, versions, hardware, digests of data, with the number of runs of each.
+        across: what a study varies across tables.
     """
 
     title: str
@@ -79,6 +82,7 @@ class Report:
     left_out: tuple[LeftOut, ...]
     missing: tuple[tuple[str, str], ...]
     provenance: Mapping[str, Mapping[str, int]]
+    across: tuple[Across, ...] = ()
 
     @property
     def model_line(self) -> str:
@@ -114,9 +118,7 @@ def make_report(found: Sources, say: Callable[[str], None], baseline: str | None
         labels = list(dict.fromkeys(row.label for table in all_tables for row in table.rows))
         raise ValueError(f"--baseline {asked}: no such row; needed one of: {', '.join(labels)}")
     costs = Costs(say)
-    sections = tuple(
-        _section(table, bases[table.number], references, costs, which, found.study) for table in all_tables
-    )
+    sections = tuple(_section(table, bases[table.number], references, costs, which, found) for table in all_tables)
     remarks = apart_lines(all_tables)
     remarks += [
         f"table {number}: the baseline {asked} is not in it, or not finished; no differences"
@@ -126,31 +128,26 @@ def make_report(found: Sources, say: Callable[[str], None], baseline: str | None
     remarks += list(dict.fromkeys(line for one in sections if one.comparison for line in one.comparison.remarks))
     return Report(
         found.title, which, sections, tuple(remarks), (*found.left_out, *doubles), tuple(found.missing),
-        _provenance(found.records),
+        _provenance(found.records), tuple(across(all_tables, found.axes, found.varied)),
     )  # fmt: skip
 
 
 def _section(
-    table: Table, base: str | None, references: Sequence[Record], costs: Costs, which: str, study: Mapping[str, Any]
+    table: Table, base: str | None, references: Sequence[Record], costs: Costs, which: str, found: Sources
 ) -> Section:
     comparison = compare(table, base, which) if base is not None and len(table.rows) > 1 else None
     own = {row.label: costs.of(row) for row in table.rows}
     relative = relative_accuracies(table, references, which)
     return Section(
-        table, comparison, relative, own, _published(table), _seeds(table, study),
+        table, comparison, relative, own, _published(table, found.asked.tables), _seeds(table, found.study),
         tuple(_answers(table, comparison, own, which)),
     )  # fmt: skip
 
 
-def _published(table: Table) -> dict[str, Mapping[str, float]]:
-    """Return published accuracies of the rows that meet their conditions; of several final stages, of the last."""
-    found: dict[str, Mapping[str, float]] = {}
-    for row in table.rows:
-        record = row.records[0]
-        expected = published_result(record.config) if record.final == record.config.method.final else None
-        if expected is not None:
-            found[row.label] = expected.top1
-    return found
+def _published(table: Table, names: Sequence[str] | None) -> dict[str, Published]:
+    """Return what was published for the rows that meet its conditions; of some tables alone where a study names any."""
+    found = {row.label: published_for(row.config, row.records[0].stage, names) for row in table.rows}
+    return {label: one for label, one in found.items() if one is not None}
 
 
 def _seeds(table: Table, study: Mapping[str, Any]) -> tuple[int, ...]:
@@ -243,4 +240,6 @@ def _provenance(records: Sequence[Record]) -> dict[str, dict[str, int]]:
         machine = f"{host.get('processor', 'unknown')}, {host.get('cpus', '?')} CPUs"
         found["hardware"][f"{machine}; {plural(workers, 'worker')} {'with GPU' if gpu else 'without GPU'}"] += 1
         found["data"][f"{record.data.name} {record.data.digest}"] += 1
+        if adopted := facts.get("adopted"):  # the folder alone: its runs may be many
+            found.setdefault("taken over from", Counter())[Path(adopted["folder"]).name] += 1
     return {name: dict(counts.most_common()) for name, counts in found.items()}

@@ -16,7 +16,6 @@ from orchestration.config.identity import identity
 from orchestration.config.run_config import RunConfig
 from orchestration.reports.records import Data, LeftOut, Model, Record
 from orchestration.reports.statistics import mean_and_sd
-from orchestration.results.classifier_table import loss_label
 
 _OF_DATA = ("dataset.augment", "dataset.eval", "dataset.mean", "dataset.std")
 """Keys of the data set that belong to a recipe; the digest and `Schedule` answer for the others."""
@@ -145,10 +144,19 @@ def recipe_keys(record: Record) -> dict[str, Any]:
 
 def base_name(record: Record) -> str:
     """Return the recipe's own name, with the final stage where a run has several."""
-    method = record.config.method
-    if not record.stage:
-        return method.name
-    return f"{loss_label(method.name, method.finals)}+{record.stage}"
+    return recipe_name(record.config, record.stage)
+
+
+def recipe_name(config: RunConfig, stage: str = "") -> str:
+    """Return a recipe's name, with the final stage where it has several: ce+ncm."""
+    method = config.method
+    return f"{loss_label(method.name, method.finals)}+{stage}" if stage else method.name
+
+
+def loss_label(method: str, finals: Sequence[str]) -> str:
+    """Return a method's name without the final stages that composing has appended: `ldam+ncm+crt` -> `ldam`."""
+    words = [word for word in method.split("+") if word not in finals]
+    return "+".join(words) or method
 
 
 def tables(

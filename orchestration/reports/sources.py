@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.config.paths import expand
-from orchestration.reports.records import MODELS, LeftOut, Record, read_run
-from orchestration.storage.files import CONFIG, read_json
+from orchestration.reports.asked import Asked, asked_of
+from orchestration.reports.records import LeftOut, Record, read_run
+from orchestration.storage.files import CONFIG, read_json, refuse_sweep
 from orchestration.storage.url_store import is_url
 
 STUDY = "study.json"
@@ -46,17 +47,13 @@ class Sources:
         return frozenset(key for key in keys if len({label.get(key) for label in labels}) > 1)
 
     @property
-    def model(self) -> str:
-        """Which models the study asks to show, "last" where it does not say.
+    def asked(self) -> Asked:
+        """What the study asks of its reports.
 
         Raises:
-            ValueError: its `report` has another key or value.
+            ValueError: its `report` has an unknown key or value.
         """
-        asked = self.study.get("report") or {}
-        if (unknown := sorted(set(asked) - {"model"})) or asked.get("model", "last") not in MODELS:
-            found = ", ".join(unknown) or f"model: {asked['model']}"
-            raise ValueError(f"{self.folder.parent / STUDY}: report has {found}; needed model: last, or model: best")
-        return str(asked.get("model", "last"))
+        return asked_of(self.study.get("report"), str(self.folder.parent / STUDY))
 
     @property
     def axes(self) -> frozenset[str]:
@@ -117,6 +114,7 @@ def _runs(folders: Sequence[Path]) -> Sources:
         if (folder / CONFIG).is_file():
             runs.append(folder)
             continue
+        refuse_sweep(folder)
         inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
         if not inside:
             what = "a folder without config.yaml, and without runs in it" if folder.is_dir() else "a file"

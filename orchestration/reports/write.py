@@ -50,7 +50,7 @@ def write_report(
         ValueError: see `read_sources` and `make_report`.
     """
     found = read_sources(targets, out)
-    report = make_report(found, say, baseline, which or found.model)
+    report = make_report(found, say, baseline, which or found.asked.model)
     folder = found.folder
     folder.mkdir(parents=True, exist_ok=True)
     drawn = draw_pictures(report, folder, say) if pictures else []

@@ -56,7 +56,9 @@ from orchestration.storage.predictions import file_of
 _LEGEND_CHARACTERS = 64  # per line: a wider legend would make its panel narrower
 
 
-def draw_report(run_dir: str | os.PathLike[str], say: Callable[[str], None] = lambda _: None) -> list[Path]:
+def draw_report(
+    run_dir: str | os.PathLike[str], say: Callable[[str], None] = lambda _: None, *, files_known: bool = False
+) -> list[Path]:
     """Draw `report/*.png`, as far as the run folder has what they need.
 
     Where a recipe has several final stages, what belongs to one of them is drawn as `report/<stage>/*.png`.
@@ -64,6 +66,7 @@ def draw_report(run_dir: str | os.PathLike[str], say: Callable[[str], None] = la
     Args:
         run_dir: the run folder.
         say: takes one line for every picture that could not be drawn; the others are.
+        files_known: as for `orchestration.results.saved_run.open_run`.
 
     Returns:
         The pictures drawn. Each is replaced as a whole.
@@ -90,7 +93,7 @@ def draw_report(run_dir: str | os.PathLike[str], say: Callable[[str], None] = la
         named = _drawings_of_a_result(run_dir / "evaluation" / stage, own, data, _with_stage(title, own, finals))
         drawings |= {f"{stage}/{name}": draw for name, draw in named.items()}
     # Data and model are opened once, by whoever needs them first.
-    opened = _once(lambda: open_last(run_dir))
+    opened = _once(lambda: open_last(run_dir, files_known=files_known))
     for stage in finals or [""]:
         drawings[f"{stage}/mistakes.png".lstrip("/")] = functools.partial(
             draw_mistakes, run_dir / "evaluation" / stage, opened, stage, f"{title}, stage {stage}" if stage else title

@@ -170,7 +170,9 @@ def stages_to_measure(run: str, asked: str | None) -> list[str]:
     return [""]
 
 
-def open_run(run: str, which: str, split: str, overrides: list[str], stage: str = "") -> SavedRun:
+def open_run(
+    run: str, which: str, split: str, overrides: list[str], stage: str = "", *, files_known: bool = False
+) -> SavedRun:
     """Load the model of a saved run and the data that it was trained from.
 
     Args:
@@ -179,6 +181,7 @@ def open_run(run: str, which: str, split: str, overrides: list[str], stage: str 
         split: "test" or "val".
         overrides: `a.b=value` for keys of MAY_DIFFER.
         stage: whose model, as `stages_to_measure` returns it.
+        files_known: this start has compared the files with the run's already, so they are not read for that again.
 
     Raises:
         ValueError: there is no such run, it has no model yet, a file is damaged, an override would change what is
@@ -189,7 +192,7 @@ def open_run(run: str, which: str, split: str, overrides: list[str], stage: str 
     config = _with_overrides(_stored_config(folder), overrides)
     data = read_json(folder / DATA)
     model = _load_model(folder, which, stage)
-    store, dataset = _open_split(folder, config, data, split)
+    store, dataset = _open_split(folder, config, data, split, files_known)
     device = torch.device("cuda" if config.cluster.gpus_per_worker and torch.cuda.is_available() else "cpu")
     dtype = torch.float64 if config.engine.precision == "float64" else torch.float32
     model.ensemble.to(device, dtype).eval()
@@ -197,9 +200,10 @@ def open_run(run: str, which: str, split: str, overrides: list[str], stage: str 
     return SavedRun(folder, config, data, which, stage, model, split, store, dataset, device, dtype)
 
 
-def open_last(run_dir: Path) -> SavedRun:
+def open_last(run_dir: Path, *, files_known: bool = False) -> SavedRun:
     """Open a run with its last model and its test images, of several final stages the last; see `open_run`."""
-    return open_run(str(run_dir), "last", "test", [], stages_to_measure(str(run_dir), None)[-1])
+    stage = stages_to_measure(str(run_dir), None)[-1]
+    return open_run(str(run_dir), "last", "test", [], stage, files_known=files_known)
 
 
 @contextmanager
@@ -266,7 +270,9 @@ def _load_model(folder: Path, which: str, stage: str) -> ServedModel:
     return load_model(export)
 
 
-def _open_split(folder: Path, config: RunConfig, data: dict[str, Any], split: str) -> tuple[ImageStore, Dataset]:
+def _open_split(
+    folder: Path, config: RunConfig, data: dict[str, Any], split: str, files_known: bool = False
+) -> tuple[ImageStore, Dataset]:
     """Open the dataset, compare its digest with the run's, and return the split and the dataset."""
     if not data.get("digest"):
         raise ValueError(
@@ -282,7 +288,8 @@ def _open_split(folder: Path, config: RunConfig, data: dict[str, Any], split: st
             f"({total}); set dataset.root to the folder that the run was trained from"
         )
     store = dataset.test if split == "test" else dataset.val
-    _refuse_replaced(dataset, split, store, data.get("files", {}))
+    if not files_known:
+        _refuse_replaced(dataset, split, store, data.get("files", {}))
     if store is None:
         raise ValueError(
             f"--split {split}: the run's dataset {config.dataset.name} has no validation set; use --split test"

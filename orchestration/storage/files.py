@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from experts.data.names import HANDLER
 
 CONFIG, RUN, DATA, LOCK = "config.yaml", "run.json", "data.json", ".lock"
+_SWEEP = "sweep.json"
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -71,6 +72,20 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: found {type(value).__name__}, needed a JSON object; restore the file")
     return value
+
+
+def refuse_sweep(folder: Path) -> None:
+    """Refuse a folder that an earlier version's `expertail sweep` has left: its runs lie beside it, not in it.
+
+    Raises:
+        ValueError: it is one, with the command that compares its runs.
+    """
+    if (folder / _SWEEP).is_file():
+        runs = " ".join(str(folder.parent / str(run.get("run"))) for run in read_json(folder / _SWEEP).get("runs", ()))
+        raise ValueError(
+            f"{folder}: found a sweep of an earlier version ({_SWEEP}); needed a study or runs. Its runs are whole: "
+            f"expertail report {runs}"
+        )
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:

@@ -92,9 +92,7 @@ class RunFolder:
     @property
     def started(self) -> bool:
         """Whether an earlier start trained here. A start that was refused, for its data say, does not count."""
-        journal = self.path / "metrics.jsonl"
-        trained = (journal.exists() and journal.stat().st_size > 0) or any(self.path.glob("checkpoints/[0-9]*"))
-        return trained and (self.path / CONFIG).exists()
+        return has_started(self.path)
 
     def stored_config(self) -> RunConfig:
         """Read the config that the run was started with.
@@ -210,6 +208,13 @@ class RunFolder:
         write_json(self.path / name, value)
 
 
+def has_started(path: Path) -> bool:
+    """Return whether a run was trained in a folder, which another process may hold."""
+    journal = path / "metrics.jsonl"
+    trained = (journal.exists() and journal.stat().st_size > 0) or any(path.glob("checkpoints/[0-9]*"))
+    return trained and (path / CONFIG).exists()
+
+
 def _command() -> str:
     return redact(shlex.join(["expertail", *sys.argv[1:]]))
 
@@ -222,6 +227,12 @@ def origin(run: Mapping[str, Any]) -> dict[str, Any]:
     """Return commit, versions and hardware of a run, from its run.json; without the name of its host."""
     hardware = {key: run["host"][key] for key in ("processor", "cpus", "memory_gib")}
     return {"commit": run["commit"], "versions": run["versions"], "hardware": hardware}
+
+
+def origin_name(adopted: Mapping[str, Any]) -> str:
+    """Return what a run is called that was taken over: its old folder, with the one above, and the commit."""
+    commit = f" ({adopted['commit'][:8]})" if adopted.get("commit") else ""
+    return f"{Path(adopted['folder']).name}/{adopted['run']}{commit}"
 
 
 def versions() -> dict[str, str]:

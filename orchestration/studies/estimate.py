@@ -14,6 +14,8 @@ from experts.data.cpus import usable_cpus
 from orchestration.cluster.placement import Resources
 from orchestration.results.text import bytes_, duration, plural, text_table
 from orchestration.storage.files import read_json
+from orchestration.studies.adoption import Adoption
+from orchestration.studies.beside import beside_lines
 from orchestration.studies.grid import Grid
 from orchestration.studies.points import Point
 from orchestration.studies.run_queue import FAILED, FINISHED
@@ -24,19 +26,24 @@ _UNKNOWN = "not known until one run is finished"
 _THIS_MACHINE = "this machine"
 
 
-def plan_lines(grid: Grid, folder: StudyFolder, nodes: Mapping[str, Resources] | None) -> Iterator[str]:
+def plan_lines(
+    grid: Grid, folder: StudyFolder, nodes: Mapping[str, Resources] | None, adoption: Adoption | None = None
+) -> Iterator[str]:
     """Yield what a study would train.
 
     Args:
         grid: of the study.
         folder: of it; it need not exist.
         nodes: resources by node; None: our own Ray on this machine.
+        adoption: runs from elsewhere that would be taken over.
     """
     status = {r["identity"]: (r["status"], r["run"]) for r in (folder.records if folder.content else [])}
     again = grid.study.retry == "failed"
     done = [point for point in grid.points if status.get(point.identity, ("",))[0] == FINISHED]
-    failed = [point for point in grid.points if status.get(point.identity, ("",))[0] == FAILED and not again]
-    left = [point for point in grid.points if point not in done and point not in failed]
+    taken = adoption.taken if adoption else {}
+    failed = [p for p in grid.points if status.get(p.identity, ("",))[0] == FAILED and not again and p.run not in taken]
+    status |= {point.identity: ("to take over", point.run) for point in grid.points if point.run in taken}
+    left = [p for p in grid.points if p not in done and p not in failed and p.run not in taken]
     references = sum(point.role == "reference" for point in grid.points)
 
     yield f"study {grid.name}: {grid.folder}"
@@ -50,12 +57,14 @@ def plan_lines(grid: Grid, folder: StudyFolder, nodes: Mapping[str, Resources] |
     parts = [
         f"{len(done)} finished",
         *([f"{len(failed)} failed, which stay so"] if failed else []),
+        *([f"{len(taken)} to take over"] if taken else []),
         f"{len(left)} to train",
     ]
     of_them = f", {references} of them references on balanced data" if references else ""
     yield f"runs      {plural(len(grid.points), 'run')}{of_them}: {', '.join(parts)}"
     if shared := _shared(left):
         yield f"stages    {shared} that several runs begin with are trained once"
+    yield from (f"adopt     {line}" for line in (adoption.lines if adoption else ()))
     resources = nodes if nodes is not None else {_THIS_MACHINE: {"CPU": float(usable_cpus())}}
     at_once = min(room(resources, left), len(left)) if left else 0
     most = at_once if grid.study.parallel == "auto" else min(at_once, grid.study.parallel)
@@ -64,8 +73,7 @@ def plan_lines(grid: Grid, folder: StudyFolder, nodes: Mapping[str, Resources] |
     measured = [_measured(grid.folder / status[point.identity][1]) for point in done]
     yield f"hours     {_hours(measured, len(left), most)}"
     yield f"storage   {_storage(measured, len(left))}"
-    for missing in grid.study.missing:
-        yield f"missing   {missing.label}: {missing.why}"
+    yield from beside_lines(grid)
 
 
 def _own(point: Point, grid: Grid) -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from configs import VANILLA
@@ -23,6 +23,7 @@ from orchestration.config.identity import config_hash
 from orchestration.config.paths import expand
 from orchestration.config.run_config import RunConfig, name_problems
 from orchestration.config.words import message
+from orchestration.reports.asked import report_problems
 from orchestration.results.text import plural
 from orchestration.runs.admission import admit
 from orchestration.storage.location import run_path
@@ -34,6 +35,7 @@ from orchestration.tracking.uri import default_uri
 
 BALANCED = "dataset.balanced"
 _NONE = "none"
+_EXPERIMENT = "tracking.experiment="
 _NAME_CHARACTERS = 60  # of a value, in the name of its run
 _SHOWN = 3  # recipes that one problem names
 _GROUPS_BY_VALUE = ("dataset", "backbone", "pace", "protocol")  # whose choice alone says what it is
@@ -61,6 +63,11 @@ class Grid:
     defaults: tuple[str, ...]
     address: str | None
 
+    def named(self, name: str) -> Grid:
+        """Return the same study by another name, in a folder of its own."""
+        defaults = tuple(word.replace(f"{_EXPERIMENT}{self.name}", f"{_EXPERIMENT}{name}") for word in self.defaults)
+        return replace(self, name=name, folder=self.folder.with_name(name), defaults=defaults)
+
 
 @dataclass(frozen=True)
 class _Combination:
@@ -70,29 +77,31 @@ class _Combination:
     words: tuple[str, ...]
     label: dict[str, str]
     extra: tuple[str, ...]  # of its name, beside method, mix and then
+    stem: str | None  # of its name, in the place of method, mix and then: a recipe's own label
 
 
-def lay_out(study: StudyConfig, gpu_share: float | None = None) -> Grid:
+def lay_out(study: StudyConfig, gpu_share: float | None = None, *, files: bool = True) -> Grid:
     """Lay out a study.
 
     Args:
         study: as asked for.
         gpu_share: CPUs for a worker with a GPU, where its config leaves them open; None: not known yet.
+        files: whether files that the configs name must be there; a plan is also made where they are not.
 
     Raises:
         ValueError: everything that is wrong with it.
     """
-    problems = list(_word_problems(study))
+    problems = [*_word_problems(study), *report_problems(study.report)]
     combinations = [] if problems else list(_combinations(study, problems))
-    composed = {} if problems else _compose(study, combinations, gpu_share, problems)
+    composed = {} if problems else _compose(study, combinations, gpu_share, problems, files)
     if problems:
         raise ValueError(message("study", problems))
 
     points = [point for combination in combinations for point in _points_of(study, combination, composed)]
     if study.references:
-        points += _references(study, combinations, points, gpu_share, problems)
+        points += _references(study, combinations, points, gpu_share, problems, files)
     first = next(iter(composed.values()))[1]
-    name = study.name or default_name(study, first.dataset.name)
+    name = study.name or default_name(study, first.method.name, first.dataset.name)
     baseline = None if study.baseline is None else label_of(study.baseline.split())
     problems += [*_duplicates(points), *_no_baseline(study, baseline, points), *_place_problems(name, composed)]
     if problems:
@@ -146,11 +155,14 @@ def _combinations(study: StudyConfig, problems: list[str]) -> Iterator[_Combinat
         if any(all(label.get(key) == value for key, value in pairs.items()) for pairs in study.exclude):
             continue
         found += 1
-        extra = tuple(_part(key, value) for key, value in varied.items() if key not in PARTS)
+        # A label stands for the words of its recipe; what axes say differs between its runs.
+        told = varied if shown is None else {key: value for key, value in varied.items() if key in study.axes}
+        extra = tuple(_part(key, value) for key, value in told.items() if key not in PARTS or shown is not None)
         set_ = [f"{key}={'null' if key in PARTS and value == _NONE else value}" for key, value in axes.items()]
         mine = tuple(word if label_of([word]) != {"mix": _NONE} else "mix=null" for word in words)
         title = " ".join([*mine, *set_]) or "its one recipe"
-        yield _Combination(title, (*study.words, *mine, *set_), label, extra)
+        stem = None if shown is None else _plain_name(shown)
+        yield _Combination(title, (*study.words, *mine, *set_), label, extra, stem)
     if not found:
         problems.append("no run is left: every combination is excluded; needed at least one; shorten `exclude`")
 
@@ -158,6 +170,11 @@ def _combinations(study: StudyConfig, problems: list[str]) -> Iterator[_Combinat
 def _part(key: str, value: str) -> str:
     """Return the part of a run's name that a value is: ratio50."""
     text = value if key in _GROUPS_BY_VALUE else f"{short_key(key)}{value}"
+    return _plain_name(text)
+
+
+def _plain_name(text: str) -> str:
+    """Return what stands in the name of a folder for some text."""
     return re.sub(r"[^\w.+-]+", "_", text).strip("_")[:_NAME_CHARACTERS] or "_"
 
 
@@ -165,13 +182,17 @@ def _part(key: str, value: str) -> str:
 
 
 def _compose(
-    study: StudyConfig, combinations: Sequence[_Combination], gpu_share: float | None, problems: list[str]
+    study: StudyConfig,
+    combinations: Sequence[_Combination],
+    gpu_share: float | None,
+    problems: list[str],
+    files: bool,
 ) -> dict[str, tuple[tuple[str, ...], RunConfig]]:
     """Return words and config of each combination by title, with the first seed; note each problem once."""
     composed, found = {}, dict[str, list[str]]()
     for combination in combinations:
         try:
-            composed[combination.title] = compose_as_run(combination.words, study.seeds[0], gpu_share)
+            composed[combination.title] = compose_as_run(combination.words, study.seeds[0], gpu_share, files=files)
         except ValueError as problem:
             lines = str(problem).splitlines()
             for line in [text.strip() for text in lines[1:]] or lines:  # the first counts them, and has all words
@@ -184,9 +205,9 @@ def _compose(
 
 
 def compose_as_run(
-    words: Sequence[str], seed: int, gpu_share: float | None = None
+    words: Sequence[str], seed: int, gpu_share: float | None = None, *, files: bool = True
 ) -> tuple[tuple[str, ...], RunConfig]:
-    """Return the words of a run of a study, without its seed, and its config, admitted.
+    """Return the words of a run of a study, without its seed, and its config, admitted but for `files`.
 
     Raises:
         ValueError: they make no run that can work.
@@ -202,7 +223,10 @@ def compose_as_run(
     if (cpus := _cpus(config, gpu_share)) is not None:
         words += (f"cluster.cpus_per_worker={cpus:g}",)
         config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"cpus_per_worker": cpus})})
-    admit(config)
+    if files:
+        admit(config)
+    else:
+        shape_of(config.method.num_experts, config.cluster)
     return words, config
 
 
@@ -222,7 +246,7 @@ def _points_of(
     study: StudyConfig, combination: _Combination, composed: Mapping[str, tuple[tuple[str, ...], RunConfig]]
 ) -> Iterator[Point]:
     words, config = composed[combination.title]
-    name = "-".join([re.sub(r"[^\w.+-]+", "_", config.method.name), *combination.extra])
+    name = "-".join([combination.stem or re.sub(r"[^\w.+-]+", "_", config.method.name), *combination.extra])
     for seed in study.seeds:
         yield _point(f"{name}-s{seed}", combination.label, seed, words, config)
 
@@ -243,17 +267,19 @@ def _references(
     points: Sequence[Point],
     gpu_share: float | None,
     problems: list[str],
+    files: bool,
 ) -> list[Point]:
     """Return runs on the balanced variant of the data, of equal total: of every recipe, and of plain cross-entropy.
 
     Those that are runs of the study already, or references of another recipe, are not there twice.
     """
     known, found = {point.identity for point in points}, list[Point]()
+    balanced = (f"{BALANCED}=true",) if study.references is True else study.references or ()
     for combination in combinations:
         plain = tuple(word for word in combination.words if not word.startswith(("method", "mix=", "then=", *_MIXES)))
         for asked, recipe in ((combination.words, True), ((f"method={VANILLA}", *plain), False)):
             try:
-                words, config = compose_as_run((*asked, f"{BALANCED}=true"), study.seeds[0], gpu_share)
+                words, config = compose_as_run((*asked, *balanced), study.seeds[0], gpu_share, files=files)
             except ValueError as problem:
                 problems.append(f"reference on balanced data: {str(problem).splitlines()[-1].strip()}")
                 return []
@@ -262,8 +288,9 @@ def _references(
                 for key, value in combination.label.items()
                 if key != "recipe" and not key.startswith("method.")
             }  # fmt: skip
-            extra = [part for key, part in _parts_of(label)]
-            name = "-".join([re.sub(r"[^\w.+-]+", "_", config.method.name), "balanced", *extra])
+            stem = combination.stem if recipe else None
+            extra = combination.extra if stem else [part for key, part in _parts_of(label)]
+            name = "-".join([stem or re.sub(r"[^\w.+-]+", "_", config.method.name), "balanced", *extra])
             for seed in study.seeds:
                 point = _point(f"{name}-s{seed}", label | {BALANCED: "true"}, seed, words, config, "reference")
                 if point.identity not in known:
@@ -322,4 +349,4 @@ def _defaults(name: str, config: RunConfig) -> tuple[str, ...]:
     """Return where the runs are tracked unless they say so: one store beside the study, one experiment for it."""
     tracking = config.tracking
     uri = [] if tracking.uri is not None else [f"tracking.uri={default_uri(expand(config.run.dir))}"]
-    return (*uri, *([f"tracking.experiment={name}"] if tracking.experiment == "expertail" else []))
+    return (*uri, *([f"{_EXPERIMENT}{name}"] if tracking.experiment == "expertail" else []))

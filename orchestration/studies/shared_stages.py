@@ -19,10 +19,10 @@ from orchestration.config.messages import say
 from orchestration.config.run_config import RunConfig
 from orchestration.runs.finished import with_threads
 from orchestration.storage.checkpoint import Checkpoints
-from orchestration.storage.files import CONFIG, DATA, write_atomic
+from orchestration.storage.files import CONFIG, DATA, RUN, read_json, write_atomic
 from orchestration.storage.journal import FILE_NAME as JOURNAL
 from orchestration.storage.journal import read_journal
-from orchestration.storage.run_folder import RunFolder
+from orchestration.storage.run_folder import RunFolder, origin_name
 
 _STAGES = "method.stages."
 
@@ -65,7 +65,7 @@ def take_over_stages(config: RunConfig, path: Path, donors: Iterable[Path]) -> d
         donors: folders of the other runs; those that do not exist or are the run's own are passed over.
 
     Returns:
-        Name of the run that each stage was taken from.
+        Name of the run that each stage was taken from, with folder and commit of a run that lies elsewhere.
     """
     taken: dict[str, str] = {}
     with contextlib.closing(RunFolder(path)) as folder:
@@ -99,7 +99,7 @@ def _take(donor: Path, wanted: RunConfig, folder: RunFolder) -> list[str]:
         folder.write_config(config)
         write_atomic(folder.path / DATA, (donor / DATA).read_text())
     taken = folder.read_run().get("stages_taken", {})
-    folder.update_run(stages_taken=taken | dict.fromkeys(finished, donor.name))
+    folder.update_run(stages_taken=taken | dict.fromkeys(finished, _name_of(donor, folder.path)))
     merge_journals(donor, folder.path, stages, set(finished))
     for stage, newest in finished.items():
         evaluations = donor / "evaluation" / stage
@@ -109,6 +109,14 @@ def _take(donor: Path, wanted: RunConfig, folder: RunFolder) -> list[str]:
             target.copy_weights(source.folder / best["checkpoint"], best["checkpoint"])
         target.copy_weights(newest.folder, newest.folder.name)  # last: the stage counts as trained from here on
     return list(finished)
+
+
+def _name_of(donor: Path, ours: Path) -> str:
+    """Return what a run is called in another: its name, and with folder and commit if it lies elsewhere."""
+    if donor.parent.absolute() == ours.parent.absolute():
+        return donor.name
+    folder, commit = str(donor.parent.absolute()), read_json(donor / RUN).get("commit")
+    return origin_name({"run": donor.name, "folder": folder, "commit": commit})
 
 
 def merge_journals(donor: Path, ours: Path, stages: list[str], taken: set[str]) -> None:

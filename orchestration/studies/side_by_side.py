@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from orchestration.cluster.placement import Resources, places
@@ -44,6 +45,7 @@ class SideBySide:
         defaults: words of every run beside its own.
         report: takes a line for the operator.
         ended: called when a run has ended.
+        lent: run folders from elsewhere that have trained a stage, by digest of the stage.
     """
 
     def __init__(
@@ -56,14 +58,16 @@ class SideBySide:
         defaults: Sequence[str],
         report: Callable[[str], None],
         ended: Callable[[], None] = lambda: None,
+        lent: Mapping[str, Path] = MappingProxyType({}),
     ) -> None:
         self._folder, self._lanes, self._nodes, self._most = folder, lanes, nodes, most
         self._defaults, self._report, self._ended = tuple(defaults), report, ended
-        self._points = {point.run: point for point in points}
+        self._points, self._lent = {point.run: point for point in points}, lent
         # All recipes with the first seed come first: a report has something to compare early.
         order = sorted(points, key=lambda point: point.seed)
         statuses = {point.run: folder.record(point.run)["status"] for point in points}
-        self._queue = RunQueue({point.run: list(point.stages.values()) for point in order}, statuses)
+        to_train = {p.run: [digest for digest in p.stages.values() if digest not in lent] for p in order}
+        self._queue = RunQueue(to_train, statuses)
         self._begun_at: dict[str, float] = {}
         self._asked_at, self._room = -math.inf, 1
         self._lost_starts = 0
@@ -138,12 +142,14 @@ class SideBySide:
 
     def _job(self, run: str) -> dict[str, Any]:
         path = self._folder.path
+        stages = self._points[run].stages.values()
+        lenders = dict.fromkeys(self._lent[digest] for digest in stages if digest in self._lent)
         return {
             "run": run,
             "folder": str(path / run),
             "words": launch_words(self._points[run], path, self._defaults),
             "study": path.name,
-            "donors": [str(path / donor) for donor in self._queue.donors(run)],
+            "donors": [*map(str, lenders), *(str(path / donor) for donor in self._queue.donors(run))],
         }
 
     def _stop(self, number: int) -> None:

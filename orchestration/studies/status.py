@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.results.text import duration, plural, text_table
-from orchestration.storage.files import CONFIG, read_config, read_json
+from orchestration.storage.files import CONFIG, read_config, read_json, refuse_sweep
 from orchestration.storage.journal import FILE_NAME as JOURNAL
+from orchestration.storage.run_folder import origin_name
 from orchestration.tracking.contents import STUDY_FILE
 
 _TAIL_BYTES = 2**17  # of a journal, from which pace and place are read
@@ -23,6 +24,7 @@ def status_text(place: Path) -> str:
     Raises:
         ValueError: the folder holds neither.
     """
+    refuse_sweep(place)
     study = read_json(place / STUDY_FILE)
     inner = [] if study else [_summary(path.parent) for path in sorted(place.glob(f"*/{STUDY_FILE}"))]
     if study:
@@ -50,6 +52,8 @@ def status_text(place: Path) -> str:
     ]
     problems = [f"{state['run']}: {state['problem']}" for state in states if state["problem"]]
     lines += ["", *problems] if problems else []
+    lines += [f"{record['run']}: taken over from {origin_name(record['adopted'])}" for record in records
+              if record.get("adopted")]  # fmt: skip
     lines += [f"missing: {one['label']} ({one['why']})" for one in (study.get("missing") or [])] if study else []
     return "\n".join(lines)
 

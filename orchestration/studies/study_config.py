@@ -27,7 +27,7 @@ from orchestration.config.words import message
 PARTS = ("method", "mix", "then")
 """Groups that a recipe's name is made of."""
 _OWN = "study."  # words with this prefix set keys of the study
-_BY_FILE_ALONE = ("words", "axes", "recipes", "seeds", "exclude", "missing")
+_BY_FILE_ALONE = ("words", "axes", "recipes", "seeds", "exclude", "missing", "of")
 
 
 class _Keys(BaseModel):
@@ -61,6 +61,11 @@ def _number_or_auto(value: Any) -> Any:
     raise ValueError("needed a whole number of 1 or more, or auto")
 
 
+def _several(value: Any) -> Any:
+    """Return the folders that one word names, `study.adopt=A,B`."""
+    return tuple(filter(None, value.strip("[]").split(","))) if isinstance(value, str) else value
+
+
 class StudyConfig(_Keys):
     """A study, as its file and its words say."""
 
@@ -77,11 +82,14 @@ class StudyConfig(_Keys):
     """A run is left out if its label has all pairs of one of these."""
     baseline: str | None = None
     """Words of the recipe that others are compared with, e.g. `method=ce`."""
-    references: bool = False
-    """Add the runs on the balanced variant of the data that relative accuracy needs."""
+    references: bool | tuple[str, ...] = False
+    """Add the runs on the balanced variant of the data that relative accuracy needs. Words, where `dataset.balanced`
+    cannot make the variant: a list of as many images of every class."""
     missing: tuple[Missing, ...] = ()
     report: dict[str, Any] = Field(default_factory=dict)
     """For `expertail report`."""
+    adopt: Annotated[tuple[str, ...], BeforeValidator(_several)] = ()
+    """Folders of finished runs that were trained elsewhere; those that are runs of the study are taken over."""
     parallel: Annotated[int | Literal["auto"], BeforeValidator(_number_or_auto)] = "auto"
     """The most runs at once. auto: as many as the cluster has places for."""
     retry: Literal["failed"] | None = None
@@ -131,6 +139,8 @@ def _from_file(given: str) -> tuple[dict[str, Any], str]:
         raise ValueError(f"{path}: not YAML ({str(problem).splitlines()[0]})") from problem
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: found {type(tree).__name__}, needed a mapping with recipes or axes")
+    if (other := tree.pop("of", None)) is not None:
+        tree = _from_file(str(other))[0] | tree
     if isinstance(tree.get("axes"), dict):
         tree["axes"] = {
             str(key): [as_text(value) for value in (values if isinstance(values, list) else [values])]
@@ -198,10 +208,20 @@ def _values(parser: OverridesParser, word: str) -> list[str] | None:
     return list(dict.fromkeys(str(value) for value in override.sweep_string_iterator()))
 
 
-def default_name(study: StudyConfig, dataset: str) -> str:
-    """Return the name of a study without one: what varies, and the data; the same when values are added."""
+def default_name(study: StudyConfig, recipe: str, dataset: str) -> str:
+    """Return the name of a study without one: what varies, what does not, and the data; the same when values are added.
+
+    Args:
+        study: without a name.
+        recipe: name of its first run's recipe.
+        dataset: name of its data.
+    """
     varied = [short_key(key) for key in study.axes if key != "dataset"] or (["recipe"] if study.recipes else [])
-    return re.sub(r"[^\w.+-]+", "_", "-".join(["study", *(["+".join(varied)] if varied else []), dataset]))
+    parts = dict(word.partition("=")[::2] for word in study.words)
+    fixed = [parts[key].strip("[]").replace(",", "+") for key in PARTS if parts.get(key, "null") not in ("null", "[]")]
+    whole = study.recipes or any(key in study.axes for key in PARTS)  # then the recipe's name is that of one run alone
+    words = ["study", "+".join(varied), "+".join(fixed) if whole else recipe, dataset]
+    return re.sub(r"[^\w.+-]+", "_", "-".join(filter(None, words)))
 
 
 def short_key(key: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import platform
 import time
@@ -138,6 +139,7 @@ class StudyFolder:
                 problems += _other_run(folder, point)
             if run.get("status") == "finished":
                 record |= {"status": FINISHED, "problem": None}
+                record |= {"adopted": run["adopted"]} if "adopted" in run else {}
             elif record["status"] == FAILED and not retry:
                 continue
             else:
@@ -173,6 +175,28 @@ def _other_run(folder: Path, point: Point) -> Iterator[str]:
                 run.check_same_config(with_threads(compose(list(point.words)).config, run.stored_config()))
             except ValueError as problem:
                 yield str(problem)
+
+
+def with_a_folder(grid: Grid, say_line: Callable[[str], None] = say) -> Grid:
+    """Return a study without a name under one whose folder is free, or holds the study already.
+
+    What is called by its words may be called as another study whose words differ: a second sweep of the same key, say.
+    It gets a digest of what all its runs have in common to its name, the same whenever the command is repeated.
+    """
+    if grid.study.name is not None:
+        return grid
+    common = sorted([*grid.study.axes, *_by_key(grid.study.words, set(grid.study.axes)).items()], key=str)
+    apart = grid.named(f"{grid.name}-{hashlib.sha256(repr(common).encode()).hexdigest()[:6]}")
+    if (apart.folder / STUDY).exists():
+        return apart
+    there = StudyFolder(grid.folder)
+    problems = list(there.problems_with(grid))
+    others = there.content and sorted({*there.content["axes"]} ^ {*grid.study.axes})
+    if problems or others:
+        why = ", ".join(others or ()) or (problems[1].strip() if len(problems) > 1 else "a run")
+        say_line(f"{grid.folder}: holds another study ({why}); this one is called {apart.name}; study.name= names it")
+        return apart
+    return grid
 
 
 # Locks

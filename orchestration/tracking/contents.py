@@ -19,8 +19,6 @@ from orchestration.results.tables import per_class_table
 from orchestration.storage.files import evaluations, file_sha256, final_evaluations, read_config, read_json
 
 PER_CLASS_FILE = "per_class.json"
-SWEEP_FILE = "sweep.json"
-"""The file that makes a folder a sweep's: its runs, and what they have in common."""
 STUDY_FILE = "study.json"
 """The file that makes a folder a study's."""
 _MOST_CHARACTERS = 250  # of a name or a value: older servers take no more
@@ -30,32 +28,21 @@ _STATUS = {
 """The `status` of run.json -> the status of the MLflow run."""
 
 
-def sweep_folder(run_dir: Path) -> Path | None:
-    """Return the folder of the sweep or study that a run belongs to (`study` in run.json); None for a run on its own.
-
-    A sweep's folder lies beside those of its runs, a study's around them.
-    """
-    name = read_json(run_dir / "run.json").get("study")
-    if name and (run_dir.parent / STUDY_FILE).exists():
-        return run_dir.parent
-    folder = run_dir.parent / str(name)
-    return folder if name and (folder / SWEEP_FILE).exists() else None
+def study_folder(run_dir: Path) -> Path | None:
+    """Return the folder of the study that a run belongs to (`study` in run.json); None for a run on its own."""
+    of_one = read_json(run_dir / "run.json").get("study") and (run_dir.parent / STUDY_FILE).exists()
+    return run_dir.parent if of_one else None
 
 
 def describe_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Return the run, the data and the config that a folder describes; for a sweep, what its runs have in common."""
-    sweep = read_json(folder / SWEEP_FILE)
+    """Return the run, the data and the config that a folder describes; for a study, what was asked for."""
     if study := read_json(folder / STUDY_FILE):
         return (
             {"status": _study_status(study)},
             {},
             {"study": {k: study[k] for k in ("name", "words", "axes", "seeds")}},
         )
-    if not sweep:
-        return read_json(folder / "run.json"), read_json(folder / "data.json"), read_config(folder)
-    values = ",".join(run["value"] for run in sweep["runs"])
-    run = {"seed": sweep["seed"], "status": sweep.get("status")}
-    return run, {"dataset": sweep["dataset"]}, {**sweep["config"], "sweep": {"key": sweep["key"], "values": values}}
+    return read_json(folder / "run.json"), read_json(folder / "data.json"), read_config(folder)
 
 
 def _study_status(study: Mapping[str, Any]) -> str:
@@ -136,10 +123,8 @@ def time_ms(run: Mapping[str, Any], name: str) -> int | None:
 
 def note(folder: Path) -> str | None:
     """Return the text that MLflow shows as a run's description: its final table; None where there is none yet."""
-    for path in (folder / "report" / "table.txt", folder / "table.txt"):
-        if path.exists():
-            return f"```\n{path.read_text()[:4900].rstrip()}\n```"
-    return None
+    path = folder / "report" / "table.txt"
+    return f"```\n{path.read_text()[:4900].rstrip()}\n```" if path.exists() else None
 
 
 def mlflow_status(run: Mapping[str, Any]) -> str:
@@ -167,8 +152,8 @@ def files(run_dir: Path) -> dict[str, str | Path]:
             found[path.name] = redact(path.read_text())
 
     patterns = ("data.json", "evaluation/**/*.json", "report/**/*.png", "report/*.txt", "report/*.html")
-    of_a_sweep = (SWEEP_FILE, "sweep.png", "table.txt", STUDY_FILE, "report/*.md", "report/*.csv", "report/*.tex")
-    for path in sorted(path for pattern in patterns + of_a_sweep for path in run_dir.glob(pattern)):
+    of_a_study = (STUDY_FILE, "report/*.md", "report/*.csv", "report/*.tex")
+    for path in sorted(path for pattern in patterns + of_a_study for path in run_dir.glob(pattern)):
         found[path.relative_to(run_dir).as_posix()] = path
     data, results = read_json(run_dir / "data.json"), evaluations(run_dir)
     if finals := final_evaluations(run_dir):

@@ -31,7 +31,7 @@ def settle_ownership(run_dir: Path, url: str | None = None) -> str | None:
     """Note where a folder is, and give it a key of its own if it is a copy.
 
     Args:
-        run_dir: the folder of a run or of a sweep.
+        run_dir: the folder of a run or of a study.
         url: where the run is kept, of which the folder is a working copy.
 
     Returns:

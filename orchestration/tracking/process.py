@@ -64,7 +64,7 @@ class State:
 
         A killed driver leaves a run.json that still says running; one that went on has written a newer one.
         """
-        versions = [file_version(self._path.parent / name) for name in ("run.json", contents.SWEEP_FILE)]
+        versions = [file_version(self._path.parent / name) for name in ("run.json", contents.STUDY_FILE)]
         now = [None if version is None else list(version) for version in versions]  # as JSON gives it back
         if reported is not None:
             self.values.update(status=reported, status_at=now)

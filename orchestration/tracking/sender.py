@@ -14,8 +14,8 @@ Nothing is sent twice, whichever process is killed at whatever moment:
 - files are sent again only when they changed; models are found by the digest of their weights;
 - nothing else repeats a request: MLflow's own retries, which do not check what arrived, are switched off.
 
-A run whose run.json names a sweep (as `study`) is a child of the sweep's MLflow run, which the first of them creates.
-The folder of a sweep lies beside those of its runs and is uploaded like a run, with its own files.
+A run of a study is a child of the study's MLflow run, which the first of them creates. The folder of a study holds
+those of its runs and is uploaded like a run, with its own files.
 
 MLflow is imported in the functions that need it: the import costs seconds, which no driver should pay.
 """
@@ -39,7 +39,7 @@ from experts.data.names import readable
 from orchestration.storage import journal
 from orchestration.storage.files import read_config
 from orchestration.tracking import contents
-from orchestration.tracking.contents import STUDY_FILE, SWEEP_FILE
+from orchestration.tracking.contents import STUDY_FILE
 from orchestration.tracking.mlflow_model import save_pyfunc
 from orchestration.tracking.ownership import copied_from
 from orchestration.tracking.process import (
@@ -123,8 +123,8 @@ class MlflowSender:
 
     @property
     def has_run(self) -> bool:
-        """Whether the folder holds a run or a sweep yet."""
-        return any((self._run_dir / name).exists() for name in ("config.yaml", SWEEP_FILE, STUDY_FILE))
+        """Whether the folder holds a run or a study yet."""
+        return any((self._run_dir / name).exists() for name in ("config.yaml", STUDY_FILE))
 
     def connect(self) -> None:
         """Find or create the MLflow run; do nothing once that has succeeded."""
@@ -144,11 +144,11 @@ class MlflowSender:
             client = mlflow.MlflowClient(self._target.uri, self._target.uri)
             experiment_id = self._find_experiment(client)
 
-        sweep = contents.sweep_folder(self._run_dir)
+        study = contents.study_folder(self._run_dir)
         parent = None
-        if sweep is not None:
-            state = State(sweep, self._target)
-            parent = self._find_run(client, experiment_id, sweep, state, sweep.name, {}).info.run_id
+        if study is not None:
+            state = State(study, self._target)
+            parent = self._find_run(client, experiment_id, study, state, study.name, {}).info.run_id
         tags = {} if parent is None else {"mlflow.parentRunId": parent}
         run = self._find_run(client, experiment_id, self._run_dir, self.state, self._target.run_name, tags)
         self._run_id = run.info.run_id
@@ -163,7 +163,7 @@ class MlflowSender:
         """Send parameters, tags, dataset and files, once and whenever the files that describe the run change."""
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 
-        files = ("config.yaml", "run.json", "data.json", SWEEP_FILE, STUDY_FILE)
+        files = ("config.yaml", "run.json", "data.json", STUDY_FILE)
         state = [file_version(self._run_dir / name) for name in files]
         if state == self._described:
             return
@@ -214,7 +214,7 @@ class MlflowSender:
         self, client: Any, experiment_id: str, folder: Path, state: State, name: str, tags: dict[str, str]
     ) -> Any:
         """Find the one MLflow run of a folder by its key, or create it; delete others that carry the key."""
-        with hold_lock(folder / f".{STATE_FILE}.run.lock", wait_s=30.0):  # runs side by side create their sweep's once
+        with hold_lock(folder / f".{STATE_FILE}.run.lock", wait_s=30.0):  # runs side by side create their study's once
             state.agree_on_key()
             values = state.values
             key = f"tags.`expertail.key` = '{values['key']}'"
@@ -412,7 +412,7 @@ def upload(
     """Upload a run until woken, and then the rest of it.
 
     Args:
-        run_dir: the run folder, or that of a sweep or a study.
+        run_dir: the run folder, or that of a study.
         target: where to.
         wake: set when the run has ended.
         last: how it has ended, and how long the rest may take; read once woken.

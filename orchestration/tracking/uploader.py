@@ -33,7 +33,7 @@ def start_uploader(
     """Start the process that uploads a run while it trains. Return at once: nothing is imported or connected here.
 
     Args:
-        run_dir: the run folder, with those of `config.yaml`, `run.json` and `data.json` that exist; or a sweep's.
+        run_dir: the run folder, with those of `config.yaml`, `run.json` and `data.json` that exist; or a study's.
         uri: of the tracking store; see `tracking_uri`.
         experiment: MLflow experiment; created when missing.
         run_name: name of the MLflow run; by default that of the folder.

@@ -31,8 +31,17 @@ def check_uri(uri: str) -> str:
 
 
 def sqlite_uri(path: Path) -> str:
-    """Return the URI of a SQLite file, in whose path % and ? would have a meaning of their own."""
-    return f"sqlite:///{str(path).replace('%', '%25').replace('?', '%3F')}"
+    """Return the URI of a SQLite file, in whose path % and ? would have a meaning of their own.
+
+    MLflow makes the folder of a URI as it is written there, and would leave an empty a%3Fb beside a?b. So slashes from
+    the first such name on are written as %2F: then it makes the folder above, which is there.
+    """
+    above, slash, rest = str(path).rpartition("/")
+    while "%" in above or "?" in above:
+        above, slash, name = above.rpartition("/")
+        rest = f"{name}/{rest}"
+    quoted = rest.replace("%", "%25").replace("?", "%3F").replace("/", "%2F")
+    return f"sqlite:///{above}{slash}{quoted}"
 
 
 def sqlite_path(uri: str) -> Path | None:

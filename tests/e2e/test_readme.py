@@ -14,6 +14,7 @@ from experts import registry
 from orchestration.cli import _parser
 from orchestration.config.compose import load_config
 from orchestration.config.words import available
+from orchestration.studies.study_config import read_study
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = {
@@ -90,9 +91,8 @@ def test_every_command_is_understood(words):
     assert not [word for word in overrides if word.startswith("-")]
     overrides = [*getattr(options, "overrides", []), *overrides]
     if options.command == "sweep":
-        key, _, values = options.variation.partition("=")
-        overrides.append(f"{key}={values.split(',')[0]}")
-    if options.command in ("train", "show", "plan", "sweep", "doctor") and overrides:
+        read_study(overrides)
+    if options.command in ("train", "show", "plan", "doctor") and overrides:
         load_config(overrides)
 
 

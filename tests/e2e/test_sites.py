@@ -276,6 +276,7 @@ def test_the_mlflow_server_keeps_runs_and_artefacts_behind_a_password(tracking_s
     def refused(*words: object, **more: str | None) -> int:
         with pytest.raises(urllib.error.HTTPError) as refusal:
             ask(*words, **more)  # type: ignore[arg-type]
+        refusal.value.close()  # it is the answer, with the connection
         return refusal.value.code
 
     create = json.dumps({"name": "ours"}).encode()

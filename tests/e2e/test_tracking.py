@@ -255,24 +255,23 @@ def test_a_copied_folder_gets_a_run_of_its_own_and_a_moved_one_goes_on_with_it(r
     assert history(uri, "origin") == expected(range(1, 11)) + expected([11], 3e9)
 
 
-def test_a_sweep_is_the_parent_of_its_runs(runs):
-    """The first of the two to be uploaded creates the sweep's MLflow run; the other finds it."""
-    uri, folder = default_uri(runs), make_run(runs / "child", steps=1)
-    sweep = runs / "x-sweep"
-    sweep.mkdir()
-    result = {"key": "seed", "method": "ride", "dataset": "tiny", "seed": 4, "config": {"method.name": "ride"}}
-    result |= {"status": "finished", "runs": [{"value": "4", "run": "child"}]}
-    (sweep / "sweep.json").write_text(json.dumps(result))
-    (sweep / "sweep.png").write_bytes(b"png")
-    (folder / "run.json").write_text(json.dumps({"status": "finished", "study": "x-sweep"}))
+def test_a_study_is_the_parent_of_its_runs(runs):
+    """The first of the two to be uploaded creates the study's MLflow run; the other finds it."""
+    uri, study = default_uri(runs), runs / "night"
+    folder = make_run(study / "child", steps=1)
+    content = {"name": "night", "words": [], "axes": {"method": ["ride"]}, "seeds": [4]}
+    (study / "study.json").write_text(json.dumps({**content, "points": [{"run": "child", "status": "finished"}]}))
+    (study / "report").mkdir()
+    (study / "report" / "groups-1.png").write_bytes(b"png")
+    (folder / "run.json").write_text(json.dumps({"status": "finished", "study": "night"}))
     assert sync(folder, uri) is None
-    assert the_run(uri, "x-sweep").info.status == "RUNNING"
-    assert sync(sweep, uri) is None
-    parent = the_run(uri, "x-sweep")
+    assert the_run(uri, "night").info.status == "RUNNING"
+    assert sync(study, uri) is None
+    parent = the_run(uri, "night")
     assert the_run(uri, "child").data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert parent.info.status == "FINISHED"
-    assert parent.data.params == {"method.name": "ride", "sweep.key": "seed", "sweep.values": "4"}
-    assert {file.path for file in client(uri).list_artifacts(parent.info.run_id)} == {"sweep.json", "sweep.png"}
+    assert parent.data.params["study.axes.method"] == '["ride"]'
+    assert {file.path for file in client(uri).list_artifacts(parent.info.run_id)} == {"study.json", "report"}
 
 
 @pytest.mark.drill

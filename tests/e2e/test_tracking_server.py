@@ -367,24 +367,23 @@ def test_the_password_of_the_server_is_used_and_kept_nowhere(proxy, server, dril
     assert given == "environment" or ("401" in printed and "MLFLOW_TRACKING_PASSWORD" in printed)
 
 
-def test_a_sweep_is_the_parent_of_its_runs_and_holds_the_picture(server, warm, tmp_path):
+def test_a_sweep_is_the_parent_of_its_runs_and_holds_the_report(server, warm, tmp_path):
     server.start()
     words = [
         "method=dr_h2t", "dataset=digits_lt", "dataset.image_size=8", "engine.threads=1", "run.pictures=false",
         "method.stages.train.batch_size=135", "method.stages.train.epochs=2", "method.stages.h2t.batch_size=135",
         "method.stages.h2t.epochs=1", "method.stages.train.lr_schedule.milestones=[]", f"run.dir={tmp_path}",
-        "run.name=x", f"tracking.uri={server.uri}", "tracking.experiment=sweep", "tracking.final_wait_s=240",
-        "tracking.log_model=false",
+        "study.name=x", f"tracking.uri={server.uri}", "tracking.final_wait_s=240", "tracking.log_model=false",
     ]  # fmt: skip
     assert main(["sweep", "method.stages.h2t.flow.ratio=0,0.5", *words]) == 0
-    parent = the_run(server.store, "sweep", "x-sweep")
-    for name in ("x-0", "x-0.5"):
-        child = the_run(server.store, "sweep", name)
+    parent = the_run(server.store, "x", "x")
+    for name in ("dr_h2t-ratio0-s0", "dr_h2t-ratio0.5-s0"):
+        child = the_run(server.store, "x", name)
         assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
-        assert held(server.store, child) == noted(tmp_path / name)
+        assert held(server.store, child) == noted(tmp_path / "x" / name)
     assert parent.info.status == "FINISHED"
-    assert parent.data.params["sweep.key"] == "method.stages.h2t.flow.ratio"
+    assert parent.data.params["study.axes.method.stages.h2t.flow.ratio"] == '["0", "0.5"]'
     names = {file.path for file in client(server.uri).list_artifacts(parent.info.run_id)}
-    assert names == {"sweep.json", "sweep.png", "table.txt"}
-    assert main(["sync", str(tmp_path / "x-sweep")]) == 0
-    assert the_run(server.store, "sweep", "x-sweep").info.run_id == parent.info.run_id
+    assert names == {"study.json", "report"}
+    assert main(["sync", str(tmp_path / "x")]) == 0
+    assert the_run(server.store, "x", "x").info.run_id == parent.info.run_id

@@ -149,7 +149,7 @@ def test_a_published_number_stands_beside_rows_that_meet_its_conditions_alone(tm
     finish(tmp_path / "large-s0", "method=ace", "method.stages.train.batch_size=256", **data, images=2)
     found = write_report([str(tmp_path)], print, pictures=False)
     (section,) = found.report.sections
-    assert section.published == {"ace batch_size=128": {"all": 49.4}}
+    assert {label: one.values for label, one in section.published.items()} == {"ace batch_size=128": {"all": 49.4}}
     rows = (found.folder / "report.md").read_text().splitlines()
     assert any(row.startswith("| `ace batch_size=128` |") and "| 49.4 | +0.6 |" in row for row in rows)
     assert not any(row.startswith("| `ace batch_size=256` |") and "49.4" in row for row in rows)
@@ -249,7 +249,7 @@ def test_a_study_says_which_model_is_shown_and_another_key_is_refused(runs, tmp_
     assert found.report.sections[0].table.rows[0].spread("few", found.report.which)[0] == pytest.approx(0.4)
     assert "best on TEST: optimistic" in (found.folder / "report.md").read_text()
     (tmp_path / "study.json").write_text(json.dumps(study | {"report": {"modle": "best"}}))
-    with pytest.raises(ValueError, match="report has modle; needed model: last, or model: best"):
+    with pytest.raises(ValueError, match=r"report\.modle: unknown key; known: model, tables, evaluate"):
         write_report([str(tmp_path)], print, pictures=False)
 
 

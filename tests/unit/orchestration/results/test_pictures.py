@@ -123,7 +123,7 @@ def test_one_picture_that_fails_leaves_the_others(tmp_path, broken, monkeypatch,
 def test_a_stop_is_no_fault_of_a_picture(tmp_path, where, monkeypatch, unrendered):
     """The guards around pictures, features and regions let it pass."""
 
-    def stop(*_):
+    def stop(*_, **__):
         raise Stopped(15, "put in")
 
     with_finals(run(tmp_path))

@@ -11,7 +11,6 @@ import threading
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from orchestration.commands.sweep import plan_sweep
 from orchestration.config.compose import load_config
 from orchestration.storage import remote_run_folder as storage
 from orchestration.storage import url_lock
@@ -469,8 +468,3 @@ def test_commands_take_the_url_of_a_run_and_put_back_what_they_write(url, tmp_pa
 def test_the_doctor_leaves_nothing_behind(tmp_path):
     check_access(f"file://{tmp_path}/bucket")
     assert list((tmp_path / "bucket").iterdir()) == []
-
-
-def test_a_sweep_at_a_url_is_refused():
-    with pytest.raises(ValueError, match=r"run.dir = s3://bucket/runs: a sweep compares run folders on disk"):
-        plan_sweep("seed=1,2", [*WORDS, "run.dir=s3://bucket/runs"])

@@ -61,10 +61,10 @@ def test_a_file_has_recipes_exclusions_a_baseline_and_missing_rows_and_words_rep
     found = grid("study.parallel=3", **path)
     assert found.name == "mine" and found.study.parallel == 3 and len(found.points) == 10
     assert found.baseline == {"method": "ce"} and found.study.missing[0].label == "ABL"
-    five = next(point for point in found.points if "experts5" in point.run)
-    assert five.run == "ride-experts5-ratio50-s0" and five.label["recipe"] == "RIDE, 5"
+    five = next(point for point in found.points if "RIDE" in point.run)
+    assert five.run == "RIDE_5-ratio50-s0" and five.label["recipe"] == "RIDE, 5"
     fewer = grid("dataset.imbalance_ratio=20", "seed=4", **path)
-    assert [point.run for point in fewer.points] == ["ce-s4", "ride-experts5-s4", "ride+cmo-s4"]
+    assert [point.run for point in fewer.points] == ["ce-s4", "RIDE_5-s4", "ride+cmo-s4"]
 
 
 def test_references_are_balanced_runs_that_recipes_share():
@@ -107,3 +107,26 @@ def test_all_problems_are_told_at_once_and_an_empty_grid_is_one(tmp_path):
         grid("method=ce", "study.foo=1", "seeds=1")
     with pytest.raises(ValueError, match="no run is left: every combination is excluded"):
         grid(**written(tmp_path, axes={"method": ["ce"]}, exclude=[{"method": "ce"}]))
+
+
+def test_a_file_may_change_another_and_name_the_words_of_its_references(tmp_path):
+    words = ["dataset=digits_lt", "engine.threads=1"]
+    base = {"words": words, "recipes": [{"label": "Softmax, plain", "words": "method=ce"}], "references": True}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base | {"axes": {"dataset.imbalance_ratio": [20, 50]}}))
+    changed = {"of": str(tmp_path / "base.yaml"), "references": ["dataset.balanced=true", "dataset.max_per_class=100"]}
+    (tmp_path / "changed.yaml").write_text(yaml.safe_dump(changed))
+    found = lay_out(read_study([f"study={tmp_path / 'changed.yaml'}"]))
+    assert found.name == "base" and [point.run for point in found.points if point.role == "run"] == [
+        "Softmax_plain-ratio20-s0",
+        "Softmax_plain-ratio50-s0",
+    ]
+    reference = next(point for point in found.points if point.role == "reference")
+    assert reference.run == "Softmax_plain-balanced-ratio20-s0" and "dataset.max_per_class=100" in reference.words
+
+
+def test_what_a_study_asks_of_its_reports_is_checked_before_a_start(tmp_path):
+    path = written(tmp_path, recipes=["method=ce"], report={"modle": "best", "tables": ["survey_table9"]})
+    with pytest.raises(ValueError, match="2 problems") as refused:
+        grid(**path)
+    assert "report.modle: unknown key; known: model, tables, evaluate" in str(refused.value)
+    assert "report.tables: no table survey_table9; known: survey_table5, " in str(refused.value)

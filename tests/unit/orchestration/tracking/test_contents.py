@@ -31,14 +31,13 @@ def test_the_config_is_sent_without_secrets(tmp_path):
     assert tracking_contents.model_name({}, "e") == "e"
 
 
-def test_a_run_knows_its_sweep_by_name(tmp_path):
+def test_a_run_knows_the_study_around_it(tmp_path):
     (tmp_path / "run").mkdir()
-    assert tracking_contents.sweep_folder(tmp_path / "run") is None
+    assert tracking_contents.study_folder(tmp_path / "run") is None
     (tmp_path / "run" / "run.json").write_text('{"study": "all"}')
-    assert tracking_contents.sweep_folder(tmp_path / "run") is None  # its folder is gone
-    (tmp_path / "all").mkdir()
-    (tmp_path / "all" / "sweep.json").write_text("{}")
-    assert tracking_contents.sweep_folder(tmp_path / "run") == tmp_path / "all"
+    assert tracking_contents.study_folder(tmp_path / "run") is None  # it was moved out of its study
+    (tmp_path / "study.json").write_text("{}")
+    assert tracking_contents.study_folder(tmp_path / "run") == tmp_path
 
 
 def test_a_run_is_running_until_its_folder_says_how_it_ended():

@@ -57,7 +57,7 @@ def test_the_state_keeps_stores_apart_and_no_secret(tmp_path):
 
 
 def test_two_processes_that_see_a_folder_first_agree_on_its_key(tmp_path):
-    """Runs side by side create their sweep's MLflow run once."""
+    """Runs side by side create their study's MLflow run once."""
     one, two = (State(tmp_path, Target("http://h", "e", "r")) for _ in range(2))
     assert one.values["key"] != two.values["key"]
     one.agree_on_key()
@@ -183,9 +183,9 @@ def test_how_a_run_ended_is_what_was_reported_last_until_its_folder_says_otherwi
     assert synced() is None, "as the folder says"
 
 
-def test_a_sweep_that_was_interrupted_and_went_on_is_not_called_killed(tmp_path):
-    write_atomic(tmp_path / "sweep.json", "{}")
+def test_a_study_that_was_interrupted_and_went_on_is_not_called_killed(tmp_path):
+    write_atomic(tmp_path / "study.json", "{}")
     assert flush(Flaky(tmp_path, []), 1, "KILLED") is None
-    write_atomic(tmp_path / "sweep.json", "{}")
+    write_atomic(tmp_path / "study.json", "{}")
     sender = Flaky(tmp_path, [])
     assert flush(sender, 1, None) is None and sender.calls[-1] is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from mlflow.store.db.utils import create_sqlalchemy_engine_with_retry
 from sqlalchemy.engine import make_url
 
 from orchestration.tracking.uri import artifact_folder, check_uri, default_uri, sqlite_path
@@ -26,6 +27,15 @@ def test_a_path_reaches_the_database_as_it_is(tmp_path, name):
     assert sqlite_path(uri) == tmp_path / name / "mlflow.db"
     assert check_uri(uri) == uri
     assert artifact_folder(uri, Path("elsewhere")) == (tmp_path / name / "mlartifacts").as_uri()
+
+
+@pytest.mark.parametrize("name", ["a?b", "50% done", "a%3Fb"])
+def test_mlflow_makes_no_folder_beside_that_of_a_database(tmp_path, name):
+    (tmp_path / name / "runs").mkdir(parents=True)
+    uri = default_uri(tmp_path / name / "runs")
+    create_sqlalchemy_engine_with_retry(uri).dispose()
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+    assert uri == f"sqlite:///{tmp_path}/{name.replace('%', '%25').replace('?', '%3F')}%2Fruns%2Fmlflow.db"
 
 
 def test_what_follows_a_question_mark_stays_a_setting_of_the_database(tmp_path):
