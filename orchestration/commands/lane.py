@@ -84,9 +84,13 @@ def main(arguments: list[str]) -> int:
     from orchestration.commands.train import train_and_report  # noqa: F401  (for its time)
     from orchestration.tracking.series import one_uploader
 
+    jobs = parent.jobs()
+    if (where := next(jobs, None)) is None:  # the study was refused, or has gone
+        return 0
+    os.environ["RAY_ADDRESS"] = where["ray"]
     with one_uploader(), cluster(None), kept_warm():
         parent.say("ready")
-        for job in parent.jobs():
+        for job in jobs:
             if "run" not in job:  # nothing to do for a while: others may need the places
                 end_kept()
                 continue

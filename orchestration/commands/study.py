@@ -8,11 +8,12 @@ study
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from orchestration.cluster.connection import cluster, node_resources, own_address
@@ -37,6 +38,7 @@ from orchestration.tracking.ownership import settle_ownership
 from orchestration.tracking.uploader import start_uploader
 
 _LIVE_S = 600.0  # between two reports while runs train
+_FIRST_LANES = 2  # that are started before anybody knows how many places there are
 _LANE = (sys.executable, "-P", "-m", "orchestration.commands.lane")
 
 
@@ -70,7 +72,7 @@ def study(words: Sequence[str]) -> int:
     grid = with_a_folder(lay_out(read_study(words)))  # before a cluster is asked: refusals come at once
     refuse(grid.name, list(StudyFolder(grid.folder).problems_with(grid)))
     elsewhere = find(grid.study.adopt)
-    with held(grid.folder) as lock, cluster(grid.address):
+    with held(grid.folder) as lock, _lanes(grid, lock) as lanes, cluster(grid.address):
         nodes = node_resources()
         if share := gpu_share(nodes):
             grid = lay_out(grid.study, share).named(grid.name)
@@ -79,7 +81,7 @@ def study(words: Sequence[str]) -> int:
         points = folder.take(grid)
         refuse(grid.name, folder.settle(points, retry=grid.study.retry == "failed"))
         lent = carry_out(elsewhere, folder, points, grid.defaults, say) if grid.study.adopt else {}
-        number = _train(grid, folder, points, lock, lent)
+        number = _train(grid, folder, points, lanes, lent)
         show(status_text(folder.path))
         if any(record["status"] == FINISHED for record in folder.records):
             _report(folder)
@@ -101,7 +103,28 @@ def gpu_share(nodes: Mapping[str, Mapping[str, float]]) -> float | None:
     return float(min(8, int(least))) if least >= 1 else max(0.01, int(least * 100) / 100)
 
 
-def _train(grid: Grid, folder: StudyFolder, points: Sequence[Point], lock: int, lent: Mapping[str, Path]) -> int | None:
+@contextlib.contextmanager
+def _lanes(grid: Grid, lock: int) -> Iterator[Lanes]:
+    """Start the first lanes: they load their libraries while a local Ray starts. All are ended at the end."""
+    lanes = Lanes(_LANE, grid.folder, {STUDY_LANE: "1"}, [lock])
+    known = {record["run"] for record in StudyFolder(grid.folder).records if record["status"] == FINISHED}
+    left = sum(point.run not in known for point in grid.points)
+    try:
+        for _ in range(min(_FIRST_LANES, left, _most(grid) or left)):
+            lanes.start()
+        yield lanes
+    finally:
+        lanes.close()
+
+
+def _most(grid: Grid) -> int | None:
+    """Return study.parallel; None where the places of the cluster decide."""
+    return None if grid.study.parallel == "auto" else grid.study.parallel
+
+
+def _train(
+    grid: Grid, folder: StudyFolder, points: Sequence[Point], lanes: Lanes, lent: Mapping[str, Path]
+) -> int | None:
     """Train what is left. Return the signal that stopped it, if one did."""
     left = [point for point in points if folder.record(point.run)["status"] == WAITING]
     done = sum(folder.record(point.run)["status"] == FINISHED for point in points)
@@ -109,12 +132,10 @@ def _train(grid: Grid, folder: StudyFolder, points: Sequence[Point], lock: int, 
     if not left:
         return None
     _settle(grid, folder)
-    environment = {"RAY_ADDRESS": own_address(), STUDY_LANE: "1"}
-    lanes = Lanes(_LANE, folder.path, environment, [lock])
-    most = None if grid.study.parallel == "auto" else grid.study.parallel
+    lanes.connect(own_address())
     live = _LiveReport(folder)
     try:
-        runs = SideBySide(folder, points, lanes, node_resources, most, grid.defaults, say, live.write, lent)
+        runs = SideBySide(folder, points, lanes, node_resources, _most(grid), grid.defaults, say, live.write, lent)
         return runs.carry_out()
     finally:
         live.end()

@@ -1,6 +1,6 @@
 """Lanes: processes that train one run of a study after another. This is their parent's side.
 
-    parent -> lane    standard input, a line of JSON per run: {"run": name, "folder": path, "words": [...], ...}
+    parent -> lane    standard input: {"ray": address} once, then a line of JSON per run: {"run": name, ...}
     lane -> parent    a pipe of its own, a line of JSON per event: {"event": "ready" | "began" | "ended", "run": ...}
 
 A lane whose standard input ends has lost its parent, or has no more to do: it writes a checkpoint if it trains, and
@@ -58,6 +58,10 @@ class Lane:
         self.first_memory_mib: float | None = None
         self._text = b""
 
+    def connect(self, address: str) -> None:
+        """Tell it where Ray is. It has loaded its libraries meanwhile."""
+        self._send({"ray": address})
+
     def give(self, job: Mapping[str, Any]) -> None:
         """Let it train a run. One that has died meanwhile says so by its end."""
         self.run = str(job["run"])
@@ -101,7 +105,7 @@ class Lanes:
     Args:
         command: that a lane runs; the number of its event pipe is appended.
         folder: of the study; what lanes say outside runs is appended to lanes.log there.
-        environment: beside this process's own, e.g. RAY_ADDRESS.
+        environment: beside this process's own.
         inherited: open files that lanes inherit, such as the lock of the study.
     """
 
@@ -114,10 +118,17 @@ class Lanes:
         self._inherited = tuple(inherited)
         self._selector = selectors.DefaultSelector()
         self._started = 0
+        self._address: str | None = None
         self.alive: list[Lane] = []
 
+    def connect(self, address: str) -> None:
+        """Let all lanes, those that are started later too, connect to Ray."""
+        self._address = address
+        for lane in self.alive:
+            lane.connect(address)
+
     def start(self) -> Lane:
-        """Start one more."""
+        """Start one more. It is ready once it is connected, too."""
         reads, writes = os.pipe()
         self._started += 1
         with open(self._folder / LOG_FILE, "ab") as log, open(writes, "wb", buffering=0):
@@ -130,6 +141,8 @@ class Lanes:
         lane = Lane(self._started, process, reads)
         self._selector.register(reads, selectors.EVENT_READ, lane)
         self.alive.append(lane)
+        if self._address is not None:
+            lane.connect(self._address)
         return lane
 
     def events(self, wait_s: float) -> list[Event]:

@@ -55,9 +55,9 @@ class RunQueue:
         """Whether every run has ended."""
         return not self.with_status(WAITING, RUNNING)
 
-    def next(self) -> str | None:
-        """Return the run to train next; None if none can begin now."""
-        return next((name for name in self.with_status(WAITING) if self._blocker(name) is None), None)
+    def able(self) -> Iterator[str]:
+        """Yield the runs that can begin now, in order."""
+        yield from (name for name in self.with_status(WAITING) if self._blocker(name) is None)
 
     def ready(self) -> int:
         """Count the runs that could be trained at once, those that train now too."""

@@ -9,6 +9,8 @@ A signal is passed on to the lanes once; each writes a checkpoint, and the same 
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import signal
 import time
@@ -69,6 +71,7 @@ class SideBySide:
         to_train = {p.run: [digest for digest in p.stages.values() if digest not in lent] for p in order}
         self._queue = RunQueue(to_train, statuses)
         self._begun_at: dict[str, float] = {}
+        self._took_s: dict[str, float] = {}
         self._asked_at, self._room = -math.inf, 1
         self._lost_starts = 0
         self._stopping = False
@@ -130,7 +133,7 @@ class SideBySide:
         for lane in self._lanes.alive:
             if not lane.ready or lane.ending or lane.run is not None:
                 continue
-            run = self._queue.next()
+            run = self._next()
             if run is None:
                 lane.release()
                 continue
@@ -139,6 +142,19 @@ class SideBySide:
             record = self._folder.record(run)
             self._folder.update(run, status=RUNNING, attempts=record["attempts"] + 1)
             lane.give(self._job(run))
+
+    def _next(self) -> str | None:
+        """Return the run to train next; None if none can begin now.
+
+        Of one seed the longest goes first, as far as earlier seeds say, so that lanes end at about the same time.
+        """
+        able = self._queue.able()
+        first = next(able, None)
+        if first is None:
+            return None
+        seed = self._points[first].seed
+        of_seed = itertools.takewhile(lambda run: self._points[run].seed == seed, able)
+        return max([first, *of_seed], key=lambda run: self._took_s.get(_recipe(self._points[run]), math.inf))
 
     def _job(self, run: str) -> dict[str, Any]:
         path = self._folder.path
@@ -213,15 +229,22 @@ class SideBySide:
 
     def _note(self, run: str, status: str, problem: str | None) -> None:
         self._folder.update(run, status=status, problem=problem)
-        took = duration(time.time() - self._begun_at.get(run, time.time()))
+        took_s = time.time() - self._begun_at.get(run, time.time())
+        if status == FINISHED:
+            self._took_s[_recipe(self._points[run])] = took_s
         said = _result(self._folder.path / run) if status == FINISHED else f": {_first_line(problem)}"
-        self._report(f"{run}: {status}{said}  {took}  ({self._count()})")
+        self._report(f"{run}: {status}{said}  {duration(took_s)}  ({self._count()})")
         self._ended()
 
     def _count(self) -> str:
         ended = len(self._queue.with_status(FINISHED, FAILED, STOPPED))
         running, waiting = (len(self._queue.with_status(status)) for status in (RUNNING, WAITING))
         return f"{ended} of {len(self._points)} ended, {running} running, {waiting} waiting"
+
+
+def _recipe(point: Point) -> str:
+    """Return what the runs of a row have in common."""
+    return json.dumps([point.role, sorted(point.label.items())])
 
 
 def room(nodes: Mapping[str, Resources], points: Sequence[Point]) -> int:

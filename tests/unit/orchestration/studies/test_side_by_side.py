@@ -38,6 +38,8 @@ for line in sys.stdin:
         status, problem = "failed", "the loss is not finite"
     while name.startswith("long") and not stopped:
         time.sleep(0.01)
+    if "slow" in name:
+        time.sleep(0.3)
     if stopped:
         status, problem = "stopped", "stopped by SIGTERM"
     say("ended", run=name, status=status, problem=problem, exit=0, memory_mib=1.0)
@@ -46,8 +48,15 @@ CPU = ((("CPU", 1.0),), 1)
 
 
 def study(tmp_path, *runs, cpus=2.0, most=None):
-    """Return what trains a study of these runs on a node with so many CPUs, and the lines that it says."""
-    points = [Point(run, {"method": run}, 0, (), run, {"train": run}, need=CPU) for run in runs]
+    """Return what trains a study of these runs on a node with so many CPUs, and the lines that it says.
+
+    A run's name is its method, or method-seed.
+    """
+    parts = {run: run.partition("-") for run in runs}
+    points = [
+        Point(run, {"method": method}, int(seed or 0), (), run, {"train": run}, need=CPU)
+        for run, (method, _, seed) in parts.items()
+    ]
     folder = StudyFolder(tmp_path)
     new = {"status": "waiting", "problem": None, "attempts": 0}
     folder.content = {"points": [point.record() | new for point in points]}
@@ -68,6 +77,12 @@ def test_a_lane_that_dies_is_replaced_and_costs_its_run_alone(tmp_path):
     assert (tmp_path / "dies.tries").read_text() == "x" * 6
     assert "once: its process ended by SIGKILL; it goes on from its newest checkpoint" in said
     assert StudyFolder(tmp_path).records == folder.records, "study.json has it all"
+
+
+def test_the_longest_goes_first_once_an_earlier_seed_has_shown_how_long_it_takes(tmp_path):
+    training, _, said = study(tmp_path, "a-0", "slow-0", "b-0", "a-1", "slow-1", "b-1", cpus=1.0)
+    assert training.carry_out() is None
+    assert [line.split(":")[0] for line in said if "began" in line][:4] == ["a-0", "slow-0", "b-0", "slow-1"]
 
 
 def test_a_signal_stops_every_run_once_and_the_rest_does_not_begin(tmp_path):
