@@ -107,7 +107,8 @@ def gpu_share(nodes: Mapping[str, Mapping[str, float]]) -> float | None:
 def _lanes(grid: Grid, lock: int) -> Iterator[Lanes]:
     """Start the first lanes: they load their libraries while a local Ray starts. All are ended at the end."""
     lanes = Lanes(_LANE, grid.folder, {STUDY_LANE: "1"}, [lock])
-    known = {record["run"] for record in StudyFolder(grid.folder).records if record["status"] == FINISHED}
+    records = StudyFolder(grid.folder).content.get("points", [])  # none before the first start
+    known = {record["run"] for record in records if record["status"] == FINISHED}
     left = sum(point.run not in known for point in grid.points)
     try:
         for _ in range(min(_FIRST_LANES, left, _most(grid) or left)):

@@ -117,7 +117,7 @@ def make_report(found: Sources, say: Callable[[str], None], baseline: str | None
     if baseline is not None and not any(bases.values()):  # that of a study may have no finished run yet
         labels = list(dict.fromkeys(row.label for table in all_tables for row in table.rows))
         raise ValueError(f"--baseline {asked}: no such row; needed one of: {', '.join(labels)}")
-    costs = Costs(say)
+    costs = Costs(say, found.folder)
     sections = tuple(_section(table, bases[table.number], references, costs, which, found) for table in all_tables)
     remarks = apart_lines(all_tables)
     remarks += [
