@@ -80,6 +80,8 @@ def study(words: Sequence[str]) -> int:
         refuse(grid.name, folder.settle(points, retry=grid.study.retry == "failed"))
         lent = carry_out(elsewhere, folder, points, grid.defaults, say) if grid.study.adopt else {}
         number = _train(grid, folder, points, lock, lent)
+        if number is None:
+            _evaluate(folder)
         show(status_text(folder.path))
         if any(record["status"] == FINISHED for record in folder.records):
             _report(folder)
@@ -146,6 +148,13 @@ class _LiveReport:
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
             self._process.wait()
+
+
+def _evaluate(folder: StudyFolder) -> None:
+    """Measure finished runs as the study asks."""
+    from orchestration.commands.study_evaluations import evaluate_asked  # loads PyTorch
+
+    evaluate_asked(folder, say)
 
 
 def _report(folder: StudyFolder) -> None:

@@ -32,8 +32,10 @@ def beside_lines(grid: Grid) -> Iterator[str]:
     Raises:
         ValueError: the study's `report` has an unknown key or table.
     """
-    tables = asked_of(grid.study.report, f"study {grid.name}").tables
-    rows = rows_of(grid)
+    asked = asked_of(grid.study.report, f"study {grid.name}")
+    tables, rows = asked.tables, rows_of(grid)
+    yield from (f"measured  {one.recipe}: {one.weights} weights on {one.distribution} distributions, at the end"
+                for one in asked.evaluate)  # fmt: skip
     found = [
         (point, one)
         for point, config in rows

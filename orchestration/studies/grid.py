@@ -23,7 +23,7 @@ from orchestration.config.identity import config_hash
 from orchestration.config.paths import expand
 from orchestration.config.run_config import RunConfig, name_problems
 from orchestration.config.words import message
-from orchestration.reports.asked import report_problems
+from orchestration.reports.asked import Asked, report_problems
 from orchestration.results.text import plural
 from orchestration.runs.admission import admit
 from orchestration.storage.location import run_path
@@ -103,7 +103,7 @@ def lay_out(study: StudyConfig, gpu_share: float | None = None, *, files: bool =
     first = next(iter(composed.values()))[1]
     name = study.name or default_name(study, first.method.name, first.dataset.name)
     baseline = None if study.baseline is None else label_of(study.baseline.split())
-    problems += [*_duplicates(points), *_no_baseline(study, baseline, points), *_place_problems(name, composed)]
+    problems += [*_duplicates(points), *_unknown_recipes(study, points), *_place_problems(name, composed)]
     if problems:
         raise ValueError(message(f"study {name}", problems))
     named = first.model_copy(update={"run": first.run.model_copy(update={"name": name})})
@@ -328,13 +328,18 @@ def _told(one: Point, other: Point) -> tuple[str, str]:
     return words[0] or one.run, words[1] or other.run
 
 
-def _no_baseline(study: StudyConfig, baseline: Mapping[str, str] | None, points: Sequence[Point]) -> Iterator[str]:
-    if baseline is not None and not any(baseline.items() <= point.label.items() for point in points):
-        labels = dict.fromkeys(" ".join(f"{k}={v}" for k, v in point.label.items()) for point in points)
-        yield (
-            f"baseline = {study.baseline}: no run has it; needed words of one of {plural(len(labels), 'recipe')}, e.g. "
-            f"{next(filter(None, labels), 'method=ce,ride as an axis')}"
-        )
+def _unknown_recipes(study: StudyConfig, points: Sequence[Point]) -> Iterator[str]:
+    """Yield a problem for each key that names a recipe which no run has."""
+    asked = {"baseline": study.baseline} if study.baseline is not None else {}
+    measured = Asked.model_validate(study.report).evaluate
+    asked |= {f"report.evaluate.{number}.recipe": one.recipe for number, one in enumerate(measured)}
+    for key, words in asked.items():
+        if not any(label_of(words.split()).items() <= point.label.items() for point in points):
+            labels = dict.fromkeys(" ".join(f"{k}={v}" for k, v in point.label.items()) for point in points)
+            yield (
+                f"{key} = {words}: no run has it; needed words of one of {plural(len(labels), 'recipe')}, e.g. "
+                f"{next(filter(None, labels), 'method=ce,ride as an axis')}"
+            )
 
 
 def _place_problems(name: str, composed: Mapping[str, tuple[tuple[str, ...], RunConfig]]) -> Iterator[str]:

@@ -130,3 +130,7 @@ def test_what_a_study_asks_of_its_reports_is_checked_before_a_start(tmp_path):
         grid(**path)
     assert "report.modle: unknown key; known: model, tables, evaluate" in str(refused.value)
     assert "report.tables: no table survey_table9; known: survey_table5, " in str(refused.value)
+    measured = {"evaluate": [{"recipe": "method=tade"}]}
+    path = written(tmp_path, recipes=["method=ce", "method=ride"], report=measured)
+    with pytest.raises(ValueError, match=r"report.evaluate.0.recipe = method=tade: no run has it"):
+        grid(**path)
