@@ -45,9 +45,9 @@ def shown(name):
     tables = asked_of(grid.study.report, name).tables
     found = [
         (point, one)
-        for point, config in rows_of(grid)
+        for point, config in (rows_of(grid) if tables else ())
         for stage in finals_of(config)
-        if (one := published_for(config, stage, tables or ())) is not None
+        if (one := published_for(config, stage, tables)) is not None
     ]
     return grid, tables, found
 
