@@ -38,8 +38,8 @@ from typing import Any
 from experts.data.names import readable
 from orchestration.storage import journal
 from orchestration.storage.files import read_config
+from orchestration.storage.study_file import STUDY_FILE
 from orchestration.tracking import contents
-from orchestration.tracking.contents import STUDY_FILE
 from orchestration.tracking.mlflow_model import save_pyfunc
 from orchestration.tracking.ownership import copied_from
 from orchestration.tracking.process import (
