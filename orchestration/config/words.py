@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 
-from orchestration.config.folders import choices
+from orchestration.config.folders import choices, passed_over
 from orchestration.config.text_keys import is_text
 
 RECIPE_GROUPS = ("method", "dataset", "backbone", "protocol", "pace", "mix", "then", "cluster")
@@ -165,7 +165,7 @@ def _unknown(group: str, choice: str) -> Iterator[str]:
     elsewhere = [other for other in ("method", "mix", "then") if other != group and choice in available(other)]
     if elsewhere:
         hint = f", but there is {' and '.join(f'{other}={choice}' for other in elsewhere)}"
-    yield f"{group}={choice}: no such {group}{hint}; known: {', '.join(known)}"
+    yield f"{group}={choice}: no such {group}{hint}{passed_over(group, choice)}; known: {', '.join(known)}"
 
 
 def _no_schedule(word: str, name: str) -> str:
