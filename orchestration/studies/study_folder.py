@@ -47,6 +47,7 @@ class StudyFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.content: dict[str, Any] = read_study_file(path)
+        self._told = False
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -61,7 +62,16 @@ class StudyFolder:
     def update(self, run: str, **values: Any) -> None:
         """Change what study.json keeps of a run, on disk too."""
         self.record(run).update(values)
-        self.write()
+        self.save()
+
+    def save(self) -> None:
+        """Write study.json if possible. On a full disk, say, runs go on: what they reach is in their folders."""
+        try:
+            self.write()
+        except OSError as problem:
+            if not self._told:
+                say(f"{self.path / STUDY}: not written ({problem.strerror}); runs go on, and it is tried again")
+            self._told = True
 
     def write(self) -> None:
         """Write study.json."""
@@ -99,6 +109,9 @@ class StudyFolder:
 
         Returns:
             The points of the grid, those known already by the names that they have.
+
+        Raises:
+            ValueError: study.json cannot be written.
         """
         by_identity = {record["identity"]: record for record in (self.records if self.content else [])}
         points, records = [], []
@@ -122,8 +135,14 @@ class StudyFolder:
             "references": grid.study.references,
             "points": records,
         }
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.write()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write()
+        except OSError as problem:
+            raise ValueError(
+                f"{self.path / STUDY}: cannot be written ({problem.strerror}); make room there, or make it writable; "
+                f"nothing has started"
+            ) from problem
         return points
 
     def settle(self, points: Sequence[Point], retry: bool) -> list[str]:
