@@ -140,7 +140,8 @@ def model_name(config: Mapping[str, Any], experiment: str) -> str:
         return value if isinstance(value, str) else None
 
     words = [experiment, name("dataset"), name("method")]
-    return re.sub(r"[^\w. -]", "_", "-".join(word for word in words if word))
+    # MLflow takes no name that might be a path.
+    return re.sub(r"[^\w. -]|^\.", "_", "-".join(word for word in words if word))
 
 
 def files(run_dir: Path) -> dict[str, str | Path]:

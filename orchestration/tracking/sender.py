@@ -197,7 +197,7 @@ class MlflowSender:
     def _find_experiment(self, client: Any) -> str:
         from mlflow.exceptions import MlflowException
 
-        name = self._target.experiment
+        name = readable(self._target.experiment)  # no store takes bytes that are no text
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             try:
