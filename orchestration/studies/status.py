@@ -11,8 +11,9 @@ What files say last is not always so: a killed process leaves `running` behind. 
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from orchestration.storage.holders import holder
 from orchestration.storage.journal import FILE_NAME as JOURNAL
 from orchestration.storage.run_folder import origin_name
 from orchestration.storage.study_file import STUDY_FILE, read_study_file
+from orchestration.studies.progress import seconds_left
 
 _TAIL_BYTES = 2**17  # of a journal, from which pace and place are read
 _PROBLEM_CHARACTERS = 160
@@ -57,7 +59,7 @@ def status_text(place: Path) -> str:
     head = ", ".join(f"{count} {state}" for state, count in counts.items())
     rows = [list(_COLUMNS), *([state[key] for key in _COLUMNS] for state in states)]
     lines = [*inner, f"{study.get('name', place)}: {plural(len(states), 'run')}; {head}"]
-    lines += [_who(held, counts)] if study else []
+    lines += [_who(held, counts) + (_rest(states) if held else "")] if study else []
     lines += ["", *text_table(rows, left=(0, 1, 2))]
     problems = [f"{state['run']}: {state['problem']}" for state in states if state["problem"]]
     lines += ["", *problems] if problems else []
@@ -84,6 +86,15 @@ def _who(held: str | None, counts: Mapping[str, int]) -> str:
     return "; ".join(["nobody carries it out", *again])
 
 
+def _rest(states: Sequence[Mapping[str, str]]) -> str:
+    """Return about how long a study that is carried out still takes; nothing before a run has finished."""
+    took = [float(state["seconds"]) for state in states if state["seconds"]]
+    now = time.time()
+    since = [float(state["began"] or now) for state in states if state["state"] in ("running", "starting")]
+    left = seconds_left(took, since, sum(state["state"] == "waiting" for state in states), now)
+    return f"; about {duration(left)} left" if left else ""
+
+
 def _summary(folder: Path) -> str:
     """Return a line about a study among other runs."""
     try:
@@ -104,7 +115,7 @@ def state_of(folder: Path, record: Mapping[str, Any], *, alive: bool) -> dict[st
         record: of it in study.json; its name alone outside a study.
         alive: whether a process carries its study out.
     """
-    blank = {**dict.fromkeys(_COLUMNS, ""), "problem": "", "run": str(record["run"])}
+    blank = {**dict.fromkeys((*_COLUMNS, "problem", "seconds", "began"), ""), "run": str(record["run"])}
     blank["attempts"] = str(record.get("attempts", ""))
     try:
         return blank | _cells(folder, record, alive=alive)
@@ -125,6 +136,8 @@ def _cells(folder: Path, record: Mapping[str, Any], *, alive: bool) -> dict[str,
         "left": left if state == "running" else "",
         **{group: "" if top1.get(group) is None else f"{100 * top1[group]:.1f}" for group in ("all", "few")},
         "hours": "" if hours is None else f"{hours:.2f}",
+        "seconds": "" if hours is None or state != "finished" else str(3600 * hours / len(run.get("workers") or [1])),
+        "began": str((folder / LOCK).stat().st_mtime) if state == "running" else "",
         "attempts": str(record.get("attempts", run.get("starts", ""))),
         "problem": _short(str(told or "")),
     }

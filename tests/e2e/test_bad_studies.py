@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import shutil
 
 import pytest
@@ -290,24 +291,24 @@ def test_status_goes_on_past_a_damaged_run(tmp_path, capsys):
 
 
 def test_status_knows_a_killed_process_from_one_that_trains(tmp_path, capsys):
-    """What is noted is `running` in both; who holds the lock tells."""
-    path, _ = taken(tmp_path, "method=ce", "seed=0,1,2")
+    """What is noted is `running` in both; who holds the lock tells. One took half an hour, one waits."""
+    path, _ = taken(tmp_path, "method=ce", "seed=0,1,2,3")
     folder = StudyFolder(path)
-    for run in ("ce-s0", "ce-s1"):
+    for run, status in (("ce-s0", "running"), ("ce-s1", "finished")):
         finish(path / run, "method=ce", f"seed={run[-1]}", accuracy=ACCURACY, base=(*DIGITS, "tracking.enabled=false"))
         facts = json.loads((path / run / "run.json").read_text())
-        (path / run / "run.json").write_text(json.dumps(facts | {"status": "running"}))
-    for run in ("ce-s0", "ce-s1", "ce-s2"):
+        (path / run / "run.json").write_text(json.dumps(facts | {"status": status}))
         folder.update(run, status="running")
-    with held(path), open(path / "ce-s0" / ".lock", "w") as lock:
-        lock.write((path / ".lock").read_text())
-        lock.flush()
+    folder.update("ce-s2", status="running")
+    with held(path):
+        (path / "ce-s0" / ".lock").write_text((path / ".lock").read_text())
         assert main(["status", str(path)]) == 0
     said = capsys.readouterr().out
-    assert "1 running, 2 starting" in said and "carried out by process" in said
+    assert "4 runs; 1 running, 1 finished, 1 starting, 1 waiting" in said
+    assert re.search(r"carried out by process \d+ on .*; about 45.0 min left", said), "(30 + 30 + 30) / 2 min"
     (path / ".lock").write_text(f"process 4194303 on {platform.node()}\n")
     (path / "ce-s0" / ".lock").write_text((path / ".lock").read_text())
     assert main(["status", str(path)]) == 0
     said = capsys.readouterr().out
-    assert "3 interrupted" in said
+    assert "4 runs; 2 interrupted, 1 finished, 1 waiting" in said
     assert "nobody carries it out; the same `expertail study` goes on with 3 runs" in said
