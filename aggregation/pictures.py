@@ -1,6 +1,6 @@
 """Pictures in the forms that people have them: encoded bytes, base64, arrays, tables of these.
 
-    one picture: the bytes of a file, the same as base64, or pixels [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]
+    one picture: the bytes of a file, the same as base64, or pixels [H, W] or [H, W, c], c of 1 to 4
     several: a list of such, an array [B, H, W] or [B, H, W, c], a table's or a mapping's column "image"
 
 Pixels are whole numbers of 0 to 255. Files are decoded as those of a data set are. A text is never taken for a path: a
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -28,6 +29,7 @@ _FORMS = (
     "needed encoded bytes, base64, or whole numbers of 0 to 255 as [H, W] or [H, W, 3], or a list or a column 'image' "
     "of such"
 )
+_ONLY_BASE64 = re.compile(rb"[A-Za-z0-9+/_\-\s]+={0,2}\s*")
 _LUMA = (299, 587, 114)  # ITU-R BT.601, as Pillow takes it, in thousandths
 
 
@@ -35,8 +37,8 @@ def pixels(array: NDArray[Any], channels: int) -> NDArray[np.uint8]:
     """Return pictures of one size as uint8 [B, c, H, W]; c is 1 or 3, as given.
 
     Args:
-        array: whole numbers of 0 to 255: [B, H, W] grey, [B, H, W, c] with c of 1, 3 or 4, whose last is transparency
-            and is dropped. A single picture [H, W] or [H, W, c] is a batch of one.
+        array: whole numbers of 0 to 255: [B, H, W] grey, [B, H, W, c] with c of 1 to 4; the last of 2 or 4 is
+            transparency and is dropped. A single picture [H, W] or [H, W, c] is a batch of one.
         channels: of the images that the model was trained on.
 
     Raises:
@@ -50,18 +52,18 @@ def pixels(array: NDArray[Any], channels: int) -> NDArray[np.uint8]:
             found = f"numbers of {array.min()} to {array.max()}" if array.dtype.kind in "iu" else f"type {array.dtype}"
             raise ValueError(f"images: found {found}; {needed}")
         array = array.astype(np.uint8)
-    if channels == 3 and array.ndim == 3 and shape[0] == 3 and shape[-1] not in (1, 3, 4):
+    if channels == 3 and array.ndim == 3 and shape[0] == 3 and shape[-1] > 4:
         raise ValueError(
             f"images: found shape {shape}: one picture with its channels first, or three grey ones? {needed};"
             f" give [H, W, 3] for one picture, [3, H, W, 1] for three grey ones"
         )
-    if array.ndim == 2 or (array.ndim == 3 and shape[-1] in (1, 3, 4)):  # no picture is so few pixels wide
+    if array.ndim == 2 or (array.ndim == 3 and 1 <= shape[-1] <= 4):  # no picture is so few pixels wide
         array = array[None]
     if array.ndim == 3:
         array = array[..., None]
-    if array.ndim != 4 or array.shape[-1] not in (1, 3, 4) or 0 in array.shape[1:3]:
+    if array.ndim != 4 or not 1 <= array.shape[-1] <= 4 or 0 in array.shape[1:3]:
         raise ValueError(f"images: found shape {shape}; {needed}")
-    return np.moveaxis(array[..., :3], -1, 1)
+    return np.moveaxis(array[..., : 3 if array.shape[-1] > 2 else 1], -1, 1)
 
 
 def as_trained(images: Tensor, channels: int) -> Tensor:
@@ -158,6 +160,8 @@ def _decoded(one: str | bytes | bytearray | memoryview, place: int) -> Tensor:
     try:
         return decode(f"image {place}", data)
     except UnreadableImage as problem:
+        if not isinstance(one, str) and _ONLY_BASE64.fullmatch(data):  # `b64encode` returns bytes
+            return _decoded(data.decode("ascii"), place)
         raise ValueError(f"image {place}: {problem.reason}; needed the bytes of an image file") from None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -42,14 +43,14 @@ class PictureModel:
         Raises:
             ValueError: something is no picture, `top` is below 1, or the ensemble has no answer.
         """
-        top = int((params or {}).get("top", TOP))
-        if top < 1:
-            raise ValueError(f"params: top = {top}; needed at least 1")
+        top = (params or {}).get("top", TOP)
+        if isinstance(top, bool) or not isinstance(top, Integral) or top < 1:
+            raise ValueError(f"params: top = {top!r}; needed a whole number, at least 1")
         model, found = self.model, []
         frames = (model.frame(image) for image in pictures(model_input, model.description.image_shape[2]))
         while batch := list(itertools.islice(frames, _BATCH)):
             answers = model.ask(torch.stack(batch))
-            found += in_words(answers, model.class_names, model.description.expert_names, top)
+            found += in_words(answers, model.class_names, model.description.expert_names, int(top))
         return found
 
 

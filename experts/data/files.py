@@ -7,8 +7,9 @@ What systems put beside images is never one. Whatever is skipped is counted.
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -63,7 +64,8 @@ def split_folders(root: str) -> dict[str, str]:
     Raises:
         ValueError: two folders may be the same split.
     """
-    folders = [name for name in _folders(root) if name.casefold() in _SPLITS]
+    everything = _folders(root)
+    folders = [name for name in everything if name.casefold() in _SPLITS and not _is_class(root, name, everything)]
     if not any(_SPLITS[name.casefold()] == "train" for name in folders):
         folders = [name for name in folders if name in ("val", "test")]  # else a class may be called Test
     found: dict[str, str] = {}
@@ -76,6 +78,12 @@ def split_folders(root: str) -> dict[str, str]:
             )
         found.setdefault(split, name)
     return {split: found[split] for split in ("train", "val", "test") if split in found}
+
+
+def _is_class(root: str, name: str, beside: Sequence[str]) -> bool:
+    """Say whether a folder called train holds pictures of trains: files and no folder, beside other classes."""
+    others = [other for other in beside if other.casefold() not in _SPLITS and not is_hidden(other)]
+    return bool(others) and _SPLITS[name.casefold()] == "train" and not class_folders(os.path.join(root, name))
 
 
 def class_folders(base: str) -> list[str]:
@@ -111,6 +119,7 @@ class _Skipped:
         self.reached_again: list[str] = []
         self.outside: list[str] = []
         self.special: list[str] = []
+        self.alike: list[tuple[str, str]] = []
 
     def remarks(self) -> Iterator[Remark]:
         others = [self.endings, self.hidden]
@@ -131,6 +140,15 @@ class _Skipped:
                 "loop",
                 count,
                 f"links to folders that are read already, not followed: {count:,}, first {first}",
+                doubt=True,
+            )
+        if self.alike:
+            one, other = map(shown, self.alike[0])
+            yield Remark(
+                "alike",
+                len(self.alike),
+                f"classes whose names differ in capitals or spelling alone: {len(self.alike):,}, first {one} and "
+                f"{other}",
                 doubt=True,
             )
         if self.outside:
@@ -155,28 +173,58 @@ def _scan(
         raise ValueError(
             f"{base}: found no class folder; needed one folder per class with its images; check dataset.root = {root}"
         )
-    if expected is not None and names != expected:
+    folders = names if expected is None else _in_order(expected, names)
+    if folders is None:
+        assert expected is not None
         extra, missing = sorted(set(names) - set(expected)), sorted(set(expected) - set(names))
         wrong = "; ".join(
             [f"{shown(name)} is not in train/ ({len(extra)} such)" for name in extra[:1]]
             + [f"{shown(name)} is missing ({len(missing)} such)" for name in missing[:1]]
         )
         raise ValueError(f"{base}: its class folders differ from those of train/: {wrong}; give both the same")
+    if expected is None:
+        skipped.alike += _alike(names)
     _note_beside(base, skipped)
     paths: list[str] = []
     labels: list[int] = []
     above = {_identity(root), _identity(base)}
-    for c, name in enumerate(names):
+    for c, name in enumerate(folders):
+        before = skipped.endings.copy()
         found = _walk(os.path.join(base, name), above, skipped)
         if not found:
+            others = _counted(skipped.endings - before)
             raise ValueError(
-                f"{shown(os.path.join(base, name))}: class '{shown(name)}' has no image; needed at least one file that "
-                f"ends in {', '.join(EXTENSIONS[:4])} ...; add images or remove the folder"
+                f"{shown(os.path.join(base, name))}: class '{shown(name)}' has no image"
+                f"{f' (found {others})' if others else ''}; needed at least one file that ends in "
+                f"{', '.join(EXTENSIONS[:4])} ...; add images or remove the folder"
             )
         paths += [os.path.join(split, name, f) for f in found]
         labels += [c] * len(found)
     # Bytes, not text: a name that is not UTF-8 survives, and millions of paths take a quarter of the memory.
-    return names, FilePool(root, np.array([os.fsencode(p) for p in paths]), np.array(labels, dtype=np.int64))
+    return expected or names, FilePool(
+        root, np.array([os.fsencode(p) for p in paths]), np.array(labels, dtype=np.int64)
+    )
+
+
+def _letters(name: str) -> str:
+    """Return a name in one spelling: a Mac writes é as e and an accent, others as one letter."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _in_order(expected: Sequence[str], names: Sequence[str]) -> Sequence[str] | None:
+    """Return the class folders of a split in the order of the classes; None where they are of other classes."""
+    if tuple(names) == tuple(expected):
+        return names
+    spelled = {_letters(name): name for name in names}
+    found = [spelled.get(_letters(name)) for name in expected]
+    return [name for name in found if name] if len(names) == len(set(found)) == len(expected) else None
+
+
+def _alike(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Return pairs of classes whose names differ in nothing but capitals or the spelling of their letters."""
+    first: dict[str, str] = {}
+    seen = [(name, first.setdefault(_letters(name).casefold(), name)) for name in names]
+    return [(before, name) for name, before in seen if before != name]
 
 
 def _note_beside(base: str, skipped: _Skipped) -> None:

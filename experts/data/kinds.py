@@ -15,6 +15,8 @@ _HIDDEN = {
     "ehthumbs.db",
     "desktop.ini",
     "@eadir",
+    "@recycle",
+    "@synoresource",
     "__macosx",
     "__pycache__",
     "$recycle.bin",

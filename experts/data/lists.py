@@ -35,12 +35,19 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_CONTAINERS = (
+    (b"PK\x03\x04", "a zip file, as tables of Excel are; save it as CSV"),
+    (b"\xd0\xcf\x11\xe0", "a table of Excel; save it as CSV"),
+    (b"\x1f\x8b", "a gzip file; unpack it"),
+)
 _WINDOWS = "cp1252"
-_SEPARATORS = (None, "\t", ",", ";")  # None: any blanks
+_SEPARATORS = {None: "a blank", "\t": "a tab", ",": "a comma", ";": "a semicolon"}  # None: any blanks
 _NUMBER = re.compile(r"(\d+)(?:\.0*)?")  # tables are often saved with 3.0 for 3
 _LABEL = re.compile(r"-?\d+(?:\.0*)?")  # -1 is what open sets are published with
 _LABEL_FIRST = re.compile(r"\d+[\s,;]+\S*[^\s\d]")
 _LIMIT = 2**63
+_QUOTES = "\"'"
+_COLUMN = re.compile(r"\s*[\t,;|]\s*")
 
 
 def find_list(root: str | None, value: str) -> str | None:
@@ -164,7 +171,7 @@ class _Form(NamedTuple):
 
 
 def _unquoted(text: str) -> str:
-    inside = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+    inside = len(text) > 1 and text[0] == text[-1] and text[0] in _QUOTES
     return text[1:-1].replace('""', '"') if inside else text
 
 
@@ -211,8 +218,8 @@ def read_list(root: str, key: str, value: str) -> ImageList:
     first = os.path.join(os.fsencode(root), paths[0])
     if not os.path.isfile(first):
         raise ValueError(
-            f"{file}: its first image is not at {shown(first)}; set dataset.root to the folder that its paths are "
-            f"relative to (line {lines[0][0]}: '{shown(lines[0][1][:80])}')"
+            f"{file}: its first image is not at {shown(first)}; {_elsewhere(root, lines[0][1])} "
+            f"(line {lines[0][0]}: '{shown(lines[0][1][:80])}')"
         )
     return ImageList(file, paths, labels, [n for n, _ in lines], remarks)
 
@@ -269,6 +276,9 @@ def _text(file: str) -> tuple[str, str | None]:
     """
     with open(file, "rb") as opened:
         data = opened.read()
+    for start, what in _CONTAINERS:
+        if data.startswith(start):
+            raise ValueError(f"{file}: is {what}")
     for mark, encoding in _MARKS:
         if data.startswith(mark):
             try:
@@ -317,9 +327,11 @@ def _parse(root: str, file: str, form: _Form, lines: list[tuple[int, str]]) -> t
     usual = form == _FORMS[0]
     for n, line in lines:
         image, label = line.rsplit(None, 1) if usual and " " in line else form.split(line)
+        if line[0] in _QUOTES or line[-1] in _QUOTES:
+            image, label = _where_needed(root, image), _unquoted(label)
         number = int(label) if label.isdecimal() and len(label) < 19 else _number(label)
         if not image or number is None or number >= _LIMIT:
-            raise _bad_line(file, n, line)
+            raise _bad_line(file, n, line, form)
         paths.append(os.fsencode(image))
         labels.append(number)
     # Bytes, not text: a name that is not UTF-8 survives, and millions of paths take a quarter of the memory.
@@ -363,21 +375,53 @@ def _from_windows(path: bytes) -> bytes | None:
         return None
 
 
-def _bad_line(file: str, number: int, line: str) -> ValueError:
+def _where_needed(root: str, image: str) -> str:
+    """Return a path without its quotes: some writers put them around those alone that have a comma in them."""
+    return image if os.path.isfile(os.path.join(root, image)) else _unquoted(image)
+
+
+def _bad_line(file: str, number: int, line: str, form: _Form | None = None) -> ValueError:
+    """Return the error of a line that is none, with what is probably meant.
+
+    Args:
+        form: of the list's other lines; None where it is the first.
+    """
     label = next((label for form in _FORMS if _number(label := form.split(line)[1]) == _LIMIT), None)
     if label is not None:
         return ValueError(
             f"{file}:{number}: label {label[:40]} is too large; needed a whole number below 2^63 (labels are numbers "
             f"of classes)"
         )
+    other = next((form for form in _FORMS if form.split(line)[0] and _number(form.split(line)[1]) is not None), None)
     hint = ""
     if _LABEL_FIRST.match(line):
-        hint = "; found the label first, it comes last"
-    elif re.search(r"[\s,;]\S*[^\W\d]\S*$", line):
-        hint = "; found a word last: number the classes from 0"
+        hint = "found the label first, it comes last"
+    elif form is not None and other is not None:
+        hint = f"other lines have {_SEPARATORS[form.separator]} before the label, this one has not"
+    elif line[0] in "{[":
+        hint = "found JSON, needed plain lines"
+    elif between := re.search(r"([|:])\s*\d+$", line):
+        hint = f"found '{between[1]}' before the label, needed a blank, tab, comma or semicolon"
+    elif len(columns := _COLUMN.split(line)) > 2:
+        hint = f"found {len(columns)} columns, needed path and label alone"
+    elif re.search(r"[\s,;][\"']?[^\W\d_]\S*$", line):
+        hint = "found a word last: number the classes from 0"
     return ValueError(
-        f"{file}:{number}: found '{shown(line[:80])}'; needed `path label`, the label a whole number from 0{hint}"
+        f"{file}:{number}: found '{shown(line[:80])}'; needed `path label`, the label a whole number from 0"
+        f"{f'; {hint}' if hint else ''}"
     )
+
+
+def _elsewhere(root: str, line: str) -> str:
+    """Return what to do about a first line whose image is not where it says."""
+    if re.match(r"[\"']?[A-Za-z]:[\\/]", line):
+        return "that is a path of Windows; write paths that are relative to dataset.root"
+    if re.match(r"[\"']?\w+://", line):
+        return "that is a URL; write paths that are relative to dataset.root"
+    columns = _COLUMN.split(line)
+    if len(columns) > 2 and any(os.path.isfile(os.path.join(root, _unquoted(column))) for column in columns):
+        return f"found {len(columns)} columns, one of them the path; keep path and label alone"
+    return "set dataset.root to the folder that its paths are relative to"
 
 
 def _class_names(pool: FilePool, labels: np.ndarray) -> tuple[str, ...]:

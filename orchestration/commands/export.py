@@ -131,8 +131,14 @@ def _targets(out: str, forms: tuple[str, ...]) -> dict[str, Path]:
         raise ValueError(f"{out}: the name says {said}, found {others}; leave out the ending")
     if not path.parent.is_dir():
         raise ValueError(f"{out}: {path.parent} is no folder; needed one that exists")
+    if not path.name:
+        raise ValueError(f"{out or 'an empty word'}: needed the name of a file")
     chosen = [said] if said is not None else [form for form in ENDINGS if form in forms]
-    return {form: path if said else path.with_name(path.name + ENDINGS[form]) for form in chosen}
+    found = {form: path if said else path.with_name(path.name + ENDINGS[form]) for form in chosen}
+    for target in found.values():
+        if target.is_dir():
+            raise ValueError(f"{target}: is a folder; needed the name of a file")
+    return found
 
 
 def _refuse_missing(forms: Any) -> None:

@@ -8,6 +8,7 @@ Libraries, the connection to Ray, the uploading process and, where they fit, the
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import queue
@@ -24,6 +25,7 @@ from typing import Any
 
 LOG_FILE = "console.log"
 _PARENT_GONE_S = 900.0  # how long a run whose parent has gone may take to write its checkpoint
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # a full disk, a full quota
 _RAY_GONE = 5  # seconds in a row without an answer: a Ray that ended with the parent; its own clients wait for a minute
 
 
@@ -98,7 +100,7 @@ def main(arguments: list[str]) -> int:
             outcome = _train(job, parent)
             parent.training = False
             parent.say("ended", run=job["run"], memory_mib=_memory_mib(), **outcome)
-            if outcome["status"] == "stopped":
+            if outcome["status"] == "stopped" and outcome["problem"] is not None:
                 break  # by a signal, which is for this process and not for one run
     return 0
 
@@ -158,7 +160,9 @@ def _problem(problem: BaseException) -> dict[str, Any]:
         say(str(problem))
     else:
         traceback.print_exception(problem)
-    return {"status": "failed", "exit": 1, "problem": str(problem) if told else in_one_line(problem)}
+    no_room = any(isinstance(one, OSError) and one.errno in _NO_ROOM for one in (problem, problem.__cause__))
+    text = str(problem) if told else in_one_line(problem)
+    return {"status": "failed", "exit": 1, "problem": text, "no_room": no_room}
 
 
 @contextmanager

@@ -136,6 +136,8 @@ def _framed(model: ServedModel, files: Iterable[str]) -> Iterator[tuple[str, Ten
 
 def _files(given: str) -> list[str]:
     """Return a file, or the images below a folder."""
+    if not given:  # of a shell's variable that is not set; it would be the current folder
+        raise ValueError("found an empty word; needed a file, or a folder of images")
     path = expand(given)
     if path.is_dir():
         found = [str(path / name) for name in images_below(str(path))]

@@ -22,13 +22,14 @@ from orchestration.config.messages import in_one_line, say, show
 from orchestration.config.paths import import_roots
 from orchestration.config.run_config import RunConfig
 from orchestration.results.text import plural
-from orchestration.runs.stopping import Stopped
+from orchestration.runs.stopping import Stopped, signals_stop
 from orchestration.storage.location import STUDY_LANE
 from orchestration.studies.adoption import carry_out, find, held_against
 from orchestration.studies.estimate import plan_lines
 from orchestration.studies.grid import Grid, lay_out
 from orchestration.studies.lanes import LOG_FILE, Lanes
 from orchestration.studies.points import Point
+from orchestration.studies.progress import Progress
 from orchestration.studies.run_queue import FAILED, FINISHED, WAITING
 from orchestration.studies.side_by_side import SideBySide
 from orchestration.studies.status import status_text
@@ -37,6 +38,7 @@ from orchestration.studies.study_folder import StudyFolder, held, refuse, with_a
 from orchestration.tracking.ownership import settle_ownership
 from orchestration.tracking.uploader import start_uploader
 
+_STOPPED_WAIT_S = 10.0  # for the last upload of a study that was stopped: batch systems kill soon after their signal
 _LIVE_S = 600.0  # between two reports while runs train
 _FIRST_LANES = 2  # that are started before anybody knows how many places there are
 _LANE = (sys.executable, "-P", "-m", "orchestration.commands.lane")
@@ -69,29 +71,46 @@ def study(words: Sequence[str]) -> int:
         ValueError: the study is malformed, or its folder holds something else. Raised before anything is started.
         Stopped: on a signal, after checkpoints; the same command goes on.
     """
-    grid = with_a_folder(lay_out(read_study(words)))  # before a cluster is asked: refusals come at once
-    refuse(grid.name, list(StudyFolder(grid.folder).problems_with(grid)))
-    elsewhere = find(grid.study.adopt)
-    with held(grid.folder) as lock, _lanes(grid, lock) as lanes, cluster(grid.address):
-        nodes = node_resources()
-        if share := gpu_share(nodes):
-            grid = lay_out(grid.study, share).named(grid.name)
-        folder = StudyFolder(grid.folder)
-        refuse(grid.name, list(folder.problems_with(grid)))
-        points = folder.take(grid)
-        refuse(grid.name, folder.settle(points, retry=grid.study.retry == "failed"))
-        lent = carry_out(elsewhere, folder, points, grid.defaults, say) if grid.study.adopt else {}
+    with contextlib.ExitStack() as stack:
+        with signals_stop("the study was prepared"):
+            grid = with_a_folder(lay_out(read_study(words)))  # before a cluster is asked: refusals come at once
+            refuse(grid.name, list(StudyFolder(grid.folder).problems_with(grid)))
+            elsewhere = find(grid.study.adopt)
+            lock = stack.enter_context(held(grid.folder))
+            lanes = stack.enter_context(_lanes(grid, lock))
+            stack.enter_context(cluster(grid.address))
+            grid, folder, points = _take(grid)
+            lent = carry_out(elsewhere, folder, points, grid.defaults, say) if grid.study.adopt else {}
         number = _train(grid, folder, points, lanes, lent)
-        show(status_text(folder.path))
-        if any(record["status"] == FINISHED for record in folder.records):
-            _report(folder)
-        _upload(grid, folder)
+        with signals_stop("the study's report was written"):
+            _conclude(grid, folder, number)
     if number is not None:
         raise Stopped(number, f"study {grid.name}: stopped; the same command goes on")
     failed = [record["run"] for record in folder.records if record["status"] == FAILED]
     if failed:
         say(f"failed: {', '.join(failed)}; study.retry=failed trains them again")
     return 1 if failed else 0
+
+
+def _take(grid: Grid) -> tuple[Grid, StudyFolder, list[Point]]:
+    """Lay a study out for its cluster and make it that of its folder. Return both, and its runs."""
+    if share := gpu_share(node_resources()):
+        grid = lay_out(grid.study, share).named(grid.name)
+    folder = StudyFolder(grid.folder)
+    refuse(grid.name, list(folder.problems_with(grid)))
+    points = folder.take(grid)
+    refuse(grid.name, folder.settle(points, retry=grid.study.retry == "failed"))
+    return grid, folder, points
+
+
+def _conclude(grid: Grid, folder: StudyFolder, number: int | None) -> None:
+    """Say how the runs stand, write the report and upload it. A study that a signal stopped ends soon, without both."""
+    if number is None:
+        _evaluate(folder)
+    show(status_text(folder.path))
+    if number is None and any(record["status"] == FINISHED for record in folder.records):
+        _report(folder)
+    _upload(grid, folder, _STOPPED_WAIT_S if number is not None else None)
 
 
 def gpu_share(nodes: Mapping[str, Mapping[str, float]]) -> float | None:
@@ -134,11 +153,15 @@ def _train(
         return None
     _settle(grid, folder)
     lanes.connect(own_address())
-    live = _LiveReport(folder)
+    live, progress = _LiveReport(folder), Progress()
     try:
-        runs = SideBySide(folder, points, lanes, node_resources, _most(grid), grid.defaults, say, live.write, lent)
+        runs = SideBySide(
+            folder, points, lanes, node_resources, _most(grid), grid.defaults,
+            progress.say, live.write, lent, progress.draw,
+        )  # fmt: skip
         return runs.carry_out()
     finally:
+        progress.close()
         live.end()
 
 
@@ -170,6 +193,13 @@ class _LiveReport:
             self._process.wait()
 
 
+def _evaluate(folder: StudyFolder) -> None:
+    """Measure finished runs as the study asks."""
+    from orchestration.commands.study_evaluations import evaluate_asked  # loads PyTorch
+
+    evaluate_asked(folder, say)
+
+
 def _report(folder: StudyFolder) -> None:
     """Write the report and print its answers. A failure costs a line: the runs are trained."""
     from orchestration.commands.report import report  # loads Matplotlib
@@ -197,8 +227,13 @@ def _settle(grid: Grid, folder: StudyFolder) -> None:
         say(f"tracking: {in_one_line(problem)}; training goes on; later: expertail sync {folder.path}")
 
 
-def _upload(grid: Grid, folder: StudyFolder) -> None:
-    """Upload the study's own files to the parent of its runs in MLflow. A failure costs a line."""
+def _upload(grid: Grid, folder: StudyFolder, wait_s: float | None) -> None:
+    """Upload the study's own files to the parent of its runs in MLflow. A failure costs a line.
+
+    Args:
+        grid, folder: of the study.
+        wait_s: how long it may take; None for what its config says.
+    """
     config = _tracked(grid)
     if config is None or config.tracking.uri is None:
         return
@@ -207,7 +242,7 @@ def _upload(grid: Grid, folder: StudyFolder) -> None:
     try:
         _settle(grid, folder)
         uploader = start_uploader(folder.path, config.tracking.uri, config.tracking.experiment)
-        problem = uploader.finish(config.tracking.final_wait_s)
+        problem = uploader.finish(config.tracking.final_wait_s if wait_s is None else wait_s)
     except Exception as error:  # the runs are trained, and this does not change it
         problem = f"the study's own files were not uploaded: {in_one_line(error)}"
     if problem:

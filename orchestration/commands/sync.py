@@ -8,11 +8,11 @@ from pathlib import Path
 
 from orchestration.config.compose import from_yaml
 from orchestration.config.messages import say
-from orchestration.storage.files import CONFIG, read_json, refuse_sweep
+from orchestration.storage.files import CONFIG, refuse_sweep
 from orchestration.storage.location import local_run
 from orchestration.storage.run_folder import RunFolder
+from orchestration.storage.study_file import STUDY_FILE, read_study_file
 from orchestration.storage.url_store import UrlStore, is_url
-from orchestration.tracking.contents import STUDY_FILE
 from orchestration.tracking.ownership import settle_ownership
 from orchestration.tracking.sender import sync
 from orchestration.tracking.target import tracking_uri
@@ -38,7 +38,7 @@ def sync_run(run: str, uri: str | None) -> str | None:
     path = Path(run)
     refuse_sweep(path)
     if (path / STUDY_FILE).is_file():
-        return _sync_all(path, [path / point["run"] for point in read_json(path / STUDY_FILE)["points"]], uri)
+        return _sync_all(path, [path / point["run"] for point in read_study_file(path)["points"]], uri)
     if not (path / CONFIG).is_file():
         raise ValueError(f"{path}: not a run folder (no {CONFIG}); needed one that `expertail train` made")
     with contextlib.closing(RunFolder(path)):  # refuses a run that is training: its own uploader sends it

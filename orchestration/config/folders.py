@@ -75,7 +75,7 @@ def _of_user(group: str) -> dict[str, Path]:
         return {}
     found = _files(folder / group)
     for path in _files(folder).values() if group == "method" else ():
-        if _RECIPE.search(path.read_text("utf-8", errors="replace")):
+        if _RECIPE.search(path.read_text("utf-8-sig", errors="replace")):
             if path.stem in found:
                 raise ValueError(f"{path}: there is {found[path.stem]}, too; needed one file of a name")
             found[path.stem] = path
@@ -88,6 +88,20 @@ def _of_user(group: str) -> dict[str, Path]:
 def _files(folder: Path) -> dict[str, Path]:
     """Return the configs of a folder by name; hidden files are locks and traces of editors and systems."""
     return {path.stem: path for path in folder.glob("*.yaml") if not path.name.startswith(".")}
+
+
+def passed_over(group: str, choice: str) -> str:
+    """Return which file of the user's has the name of a choice and is none, and why; nothing where there is none."""
+    folder = user_folder()
+    if folder is None:
+        return ""
+    for path in (folder / group / f"{choice}.yml", folder / f"{choice}.yml"):
+        if path.is_file():
+            return f"; {path} is passed over, needed the ending .yaml"
+    path = folder / f"{choice}.yaml"
+    if group != "method" or not path.is_file():
+        return ""
+    return f"; {path} is passed over, needed a line that begins with method: or of:, as UTF-8"
 
 
 def name_problem(name: str) -> str | None:
@@ -112,7 +126,9 @@ def path_of(group: str, choice: str) -> Path:
     if choice not in known:
         near = difflib.get_close_matches(choice, known, 1)
         hint = f", did you mean {near[0]}" if near else ""
-        raise ValueError(f"{group}={choice}: no such {group}{hint}; known: {', '.join(known)}")
+        raise ValueError(
+            f"{group}={choice}: no such {group}{hint}{passed_over(group, choice)}; known: {', '.join(known)}"
+        )
     return known[choice]
 
 

@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 
-from orchestration.config.folders import choices
+from orchestration.config.folders import choices, passed_over
 from orchestration.config.text_keys import is_text
 
 RECIPE_GROUPS = ("method", "dataset", "backbone", "protocol", "pace", "mix", "then", "cluster")
@@ -102,10 +102,11 @@ def _parse_word(parser: OverridesParser, word: str) -> Override:
         override = _parse_literally(parser, word)
     except HydraException:
         raise ValueError("not of the form key=value; needed e.g. dataset.imbalance_ratio=100") from None
-    # 2e57342, 1.10, true and a,b are names and paths for some keys, and no numbers, truths or lists.
-    plain = not override.is_sweep_override() and isinstance(override.value(), str | None)
-    if override.type is OverrideType.CHANGE and not plain and is_text(override.key_or_group.split(".")):
-        return _quote(parser, word)
+    if override.type is OverrideType.CHANGE and is_text(override.key_or_group.split(".")):
+        typed = word.partition("=")[2]
+        if not typed:  # of a shell's variable that is not set; the folder of run.dir= would be the current one
+            raise ValueError("needed something behind the =; null stands for nothing")
+        return override if _is_typed(override, typed) else _quote(parser, word)
     if override.type is OverrideType.CHANGE and not override.is_sweep_override():
         return override
     if word.startswith("then=") and override.is_sweep_override():
@@ -114,6 +115,18 @@ def _parse_word(parser: OverridesParser, word: str) -> Override:
             f"`expertail sweep` trains a run for each"
         )
     raise ValueError("needed key=value with one value and no +, ++ or ~")
+
+
+def _is_typed(override: Override, typed: str) -> bool:
+    """Say whether a name or path was read as it is typed, or quoted by whoever typed it.
+
+    2e57342, 1.10, true and a,b are names, and no numbers, truths or lists; a blank at the end is a part of one.
+    """
+    if override.is_sweep_override():
+        return False
+    found = override.value()
+    quoted = isinstance(found, str) and (typed[0] in "'\"" or "\\" in typed)
+    return found is None or found == typed or quoted
 
 
 def _parse_literally(parser: OverridesParser, word: str) -> Override:
@@ -152,7 +165,7 @@ def _unknown(group: str, choice: str) -> Iterator[str]:
     elsewhere = [other for other in ("method", "mix", "then") if other != group and choice in available(other)]
     if elsewhere:
         hint = f", but there is {' and '.join(f'{other}={choice}' for other in elsewhere)}"
-    yield f"{group}={choice}: no such {group}{hint}; known: {', '.join(known)}"
+    yield f"{group}={choice}: no such {group}{hint}{passed_over(group, choice)}; known: {', '.join(known)}"
 
 
 def _no_schedule(word: str, name: str) -> str:

@@ -20,7 +20,7 @@ class Evaluation(_Keys):
 
     recipe: str
     """Words of the recipe, e.g. `method=tade`; the runs whose labels have them are measured."""
-    weights: str = "test-time"
+    weights: Literal["test-time", "known-prior", "uniform"] = "test-time"
     """How experts are weighted."""
     distribution: str = "published"
     """Test distributions."""

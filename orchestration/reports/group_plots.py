@@ -25,6 +25,7 @@ from orchestration.reports.rows import Row
 from orchestration.results.style import draw_in_decades, new_figure, set_figure_title, shorten
 
 _LABEL_INCHES = 2.3
+_AXIS_INCHES = 0.725  # left of a panel, for its numbers and words
 _WIDE = 30  # values that span more than this factor are drawn in decades
 
 
@@ -224,9 +225,10 @@ def _finish(
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     room = _LABEL_INCHES / figure.get_figwidth()
-    width = (0.995 - 0.05 * len(panels)) / len(panels) - room
+    margin = _AXIS_INCHES / figure.get_figwidth()
+    width = (0.995 - margin * len(panels)) / len(panels) - room
     for number, (axes, x) in enumerate(panels):
         place = axes.get_position()
-        left = 0.05 + number * (width + room + 0.05)
+        left = margin + number * (width + room + margin)
         axes.set_position((left, place.y0 + 0.01, width, place.height - 0.01))
         label_beside(axes, x, y, labels, named)

@@ -11,7 +11,7 @@ from experts.data.names import visible
 from orchestration.reports.blocks import Block, Cell, across_block, blocks, foot_lines
 from orchestration.reports.report import Report, Section
 
-_OPEN = ("accuracy", "differences")
+_OPEN = ("accuracy", "published", "differences")
 """Blocks that are open at once; the others open with a click, and on paper."""
 
 _STYLE = """

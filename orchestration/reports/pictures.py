@@ -25,7 +25,8 @@ _TITLES = {
     "curves_loss": "Training loss over epochs",
     "curves_accuracy": "Accuracy over epochs",
 }
-_AXES = {"num_experts": "number of experts"}
+_AXES = {"num_experts": "number of experts", "flow.ratio": "share of channels replaced, p"}
+"""Words for numbers, by the key as labels show it."""
 _NEEDS = {
     "cost": "costs of two rows",
     "relative": "runs on the balanced variant of the data",
@@ -87,7 +88,7 @@ def _drawers(report: Report, section: Section) -> tuple[dict[str, tuple[str, Cal
     }
     kinds = set()
     for key, families in varied_numbers(section).items():
-        name, kind = _AXES.get(key.rsplit(".", 1)[-1], short_key(key)), f"against_{key.replace('.', '_')}"
+        name, kind = _AXES.get(short_key(key), short_key(key)), f"against_{key.replace('.', '_')}"
         found[kind] = (f"Accuracy against {name}", _against(report, section, name, families))
         kinds.add("against")
     for name, draw in curves_figures(report, section).items():

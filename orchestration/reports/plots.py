@@ -75,7 +75,7 @@ def label_beside(axes: Any, x: np.ndarray, y: np.ndarray, labels: Sequence[str],
         axes.annotate(
             short_label(label), xy=(x[number], y[number]), xycoords="data", xytext=(1.04, heights[number]),
             textcoords="axes fraction", va="center", ha="left", fontsize=7, color=colour, annotation_clip=False,
-            fontweight="bold" if colour == BASE else "normal",
+            zorder=1, fontweight="bold" if colour == BASE else "normal",
             arrowprops={"arrowstyle": "-", "color": "#d2d2d2", "linewidth": 0.5, "shrinkA": 1, "shrinkB": 2},
         )  # fmt: skip
 

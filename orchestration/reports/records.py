@@ -25,6 +25,7 @@ MODELS = ("last", "best")
 BY_COUNT = CLASS_GROUPS
 BY_INDEX = tuple(f"{group}_by_index" for group in CLASS_GROUPS)
 ENSEMBLE = "ensemble"
+_NAMED = 3  # runs of one state that are named when there are more
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,17 @@ def _shifts(place: Path) -> tuple[Mapping[str, Any], ...]:
 
 
 def unfinished_lines(left_out: Sequence[LeftOut], at_most: int = 20) -> list[str]:
-    """Return a line for each run that is not shown, and one for those beyond `at_most`."""
-    lines = [f"{one.run}: {one.state}{f': {one.why}' if one.why else ''}" for one in left_out[:at_most]]
-    rest = len(left_out) - at_most
+    """Return a line for each run that is not shown, or for many of one state; and one for those beyond `at_most`."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for one in left_out:
+        alike.setdefault((one.state, one.why), []).append(one.run)
+    found = [line for (state, why), runs in alike.items() for line in _state_lines(state, why, runs)]
+    lines, rest = found[:at_most], len(found) - at_most
     return [*lines, f"and {rest:,} more"] if rest > 0 else lines
+
+
+def _state_lines(state: str, why: str, runs: Sequence[str]) -> list[str]:
+    because = f": {why}" if why else ""
+    if len(runs) <= _NAMED:
+        return [f"{run}: {state}{because}" for run in runs]
+    return [f"{len(runs):,} {state}: {', '.join(runs[:_NAMED])} and {len(runs) - _NAMED:,} more{because}"]

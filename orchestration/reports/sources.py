@@ -11,10 +11,11 @@ from typing import Any
 from orchestration.config.paths import expand
 from orchestration.reports.asked import Asked, asked_of
 from orchestration.reports.records import LeftOut, Record, read_run
-from orchestration.storage.files import CONFIG, read_json, refuse_sweep
+from orchestration.storage.files import CONFIG, refuse_sweep
+from orchestration.storage.study_file import STUDY_FILE as STUDY
+from orchestration.storage.study_file import read_study_file
 from orchestration.storage.url_store import is_url
 
-STUDY = "study.json"
 REFERENCE = "reference"
 _USUAL = Path("runs")  # the usual run.dir: a study may be named alone
 
@@ -96,13 +97,15 @@ def _existing(target: str) -> Path:
 
 
 def _study(folder: Path) -> Sources:
-    study = read_json(folder / STUDY)
+    study = read_study_file(folder)
     found = Sources(str(study.get("name") or folder.name), folder / "report", study=study)
     found.missing = [(str(one.get("label")), str(one.get("why", ""))) for one in study.get("missing") or ()]
     for point in study.get("points") or ():
         name, state = str(point["run"]), str(point.get("status", "waiting"))
         if not (folder / name / CONFIG).is_file():
-            found.left_out.append(LeftOut(name, state, str(point.get("problem") or "")))
+            gone = state == "finished"
+            why = f"{folder / name} is not there; restore it, or repeat the study" if gone else point.get("problem")
+            found.left_out.append(LeftOut(name, "gone" if gone else state, str(why or "")))
             continue
         _add(found, read_run(folder / name, point.get("label"), str(point.get("role", "run"))))
     return found
@@ -125,7 +128,11 @@ def _runs(folders: Sequence[Path]) -> Sources:
     found = Sources(
         one.name if one else f"{len(runs)} runs", (parents.pop() if len(parents) == 1 else Path()) / "report"
     )
-    for run in dict.fromkeys(runs):
+    known: dict[Path, Path] = {}
+    for run in runs:
+        if (earlier := known.setdefault(run.resolve(), run)) is not run:
+            found.left_out.append(LeftOut(run.name, "left out", f"{run}: the same folder as {earlier}; shown once"))
+            continue
         result = read_run(run)
         # A run on the balanced variant of a set is what relative accuracy needs, also outside a study.
         if isinstance(result, list) and result and result[0].config.dataset.balanced:

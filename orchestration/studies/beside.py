@@ -14,7 +14,7 @@ from orchestration.studies.grid import Grid
 from orchestration.studies.points import Point
 
 _NAMES = {"upper": "A_u", "relative": "A_r"}
-_SHOWN = 4  # runs without a published row that are named
+_SHOWN = 4  # runs without a published row, or rows without a run, that are named
 
 
 def rows_of(grid: Grid) -> list[tuple[Point, RunConfig]]:
@@ -32,8 +32,10 @@ def beside_lines(grid: Grid) -> Iterator[str]:
     Raises:
         ValueError: the study's `report` has an unknown key or table.
     """
-    tables = asked_of(grid.study.report, f"study {grid.name}").tables
-    rows = rows_of(grid)
+    asked = asked_of(grid.study.report, f"study {grid.name}")
+    tables, rows = asked.tables, rows_of(grid)
+    yield from (f"measured  {one.recipe}: {one.weights} weights on {one.distribution} distributions, at the end"
+                for one in asked.evaluate)  # fmt: skip
     found = [
         (point, one)
         for point, config in rows
@@ -45,14 +47,18 @@ def beside_lines(grid: Grid) -> Iterator[str]:
         yield from (f"source    {source}" for source in dict.fromkeys(one.source for _, one in found))
     without = [_unseeded(point) for point, _ in rows if all(point is not other for other, _ in found)]
     if tables is not None and without:
-        more = f" and {len(without) - _SHOWN} more" if len(without) > _SHOWN else ""
-        yield f"without   no published row fits {', '.join(without[:_SHOWN])}{more}"
+        yield f"without   no published row fits {_named(without)}"
     remarks = dict.fromkeys(f"{one.name}: {remark}" for _, one in found for remark in one.remarks)
     yield from (f"remark    {remark}" for remark in remarks)
     yield from (f"missing   {missing.label}: {missing.why}" for missing in grid.study.missing)
-    for label in rows_left(tables or (), found, [missing.label for missing in grid.study.missing]):
-        yield f"missing   {label}: no run of the study meets the conditions of this row"
+    if left := rows_left(tables or (), found, [missing.label for missing in grid.study.missing]):
+        yield f"without   no run meets the conditions of the rows {_named(left)}"
     yield from _files(rows)
+
+
+def _named(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{', '.join(names[:_SHOWN])}{more}"
 
 
 def finals_of(config: RunConfig) -> tuple[str, ...]:

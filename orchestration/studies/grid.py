@@ -23,7 +23,7 @@ from orchestration.config.identity import config_hash
 from orchestration.config.paths import expand
 from orchestration.config.run_config import RunConfig, name_problems
 from orchestration.config.words import message
-from orchestration.reports.asked import report_problems
+from orchestration.reports.asked import Asked, report_problems
 from orchestration.results.text import plural
 from orchestration.runs.admission import admit
 from orchestration.storage.location import run_path
@@ -102,8 +102,8 @@ def lay_out(study: StudyConfig, gpu_share: float | None = None, *, files: bool =
         points += _references(study, combinations, points, gpu_share, problems, files)
     first = next(iter(composed.values()))[1]
     name = study.name or default_name(study, first.method.name, first.dataset.name)
-    baseline = None if study.baseline is None else label_of(study.baseline.split())
-    problems += [*_duplicates(points), *_no_baseline(study, baseline, points), *_place_problems(name, composed)]
+    baseline = _baseline(study, points)
+    problems += [*_duplicates(points), *_unknown_recipes(study, baseline, points), *_place_problems(name, composed)]
     if problems:
         raise ValueError(message(f"study {name}", problems))
     named = first.model_copy(update={"run": first.run.model_copy(update={"name": name})})
@@ -136,13 +136,17 @@ def _word_problems(study: StudyConfig) -> Iterator[str]:
         for recipe in study.recipes:
             if key in label_of(recipe.words.split()):
                 yield f"{key}: set twice, by an axis and by recipe {recipe.words!r}; leave one out"
+    by_all = set.intersection(*(set(label_of(one.words.split())) for one in study.recipes)) if study.recipes else set()
+    for key in sorted(by_all & common):
+        yield f"{key}: set for all runs, and by every recipe, which wins; leave one out"
 
 
 def _combinations(study: StudyConfig, problems: list[str]) -> Iterator[_Combination]:
     """Yield every recipe with every combination of values that is not excluded; note an empty grid."""
     recipes = [(tuple(recipe.words.split()), recipe.label) for recipe in study.recipes] or [((), None)]
     keys = dict.fromkeys(key for words, _ in recipes for key in label_of(words) if key in PARTS)
-    found = 0
+    found, unmatched = 0, [label_of([f"{k}={v}" for k, v in pairs.items()]) for pairs in study.exclude]
+    exclusions, common = list(unmatched), label_of(study.words)
     for (words, shown), values in itertools.product(recipes, itertools.product(*study.axes.values())):
         axes = dict(zip(study.axes, values, strict=True))
         own = label_of(words)
@@ -152,7 +156,8 @@ def _combinations(study: StudyConfig, problems: list[str]) -> Iterator[_Combinat
             **label_of([f"{k}={v}" for k, v in axes.items()]),
         }
         label = {**({"recipe": shown} if shown else {}), **varied}
-        if any(all(label.get(key) == value for key, value in pairs.items()) for pairs in study.exclude):
+        if excluding := [pairs for pairs in exclusions if pairs.items() <= {**common, **label}.items()]:
+            unmatched = [pairs for pairs in unmatched if pairs not in excluding]
             continue
         found += 1
         # A label stands for the words of its recipe; what axes say differs between its runs.
@@ -163,6 +168,10 @@ def _combinations(study: StudyConfig, problems: list[str]) -> Iterator[_Combinat
         title = " ".join([*mine, *set_]) or "its one recipe"
         stem = None if shown is None else _plain_name(shown)
         yield _Combination(title, (*study.words, *mine, *set_), label, extra, stem)
+    example = " ".join(f"{key}={value}" for key, value in label.items()) or "method=ce,ride as an axis"
+    for pairs in unmatched:
+        shown_pairs = ", ".join(f"{key}: {value}" for key, value in pairs.items())
+        problems.append(f"exclude {{{shown_pairs}}}: no run has it; needed pairs of one, as of {example}")
     if not found:
         problems.append("no run is left: every combination is excluded; needed at least one; shorten `exclude`")
 
@@ -319,7 +328,10 @@ def _duplicates(points: Sequence[Point]) -> Iterator[str]:
             yield f"{first} and {second}: the same run twice; leave one out"
         elif there is not point:
             first, second = _told(there, point)
-            yield f"{first} and {second}: both runs would be {point.run}; leave one out, or split the study in two"
+            yield (
+                f"{first} and {second}: both runs would be {point.run}; leave one out, or give one another label, or "
+                f"split the study in two"
+            )
 
 
 def _told(one: Point, other: Point) -> tuple[str, str]:
@@ -328,13 +340,32 @@ def _told(one: Point, other: Point) -> tuple[str, str]:
     return words[0] or one.run, words[1] or other.run
 
 
-def _no_baseline(study: StudyConfig, baseline: Mapping[str, str] | None, points: Sequence[Point]) -> Iterator[str]:
-    if baseline is not None and not any(baseline.items() <= point.label.items() for point in points):
-        labels = dict.fromkeys(" ".join(f"{k}={v}" for k, v in point.label.items()) for point in points)
-        yield (
-            f"baseline = {study.baseline}: no run has it; needed words of one of {plural(len(labels), 'recipe')}, e.g. "
-            f"{next(filter(None, labels), 'method=ce,ride as an axis')}"
-        )
+def _baseline(study: StudyConfig, points: Sequence[Point]) -> dict[str, str] | None:
+    """Return pairs of a label that the baseline has; None where it says nothing that tells runs apart.
+
+    What a word on top of the file has made the same for all runs is no part of a label.
+    """
+    if study.baseline is None:
+        return None
+    if any(point.label.get("recipe") == study.baseline for point in points):
+        return {"recipe": study.baseline}
+    keys, common = {key for point in points for key in point.label}, label_of(study.words)
+    asked = label_of(study.baseline.split())
+    return {k: value for k, value in asked.items() if k in keys or common.get(k) != value} or None
+
+
+def _unknown_recipes(study: StudyConfig, baseline: Mapping[str, str] | None, points: Sequence[Point]) -> Iterator[str]:
+    """Yield a problem for each key that names a recipe which no run has."""
+    asked = {} if baseline is None else {f"baseline = {study.baseline}": baseline}
+    for number, one in enumerate(Asked.model_validate(study.report).evaluate):
+        asked[f"report.evaluate.{number}.recipe = {one.recipe}"] = label_of(one.recipe.split())
+    for key, pairs in asked.items():
+        if not any(pairs.items() <= point.label.items() for point in points):
+            labels = dict.fromkeys(" ".join(f"{k}={v}" for k, v in point.label.items()) for point in points)
+            yield (
+                f"{key}: no run has it; needed words of one of {plural(len(labels), 'recipe')}, e.g. "
+                f"{next(filter(None, labels), 'method=ce,ride as an axis')}"
+            )
 
 
 def _place_problems(name: str, composed: Mapping[str, tuple[tuple[str, ...], RunConfig]]) -> Iterator[str]:
@@ -342,7 +373,8 @@ def _place_problems(name: str, composed: Mapping[str, tuple[tuple[str, ...], Run
     config = next(iter(composed.values()))[1]
     if len({one.run.dir for _, one in composed.values()}) > 1:
         yield "run.dir: differs between recipes; needed one for the study"
-    yield from name_problems(config.model_copy(update={"run": config.run.model_copy(update={"name": name})}))
+    named = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+    yield from (problem.replace("run.name = ", "study.name = ", 1) for problem in name_problems(named))
 
 
 def _defaults(name: str, config: RunConfig) -> tuple[str, ...]:

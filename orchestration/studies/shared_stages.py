@@ -72,8 +72,8 @@ def take_over_stages(config: RunConfig, path: Path, donors: Iterable[Path]) -> d
         for donor in donors:
             if donor != path and (donor / CONFIG).exists():
                 for stage in _take(donor, config, folder):
-                    taken[stage] = donor.name
-                    say(f"stage {stage}: taken from run {donor.name}, where the same was trained")
+                    taken[stage] = _name_of(donor, path)
+                    say(f"stage {stage}: taken from run {taken[stage]}, where the same was trained")
     return taken
 
 

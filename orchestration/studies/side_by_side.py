@@ -25,6 +25,7 @@ from orchestration.runs.stopping import StopSignals
 from orchestration.storage.files import read_json
 from orchestration.studies.lanes import Event, Lane, Lanes
 from orchestration.studies.points import Point
+from orchestration.studies.progress import seconds_left
 from orchestration.studies.run_queue import FAILED, FINISHED, RUNNING, STOPPED, WAITING, RunQueue
 from orchestration.studies.study_folder import StudyFolder
 
@@ -48,6 +49,7 @@ class SideBySide:
         report: takes a line for the operator.
         ended: called when a run has ended.
         lent: run folders from elsewhere that have trained a stage, by digest of the stage.
+        looked: called every second or so with how far the study is, in a few words.
     """
 
     def __init__(
@@ -61,17 +63,20 @@ class SideBySide:
         report: Callable[[str], None],
         ended: Callable[[], None] = lambda: None,
         lent: Mapping[str, Path] = MappingProxyType({}),
+        looked: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._folder, self._lanes, self._nodes, self._most = folder, lanes, nodes, most
         self._defaults, self._report, self._ended = tuple(defaults), report, ended
-        self._points, self._lent = {point.run: point for point in points}, lent
+        self._points, self._lent, self._looked = {point.run: point for point in points}, lent, looked
         # All recipes with the first seed come first: a report has something to compare early.
         order = sorted(points, key=lambda point: point.seed)
         statuses = {point.run: folder.record(point.run)["status"] for point in points}
         to_train = {p.run: [digest for digest in p.stages.values() if digest not in lent] for p in order}
         self._queue = RunQueue(to_train, statuses)
         self._begun_at: dict[str, float] = {}
-        self._took_s: dict[str, float] = {}
+        self._took: list[float] = []
+        self._took_by_recipe: dict[str, float] = {}
+        self._no_room: str | None = None
         self._asked_at, self._room = -math.inf, 1
         self._lost_starts = 0
         self._stopping = False
@@ -81,7 +86,7 @@ class SideBySide:
 
         Raises:
             KeyboardInterrupt: a second Ctrl-C; lanes are ended at once.
-            ValueError: lanes do not start.
+            ValueError: lanes do not start, or the disk is full.
         """
         try:
             with StopSignals().watch() as signals:
@@ -96,16 +101,19 @@ class SideBySide:
                     self._end_idle()
                     for event in self._lanes.events(_LOOK_S):
                         self._hear(event)
+                    self._looked(f"{self._count()}{self._left()}")
                 for lane in self._lanes.alive:
                     lane.end()
                 while self._lanes.alive:
                     self._lanes.events(_LOOK_S)
-                return signals.received
+            if self._no_room is not None and signals.received is None:
+                raise ValueError(f"no run begins any more: {self._no_room}")
+            return signals.received
         finally:
             self._lanes.close()
             for run in self._queue.with_status(RUNNING):
                 self._folder.record(run)["status"] = STOPPED
-            self._folder.write()
+            self._folder.save()
 
     # Lanes
 
@@ -154,7 +162,7 @@ class SideBySide:
             return None
         seed = self._points[first].seed
         of_seed = itertools.takewhile(lambda run: self._points[run].seed == seed, able)
-        return max([first, *of_seed], key=lambda run: self._took_s.get(_recipe(self._points[run]), math.inf))
+        return max([first, *of_seed], key=lambda run: self._took_by_recipe.get(_recipe(self._points[run]), math.inf))
 
     def _job(self, run: str) -> dict[str, Any]:
         path = self._folder.path
@@ -190,10 +198,14 @@ class SideBySide:
     def _end(self, lane: Lane, values: Mapping[str, Any]) -> None:
         run, status, problem = values["run"], values["status"], values["problem"]
         lane.run = None
+        lane.ending = lane.ending or (status == STOPPED and problem is not None)  # a signal ends its process, too
         if status == STOPPED and problem is None:
             problem = "run.max_steps ended it before the end of training"
         elif status == STOPPED and not self._stopping:  # by a signal to its process alone, or by drained nodes
             return self._try_again(run, problem)
+        if values.get("no_room"):  # as it would be for every run after this one
+            status, self._no_room = STOPPED, problem
+            self._queue.stop()
         self._queue.end(run, status)
         self._note(run, status, problem)
         memory = values["memory_mib"]
@@ -227,13 +239,20 @@ class SideBySide:
         else:
             self._note(run, FAILED, f"{_first_line(why)}, again and again without a new checkpoint")
 
+    def _left(self) -> str:
+        """Return about how long the rest takes, in words; nothing before a run has ended."""
+        running = [self._begun_at[run] for run in self._queue.with_status(RUNNING)]
+        left = seconds_left(self._took, running, len(self._queue.with_status(WAITING)), time.time())
+        return "" if left is None else f", about {duration(left)} left"
+
     def _note(self, run: str, status: str, problem: str | None) -> None:
         self._folder.update(run, status=status, problem=problem)
-        took_s = time.time() - self._begun_at.get(run, time.time())
+        seconds = time.time() - self._begun_at.get(run, time.time())
         if status == FINISHED:
-            self._took_s[_recipe(self._points[run])] = took_s
+            self._took.append(seconds)
+            self._took_by_recipe[_recipe(self._points[run])] = seconds
         said = _result(self._folder.path / run) if status == FINISHED else f": {_first_line(problem)}"
-        self._report(f"{run}: {status}{said}  {duration(took_s)}  ({self._count()})")
+        self._report(f"{run}: {status}{said}  {duration(seconds)}  ({self._count()})")
         self._ended()
 
     def _count(self) -> str:

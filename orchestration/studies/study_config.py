@@ -9,20 +9,24 @@ file's axis of the same key. `study.parallel=2` and its like set keys of the stu
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from orchestration.config.folders import choices, path_of
 from orchestration.config.paths import expand
 from orchestration.config.text_keys import is_text
 from orchestration.config.words import message
+from orchestration.storage.study_file import STUDY_FILE
 
 PARTS = ("method", "mix", "then")
 """Groups that a recipe's name is made of."""
@@ -54,6 +58,13 @@ def _recipe(value: Any) -> Any:
     return {"words": value} if isinstance(value, str) else value
 
 
+def _name(value: Any) -> Any:
+    """Take a name that YAML has read as a number for the text that it is; refuse a blank one."""
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("blank; needed text")
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
 def _number_or_auto(value: Any) -> Any:
     """Refuse what is neither a positive whole number nor 'auto', in one message for both."""
     if value == "auto" or (type(value) is int and value >= 1):
@@ -61,28 +72,57 @@ def _number_or_auto(value: Any) -> Any:
     raise ValueError("needed a whole number of 1 or more, or auto")
 
 
+def _truth_or_words(value: Any) -> Any:
+    """Refuse what is neither a truth nor a list, in one message for both."""
+    if isinstance(value, bool | list | tuple):
+        return value
+    raise ValueError("needed true or false, or a list of words")
+
+
 def _several(value: Any) -> Any:
     """Return the folders that one word names, `study.adopt=A,B`."""
     return tuple(filter(None, value.strip("[]").split(","))) if isinstance(value, str) else value
 
 
+def _once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if twice := [str(value) for value, count in Counter(values).items() if count > 1]:
+        raise ValueError(f"{', '.join(twice)} more than once; needed each value once")
+    return values
+
+
+def _worded(recipes: tuple[Recipe, ...]) -> tuple[Recipe, ...]:
+    if not all(recipe.words.strip() and (recipe.label is None or recipe.label.strip()) for recipe in recipes):
+        raise ValueError("a recipe without words, or with a blank label; needed e.g. method=ride mix=cmo")
+    return recipes
+
+
+def _some_pair(exclude: tuple[dict[str, str], ...]) -> tuple[dict[str, str], ...]:
+    if not all(exclude):
+        raise ValueError("an exclusion without a pair leaves out every run; needed e.g. {method: ride, mix: cmo}")
+    return exclude
+
+
+_Values = Annotated[tuple[str, ...], AfterValidator(_once)]
+_Seed = Annotated[int, Field(ge=0, strict=True)]
+
+
 class StudyConfig(_Keys):
     """A study, as its file and its words say."""
 
-    name: str | None = None
+    name: Annotated[str | None, BeforeValidator(_name)] = None
     """Folder below run.dir. Unset: the name of the file, or else what varies and the data."""
     words: tuple[str, ...] = ()
     """For all runs."""
-    axes: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    axes: dict[str, _Values] = Field(default_factory=dict)
     """Values by key or group; every combination is a run."""
-    recipes: tuple[Annotated[Recipe, BeforeValidator(_recipe)], ...] = ()
+    recipes: Annotated[tuple[Annotated[Recipe, BeforeValidator(_recipe)], ...], AfterValidator(_worded)] = ()
     """In the place of axes for method, mix and then, or multiplied with other axes."""
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
-    exclude: tuple[dict[str, str], ...] = ()
+    seeds: Annotated[tuple[_Seed, ...], Field(min_length=1), AfterValidator(_once)] = (0,)
+    exclude: Annotated[tuple[dict[str, str], ...], AfterValidator(_some_pair)] = ()
     """A run is left out if its label has all pairs of one of these."""
-    baseline: str | None = None
-    """Words of the recipe that others are compared with, e.g. `method=ce`."""
-    references: bool | tuple[str, ...] = False
+    baseline: Annotated[str | None, BeforeValidator(_name)] = None
+    """Words of the recipe that others are compared with, e.g. `method=ce`, or its label."""
+    references: Annotated[bool | tuple[str, ...], BeforeValidator(_truth_or_words)] = False
     """Add the runs on the balanced variant of the data that relative accuracy needs. Words, where `dataset.balanced`
     cannot make the variant: a list of as many images of every class."""
     missing: tuple[Missing, ...] = ()
@@ -105,69 +145,150 @@ def read_study(words: Sequence[str]) -> StudyConfig:
     names = [word.partition("=")[2] for word in words if word.startswith("study=")]
     if len(names) > 1:
         raise ValueError(f"study=: named {len(names)} times ({', '.join(names)}); needed once")
-    tree, origin = _from_file(names[0]) if names else ({}, "study")
+    tree, origin = read_file(names[0]) if names else ({}, "study")
     problems = list[str]()
     _lay_words(tree, [word for word in words if not word.startswith("study=")], problems)
     try:
         study = StudyConfig.model_validate(tree)
     except ValidationError as error:
-        problems += [f"{'.'.join(map(str, one['loc'])) or origin}: {_needed(one)}" for one in error.errors()]
+        problems += [f"{_place(one['loc']) or origin}: {_needed(one)}" for one in error.errors()]
     if problems:
         raise ValueError(message(origin, problems))
     return study
 
 
+_TOLD = ("parallel", "references")  # keys whose refusals do not say what was found
+_NEEDED = {
+    "tuple_type": "needed a list", "dict_type": "needed a mapping", "model_type": "needed a mapping",
+    "string_type": "needed text", "missing": "not there; needed", "int_type": "needed a whole number",
+    "greater_than_equal": "needed 0 or more", "bool_type": "needed true or false", "too_short": "needed at least one",
+    "bool_parsing": "needed true or false", "literal_error": "needed {expected}",
+}  # fmt: skip
+"""Kinds of pydantic's errors in our words."""
+
+
+def _place(keys: Sequence[str | int]) -> str:
+    return ".".join(map(str, keys))
+
+
 def _needed(error: Any) -> str:
+    """Return what is wrong at a key, and what is needed."""
     if error["type"] == "extra_forbidden":
-        return f"unknown key; known: {', '.join(StudyConfig.model_fields)}"
-    return f"{error['msg']}; found {error['input']!r}"
+        inner: dict[str, type[BaseModel]] = {"recipes": Recipe, "missing": Missing}
+        model = inner.get(str(error["loc"][0]), StudyConfig) if len(error["loc"]) > 1 else StudyConfig
+        known = list(model.model_fields)
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"unknown key{hint}; known: {', '.join(known)}"
+    if error["type"] == "value_error":  # of ours
+        return str(error["ctx"]["error"]) + (f"; found {error['input']!r}" if error["loc"][0] in _TOLD else "")
+    if error["type"] == "missing":
+        return "missing; needed " + ("words, e.g. method=ride" if error["loc"][-1] == "words" else "text")
+    needed = _NEEDED.get(error["type"], error["msg"]).format(**error.get("ctx", {}))
+    return f"{needed}; found {error['input']!r}"
 
 
-def _from_file(given: str) -> tuple[dict[str, Any], str]:
+class _Loader(yaml.SafeLoader):
+    """Reads YAML as `safe_load` does, and refuses a key that is there twice: the second would win in silence."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        for key, count in Counter(key.value for key, _ in node.value).items():
+            if count > 1:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key} is there {count} times", problem_mark=node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def read_file(given: str, changed_by: tuple[Path, ...] = ()) -> tuple[dict[str, Any], str]:
     """Return the content of a study's file, with values as text, and what messages call it.
+
+    Args:
+        given: its path, or its name among the studies of configs/.
+        changed_by: files that change it, by `of`.
 
     Raises:
         ValueError: there is no such file, or it is no mapping.
     """
     by_path = given.endswith((".yaml", ".yml")) or "/" in given
     path = Path(expand(given)) if by_path else path_of("study", given)
+    if path.resolve() in changed_by:
+        raise ValueError(f"{path}: of: {given} leads back to itself; needed another study")
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except IsADirectoryError:
+        hint = "; the command that started a study goes on with it" if (path / STUDY_FILE).exists() else ""
+        raise ValueError(f"study={given}: found a folder; needed a YAML file, or the name of one{hint}") from None
     except OSError as problem:
         raise ValueError(f"study={given}: {problem.strerror}; needed a YAML file, or the name of one") from problem
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: found bytes that are no text in UTF-8; needed a YAML file") from None
     except yaml.YAMLError as problem:
-        raise ValueError(f"{path}: not YAML ({str(problem).splitlines()[0]})") from problem
+        raise ValueError(f"{path}: not YAML{_where(problem)}") from None
+    if tree is None:
+        raise ValueError(f"{path}: empty; needed a mapping with recipes or axes")
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: found {type(tree).__name__}, needed a mapping with recipes or axes")
+    tree = {str(key): value for key, value in tree.items()}
     if (other := tree.pop("of", None)) is not None:
-        tree = _from_file(str(other))[0] | tree
+        tree = read_file(str(other), (*changed_by, path.resolve()))[0] | tree
     if isinstance(tree.get("axes"), dict):
         tree["axes"] = {
-            str(key): [as_text(value) for value in (values if isinstance(values, list) else [values])]
+            str(key): [as_value(str(key), value) for value in (values if isinstance(values, list) else [values])]
             for key, values in tree["axes"].items()
         }
     if isinstance(tree.get("exclude"), list):
         tree["exclude"] = [
-            {str(key): as_text(value) for key, value in pairs.items()} if isinstance(pairs, dict) else pairs
+            {str(key): as_value(str(key), value) for key, value in pairs.items()} if isinstance(pairs, dict) else pairs
             for pairs in tree["exclude"]
         ]
-    tree.setdefault("name", path.stem)
+    if tree.get("name") is None:
+        tree["name"] = path.stem
     return tree, str(path) if by_path else f"study={given}"
 
 
+def _where(problem: yaml.YAMLError) -> str:
+    """Return the line, the column and what is wrong there."""
+    mark = getattr(problem, "problem_mark", None)
+    what = getattr(problem, "problem", None) or str(problem).splitlines()[0]
+    place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    return f"{place}: {what}" + ("; needed blanks in the place of tabs" if "\\t" in what else "")
+
+
+def as_value(key: str, value: Any) -> str:
+    """Return a value of YAML as the text of a word, written as words of a command line are."""
+    text = as_text(value)
+    if is_text(key.split(".")):
+        return text
+    parser = OverridesParser.create()
+    try:
+        several = parser.parse_override(f"{key}={text}").is_sweep_override()
+        found = None if several else _texts(parser.parse_override(f"{key}={text},0"))[0]
+    except HydraException:
+        found = None
+    quoted = text.replace("\\", "\\\\").replace("'", "\\'")
+    return found or f"'{quoted}'"
+
+
 def as_text(value: Any) -> str:
-    """Return a value of YAML as the text of a word."""
+    """Return a value of YAML as text."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{as_text(one)}" for key, one in value.items()) + "}"
     return f"[{','.join(map(as_text, value))}]" if isinstance(value, list) else str(value)
 
 
 def _lay_words(tree: dict[str, Any], words: Sequence[str], problems: list[str]) -> None:
     """Lay words over the content of a file; note what is wrong with them."""
     parser = OverridesParser.create()
-    common, axes = list(tree.get("words") or ()), dict(tree.get("axes") or {})
+    common, axes = tree.get("words"), tree.get("axes")
+    common = list(common) if isinstance(common, list) else [] if common is None else common
+    axes = dict(axes) if isinstance(axes, dict) else {} if axes is None else axes
+    if not isinstance(common, list) or not isinstance(axes, dict):
+        return  # refused as it is
     for word in words:
         key, found, text = word.partition("=")
         if not found or not key:
@@ -175,37 +296,59 @@ def _lay_words(tree: dict[str, Any], words: Sequence[str], problems: list[str]) 
         elif key == "seeds":
             problems.append(f"{word}: unknown key; did you mean seed={text}")
         elif key.startswith(_OWN):
-            own = key.removeprefix(_OWN)
-            if own in _BY_FILE_ALONE:
-                problems.append(f"{word}: set in a study's file alone; needed plain words, e.g. method=ce,ride")
-            else:
-                tree[own] = int(text) if text.isdecimal() else None if text == "null" else _truth(text)
+            _lay_own(tree, key.removeprefix(_OWN), text, problems)
         elif key == "seed":
             tree["seeds"] = [int(value) if value.isdecimal() else value for value in _values(parser, word) or [text]]
         else:
-            axes.pop(key, None)
-            common = [other for other in common if other.partition("=")[0] != key]
+            common = [other for other in common if str(other).partition("=")[0] != key]
             values = None if is_text(key.split(".")) else _values(parser, word)
+            replaced = axes.pop(key, None)
             if values is None:
                 common.append(word)
             else:
                 axes[key] = values
+            if replaced is not None:
+                _shorten_exclusions(tree, key, values or [text])
     tree |= {"words": common, "axes": axes}
 
 
-def _truth(text: str) -> Any:
-    return {"true": True, "false": False}.get(text, text)
+def _lay_own(tree: dict[str, Any], key: str, text: str, problems: list[str]) -> None:
+    """Set a key of the study itself."""
+    if key in _BY_FILE_ALONE:
+        problems.append(f"{_OWN}{key}={text}: set in a study's file alone; needed plain words, e.g. method=ce,ride")
+    elif key.startswith("report."):
+        tree["report"] = {**(tree.get("report") or {}), key.removeprefix("report."): text}
+    elif key in ("name", "baseline"):
+        tree[key] = None if text == "null" else text
+    else:
+        tree[key] = int(text) if text.isdecimal() else {"null": None, "true": True, "false": False}.get(text, text)
+
+
+def _shorten_exclusions(tree: dict[str, Any], key: str, values: Sequence[str]) -> None:
+    """Leave exclusions out that are about values of an axis that a word has replaced."""
+    if isinstance(tree.get("exclude"), list):
+        tree["exclude"] = [
+            pairs for pairs in tree["exclude"]
+            if not isinstance(pairs, dict) or pairs.get(key) in (None, *(_NONE.get(value, value) for value in values))
+        ]  # fmt: skip
+
+
+_NONE = {"null": "none", "[]": "none"}
 
 
 def _values(parser: OverridesParser, word: str) -> list[str] | None:
-    """Return the different values of a word that has several, each as the text of a word; None if it has one."""
+    """Return the values of a word that has several, each as the text of a word; None if it has one."""
     try:
         override = parser.parse_override(word)
+        return _texts(override) if override.is_sweep_override() else None
     except HydraException:
-        return None  # a path with spaces, say
-    if not override.is_sweep_override():
-        return None
-    return list(dict.fromkeys(str(value) for value in override.sweep_string_iterator()))
+        return None  # a path with spaces, say; composing says what is wrong with others
+
+
+def _texts(override: Override) -> list[str]:
+    return [
+        {"True": "true", "False": "false"}.get(str(value), str(value)) for value in override.sweep_string_iterator()
+    ]
 
 
 def default_name(study: StudyConfig, recipe: str, dataset: str) -> str:

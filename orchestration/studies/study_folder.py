@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from orchestration.config.compose import compose
 from orchestration.config.identity import difference, identity
@@ -22,17 +22,18 @@ from orchestration.config.messages import say
 from orchestration.config.words import message
 from orchestration.results.text import plural
 from orchestration.runs.finished import with_threads
-from orchestration.storage.files import CONFIG, read_json, write_json
+from orchestration.storage.files import CONFIG, LOCK, read_json, write_json
 from orchestration.storage.run_folder import RunFolder
+from orchestration.storage.study_file import RESTORE, SCHEMA, read_study_file
+from orchestration.storage.study_file import STUDY_FILE as STUDY
 from orchestration.studies.grid import Grid
 from orchestration.studies.points import Point
 from orchestration.studies.run_queue import FAILED, FINISHED, WAITING
-from orchestration.tracking.contents import STUDY_FILE as STUDY
 
-_SCHEMA = 1
 _LEFTOVER_S = 120.0  # how long processes of a killed start may take to write their checkpoints
 _FREE = ("run.", "cluster.", "tracking.", "cluster=", "dataset.root", "dataset.loader_processes")
 """Common words that may change between two starts: they change no result."""
+_OF_A_RUN = ("identity", "words", "status", "problem", "attempts")
 
 
 class StudyFolder:
@@ -45,7 +46,8 @@ class StudyFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.content: dict[str, Any] = read_json(path / STUDY)
+        self.content: dict[str, Any] = read_study_file(path)
+        self._told = False
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -60,7 +62,16 @@ class StudyFolder:
     def update(self, run: str, **values: Any) -> None:
         """Change what study.json keeps of a run, on disk too."""
         self.record(run).update(values)
-        self.write()
+        self.save()
+
+    def save(self) -> None:
+        """Write study.json if possible. On a full disk, say, runs go on: what they reach is in their folders."""
+        try:
+            self.write()
+        except OSError as problem:
+            if not self._told:
+                say(f"{self.path / STUDY}: not written ({problem.strerror}); runs go on, and it is tried again")
+            self._told = True
 
     def write(self) -> None:
         """Write study.json."""
@@ -73,6 +84,11 @@ class StudyFolder:
         if not self.content:
             if (self.path / CONFIG).exists():
                 yield f"{self.path}: holds a run, not a study; set another study.name"
+            return
+        lacking = [key for key in ("words", "axes") if key not in self.content]
+        lacking += [key for key in _OF_A_RUN if any(key not in record for record in self.records)]
+        if lacking:
+            yield f"{self.path / STUDY}: found no {', '.join(lacking)}; {RESTORE}"
             return
         axes = {*self.content["axes"], *grid.study.axes}
         old, new = (_by_key(words, axes) for words in (self.content["words"], grid.study.words))
@@ -93,6 +109,9 @@ class StudyFolder:
 
         Returns:
             The points of the grid, those known already by the names that they have.
+
+        Raises:
+            ValueError: study.json cannot be written.
         """
         by_identity = {record["identity"]: record for record in (self.records if self.content else [])}
         points, records = [], []
@@ -105,19 +124,25 @@ class StudyFolder:
         records += by_identity.values()  # of earlier starts; not asked for this time
         earlier = self.content
         self.content = {
-            "schema": _SCHEMA,
+            "schema": SCHEMA,
             "name": grid.name,
             "words": list(grid.study.words),
             "axes": _united(earlier.get("axes", {}), {key: list(values) for key, values in grid.study.axes.items()}),
             "seeds": sorted({*earlier.get("seeds", ()), *grid.study.seeds}),
-            "baseline": grid.study.baseline,
+            "baseline": _baseline_text(grid),
             "report": dict(grid.study.report),
             "missing": [missing.model_dump() for missing in grid.study.missing],
             "references": grid.study.references,
             "points": records,
         }
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.write()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write()
+        except OSError as problem:
+            raise ValueError(
+                f"{self.path / STUDY}: cannot be written ({problem.strerror}); make room there, or make it writable; "
+                f"nothing has started"
+            ) from problem
         return points
 
     def settle(self, points: Sequence[Point], retry: bool) -> list[str]:
@@ -137,6 +162,8 @@ class StudyFolder:
             run = read_json(folder / "run.json") if (folder / CONFIG).exists() else {}
             if run and record["status"] != FINISHED:
                 problems += _other_run(folder, point)
+            if record["status"] == FINISHED and not run:
+                say(f"{point.run}: finished once, and {folder} is not there; it is trained again")
             if run.get("status") == "finished":
                 record |= {"status": FINISHED, "problem": None}
                 record |= {"adopted": run["adopted"]} if "adopted" in run else {}
@@ -148,6 +175,13 @@ class StudyFolder:
         if not problems:
             self.write()
         return problems
+
+
+def _baseline_text(grid: Grid) -> str | None:
+    """Return the baseline as reports take it: words of a label, or the label of a recipe."""
+    if grid.baseline is None or "recipe" in grid.baseline:
+        return (grid.baseline or {}).get("recipe")
+    return " ".join(f"{key}={value}" for key, value in grid.baseline.items())
 
 
 def _united(old: Mapping[str, list[str]], new: Mapping[str, list[str]]) -> dict[str, list[str]]:
@@ -212,8 +246,7 @@ def held(path: Path, say_line: Callable[[str], None] = say) -> Iterator[int]:
     Raises:
         ValueError: another process holds the study, or what is left of an earlier start does not end.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    with open(path / ".lock", "a+") as own, open(path / ".lanes.lock", "a+") as lanes:
+    with _opened(path, LOCK) as own, _opened(path, ".lanes.lock") as lanes:
         if not _locked(own):
             own.seek(0)
             holder = own.readline().strip() or "another process"
@@ -233,6 +266,22 @@ def held(path: Path, say_line: Callable[[str], None] = say) -> Iterator[int]:
                 told = True
             time.sleep(0.2)
         yield lanes.fileno()
+
+
+def _opened(path: Path, name: str) -> IO[str]:
+    """Open a lock of a folder, which is made if it is missing.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        return open(path / name, "a+")
+    except OSError as error:
+        raise ValueError(
+            f"{path}: the study's folder cannot be written ({error.strerror}); make it writable, or choose another "
+            f"with run.dir and study.name"
+        ) from error
 
 
 def _locked(file: Any) -> bool:

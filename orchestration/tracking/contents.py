@@ -17,10 +17,9 @@ from orchestration.config.secrets import redact
 from orchestration.results.fitted_table import choices
 from orchestration.results.tables import per_class_table
 from orchestration.storage.files import evaluations, file_sha256, final_evaluations, read_config, read_json
+from orchestration.storage.study_file import STUDY_FILE
 
 PER_CLASS_FILE = "per_class.json"
-STUDY_FILE = "study.json"
-"""The file that makes a folder a study's."""
 _MOST_CHARACTERS = 250  # of a name or a value: older servers take no more
 _STATUS = {
     "waiting": "RUNNING", "running": "RUNNING", "finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED",
@@ -141,7 +140,8 @@ def model_name(config: Mapping[str, Any], experiment: str) -> str:
         return value if isinstance(value, str) else None
 
     words = [experiment, name("dataset"), name("method")]
-    return re.sub(r"[^\w. -]", "_", "-".join(word for word in words if word))
+    # MLflow takes no name that might be a path.
+    return re.sub(r"[^\w. -]|^\.", "_", "-".join(word for word in words if word))
 
 
 def files(run_dir: Path) -> dict[str, str | Path]:

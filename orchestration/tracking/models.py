@@ -50,7 +50,11 @@ def model_folder(source: str, which: str, stage: str = "") -> Iterator[Path]:
                 path.parent.relative_to(folder).as_posix() for path in folder.glob(f"export/**/{DESCRIPTION}")
             )
             found = f"the run has {', '.join(there)}" if there else "no exported model there"
-            raise ValueError(f"{export}: {found}; needed the folder of a trained run, or of a model that it exported")
+            beside = Path(RunSettings().dir) / source
+            hint = f"did you mean {beside}? " if source and not there and (beside / "export").is_dir() else ""
+            raise ValueError(
+                f"{export}: {found}; {hint}needed the folder of a trained run, or of a model that it exported"
+            )
         yield export
 
 

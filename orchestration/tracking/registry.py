@@ -23,7 +23,8 @@ def set_alias(run_dir: Path, uri: str, experiment: str, model: str, alias: str) 
         ValueError: the run or its model is not in the store, or the store refuses the alias.
     """
     shown = redact(uri)
-    state = State(run_dir, Target(check_uri(uri), experiment, run_dir.name))
+    uri = check_uri(uri)
+    state = State(run_dir, Target(uri, experiment, run_dir.name))
     models = state.values.get("models") or {}
     if model not in models:
         found = f"the run has {', '.join(models)} there" if models else "it has no model of the run"

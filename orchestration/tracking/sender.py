@@ -38,8 +38,8 @@ from typing import Any
 from experts.data.names import readable
 from orchestration.storage import journal
 from orchestration.storage.files import read_config
+from orchestration.storage.study_file import STUDY_FILE
 from orchestration.tracking import contents
-from orchestration.tracking.contents import STUDY_FILE
 from orchestration.tracking.mlflow_model import save_pyfunc
 from orchestration.tracking.ownership import copied_from
 from orchestration.tracking.process import (
@@ -197,7 +197,7 @@ class MlflowSender:
     def _find_experiment(self, client: Any) -> str:
         from mlflow.exceptions import MlflowException
 
-        name = self._target.experiment
+        name = readable(self._target.experiment)  # no store takes bytes that are no text
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             try:

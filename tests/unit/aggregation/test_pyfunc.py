@@ -91,8 +91,10 @@ def test_one_picture_is_a_batch_of_one(folder, files):
     expected = served.predict([blob])
     for one in (blob, bytearray(blob), base64.b64encode(blob).decode(), np.array(base64.b64encode(blob).decode()),
                 array, array[None], torch.from_numpy(array.copy()), array.astype(int).tolist(),
-                np.concatenate([array, array[..., :1]], axis=2)):  # fmt: skip
+                np.concatenate([array, array[..., :1]], axis=2), base64.b64encode(blob)):  # fmt: skip
         assert served.predict(one) == expected
+    grey = array[..., 0]
+    assert served.predict(np.stack([grey, grey // 2], axis=2)) == served.predict(grey), "grey and transparency"
     assert served.predict([]) == []
 
 
@@ -113,6 +115,7 @@ def test_what_is_no_picture_is_refused_by_its_place(folder, given, message):
         _load_pyfunc(str(folder)).predict(given)
 
 
-def test_fewer_than_one_class_is_refused(folder, files):
-    with pytest.raises(ValueError, match="top = 0; needed at least 1"):
-        _load_pyfunc(str(folder)).predict(files[0].read_bytes(), {"top": 0})
+@pytest.mark.parametrize("top", [0, -1, 2.5, True, None, [1], "x", float("inf")])
+def test_what_is_no_number_of_classes_is_refused(folder, files, top):
+    with pytest.raises(ValueError, match=r"top = .*; needed a whole number, at least 1"):
+        _load_pyfunc(str(folder)).predict(files[0].read_bytes(), {"top": top})

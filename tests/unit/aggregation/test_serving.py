@@ -128,7 +128,7 @@ def test_pixels_of_any_size_and_colours_are_those_of_evaluation(tmp_path):
     [
         (np.zeros((2, 8, 8), np.float32), "found type float32; needed pixels"),
         (np.full((2, 8, 8), 256), "found numbers of 256 to 256"),
-        (np.zeros((2, 8, 8, 2), np.uint8), r"found shape \[2, 8, 8, 2\]"),
+        (np.zeros((2, 8, 8, 5), np.uint8), r"found shape \[2, 8, 8, 5\]"),
         (np.zeros((2, 0, 8), np.uint8), r"found shape \[2, 0, 8\]"),
         (np.zeros((2, 2, 8, 8, 1), np.uint8), r"found shape \[2, 2, 8, 8, 1\]"),
         (np.zeros(5, np.uint8), r"found shape \[5\]"),

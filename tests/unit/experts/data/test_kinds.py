@@ -57,7 +57,7 @@ def test_images_are_known_by_ending_or_by_content_and_the_rest_is_counted(root):
 
 def test_what_systems_put_beside_images_is_never_one(root):
     plain = listed(root)[0]
-    for name in (".ipynb_checkpoints", "@eaDir", ".Trash-1000", "__MACOSX", "$RECYCLE.BIN", "lost+found"):
+    for name in (".ipynb_checkpoints", "@eaDir", ".Trash-1000", "__MACOSX", "$RECYCLE.BIN", "lost+found", "@Recycle"):
         picture(root / "train" / name / "0.png")  # would be a class
         picture(root / "train" / "ant" / name / "0.png")
     for name in ("Thumbs.db", "desktop.ini", "._0.png", ".hidden.jpg"):
@@ -65,8 +65,8 @@ def test_what_systems_put_beside_images_is_never_one(root):
     found, remarks = listed(root)
     assert found == plain
     assert set(remarks) == {"skipped"}
-    assert remarks["skipped"].count == 16
-    assert "16 of the system or hidden" in remarks["skipped"].text
+    assert remarks["skipped"].count == 18
+    assert "18 of the system or hidden" in remarks["skipped"].text
 
 
 def test_links_are_followed_and_loops_are_not(root, tmp_path_factory):
@@ -124,3 +124,40 @@ def test_a_file_that_would_run_a_program_is_refused(tmp_path):
     (tmp_path / "0.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n")
     with pytest.raises(UnreadableImage, match="of no known kind"):
         decode_file(str(tmp_path / "0.png"))
+
+
+def test_classes_are_the_same_however_their_letters_are_written(root):
+    """A Mac writes é as e and an accent; folders that went through one meet others that did not."""
+    for split, name in (("train", "caf\u00e9"), ("test", "cafe\u0301")):
+        picture(root / split / name / "0.png")
+    raw = open_image_folder(folder(root))
+    assert raw.class_names == ("ant", "bee", "caf\u00e9")
+    assert [os.fsdecode(path) for path in raw.test.paths.tolist()][-1] == "test/cafe\u0301/0.png"
+    assert raw.test.labels.tolist()[-1] == 2
+    picture(root / "test" / "caf\u00e9" / "0.png")
+    with pytest.raises(ValueError, match=r"differ from those of train/: .* is not in train/ .1 such"):
+        open_image_folder(folder(root))
+
+
+def test_classes_whose_names_look_the_same_are_said(root):
+    for split in ("train", "test"):
+        picture(root / split / "Ant" / "0.png", 7)
+    assert listed(root)[1]["alike"].text.endswith("in capitals or spelling alone: 1, first Ant and ant")
+
+
+def test_trains_may_be_a_class(root):
+    """Where train/ holds pictures and no folder, beside other classes."""
+    for name in ("bus", "train"):
+        for i in range(3):
+            picture(root / "vehicles" / name / f"{i}.png", i)
+    assert open_image_folder(folder(root / "vehicles")).class_names == ("bus", "train")
+    picture(root / "vehicles" / "train" / "express" / "0.png")
+    assert open_image_folder(folder(root / "vehicles")).class_names == ("express",)
+
+
+def test_a_class_of_other_files_alone_says_which_they_are(root):
+    for i in range(3):
+        (root / "train" / "bee" / f"{i}.png").unlink()
+        (root / "train" / "bee" / f"{i}.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.raises(ValueError, match=r"class 'bee' has no image \(found 3 .heic\); needed at least one file"):
+        listed(root)

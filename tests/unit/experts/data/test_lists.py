@@ -82,6 +82,16 @@ def test_renumbered_classes_without_folders_of_their_own_keep_their_labels_as_na
     assert "its 3 labels are 5, 900, 40000000; the classes are numbered 0 to 2" in found.remarks[0].text
 
 
+def test_paths_are_quoted_where_the_writer_of_a_table_found_it_needed(root):
+    """A path with a comma, one with quotes in it, one that has them on disk."""
+    images = [*PLAIN, ("train/cat/a, b.jpg", 2), ('train/cat/an "x".jpg', 2), ('"bee".jpg', 1)]
+    (root / '"bee".jpg').touch()
+    written = lines(PLAIN, "{},{}\n") + '"train/cat/a, b.jpg",2\n"train/cat/an ""x"".jpg","2"\n"bee".jpg,1\n'
+    found = read(root, written)
+    assert [os.fsdecode(path) for path in found.train.paths.tolist()] == [path for path, _ in images]
+    assert found.train.labels.tolist() == [label for _, label in images]
+
+
 def test_names_in_the_letters_of_windows_or_as_raw_bytes_are_found(root):
     (root / "train/ant/café.jpg").touch()
     images = [("train/ant/café.jpg", 0), *PLAIN]
@@ -107,7 +117,17 @@ def test_names_in_the_letters_of_windows_or_as_raw_bytes_are_found(root):
         (lines([(path, path[6:9]) for path, _ in PLAIN]), r"train.txt:1: .*; found a word last: number the classes"),
         (lines(PLAIN).encode("utf-16-le"), r"train.txt:1: found b't.x00r.*zero bytes, as UTF-16"),
         (b"\xff\xfe" + lines(PLAIN).encode()[:-1], r"train.txt: begins with the mark of UTF-16 and is not"),
-        (b"\x1f\x8b\x08\x00\x00", r"zero bytes, as UTF-16 and files that are no text"),
+        (b"\x00\x8b\x08\x00\x00", r"zero bytes, as UTF-16 and files that are no text"),
+        (b"\x1f\x8b\x08\x00\x00", r"train.txt: is a gzip file; unpack it"),
+        (b"PK\x03\x04\x14\x00\x00", r"train.txt: is a zip file, as tables of Excel are; save it as CSV"),
+        (lines(PLAIN, "{}|{}\n"), r"train.txt:1: .*; found '\|' before the label, needed a blank, tab, comma"),
+        (lines(PLAIN, "{},{},\n"), r"train.txt:1: .*; found 3 columns, needed path and label alone"),
+        (lines(PLAIN, "{},{},train\n"), r"train.txt:1: .*; found 3 columns, needed path and label alone"),
+        (",path,label\n" + lines(PLAIN, "7,{},{}\n"), r"not at .*; found 3 columns, one of them the path; .*\(line 2:"),
+        (lines(PLAIN, '{{"path": "{}", "label": {}}}\n'), r"train.txt:1: .*; found JSON, needed plain lines"),
+        (lines(PLAIN, "{},{}\n") + "train/ant/0.jpg 0", r"train.txt:10: .*; other lines have a comma before the label"),
+        (lines(PLAIN, "C:\\data\\{} {}\n"), r"its first image is not at .*; that is a path of Windows; write paths"),
+        (lines(PLAIN, "file:///{} {}\n"), r"its first image is not at .*; that is a URL; write paths"),
         ("a.jpg,b.jpg\n", r"train.txt:1: found 'a.jpg,b.jpg'; needed `path label`"),
         ("gone/\x1b[31m.jpg 0\n", r"train.txt: its first image is not at .*gone/\\x1b\[31m.jpg; .*\(line 1: "),
         ("wrong_first.jpg O\n" + lines(PLAIN), r"train.txt:1: found 'wrong_first.jpg O'; needed `path label`"),

@@ -76,11 +76,14 @@ def exported(tmp_path_factory):
     (["model"], "in which form? needed --onnx, --torch, or a name that ends in .onnx or .pt2"),
     (["model.onnx", "--torch"], "the name says onnx, found --torch"),
     (["none/model.pt2"], "none is no folder"),
+    (["", "--torch"], "an empty word: needed the name of a file"),
+    (["taken.pt2"], "taken.pt2: is a folder; needed the name of a file"),
     (["model.onnx"], "onnx, onnxscript, onnxruntime not installed; needed: pip install onnx onnxscript onnxruntime"),
 ])  # fmt: skip
 def test_what_cannot_be_written_is_named_before_anything_is_loaded(words, message, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (tmp_path / "taken.pt2").mkdir()
     assert main(["export", "no-run", *words]) == 1
     assert message in capsys.readouterr().err
 

@@ -119,6 +119,7 @@ def test_whole_pictures_are_never_more_than_the_threads_that_decode(grey, tmp_pa
 
 @pytest.mark.parametrize(("words", "message"), [
     (["{tmp}/none.png"], "nothing there; needed a file, or a folder of images"),
+    ([""], "found an empty word; needed a file, or a folder of images"),
     (["{tmp}"], "no image below this folder"),
     (["{tmp}/a.png", "--top", "0"], "--top 0: needed at least 1"),
 ])  # fmt: skip
@@ -133,6 +134,14 @@ def test_a_folder_that_is_no_model_names_what_it_has(grey, tmp_path, capsys):
     assert main(["predict", str(tmp_path / "run"), file]) == 1
     assert "export/best: the run has export/crt/best" in capsys.readouterr().err
     assert main(["predict", str(tmp_path / "run"), file, "--stage", "crt"]) == 0
+
+
+def test_a_run_that_is_named_alone_is_looked_for_beside(grey, tmp_path, monkeypatch, capsys):
+    shutil.copytree(grey, tmp_path / "runs" / "birds" / "export" / "best")
+    monkeypatch.chdir(tmp_path)
+    (file,) = written(tmp_path, 1)
+    assert main(["predict", "birds", file]) == 1
+    assert "birds/export/best: no exported model there; did you mean runs/birds?" in capsys.readouterr().err
 
 
 def test_images_of_other_sizes_and_colours_are_brought_to_the_network(grey):

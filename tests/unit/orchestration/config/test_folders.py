@@ -61,6 +61,24 @@ def test_a_recipe_of_ones_own_is_composed_and_needs_its_files_no_more(folder, mo
     assert from_yaml(folder / "config.yaml") == config
 
 
+def test_a_recipe_may_begin_with_a_byte_order_mark(folder):
+    expected = compose(WORDS).config
+    (folder / "mine.yaml").write_text(RECIPE, "utf-8-sig")
+    (folder / "then" / "my_crt.yaml").write_text(FILES["then/my_crt.yaml"], "utf-8-sig")
+    assert compose(WORDS).config == expected
+
+
+@pytest.mark.parametrize(("name", "data", "message"), [
+    ("other.yml", RECIPE.encode(), r"; {file} is passed over, needed the ending .yaml"),
+    ("other.yaml", RECIPE.encode("utf-16"), r"; {file} is passed over, needed a line that begins with method: or of:"),
+    ("other.yaml", b"stages: {}\n", r"; {file} is passed over, needed a line that begins with method: or of:"),
+])  # fmt: skip
+def test_a_file_of_the_name_that_is_no_recipe_says_why(folder, name, data, message):
+    (folder / name).write_bytes(data)
+    with pytest.raises(ValueError, match="no such method.*" + message.replace("{file}", re.escape(str(folder / name)))):
+        compose(["method=other"])
+
+
 def test_they_are_listed_and_shown_with_where_they_come_from(folder, monkeypatch, capsys):
     monkeypatch.delenv(VARIABLE)
     for command in (["ls"], ["train", "--list"]):

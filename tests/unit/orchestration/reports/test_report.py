@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from orchestration.cli import main
+from orchestration.reports.records import LeftOut, unfinished_lines
 from orchestration.reports.report import make_report
 from orchestration.reports.sources import read_sources
 from orchestration.reports.write import FILES, write_report
@@ -166,6 +167,11 @@ def test_a_diverged_model_has_no_loss_and_costs_nothing_else(runs, tmp_path):
 
 
 # What cannot be shown
+
+
+def test_many_runs_of_one_state_are_one_line_that_counts_them():
+    left_out = [LeftOut(f"ce-s{seed}", "waiting") for seed in range(5)] + [LeftOut("bad", "failed", "loss is NaN")]
+    assert unfinished_lines(left_out) == ["5 waiting: ce-s0, ce-s1, ce-s2 and 2 more", "bad: failed: loss is NaN"]
 
 
 def test_an_unfinished_run_is_listed_with_its_state(runs, tmp_path):

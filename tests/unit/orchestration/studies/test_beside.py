@@ -15,7 +15,7 @@ from orchestration.config.folders import choices
 from orchestration.reports.asked import asked_of
 from orchestration.reports.published import published_for, published_tables
 from orchestration.reports.write import write_report
-from orchestration.studies.beside import finals_of, rows_left, rows_of
+from orchestration.studies.beside import beside_lines, finals_of, rows_left, rows_of
 from orchestration.studies.grid import lay_out
 from orchestration.studies.study_config import read_study
 from tests.finished_runs import finish
@@ -45,9 +45,9 @@ def shown(name):
     tables = asked_of(grid.study.report, name).tables
     found = [
         (point, one)
-        for point, config in rows_of(grid)
+        for point, config in (rows_of(grid) if tables else ())
         for stage in finals_of(config)
-        if (one := published_for(config, stage, tables or ())) is not None
+        if (one := published_for(config, stage, tables)) is not None
     ]
     return grid, tables, found
 
@@ -144,3 +144,16 @@ def test_a_report_shows_ours_beside_the_table_with_relative_accuracy(tmp_path):
     assert "Source: survey, Table 5" in text and "; survey, Table 6" in text
     row = json.loads((folder / "report.json").read_text())["tables"][0]["rows"][0]
     assert row["published"]["row"] == "Softmax"
+
+
+def test_a_plan_says_what_will_stand_beside_what_is_missing_and_what_must_be_fetched():
+    """No weights of ImageNet are here: a start is refused, a plan is made and says so."""
+    with pytest.raises(ValueError, match="expertail import-weights"):
+        lay_out(read_study(["study=h2t_places"]))
+    lines = list(beside_lines(shown("h2t_places")[0]))
+    table = [" ".join(line.split()) for line in lines]
+    assert "RIDE+H2T (cosine classifier) RIDE+H2T_cosine_classifier 42.34 43.21 35.62 41.3" in table
+    assert "missing   ABL: no public formula" in lines
+    assert "remark    DR: 37.40 is printed, 38.12 follows from its groups" in lines
+    assert sum(line.startswith("not there  method.backbone_weights: ") for line in lines) == 1
+    assert not any(line.startswith("without") for line in lines), "every recipe has its row"

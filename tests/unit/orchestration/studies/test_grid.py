@@ -76,39 +76,6 @@ def test_references_are_balanced_runs_that_recipes_share():
     assert alone[1].label == {"method": "ce", "dataset.balanced": "true"} or "method" not in alone[1].label
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["method=ce,ride", "method.num_expert=3"], "every recipe: method.num_expert: unknown key"),
-        (["method=ce,ride", "method.stages.train.objective.diversity_factor=0.1"], "method=ce: .*diversity_factor"),
-        (["method=ce,rid"], "method=rid: no such method, did you mean"),
-        (
-            ["dataset.imbalance_ratio=50,50.0", "method=ce"],
-            "ratio=50 and dataset.imbalance_ratio=50.0: the same run twice",
-        ),
-        (["run.keep_checkpoints=1,2", "method=ce"], "run.keep_checkpoints: changes no result"),
-        (["method=ce", "run.name=x"], "needed study.name"),
-        (["method=ce", "seeds=1"], "did you mean seed=1"),
-        (["method=ce", "study.paralel=2"], "paralel: unknown key; known: name"),
-        (["method=ce", "study.parallel=0"], "parallel: .*needed a whole number of 1 or more, or auto"),
-        (["method=ce", "study.baseline=method=tade"], "baseline = method=tade: no run has it"),
-        (["method=ce", "run.dir=s3://x/y", "tracking.enabled=false"], "needed a folder; set run.dir"),
-        (["method=ce", "seed=-1"], "seeds.0: "),
-        (["study=toor"], "study=toor: no such study, did you mean tour"),
-    ],
-)
-def test_what_is_wrong_is_told_before_anything_starts(words, message):
-    with pytest.raises(ValueError, match=message):
-        grid(*words)
-
-
-def test_all_problems_are_told_at_once_and_an_empty_grid_is_one(tmp_path):
-    with pytest.raises(ValueError, match=r"2 problems\n.*foo: unknown key.*\n.*seeds=1: unknown|2 problems"):
-        grid("method=ce", "study.foo=1", "seeds=1")
-    with pytest.raises(ValueError, match="no run is left: every combination is excluded"):
-        grid(**written(tmp_path, axes={"method": ["ce"]}, exclude=[{"method": "ce"}]))
-
-
 def test_a_file_may_change_another_and_name_the_words_of_its_references(tmp_path):
     words = ["dataset=digits_lt", "engine.threads=1"]
     base = {"words": words, "recipes": [{"label": "Softmax, plain", "words": "method=ce"}], "references": True}
@@ -130,3 +97,7 @@ def test_what_a_study_asks_of_its_reports_is_checked_before_a_start(tmp_path):
         grid(**path)
     assert "report.modle: unknown key; known: model, tables, evaluate" in str(refused.value)
     assert "report.tables: no table survey_table9; known: survey_table5, " in str(refused.value)
+    measured = {"evaluate": [{"recipe": "method=tade"}]}
+    path = written(tmp_path, recipes=["method=ce", "method=ride"], report=measured)
+    with pytest.raises(ValueError, match=r"report.evaluate.0.recipe = method=tade: no run has it"):
+        grid(**path)

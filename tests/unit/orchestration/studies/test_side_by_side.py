@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -36,13 +37,21 @@ for line in sys.stdin:
         os.kill(os.getpid(), signal.SIGKILL)
     if name.startswith("nan"):
         status, problem = "failed", "the loss is not finite"
+    more = {"no_room": True} if name.startswith("full") else {}
+    if name.startswith("full"):
+        status, problem = "failed", "No space left on device"
+    if name == "told" and tries.read_text() == "x":
+        stopped.append(1)
     while name.startswith("long") and not stopped:
         time.sleep(0.01)
     if "slow" in name:
         time.sleep(0.3)
     if stopped:
         status, problem = "stopped", "stopped by SIGTERM"
-    say("ended", run=name, status=status, problem=problem, exit=0, memory_mib=1.0)
+    memory = 5000.0 if name.startswith("fat") else 1.0
+    say("ended", run=name, status=status, problem=problem, exit=0, memory_mib=memory, **more)
+    if stopped:
+        break
 """
 CPU = ((("CPU", 1.0),), 1)
 
@@ -119,3 +128,34 @@ def test_lanes_that_do_not_start_end_the_study(tmp_path):
 def test_as_many_runs_as_there_are_places_train_at_once(nodes, need, runs):
     point = Point("a", {}, 0, (), "a", {}, need=(tuple(need[0].items()), need[1]))
     assert room({str(k): {"CPU": cpus} for k, cpus in enumerate(nodes)}, [point]) == runs
+
+
+def test_a_full_disk_ends_the_study_and_fails_no_run(tmp_path):
+    training, folder, _ = study(tmp_path, "a", "full", "b", most=1)
+    with pytest.raises(ValueError, match="no run begins any more: No space left on device"):
+        training.carry_out()
+    assert states(folder) == {"a": "finished", "full": "stopped", "b": "waiting"}
+
+
+def test_a_study_json_that_cannot_be_written_for_a_while_costs_one_line(tmp_path, monkeypatch, capsys):
+    training, folder, _ = study(tmp_path, "a", "nan", "b", most=1)
+    write, failures = folder.write, iter(range(4))
+
+    def full():
+        if next(failures, None) is not None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write()
+
+    monkeypatch.setattr(folder, "write", full)
+    assert training.carry_out() is None
+    assert states(StudyFolder(tmp_path)) == {"a": "finished", "nan": "failed", "b": "finished"}
+    assert capsys.readouterr().err.count("not written (No space left on device); runs go on") == 1
+
+
+def test_a_signal_to_one_lane_costs_no_run_and_a_lane_that_grows_is_replaced(tmp_path):
+    training, folder, said = study(tmp_path, "a", "told", "fat", "b", most=1)
+    lanes = training._lanes
+    assert training.carry_out() is None
+    assert set(states(folder).values()) == {"finished"} and folder.record("told")["attempts"] == 2
+    assert "told: stopped by SIGTERM; it goes on from its newest checkpoint" in said
+    assert lanes._started == 3, "one that was stopped, and one that grew by more than its bound"

@@ -29,6 +29,8 @@ def test_the_config_is_sent_without_secrets(tmp_path):
     assert tracking_contents.files(tmp_path) == {"config.yaml": "tracking:\n  uri: http://h\n"}
     assert tracking_contents.model_name({"dataset": {"name": "d"}, "method": {"name": "m"}}, "e") == "e-d-m"
     assert tracking_contents.model_name({}, "e") == "e"
+    assert tracking_contents.model_name({}, "/Users/a:b") == "_Users_a_b"
+    assert tracking_contents.model_name({}, "../a") == "_._a"
 
 
 def test_a_run_knows_the_study_around_it(tmp_path):
