@@ -107,7 +107,7 @@ def _conclude(grid: Grid, folder: StudyFolder, number: int | None) -> None:
     """Say how the runs stand, write the report and upload it. A study that a signal stopped ends soon, without both."""
     if number is None:
         _evaluate(folder)
-    show(status_text(folder.path))
+    show(status_text(folder.path, who=False))
     if number is None and any(record["status"] == FINISHED for record in folder.records):
         _report(folder)
     _upload(grid, folder, _STOPPED_WAIT_S if number is not None else None)

@@ -30,7 +30,7 @@ from orchestration.storage.location import run_path
 from orchestration.storage.url_store import is_url
 from orchestration.studies.points import Point
 from orchestration.studies.shared_stages import stage_digests
-from orchestration.studies.study_config import PARTS, StudyConfig, default_name, short_key
+from orchestration.studies.study_config import PARTS, StudyConfig, default_name, plain_word, short_key
 from orchestration.tracking.uri import default_uri
 
 BALANCED = "dataset.balanced"
@@ -164,7 +164,7 @@ def _combinations(study: StudyConfig, problems: list[str]) -> Iterator[_Combinat
         told = varied if shown is None else {key: value for key, value in varied.items() if key in study.axes}
         extra = tuple(_part(key, value) for key, value in told.items() if key not in PARTS or shown is not None)
         set_ = [f"{key}={'null' if key in PARTS and value == _NONE else value}" for key, value in axes.items()]
-        mine = tuple(word if label_of([word]) != {"mix": _NONE} else "mix=null" for word in words)
+        mine = tuple(map(plain_word, words))
         title = " ".join([*mine, *set_]) or "its one recipe"
         stem = None if shown is None else _plain_name(shown)
         yield _Combination(title, (*study.words, *mine, *set_), label, extra, stem)

@@ -32,8 +32,12 @@ _GOES_ON = ("running", "waiting", "starting", "waits for places")
 """States that only a living process keeps."""
 
 
-def status_text(place: Path) -> str:
+def status_text(place: Path, *, who: bool = True) -> str:
     """Return a table of the runs of a study, or of the runs in a folder.
+
+    Args:
+        place: the folder.
+        who: whether to say who carries a study out; its own process knows.
 
     Raises:
         ValueError: the folder holds neither, or study.json is damaged.
@@ -59,7 +63,7 @@ def status_text(place: Path) -> str:
     head = ", ".join(f"{count} {state}" for state, count in counts.items())
     rows = [list(_COLUMNS), *([state[key] for key in _COLUMNS] for state in states)]
     lines = [*inner, f"{study.get('name', place)}: {plural(len(states), 'run')}; {head}"]
-    lines += [_who(held, counts) + (_rest(states) if held else "")] if study else []
+    lines += [_who(held, counts) + (_rest(states) if held else "")] if study and who else []
     lines += ["", *text_table(rows, left=(0, 1, 2))]
     problems = [f"{state['run']}: {state['problem']}" for state in states if state["problem"]]
     lines += ["", *problems] if problems else []

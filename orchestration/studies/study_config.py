@@ -90,6 +90,12 @@ def _once(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
+def _some(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not values:
+        raise ValueError("needed at least one")
+    return values
+
+
 def _worded(recipes: tuple[Recipe, ...]) -> tuple[Recipe, ...]:
     if not all(recipe.words.strip() and (recipe.label is None or recipe.label.strip()) for recipe in recipes):
         raise ValueError("a recipe without words, or with a blank label; needed e.g. method=ride mix=cmo")
@@ -117,7 +123,7 @@ class StudyConfig(_Keys):
     """Values by key or group; every combination is a run."""
     recipes: Annotated[tuple[Annotated[Recipe, BeforeValidator(_recipe)], ...], AfterValidator(_worded)] = ()
     """In the place of axes for method, mix and then, or multiplied with other axes."""
-    seeds: Annotated[tuple[_Seed, ...], Field(min_length=1), AfterValidator(_once)] = (0,)
+    seeds: Annotated[tuple[_Seed, ...], AfterValidator(_some), AfterValidator(_once)] = (0,)
     exclude: Annotated[tuple[dict[str, str], ...], AfterValidator(_some_pair)] = ()
     """A run is left out if its label has all pairs of one of these."""
     baseline: Annotated[str | None, BeforeValidator(_name)] = None
@@ -142,6 +148,11 @@ def read_study(words: Sequence[str]) -> StudyConfig:
     Raises:
         ValueError: everything that is wrong with file and words, one line each.
     """
+    if not words:
+        raise ValueError(
+            "a study of nothing; needed study=NAME or study=FILE.yaml (expertail study --list), or keys, e.g. "
+            "method=ce,ride seed=0,1,2"
+        )
     names = [word.partition("=")[2] for word in words if word.startswith("study=")]
     if len(names) > 1:
         raise ValueError(f"study=: named {len(names)} times ({', '.join(names)}); needed once")
@@ -289,7 +300,8 @@ def _lay_words(tree: dict[str, Any], words: Sequence[str], problems: list[str]) 
     axes = dict(axes) if isinstance(axes, dict) else {} if axes is None else axes
     if not isinstance(common, list) or not isinstance(axes, dict):
         return  # refused as it is
-    for word in words:
+    common = [plain_word(word) if isinstance(word, str) else word for word in common]
+    for word in map(plain_word, words):
         key, found, text = word.partition("=")
         if not found or not key:
             problems.append(f"{word}: not of the form key=value; needed e.g. method=ce,ride or seed=0,1,2")
@@ -310,6 +322,11 @@ def _lay_words(tree: dict[str, Any], words: Sequence[str], problems: list[str]) 
             if replaced is not None:
                 _shorten_exclusions(tree, key, values or [text])
     tree |= {"words": common, "axes": axes}
+
+
+def plain_word(word: str) -> str:
+    """Return a word as composing takes it: no mixing and no further stage are `none` in a study's labels."""
+    return word.replace("none", "null") if word in ("mix=none", "then=none") else word
 
 
 def _lay_own(tree: dict[str, Any], key: str, text: str, problems: list[str]) -> None:
@@ -359,11 +376,12 @@ def default_name(study: StudyConfig, recipe: str, dataset: str) -> str:
         recipe: name of its first run's recipe.
         dataset: name of its data.
     """
-    varied = [short_key(key) for key in study.axes if key != "dataset"] or (["recipe"] if study.recipes else [])
+    varied = [short_key(key) for key in study.axes] or (["recipe"] if study.recipes else [])
     parts = dict(word.partition("=")[::2] for word in study.words)
     fixed = [parts[key].strip("[]").replace(",", "+") for key in PARTS if parts.get(key, "null") not in ("null", "[]")]
     whole = study.recipes or any(key in study.axes for key in PARTS)  # then the recipe's name is that of one run alone
-    words = ["study", "+".join(varied), "+".join(fixed) if whole else recipe, dataset]
+    data = "" if "dataset" in study.axes else dataset
+    words = ["study", "+".join(varied), "+".join(fixed) if whole else recipe, data]
     return re.sub(r"[^\w.+-]+", "_", "-".join(filter(None, words)))
 
 

@@ -59,6 +59,7 @@ def of_file(tmp_path, content, *words):
         (["method=ce", "run.dir=s3://x/y", "tracking.enabled=false"], "needed a folder; set run.dir"),
         (["method=ce", "study.name=a/b"], "study.name = 'a/b': needed the name of one folder"),
         (["method=ce", "study.name=.x"], "study.name = '.x': needed the name of one folder"),
+        (["method=ce", "seed=0,,1"], r"1 problem\n  seeds.0: needed a whole number; found '0,,1'"),
         (["study=toor"], "study=toor: no such study, did you mean tour"),
         (["study=a", "study=b"], "study=: named 2 times"),
         (["study=/nowhere/x.yaml"], "study=/nowhere/x.yaml: No such file or directory; needed a YAML file"),
@@ -128,6 +129,17 @@ def test_a_file_that_is_wrong_is_told_before_anything_starts(content, message, t
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         of_file(tmp_path, content)
+
+
+def test_a_study_of_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"a study of nothing; needed study=NAME or study=FILE.yaml"):
+        read_study([])
+
+
+def test_none_is_no_mixing_and_no_further_stage_wherever_it_stands(tmp_path):
+    (one,) = grid(tmp_path, "method=ce", "mix=none", "then=none").points
+    (other,) = of_file(tmp_path, "recipes: [method=ce mix=none then=none]\n").points
+    assert one.identity == other.identity == grid(tmp_path, "method=ce").points[0].identity
 
 
 def test_everything_that_is_wrong_is_told_at_once(tmp_path):

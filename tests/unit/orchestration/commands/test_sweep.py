@@ -31,6 +31,7 @@ def planned(tmp_path, *words):
         (["then=crt,[ncm,lws]", "method=ce", "mix=mixup"], "study-then-ce+mixup-digits_lt",
          ["ce+mixup+crt-s0", "ce+mixup+ncm+lws-s0"]),
         (["mix=null,cmo", "method=mislas"], "study-mix-mislas-digits_lt", ["mislas+unmixed-s0", "mislas+cmo-s0"]),
+        (["dataset=digits_lt,cifar10_lt", "method=ce"], "study-dataset-ce", ["ce-digits_lt-s0", "ce-cifar10_lt-s0"]),
         (["seed=0,2", "method=ce"], "study-ce-digits_lt", ["ce-s0", "ce-s2"]),
         (["pace=demo,generic", "method=ce"], "study-pace-ce-digits_lt", ["ce-demo-s0", "ce-generic-s0"]),
         (["method=ce,ldam", "dataset.imbalance_ratio=20,50", "study.name=x"], "x",
