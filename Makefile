@@ -47,7 +47,7 @@ bench: setup
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/epoch.py --out
 	$(BIN)/python benchmarks/startup.py
-	@echo 'longer, or with data: benchmarks/demo.py, loader.py, learning_check.py, soak.py, studies.py; as modules: benchmarks.systems, .classifiers, .losses, .loss_steps'
+	@echo 'longer, or with data: benchmarks/demo.py, loader.py, learning_check.py, soak.py, studies.py; as modules: benchmarks.tables, .loss_steps'
 
 audit: setup
 	$(BIN)/python .ci/audit.py

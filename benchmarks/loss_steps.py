@@ -1,7 +1,7 @@
 """Measure what the step of every loss, mixing and auxiliary costs, against cross-entropy with the same network.
 
     python -m benchmarks.loss_steps [--rounds 60] [--only ROW ...] [--beside "what else ran"] [--out FILE]
-    python -m benchmarks.loss_steps --docs      put the table of what was measured into docs/results.md
+    python -m benchmarks.loss_steps --docs      put the table of what was measured into docs/speed.md
 
 Each side is the product's own `StageTrainer`, in one process without Ray, on one thread: a ResNet-8 on made-up images
 of the form of CIFAR-100-LT, batch 128. A small network is the hard case, as a loss costs the same whatever network it
@@ -28,26 +28,31 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import seeds
 from benchmarks.gpu import write_images
-from benchmarks.losses import DOCS, LOSSES, filled_in
+from benchmarks.tables import ROOT, between_marks
 from experts.data.dataset import open_dataset
 from experts.ensemble import build_ensemble
 from orchestration.config.compose import load_config
 from orchestration.config.run_config import RunConfig
 from orchestration.config.words import available
 from orchestration.storage.exports import TrainingData, export_model
-from orchestration.storage.run_folder import RunFolder
+from orchestration.storage.run_folder import RunFolder, origin
 from orchestration.training.mesh import Mesh, mesh_shape
 from orchestration.training.trainer import StageTrainer
 
 RESULTS = Path(__file__).parent / "results" / "loss_steps.json"
+DOCS = ROOT / "docs" / "speed.md"
 COMMON = ("dataset=cifar100_lt", "dataset.max_per_class=30", "dataset.imbalance_ratio=10", "pace=fashion_mnist_lt",
           "protocol=small", "engine.name=torch", "engine.threads=1")  # fmt: skip
 WARM_UP = 4  # steps before those that are timed
 _TRAIN = "method.stages.train"
 _CE = f"{_TRAIN}.objective.name=cross_entropy"
 _COSINE = ("method=ce", "method.head={name: cosine, scale: 30}")
+_GCL = (*_COSINE, "mix=mixup", f"{_TRAIN}.objective={{name: gcl, scale: 30, strength: 0.5, margin: 0.0, gamma: 0.0}}")
+_FORMS = {
+    f"{loss}_{form}": (f"method={loss}", f"{_TRAIN}.objective.form={form}")
+    for loss, form in (("class_balanced", "sigmoid"), ("class_balanced", "focal"), ("focal", "sigmoid"))
+}
 
 
 class Row(NamedTuple):
@@ -68,8 +73,12 @@ class Row(NamedTuple):
     must: bool = False
 
 
-def _then(stage: str, host: str = "ce") -> Row:
-    words = (*LOSSES[host][:-1], f"then={stage}")
+def _loss(name: str) -> Row:
+    return Row(_FORMS.get(name, (f"method={name}",)))
+
+
+def _then(stage: str, *host: str) -> Row:
+    words = (*(host or ("method=ce",)), f"then={stage}")
     return Row(words, (*words, f"method.stages.{stage}.objective.name=cross_entropy"), stage)
 
 
@@ -80,17 +89,17 @@ ALWAYS = {
 }
 """Every step that is timed is mixed: it costs what a mixed step costs."""
 ROWS: dict[str, Row] = {
-    **{name: Row(LOSSES[name]) for name in (
+    **{name: _loss(name) for name in (
         "weighted_softmax", "class_balanced", "class_balanced_sigmoid", "class_balanced_focal", "focal",
         "focal_sigmoid", "esql", "seesaw", "distribution_balanced", "balanced_softmax", "lade",
     )},
     "ce_drw": Row(("method=ce", f"{_TRAIN}.class_weights.rule=effective_number", _ON)),
-    "ldam_drw": Row((*LOSSES["ldam_drw"], _ON), _COSINE),
-    "robal": Row(LOSSES["robal"], (*LOSSES["robal"], _CE)),
+    "ldam_drw": Row(("method=ldam_drw", _ON), _COSINE),
+    "robal": Row(("method=robal",), ("method=robal", _CE)),
     "ride": Row(("method=ride", f"{_TRAIN}.objective.reweight_epoch=0"), ("method=ride", _CE)),
-    "dive": Row(LOSSES["dive"], more="a teacher's scores of every image"),
-    "gcl_first_stage": Row(LOSSES["gcl"][:-1], (*LOSSES["gcl"][:-1], _CE)),
-    "gcl": _then("gcl", "gcl"),
+    "dive": Row(("method=dive",), more="a teacher's scores of every image"),
+    "gcl_first_stage": Row(_GCL, (*_GCL, _CE)),
+    "gcl": _then("gcl", *_GCL),
     "acsl": _then("acsl"),
     "las": _then("las"),
     "mislas": _then("mislas"),
@@ -112,10 +121,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--beside", default="nothing", help="what else ran on the machine, for the record")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--docs", action="store_true", help="measure nothing, put the table into docs/results.md")
+    parser.add_argument("--docs", action="store_true", help="measure nothing, put the table into docs/speed.md")
     options = parser.parse_args()
     if options.docs:
-        DOCS.write_text(filled_in(DOCS.read_text(), tables(json.loads(options.out.read_text())["rows"])))
+        DOCS.write_text(documented(DOCS.read_text(), json.loads(options.out.read_text())["rows"]))
         return
     torch.set_num_threads(1)
     record: dict[str, Any] = {
@@ -138,7 +147,7 @@ def machine() -> dict[str, Any]:
     """Return commit, versions and hardware, as a run's folder has them."""
     with tempfile.TemporaryDirectory() as folder:
         RunFolder(Path(folder) / "run").record_start(load_config([]), [], {})
-        return seeds.made_by(Path(folder) / "run")
+        return origin(json.loads((Path(folder) / "run" / "run.json").read_text()))
 
 
 def measured(row: Row, folder: Path, rounds: int) -> dict[str, Any]:
@@ -244,10 +253,11 @@ def memory(side: StageTrainer) -> dict[str, float]:
     return {"checkpoint_mib": round(saved / 2**20, 2), "kept_mib": round(sum(kept.values()) / 2**20, 1)}
 
 
-def tables(rows: Mapping[str, dict[str, Any]]) -> dict[str, str]:
-    """Return the two tables in docs/results.md by name: of losses, and of what has views, copies or centres."""
+def documented(text: str, rows: Mapping[str, dict[str, Any]]) -> str:
+    """Return docs/speed.md with its two tables of steps: of losses, and of what has views, copies or centres."""
     plain = {name: found for name, found in rows.items() if "must" not in found}
-    return {"steps": "\n".join(table(plain)), "views": "\n".join(table_of_views(rows, set(rows) - set(plain)))}
+    tables = {"steps": list(table(plain)), "views": list(table_of_views(rows, set(rows) - set(plain)))}
+    return between_marks(text, tables, DOCS.name, "losses")
 
 
 def table(rows: Mapping[str, dict[str, Any]]) -> Iterator[str]:

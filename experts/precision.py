@@ -42,7 +42,7 @@ def repeat_bits(asked: bool) -> None:
 
 
 def faster_memory_format(device: torch.device, precision: str = "float32") -> torch.memory_format:
-    """Return how the weights of convolutions should lie in memory to compute fast; see docs/results.md for a CPU.
+    """Return how the weights of convolutions should lie in memory to compute fast; see docs/speed.md for a CPU.
 
     A CPU's float32 and bfloat16 kernels and a GPU's tensor cores, which compute bfloat16 and TF32, want the channels of
     a pixel side by side. float64, for which nobody has written such kernels, does not.

@@ -239,6 +239,7 @@ def _study_label(record: Record, varied: Collection[str], axes: Collection[str])
         stage = [record.stage] if record.stage else []
         return " ".join(["+".join([str(own), *parts, *stage]), *shown])
     parts = [str(label[part]) for part in _PARTS if label.get(part, _NONE) != _NONE]
+    parts = [part.strip("[]").replace(",", "+") for part in parts]  # `then=[crt,lws]`
     if record.stage:
         method = record.config.method
         parts = [loss_label("+".join(parts), method.finals) if parts else loss_label(method.name, method.finals)]

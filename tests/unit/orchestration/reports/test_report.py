@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from orchestration.cli import main
-from orchestration.reports.records import LeftOut, unfinished_lines
+from orchestration.reports.records import LeftOut, read_run, unfinished_lines
 from orchestration.reports.report import make_report
+from orchestration.reports.rows import tables
 from orchestration.reports.sources import read_sources
 from orchestration.reports.write import FILES, write_report
 from tests.finished_runs import COUNTS, finish
@@ -308,3 +309,10 @@ def test_the_page_fetches_nothing(runs, tmp_path):
     folder = write_report([str(runs)], nothing, out=str(tmp_path), pictures=False).folder
     page = (folder / "index.html").read_text()
     assert not [word for word in ("http:", "https:", "<link", "@import", 'src="/', "url(") if word in page]
+
+
+def test_final_stages_of_one_run_of_a_study_are_named_after_their_recipe(tmp_path):
+    run = finish(tmp_path / "a-s0", "method=ce", "then=[crt,lws]", accuracy={"crt": CE, "lws": RIDE})
+    records = read_run(run, {"method": "ce", "mix": "none", "then": "[crt,lws]"})
+    (table,), _ = tables(records, {"method", "mix", "then"})
+    assert [row.label for row in table.rows] == ["ce+crt", "ce+lws"]
