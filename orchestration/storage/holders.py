@@ -26,7 +26,7 @@ def holder(lock: Path) -> str | None:
     if found is None:
         return None
     if found[2] != platform.node():
-        return line
+        return f"{line}, if it still lives: that host cannot be looked at from here"
     with contextlib.suppress(psutil.Error):  # it has ended
         process = psutil.Process(int(found[1]))
         # A younger process has the number of one that has ended.

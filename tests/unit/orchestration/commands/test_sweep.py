@@ -75,6 +75,14 @@ def test_words_that_are_no_sweep_are_refused_before_anything_starts(words, messa
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+def test_a_sweep_can_be_planned(tmp_path, capsys):
+    words = ["method=ce,ldam", "seed=0,1", "dataset=digits_lt", f"run.dir={tmp_path}", "tracking.enabled=false"]
+    assert main(["sweep", *words, "--plan"]) == 0
+    said = capsys.readouterr().out
+    assert "study study-method-digits_lt" in said and "4 runs: 0 finished, 4 to train" in said
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("command", ["report", "status", "sync"])
 def test_a_sweep_of_an_earlier_version_is_told_of_with_what_to_do(command, tmp_path, capsys):
     (tmp_path / "x-sweep").mkdir()
