@@ -71,16 +71,16 @@ def study(words: Sequence[str]) -> int:
         ValueError: the study is malformed, or its folder holds something else. Raised before anything is started.
         Stopped: on a signal, after checkpoints; the same command goes on.
     """
-    with contextlib.ExitStack() as stack:
-        with signals_stop("the study was prepared"):
-            grid = with_a_folder(lay_out(read_study(words)))  # before a cluster is asked: refusals come at once
-            refuse(grid.name, list(StudyFolder(grid.folder).problems_with(grid)))
-            elsewhere = find(grid.study.adopt)
-            lock = stack.enter_context(held(grid.folder))
-            lanes = stack.enter_context(_lanes(grid, lock))
-            stack.enter_context(cluster(grid.address))
-            grid, folder, points = _take(grid)
-            lent = carry_out(elsewhere, folder, points, grid.defaults, say) if grid.study.adopt else {}
+    # The first also covers the moments between the others, which have their own ways to stop.
+    with signals_stop("the study was prepared"), contextlib.ExitStack() as stack:
+        grid = with_a_folder(lay_out(read_study(words)))  # before a cluster is asked: refusals come at once
+        refuse(grid.name, list(StudyFolder(grid.folder).problems_with(grid)))
+        elsewhere = find(grid.study.adopt)
+        lock = stack.enter_context(held(grid.folder))
+        lanes = stack.enter_context(_lanes(grid, lock))
+        stack.enter_context(cluster(grid.address))
+        grid, folder, points = _take(grid)
+        lent = carry_out(elsewhere, folder, points, grid.defaults, say) if grid.study.adopt else {}
         number = _train(grid, folder, points, lanes, lent)
         with signals_stop("the study's report was written"):
             _conclude(grid, folder, number)
