@@ -57,7 +57,7 @@ def plan_study(words: Sequence[str]) -> str:
     if grid.address is not None:
         with cluster(grid.address):
             nodes = node_resources()
-    adoption = held_against(find(grid.study.adopt), folder, grid.points) if grid.study.adopt else None
+    adoption = held_against(find(grid.study.adopt, folder), folder, grid.points) if grid.study.adopt else None
     return "\n".join(plan_lines(grid, folder, nodes, adoption))
 
 
@@ -75,7 +75,7 @@ def study(words: Sequence[str]) -> int:
     with signals_stop("the study was prepared"), contextlib.ExitStack() as stack:
         grid = with_a_folder(lay_out(read_study(words)))  # before a cluster is asked: refusals come at once
         refuse(grid.name, list(StudyFolder(grid.folder).problems_with(grid)))
-        elsewhere = find(grid.study.adopt)
+        elsewhere = find(grid.study.adopt, StudyFolder(grid.folder))
         lock = stack.enter_context(held(grid.folder))
         lanes = stack.enter_context(_lanes(grid, lock))
         stack.enter_context(cluster(grid.address))

@@ -76,20 +76,22 @@ class Found:
     refused: list[str] = field(default_factory=list)
 
 
-def find(folders: Sequence[str]) -> Found:
-    """Read the runs in some folders, each a run or a folder of runs.
+def find(folders: Sequence[str], study: StudyFolder) -> Found:
+    """Read the runs in some folders, each a run or a folder of runs, but for those that a study has taken over.
 
     Raises:
         ValueError: a folder is missing, or holds no run.
     """
     found = Found()
+    origins = [record["adopted"] for record in study.records if record.get("adopted")] if study.content else []
+    known = {Path(origin["folder"], origin["run"]) for origin in origins}
     for given in folders:
         folder = expand(given)
         runs = [folder] if (folder / CONFIG).is_file() else sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
         if not runs:
             what = "nothing there" if not folder.exists() else "holds no run"
             raise ValueError(f"study.adopt = {given}: {what}; needed a folder of finished runs, or one of them")
-        for run in runs:
+        for run in (run for run in runs if run.absolute() not in known):
             try:
                 found.donors.append(_donor(run))
             except (ValueError, OSError, KeyError) as problem:

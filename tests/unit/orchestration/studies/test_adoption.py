@@ -51,7 +51,7 @@ class Study:
         points = folder.take(grid)
         assert folder.settle(points, retry=False) == []
         self.said = []
-        self.lent = carry_out(find(grid.study.adopt), folder, points, grid.defaults, self.said.append)
+        self.lent = carry_out(find(grid.study.adopt, folder), folder, points, grid.defaults, self.said.append)
         return {record["run"]: record for record in json.loads((self.path / "study.json").read_text())["points"]}
 
 
@@ -75,6 +75,7 @@ def test_a_run_from_elsewhere_becomes_the_run_that_it_is_and_says_where_it_came_
     assert config.tracking.experiment == "s"
     assert json.loads((ours / "tracking.json").read_text())["s"]["key"] == "k", "by which the copy gets its own run"
 
+    assert find([str(old.parent)], StudyFolder(study.path)).donors == [], "what was taken over is not read again"
     before = (ours / "run.json").stat().st_mtime_ns
     shutil.rmtree(old.parent)
     again = Study(tmp_path)
@@ -212,7 +213,7 @@ def test_a_stage_is_lent_by_a_run_that_trained_it_unless_its_checkpoint_is_damag
 
 def test_a_folder_without_runs_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"study\.adopt = .*nowhere: nothing there; needed a folder of finished runs"):
-        find([str(tmp_path / "nowhere")])
+        find([str(tmp_path / "nowhere")], StudyFolder(tmp_path))
     with pytest.raises(ValueError, match="holds no run"):
-        find([str(tmp_path)])
+        find([str(tmp_path)], StudyFolder(tmp_path))
     assert read_study(["method=ce", "study.adopt=a,b"]).adopt == ("a", "b")
