@@ -153,8 +153,9 @@ def _problem(problem: BaseException) -> dict[str, Any]:
 
     code = getattr(problem, "exit_code", None)
     if code is not None or isinstance(problem, KeyboardInterrupt | SystemExit):  # Ray ends a process by the latter
-        say(str(problem) or "interrupted")
-        return {"status": "stopped", "exit": code or 130, "problem": str(problem) or "interrupted"}
+        text = str(problem) if code is not None else "stopped before it trained"
+        say(text)
+        return {"status": "stopped", "exit": code or 130, "problem": text}
     told = isinstance(problem, ValueError | FloatingPointError) or type(problem).__name__ == "WorkerLost"
     if told:
         say(str(problem))

@@ -256,8 +256,9 @@ class SideBySide:
         self._ended()
 
     def _count(self) -> str:
-        ended = len(self._queue.with_status(FINISHED, FAILED, STOPPED))
-        running, waiting = (len(self._queue.with_status(status)) for status in (RUNNING, WAITING))
+        never = [run for run in self._queue.with_status(STOPPED) if run not in self._begun_at]  # begin next time
+        ended = len(self._queue.with_status(FINISHED, FAILED, STOPPED)) - len(never)
+        running, waiting = len(self._queue.with_status(RUNNING)), len(self._queue.with_status(WAITING)) + len(never)
         return f"{ended} of {len(self._points)} ended, {running} running, {waiting} waiting"
 
 

@@ -1,16 +1,9 @@
-"""A study trains what single runs train, bit for bit, whatever is shared, warm, failing or killed."""
+"""A study trains what single runs train, bit for bit, whatever is shared, warm or failing."""
 
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 
-import psutil
 import pytest
 import yaml
 
@@ -101,54 +94,3 @@ def test_finished_runs_and_stages_from_elsewhere_are_as_if_trained_in_the_study(
     assert_equal(folder / lent, single, momentum=False)
     assert '"adopted": {' in (folder / "report" / "report.json").read_text()
     assert "taken over from" in (folder / "report" / "report.md").read_text()
-
-
-def start(words):
-    command = [sys.executable, "-m", "orchestration", "study", *words]
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def lanes_of(process):
-    return [
-        child for child in psutil.Process(process.pid).children() if "orchestration.commands.lane" in child.cmdline()
-    ]
-
-
-@pytest.mark.drill
-@pytest.mark.parametrize("seed", range(2))
-def test_a_study_killed_three_times_ends_as_one_that_was_not(seed, tmp_path):
-    draw = random.Random(seed)
-    words = [
-        "method=ce,ldam", "seed=0,1", "study.name=killed", f"run.dir={tmp_path}", "run.checkpoint_every_steps=5",
-        *(word for word in WORDS if "epochs" not in word), "method.stages.train.epochs=60",
-    ]  # fmt: skip
-    for _ in range(3):
-        process = start(words)
-        runs.wait_until(lambda: any((tmp_path / "killed").glob("*/checkpoints/00-*")), "a checkpoint")
-        runs.wait_until(lambda its=process: its.poll() is not None or len(lanes_of(its)) == 2, "two lanes")
-        time.sleep(draw.uniform(2, 12))
-        if process.poll() is not None:
-            break
-        if draw.random() < 0.5 and (lanes := lanes_of(process)):
-            draw.choice(lanes).send_signal(signal.SIGKILL)
-            time.sleep(draw.uniform(1, 5))
-        process.kill()
-        process.wait()
-    process = start(words)
-    assert process.wait(timeout=400) == 0
-    found = records(tmp_path / "killed")
-    assert {record["status"] for record in found.values()} == {"finished"}
-    assert_equal(tmp_path / "killed" / "ce-s0", alone(tmp_path, found["ce-s0"], "run.checkpoint_every_steps=500"))
-
-
-@pytest.mark.drill
-def test_a_stopped_study_writes_checkpoints_and_the_same_command_goes_on(tmp_path):
-    words = ["method=ce", "seed=0,1", "study.name=s", f"run.dir={tmp_path}", *WORDS, "method.stages.train.epochs=80"]
-    process = start(words)
-    runs.wait_until(lambda: len(list((tmp_path / "s").glob("*/metrics.jsonl"))) == 2, "two runs that train")
-    process.terminate()
-    assert process.wait(timeout=120) == 143
-    assert {record["status"] for record in records(tmp_path / "s").values()} == {"stopped"}
-    assert all(any(run.glob("checkpoints/00-*")) for run in (tmp_path / "s").glob("ce-*"))
-    assert start(words).wait(timeout=300) == 0

@@ -105,6 +105,7 @@ def test_a_signal_stops_every_run_once_and_the_rest_does_not_begin(tmp_path):
     threading.Thread(target=stop_when_both_train, daemon=True).start()
     assert training.carry_out() == signal.SIGTERM
     assert set(states(folder).values()) == {"stopped", "waiting"} and states(folder)["c"] == "waiting"
+    assert said[-1].endswith("(2 of 3 ended, 0 running, 1 waiting)")
 
 
 def test_lanes_that_do_not_start_end_the_study(tmp_path):
