@@ -173,7 +173,7 @@ def _scan(
         raise ValueError(
             f"{base}: found no class folder; needed one folder per class with its images; check dataset.root = {root}"
         )
-    folders = names if expected is None else _in_order(expected, names)
+    folders = list(names) if expected is None else _in_order(expected, names)
     if folders is None:
         assert expected is not None
         extra, missing = sorted(set(names) - set(expected)), sorted(set(expected) - set(names))
@@ -189,9 +189,11 @@ def _scan(
     labels: list[int] = []
     above = {_identity(root), _identity(base)}
     for c, name in enumerate(folders):
+        if name is None:
+            continue
         before = skipped.endings.copy()
         found = _walk(os.path.join(base, name), above, skipped)
-        if not found:
+        if not found and expected is None:
             others = _counted(skipped.endings - before)
             raise ValueError(
                 f"{shown(os.path.join(base, name))}: class '{shown(name)}' has no image"
@@ -211,13 +213,12 @@ def _letters(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _in_order(expected: Sequence[str], names: Sequence[str]) -> Sequence[str] | None:
-    """Return the class folders of a split in the order of the classes; None where they are of other classes."""
-    if tuple(names) == tuple(expected):
-        return names
-    spelled = {_letters(name): name for name in names}
-    found = [spelled.get(_letters(name)) for name in expected]
-    return [name for name in found if name] if len(names) == len(set(found)) == len(expected) else None
+def _in_order(expected: Sequence[str], names: Sequence[str]) -> list[str | None] | None:
+    """Return the folder of each class in a split, None for one that it lacks; None where it has other classes."""
+    others = [name for name in names if name not in set(expected)]
+    spelled = {_letters(name): name for name in others}
+    found = [name if name in set(names) else spelled.pop(_letters(name), None) for name in expected]
+    return None if spelled or sum(name is not None for name in found) < len(names) else found
 
 
 def _alike(names: Sequence[str]) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ What is cut or held out is counted in remarks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -51,7 +51,22 @@ def choose_splits(config: DatasetConfig, raw: RawDataset) -> Splits:
             f"dataset.index_groups = {list(config.index_groups)}: found {num_classes} classes; the second "
             f"cut must be smaller, or index_groups null"
         )
-    return chosen
+    remarks = (*chosen.remarks, *_without(raw.class_names, {"validation": raw.val, "test": raw.test}))
+    return chosen._replace(remarks=remarks)
+
+
+def _without(names: tuple[str, ...], given: Mapping[str, Pool | None]) -> Iterator[Remark]:
+    """Yield the classes that a split of the set's own has no image of."""
+    for split, pool in given.items():
+        without = [] if pool is None else np.flatnonzero(np.bincount(pool.labels, minlength=len(names)) == 0)
+        if len(without):
+            yield Remark(
+                f"no_{split}_image",
+                len(without),
+                f"{len(without):,} of {len(names):,} classes have no {split} image, first "
+                f"{named(names, int(without[0]))}: nothing there tells how well they are known",
+                doubt=True,
+            )
 
 
 def _choose(config: DatasetConfig, raw: RawDataset) -> Splits:

@@ -131,7 +131,8 @@ def test_images_of_different_shapes_have_no_common_shape(tmp_path):
             lambda root: (root / "train" / "class2").mkdir(),
             "class2: class 'class2' has no image; needed at least one file",
         ),
-        (lambda root: [p.unlink() for p in (root / "test" / "class1").iterdir()], "class 'class1' has no image"),
+        (lambda root: [p.unlink() for p in (root / "train" / "class1").iterdir()], "class 'class1' has no image"),
+        (lambda root: [p.unlink() for p in (root / "test").glob("*/*")], "the test set has no image"),
         (
             lambda root: (root / "test" / "other").mkdir(),
             "differ from those of train/: other is not in train/ .1 such.",
@@ -143,6 +144,20 @@ def test_a_tree_that_does_not_fit_is_refused(tmp_path, damage, message):
     damage(tree(tmp_path))
     with pytest.raises(ValueError, match=message):
         open_dataset(folder(tmp_path))
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_class_that_the_test_lacks_is_trained_on_and_said(tmp_path, empty):
+    """A natural long tail may have so few images of a class that nobody kept one for the test."""
+    root = tree(tmp_path, counts=(4, 3, 2))
+    for path in (root / "test" / "class1").iterdir():
+        path.unlink()
+    if not empty:
+        (root / "test" / "class1").rmdir()
+    dataset = open_dataset(folder(root))
+    assert dataset.test.counts(3).tolist() == [4, 0, 2]
+    [remark] = [remark for remark in dataset.remarks if remark.kind == "no_test_image"]
+    assert remark.text.startswith("1 of 3 classes have no test image, first class 1 ('class1')")
 
 
 def test_an_empty_root_and_a_wrong_number_of_classes_are_refused(tmp_path):
