@@ -58,7 +58,9 @@ def choose_splits(config: DatasetConfig, raw: RawDataset) -> Splits:
 def _without(names: tuple[str, ...], given: Mapping[str, Pool | None]) -> Iterator[Remark]:
     """Yield the classes that a split of the set's own has no image of."""
     for split, pool in given.items():
-        without = [] if pool is None else np.flatnonzero(np.bincount(pool.labels, minlength=len(names)) == 0)
+        if pool is None:
+            continue
+        without = np.flatnonzero(np.bincount(pool.labels, minlength=len(names)) == 0)
         if len(without):
             yield Remark(
                 f"no_{split}_image",
