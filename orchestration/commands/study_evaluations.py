@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from orchestration.commands.evaluate import evaluate
+from orchestration.commands.lane import LOG_FILE
 from orchestration.config.messages import in_one_line
 from orchestration.reports.asked import Evaluation, asked_of
 from orchestration.studies.grid import label_of
@@ -23,7 +25,8 @@ def evaluate_asked(folder: StudyFolder, say: Callable[[str], None]) -> None:
     for asked in asked_of(folder.content.get("report"), str(folder.path)).evaluate:
         for run in list(_left(folder, asked)):
             try:
-                evaluate(str(run), asked.weights, None, asked.distribution, "test", [])
+                with open(run / LOG_FILE, "a") as log, contextlib.redirect_stderr(log):
+                    print(evaluate(str(run), asked.weights, None, asked.distribution, "test", []), file=log)
                 say(f"{run.name}: measured with {asked.weights} weights on test distributions {asked.distribution}")
             except Exception as problem:  # the runs are trained, and the report goes on without it
                 say(f"{run.name}: not measured with {asked.weights} weights ({in_one_line(problem)})")
