@@ -326,7 +326,7 @@ def _cost_block(report: Report, section: Section) -> Block | None:
                 "worker hours", *(["GPU hours"] if with_gpu else []), "protocol")  # fmt: skip
     notes = (
         "Multiply-adds are counted, those of training over all stages that lead to a result; hours are measured, of a "
-        "whole run with all its final stages, mean over seeds.",
+        "whole run with all its final stages, mean over seeds; those of a stage that a run took over are its giver's.",
     )
     return Block("cost", "Cost and protocol", notes, headings, tuple(rows), (0, len(headings) - 1))
 

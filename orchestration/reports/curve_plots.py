@@ -18,8 +18,8 @@ from orchestration.storage.journal import FILE_NAME
 
 _LOSS = "train/epoch_loss"
 _FEWEST_POINTS = 3  # of a curve
-_WEIGHTINGS = {"oracle": "#009e73", "test-time": "#d55e00", "known prior": "#56b4e9", "uniform": ALL}
-"""Rules for the experts' weights that are drawn, with their colours; "test-time" is learnt without labels."""
+_WEIGHTINGS = {"uniform": ALL, "oracle": "#009e73", "known prior": "#56b4e9", "test-time": "#d55e00"}
+"""Rules for the experts' weights, with colours, in the order of drawing; the last, learnt without labels, lies above."""
 
 
 class Curve(NamedTuple):
@@ -153,6 +153,7 @@ def shift_figure(report: Report, section: Section) -> Any:
             sd = np.array([100 * np.std(values, ddof=1) if len(values) > 1 else 0.0 for values in series])
             x = np.arange(len(names))
             axes.plot(x, mean, color=colour, marker="o", markersize=3, linestyle="--" if rule == "oracle" else "-",
+                      linewidth=2.6 if rule == "uniform" else 1.3,
                       label={"test-time": "learnt (test-time)"}.get(rule, rule))  # fmt: skip
             axes.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
         axes.set_title(short_label(row.label))
