@@ -19,7 +19,7 @@ from orchestration.storage.journal import FILE_NAME
 _LOSS = "train/epoch_loss"
 _FEWEST_POINTS = 3  # of a curve
 _WEIGHTINGS = {"uniform": ALL, "oracle": "#009e73", "known prior": "#56b4e9", "test-time": "#d55e00"}
-"""Rules for the experts' weights, with colours, in the order of drawing; the last, learnt without labels, lies above."""
+"""Rules for the experts' weights, with colours, in the order of drawing: what is learnt without labels lies above."""
 
 
 class Curve(NamedTuple):
