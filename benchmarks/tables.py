@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -49,8 +50,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="?", type=Path, help="folder of the studies")
     options = parser.parse_args()
-    for name in STUDIES if options.runs else ():
-        if (options.runs / name / "study.json").exists():
+    if options.runs:
+        there = [name for name in STUDIES if (options.runs / name / "study.json").exists()]
+        if not there:
+            sys.exit(f"{options.runs}: holds none of the studies {', '.join(STUDIES)}; needed the run.dir of them")
+        for name in there:
             print(f"{name}: {keep(options.runs / name)} rows", flush=True)
     for path in (ROOT / "docs" / "results.md", ROOT / "README.md"):
         path.write_text(filled_in(path.read_text(), path.name))
