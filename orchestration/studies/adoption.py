@@ -144,6 +144,9 @@ class Adoption:
             point = next((by_identity[one] for one in donor.identities if one in by_identity), None)
             if point is None:
                 others.append(donor)
+            elif point.run in self.taken:
+                first = self.taken[point.run].folder
+                self.lines.append(f"not taken over: {donor.folder}: the same run as {first}, which is taken")
             elif point.run in left:
                 if begun[point.run]:
                     self.lines.append(f"not taken over: {donor.folder}: {point.run} has begun here, and goes on")

@@ -64,6 +64,9 @@ def plan_lines(
     yield f"runs      {plural(len(grid.points), 'run')}{of_them}: {', '.join(parts)}"
     if shared := _shared(left):
         yield f"stages    {shared} that several runs begin with are trained once"
+    if adoption and adoption.lent:
+        lent, lenders = plural(len(adoption.lent), "stage"), plural(len(set(adoption.lent.values())), "run")
+        yield f"lent      {lent}, trained by {lenders} elsewhere"
     yield from (f"adopt     {line}" for line in (adoption.lines if adoption else ()))
     resources = nodes if nodes is not None else {_THIS_MACHINE: {"CPU": float(usable_cpus())}}
     at_once = min(room(resources, left), len(left)) if left else 0

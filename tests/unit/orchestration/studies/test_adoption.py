@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from experts.data.dataset import selection_digest
+from orchestration.commands.study import plan_study
 from orchestration.config.compose import from_yaml
 from orchestration.storage.checkpoint import Checkpoints, write_tensors
 from orchestration.studies.adoption import carry_out, find, take_over
@@ -19,6 +20,7 @@ from orchestration.studies.run_queue import FINISHED, WAITING
 from orchestration.studies.status import status_text
 from orchestration.studies.study_config import read_study
 from orchestration.studies.study_folder import StudyFolder
+from orchestration.tracking.ownership import settle_ownership
 from tests.finished_runs import WORDS, finish
 
 COUNTS = (120, 86, 61, 44, 31, 22, 16, 11, 8, 6)
@@ -59,7 +61,9 @@ def test_a_run_from_elsewhere_becomes_the_run_that_it_is_and_says_where_it_came_
     old = finished(
         tmp_path / "elsewhere" / "old", "method=ce", "cluster.workers=1", "run.log_interval_s=7", "dataset.root=/gone"
     )
-    (old / "tracking.json").write_text('{"folder": {"path": "/old", "host": "h", "inode": 1}, "s": {"key": "k"}}')
+    settle_ownership(old)
+    tracked = json.loads((old / "tracking.json").read_text())
+    (old / "tracking.json").write_text(json.dumps(tracked | {"store": {"key": "k", "run_id": "r"}}))
     study = Study(tmp_path)
     record = study.start(old.parent)["ce-s0"]
     origin = {"run": "old", "folder": str(old.parent), "commit": "c0ffee"}
@@ -73,7 +77,8 @@ def test_a_run_from_elsewhere_becomes_the_run_that_it_is_and_says_where_it_came_
     config = from_yaml(ours / "config.yaml")
     assert (config.run.dir, config.run.name) == (str(study.path), "ce-s0") and config.run.log_interval_s == 7
     assert config.tracking.experiment == "s"
-    assert json.loads((ours / "tracking.json").read_text())["s"]["key"] == "k", "by which the copy gets its own run"
+    assert settle_ownership(ours).endswith("this copy gets an MLflow run of its own")
+    assert settle_ownership(old) is None
 
     assert find([str(old.parent)], StudyFolder(study.path)).donors == [], "what was taken over is not read again"
     before = (ours / "run.json").stat().st_mtime_ns
@@ -186,6 +191,22 @@ def test_a_start_killed_while_it_takes_a_run_over_is_made_good_by_the_next(funct
     record = study.start(old.parent)["ce-s0"]
     assert record["status"] == FINISHED and record["adopted"]["run"] == "old"
     assert sorted(path.name for path in study.path.iterdir()) == ["ce-s0", "study.json"]
+
+
+def test_of_two_runs_that_are_the_same_one_is_taken_and_the_other_named(tmp_path):
+    first, second = (finished(tmp_path / "elsewhere" / name, "method=ce") for name in ("a", "b"))
+    study = Study(tmp_path)
+    assert study.start(first.parent)["ce-s0"]["adopted"]["run"] == "a"
+    assert study.said[0] == f"not taken over: {second}: the same run as {first}, which is taken"
+
+
+def test_a_plan_says_what_would_be_taken_over_and_copies_nothing(tmp_path):
+    finished(tmp_path / "elsewhere" / "ldam", "method=ldam")
+    finished(tmp_path / "elsewhere" / "ce", "method=ce", "then=[joint,las]")
+    study = Study(tmp_path, "method=crt,ldam")
+    text = plan_study([*study.words, f"study.adopt={tmp_path / 'elsewhere'}"])
+    assert "runs      2 runs: 0 finished, 1 to take over, 1 to train" in text
+    assert "lent      1 stage, trained by 1 run elsewhere" in text and not study.path.exists()
 
 
 def test_a_run_that_has_begun_in_the_study_goes_on_there(tmp_path):
