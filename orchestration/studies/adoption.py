@@ -13,6 +13,7 @@ tracking.json comes with it: by what that says, the copy gets an MLflow run of i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
 from collections import Counter
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from experts.data.config import DatasetConfig
 from experts.data.dataset import selection_digest
-from orchestration.config.compose import compose, from_yaml, to_yaml
+from orchestration.config.compose import compose, from_yaml
 from orchestration.config.identity import config_hash, difference, identity
 from orchestration.config.paths import expand
 from orchestration.config.run_config import RunConfig
@@ -30,8 +31,8 @@ from orchestration.reports.records import LeftOut, read_run
 from orchestration.results.text import plural
 from orchestration.runs.finished import with_threads
 from orchestration.storage.checkpoint import Checkpoints
-from orchestration.storage.files import CONFIG, DATA, LOCK, RUN, read_json, sync_folder, write_atomic, write_json
-from orchestration.storage.run_folder import has_started
+from orchestration.storage.files import CONFIG, DATA, LOCK, RUN, read_json, sync_folder
+from orchestration.storage.run_folder import RunFolder, has_started
 from orchestration.studies.points import Point
 from orchestration.studies.run_queue import FINISHED
 from orchestration.studies.shared_stages import stage_digests
@@ -52,14 +53,16 @@ class Donor:
         folder: of the run.
         commit: of the code that trained it, as far as it is known.
         config: that it was trained with; keys that are newer have their defaults.
-        identities: digests of its config, as it is and with its threads left open.
+        digest: of the data that it saw.
+        identities: digests of its config, as it is, then with its threads left open.
         stages: digests of its stages, of both kinds, with their names.
     """
 
     folder: Path
     commit: str | None
     config: RunConfig
-    identities: frozenset[str]
+    digest: str
+    identities: tuple[str, ...]
     stages: Mapping[str, str]
 
 
@@ -107,8 +110,11 @@ def _donor(run: Path) -> Donor:
     open_threads = config.model_copy(update={"engine": config.engine.model_copy(update={"threads": None})})
     both = (config, open_threads)
     stages = {digest: stage for one in both for stage, digest in stage_digests(one).items()}
+    digest = read_json(run / DATA).get("digest")
+    if not digest:
+        raise ValueError(f"{DATA} is missing, or says nothing about the run's images")
     commit = (facts.get("adopted") or facts).get("commit")
-    return Donor(run.absolute(), commit, config, frozenset(map(config_hash, both)), stages)
+    return Donor(run.absolute(), commit, config, str(digest), tuple(map(config_hash, both)), stages)
 
 
 def _short(problem: object, run: Path) -> str:
@@ -137,7 +143,7 @@ class Adoption:
         self.lines = [f"not taken over: {line}" for line in found.refused[:_NAMED]]
         if len(found.refused) > _NAMED:
             self.lines.append(f"not taken over: {plural(len(found.refused) - _NAMED, 'more run')}")
-        by_identity = {point.identity: point for point in points}
+        by_identity, by_name = {p.identity: p for p in points}, {p.run: p for p in points}
         left = {point.run: point for point in points if point.run in begun}
         others = list[Donor]()
         for donor in found.donors:
@@ -154,6 +160,9 @@ class Adoption:
                     self.lines.append(f"not taken over: {donor.folder}: {problem}")
                 else:
                     self.taken[left.pop(point.run).run] = donor
+        unseen = sum(_digest_for(donor, by_name[run]) is None for run, donor in self.taken.items())
+        if unseen:
+            self.lines.append(f"images of {plural(unseen, 'run')} are not here, and were not compared")
         self._lend(others, list(left.values()))
         self.lines += _nearly(others, list(left.values()))
 
@@ -233,10 +242,10 @@ def take_over(donor: Donor, point: Point, folder: Path, defaults: Sequence[str])
     if problem:
         shutil.rmtree(copy, ignore_errors=True)
         return f"{donor.folder}: {_short(problem, copy)}"
-    write_atomic(copy / CONFIG, to_yaml(_in_study(donor.config, point, folder, defaults)))
-    run = read_json(copy / RUN)
     origin = {"run": donor.folder.name, "folder": str(donor.folder.parent), "commit": donor.commit}
-    write_json(copy / RUN, run | {"study": folder.name, "adopted": origin})
+    with contextlib.closing(RunFolder(copy)) as run:
+        run.write_config(_in_study(donor.config, point, folder, defaults))
+        run.update_run(study=folder.name, adopted=origin)
     sync_folder(copy)
     if place.exists():  # of a start that was refused; nothing was trained there
         shutil.rmtree(place)
@@ -277,17 +286,20 @@ def _unreadable(run: Path) -> str | None:
 
 def _other_data(donor: Donor, point: Point) -> str | None:
     """Say that a run saw other images than those that a point of the study would; None if not, or if none are here."""
-    data = read_json(donor.folder / DATA)
+    here = _digest_for(donor, point)
+    if here is None or here == donor.digest:
+        return None
+    return f"trained on other images than those at dataset.root (digest {donor.digest[:12]}, here {here[:12]})"
+
+
+def _digest_for(donor: Donor, point: Point) -> str | None:
+    """Return the digest of the data of a run where a point of the study has them; None if they are not there."""
     words = tuple(word for word in point.words if word.startswith("dataset"))
     here = _data_of(words)
     places = {key: getattr(here, key) for key in ("root", *(k for k in _LISTS if any(f".{k}=" in w for w in words)))}
     config = donor.config.dataset.model_copy(update={**places, "download": False})
-    left_out = tuple(str(one["path"]) for one in data.get("left_out") or ())
-    ours = _digest_here(config.model_dump_json(), left_out)
-    if ours is None or ours == data.get("digest"):
-        return None
-    found = str(data.get("digest"))[:12]
-    return f"trained on other images than those at {config.root} (digest {found}, here {ours[:12]})"
+    left_out = tuple(str(one["path"]) for one in read_json(donor.folder / DATA).get("left_out") or ())
+    return _digest_here(config.model_dump_json(), left_out)
 
 
 @functools.lru_cache(maxsize=64)

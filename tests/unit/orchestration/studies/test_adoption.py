@@ -142,6 +142,10 @@ def damage_evaluation(run):
     (run / "evaluation" / "last.json").write_text("{")
 
 
+def lose_data(run):
+    (run / "data.json").unlink()
+
+
 def see_other_data(run):
     (run / "data.json").write_text((run / "data.json").read_text().replace('"digest": "', '"digest": "0'))
 
@@ -154,9 +158,10 @@ def see_other_data(run):
         (end_early, r"not finished \(failed\)"),
         (damage_config, "config.yaml.*nonsense"),
         (damage_evaluation, "last.json: not valid JSON"),
+        (lose_data, "data.json is missing, or says nothing about the run's images"),
         (see_other_data, "trained on other images than those at"),
     ],
-    ids=["checkpoint", "no checkpoint", "unfinished", "config", "evaluation", "data"],
+    ids=["checkpoint", "no checkpoint", "unfinished", "config", "evaluation", "no data", "data"],
 )
 def test_a_run_that_is_damaged_unfinished_or_of_other_data_is_named_and_stays_out(harm, why, tmp_path):
     old = finished(tmp_path / "elsewhere" / "old", "method=ce")
@@ -178,7 +183,7 @@ def killed_after(*arguments):
 
 @pytest.mark.parametrize(
     ("function", "instead"),
-    [("write_atomic", killed), ("sync_folder", killed), ("take_over", killed_after)],
+    [("_in_study", killed), ("sync_folder", killed), ("take_over", killed_after)],
     ids=["while it copies", "before the copy has its name", "before study.json has it"],
 )
 def test_a_start_killed_while_it_takes_a_run_over_is_made_good_by_the_next(function, instead, tmp_path, monkeypatch):
@@ -191,6 +196,23 @@ def test_a_start_killed_while_it_takes_a_run_over_is_made_good_by_the_next(funct
     record = study.start(old.parent)["ce-s0"]
     assert record["status"] == FINISHED and record["adopted"]["run"] == "old"
     assert sorted(path.name for path in study.path.iterdir()) == ["ce-s0", "study.json"]
+
+
+def test_a_run_whose_images_are_not_here_is_taken_and_that_is_said(tmp_path, monkeypatch):
+    old = finished(tmp_path / "elsewhere" / "old", "method=ce")
+    monkeypatch.setattr("orchestration.studies.adoption._digest_here", lambda *_: None)
+    study = Study(tmp_path)
+    assert study.start(old.parent)["ce-s0"]["status"] == FINISHED
+    assert study.said[0] == "images of 1 run are not here, and were not compared"
+
+
+def test_the_password_of_a_tracking_server_stays_out_of_a_run_that_is_taken_over(tmp_path):
+    finished(tmp_path / "elsewhere" / "old", "method=ce")
+    study = Study(tmp_path, "method=ce", "tracking.enabled=true", "tracking.uri=http://me:secret@server:5000")
+    study.words.remove("tracking.enabled=false")
+    assert study.start(tmp_path / "elsewhere")["ce-s0"]["status"] == FINISHED
+    text = (study.path / "ce-s0" / "config.yaml").read_text()
+    assert "server:5000" in text and "secret" not in text
 
 
 def test_of_two_runs_that_are_the_same_one_is_taken_and_the_other_named(tmp_path):
