@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -99,6 +100,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted")
         return 130
+    except SystemExit as end:
+        if end.code != signal.SIGTERM:  # which is what Ray exits with, until a run watches for signals
+            raise
+        say("stopped by SIGTERM; the same command goes on")
+        return 128 + signal.SIGTERM
     except BaseException as error:  # a stop is no Exception: nothing that guards a picture may swallow it
         if not isinstance(error, Exception) and not hasattr(error, "exit_code"):
             raise  # SystemExit and whatever else is no answer to give

@@ -114,7 +114,7 @@ def _train(admitted: Admission, folder: RunFolder, marks: dict[str, float]) -> i
             _conclude(config, folder, outcome)
     except BaseException as problem:
         # Record how the run ended, save what it has, and end the uploader, each even if the one before fails.
-        stopped = isinstance(problem, Stopped | Preempted | KeyboardInterrupt)
+        stopped = isinstance(problem, Stopped | Preempted | KeyboardInterrupt | SystemExit)
         with contextlib.suppress(OSError):  # a full disk must not hide the first problem
             if (folder.path / CONFIG).exists():
                 folder.update_run(status="stopped" if stopped else "failed", problem=str(problem))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import warnings
 
@@ -111,3 +112,14 @@ def test_processes_keep_their_docstrings(given, handed_on, monkeypatch, capsys):
     cli._keep_docstrings()
     assert os.environ["PYTHONOPTIMIZE"] == handed_on
     assert ("PYTHONOPTIMIZE = 2 is 1 for" in capsys.readouterr().err) == (given == "2")
+
+
+def test_a_sigterm_that_ray_answers_ends_a_command_as_any_other(monkeypatch, capsys):
+    """Ray's handler, in place until a run watches for signals, exits with the bare number."""
+
+    def ray_answers(options):
+        sys.exit(signal.SIGTERM)
+
+    monkeypatch.setitem(cli.TRAINING, "doctor", cli.TRAINING["doctor"]._replace(carry_out=ray_answers))
+    assert main(["doctor"]) == 143
+    assert "stopped by SIGTERM; the same command goes on" in capsys.readouterr().err
