@@ -62,8 +62,8 @@ def _predict(options: argparse.Namespace) -> int:
 
     how = Options(options.model, options.stage, options.top, options.csv)
     text, unread = predict(options.source, options.files, how)
-    show(text)
-    return 1 if unread and options.strict else 0
+    complete = show(text)
+    return 1 if not complete or (unread and options.strict) else 0
 
 
 def _export_options(parser: argparse.ArgumentParser) -> None:

@@ -99,6 +99,14 @@ def test_csv_is_written_to_a_file_that_cannot_be_an_image(grey, tmp_path, capsys
     assert "class" in rows[0] and "class2" not in rows[0]
 
 
+def test_answers_that_a_full_disk_lacks_are_no_success(grey, tmp_path, monkeypatch, capsys):
+    (file,) = written(tmp_path, 1)
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert main(["predict", str(grey), file, "--csv", "-"]) == 1
+    assert "standard output cannot be written (No space left on device)" in capsys.readouterr().err
+
+
 def test_whole_pictures_are_never_more_than_the_threads_that_decode(grey, tmp_path, monkeypatch):
     """However many files there are: each picture is brought to the frame before the next one is decoded."""
     alive, most = set(), []
