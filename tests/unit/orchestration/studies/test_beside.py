@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from orchestration.config.compose import load_config
-from orchestration.config.folders import choices
+from orchestration.config.folders import choices, configs_folder
+from orchestration.config.layers import read_yaml
 from orchestration.reports.asked import asked_of
 from orchestration.reports.published import published_for, published_tables
 from orchestration.reports.write import write_report
@@ -157,3 +158,24 @@ def test_a_plan_says_what_will_stand_beside_what_is_missing_and_what_must_be_fet
     assert "remark    DR: 37.40 is printed, 38.12 follows from its groups" in lines
     assert sum(line.startswith("not there  method.backbone_weights: ") for line in lines) == 1
     assert not any(line.startswith("without") for line in lines), "every recipe has its row"
+
+
+def test_the_result_of_a_recipe_is_that_of_its_row_where_both_are_from_one_table():
+    """configs/published.yaml has the survey's 90 epochs and H2T's ratio 100, one result per recipe."""
+    homes = {
+        "survey, Table": (("survey_table5", "survey_table6"), {"stage.epochs": 90}),
+        "H2T slides": (("h2t_slides_cifar100",), {"dataset.imbalance_ratio": 100.0}),
+    }
+    compared = 0
+    for recipe, of_data in read_yaml(configs_folder() / "published.yaml")["results"].items():
+        for result in of_data.values():
+            home = next((home for source, home in homes.items() if result["remark"].startswith(source)), None)
+            for name in home[0] if home else ():
+                table = published_tables()[name]
+                (block,) = [block for block in table.blocks if block.conditions == home[1]]
+                (label,) = [label for label, row in table.recipes.items() if row.recipe == recipe]
+                values = dict(zip(table.columns, block.rows[label], strict=True))
+                shared = values.keys() & result["top1"].keys()
+                compared += len(shared)
+                assert {key: values[key] for key in shared} == {key: result["top1"][key] for key in shared}
+    assert compared >= 15
