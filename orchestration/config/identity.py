@@ -67,8 +67,8 @@ def published_result(config: RunConfig) -> Expected | None:
     if expected is None:
         return None
     flat = flatten(config.model_dump(mode="json"))
-    # Published with the data set's own augmentation, unless the conditions name another.
-    conditions = {"dataset.augment.pieces": None, **expected.conditions}
+    # Published with the data set's own augmentation, unless the conditions name another, and with all epochs.
+    conditions = {"dataset.augment.pieces": None, "run.max_steps": None, **expected.conditions}
     return expected if all(flat.get(key) == value for key, value in conditions.items()) else None
 
 

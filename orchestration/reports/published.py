@@ -26,6 +26,8 @@ from orchestration.results.tables import CLASS_GROUPS
 Column = Literal["all", "many", "medium", "few", "error", "upper", "relative"]
 _STAGE = "stage."  # of a condition: a key of every stage that learns the trunk, as in the files of recipes
 _ABSENT = object()
+_USUAL = {"dataset.augment.pieces": None, "stage.augment": None, "run.max_steps": None}
+"""Published with the data set's own augmentation, unless the conditions name another, and with all epochs."""
 
 
 class _Keys(BaseModel):
@@ -152,9 +154,7 @@ def _fitting(config: RunConfig, stage: str, names: Sequence[str]) -> Iterator[Pu
             continue
         flat = flat or flatten(config.model_dump(mode="json"))
         for (label, row), block in itertools.product(rows.items(), table.blocks):
-            # Published with the data set's own augmentation, unless the conditions name another.
-            conditions = {"dataset.augment.pieces": None} | data.get(table.dataset, {}) | table.conditions
-            conditions |= block.conditions | row.conditions
+            conditions = _USUAL | data.get(table.dataset, {}) | table.conditions | block.conditions | row.conditions
             values = _values(table, block, label)
             if values and _met(config, flat, final, conditions):
                 yield Published(name, label, values, table.origin, table.remarks(label))
