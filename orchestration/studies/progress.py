@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import sys
@@ -43,7 +44,7 @@ class Progress:
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = sys.stderr if stream is None else stream
-        self._drawn, self._at = "", -_EVERY_S
+        self._drawn, self._at = "", -math.inf
         self._terminal = False
         with contextlib.suppress(Exception):
             self._terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
@@ -56,6 +57,7 @@ class Progress:
         else:
             show(f"expertail: {text}", self._stream)
         self._write(self._drawn)
+        self._at = -math.inf  # what was said has changed how far the study is
 
     def draw(self, text: str) -> None:
         """Bring the line up to date, at most once per second."""

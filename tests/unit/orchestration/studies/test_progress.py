@@ -22,9 +22,11 @@ def test_a_terminal_has_a_line_that_stays_below_what_is_said(monkeypatch):
     progress.draw("1 of 8 ended, 2 running, 5 waiting")
     progress.draw("too soon after the first")
     progress.say("ce-s0: finished")
+    progress.draw("2 of 8 ended")
     progress.close()
     line = "1 of 8 ended, 2 running, 5 wa"
-    assert stream.getvalue() == f"\r\x1b[K{line}\r\x1b[Kexpertail: ce-s0: finished\n{line}\r\x1b[K"
+    said = f"\r\x1b[Kexpertail: ce-s0: finished\n{line}"
+    assert stream.getvalue() == f"\r\x1b[K{line}{said}\r\x1b[K2 of 8 ended\r\x1b[K"
 
 
 @pytest.mark.parametrize(("stream", "term"), [(io.StringIO(), "xterm"), (Terminal(), "dumb")])
