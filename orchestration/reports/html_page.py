@@ -102,7 +102,7 @@ def _name(section: Section) -> str:
     data = section.table.data
     most, least = max(data.counts), min(data.counts)
     ratio = f", ratio {most / least:.4g}" if least else ""
-    return _escaped(f"{section.table.number}. {data.name}{ratio}, {section.table.schedule.epochs} epochs")
+    return _escaped(f"{section.table.number}. {data.name}{ratio}, {section.table.schedule.length}")
 
 
 def _head(section: Section, numbered: bool) -> Iterator[str]:

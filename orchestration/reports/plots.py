@@ -104,7 +104,7 @@ def spread_out(wanted: np.ndarray, step: float) -> np.ndarray:
 def title(figure: Any, section: Section, text: str) -> None:
     """Write above a picture what it shows, and of which data."""
     data, schedule = section.table.data, section.table.schedule
-    set_figure_title(figure, f"{text}\n{data.name}, {schedule.backbone}, {schedule.epochs} epochs")
+    set_figure_title(figure, f"{text}\n{data.name}, {schedule.backbone}, {schedule.length}")
 
 
 def grid_of(count: int, widest: int = 6) -> tuple[int, int]:

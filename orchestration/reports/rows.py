@@ -16,6 +16,7 @@ from orchestration.config.identity import identity
 from orchestration.config.run_config import RunConfig
 from orchestration.reports.records import Data, LeftOut, Model, Record
 from orchestration.reports.statistics import mean_and_sd
+from orchestration.results.text import plural
 
 _OF_DATA = ("dataset.augment", "dataset.eval", "dataset.mean", "dataset.std")
 """Keys of the data set that belong to a recipe; the digest and `Schedule` answer for the others."""
@@ -45,10 +46,15 @@ class Schedule(NamedTuple):
     images: int | None
 
     @property
+    def length(self) -> str:
+        """How long training is, in words."""
+        return plural(self.epochs, "epoch")
+
+    @property
     def line(self) -> str:
         cut = f", cut after {self.max_steps:,} steps" if self.max_steps else ""
         images = f" ({self.images:,} images)" if self.images else ""
-        return f"{self.backbone}, {self.image_size} pixels, {self.epochs} epochs{cut}; measured on {self.split}{images}"
+        return f"{self.backbone}, {self.image_size} pixels, {self.length}{cut}; measured on {self.split}{images}"
 
 
 @dataclass(frozen=True)
