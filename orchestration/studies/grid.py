@@ -30,7 +30,7 @@ from orchestration.storage.location import run_path
 from orchestration.storage.url_store import is_url
 from orchestration.studies.points import Point
 from orchestration.studies.shared_stages import stage_digests
-from orchestration.studies.study_config import PARTS, StudyConfig, default_name, plain_word, short_key
+from orchestration.studies.study_config import PARTS, StudyConfig, default_name, in_label, plain_word, short_key
 from orchestration.tracking.uri import default_uri
 
 BALANCED = "dataset.balanced"
@@ -113,7 +113,7 @@ def lay_out(study: StudyConfig, gpu_share: float | None = None, *, files: bool =
 def label_of(words: Sequence[str]) -> dict[str, str]:
     """Return words as pairs of a label; no mixing and no further stage are `none`."""
     pairs = (word.partition("=")[::2] for word in words)
-    return {key: _NONE if key in PARTS and value in ("null", "[]", "") else value for key, value in pairs}
+    return {key: in_label(key, value) for key, value in pairs}
 
 
 # Combinations

@@ -74,7 +74,7 @@ def _number_or_auto(value: Any) -> Any:
 
 def _truth_or_words(value: Any) -> Any:
     """Refuse what is neither a truth nor a list, in one message for both."""
-    if isinstance(value, bool | list | tuple):
+    if isinstance(value, bool) or (isinstance(value, list) and all(isinstance(word, str) for word in value)):
         return value
     raise ValueError("needed true or false, or a list of words")
 
@@ -90,6 +90,14 @@ def _once(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
+def _keys_once(words: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse words that set one key twice: the later would win in silence."""
+    keys = Counter(word.partition("=")[0] for word in words)
+    if twice := [key for key, count in keys.items() if count > 1]:
+        raise ValueError(f"{', '.join(twice)} set twice in {' '.join(words)}; needed once")
+    return words
+
+
 def _some(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if not values:
         raise ValueError("needed at least one")
@@ -99,6 +107,8 @@ def _some(values: tuple[Any, ...]) -> tuple[Any, ...]:
 def _worded(recipes: tuple[Recipe, ...]) -> tuple[Recipe, ...]:
     if not all(recipe.words.strip() and (recipe.label is None or recipe.label.strip()) for recipe in recipes):
         raise ValueError("a recipe without words, or with a blank label; needed e.g. method=ride mix=cmo")
+    for recipe in recipes:
+        _keys_once(tuple(recipe.words.split()))
     return recipes
 
 
@@ -117,7 +127,7 @@ class StudyConfig(_Keys):
 
     name: Annotated[str | None, BeforeValidator(_name)] = None
     """Folder below run.dir. Unset: the name of the file, or else what varies and the data."""
-    words: tuple[str, ...] = ()
+    words: Annotated[tuple[str, ...], AfterValidator(_keys_once)] = ()
     """For all runs."""
     axes: dict[str, _Values] = Field(default_factory=dict)
     """Values by key or group; every combination is a run."""
@@ -203,7 +213,7 @@ class _Loader(yaml.SafeLoader):
     """Reads YAML as `safe_load` does, and refuses a key that is there twice: the second would win in silence."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        for key, count in Counter(key.value for key, _ in node.value).items():
+        for key, count in Counter(str(key.value) for key, _ in node.value).items():
             if count > 1:
                 raise yaml.constructor.ConstructorError(
                     problem=f"the key {key} is there {count} times", problem_mark=node.start_mark
@@ -278,7 +288,12 @@ def as_value(key: str, value: Any) -> str:
     except HydraException:
         found = None
     quoted = text.replace("\\", "\\\\").replace("'", "\\'")
-    return found or f"'{quoted}'"
+    return in_label(key, found or f"'{quoted}'")
+
+
+def in_label(key: str, value: str) -> str:
+    """Return a value as a label has it: no mixing and no further stage are `none`."""
+    return "none" if key in PARTS and value in ("null", "[]", "") else value
 
 
 def as_text(value: Any) -> str:
@@ -346,18 +361,19 @@ def _shorten_exclusions(tree: dict[str, Any], key: str, values: Sequence[str]) -
     if isinstance(tree.get("exclude"), list):
         tree["exclude"] = [
             pairs for pairs in tree["exclude"]
-            if not isinstance(pairs, dict) or pairs.get(key) in (None, *(_NONE.get(value, value) for value in values))
+            if not isinstance(pairs, dict) or pairs.get(key) in (None, *(in_label(key, value) for value in values))
         ]  # fmt: skip
-
-
-_NONE = {"null": "none", "[]": "none"}
 
 
 def _values(parser: OverridesParser, word: str) -> list[str] | None:
     """Return the values of a word that has several, each as the text of a word; None if it has one."""
     try:
         override = parser.parse_override(word)
-        return _texts(override) if override.is_sweep_override() else None
+        return (
+            [in_label(override.key_or_group, text) for text in _texts(override)]
+            if override.is_sweep_override()
+            else None
+        )
     except HydraException:
         return None  # a path with spaces, say; composing says what is wrong with others
 
