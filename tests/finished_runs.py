@@ -11,7 +11,7 @@ import numpy as np
 from aggregation.metrics import all_groups
 from aggregation.predictions import Predictions
 from orchestration.config.compose import compose, to_yaml
-from orchestration.config.identity import config_hash
+from orchestration.config.identity import config_hash, deciding_keys
 from orchestration.config.run_config import RunConfig
 from orchestration.storage.files import CONFIG, DATA, RUN, write_json
 from orchestration.storage.predictions import write_predictions
@@ -62,6 +62,7 @@ def finish(
 def _facts(config: RunConfig) -> dict[str, Any]:
     return {
         "status": "finished", "commit": "c0ffee", "config_hash": config_hash(config), "seed": config.seed,
+        "parameters": deciding_keys(config), "size": {"parameters": 80_000, "multiply_adds": 4_000_000},
         "versions": {"torch": "2"}, "host": {"processor": "P", "cpus": 2}, "mesh": {"slots": 1, "replicas": 1},
         "cost": {"worker_hours": 0.5, "cpu_hours": 0.5, "gpu_hours": 0.0},
     }  # fmt: skip
@@ -110,7 +111,8 @@ def _evaluation(
     ensemble = {"top1": top1, "nll": 1.5, "ece": 0.1, "mce": 0.2, "per_class": per_class}
     stage = config.method.final
     return {
-        "split": "test", "selected_on": "test" if which == "best" else None, "stage": stage,
+        "split": "test", "selected_on": "test" if which == "best" else None, "selected_value": top1["all"],
+        "stage": stage,
         "epoch": config.method.stages[stage].epochs, "step": 9 if which == "last" else 5, "num_images": images,
         "members": {"ensemble": ensemble}, "per_image": {},
     }  # fmt: skip

@@ -140,7 +140,8 @@ def _import_weights(options: argparse.Namespace) -> int:
 
 
 def _promote_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="run folder or its URL, e.g. runs/ride-digits_lt-s0")
+    text = "run folder or its URL, or a study's folder: its best run by the split that chose the epochs"
+    parser.add_argument("run", metavar="RUN|STUDY", help=text)
     parser.add_argument("--alias", default="best", help="the alias to set (default: best)")
     parser.add_argument("--model", choices=("best", "last"), default="best", help="which of the run's (default: best)")
     parser.add_argument("--stage", metavar="STAGE", default="", help="which of several final stages, e.g. crt")

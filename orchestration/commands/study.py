@@ -35,8 +35,7 @@ from orchestration.studies.side_by_side import SideBySide
 from orchestration.studies.status import status_text
 from orchestration.studies.study_config import read_study
 from orchestration.studies.study_folder import StudyFolder, held, refuse, with_a_folder
-from orchestration.tracking.ownership import settle_ownership
-from orchestration.tracking.uploader import start_uploader
+from orchestration.tracking.series import StudyUpload
 
 _STOPPED_WAIT_S = 10.0  # for the last upload of a study that was stopped: batch systems kill soon after their signal
 _LIVE_S = 600.0  # between two reports while runs train
@@ -81,9 +80,10 @@ def study(words: Sequence[str]) -> int:
         stack.enter_context(cluster(grid.address))
         grid, folder, points = _take(grid)
         lent = carry_out(elsewhere, folder, points, grid.defaults, say) if grid.study.adopt else {}
+        upload = _upload(grid, folder)  # before its runs, which find their parents in MLflow by the study's key
         number = _train(grid, folder, points, lanes, lent)
         with signals_stop("the study's report was written"):
-            _conclude(grid, folder, number)
+            _conclude(folder, number, upload)
     if number is not None:
         raise Stopped(number, f"study {grid.name}: stopped; the same command goes on")
     failed = [record["run"] for record in folder.records if record["status"] == FAILED]
@@ -103,14 +103,15 @@ def _take(grid: Grid) -> tuple[Grid, StudyFolder, list[Point]]:
     return grid, folder, points
 
 
-def _conclude(grid: Grid, folder: StudyFolder, number: int | None) -> None:
+def _conclude(folder: StudyFolder, number: int | None, upload: StudyUpload | None) -> None:
     """Say how the runs stand, write the report and upload it. A study that a signal stopped ends soon, without both."""
     if number is None:
         _evaluate(folder)
     show(status_text(folder.path, who=False))
     if number is None and any(record["status"] == FINISHED for record in folder.records):
         _report(folder)
-    _upload(grid, folder, _STOPPED_WAIT_S if number is not None else None)
+    if upload is not None:
+        upload.finish(_STOPPED_WAIT_S if number is not None else None)
 
 
 def gpu_share(nodes: Mapping[str, Mapping[str, float]]) -> float | None:
@@ -151,7 +152,6 @@ def _train(
     say(f"study {grid.name}: {plural(len(points), 'run')}, {done} finished, {len(left)} to train; folder {folder.path}")
     if not left:
         return None
-    _settle(grid, folder)
     lanes.connect(own_address())
     live, progress = _LiveReport(folder), Progress()
     try:
@@ -216,34 +216,12 @@ def _tracked(grid: Grid) -> RunConfig | None:
     return config if config.tracking.enabled else None
 
 
-def _settle(grid: Grid, folder: StudyFolder) -> None:
-    """Give a copied study an MLflow run of its own, before its runs name it as their parent."""
-    if _tracked(grid) is None:
-        return
-    try:
-        if line := settle_ownership(folder.path):
-            say(line)
-    except (OSError, ValueError) as problem:  # of the upload alone
-        say(f"tracking: {in_one_line(problem)}; training goes on; later: expertail sync {folder.path}")
-
-
-def _upload(grid: Grid, folder: StudyFolder, wait_s: float | None) -> None:
-    """Upload the study's own files to the parent of its runs in MLflow. A failure costs a line.
-
-    Args:
-        grid, folder: of the study.
-        wait_s: how long it may take; None for what its config says.
-    """
+def _upload(grid: Grid, folder: StudyFolder) -> StudyUpload | None:
+    """Start the upload of the study itself, which follows it while it trains; None where it is not tracked."""
     config = _tracked(grid)
     if config is None or config.tracking.uri is None:
-        return
+        return None
     if any("adopted" in record for record in folder.records):
         say(f"runs that were taken over are sent to MLflow by: expertail sync {folder.path}")
-    try:
-        _settle(grid, folder)
-        uploader = start_uploader(folder.path, config.tracking.uri, config.tracking.experiment)
-        problem = uploader.finish(config.tracking.final_wait_s if wait_s is None else wait_s)
-    except Exception as error:  # the runs are trained, and this does not change it
-        problem = f"the study's own files were not uploaded: {in_one_line(error)}"
-    if problem:
-        say(problem)
+    tracking = config.tracking
+    return StudyUpload(folder.path, config.tracking.uri, tracking.experiment, tracking.final_wait_s)

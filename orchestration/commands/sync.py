@@ -60,8 +60,16 @@ def _sync_all(path: Path, runs: Sequence[Path], uri: str | None) -> str | None:
 
     if line := settle_ownership(path):  # before its runs, whose parent in MLflow is the one that it names
         say(line)
-    # The runs first, then the own files of the whole, which go to the parent of the runs in MLflow.
-    problems = [sync_run(str(run), uri) for run in started]
+    # The runs first, then what is the study's own: means of its rows, and files.
+    problems = [_or_problem(run, uri) for run in started]
     config = from_yaml(started[0] / CONFIG)
     problems.append(sync(path, uri or tracking_uri(config), config.tracking.experiment, path.name))
     return "\n".join(filter(None, problems)) or None
+
+
+def _or_problem(run: Path, uri: str | None) -> str | None:
+    """Upload what is missing of a run of a study. A run that trains or is damaged costs itself and a line."""
+    try:
+        return sync_run(str(run), uri)
+    except ValueError as problem:
+        return str(problem)

@@ -28,6 +28,7 @@ from orchestration.cluster.preemption import Preempted
 from orchestration.config.folders import digests
 from orchestration.config.messages import in_one_line, say, show
 from orchestration.config.run_config import RunConfig
+from orchestration.preflight.plan import size_of
 from orchestration.results.measures_table import measures_lines
 from orchestration.results.page import PAGE, write_page
 from orchestration.results.run_table import run_table
@@ -217,7 +218,18 @@ def _conclude(config: RunConfig, folder: RunFolder, outcome: Outcome) -> None:
         export_finals(stored, folder, outcome.stage, outcome.checkpoint)
         (folder.path / TABLE).parent.mkdir(exist_ok=True)
         write_atomic(folder.path / TABLE, visible(_stored_table(config, folder), keep="\n") + "\n")
-    folder.update_run(status="finished" if outcome.finished else "stopped", ended=time.time())
+    size = _size(stored, folder) if outcome.finished else {}
+    folder.update_run(status="finished" if outcome.finished else "stopped", ended=time.time(), **size)
+
+
+def _size(config: RunConfig, folder: RunFolder) -> dict[str, dict[str, int | None]]:
+    """Return parameters and multiply-adds per image of the ensemble that answers, for run.json."""
+    try:
+        found = size_of(config, config.method.final, len(folder.read_data()["counts"]))
+    except Exception as problem:  # a size that cannot be counted must not cost the run
+        say(f"the size of the ensemble was not counted: {in_one_line(problem)}")
+        return {}
+    return {"size": {"parameters": found.parameters, "multiply_adds": found.work}}
 
 
 def _report(config: RunConfig, folder: RunFolder, *, files_known: bool = False) -> bool:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
+
+from pydantic import BaseModel
 
 from orchestration.config.recipe import Expected
 from orchestration.config.run_config import RunConfig
@@ -39,6 +42,34 @@ def identity(config: RunConfig) -> dict[str, Any]:
 def config_hash(config: RunConfig) -> str:
     """Return twelve hexadecimal digits that name the identity of a run."""
     return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def deciding_keys(config: RunConfig) -> list[str]:
+    """Return the keys that tell a run from another: those that determine the results and are not at their defaults.
+
+    Two configs with different identities differ in one of them. The seed, and names of chosen pieces, are always there.
+    """
+    known = {*identity(config), "run.max_steps"}
+    return [key for key in _keys_set(config) if key in known]
+
+
+def _keys_set(settings: BaseModel, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of settings that are not at their defaults; lists and empty mappings count as values."""
+    for name, field in type(settings).model_fields.items():
+        value, always = getattr(settings, name), name == "name" or prefix + name == "seed"
+        if always or value != field.get_default(call_default_factory=True):
+            yield from _leaves_set(value, prefix + name)
+
+
+def _leaves_set(value: Any, key: str) -> Iterator[str]:
+    if isinstance(value, BaseModel):
+        # Settings that are all at their defaults, where nothing is the default: every key says that they are there.
+        yield from list(_keys_set(value, f"{key}.")) or flatten({key: value.model_dump(mode="json")})
+    elif isinstance(value, dict) and value:
+        for name, item in value.items():
+            yield from _leaves_set(item, f"{key}.{name}")
+    else:
+        yield key
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

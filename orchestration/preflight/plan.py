@@ -326,6 +326,12 @@ def _without_steps(config: RunConfig, name: str, shape: MeshShape, num_classes: 
     )
 
 
+def size_of(config: RunConfig, stage: str, num_classes: int) -> Size:
+    """Return the size of a stage's ensemble as a plan has it, without rehearsing a step, which takes far longer."""
+    held, costs = size_without_steps(config, stage, num_classes)
+    return _size([held], costs)
+
+
 def epoch_of(name: str, stage: StageConfig, counts_C: np.ndarray) -> tuple[int, int, int]:
     """Return the images and steps per epoch, and the images of its last step.
 

@@ -21,7 +21,7 @@ import psutil
 
 from orchestration import __version__
 from orchestration.config.compose import from_yaml, to_yaml
-from orchestration.config.identity import config_hash, difference, identity
+from orchestration.config.identity import config_hash, deciding_keys, difference, identity
 from orchestration.config.paths import code_root
 from orchestration.config.run_config import RunConfig
 from orchestration.config.secrets import redact
@@ -124,11 +124,12 @@ class RunFolder:
         write_atomic(self.path / CONFIG, to_yaml(kept))
 
     def record_start(self, config: RunConfig, hosts: list[dict[str, Any]], shape: dict[str, int]) -> None:
-        """Add this start to run.json: command, versions, host, mesh, files of the recipe."""
+        """Add this start to run.json: command, parameters, versions, host, mesh, files of the recipe."""
         found = {
             "command": _command(),
             "commit": _commit(),
             "config_hash": config_hash(config),
+            "parameters": deciding_keys(config),
             "seed": config.seed,
             "resume": config.resume,
             "status": "running",
@@ -157,6 +158,7 @@ class RunFolder:
             created=self.read_run().get("created", _now()),
             command=_command(),
             config_hash=config_hash(config),
+            parameters=deciding_keys(config),
             seed=config.seed,
             status="waiting",
             waits_for=awaited,

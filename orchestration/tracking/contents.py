@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from orchestration.storage.study_file import STUDY_FILE
 
 PER_CLASS_FILE = "per_class.json"
 _MOST_CHARACTERS = 250  # of a name or a value: older servers take no more
+_NOTE = 4900  # characters of a description; the server takes 5000
 _STATUS = {
     "waiting": "RUNNING", "running": "RUNNING", "finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED",
 }  # fmt: skip
@@ -36,17 +37,35 @@ def study_folder(run_dir: Path) -> Path | None:
 def describe_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Return the run, the data and the config that a folder describes; for a study, what was asked for."""
     if study := read_json(folder / STUDY_FILE):
-        return (
-            {"status": _study_status(study)},
-            {},
-            {"study": {k: study[k] for k in ("name", "words", "axes", "seeds")}},
-        )
+        return {"status": overall_status(study["points"])}, {}, {}
     return read_json(folder / "run.json"), read_json(folder / "data.json"), read_config(folder)
 
 
-def _study_status(study: Mapping[str, Any]) -> str:
-    statuses = {point["status"] for point in study["points"]}
+def overall_status(points: Iterable[Mapping[str, Any]]) -> str:
+    """Return what became of runs of a study as a whole, by their records in study.json."""
+    statuses = {point.get("status", "waiting") for point in points}
     return next((status for status in ("running", "stopped", "waiting", "failed") if status in statuses), "finished")
+
+
+def study_tags(folder: Path) -> dict[str, str]:
+    """Return what a study is made of: recipes and values, seeds, and how many runs have which state; {} for others.
+
+    Tags and not parameters: they change when the study grows.
+    """
+    study = read_json(folder / STUDY_FILE)
+    if not study:
+        return {}
+    statuses = [str(point.get("status", "waiting")) for point in study["points"]]
+    found = {
+        "study": folder.name,
+        "role": "study",
+        "words": " ".join(study.get("words") or ()),
+        "axes": "; ".join(f"{key}={','.join(values)}" for key, values in (study.get("axes") or {}).items()),
+        "seeds": ",".join(map(str, study.get("seeds") or ())),
+        "baseline": str(study.get("baseline") or ""),
+        "runs": ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses)),
+    }
+    return {key: redact(value)[:5000] for key, value in found.items() if value}
 
 
 def metric_key(name: str, stage: str, stages: list[str]) -> str:
@@ -58,8 +77,12 @@ def metric_key(name: str, stage: str, stages: list[str]) -> str:
     return re.sub(r"[^\w./ :-]", "_", key)[:_MOST_CHARACTERS]
 
 
-def parameters(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return the config as flat parameters, `method.stages.train.epochs: "200"`, long values cut, without secrets."""
+def parameters(config: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, str]:
+    """Return the config as flat parameters, `method.stages.train.epochs: "200"`, long values cut, without secrets.
+
+    Only the keys that run.json lists as `parameters`, which decide the result; none before it has a list. A run of an
+    earlier version has none: every key.
+    """
 
     def flat(value: Any, key: str) -> Iterator[tuple[str, str]]:
         if isinstance(value, Mapping) and value:
@@ -72,7 +95,11 @@ def parameters(config: Mapping[str, Any]) -> dict[str, str]:
             text = text[: _MOST_CHARACTERS - 20] + " ... see config.yaml"
         yield re.sub(r"[^\w./ :-]", "_", key)[:_MOST_CHARACTERS], text
 
-    return dict(flat(config, ""))
+    found = dict(flat(config, ""))
+    if "config_hash" in run and "parameters" not in run:
+        return found
+    listed = tuple(run.get("parameters") or ())
+    return {key: value for key, value in found.items() if key in listed}
 
 
 def fitted_parameters(run_dir: Path) -> dict[str, str]:
@@ -85,9 +112,34 @@ def fitted_parameters(run_dir: Path) -> dict[str, str]:
     return found
 
 
+def recipe_tags(run: Mapping[str, Any], data: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a recipe is called by: method, mix, then, dataset, ratio, experts; `none` for no mixing or stage.
+
+    They are those that chose the config, by run.json; without it, method is the recipe's whole name.
+    """
+    chosen: dict[str, list[str]] = {}
+    for name in run.get("recipe") or ():
+        group, _, choice = name.partition("/")
+        chosen.setdefault(group, []).append(choice.partition(" on ")[0])
+    method, dataset = config.get("method") or {}, config.get("dataset") or {}
+    counts = [count for count in data.get("counts") or () if count]
+    ratio = dataset.get("imbalance_ratio") if not dataset.get("balanced") else None
+    ratio = ratio or (max(counts) / min(counts) if counts else None)
+    found = {
+        "method": "+".join(chosen.get("method", [])) or method.get("name"),
+        "dataset": data.get("dataset") or dataset.get("name"),
+        "ratio": None if ratio is None else f"{ratio:.4g}",
+        "experts": method.get("num_experts"),
+    }
+    found |= {group: "+".join(dict.fromkeys(chosen.get(group, ()))) or "none" for group in ("mix", "then") if chosen}
+    return {key: str(value) for key, value in found.items() if value is not None}
+
+
 def tags(run: Mapping[str, Any], data: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
-    """Return what a run was made with: commit, command, host, versions, dataset digest, config hash."""
+    """Return what a run was made with: recipe, commit, command, host, versions, dataset digest, config hash."""
     found: dict[str, Any] = {
+        **recipe_tags(run, data, config),
+        "study": run.get("study"),
         "command": run.get("command"),
         "mlflow.source.name": "expertail",
         "mlflow.source.git.commit": run.get("commit"),
@@ -97,7 +149,6 @@ def tags(run: Mapping[str, Any], data: Mapping[str, Any], config: Mapping[str, A
         "status": run.get("status"),
         # A tag cannot be taken back: that of an earlier start is overwritten.
         **{name: run[name] or "none" for name in ("problem", "waits_for") if name in run},
-        "dataset": data.get("dataset"),
         "dataset_digest": data.get("digest"),
         "dataset_images": data.get("total"),
         "resume": run.get("resume"),
@@ -121,9 +172,14 @@ def time_ms(run: Mapping[str, Any], name: str) -> int | None:
 
 
 def note(folder: Path) -> str | None:
-    """Return the text that MLflow shows as a run's description: its final table; None where there is none yet."""
-    path = folder / "report" / "table.txt"
-    return f"```\n{path.read_text()[:4900].rstrip()}\n```" if path.exists() else None
+    """Return the text that MLflow shows as a run's description: its final table; None where there is none yet.
+
+    Of a study it is the beginning of its report, which is Markdown, as far as whole paragraphs fit.
+    """
+    report, path = folder / "report" / "report.md", folder / "report" / "table.txt"
+    if (folder / STUDY_FILE).exists():
+        return report.read_text()[:_NOTE].rpartition("\n\n")[0] or None if report.exists() else None
+    return f"```\n{path.read_text()[:_NOTE].rstrip()}\n```" if path.exists() else None
 
 
 def mlflow_status(run: Mapping[str, Any]) -> str:
@@ -132,14 +188,13 @@ def mlflow_status(run: Mapping[str, Any]) -> str:
 
 
 def model_name(config: Mapping[str, Any], experiment: str) -> str:
-    """Return the name that the run's models are registered under: `<experiment>-<dataset>-<method>`."""
+    """Return the name that the run's models are registered under: `<experiment>-<dataset>`.
 
-    def name(group: str) -> str | None:
-        value = config.get(group)
-        value = value.get("name") if isinstance(value, Mapping) else value
-        return value if isinstance(value, str) else None
-
-    words = [experiment, name("dataset"), name("method")]
+    All recipes of an experiment that answer with the same classes share it, so that an alias can name the best of them.
+    """
+    value = config.get("dataset")
+    value = value.get("name") if isinstance(value, Mapping) else value
+    words = [experiment, value if isinstance(value, str) else None]
     # MLflow takes no name that might be a path.
     return re.sub(r"[^\w. -]|^\.", "_", "-".join(word for word in words if word))
 
@@ -152,7 +207,7 @@ def files(run_dir: Path) -> dict[str, str | Path]:
             found[path.name] = redact(path.read_text())
 
     patterns = ("data.json", "evaluation/**/*.json", "report/**/*.png", "report/*.txt", "report/*.html")
-    of_a_study = (STUDY_FILE, "report/*.md", "report/*.csv", "report/*.tex")
+    of_a_study = (STUDY_FILE, "report/report.*")
     for path in sorted(path for pattern in patterns + of_a_study for path in run_dir.glob(pattern)):
         found[path.relative_to(run_dir).as_posix()] = path
     data, results = read_json(run_dir / "data.json"), evaluations(run_dir)

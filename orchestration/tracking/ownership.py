@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.storage.files import read_json, write_json
+from orchestration.tracking.contents import study_folder
 from orchestration.tracking.process import STATE_FILE, hold_lock
 
 _WAIT_S = 30.0  # for another process that settles the same folder, which takes milliseconds
@@ -30,17 +31,25 @@ FOLDER, COPIED_FROM = "folder", "copied_from"
 def settle_ownership(run_dir: Path, url: str | None = None) -> str | None:
     """Note where a folder is, and give it a key of its own if it is a copy.
 
+    The study of a run is settled first: the parent of the run in MLflow is found by the study's key.
+
     Args:
         run_dir: the folder of a run or of a study.
         url: where the run is kept, of which the folder is a working copy.
 
     Returns:
-        A line that says whether the folder was moved or copied; None if it is where it was.
+        A line that says whether a folder was moved or copied, of both folders; None if they are where they were.
 
     Raises:
         ValueError: tracking.json is damaged, or another process kept it locked.
         OSError: it cannot be read or written.
     """
+    study = study_folder(run_dir) if url is None else None
+    lines = [_settle(study, None)] if study is not None else []
+    return "\n".join(filter(None, [*lines, _settle(run_dir, url)])) or None
+
+
+def _settle(run_dir: Path, url: str | None) -> str | None:
     path = run_dir / STATE_FILE
     with hold_lock(run_dir / f".{STATE_FILE}.run.lock", wait_s=_WAIT_S) as ours:
         if not ours:

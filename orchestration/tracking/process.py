@@ -57,7 +57,8 @@ class State:
         """Put the key on disk before an MLflow run carries it; where another process was faster, take its key."""
         on_disk = read_json(self._path).get(redact(self._uri), {})
         self.values.update({name: on_disk[name] for name in ("key", "run_id") if name in on_disk})
-        self.save()
+        if on_disk.get("key") is None:
+            self.save()
 
     def final_status(self, reported: str | None) -> str | None:
         """Return how the run ended: as reported now, else as reported last, if run.json was not written since.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from orchestration.config.secrets import redact
+from orchestration.storage.files import evaluations, read_json
+from orchestration.storage.study_file import read_study_file
 from orchestration.tracking.process import State, Target, request_timeout
 from orchestration.tracking.uri import check_uri
 
@@ -47,3 +50,72 @@ def set_alias(run_dir: Path, uri: str, experiment: str, model: str, alias: str) 
     was = before.get(alias)
     change = "as before" if was == version else f"before: version {was}" if was else "new"
     return f"models:/{name}@{alias} is version {version}, {model} of {run_dir.name} ({change})"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best run of a study for one registered model.
+
+    Attributes:
+        run: its folder.
+        accuracy: on the split that chose its epoch, fraction.
+        split: that one.
+        compared: number of runs that it is the best of.
+    """
+
+    run: Path
+    accuracy: float
+    split: str
+    compared: int
+
+    @property
+    def why(self) -> str:
+        """Why it was chosen, as the end of a sentence."""
+        shown = "TEST, which is optimistic" if self.split == "test" else self.split
+        return f"the best of {self.compared} by accuracy on {shown}: {100 * self.accuracy:.2f} %"
+
+
+def best_of_study(study: Path, uri: str, stage: str, model: str) -> list[Choice]:
+    """Return the best run of a study by the split that chose the epochs, for each registered model that its runs have.
+
+    Runs on the balanced variant of the data, references for relative accuracy, are left out.
+
+    Args:
+        study: its folder.
+        uri: of the tracking store.
+        stage: the final stage that the model is of; "" for the runs' own results.
+        model: that the runs must have in the store, as for `set_alias`.
+
+    Raises:
+        ValueError: no finished run has such a model there, or runs were chosen on different splits.
+    """
+    found: dict[str, list[tuple[Path, float, str]]] = {}
+    missing = list[str]()
+    for point in read_study_file(study).get("points", ()):
+        run = study / point["run"]
+        if point.get("role") == "reference" or read_json(run / "run.json").get("status") != "finished":
+            continue
+        best = evaluations(run, stage).get("best") or {}
+        sent = State(run, Target(check_uri(uri), "", run.name)).values.get("models") or {}
+        if model not in sent or best.get("selected_value") is None:
+            missing.append(run.name)
+            continue
+        name = sent[model].removeprefix("models:/").rpartition("/")[0]
+        split = best.get("selected_on") or best.get("split", "test")
+        found.setdefault(name, []).append((run, float(best["selected_value"]), split))
+    if missing or not found:
+        what = f"{', '.join(missing)} are without it" if missing else "no run of the study is finished"
+        raise ValueError(
+            f"{study}: needed {model} of every finished run in {redact(uri)}, but {what}; send what is missing: "
+            f"expertail sync {study}"
+        )
+    return [_best(name, runs) for name, runs in found.items()]
+
+
+def _best(name: str, runs: list[tuple[Path, float, str]]) -> Choice:
+    splits = {split: run for run, _, split in runs}
+    if len(splits) > 1:
+        told = "; ".join(f"{run.name} on {split}" for split, run in splits.items())
+        raise ValueError(f"{name}: epochs were chosen on different splits ({told}); promote a run by its folder")
+    run, accuracy, split = max(runs, key=lambda one: one[1])  # of equals the first, in the study's order
+    return Choice(run, accuracy, split, len(runs))

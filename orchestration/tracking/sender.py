@@ -14,8 +14,8 @@ Nothing is sent twice, whichever process is killed at whatever moment:
 - files are sent again only when they changed; models are found by the digest of their weights;
 - nothing else repeats a request: MLflow's own retries, which do not check what arrived, are switched off.
 
-A run of a study is a child of the study's MLflow run, which the first of them creates. The folder of a study holds
-those of its runs and is uploaded like a run, with its own files.
+A run of a study is a child of the MLflow run of its row, the runs that differ in their seed alone; the first of them
+creates it. The folder of a study holds those of its runs and is uploaded like a run, with its own files and its rows.
 
 MLflow is imported in the functions that need it: the import costs seconds, which no driver should pay.
 """
@@ -40,8 +40,9 @@ from orchestration.storage import journal
 from orchestration.storage.files import read_config
 from orchestration.storage.study_file import STUDY_FILE
 from orchestration.tracking import contents
+from orchestration.tracking.headline import headline, selection_tag
 from orchestration.tracking.mlflow_model import save_pyfunc
-from orchestration.tracking.ownership import copied_from
+from orchestration.tracking.mlflow_runs import PARENT, find_experiment, find_row, find_run
 from orchestration.tracking.process import (
     STATE_FILE,
     TIMEOUT,
@@ -58,9 +59,10 @@ from orchestration.tracking.process import (
     request_timeout,
     schema_lock,
     set_priority,
-    user_name,
 )
-from orchestration.tracking.uri import artifact_folder, check_uri
+from orchestration.tracking.study_rows import StudyRow, row_of
+from orchestration.tracking.study_sender import StudySender
+from orchestration.tracking.uri import check_uri
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 _BATCH = 1000  # points; MLflow takes no more at once
@@ -119,6 +121,8 @@ class MlflowSender:
         self._params: set[str] = set()
         self._stages: list[str] = []
         self._described: Any = None
+        self._row: StudyRow | None = None  # of the study that the run belongs to
+        self._rows: StudySender | None = None  # of the study that the folder is
         self._unsent: list[Any] = []
 
     @property
@@ -142,28 +146,33 @@ class MlflowSender:
             os.environ.pop(URI_VARIABLE, None)
             os.environ.update({} if given is None else {URI_VARIABLE: given})
             client = mlflow.MlflowClient(self._target.uri, self._target.uri)
-            experiment_id = self._find_experiment(client)
+            experiment_id = find_experiment(client, self._target, self._run_dir)
 
         study = contents.study_folder(self._run_dir)
-        parent = None
-        if study is not None:
+        self._row = None if study is None else row_of(self._run_dir)
+        tags = {}
+        if study is not None and self._row is not None:
             state = State(study, self._target)
-            parent = self._find_run(client, experiment_id, study, state, study.name, {}).info.run_id
-        tags = {} if parent is None else {"mlflow.parentRunId": parent}
-        run = self._find_run(client, experiment_id, self._run_dir, self.state, self._target.run_name, tags)
-        self._run_id = run.info.run_id
+            tags[PARENT] = find_row(client, experiment_id, study, state, self._row)
+        self._run_id = find_run(client, experiment_id, self._run_dir, self.state, self._target, tags)
+        run = client.get_run(self._run_id)
         self._steps = {metric.key: int(metric.step) for metric in run.data.to_proto().metrics}
         self._params = set(run.data.params)
         if run.info.status != "RUNNING":
             client.update_run(self._run_id, status="RUNNING")
+        if (self._run_dir / STUDY_FILE).exists():
+            self._rows = StudySender(client, experiment_id, self._run_dir, self.state)
         self._client = client
         _log.info("run %s of experiment %s", self._run_id, self._target.experiment)
 
     def describe(self) -> None:
-        """Send parameters, tags, dataset and files, once and whenever the files that describe the run change."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
+        """Send parameters, tags, dataset and files, once and whenever the files that describe the run change.
 
-        files = ("config.yaml", "run.json", "data.json", STUDY_FILE)
+        Of a run that is finished, send its headline metrics too; of a study, its rows.
+        """
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+
+        files = ("config.yaml", "run.json", "data.json", STUDY_FILE, "report/index.html")
         state = [file_version(self._run_dir / name) for name in files]
         if state == self._described:
             return
@@ -171,17 +180,26 @@ class MlflowSender:
         run, data, config = contents.describe_folder(self._run_dir)
         self._stages = list((config.get("method") or {}).get("stages") or [])
         # Parameters cannot change on the server; those of the first start stay.
-        known = contents.parameters(config) | contents.fitted_parameters(self._run_dir)
+        known = contents.parameters(config, run) | contents.fitted_parameters(self._run_dir)
         params = {k: v for k, v in known.items() if k not in self._params}
         for chunk in chunks([Param(key, readable(value)) for key, value in params.items()], 100):
             self._client.log_batch(self._run_id, params=chunk, synchronous=True)
         self._params |= set(params)
 
-        tags = [RunTag(key, readable(value)) for key, value in contents.tags(run, data, config).items()]
+        found = contents.tags(run, data, config) | contents.study_tags(self._run_dir) | selection_tag(self._run_dir)
+        if self._row is not None:
+            found |= {"recipe": self._row.name, "role": self._row.role}
+        tags = [RunTag(key, readable(value)) for key, value in found.items()]
         if table := contents.note(self._run_dir):
             tags.append(RunTag("mlflow.note.content", readable(table)))
         for chunk in chunks(tags, 100):
             self._client.log_batch(self._run_id, tags=chunk, synchronous=True)
+        # With the time at which the run ended: sent again they are the same points.
+        at = contents.time_ms(run, "ended") or 0
+        if metrics := [Metric(name, value, at, 0) for name, value in headline(self._run_dir).items()]:
+            self._client.log_batch(self._run_id, metrics=metrics, synchronous=True)
+        if self._rows is not None:
+            self._rows.send()
 
         if data.get("digest"):
             profile = {"images": data.get("total"), "classes": len(data.get("counts", []))}
@@ -193,44 +211,6 @@ class MlflowSender:
             self._client.log_inputs(self._run_id, inputs)
         self.send_files()
         self._described = state
-
-    def _find_experiment(self, client: Any) -> str:
-        from mlflow.exceptions import MlflowException
-
-        name = readable(self._target.experiment)  # no store takes bytes that are no text
-        experiment = client.get_experiment_by_name(name)
-        if experiment is None:
-            try:
-                folder = artifact_folder(self._target.uri, self._run_dir.parent)
-                kind = {"mlflow.experimentKind": "custom_model_development"}  # else the pages are those of chat models
-                return str(client.create_experiment(name, folder, kind))
-            except MlflowException:  # another run was faster
-                experiment = client.get_experiment_by_name(name)
-                if experiment is None:
-                    raise
-        return str(experiment.experiment_id)
-
-    def _find_run(
-        self, client: Any, experiment_id: str, folder: Path, state: State, name: str, tags: dict[str, str]
-    ) -> Any:
-        """Find the one MLflow run of a folder by its key, or create it; delete others that carry the key."""
-        with hold_lock(folder / f".{STATE_FILE}.run.lock", wait_s=30.0):  # runs side by side create their study's once
-            state.agree_on_key()
-            values = state.values
-            key = f"tags.`expertail.key` = '{values['key']}'"
-            found = {run.info.run_id: run for run in client.search_runs([experiment_id], key)}
-            if found:
-                run_id = values["run_id"] if values.get("run_id") in found else min(found)
-                for stray in found.keys() - {run_id}:
-                    client.delete_run(stray)
-            else:
-                tags = {"expertail.key": values["key"], "mlflow.user": user_name(), **tags, **copied_from(folder)}
-                created = contents.time_ms(contents.describe_folder(folder)[0], "created")
-                run_id = client.create_run(experiment_id, created, tags, name).info.run_id
-                values["files"] = {}  # a new run has none of them
-            values.update(experiment=self._target.experiment, experiment_id=experiment_id, run_id=run_id)
-            state.save()
-        return client.get_run(run_id)
 
     def send_points(self, deadline: float) -> bool:
         """Send the journal's new lines; a batch that fails is kept and sent first the next time.
@@ -261,6 +241,8 @@ class MlflowSender:
 
     def send_system(self) -> None:
         """Send the load of this machine under MLflow's names of system metrics; lost when the request fails."""
+        if self._rows is not None:  # a study's runs do
+            return
         import psutil
         from mlflow.entities import Metric
 
@@ -364,7 +346,9 @@ class MlflowSender:
         status = status or contents.mlflow_status(run)
         self._client.set_tag(self._run_id, "status", str(run.get("status", status.lower())))
         experiment_id = self.state.values["experiment_id"]
-        self._find_run(self._client, experiment_id, self._run_dir, self.state, self._target.run_name, {})  # no strays
+        find_run(self._client, experiment_id, self._run_dir, self.state, self._target, {})  # no strays
+        if self._rows is not None and status in ("KILLED", "FAILED"):
+            self._rows.send(ended=status)
         if status != "RUNNING":
             ended = contents.time_ms(run, "ended") if status == "FINISHED" else None
             self._client.set_terminated(self._run_id, status, ended)

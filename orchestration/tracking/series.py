@@ -1,7 +1,10 @@
-"""One uploading process for many runs, one after another: MLflow is imported once, which costs seconds.
+"""Uploads of a study: of its runs by one process for each lane, and of the study itself, beside them.
 
-A run does not wait for its upload: that goes on beside the next run. What a series could not send is said when it is
-known, and `expertail sync` sends it later.
+One process uploads many runs, one after another: MLflow is imported once, which costs seconds. A run does not wait for
+its upload: that goes on beside the next run. What a series could not send is said when it is known, and `expertail
+sync` sends it later.
+
+The study's own process follows study.json and the report; means of rows are sent as runs end (study_sender.py).
 
     parent -> process    a line of JSON per run: run_dir and target; when the run has ended, a line with `finish`
     process -> parent    a line of JSON per problem and per end of an upload
@@ -23,10 +26,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchestration.config.messages import say
+from orchestration.config.messages import in_one_line, say
 from orchestration.config.paths import import_roots
+from orchestration.tracking.ownership import settle_ownership
 from orchestration.tracking.process import RedactedStream, Target, set_priority
-from orchestration.tracking.uploader import LOG_FILE, Uploader, instead
+from orchestration.tracking.uploader import LOG_FILE, Uploader, instead, start_uploader
 
 _LAST_WAIT_S = 2.0  # beyond the longest wait of a run, for the last request
 
@@ -43,6 +47,43 @@ class _SeriesUploader(Uploader):
         self._finishing = True
         self.send_message({"finish": wait_s, "status": status})
         return None
+
+
+class StudyUpload:
+    """The upload of a study's own files and rows, from its start to its end. No error of it reaches training.
+
+    Args:
+        folder: of the study, with its study.json.
+        uri: of the tracking store.
+        experiment: MLflow experiment.
+        wait_s: the longest wait for it at the end.
+    """
+
+    def __init__(self, folder: Path, uri: str, experiment: str, wait_s: float) -> None:
+        self._folder, self._wait_s = folder, wait_s
+        self._uploader: Uploader | None = None
+        try:
+            # First of all: the runs find their parents by the study's key, and a copy needs one of its own.
+            if line := settle_ownership(folder):
+                say(line)
+            self._uploader = start_uploader(folder, uri, experiment, report=say)
+        except (OSError, ValueError) as problem:  # of the upload alone
+            say(f"tracking: {in_one_line(problem)}; training goes on; later: expertail sync {folder}")
+
+    def finish(self, wait_s: float | None = None) -> None:
+        """Send the rest, and say where the study is in MLflow, or what is missing there.
+
+        Args:
+            wait_s: the longest wait; None for that of the study.
+        """
+        if self._uploader is None:
+            return
+        try:
+            line = self._uploader.finish(self._wait_s if wait_s is None else wait_s) or self._uploader.pages()
+        except Exception as problem:  # the runs are trained, and this does not change it
+            line = f"tracking: {in_one_line(problem)}; later: expertail sync {self._folder}"
+        if line:
+            say(line)
 
 
 @contextlib.contextmanager

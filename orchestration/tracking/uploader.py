@@ -15,6 +15,7 @@ from typing import Any
 
 from orchestration.config.paths import import_roots
 from orchestration.config.secrets import redact
+from orchestration.tracking.headline import VIEW
 from orchestration.tracking.process import State, Target, incomplete_message
 from orchestration.tracking.uri import check_uri
 
@@ -141,6 +142,17 @@ class Uploader:
         shown = page if uri.startswith("http") else f"run {self._target.run_name}; mlflow ui --backend-store-uri {uri}"
         model = values.get("models", {}).get("best")
         return f"MLflow: {shown}" + (f"; {model}" if model else "")
+
+    def pages(self) -> str | None:
+        """Return where the experiment is in MLflow, on its headline numbers, as one line; None if it is not there."""
+        values = State(self._run_dir, self._target).values
+        if "experiment_id" not in values:
+            return None
+        uri, name = redact(self._target.uri), self._target.experiment
+        page = f"#/experiments/{values['experiment_id']}/runs?viewStateShareKey={VIEW}"
+        if uri.startswith("http"):
+            return f"MLflow: {uri.rstrip('/')}/{page}"
+        return f"MLflow: experiment {name}; mlflow ui --backend-store-uri {uri}, then http://127.0.0.1:5000/{page}"
 
     def _end(self, code: int) -> str:
         """Say how the process ended, with its last words."""

@@ -102,12 +102,14 @@ def test_mlflow_has_every_final_stage_under_names_of_its_own(run):
     for stage in FINALS:
         top1 = read(run / "evaluation" / stage / "last.json")["members"]["ensemble"]["top1"]
         assert found.data.metrics[f"{stage}/test/ensemble/all/top1"] == top1["all"]
+        assert found.data.metrics[f"finals/{stage}/few"] == pytest.approx(100 * top1["few"], abs=1e-3)
+    assert found.data.metrics["final/few"] == found.data.metrics[f"finals/{FINALS[-1]}/few"]
     choice = read(run / "evaluation" / "tau_norm" / "last.json")["fitted"]["choices"][0]
     assert found.data.params["fitted.tau_norm.head.gamma"] == f"{choice['value']:g}"
     assert found.data.params["fitted.tau_norm.head.gamma.chosen_on"] == "val"
 
     (model,) = client.search_registered_models()
-    assert model.name == "expertail-digits_lt-ce_ncm_tau_norm_crt"
+    assert model.name == "expertail-digits_lt"
     assert dict(model.aliases) == {}
     labels = [version.tags["model"] for version in client.search_model_versions(f"name = '{model.name}'")]
     named = [label.split(", ") for label in labels]

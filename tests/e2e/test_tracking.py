@@ -130,7 +130,7 @@ def test_mlflow_holds_what_the_run_folder_holds_and_nothing_twice(runs, whole):
         assert run.data.tags["dataset_digest"] == "d" * 64
         assert run.data.tags["mlflow.source.git.commit"] == "abc"
         assert len(run.inputs.dataset_inputs) == 1
-        versions = client(uri).search_model_versions("name = 'expertail-tiny-ride'")
+        versions = client(uri).search_model_versions("name = 'expertail-tiny'")
         assert len(versions) == 2
         assert len(run.outputs.model_outputs) == 2
     names = {file.path for file in client(uri).list_artifacts(run.info.run_id)}
@@ -155,7 +155,7 @@ sys.path = [p for p in sys.path if p != {str(ROOT)!r}]
 import mlflow, numpy as np
 mlflow.set_tracking_uri({uri!r})
 images = np.load("images.npy")
-for version in mlflow.MlflowClient().search_model_versions("name = 'expertail-tiny-ride'"):
+for version in mlflow.MlflowClient().search_model_versions("name = 'expertail-tiny'"):
     place = f"models:/{{version.name}}/{{version.version}}"
     answers = mlflow.pyfunc.load_model(place).predict(images, params={{"top": 3}})
     found = [{{one["class"]: one["probability"] for one in answer["top"]}} for answer in answers]
@@ -171,7 +171,7 @@ assert not {{"experts", "aggregation", "orchestration"}} & sys.modules.keys()
 
 
 def test_an_alias_is_asked_for_and_not_taken_by_a_run_that_ends_later(runs, whole, tmp_path, monkeypatch, capsys):
-    uri, name = default_uri(runs), "expertail-tiny-ride"
+    uri, name = default_uri(runs), "expertail-tiny"
     with pytest.raises(
         ValueError, match=r"later: best is not in sqlite.*: it has no model of the run; .*expertail sync"
     ):
@@ -255,25 +255,6 @@ def test_a_copied_folder_gets_a_run_of_its_own_and_a_moved_one_goes_on_with_it(r
     assert history(uri, "origin") == expected(range(1, 11)) + expected([11], 3e9)
 
 
-def test_a_study_is_the_parent_of_its_runs(runs):
-    """The first of the two to be uploaded creates the study's MLflow run; the other finds it."""
-    uri, study = default_uri(runs), runs / "night"
-    folder = make_run(study / "child", steps=1)
-    content = {"name": "night", "words": [], "axes": {"method": ["ride"]}, "seeds": [4]}
-    (study / "study.json").write_text(json.dumps({**content, "points": [{"run": "child", "status": "finished"}]}))
-    (study / "report").mkdir()
-    (study / "report" / "groups-1.png").write_bytes(b"png")
-    (folder / "run.json").write_text(json.dumps({"status": "finished", "study": "night"}))
-    assert sync(folder, uri) is None
-    assert the_run(uri, "night").info.status == "RUNNING"
-    assert sync(study, uri) is None
-    parent = the_run(uri, "night")
-    assert the_run(uri, "child").data.tags["mlflow.parentRunId"] == parent.info.run_id
-    assert parent.info.status == "FINISHED"
-    assert parent.data.params["study.axes.method"] == '["ride"]'
-    assert {file.path for file in client(uri).list_artifacts(parent.info.run_id)} == {"study.json", "report"}
-
-
 @pytest.mark.drill
 def test_uploaders_share_a_new_file_and_end_with_their_drivers(tmp_path):
     """Two at once on a store that does not exist yet: one driver finishes, the other is killed with SIGKILL."""
@@ -335,7 +316,7 @@ def test_a_server_that_is_not_there_costs_nothing_but_a_message_and_is_caught_up
         assert history(uri, "late", "served") == expected(range(1, 11))
         assert the_run(uri, "late", "served").info.status == "FINISHED"
         (version,) = client(uri).search_model_versions(f"run_id = '{the_run(uri, 'late', 'served').info.run_id}'")
-        assert (version.name, version.tags["model"]) == ("served-tiny-ride", "last")
+        assert (version.name, version.tags["model"]) == ("served-tiny", "last")
 
 
 class server:

@@ -23,6 +23,7 @@ from orchestration.cli import main
 from orchestration.runs.stage_run import StageRun
 from orchestration.storage.journal import read_journal
 from orchestration.tracking import contents as tracking_contents
+from orchestration.tracking.headline import headline
 from tests import runs
 from tests.conftest import lend
 from tests.mlflow_server import Fault, PostgreSQL, Proxy, Server, hurry
@@ -157,11 +158,15 @@ def held(store, run):
 
 
 def noted(folder):
+    """Return every point that a run folder has: those of its journal, and headline metrics."""
+    run = json.loads((folder / "run.json").read_text())
+    final = [(name, 0, value, round(run["ended"] * 1000)) for name, value in headline(folder).items()]
     stages = list(tracking_contents.read_config(folder)["method"]["stages"])
-    return sorted(
+    journal = [
         (tracking_contents.metric_key(r.name, r.stage, stages), r.step, r.value, round(r.time * 1000))
         for r in read_journal(folder)
-    )
+    ]
+    return sorted(journal + final)
 
 
 def check_whole(server, drill, status="FINISHED", models=True):
@@ -172,7 +177,9 @@ def check_whole(server, drill, status="FINISHED", models=True):
     assert held(server.store, run) == noted(drill.folder)
     assert run.info.status == status
     config = tracking_contents.read_config(drill.folder)
-    assert run.data.params == tracking_contents.parameters(config)
+    facts = json.loads((drill.folder / "run.json").read_text())
+    assert run.data.params == tracking_contents.parameters(config, facts)
+    assert set(run.data.params) == set(facts["parameters"])
     data = json.loads((drill.folder / "data.json").read_text())
     assert run.data.tags["dataset_digest"] == data["digest"]
     assert run.data.tags["status"] == "finished"
@@ -367,7 +374,7 @@ def test_the_password_of_the_server_is_used_and_kept_nowhere(proxy, server, dril
     assert given == "environment" or ("401" in printed and "MLFLOW_TRACKING_PASSWORD" in printed)
 
 
-def test_a_sweep_is_the_parent_of_its_runs_and_holds_the_report(server, warm, tmp_path):
+def test_a_sweep_has_a_parent_for_each_value_and_a_run_that_holds_the_report(server, warm, tmp_path):
     server.start()
     words = [
         "method=dr_h2t", "dataset=digits_lt", "dataset.image_size=8", "engine.threads=1", "run.pictures=false",
@@ -376,14 +383,16 @@ def test_a_sweep_is_the_parent_of_its_runs_and_holds_the_report(server, warm, tm
         "study.name=x", f"tracking.uri={server.uri}", "tracking.final_wait_s=240", "tracking.log_model=false",
     ]  # fmt: skip
     assert main(["sweep", "method.stages.h2t.flow.ratio=0,0.5", *words]) == 0
-    parent = the_run(server.store, "x", "x")
-    for name in ("dr_h2t-ratio0-s0", "dr_h2t-ratio0.5-s0"):
+    whole = the_run(server.store, "x", "x")
+    for row in ("dr_h2t-ratio0", "dr_h2t-ratio0.5"):
+        name, parent = f"{row}-s0", the_run(server.store, "x", row)
         child = the_run(server.store, "x", name)
+        assert parent.data.metrics == headline(tmp_path / "x" / name) and parent.info.status == "FINISHED"
         assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert held(server.store, child) == noted(tmp_path / "x" / name)
-    assert parent.info.status == "FINISHED"
-    assert parent.data.params["study.axes.method.stages.h2t.flow.ratio"] == '["0", "0.5"]'
-    names = {file.path for file in client(server.uri).list_artifacts(parent.info.run_id)}
+    assert whole.info.status == "FINISHED"
+    assert whole.data.tags["axes"] == "method.stages.h2t.flow.ratio=0,0.5"
+    names = {file.path for file in client(server.uri).list_artifacts(whole.info.run_id)}
     assert names == {"study.json", "report"}
     assert main(["sync", str(tmp_path / "x")]) == 0
-    assert the_run(server.store, "x", "x").info.run_id == parent.info.run_id
+    assert the_run(server.store, "x", "x").info.run_id == whole.info.run_id

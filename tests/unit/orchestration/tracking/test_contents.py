@@ -6,14 +6,39 @@ import json
 
 import pytest
 
+from orchestration.config.compose import compose
+from orchestration.config.identity import deciding_keys
 from orchestration.tracking import contents as tracking_contents
 
 
 def test_parameters_are_flat_short_and_without_secrets():
     config = {"a": {"b": 1, "empty": {}, "list": [1, 2]}, "long": "x" * 999, "none": None, "uri": "http://u:p@h"}
-    found = tracking_contents.parameters(config)
+    found = tracking_contents.parameters(config, {"config_hash": "of an earlier version"})
     assert found.pop("long").endswith(" ... see config.yaml")
     assert found == {"a.b": "1", "a.empty": "{}", "a.list": "[1, 2]", "none": "null", "uri": "http://h"}
+
+
+def test_parameters_are_those_that_decide_the_result_and_each_changes_with_its_key():
+    """A run and the same with one key changed differ in exactly that parameter; in none, where it decides nothing."""
+    words = ["method=ride", "mix=cmo", "dataset=cifar100_lt", "then=crt"]
+
+    def of(*more):
+        config = compose([*words, *more]).config
+        return tracking_contents.parameters(config.model_dump(mode="json"), {"parameters": deciding_keys(config)})
+
+    plain = of()
+    assert len(plain) <= 42 and plain["seed"] == "0" and plain["method.stages.train.mixing.name"] == "cmo"
+    changed = {
+        "seed": "1", "method.stages.train.optimizer.lr": "0.05", "method.stages.train.batch_size": "64",
+        "method.stages.train.optimizer.momentum": "0.8", "dataset.imbalance_ratio": "50.0", "run.max_steps": "9",
+        "method.stages.train.objective.diversity_factor": "-0.1", "run.select_on": "test", "backbone.depth": "20",
+        "method.stages.crt.optimizer.weight_decay": "0.001",
+    }  # fmt: skip
+    for key, value in changed.items():
+        assert of(f"{key}={value}") == plain | {key: value}
+    for word in ("cluster.workers=3", "tracking.experiment=x", "run.pictures=false", "dataset.loader_processes=2"):
+        assert of(word) == plain
+    assert tracking_contents.parameters({"seed": 0}, {}) == {}, "not known yet"
 
 
 @pytest.mark.parametrize(
@@ -27,7 +52,7 @@ def test_metrics_of_several_stages_do_not_share_a_key(stage, stages, expected):
 def test_the_config_is_sent_without_secrets(tmp_path):
     (tmp_path / "config.yaml").write_text("tracking:\n  uri: http://me:s3cret@h\n")
     assert tracking_contents.files(tmp_path) == {"config.yaml": "tracking:\n  uri: http://h\n"}
-    assert tracking_contents.model_name({"dataset": {"name": "d"}, "method": {"name": "m"}}, "e") == "e-d-m"
+    assert tracking_contents.model_name({"dataset": {"name": "d"}, "method": {"name": "m"}}, "e") == "e-d"
     assert tracking_contents.model_name({}, "e") == "e"
     assert tracking_contents.model_name({}, "/Users/a:b") == "_Users_a_b"
     assert tracking_contents.model_name({}, "../a") == "_._a"

@@ -1,0 +1,124 @@
+"""The few numbers that a reviewer compares, by the names that they have in MLflow. Pure functions of run folders.
+
+A run has them once it is finished; accuracies are in percent, as in its table.
+
+    best/few                 the model of the best epoch
+    cost/gpu_hours           of all workers; without a GPU it is cost/cpu_hours
+    cost/gmacs, parameters   of the ensemble that answers; 10^9 multiply-adds per image
+    final/<group>            the model of the last epoch: all, few, many, medium
+    finals/<stage>/<group>   the same of each of several final stages
+    sd/<name>                of a row of a study: standard deviation over its seeds, of the mean that has that name
+
+Where no class is few-shot by its number of images, but the data set has cuts by index, groups are those by index.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestration.results.tables import CLASS_GROUPS
+from orchestration.storage.files import RUN, evaluations, final_evaluations, read_json
+
+PRIMARY = "final/few"
+"""The metric that MLflow's charts open on."""
+NAMES = ("final/few", "final/medium", "final/many", "final/all", "best/few")
+_SPREAD, _COST = "sd/", "cost/"
+_BY_INDEX = "_by_index"
+_DIGITS = 4  # of percent: 100 x 0.582 is 58.199999999999996
+_VIEW = "mlflow.sharedViewState."
+VIEW = "recipes"
+"""The saved view of a study's experiment that has its rows, with headline metrics as columns."""
+
+
+def headline(run_dir: Path) -> dict[str, float]:
+    """Return the headline metrics of a run; none before it is finished.
+
+    Raises:
+        ValueError: a file of the run is damaged.
+    """
+    run = read_json(run_dir / RUN)
+    if run.get("status") != "finished":
+        return {}
+    own, finals = evaluations(run_dir), final_evaluations(run_dir)
+    found = _accuracies("final", own.get("last"))
+    found |= {key: value for key, value in _accuracies("best", own.get("best")).items() if key.startswith("best/few")}
+    for stage, models in finals.items() if len(finals) > 1 else ():
+        found |= _accuracies(f"finals/{stage}", models.get("last"))
+    return found | _costs(run)
+
+
+def _accuracies(prefix: str, evaluation: Mapping[str, Any] | None) -> dict[str, float]:
+    top1: Mapping[str, float | None] = (evaluation or {}).get("members", {}).get("ensemble", {}).get("top1", {})
+    rule = "" if top1.get("few") is not None or top1.get(f"few{_BY_INDEX}") is None else _BY_INDEX
+    keys = ("all", *(f"{group}{rule}" for group in CLASS_GROUPS))
+    return {f"{prefix}/{key}": round(100 * value, _DIGITS) for key in keys if (value := top1.get(key)) is not None}
+
+
+def _costs(run: Mapping[str, Any]) -> dict[str, float]:
+    hours, size = run.get("cost") or {}, run.get("size") or {}
+    used = "gpu_hours" if hours.get("gpu_hours") else "cpu_hours"
+    found = {used: hours.get(used), "parameters": size.get("parameters")}
+    if size.get("multiply_adds") is not None:
+        found["gmacs"] = size["multiply_adds"] / 1e9
+    return {f"{_COST}{name}": float(value) for name, value in found.items() if value is not None}
+
+
+def selection_tag(run_dir: Path) -> dict[str, str]:
+    """Return which split chose the best epoch, as a tag; {} where there was nothing to choose."""
+    split = (evaluations(run_dir).get("best") or {}).get("selected_on")
+    return {"best_chosen_on": str(split)} if split else {}
+
+
+def mean_and_spread(runs: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each metric over the runs that have it, and its standard deviation where several have.
+
+    Percentages have two decimals, as in tables.
+    """
+    values: dict[str, list[float]] = {}
+    for metrics in runs:
+        for name, value in metrics.items():
+            values.setdefault(name, []).append(value)
+    found = {name: statistics.fmean(own) for name, own in values.items()}
+    for name, own in values.items():
+        if len(own) > 1 and not name.startswith(_COST):
+            found[_SPREAD + name] = statistics.stdev(own)
+    # MLflow shows all digits that there are, of which a column has room for few.
+    return {k: float(f"{v:.4g}") if k.startswith(_COST) and v < 1e4 else round(v, 2) for k, v in found.items()}
+
+
+# Saved views
+
+
+def experiment_tags(of_study: bool) -> dict[str, str]:
+    """Return the tags that make an experiment's pages open on the headline metrics.
+
+    MLflow's list of runs has no column for a metric by itself. A saved view has; it is in the menu "Views".
+
+    Args:
+        of_study: whether the experiment has rows of a study, which have a view of their own.
+    """
+    found = {
+        "mlflow.experiment.primaryMetric.name": PRIMARY,
+        "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
+        f"{_VIEW}runs": _view("All runs", "", "params.`seed`", "tags.`recipe`"),
+    }
+    if of_study:
+        spread = (f"metrics.`{_SPREAD}{PRIMARY}`", f"metrics.`{_SPREAD}final/all`", "tags.`seeds`")
+        found[_VIEW + VIEW] = _view("Recipes, means over seeds", "tags.role = 'row'", *spread)
+    return found
+
+
+def _view(name: str, search: str, *columns: str) -> str:
+    """Return a saved view: runs that are searched for, the best on rare classes first, with headline metrics."""
+    shown = [*(f"metrics.`{name}`" for name in NAMES), *columns]
+    state = {
+        "searchFilter": search, "orderByKey": f"metrics.`{PRIMARY}`", "orderByAsc": False, "startTime": "ALL",
+        "lifecycleFilter": "Active", "modelVersionFilter": "All Runs", "datasetsFilter": [],
+        "selectedColumns": shown,
+    }  # fmt: skip
+    made = 1_767_225_600_000  # milliseconds; the same each time, so that the tag stays as it is
+    return json.dumps({"name": name, "createdAt": made, "updatedAt": made, "state": json.dumps(state)})

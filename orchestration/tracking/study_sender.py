@@ -1,0 +1,119 @@
+"""Sends the rows of a study to MLflow: means, spreads and states of runs that differ in their seed alone.
+
+Everything is computed from the run folders each time and sent where the store has something else, so it does not matter
+what was lost or sent before.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from experts.data.names import readable
+from orchestration.storage.files import CONFIG, DATA, RUN, read_config, read_json
+from orchestration.storage.study_file import read_study_file
+from orchestration.tracking import contents
+from orchestration.tracking.mlflow_runs import find_row
+from orchestration.tracking.process import State, chunks, file_version
+from orchestration.tracking.study_rows import StudyRow, rows_of
+
+_CLOSE = 1e-9  # what a store may change in the last bits
+
+
+class StudySender:
+    """The rows of one study in one store.
+
+    Args:
+        client: of the store.
+        experiment_id: where the study is.
+        folder: of the study.
+        state: what the folder remembers of the store.
+    """
+
+    def __init__(self, client: Any, experiment_id: str, folder: Path, state: State) -> None:
+        self._client, self._experiment_id, self._folder, self._state = client, experiment_id, folder, state
+        self._ids: dict[str, str] = {}
+        self._sent: dict[str, Any] = {}  # by row: what it was made of when it was last sent
+
+    def send(self, ended: str | None = None) -> None:
+        """Send what has changed of every row that has begun.
+
+        Args:
+            ended: status, in MLflow's word, of rows that the study calls running, where nobody trains it any more.
+        """
+        for row in rows_of(read_study_file(self._folder)):
+            begun = [run for run in row.runs if (self._folder / run / CONFIG).exists()]
+            made_of = (row, ended, [file_version(self._folder / run / RUN) for run in begun])
+            if begun and self._sent.get(row.name) != made_of:
+                self._send(row, self._folder / begun[0], ended)
+                self._sent[row.name] = made_of
+
+    def _send(self, row: StudyRow, first: Path, ended: str | None) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        if row.name not in self._ids:
+            self._ids[row.name] = find_row(self._client, self._experiment_id, self._folder, self._state, row)
+        run_id = self._ids[row.name]
+        known = self._client.get_run(run_id)
+        metrics, seeds = row.summary(self._folder)
+        # All at step 0, as numbers that have no course: MLflow draws them as bars, one for each run.
+        now = round(time.time() * 1000)
+        changed = [
+            Metric(name, value, now, 0)
+            for name, value in metrics.items()
+            if abs(known.data.metrics.get(name, float("inf")) - value) > _CLOSE
+        ]
+        tags = [RunTag(k, v) for k, v in row_tags(row, first, seeds).items() if known.data.tags.get(k) != v]
+        config, facts = read_config(first), read_json(first / RUN)
+        params = {
+            key: value
+            for key, value in contents.parameters(config, facts).items()
+            if key != "seed" and key not in known.data.params
+        }
+        if changed or tags or params:
+            self._client.log_batch(run_id, metrics=changed, tags=tags, synchronous=True)
+            for chunk in chunks([Param(key, readable(value)) for key, value in params.items()], 100):
+                self._client.log_batch(run_id, params=chunk, synchronous=True)
+        self._set_status(run_id, known.info.status, row, ended)
+
+    def _set_status(self, run_id: str, known: str, row: StudyRow, ended: str | None) -> None:
+        status = contents.mlflow_status({"status": row.status})
+        if status == "RUNNING" and ended is not None:
+            status = ended
+        if status == known:
+            return
+        if status == "RUNNING":
+            self._client.update_run(run_id, status="RUNNING")
+        else:
+            times = [contents.time_ms(read_json(self._folder / run / RUN), "ended") for run in row.runs]
+            self._client.set_terminated(run_id, status, max(filter(None, times), default=None))
+
+
+def row_tags(row: StudyRow, first: Path, seeds: list[int]) -> dict[str, str]:
+    """Return the tags of a row: those of its recipe, and the seeds that its means are of.
+
+    Args:
+        row: of the study.
+        first: folder of a run of it.
+        seeds: of its finished runs.
+    """
+    found = contents.recipe_tags(read_json(first / RUN), read_json(first / DATA), read_config(first))
+    label = " ".join(f"{key}={value}" for key, value in row.label.items())
+    found |= {"study": first.parent.name, "recipe": row.name, "label": label, "role": _role(row)}
+    found |= {"seeds": ",".join(map(str, seeds)) or "none", "n": str(len(seeds))}
+    found["mlflow.note.content"] = _note(seeds)
+    return {key: readable(value)[:5000] for key, value in found.items() if value}
+
+
+def _role(row: StudyRow) -> str:
+    return "row" if row.role == "run" else row.role
+
+
+def _note(seeds: list[int]) -> str:
+    if not seeds:
+        return "No run of this row has ended yet."
+    one = len(seeds) == 1
+    which = f"seed {seeds[0]}" if one else f"{len(seeds)} seeds ({', '.join(map(str, seeds))})"
+    spread = "" if one else "; `sd/...` are standard deviations"
+    return f"Means over {which} of the runs below{spread}."
