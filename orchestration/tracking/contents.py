@@ -171,14 +171,23 @@ def time_ms(run: Mapping[str, Any], name: str) -> int | None:
         return None
 
 
-def note(folder: Path) -> str | None:
+def note(folder: Path, links: str = "") -> str | None:
     """Return the text that MLflow shows as a run's description: its final table; None where there is none yet.
 
-    Of a study it is the beginning of its report, which is Markdown, as far as whole paragraphs fit.
+    Of a study it is the beginning of its report, which is Markdown, as far as whole paragraphs fit. Its answers come
+    first, before the headings: the page shows few lines at once.
+
+    Args:
+        folder: of a run or a study.
+        links: a line of Markdown for a study's.
     """
     report, path = folder / "report" / "report.md", folder / "report" / "table.txt"
     if (folder / STUDY_FILE).exists():
-        return report.read_text()[:_NOTE].rpartition("\n\n")[0] or None if report.exists() else None
+        lines = report.read_text().splitlines() if report.exists() else []
+        answers = [line for line in lines if line.startswith("- Best ")]
+        rest = "\n".join(line for line in lines if line not in answers)
+        text = "\n\n".join(filter(None, [links, "\n".join(answers), rest]))
+        return text[:_NOTE].rpartition("\n\n")[0] or text[:_NOTE] or None
     return f"```\n{path.read_text()[:_NOTE].rstrip()}\n```" if path.exists() else None
 
 
@@ -244,10 +253,14 @@ def exported_models(run_dir: Path) -> dict[str, tuple[Path, str]]:
     return found
 
 
+def model_evaluation(run_dir: Path, folder: Path) -> dict[str, Any]:
+    """Return the evaluation of an exported ensemble; {} where there is none."""
+    return read_json((run_dir / "evaluation" / folder.relative_to(run_dir / "export")).with_suffix(".json"))
+
+
 def model_step(run_dir: Path, folder: Path) -> int:
     """Return the step at which an exported ensemble was evaluated; 0 where that is not known."""
-    evaluation = run_dir / "evaluation" / folder.relative_to(run_dir / "export")
-    return int(read_json(evaluation.with_suffix(".json")).get("step", 0))
+    return int(model_evaluation(run_dir, folder).get("step", 0))
 
 
 def _hash(value: Any) -> str:

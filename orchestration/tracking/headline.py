@@ -54,7 +54,8 @@ def headline(run_dir: Path) -> dict[str, float]:
 def _accuracies(prefix: str, evaluation: Mapping[str, Any] | None) -> dict[str, float]:
     top1: Mapping[str, float | None] = (evaluation or {}).get("members", {}).get("ensemble", {}).get("top1", {})
     rule = "" if top1.get("few") is not None or top1.get(f"few{_BY_INDEX}") is None else _BY_INDEX
-    keys = ("all", *(f"{group}{rule}" for group in CLASS_GROUPS))
+    # The rarest first: MLflow's page that compares runs opens on the metric that a run was given first.
+    keys = (*(f"{group}{rule}" for group in reversed(CLASS_GROUPS)), "all")
     return {f"{prefix}/{key}": round(100 * value, _DIGITS) for key in keys if (value := top1.get(key)) is not None}
 
 
@@ -65,6 +66,15 @@ def _costs(run: Mapping[str, Any]) -> dict[str, float]:
     if size.get("multiply_adds") is not None:
         found["gmacs"] = size["multiply_adds"] / 1e9
     return {f"{_COST}{name}": float(value) for name, value in found.items() if value is not None}
+
+
+def in_words(evaluation: Mapping[str, Any]) -> str:
+    """Return the accuracies of an evaluation as one line, e.g. for a registered model; "" where it has none."""
+    found = _accuracies("", evaluation)
+    if not found:
+        return ""
+    shown = ", ".join(f"{name.strip('/').replace('_', ' ')} {value:.2f}" for name, value in found.items())
+    return f"top-1 in % of {evaluation.get('split', 'test')}: {shown}; epoch {evaluation.get('epoch')}"
 
 
 def selection_tag(run_dir: Path) -> dict[str, str]:

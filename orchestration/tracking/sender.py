@@ -40,7 +40,7 @@ from orchestration.storage import journal
 from orchestration.storage.files import read_config
 from orchestration.storage.study_file import STUDY_FILE
 from orchestration.tracking import contents
-from orchestration.tracking.headline import headline, selection_tag
+from orchestration.tracking.headline import VIEW, headline, in_words, selection_tag
 from orchestration.tracking.mlflow_model import save_pyfunc
 from orchestration.tracking.mlflow_runs import PARENT, find_experiment, find_row, find_run
 from orchestration.tracking.process import (
@@ -65,6 +65,7 @@ from orchestration.tracking.study_sender import StudySender
 from orchestration.tracking.uri import check_uri
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
+_PAGE = "artifacts/report/index.html"
 _BATCH = 1000  # points; MLflow takes no more at once
 _ENVIRONMENT = {
     TIMEOUT: "5",  # seconds; the default of 120 would hold up the end of a run
@@ -190,7 +191,7 @@ class MlflowSender:
         if self._row is not None:
             found |= {"recipe": self._row.name, "role": self._row.role}
         tags = [RunTag(key, readable(value)) for key, value in found.items()]
-        if table := contents.note(self._run_dir):
+        if table := contents.note(self._run_dir, self._links()):
             tags.append(RunTag("mlflow.note.content", readable(table)))
         for chunk in chunks(tags, 100):
             self._client.log_batch(self._run_id, tags=chunk, synchronous=True)
@@ -211,6 +212,11 @@ class MlflowSender:
             self._client.log_inputs(self._run_id, inputs)
         self.send_files()
         self._described = state
+
+    def _links(self) -> str:
+        """Return links to the pages of a study, in Markdown."""
+        page = f"#/experiments/{self.state.values['experiment_id']}/runs"
+        return f"[Recipes, means over seeds]({page}?viewStateShareKey={VIEW}) | [Report]({page}/{self._run_id}/{_PAGE})"
 
     def send_points(self, deadline: float) -> bool:
         """Send the journal's new lines; a batch that fails is kept and sent first the next time.
@@ -300,6 +306,7 @@ class MlflowSender:
                 versions[digest] = self._client.create_model_version(
                     name, f"models:/{model_id}", run_id=self._run_id, model_id=model_id,
                     tags={"expertail.digest": digest, "run": self._target.run_name}, await_creation_for=30,
+                    description=in_words(contents.model_evaluation(self._run_dir, found[same[-1]][0])),
                 )  # fmt: skip
             version, label = versions[digest], ", ".join(same)
             if version.tags.get("model") != label:

@@ -18,8 +18,6 @@ from orchestration.tracking.mlflow_runs import find_row
 from orchestration.tracking.process import State, chunks, file_version
 from orchestration.tracking.study_rows import StudyRow, rows_of
 
-_CLOSE = 1e-9  # what a store may change in the last bits
-
 
 class StudySender:
     """The rows of one study in one store.
@@ -60,9 +58,7 @@ class StudySender:
         # All at step 0, as numbers that have no course: MLflow draws them as bars, one for each run.
         now = round(time.time() * 1000)
         changed = [
-            Metric(name, value, now, 0)
-            for name, value in metrics.items()
-            if abs(known.data.metrics.get(name, float("inf")) - value) > _CLOSE
+            Metric(name, value, now, 0) for name, value in metrics.items() if known.data.metrics.get(name) != value
         ]
         tags = [RunTag(k, v) for k, v in row_tags(row, first, seeds).items() if known.data.tags.get(k) != v]
         config, facts = read_config(first), read_json(first / RUN)

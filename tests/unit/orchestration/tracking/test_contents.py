@@ -122,3 +122,14 @@ def test_numbers_that_were_chosen_are_parameters_and_classes_have_a_column_per_f
     table = json.loads(tracking_contents.files(tmp_path)["per_class.json"])
     assert table["columns"][-4:] == [f"{s}/{w}/ensemble" for s in ("ncm", "crt") for w in ("last", "best")]
     assert [row[-4:] for row in table["data"]] == [[0.5] * 4, [0.0, 0.0, 0.7, 0.7]]
+
+
+def test_the_description_of_a_study_begins_with_links_and_answers_and_ends_with_a_whole_paragraph(tmp_path):
+    (tmp_path / "study.json").write_text("{}")
+    assert tracking_contents.note(tmp_path) is None
+    (tmp_path / "report").mkdir()
+    text = "# s\n\n## data\n\n- Best over all: ce 1.\n- Best on few-shot classes: ce 2.\n\n" + "a b c\n\n" * 2000
+    (tmp_path / "report" / "report.md").write_text(text)
+    found = tracking_contents.note(tmp_path, "[Report](#/x)")
+    assert found.startswith("[Report](#/x)\n\n- Best over all: ce 1.\n- Best on few-shot classes: ce 2.\n\n# s")
+    assert 4800 < len(found) <= 5000 and found.endswith("a b c")
