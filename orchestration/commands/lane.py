@@ -163,7 +163,8 @@ def _problem(problem: BaseException) -> dict[str, Any]:
         traceback.print_exception(problem)
     no_room = any(isinstance(one, OSError) and one.errno in _NO_ROOM for one in (problem, problem.__cause__))
     text = str(problem) if told else in_one_line(problem)
-    return {"status": "failed", "exit": 1, "problem": text, "no_room": no_room}
+    no_place = type(problem).__name__ == "NoRoom"
+    return {"status": "failed", "exit": 1, "problem": text, "no_room": no_room, "no_place": no_place}
 
 
 @contextmanager

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+Need = tuple[tuple[tuple[str, float], ...], int]
+"""Resources of a worker, and the number of workers."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -29,7 +32,7 @@ class Point:
     identity: str
     stages: Mapping[str, str] = field(default_factory=dict)
     role: str = "run"
-    need: tuple[tuple[tuple[str, float], ...], int] = ((), 1)
+    need: Need = ((), 1)
 
     def record(self) -> dict[str, Any]:
         """Return what study.json keeps of it."""

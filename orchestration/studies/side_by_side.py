@@ -24,7 +24,7 @@ from orchestration.results.text import duration
 from orchestration.runs.stopping import StopSignals
 from orchestration.storage.files import read_json
 from orchestration.studies.lanes import Event, Lane, Lanes
-from orchestration.studies.points import Point
+from orchestration.studies.points import Need, Point
 from orchestration.studies.progress import seconds_left
 from orchestration.studies.run_queue import FAILED, FINISHED, RUNNING, STOPPED, WAITING, RunQueue
 from orchestration.studies.study_folder import StudyFolder
@@ -78,6 +78,7 @@ class SideBySide:
         self._took_by_recipe: dict[str, float] = {}
         self._no_room: str | None = None
         self._asked_at, self._room = -math.inf, 1
+        self._fitted, self._away = set[Need](), set[Need]()
         self._lost_starts = 0
         self._stopping = False
 
@@ -122,8 +123,9 @@ class SideBySide:
         now = time.monotonic()
         if now - self._asked_at >= _NODES_S:
             self._asked_at = now
-            waiting = self._queue.with_status(WAITING, RUNNING)
-            self._room = room(self._nodes(), [self._points[run] for run in waiting])
+            nodes, waiting = self._nodes(), self._queue.with_status(WAITING, RUNNING)
+            self._room = room(nodes, [self._points[run] for run in waiting])
+            self._note_room(nodes, {self._points[run].need for run in waiting})
         wanted = min(self._room, self._queue.ready(), self._most or self._room)
         lanes = [lane for lane in self._lanes.alive if not lane.ending]
         for _ in range(len(lanes), wanted):
@@ -131,6 +133,19 @@ class SideBySide:
         idle = [lane for lane in lanes if lane.run is None]
         for lane in idle[: max(0, len(lanes) - max(wanted, 1))]:
             lane.end()
+
+    def _note_room(self, nodes: Mapping[str, Resources], needs: set[Need]) -> None:
+        """Note which runs fit on the nodes. Those that did once wait where none is left, for one that is added.
+
+        Runs that never fitted are tried: what could never be is refused, and says what is missing.
+        """
+        fitting = {need for need in needs if fit(nodes, need) > 0}
+        self._fitted |= fitting
+        away = (needs & self._fitted) - fitting
+        if bool(away) != bool(self._away):
+            self._report("no node has room for the next runs: they wait for one" if away else "there is room again")
+        self._away = away
+        self._folder.content["waits_for"] = "a node with room for its runs" if away else None
 
     def _end_idle(self) -> None:
         for lane in self._lanes.alive:
@@ -156,7 +171,7 @@ class SideBySide:
 
         Of one seed the longest goes first, as far as earlier seeds say, so that lanes end at about the same time.
         """
-        able = self._queue.able()
+        able = (run for run in self._queue.able() if self._points[run].need not in self._away)
         first = next(able, None)
         if first is None:
             return None
@@ -203,6 +218,8 @@ class SideBySide:
             problem = "run.max_steps ended it before the end of training"
         elif status == STOPPED and not self._stopping:  # by a signal to its process alone, or by drained nodes
             return self._try_again(run, problem)
+        elif values.get("no_place") and self._points[run].need in self._fitted and not self._stopping:
+            return self._try_again(run, problem)  # its node has gone since the last look
         if values.get("no_room"):  # as it would be for every run after this one
             status, self._no_room = STOPPED, problem
             self._queue.stop()
@@ -233,6 +250,7 @@ class SideBySide:
 
     def _try_again(self, run: str, why: str) -> None:
         """Let a run go on from its newest checkpoint, unless it ends again and again without a new one."""
+        self._asked_at = -math.inf  # a node may have gone: the next run begins by what there is now
         if self._queue.lose(run, _progress(self._folder.path / run)):
             self._report(f"{run}: {_first_line(why)}; it goes on from its newest checkpoint")
             self._folder.update(run, status=WAITING)
@@ -269,10 +287,13 @@ def _recipe(point: Point) -> str:
 
 def room(nodes: Mapping[str, Resources], points: Sequence[Point]) -> int:
     """Count the runs that fit on the nodes at once, by those that need least; at least one, which may have to wait."""
-    most = 1
-    for bundle, workers in {point.need for point in points}:
-        most = max(most, sum(places(node, dict(bundle)) for node in nodes.values()) // workers)
-    return most
+    return max([1, *(fit(nodes, need) for need in {point.need for point in points})])
+
+
+def fit(nodes: Mapping[str, Resources], need: Need) -> int:
+    """Count the runs of one need that fit on the nodes at once."""
+    bundle, workers = need
+    return sum(places(node, dict(bundle)) for node in nodes.values()) // workers
 
 
 def launch_words(point: Point, folder: Path, defaults: Sequence[str]) -> list[str]:

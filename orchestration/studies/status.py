@@ -63,7 +63,8 @@ def status_text(place: Path, *, who: bool = True) -> str:
     head = ", ".join(f"{count} {state}" for state, count in counts.items())
     rows = [list(_COLUMNS), *([state[key] for key in _COLUMNS] for state in states)]
     lines = [*inner, f"{study.get('name', place)}: {plural(len(states), 'run')}; {head}"]
-    lines += [_who(held, counts) + (_rest(states) if held else "")] if study and who else []
+    waits = f"; it waits for {study['waits_for']}" if held and study.get("waits_for") else ""
+    lines += [_who(held, counts) + waits + (_rest(states) if held else "")] if study and who else []
     lines += ["", *text_table(rows, left=(0, 1, 2))]
     problems = [f"{state['run']}: {state['problem']}" for state in states if state["problem"]]
     lines += ["", *problems] if problems else []

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from orchestration.studies import side_by_side
 from orchestration.studies.lanes import Lanes
 from orchestration.studies.points import Point
 from orchestration.studies.side_by_side import SideBySide, room
@@ -40,6 +41,8 @@ for line in sys.stdin:
     more = {"no_room": True} if name.startswith("full") else {}
     if name.startswith("full"):
         status, problem = "failed", "No space left on device"
+    if name == "placeless" and tries.read_text() == "x":
+        status, problem, more = "failed", "the cluster has places for 0", {"no_place": True}
     if name == "told" and tries.read_text() == "x":
         stopped.append(1)
     while name.startswith("long") and not stopped:
@@ -129,6 +132,22 @@ def test_lanes_that_do_not_start_end_the_study(tmp_path):
 def test_as_many_runs_as_there_are_places_train_at_once(nodes, need, runs):
     point = Point("a", {}, 0, (), "a", {}, need=(tuple(need[0].items()), need[1]))
     assert room({str(k): {"CPU": cpus} for k, cpus in enumerate(nodes)}, [point]) == runs
+
+
+def test_runs_whose_nodes_have_gone_wait_for_others_and_do_not_fail(tmp_path, monkeypatch):
+    """The node goes before the first run begins, and comes back; a run that never fitted is tried and refused."""
+    monkeypatch.setattr(side_by_side, "_NODES_S", 0.0)
+    training, folder, said = study(tmp_path, "a", "placeless", "b", most=1)
+    looks = iter([{"x": {"CPU": 2.0}}, {}])
+    training._nodes = lambda: next(looks, {"x": {"CPU": 2.0}})
+    assert training.carry_out() is None
+    assert set(states(folder).values()) == {"finished"} and folder.record("placeless")["attempts"] == 2
+    assert said[:2] == ["no node has room for the next runs: they wait for one", "there is room again"]
+
+    (tmp_path / "never").mkdir()
+    training, folder, _ = study(tmp_path / "never", "placeless", cpus=0.0)
+    assert training.carry_out() is None
+    assert folder.record("placeless")["problem"] == "the cluster has places for 0"
 
 
 def test_a_full_disk_ends_the_study_and_fails_no_run(tmp_path):
