@@ -215,9 +215,9 @@ def _letters(name: str) -> str:
 
 def _in_order(expected: Sequence[str], names: Sequence[str]) -> list[str | None] | None:
     """Return the folder of each class in a split, None for one that it lacks; None where it has other classes."""
-    others = [name for name in names if name not in set(expected)]
-    spelled = {_letters(name): name for name in others}
-    found = [name if name in set(names) else spelled.pop(_letters(name), None) for name in expected]
+    classes, there = set(expected), set(names)
+    spelled = {_letters(name): name for name in names if name not in classes}
+    found = [name if name in there else spelled.pop(_letters(name), None) for name in expected]
     return None if spelled or sum(name is not None for name in found) < len(names) else found
 
 
