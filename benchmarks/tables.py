@@ -220,14 +220,15 @@ def costs(cost: Mapping[str, Any]) -> list[str]:
 
 
 def readme_table(record: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lines of the README's table: some rows, the highest mean of each column in bold."""
+    """Yield the lines of the README's table: some rows, the highest mean of each column over all seeds in bold."""
     rows = {NAMES.get(row["label"], row["label"]): row for row in record["rows"]}
     there = {label: rows[label] for label in README if label in rows}
-    best = {group: max((row["top1"][group]["mean"] for row in there.values()), default=None) for group in GROUPS[:4]}
+    whole = [row for row in there.values() if len(row["seeds"]) == len(record["seeds"])]
+    best = {group: max((row["top1"][group]["mean"] for row in whole), default=None) for group in GROUPS[:4]}
     yield "| method | experts | all | many | medium | few |"
     yield "|---" * 6 + "|"
     for label, row in there.items():
-        bold = [row["top1"][group]["mean"] == best[group] for group in GROUPS[:4]]
+        bold = [row in whole and row["top1"][group]["mean"] == best[group] for group in GROUPS[:4]]
         cells = [f"**{cell}**" if top else cell for cell, top in zip(accuracies(row), bold, strict=True)]
         few = "" if len(row["seeds"]) == len(record["seeds"]) else f" (n={len(row['seeds'])})"
         yield f"| `{label.partition(',')[0]}`{few} | {README[label]} | {' | '.join(cells)} |"
