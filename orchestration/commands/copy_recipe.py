@@ -1,4 +1,4 @@
-"""`expertail cp`: a copy of one of our files, to change.
+"""`expertail cp`: a copy of one of our files, or of yours, to change.
 
 expertail cp ride my.yaml                   then: expertail train --config-dir . method=my
 expertail cp dataset=cifar10_lt mine/dataset/birds.yaml
@@ -28,7 +28,7 @@ def copy_recipe(source: str, target: str) -> str:
     group = group or "method"
     if group not in CONFIG_GROUPS:
         raise ValueError(f"{source}: no group is called {group}; known: {', '.join(CONFIG_GROUPS)}")
-    text, path = path_of(group, choice).read_text("utf-8"), Path(expand(target))
+    text, path = path_of(group, choice).read_text("utf-8-sig"), Path(expand(target))
     name = path.stem
     if path.suffix != ".yaml":
         raise ValueError(f"{target}: needed a name that ends in .yaml, e.g. my_{choice}.yaml")

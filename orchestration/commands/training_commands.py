@@ -52,6 +52,7 @@ def _cp_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "target", metavar="FILE", help="the new file, e.g. my.yaml; its name will be that of the recipe"
     )
+    add_config_dir(parser)
 
 
 def _cp(options: argparse.Namespace) -> int:

@@ -86,8 +86,11 @@ def _of_user(group: str) -> dict[str, Path]:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Return the configs of a folder by name; hidden files are locks and traces of editors and systems."""
-    return {path.stem: path for path in folder.glob("*.yaml") if not path.name.startswith(".")}
+    """Return the configs of a folder by name; hidden files are locks and traces of editors and systems.
+
+    Folders, pipes and links to nothing are passed over: one of them would end every command.
+    """
+    return {path.stem: path for path in folder.glob("*.yaml") if not path.name.startswith(".") and path.is_file()}
 
 
 def passed_over(group: str, choice: str) -> str:

@@ -23,6 +23,9 @@ def test_a_copied_recipe_is_the_same_under_its_own_name(tmp_path, monkeypatch, c
     assert theirs.method.model_copy(update={"name": "ride"}) == ours.method
     birds, cifar = (compose(["method=ce", f"dataset={name}"]).config.dataset for name in ("birds", "cifar10_lt"))
     assert birds.model_copy(update={"name": "cifar10_lt"}) == cifar
+    monkeypatch.setenv(VARIABLE, "")
+    assert main(["cp", "my_ride", str(tmp_path / "mine.yaml"), "--config-dir", str(tmp_path)]) == 0
+    assert (tmp_path / "mine.yaml").read_text() == (tmp_path / "my_ride.yaml").read_text()
 
 
 @pytest.mark.parametrize(("words", "message"), [

@@ -11,7 +11,7 @@ import yaml
 
 from orchestration.cli import main
 from orchestration.config.compose import compose, from_yaml, to_yaml
-from orchestration.config.folders import VARIABLE, configs_folder, digests
+from orchestration.config.folders import VARIABLE, choices, configs_folder, digests
 
 RECIPE = "# Mine.\nof: {method: ce}\nstage: {optimizer: {lr: 0.123}}\non:\n  my_digits: {second: {}}\n"
 DATA = "# My digits.\nname: my_digits\nsource: digits\nimage_size: 8\nmean: [0.3, 0.3, 0.3]\nstd: [0.4, 0.4, 0.4]\n"
@@ -66,6 +66,16 @@ def test_a_recipe_may_begin_with_a_byte_order_mark(folder):
     (folder / "mine.yaml").write_text(RECIPE, "utf-8-sig")
     (folder / "then" / "my_crt.yaml").write_text(FILES["then/my_crt.yaml"], "utf-8-sig")
     assert compose(WORDS).config == expected
+
+
+def test_what_is_no_file_ends_no_command(folder):
+    """A folder, a link to nothing, a link to itself, and a pipe whose reader would wait."""
+    (folder / "nested.yaml").mkdir()
+    (folder / "gone.yaml").symlink_to("nowhere")
+    (folder / "loop.yaml").symlink_to("loop.yaml")
+    os.mkfifo(folder / "then" / "pipe.yaml")
+    assert not {"nested", "gone", "loop"} & choices("method").keys()
+    assert "pipe" not in choices("then")
 
 
 @pytest.mark.parametrize(("name", "data", "message"), [
