@@ -37,8 +37,22 @@ def study_folder(run_dir: Path) -> Path | None:
 def describe_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Return the run, the data and the config that a folder describes; for a study, what was asked for."""
     if study := read_json(folder / STUDY_FILE):
-        return {"status": overall_status(study["points"])}, {}, {}
+        return (
+            {"status": overall_status(study["points"]), **times(folder, (one["run"] for one in study["points"]))},
+            {},
+            {},
+        )
     return read_json(folder / "run.json"), read_json(folder / "data.json"), read_config(folder)
+
+
+def times(study: Path, runs: Iterable[str]) -> dict[str, Any]:
+    """Return when the first of some runs of a study was created, and when the last one ended, as run.json does."""
+    facts = [read_json(study / run / "run.json") for run in runs]
+    found: dict[str, Any] = {}
+    for name, pick in (("created", min), ("ended", max)):
+        known = {at: one[name] for one in facts if (at := time_ms(one, name)) is not None}
+        found |= {name: known[pick(known)]} if known else {}
+    return found
 
 
 def overall_status(points: Iterable[Mapping[str, Any]]) -> str:
@@ -144,7 +158,7 @@ def tags(run: Mapping[str, Any], data: Mapping[str, Any], config: Mapping[str, A
         "mlflow.source.name": "expertail",
         "mlflow.source.git.commit": run.get("commit"),
         "mlflow.source.type": "LOCAL",
-        "config_hash": run.get("config_hash") or _hash(config),
+        "config_hash": run.get("config_hash") or (_hash(config) if config else None),
         "seed": run.get("seed", config.get("seed")),
         "status": run.get("status"),
         # A tag cannot be taken back: that of an earlier start is overwritten.

@@ -69,12 +69,13 @@ def _costs(run: Mapping[str, Any]) -> dict[str, float]:
 
 
 def in_words(evaluation: Mapping[str, Any]) -> str:
-    """Return the accuracies of an evaluation as one line, e.g. for a registered model; "" where it has none."""
+    """Return the accuracies of an evaluation as one line that begins with few and all; "" where it has none."""
     found = _accuracies("", evaluation)
     if not found:
         return ""
-    shown = ", ".join(f"{name.strip('/').replace('_', ' ')} {value:.2f}" for name, value in found.items())
-    return f"top-1 in % of {evaluation.get('split', 'test')}: {shown}; epoch {evaluation.get('epoch')}"
+    names = dict.fromkeys([next(iter(found)), "/all", *found])
+    shown = ", ".join(f"{name.strip('/').replace('_', ' ')} {found[name]:.1f}" for name in names)
+    return f"{shown}: top-1 in % of {evaluation.get('split', 'test')}, epoch {evaluation.get('epoch')}"
 
 
 def selection_tag(run_dir: Path) -> dict[str, str]:

@@ -93,7 +93,8 @@ def find_row(client: Any, experiment_id: str, study: Path, state: State, row: St
     with hold_lock(study / f".{STATE_FILE}.run.lock", wait_s=_WAIT_S):
         state.agree_on_key()
         key = f"{state.values['key']}/{row.name}"
-        return _find(client, experiment_id, key, row.name, copied_from(study), None)[0]
+        created = contents.time_ms(contents.times(study, row.runs), "created")
+        return _find(client, experiment_id, key, row.name, copied_from(study), created)[0]
 
 
 def _find(

@@ -82,8 +82,8 @@ class StudySender:
         if status == "RUNNING":
             self._client.update_run(run_id, status="RUNNING")
         else:
-            times = [contents.time_ms(read_json(self._folder / run / RUN), "ended") for run in row.runs]
-            self._client.set_terminated(run_id, status, max(filter(None, times), default=None))
+            ended_at = contents.time_ms(contents.times(self._folder, row.runs), "ended")
+            self._client.set_terminated(run_id, status, ended_at)
 
 
 def row_tags(row: StudyRow, first: Path, seeds: list[int]) -> dict[str, str]:

@@ -40,7 +40,8 @@ def add_run(study: Path, method: str, seed: int, status: str = "finished", **mor
         study / f"{method}-s{seed}", f"method={method}", f"seed={seed}", f"tracking.experiment={content['name']}",
         accuracy=[0.9] * 7 + [few] * 3, best=[0.8] * 7 + [few + 0.05] * 3, predictions=False,
     )  # fmt: skip
-    facts = read_json(run / "run.json") | {"study": study.name, "ended": 1.8e9 + seed, "status": status}
+    facts = read_json(run / "run.json") | {"study": study.name, "status": status}
+    facts |= {"created": 1.7e9 + seed, "ended": 1.8e9 + seed}
     write_json(run / "run.json", facts | {"recipe": {f"method/{method}": {}, "dataset/digits_lt": {}}} | more)
     content = read_json(study / "study.json") or {
         "name": study.name,
@@ -111,6 +112,8 @@ def test_rows_have_means_of_their_runs_and_grow_with_the_study(study, store):
     there = check(study, store)
     assert set(there) == {study.name, "ce", "ldam", "ce-s0", "ce-s1", "ldam-s0", "ldam-s1"}
     assert {run.info.status for run in there.values()} == {"FINISHED"}
+    for name in ("ce", study.name):  # sent long after: from the first start of a run to the last end
+        assert (there[name].info.start_time, there[name].info.end_time) == (1.7e12, 1.8e12 + 1000)
     tags = there["ldam-s1"].data.tags
     wanted = {"method": "ldam", "mix": "none", "then": "none", "dataset": "digits_lt", "ratio": "20", "experts": "1"}
     assert {key: tags[key] for key in wanted} == wanted

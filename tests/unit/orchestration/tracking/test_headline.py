@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from orchestration.storage.files import write_json
-from orchestration.tracking.headline import experiment_tags, headline, mean_and_spread
+from orchestration.tracking.headline import experiment_tags, headline, in_words, mean_and_spread
 
 
 def write_run(folder, top1, **run):
@@ -55,3 +55,11 @@ def test_saved_views_have_the_headline_metrics_and_fit_into_a_tag():
         state = json.loads(view["state"])
         assert state["orderByKey"] in state["selectedColumns"]
     assert len(experiment_tags(of_study=False)) == len(tags) - 1
+
+
+def test_a_model_is_described_by_few_and_all_first():
+    top1 = {"all": 0.582, "many": 0.75, "medium": 0.5, "few": 0.25}
+    said = in_words({"split": "val", "epoch": 3, "members": {"ensemble": {"top1": top1}}})
+    assert said == "few 25.0, all 58.2, medium 50.0, many 75.0: top-1 in % of val, epoch 3"
+    assert in_words({"members": {"ensemble": {"top1": {"all": 0.5}}}}).startswith("all 50.0: top-1")
+    assert in_words({}) == ""
