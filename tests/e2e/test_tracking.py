@@ -222,7 +222,7 @@ def test_a_lost_answer_and_a_lost_memory_double_nothing(runs):
 
     def lose_the_answer(*args, metrics=(), **kwargs):
         send(*args, metrics=metrics, **kwargs)
-        if metrics and len(lost) < 2:
+        if metrics and len(metrics) not in lost:
             lost.append(len(metrics))
             raise OSError("connection reset")
 
