@@ -1,7 +1,7 @@
 """`expertail predict`: what a trained ensemble says of image files.
 
     expertail predict runs/ride-birds-s0 photos/ one.jpg --top 5
-    expertail predict models:/birds-ride/3 photos/ --csv said.csv
+    expertail predict models:/expertail-birds/3 photos/ --csv said.csv
 
 Files go through the preprocessing of the run's own evaluation, whatever their format and size. A file that cannot be
 read costs a line on standard error; the others are answered.

@@ -5,6 +5,7 @@ A picture shows results that are safe already: whatever fails in it costs that p
 
 from __future__ import annotations
 
+import logging
 import os
 import textwrap
 import warnings
@@ -63,7 +64,12 @@ def picture_style(names: str = "") -> Iterator[None]:
 
     with matplotlib.rc_context(_STYLE | {"font.family": fonts_for(names)[0]}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # `fonts_for` says so, once
+        logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # a font of another script may lack bold
         yield
+
+
+_PLACEHOLDERS = "Last Resort"
+"""Beginning of the name of a font of Matplotlib that has a box for every character, and so a picture of none."""
 
 
 def fonts_for(names: str) -> tuple[list[str], str]:
@@ -74,7 +80,9 @@ def fonts_for(names: str) -> tuple[list[str], str]:
     families = ["DejaVu Sans"]
     missing = {c for c in names if c.isprintable()} - _characters(font_manager.findfont(usual))
     for font in font_manager.fontManager.ttflist if missing else ():
-        if font.name not in families and (found := missing & _characters(font.fname)):
+        if font.name.startswith(_PLACEHOLDERS) or font.name in families:
+            continue
+        if found := missing & _characters(font.fname):
             families.append(font.name)
             missing -= found
     return families, "".join(sorted(missing))

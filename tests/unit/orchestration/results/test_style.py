@@ -34,6 +34,9 @@ def test_fonts_are_added_for_characters_that_the_usual_one_lacks(monkeypatch):
     assert families[0] == "DejaVu Sans"
     assert any(name.startswith("STIX") for name in families)
     assert owned not in missing
+    own = [font for font in font_manager.fontManager.ttflist if "mpl-data" in font.fname]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", own)
+    assert style.fonts_for("猫") == (["DejaVu Sans"], "猫"), "Matplotlib brings a font that has a box for it"
     monkeypatch.setattr(font_manager.fontManager, "ttflist", [])
     assert style.fonts_for(f"a{owned}") == (["DejaVu Sans"], owned)
 
