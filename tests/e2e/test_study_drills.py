@@ -17,9 +17,10 @@ import time
 import psutil
 import pytest
 
+from orchestration.studies.status import status_text
 from tests import runs
 from tests.e2e.test_full_disk import small_disk  # noqa: F401  (a fixture)
-from tests.e2e.test_launch import site  # noqa: F401  (a fixture)
+from tests.e2e.test_launch import ray_ports, site  # noqa: F401  (a fixture)
 
 pytestmark = [pytest.mark.ray, pytest.mark.drill, pytest.mark.xdist_group("ray")]
 
@@ -173,7 +174,8 @@ def two_nodes():
     """Start a head with room for the driver alone, and a node for two runs."""
     from ray.cluster_utils import Cluster
 
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    (port,) = ray_ports(1)  # Ray leaves a socket open where the usual one is taken
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "dashboard_port": port})
     try:
         nodes.add_node(num_cpus=2)
         yield nodes
@@ -204,6 +206,25 @@ def test_a_study_on_two_nodes_leaves_one_that_is_drained(undisturbed, two_nodes,
         for worker in json.loads((tmp_path / "night" / run / "run.json").read_text())["workers"]
     }
     assert nodes - {left}, "runs went on elsewhere"
+
+
+def test_a_study_whose_only_node_is_drained_waits_and_goes_on_with_another(undisturbed, two_nodes, tmp_path):
+    """No run fails for want of a node, however long there is none; status says what they wait for."""
+    process = start(tmp_path, address=two_nodes.address)
+    runs.wait_until(lambda: any((tmp_path / "night").glob("*/checkpoints/00-*")), "a checkpoint", ENDED_S)
+    running = [run for run, record in records(tmp_path).items() if record["status"] == "running"]
+    drain(
+        two_nodes.address,
+        json.loads((tmp_path / "night" / running[0] / "run.json").read_text())["workers"][0]["node_id"],
+    )
+    waits = "it waits for a node with room for its runs"
+    runs.wait_until(lambda: waits in status_text(tmp_path / "night"), "runs that wait", ENDED_S)
+    time.sleep(10)
+    assert "carried out by process" in status_text(tmp_path / "night") and process.poll() is None
+    assert "failed" not in statuses(tmp_path)
+    two_nodes.add_node(num_cpus=2)
+    ended_well(process, tmp_path)
+    same(tmp_path, undisturbed)
 
 
 def test_a_submitted_study_that_is_stopped_goes_on_when_it_is_submitted_again(undisturbed, site):  # noqa: F811
