@@ -144,8 +144,9 @@ class SideBySide:
         away = (needs & self._fitted) - fitting
         if bool(away) != bool(self._away):
             self._report("no node has room for the next runs: they wait for one" if away else "there is room again")
+            self._folder.content["waits_for"] = "a node with room for its runs" if away else None
+            self._folder.save()  # for `expertail status`
         self._away = away
-        self._folder.content["waits_for"] = "a node with room for its runs" if away else None
 
     def _end_idle(self) -> None:
         for lane in self._lanes.alive:
