@@ -13,7 +13,7 @@ from orchestration.config.paths import expand
 from orchestration.config.run_config import RunSettings
 from orchestration.config.secrets import redact
 from orchestration.storage.location import local_run
-from orchestration.tracking.uri import default_uri, sqlite_path
+from orchestration.tracking.uri import check_uri, default_uri, sqlite_path
 
 SCHEMES = ("models:/", "runs:/", "mlflow-artifacts:/")
 """Beginnings of the URI of an MLflow model."""
@@ -98,7 +98,10 @@ def _choose_store(uri: str) -> None:
     """
     import mlflow
 
-    if os.environ.get(_VARIABLE) or mlflow.is_tracking_uri_set():
+    given = os.environ.get(_VARIABLE)
+    if given and sqlite_path(given) is not None:
+        mlflow.set_tracking_uri(check_uri(given))  # spelled so that MLflow makes no folder beside it
+    if given or mlflow.is_tracking_uri_set():
         return
     store = default_uri(RunSettings().dir)
     path = sqlite_path(store)
