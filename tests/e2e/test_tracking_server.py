@@ -23,7 +23,7 @@ from orchestration.cli import main
 from orchestration.runs.stage_run import StageRun
 from orchestration.storage.journal import read_journal
 from orchestration.tracking import contents as tracking_contents
-from orchestration.tracking.headline import headline
+from orchestration.tracking.headline import headline, mean_and_spread
 from tests import runs
 from tests.conftest import lend
 from tests.mlflow_server import Fault, PostgreSQL, Proxy, Server, hurry
@@ -387,7 +387,10 @@ def test_a_sweep_has_a_parent_for_each_value_and_a_run_that_holds_the_report(ser
     for row in ("dr_h2t-ratio0", "dr_h2t-ratio0.5"):
         name, parent = f"{row}-s0", the_run(server.store, "x", row)
         child = the_run(server.store, "x", name)
-        assert parent.data.metrics == headline(tmp_path / "x" / name) and parent.info.status == "FINISHED"
+        assert (
+            parent.data.metrics == mean_and_spread([headline(tmp_path / "x" / name)])
+            and parent.info.status == "FINISHED"
+        )
         assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert held(server.store, child) == noted(tmp_path / "x" / name)
     assert whole.info.status == "FINISHED"

@@ -145,6 +145,9 @@ def test_means_and_report_follow_the_study_while_it_trains(study, store):
     row = runs_by_name(store, study.name)["ce"]
     assert (row.info.status, row.data.tags["seeds"], row.data.metrics["final/few"]) == ("RUNNING", "0", 10.0)
     assert not any(name.startswith("sd/") for name in row.data.metrics)
+    sender.close("KILLED")  # as after the driver's death: nobody trains the row any more
+    ended = {name: run.info.status for name, run in runs_by_name(store, study.name).items()}
+    assert (ended["ce"], ended["ldam"], ended[study.name]) == ("KILLED", "FINISHED", "KILLED")
 
     write_json(study / "ce-s1" / "run.json", facts)
     content["points"][1]["status"] = "finished"
