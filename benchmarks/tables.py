@@ -40,8 +40,8 @@ NAMES = {
 }
 """Recipes that a study trains as final stages of one run, by the label of their row."""
 README = {
-    "ce": "1", "ldam_drw": "1", "balanced_softmax": "1", "mislas": "1", "crt": "1", "bbn": "2", "reslt": "3",
-    "ace": "3", "tade": "3", "ride": "3", "ride, 6 experts": "6", "ride_h2t": "3", "lfme": "3, then 1",
+    "ce": "1", "balanced_softmax": "1", "crt": "1", "bbn": "2", "reslt": "3", "ace": "3", "tade": "3", "ride": "3",
+    "ride_h2t": "3", "lfme": "3, then 1",
 }  # fmt: skip
 """Rows of the README's table, with their experts."""
 
