@@ -127,6 +127,7 @@ def _carry_out(job: dict[str, Any], folder: Path) -> int:
     from orchestration.studies.shared_stages import take_over_stages
 
     marks = {"start": time.time(), "command": time.time()}
+    sys.argv[1:] = ["train", *job["words"]]  # the command that makes this run alone, for its record
     composed = compose(job["words"])
     marks["config"] = time.time()
     for note in composed.notes:

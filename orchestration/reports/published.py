@@ -114,7 +114,8 @@ def printed(value: float) -> str:
 def published_tables() -> dict[str, PublishedTable]:
     """Return all tables by name."""
     path = configs_folder() / "published_tables.yaml"
-    content = yaml.load(path.read_text("utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with it
+    content = loader(path.read_text("utf-8")).get_single_data()
     return {name: PublishedTable.model_validate(table) for name, table in content.items()}
 
 

@@ -236,7 +236,7 @@ def read_file(given: str, changed_by: tuple[Path, ...] = ()) -> tuple[dict[str, 
     if path.resolve() in changed_by:
         raise ValueError(f"{path}: of: {given} leads back to itself; needed another study")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        tree = _Loader(path.read_text(encoding="utf-8")).get_single_data()
     except IsADirectoryError:
         hint = "; the command that started a study goes on with it" if (path / STUDY_FILE).exists() else ""
         raise ValueError(f"study={given}: found a folder; needed a YAML file, or the name of one{hint}") from None

@@ -63,6 +63,7 @@ def test_runs_of_a_study_are_bitwise_those_of_single_runs_and_a_failure_costs_it
 
     kept = {name: json.loads((folder / name / "run.json").read_text()) for name in (crt, lws)}
     assert kept[lws]["stages_taken"] == {"train": crt} and kept[lws]["study"] == "tiny"
+    assert kept[lws]["command"].startswith("expertail train ") and f"run.name={lws}" in kept[lws]["command"]
     assert kept[crt]["workers"][0]["pid"] == kept[lws]["workers"][0]["pid"], "workers stay from run to run"
     assert_equal(folder / lws, alone(tmp_path, found[lws]))
 
