@@ -83,7 +83,7 @@ def study(words: Sequence[str]) -> int:
         upload = _upload(grid, folder)  # before its runs, which find their parents in MLflow by the study's key
         number = _train(grid, folder, points, lanes, lent)
         with signals_stop("the study's report was written"):
-            _conclude(folder, number, upload)
+            _conclude(folder, number, lanes, upload)
     if number is not None:
         raise Stopped(number, f"study {grid.name}: stopped; the same command goes on")
     failed = [record["run"] for record in folder.records if record["status"] == FAILED]
@@ -103,13 +103,14 @@ def _take(grid: Grid) -> tuple[Grid, StudyFolder, list[Point]]:
     return grid, folder, points
 
 
-def _conclude(folder: StudyFolder, number: int | None, upload: StudyUpload | None) -> None:
+def _conclude(folder: StudyFolder, number: int | None, lanes: Lanes, upload: StudyUpload | None) -> None:
     """Say how the runs stand, write the report and upload it. A study that a signal stopped ends soon, without both."""
     if number is None:
         _evaluate(folder)
     show(status_text(folder.path, who=False))
     if number is None and any(record["status"] == FINISHED for record in folder.records):
         _report(folder)
+    lanes.finish()  # their uploads come before the study's own
     if upload is not None:
         upload.finish(_STOPPED_WAIT_S if number is not None else None)
 

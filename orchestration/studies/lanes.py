@@ -173,6 +173,13 @@ class Lanes:
             else:
                 lane.send(number)
 
+    def finish(self) -> None:
+        """Let all end, and wait for them."""
+        for lane in self.alive:
+            lane.end()
+        while self.alive:
+            self.events(1.0)
+
     def close(self) -> None:
         """End all of them at once. Goes on past failures."""
         for lane in list(self.alive):

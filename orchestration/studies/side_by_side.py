@@ -85,6 +85,8 @@ class SideBySide:
     def carry_out(self) -> int | None:
         """Train until every run has ended. Return the signal that stopped it before, if one did.
 
+        Lanes are told to end, and may not have; see `Lanes.finish`.
+
         Raises:
             KeyboardInterrupt: a second Ctrl-C; lanes are ended at once.
             ValueError: lanes do not start, or the disk is full.
@@ -103,15 +105,16 @@ class SideBySide:
                     for event in self._lanes.events(_LOOK_S):
                         self._hear(event)
                     self._looked(f"{self._count()}{self._left()}")
-                for lane in self._lanes.alive:
-                    lane.end()
-                while self._lanes.alive:
-                    self._lanes.events(_LOOK_S)
+            for lane in self._lanes.alive:
+                lane.end()  # it uploads what is left of its runs meanwhile
             if self._no_room is not None and signals.received is None:
+                self._lanes.finish()
                 raise ValueError(f"no run begins any more: {self._no_room}")
             return signals.received
-        finally:
+        except BaseException:
             self._lanes.close()
+            raise
+        finally:
             for run in self._queue.with_status(RUNNING):
                 self._folder.record(run)["status"] = STOPPED
             self._folder.save()

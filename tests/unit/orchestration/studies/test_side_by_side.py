@@ -76,13 +76,20 @@ def study(tmp_path, *runs, cpus=2.0, most=None):
     return SideBySide(folder, points, lanes, lambda: {"a": {"CPU": cpus}}, most, (), said.append), folder, said
 
 
+def carry_out(training):
+    """Train the study and wait for its lanes, as the command does after its report."""
+    stopped_by = training.carry_out()
+    training._lanes.finish()
+    return stopped_by
+
+
 def states(folder):
     return {record["run"]: record["status"] for record in folder.records}
 
 
 def test_a_lane_that_dies_is_replaced_and_costs_its_run_alone(tmp_path):
     training, folder, said = study(tmp_path, "a", "once", "nan", "dies", "b")
-    assert training.carry_out() is None
+    assert carry_out(training) is None
     assert states(folder) == {"a": "finished", "once": "finished", "nan": "failed", "dies": "failed", "b": "finished"}
     assert folder.record("nan")["problem"] == "the loss is not finite" and folder.record("once")["attempts"] == 2
     assert "SIGKILL, again and again without a new checkpoint" in folder.record("dies")["problem"]
@@ -93,7 +100,7 @@ def test_a_lane_that_dies_is_replaced_and_costs_its_run_alone(tmp_path):
 
 def test_the_longest_goes_first_once_an_earlier_seed_has_shown_how_long_it_takes(tmp_path):
     training, _, said = study(tmp_path, "a-0", "slow-0", "b-0", "a-1", "slow-1", "b-1", cpus=1.0)
-    assert training.carry_out() is None
+    assert carry_out(training) is None
     assert [line.split(":")[0] for line in said if "began" in line][:4] == ["a-0", "slow-0", "b-0", "slow-1"]
 
 
@@ -106,7 +113,7 @@ def test_a_signal_stops_every_run_once_and_the_rest_does_not_begin(tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop_when_both_train, daemon=True).start()
-    assert training.carry_out() == signal.SIGTERM
+    assert carry_out(training) == signal.SIGTERM
     assert set(states(folder).values()) == {"stopped", "waiting"} and states(folder)["c"] == "waiting"
     assert said[-1].endswith("(2 of 3 ended, 0 running, 1 waiting)")
 
@@ -117,7 +124,7 @@ def test_lanes_that_do_not_start_end_the_study(tmp_path):
     with pytest.raises(
         ValueError, match=r"3 processes for runs ended with code 3 before they were ready; see .*lanes\.log"
     ):
-        training.carry_out()
+        carry_out(training)
 
 
 @pytest.mark.parametrize(
@@ -140,20 +147,20 @@ def test_runs_whose_nodes_have_gone_wait_for_others_and_do_not_fail(tmp_path, mo
     training, folder, said = study(tmp_path, "a", "placeless", "b", most=1)
     looks = iter([{"x": {"CPU": 2.0}}, {}])
     training._nodes = lambda: next(looks, {"x": {"CPU": 2.0}})
-    assert training.carry_out() is None
+    assert carry_out(training) is None
     assert set(states(folder).values()) == {"finished"} and folder.record("placeless")["attempts"] == 2
     assert said[:2] == ["no node has room for the next runs: they wait for one", "there is room again"]
 
     (tmp_path / "never").mkdir()
     training, folder, _ = study(tmp_path / "never", "placeless", cpus=0.0)
-    assert training.carry_out() is None
+    assert carry_out(training) is None
     assert folder.record("placeless")["problem"] == "the cluster has places for 0"
 
 
 def test_a_full_disk_ends_the_study_and_fails_no_run(tmp_path):
     training, folder, _ = study(tmp_path, "a", "full", "b", most=1)
     with pytest.raises(ValueError, match="no run begins any more: No space left on device"):
-        training.carry_out()
+        carry_out(training)
     assert states(folder) == {"a": "finished", "full": "stopped", "b": "waiting"}
 
 
@@ -167,7 +174,7 @@ def test_a_study_json_that_cannot_be_written_for_a_while_costs_one_line(tmp_path
         write()
 
     monkeypatch.setattr(folder, "write", full)
-    assert training.carry_out() is None
+    assert carry_out(training) is None
     assert states(StudyFolder(tmp_path)) == {"a": "finished", "nan": "failed", "b": "finished"}
     assert capsys.readouterr().err.count("not written (No space left on device); runs go on") == 1
 
@@ -175,7 +182,7 @@ def test_a_study_json_that_cannot_be_written_for_a_while_costs_one_line(tmp_path
 def test_a_signal_to_one_lane_costs_no_run_and_a_lane_that_grows_is_replaced(tmp_path):
     training, folder, said = study(tmp_path, "a", "told", "fat", "b", most=1)
     lanes = training._lanes
-    assert training.carry_out() is None
+    assert carry_out(training) is None
     assert set(states(folder).values()) == {"finished"} and folder.record("told")["attempts"] == 2
     assert "told: stopped by SIGTERM; it goes on from its newest checkpoint" in said
     assert lanes._started == 3, "one that was stopped, and one that grew by more than its bound"
