@@ -17,7 +17,7 @@ _NAMES = {"upper": "A_u", "relative": "A_r"}
 _SHOWN = 4  # runs without a published row, or rows without a run, that are named
 
 
-def rows_of(grid: Grid) -> list[tuple[Point, RunConfig]]:
+def first_runs(grid: Grid) -> list[tuple[Point, RunConfig]]:
     """Return the first seed of every recipe and value of a study, with its config; no references."""
     first: dict[tuple[str, ...], Point] = {}
     for point in grid.points:
@@ -33,7 +33,7 @@ def beside_lines(grid: Grid) -> Iterator[str]:
         ValueError: the study's `report` has an unknown key or table.
     """
     asked = asked_of(grid.study.report, f"study {grid.name}")
-    tables, rows = asked.tables, rows_of(grid)
+    tables, rows = asked.tables, first_runs(grid)
     yield from (f"measured  {one.recipe}: {one.weights} weights on {one.distribution} distributions, at the end"
                 for one in asked.evaluate)  # fmt: skip
     found = [

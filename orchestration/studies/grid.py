@@ -37,6 +37,7 @@ BALANCED = "dataset.balanced"
 _NONE = "none"
 _EXPERIMENT = "tracking.experiment="
 _NAME_CHARACTERS = 60  # of a value, in the name of its run
+_OF_A_RECIPE = ("method", "mix=", "then=", "protocol=")  # words that plain cross-entropy does not share
 _SHOWN = 3  # recipes that one problem names
 _GROUPS_BY_VALUE = ("dataset", "backbone", "pace", "protocol")  # whose choice alone says what it is
 
@@ -285,7 +286,7 @@ def _references(
     known, found = {point.identity for point in points}, list[Point]()
     balanced = (f"{BALANCED}=true",) if study.references is True else study.references or ()
     for combination in combinations:
-        plain = tuple(word for word in combination.words if not word.startswith(("method", "mix=", "then=", *_MIXES)))
+        plain = tuple(word for word in combination.words if not word.startswith(_OF_A_RECIPE))
         for asked, recipe in ((combination.words, True), ((f"method={VANILLA}", *plain), False)):
             try:
                 words, config = compose_as_run((*asked, *balanced), study.seeds[0], gpu_share, files=files)
@@ -306,9 +307,6 @@ def _references(
                     known.add(point.identity)
                     found.append(point)
     return found
-
-
-_MIXES = ("protocol=",)  # a recipe's own; the data's default is taken
 
 
 def _parts_of(label: Mapping[str, str]) -> list[tuple[str, str]]:

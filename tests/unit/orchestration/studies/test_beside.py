@@ -16,7 +16,7 @@ from orchestration.config.layers import read_yaml
 from orchestration.reports.asked import asked_of
 from orchestration.reports.published import published_for, published_tables
 from orchestration.reports.write import write_report
-from orchestration.studies.beside import beside_lines, finals_of, rows_left, rows_of
+from orchestration.studies.beside import beside_lines, finals_of, rows_left, first_runs
 from orchestration.studies.grid import lay_out
 from orchestration.studies.study_config import read_study
 from tests.finished_runs import finish
@@ -46,7 +46,7 @@ def shown(name):
     tables = asked_of(grid.study.report, name).tables
     found = [
         (point, one)
-        for point, config in (rows_of(grid) if tables else ())
+        for point, config in (first_runs(grid) if tables else ())
         for stage in finals_of(config)
         if (one := published_for(config, stage, tables)) is not None
     ]
