@@ -16,7 +16,7 @@ from orchestration.config.layers import read_yaml
 from orchestration.reports.asked import asked_of
 from orchestration.reports.published import published_for, published_tables
 from orchestration.reports.write import write_report
-from orchestration.studies.beside import beside_lines, finals_of, rows_left, first_runs
+from orchestration.studies.beside import beside_lines, finals_of, first_runs, rows_left
 from orchestration.studies.grid import lay_out
 from orchestration.studies.study_config import read_study
 from tests.finished_runs import finish
