@@ -128,8 +128,7 @@ def gpu_share(nodes: Mapping[str, Mapping[str, float]]) -> float | None:
 def _lanes(grid: Grid, lock: int) -> Iterator[Lanes]:
     """Start the first lanes: they load their libraries while a local Ray starts. All are ended at the end."""
     lanes = Lanes(_LANE, grid.folder, {STUDY_LANE: "1"}, [lock])
-    records = StudyFolder(grid.folder).content.get("points", [])  # none before the first start
-    known = {record["run"] for record in records if record["status"] == FINISHED}
+    known = {record["run"] for record in StudyFolder(grid.folder).finished()}
     left = sum(point.run not in known for point in grid.points)
     try:
         for _ in range(min(_FIRST_LANES, left, _most(grid) or left)):

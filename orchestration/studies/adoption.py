@@ -34,7 +34,6 @@ from orchestration.storage.checkpoint import Checkpoints
 from orchestration.storage.files import CONFIG, DATA, LOCK, RUN, read_json, sync_folder
 from orchestration.storage.run_folder import RunFolder, has_started
 from orchestration.studies.points import Point
-from orchestration.studies.run_queue import FINISHED
 from orchestration.studies.shared_stages import stage_digests
 from orchestration.studies.study_folder import StudyFolder, refuse
 
@@ -86,7 +85,7 @@ def find(folders: Sequence[str], study: StudyFolder) -> Found:
         ValueError: a folder is missing, or holds no run.
     """
     found = Found()
-    origins = [record["adopted"] for record in study.records if record.get("adopted")] if study.content else []
+    origins = [record["adopted"] for record in study.finished() if record.get("adopted")]
     known = {Path(origin["folder"], origin["run"]) for origin in origins}
     for given in folders:
         folder = expand(given)
@@ -218,8 +217,7 @@ def carry_out(
 
 def held_against(found: Found, study: StudyFolder, points: Sequence[Point]) -> Adoption:
     """Hold runs from elsewhere against the points of a study, which need not exist yet."""
-    records = study.records if study.content else []
-    done = {record["identity"] for record in records if record["status"] == FINISHED}
+    done = {record["identity"] for record in study.finished()}
     left = [point.run for point in points if point.identity not in done]
     return Adoption(found, points, {run: has_started(study.path / run) for run in left})
 

@@ -37,7 +37,9 @@ def plan_lines(
         nodes: resources by node; None: our own Ray on this machine.
         adoption: runs from elsewhere that would be taken over.
     """
-    status = {r["identity"]: (r["status"], r["run"]) for r in (folder.records if folder.content else [])}
+    there = folder.finished()
+    known = [one for one in (folder.records if folder.content else []) if one["status"] != FINISHED or one in there]
+    status = {one["identity"]: (one["status"], one["run"]) for one in known}
     again = grid.study.retry == "failed"
     done = [point for point in grid.points if status.get(point.identity, ("",))[0] == FINISHED]
     taken = adoption.taken if adoption else {}

@@ -59,6 +59,11 @@ class StudyFolder:
         """Return what study.json keeps of a run."""
         return next(record for record in self.records if record["run"] == run)
 
+    def finished(self) -> list[dict[str, Any]]:
+        """Return the records of finished runs whose folders are there: one that was removed is trained again."""
+        records = self.records if self.content else []
+        return [one for one in records if one["status"] == FINISHED and (self.path / one["run"] / CONFIG).exists()]
+
     def update(self, run: str, **values: Any) -> None:
         """Change what study.json keeps of a run, on disk too."""
         self.record(run).update(values)

@@ -231,6 +231,19 @@ def test_a_plan_says_what_would_be_taken_over_and_copies_nothing(tmp_path):
     assert "lent      1 stage, trained by 1 run elsewhere" in text and not study.path.exists()
 
 
+def test_a_run_whose_copy_was_removed_is_taken_over_again_and_not_trained(tmp_path):
+    old = finished(tmp_path / "elsewhere" / "old", "method=ce")
+    study = Study(tmp_path)
+    first = study.start(old.parent)
+    shutil.rmtree(study.path / "ce-s0")
+    plan = plan_study([*study.words, f"study.adopt={old.parent}"])
+    assert "runs      1 run: 0 finished, 1 to take over, 0 to train" in plan
+    assert "runs      1 run: 0 finished, 1 to train" in plan_study(study.words), "no donor, no result"
+    assert study.start(old.parent) == first
+    assert study.said == [f"taken over: 1 finished run of {old.parent}"]
+    assert (study.path / "ce-s0" / "evaluation" / "last.json").exists()
+
+
 def test_a_run_that_has_begun_in_the_study_goes_on_there(tmp_path):
     old = finished(tmp_path / "elsewhere" / "old", "method=ce")
     study = Study(tmp_path)
