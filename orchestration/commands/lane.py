@@ -150,20 +150,21 @@ def _is_finished(folder: Path) -> bool:
 
 def _problem(problem: BaseException) -> dict[str, Any]:
     """Print a problem and return how the run has ended by it."""
-    from orchestration.config.messages import in_one_line, say
+    from orchestration.config.messages import in_one_line, say, show
+    from orchestration.config.secrets import redact
 
     code = getattr(problem, "exit_code", None)
     if code is not None or isinstance(problem, KeyboardInterrupt | SystemExit):  # Ray ends a process by the latter
-        text = str(problem) if code is not None else "stopped before it trained"
+        text = redact(str(problem)) if code is not None else "stopped before it trained"
         say(text)
         return {"status": "stopped", "exit": code or 130, "problem": text}
     told = isinstance(problem, ValueError | FloatingPointError) or type(problem).__name__ == "WorkerLost"
     if told:
         say(str(problem))
     else:
-        traceback.print_exception(problem)
+        show("".join(traceback.format_exception(problem)).rstrip(), sys.stderr)
     no_room = any(isinstance(one, OSError) and one.errno in _NO_ROOM for one in (problem, problem.__cause__))
-    text = str(problem) if told else in_one_line(problem)
+    text = redact(str(problem)) if told else in_one_line(problem)
     no_place = type(problem).__name__ == "NoRoom"
     return {"status": "failed", "exit": 1, "problem": text, "no_room": no_room, "no_place": no_place}
 

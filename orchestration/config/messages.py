@@ -15,7 +15,8 @@ from orchestration.config.secrets import redact
 def show(text: str, stream: TextIO | None = None) -> bool:
     """Print a text, on standard output by default. A reader that has gone, or a closed stream, changes nothing.
 
-    Control characters, which names of files and classes may hold, are shown by their numbers; lines stay lines.
+    Control characters, which names of files and classes may hold, are shown by their numbers; lines stay lines. Secrets
+    in URIs are left out: what is printed is kept in logs.
 
     Returns:
         False where somebody may miss the text: the file that it goes to has no room. That is said.
@@ -23,7 +24,7 @@ def show(text: str, stream: TextIO | None = None) -> bool:
     stream = sys.stdout if stream is None else stream
     if stream is None:  # Python was started with it closed
         return True
-    text = visible(text, keep="\n\t")
+    text = visible(redact(text), keep="\n\t")
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
         print(text.encode(encoding, HANDLER).decode(encoding), file=stream, flush=True)

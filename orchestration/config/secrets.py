@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 
 def redact(text: str) -> str:
@@ -11,3 +12,12 @@ def redact(text: str) -> str:
     text = re.sub(r"(?i)((?:postgresql|mysql|mssql)[\w+]*://)[^\s/:@'\"]*:[^\s@'\"]*@", r"\1", text)
     text = re.sub(r"(?<=://)[^/?#\s]*@", "", text)  # greedy: a password may contain an @ itself
     return re.sub(r"(?i)([?&](?:[\w-]*(?:password|passwd|pwd|token|secret|key))=)[^&\s'\"]+", r"\1***", text)
+
+
+def redact_all(value: Any) -> Any:
+    """Return a value of JSON with secrets removed from every text in it, keys too."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {redact_all(key): redact_all(item) for key, item in value.items()}
+    return [redact_all(item) for item in value] if isinstance(value, list | tuple) else value

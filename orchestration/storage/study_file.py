@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from orchestration.storage.files import read_json
+from orchestration.config.secrets import redact_all
+from orchestration.storage.files import read_json, write_json
 
 STUDY_FILE = "study.json"
 SCHEMA = 1
@@ -16,6 +17,8 @@ RESTORE = "restore the file, or remove it: the study is laid out again then, and
 
 def read_study_file(folder: Path) -> dict[str, Any]:
     """Read study.json of a folder; {} where there is none.
+
+    Secrets in it, which earlier versions kept, are left out.
 
     Raises:
         ValueError: it is damaged, or of a later version.
@@ -36,4 +39,12 @@ def read_study_file(folder: Path) -> dict[str, Any]:
         isinstance(one, dict) and isinstance(one.get("run"), str) for one in points
     ):
         raise ValueError(f"{path}: found no list of runs under `points`; {RESTORE}")
-    return content
+    return dict(redact_all(content))
+
+
+def write_study_file(folder: Path, content: dict[str, Any]) -> None:
+    """Write study.json of a folder, without the passwords of URIs that its words, labels and problems may hold.
+
+    A run gets its credential from the command, the configs or the environment at each start.
+    """
+    write_json(folder / STUDY_FILE, redact_all(content))

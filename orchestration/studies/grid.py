@@ -22,6 +22,7 @@ from orchestration.config.compose import compose
 from orchestration.config.identity import config_hash
 from orchestration.config.paths import expand
 from orchestration.config.run_config import RunConfig, name_problems
+from orchestration.config.secrets import redact
 from orchestration.config.words import message
 from orchestration.reports.asked import Asked, report_problems
 from orchestration.results.text import plural
@@ -112,9 +113,12 @@ def lay_out(study: StudyConfig, gpu_share: float | None = None, *, files: bool =
 
 
 def label_of(words: Sequence[str]) -> dict[str, str]:
-    """Return words as pairs of a label; no mixing and no further stage are `none`."""
+    """Return words as pairs of a label; no mixing and no further stage are `none`.
+
+    Passwords are left out: names of runs and folders are made of labels.
+    """
     pairs = (word.partition("=")[::2] for word in words)
-    return {key: in_label(key, value) for key, value in pairs}
+    return {key: redact(in_label(key, value)) for key, value in pairs}
 
 
 # Combinations

@@ -22,9 +22,9 @@ from orchestration.config.messages import say
 from orchestration.config.words import message
 from orchestration.results.text import plural
 from orchestration.runs.finished import with_threads
-from orchestration.storage.files import CONFIG, LOCK, read_json, write_json
+from orchestration.storage.files import CONFIG, LOCK, read_json
 from orchestration.storage.run_folder import RunFolder
-from orchestration.storage.study_file import RESTORE, SCHEMA, read_study_file
+from orchestration.storage.study_file import RESTORE, SCHEMA, read_study_file, write_study_file
 from orchestration.storage.study_file import STUDY_FILE as STUDY
 from orchestration.studies.grid import Grid
 from orchestration.studies.points import Point
@@ -79,8 +79,8 @@ class StudyFolder:
             self._told = True
 
     def write(self) -> None:
-        """Write study.json."""
-        write_json(self.path / STUDY, self.content)
+        """Write study.json, without passwords."""
+        write_study_file(self.path, self.content)
 
     # Another start of the study
 

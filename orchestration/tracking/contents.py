@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from orchestration.config.secrets import redact
+from orchestration.config.secrets import redact, redact_all
 from orchestration.results.fitted_table import choices
 from orchestration.results.tables import per_class_table
 from orchestration.storage.files import evaluations, file_sha256, final_evaluations, read_config, read_json
@@ -230,7 +230,9 @@ def files(run_dir: Path) -> dict[str, str | Path]:
             found[path.name] = redact(path.read_text())
 
     patterns = ("data.json", "evaluation/**/*.json", "report/**/*.png", "report/*.txt", "report/*.html")
-    of_a_study = (STUDY_FILE, "report/report.*")
+    of_a_study = ("report/report.*",)
+    if study := read_json(run_dir / STUDY_FILE):
+        found[STUDY_FILE] = json.dumps(redact_all(study), indent=1) + "\n"
     for path in sorted(path for pattern in patterns + of_a_study for path in run_dir.glob(pattern)):
         found[path.relative_to(run_dir).as_posix()] = path
     data, results = read_json(run_dir / "data.json"), evaluations(run_dir)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from orchestration.config.messages import say, show
 from orchestration.config.secrets import redact
 
 
@@ -19,3 +20,11 @@ from orchestration.config.secrets import redact
 )
 def test_secrets_are_taken_out_of_uris(text, expected):
     assert redact(text) == expected
+
+
+def test_what_is_printed_has_no_password(capsys):
+    say("method=ce tracking.uri=http://me:s3cret@host: 1 problem")
+    show("run  tracking.uri=http://me:s3cret@host")
+    said = capsys.readouterr()
+    assert said.err == "expertail: method=ce tracking.uri=http://host: 1 problem\n"
+    assert said.out == "run  tracking.uri=http://host\n"

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
+from orchestration.storage.files import read_json, write_json
 from orchestration.studies.grid import lay_out
 from orchestration.studies.run_queue import FAILED, FINISHED, WAITING
 from orchestration.studies.status import status_text
 from orchestration.studies.study_config import read_study
 from orchestration.studies.study_folder import StudyFolder, held
+from orchestration.tracking import contents
 
 
 def grid(tmp_path, *words):
@@ -79,3 +82,42 @@ def test_a_folder_of_studies_has_a_line_for_each_and_one_without_runs_is_refused
     folder.update("ce-s1", status=FINISHED)
     (tmp_path / "x" / "ce-s1").mkdir()
     assert status_text(tmp_path) == f"{tmp_path / 'x'}: a study of 2 runs; 1 waiting, 1 finished"
+
+
+def test_a_study_keeps_no_password_and_its_runs_get_the_one_of_each_start(tmp_path):
+    def store(secret):
+        return f"tracking.uri=http://me:{secret}@host:5000"
+
+    recipes = tmp_path / "x.yaml"
+    recipes.write_text(f"recipes: [method=ce, method=ldam {store('0ther')}]\n")
+    folder, points = taken(tmp_path, f"study={recipes}", store("s3cret"), "tracking.enabled=true")
+    assert store("s3cret") in points[0].words and store("0ther") in points[1].words
+    folder.update(points[0].run, status=FAILED, problem="no answer of http://me:s3cret@host:5000")
+    assert "s3cret" not in status_text(folder.path) and "no answer of http://host:5000" in status_text(folder.path)
+    _assert_without(folder.path, "s3cret", "0ther")
+    assert not [point.run for point in points if "0ther" in point.run]
+
+    folder, again = taken(tmp_path, f"study={recipes}", store("changed"), "tracking.enabled=true")
+    assert [point.run for point in again] == [point.run for point in points] and store("changed") in again[0].words
+    assert [record["status"] for record in folder.records] == [FAILED, WAITING]
+    _assert_without(folder.path, "s3cret", "changed")
+
+
+def test_a_password_that_an_earlier_version_kept_goes_nowhere_and_is_gone_at_the_next_start(tmp_path):
+    store = "tracking.uri=http://me:s3cret@host:5000"
+    folder, _ = taken(tmp_path, "method=ce")
+    old = read_json(folder.path / "study.json")
+    old["words"], old["points"][0]["words"] = [*old["words"], store], [*old["points"][0]["words"], store]
+    write_json(folder.path / "study.json", old)
+    sent = contents.files(folder.path)["study.json"]
+    assert "s3cret" not in sent and json.loads(sent)["words"][-1] == "tracking.uri=http://host:5000"
+    assert "s3cret" not in json.dumps(StudyFolder(folder.path).content)
+    taken(tmp_path, "method=ce")
+    _assert_without(folder.path, "s3cret")
+
+
+def _assert_without(folder: Path, *secrets: str) -> None:
+    """Look for secrets in a study's files and in what is sent of it."""
+    texts = [path.read_text() for path in folder.rglob("*") if path.is_file()]
+    texts += [str(contents.files(folder)), str(contents.study_tags(folder)), *map(str, folder.rglob("*"))]
+    assert texts and not [secret for secret in secrets if secret in " ".join(texts)]
