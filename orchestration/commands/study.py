@@ -86,7 +86,7 @@ def study(words: Sequence[str]) -> int:
             _conclude(folder, number, lanes, upload)
     if number is not None:
         raise Stopped(number, f"study {grid.name}: stopped; the same command goes on")
-    failed = [record["run"] for record in folder.records if record["status"] == FAILED]
+    failed = [point.run for point in points if folder.record(point.run)["status"] == FAILED]
     if failed:
         say(f"failed: {', '.join(failed)}; study.retry=failed trains them again")
     return 1 if failed else 0

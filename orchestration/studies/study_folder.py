@@ -22,13 +22,13 @@ from orchestration.config.messages import say
 from orchestration.config.words import message
 from orchestration.results.text import plural
 from orchestration.runs.finished import with_threads
-from orchestration.storage.files import CONFIG, LOCK, read_json
+from orchestration.storage.files import CONFIG, LOCK, RUN, read_json
 from orchestration.storage.run_folder import RunFolder
 from orchestration.storage.study_file import RESTORE, SCHEMA, read_study_file, write_study_file
 from orchestration.storage.study_file import STUDY_FILE as STUDY
 from orchestration.studies.grid import Grid
 from orchestration.studies.points import Point
-from orchestration.studies.run_queue import FAILED, FINISHED, WAITING
+from orchestration.studies.run_queue import FAILED, FINISHED, RUNNING, STOPPED, WAITING
 
 _LEFTOVER_S = 120.0  # how long processes of a killed start may take to write their checkpoints
 _FREE = ("run.", "cluster.", "tracking.", "cluster=", "dataset.root", "dataset.loader_processes")
@@ -126,7 +126,7 @@ class StudyFolder:
             before = record or {"status": WAITING, "problem": None, "attempts": 0}
             records.append(point.record() | {key: before[key] for key in ("status", "problem", "attempts")})
             points.append(point)
-        records += by_identity.values()  # of earlier starts; not asked for this time
+        records += map(self._left_alone, by_identity.values())  # of earlier starts; not asked for this time
         earlier = self.content
         self.content = {
             "schema": SCHEMA,
@@ -150,6 +150,18 @@ class StudyFolder:
             ) from problem
         return points
 
+    def _left_alone(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the record of a run that is not asked for, as it stands: its start may have been killed."""
+        try:
+            run = read_json(self.path / record["run"] / RUN)
+        except (ValueError, OSError):  # damaged: `expertail status` says so, and this start does not need it
+            run = {}
+        if run.get("status") == "finished":
+            return {**record, **_finished(run)}
+        if record["status"] == RUNNING:
+            return {**record, "status": STOPPED, "problem": "its process was killed"}
+        return dict(record)
+
     def settle(self, points: Sequence[Point], retry: bool) -> list[str]:
         """Bring the status of runs up to what their folders say, after a start that may have been killed.
 
@@ -164,14 +176,13 @@ class StudyFolder:
         for point in points:
             record = self.record(point.run)
             folder = self.path / point.run
-            run = read_json(folder / "run.json") if (folder / CONFIG).exists() else {}
+            run = read_json(folder / RUN) if (folder / CONFIG).exists() else {}
             if run and record["status"] != FINISHED:
                 problems += _other_run(folder, point)
             if record["status"] == FINISHED and not run:
                 say(f"{point.run}: finished once, and {folder} is not there; it is trained again")
             if run.get("status") == "finished":
-                record |= {"status": FINISHED, "problem": None}
-                record |= {"adopted": run["adopted"]} if "adopted" in run else {}
+                record |= _finished(run)
             elif record["status"] == FAILED and not retry:
                 continue
             else:
@@ -180,6 +191,11 @@ class StudyFolder:
         if not problems:
             self.write()
         return problems
+
+
+def _finished(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what study.json keeps of a run whose run.json says that it is finished."""
+    return {"status": FINISHED, "problem": None} | ({"adopted": run["adopted"]} if "adopted" in run else {})
 
 
 def _baseline_text(grid: Grid) -> str | None:

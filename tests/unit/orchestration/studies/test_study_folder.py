@@ -69,6 +69,19 @@ def test_failed_runs_stay_failed_until_they_are_asked_for(tmp_path):
     assert [(record["status"], record["problem"]) for record in folder.records] == [(WAITING, None)] * 2
 
 
+def test_runs_of_a_killed_start_that_are_not_asked_for_again_do_not_stay_running(tmp_path):
+    folder, _ = taken(tmp_path, "method=ce", "seed=0,1,2,3")
+    for run, status in {"ce-s1": "running", "ce-s2": "running", "ce-s3": FAILED}.items():
+        folder.update(run, status=status)
+    (tmp_path / "x" / "ce-s2").mkdir()
+    (tmp_path / "x" / "ce-s2" / "run.json").write_text('{"status": "finished"}')
+    folder, points = taken(tmp_path, "method=ce", "seed=0")
+    folder.settle(points, retry=True)
+    kept = json.loads((tmp_path / "x" / "study.json").read_text())["points"]
+    assert [record["status"] for record in kept] == [WAITING, "stopped", FINISHED, FAILED]
+    assert "ce-s1: its process was killed" in status_text(tmp_path / "x")
+
+
 def test_a_study_is_held_by_one_process_at_a_time(tmp_path):
     refused = pytest.raises(ValueError, match="already being carried out by process")
     with held(tmp_path / "x"), refused, held(tmp_path / "x"):

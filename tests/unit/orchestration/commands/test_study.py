@@ -1,0 +1,38 @@
+"""What `expertail study` does around its runs, which are only pretended here: its exit code, its end, its reports."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+
+from orchestration.commands import study as command
+from orchestration.studies.run_queue import FAILED, FINISHED
+
+
+@pytest.fixture
+def pretended(monkeypatch, tmp_path):
+    """Return a start of a study without Ray, lanes and reports; its runs end as they are told to."""
+    for name in ("cluster", "_lanes"):
+        monkeypatch.setattr(command, name, lambda *_: nullcontext(command.Lanes([], tmp_path, {})))
+    monkeypatch.setattr(command, "node_resources", dict)
+    for name in ("_evaluate", "_report"):
+        monkeypatch.setattr(command, name, lambda _: None)
+
+    def start(train, *words):
+        def pretend(grid, folder, points, lanes, lent):
+            for point in points:
+                folder.update(point.run, status=train(point.run))
+
+        monkeypatch.setattr(command, "_train", pretend)
+        common = ["method=ce", "dataset=digits_lt", f"run.dir={tmp_path}", "study.name=x", "tracking.enabled=false"]
+        return command.study([*common, *words])
+
+    return start
+
+
+def test_the_exit_code_is_that_of_the_runs_that_were_asked_for(pretended, capsys):
+    assert pretended(lambda run: FAILED if run == "ce-s1" else FINISHED, "seed=0,1") == 1
+    assert "failed: ce-s1; study.retry=failed trains them again" in capsys.readouterr().err
+    assert pretended(lambda _: FINISHED, "seed=0") == 0
+    assert "trains them again" not in capsys.readouterr().err
