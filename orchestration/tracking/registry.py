@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestration.config.secrets import redact
-from orchestration.storage.files import evaluations, read_json
+from orchestration.storage.files import DATA, evaluations, read_json
 from orchestration.storage.study_file import read_study_file
 from orchestration.tracking.process import State, Target, request_timeout
 from orchestration.tracking.uri import check_uri
@@ -87,9 +87,10 @@ def best_of_study(study: Path, uri: str, stage: str, model: str) -> list[Choice]
         model: that the runs must have in the store, as for `set_alias`.
 
     Raises:
-        ValueError: no finished run has such a model there, or runs were chosen on different splits.
+        ValueError: no finished run has such a model there, or runs of one registered model cannot be ranked: they saw
+            different data, or were chosen on different splits.
     """
-    found: dict[str, list[tuple[Path, float, str]]] = {}
+    found: dict[str, list[_Candidate]] = {}
     missing = list[str]()
     for point in read_study_file(study).get("points", ()):
         run = study / point["run"]
@@ -102,7 +103,8 @@ def best_of_study(study: Path, uri: str, stage: str, model: str) -> list[Choice]
             continue
         name = sent[model].removeprefix("models:/").rpartition("/")[0]
         split = best.get("selected_on") or best.get("split", "test")
-        found.setdefault(name, []).append((run, float(best["selected_value"]), split))
+        digest = str(read_json(run / DATA).get("digest", ""))
+        found.setdefault(name, []).append(_Candidate(run, float(best["selected_value"]), split, digest))
     if missing or not found:
         what = f"{', '.join(missing)} are without it" if missing else "no run of the study is finished"
         raise ValueError(
@@ -112,10 +114,29 @@ def best_of_study(study: Path, uri: str, stage: str, model: str) -> list[Choice]
     return [_best(name, runs) for name, runs in found.items()]
 
 
-def _best(name: str, runs: list[tuple[Path, float, str]]) -> Choice:
-    splits = {split: run for run, _, split in runs}
+@dataclass(frozen=True)
+class _Candidate:
+    """A run that may be the best: its folder, its accuracy as a fraction on a split, and the digest of its data."""
+
+    run: Path
+    accuracy: float
+    split: str
+    digest: str
+
+
+def _best(name: str, candidates: list[_Candidate]) -> Choice:
+    """Return the run with the highest accuracy.
+
+    Raises:
+        ValueError: accuracies are of different images, so that the highest is that of the easiest data.
+    """
+    data = {one.digest: one.run.name for one in reversed(candidates)}
+    if len(data) > 1:
+        told = "; ".join(f"{run} on {digest[:8] or 'unknown data'}" for digest, run in reversed(data.items()))
+        raise ValueError(f"{name}: runs saw different data ({told}), so none is the best; promote a run by its folder")
+    splits = {one.split: one.run.name for one in candidates}
     if len(splits) > 1:
-        told = "; ".join(f"{run.name} on {split}" for split, run in splits.items())
+        told = "; ".join(f"{run} on {split}" for split, run in splits.items())
         raise ValueError(f"{name}: epochs were chosen on different splits ({told}); promote a run by its folder")
-    run, accuracy, split = max(runs, key=lambda one: one[1])  # of equals the first, in the study's order
-    return Choice(run, accuracy, split, len(runs))
+    best = max(candidates, key=lambda one: one.accuracy)  # of equals the first, in the study's order
+    return Choice(best.run, best.accuracy, best.split, len(candidates))
