@@ -81,9 +81,12 @@ def study(words: Sequence[str]) -> int:
         grid, folder, points = _take(grid)
         lent = carry_out(elsewhere, folder, points, grid.defaults, say) if grid.study.adopt else {}
         upload = _upload(grid, folder)  # before its runs, which find their parents in MLflow by the study's key
-        number = _train(grid, folder, points, lanes, lent)
-        with signals_stop("the study's report was written"):
-            _conclude(folder, number, lanes, upload)
+        try:
+            number = _train(grid, folder, points, lanes, lent)
+        except Exception:  # a full disk, say: how the runs stand is shown and sent all the same
+            _conclude(folder, lanes, upload, whole=False)
+            raise
+        _conclude(folder, lanes, upload, whole=number is None)
     if number is not None:
         raise Stopped(number, f"study {grid.name}: stopped; the same command goes on")
     failed = [point.run for point in points if folder.record(point.run)["status"] == FAILED]
@@ -103,16 +106,28 @@ def _take(grid: Grid) -> tuple[Grid, StudyFolder, list[Point]]:
     return grid, folder, points
 
 
-def _conclude(folder: StudyFolder, number: int | None, lanes: Lanes, upload: StudyUpload | None) -> None:
-    """Say how the runs stand, write the report and upload it. A study that a signal stopped ends soon, without both."""
-    if number is None:
-        _evaluate(folder)
-    show(status_text(folder.path, who=False))
-    if number is None and any(record["status"] == FINISHED for record in folder.records):
-        _report(folder)
-    lanes.finish()  # their uploads come before the study's own
-    if upload is not None:
-        upload.finish(_STOPPED_WAIT_S if number is not None else None)
+def _conclude(folder: StudyFolder, lanes: Lanes, upload: StudyUpload | None, *, whole: bool) -> None:
+    """Say how the runs stand, write the report and upload it.
+
+    Args:
+        folder: of the study.
+        lanes: that end.
+        upload: of the study.
+        whole: whether every run has ended. Otherwise there is no report, and the upload is soon over.
+    """
+    wait_s: float | None = _STOPPED_WAIT_S
+    with signals_stop("the study's report was written"):
+        try:
+            if whole:
+                _evaluate(folder)
+            show(status_text(folder.path, who=False))
+            if whole and any(record["status"] == FINISHED for record in folder.records):
+                _report(folder)
+            lanes.finish()  # their uploads come before the study's own
+            wait_s = None if whole else _STOPPED_WAIT_S
+        finally:
+            if upload is not None:
+                upload.finish(wait_s)
 
 
 def gpu_share(nodes: Mapping[str, Mapping[str, float]]) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
@@ -36,3 +37,18 @@ def test_the_exit_code_is_that_of_the_runs_that_were_asked_for(pretended, capsys
     assert "failed: ce-s1; study.retry=failed trains them again" in capsys.readouterr().err
     assert pretended(lambda _: FINISHED, "seed=0") == 0
     assert "trains them again" not in capsys.readouterr().err
+
+
+def test_a_study_that_cannot_go_on_shows_how_its_runs_stand_and_ends_its_upload(pretended, monkeypatch, capsys):
+    waits = list[float]()
+
+    def full(run):
+        if run == "ce-s1":
+            raise ValueError("no run begins any more: No space left on device")
+        return FINISHED
+
+    monkeypatch.setattr(command, "_upload", lambda *_: SimpleNamespace(finish=waits.append))
+    with pytest.raises(ValueError, match="no run begins any more"):
+        pretended(full, "seed=0,1")
+    assert waits == [command._STOPPED_WAIT_S]
+    assert "x: 2 runs; 1 gone, 1 waiting" in capsys.readouterr().out
