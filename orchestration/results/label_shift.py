@@ -137,11 +137,17 @@ def _evaluate(saved: SavedRun, request: Request, weights: str) -> str:
         result = _measure(saved, request)
     result = _finite(result)
 
-    # The usual evaluation has the short name; one of another model or split must not replace it.
-    usual = (saved.which, saved.split) == ("best", "test")
-    name = request.rule if usual else f"{request.rule}-{saved.which}-{saved.split}"
+    name = file_name(request.rule, saved.which, saved.split).removesuffix(".json")
     picture = saved.folder / "report" / saved.stage / f"{name.replace('-', '_')}.png"
     return "\n".join([distributions_table(result), "", saved.save(name, result), draw_distributions(picture, result)])
+
+
+def file_name(rule: str, which: str, split: str) -> str:
+    """Return the name of the file that holds a rule's results of a model on a split.
+
+    The usual evaluation has the short name; one of another model or split must not replace it.
+    """
+    return f"{rule}.json" if (which, split) == ("best", "test") else f"{rule}-{which}-{split}.json"
 
 
 def _measure(saved: SavedRun, request: Request) -> dict[str, Any]:
