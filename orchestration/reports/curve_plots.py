@@ -132,13 +132,14 @@ def _panels(
 
 def shift_figure(report: Report, section: Section) -> Any:
     """Draw accuracy over test distributions, forward to backward, by rule for the experts' weights; None without."""
-    found = {row.label: _shifts(row) for row in section.table.rows}
+    found = {row.label: shifts_of(row, report.which) for row in section.table.rows}
     rows = [row for row in section.table.rows if found[row.label]]
     if not rows:
         return None
     lines, columns = grid_of(len(rows), 4)
     figure = new_figure(1.4 + 3.4 * columns, 1.3 + 2.6 * lines)
-    title(figure, section, "Top-1 on other test distributions by the rule for the experts' weights, mean and spread")
+    measured = f"{report.which} model, {section.table.schedule.split} images"
+    title(figure, section, f"Top-1 on other distributions by the rule for the experts' weights ({measured})")
     panels = figure.subplots(lines, columns, sharey=True, squeeze=False)
     for axes in panels.ravel()[len(rows) :]:
         axes.set_visible(False)
@@ -164,12 +165,16 @@ def shift_figure(report: Report, section: Section) -> Any:
     return figure
 
 
-def _shifts(row: Row) -> dict[str, dict[str, list[float]]]:
-    """Return accuracies by rule and distribution, one per seed, of the usual evaluation."""
+def shifts_of(row: Row, which: str) -> dict[str, dict[str, list[float]]]:
+    """Return accuracies by rule and distribution, one per seed, of the model and split that the report shows."""
     found: dict[str, dict[str, list[float]]] = {}
     for record in row.records:
+        # "last" stands in where there is no "best", which is the same model then.
+        models = {which} if which in record.models else {which, "last"}
+        split = row.models(which)[record.seed].split
+        shown = [one for one in record.shifts if one.get("weights") in models and one.get("split") == split]
         seen = set()
-        for result in record.shifts:
+        for result in shown:
             for name, one in result["distributions"].items():
                 for rule, measured in one.get("members", {}).items():
                     value = (measured.get("top1") or {}).get("all")

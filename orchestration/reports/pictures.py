@@ -30,7 +30,7 @@ _AXES = {"num_experts": "number of experts", "flow.ratio": "share of channels re
 _NEEDS = {
     "cost": "costs of two rows",
     "relative": "runs on the balanced variant of the data",
-    "shift": "`expertail evaluate RUN --weights test-time --distribution published`",
+    "shift": "`expertail evaluate RUN --model {which} --weights test-time --distribution published`",
     "curves_loss": "three epochs of a journal",
     "curves_accuracy": "three evaluations of a run (run.evaluate_every_epochs)",
     "against": "rows that differ in one number, such as H2T's ratio or method.num_experts",
@@ -75,7 +75,7 @@ def _left_out(report: Report, missing: Mapping[str, list[int]]) -> Iterator[str]
         title = _TITLES.get(kind, "Accuracy against a number")
         every = len(numbers) == len(report.sections)
         where = "" if every else f" in table {', '.join(map(str, numbers))}"
-        yield f"{title[0].lower()}{title[1:]}{where} (needs {_NEEDS[kind]})"
+        yield f"{title[0].lower()}{title[1:]}{where} (needs {_NEEDS[kind].format(which=report.which)})"
 
 
 def _drawers(report: Report, section: Section) -> tuple[dict[str, tuple[str, Callable[[], Any]]], set[str]]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
 import pytest
 
+from orchestration.reports.curve_plots import shifts_of
 from orchestration.reports.pictures import varied_numbers
 from orchestration.reports.plots import spread_out
 from orchestration.reports.report import make_report
 from orchestration.reports.sources import read_sources
 from orchestration.reports.write import write_report
+from orchestration.results.label_shift import file_name
 from orchestration.storage.journal import Journal
 from tests.finished_runs import finish
 
@@ -42,9 +45,11 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("drawn")
     for experts in (2, 3):
         run = finish(folder / f"ride{experts}-s0", "method=ride", f"method.num_experts={experts}", accuracy=FEW_KNOWN)
-        members = {rule: {"top1": {"all": 0.5}} for rule in ("uniform", "test-time", "oracle")}
-        shifts = {name: {"members": members} for name in ("forward-50", "uniform", "backward-50")}
-        (run / "evaluation" / "test-time.json").write_text(json.dumps({"distributions": shifts}))
+        for number, (model, split) in enumerate(itertools.product(("last", "best"), ("test", "val"))):
+            members = {rule: {"top1": {"all": 0.5 + number / 10}} for rule in ("uniform", "test-time", "oracle")}
+            shifts = {name: {"members": members} for name in ("forward-50", "uniform", "backward-50")}
+            content = {"weights": model, "split": split, "distributions": shifts}
+            (run / "evaluation" / file_name("test-time", model, split)).write_text(json.dumps(content))
         journal = Journal(run)
         for epoch in (1, 2, 3):
             journal.append(
@@ -65,6 +70,14 @@ def test_numbers_that_vary_in_a_recipe_are_found(runs):
     ]
 
 
+@pytest.mark.parametrize(("which", "value"), [("last", 0.5), ("best", 0.7)])
+def test_results_on_other_distributions_are_of_the_model_and_split_that_the_report_shows(runs, which, value):
+    (section,) = make_report(read_sources([str(runs)]), pytest.fail).sections
+    found = shifts_of(section.table.rows[0], which)
+    assert found.keys() == {"uniform", "test-time", "oracle"}
+    assert all(one == {"forward-50": [value], "uniform": [value], "backward-50": [value]} for one in found.values())
+
+
 def test_every_picture_is_drawn_where_its_data_is_there(runs, tmp_path):
     folder = write_report([str(runs)], pytest.fail, out=str(tmp_path)).folder
     names = {path.name for path in folder.glob("*.png")}
@@ -82,4 +95,4 @@ def test_a_picture_without_data_costs_one_line_and_an_old_one_goes(runs, tmp_pat
     write_report([str(run)], said.append, out=str(tmp_path))
     assert {path.name for path in tmp_path.glob("*.png")} == {"groups-1.png"}
     (line,) = said
-    assert "accuracy over test distributions (needs `expertail evaluate RUN --weights test-time" in line
+    assert "accuracy over test distributions (needs `expertail evaluate RUN --model last --weights test-time" in line
