@@ -110,20 +110,33 @@ def compare(table: Table, baseline: str, which: str = "last", *, draws: int | No
     images, remarks = _over_images(table, base, others, which, draws)
     found: dict[str, dict[str, Difference]] = {}
     for row in others:
-        found[row.label] = {}
-        for key in COMPARED:
-            ours, theirs = row.values(key, which), base.values(key, which)
-            seeds = [seed for seed in ours if seed in theirs]
-            if not seeds:
-                continue
-            differences = [ours[seed] - theirs[seed] for seed in seeds]
-            over_seeds = paired_interval(differences)
-            over_images = images.get(row.label, {}).get(key)
-            found[row.label][key] = Difference(
-                float(np.mean(differences)), len(seeds), over_seeds, over_images,
-                verdict(len(seeds), over_seeds, over_images),
-            )  # fmt: skip
+        over = images.get(row.label, {})
+        own = {key: _over_seeds(row, base, key, which, over.get(key)) for key in COMPARED}
+        found[row.label] = {key: one for key, one in own.items() if one is not None}
     return Comparison(baseline, found, tuple(remarks))
+
+
+def compare_two(table: Table, row: Row, other: Row, key: str, which: str = "last") -> Difference | None:
+    """Return the difference of a row to another in one measure; None where they have no seed in common.
+
+    The bootstrap is drawn only where the seeds tell them apart: elsewhere it changes no word.
+    """
+    seeds_alone = _over_seeds(row, other, key, which, None)
+    if seeds_alone is None or not seeds_alone.real:
+        return seeds_alone
+    images, _ = _over_images(table, other, [row], which, None)
+    return _over_seeds(row, other, key, which, images.get(row.label, {}).get(key))
+
+
+def _over_seeds(row: Row, base: Row, key: str, which: str, over_images: Interval | None) -> Difference | None:
+    """Return the difference over the seeds that both rows have; None without one."""
+    ours, theirs = row.values(key, which), base.values(key, which)
+    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    if not differences:
+        return None
+    number, over_seeds = len(differences), paired_interval(differences)
+    words = verdict(number, over_seeds, over_images)
+    return Difference(float(np.mean(differences)), number, over_seeds, over_images, words)
 
 
 def verdict(seeds: int, over_seeds: Interval | None, over_images: Interval | None) -> str:

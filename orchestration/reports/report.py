@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.reports.across import Across, across
-from orchestration.reports.compare import Comparison, Difference, baseline_of, compare, verdict
+from orchestration.reports.compare import Comparison, Difference, baseline_of, compare, compare_two
 from orchestration.reports.cost import Cost, Costs
 from orchestration.reports.published import Published, published_for
 from orchestration.reports.records import BY_COUNT, BY_INDEX, LeftOut, Record
 from orchestration.reports.relative import Relative, relative_accuracies
 from orchestration.reports.rows import Row, Table, apart_lines, tables
 from orchestration.reports.sources import REFERENCE, Sources
-from orchestration.reports.statistics import paired_interval
 from orchestration.results.text import decimals, plural
 
 _EQUAL_COST = 1.1
@@ -173,7 +172,7 @@ def _answers(table: Table, comparison: Comparison | None, costs: Mapping[str, Co
     for key in dict.fromkeys((rarest(table), "all")):
         ranked = _ranked(table.rows, key, which)
         if ranked:
-            lines.append(f"Best {_in_words(key)}: {_best(ranked, key, comparison, which)}")
+            lines.append(f"Best {_in_words(key)}: {_best(table, ranked, key, comparison, which)}")
     if comparison is not None:
         key = rarest(table)
         equal = [row for row in table.rows if _costs_as(costs[row.label], costs[comparison.baseline])]
@@ -181,7 +180,7 @@ def _answers(table: Table, comparison: Comparison | None, costs: Mapping[str, Co
         if ranked and len(equal) < len(table.rows):
             lines.append(
                 f"Best {_in_words(key)} at the cost of {comparison.baseline} (multiply-adds of training and inference "
-                f"within {100 * (_EQUAL_COST - 1):.0f} %): {_best(ranked, key, comparison, which)}"
+                f"within {100 * (_EQUAL_COST - 1):.0f} %): {_best(table, ranked, key, comparison, which)}"
             )
     return lines
 
@@ -193,7 +192,7 @@ def _ranked(rows: Sequence[Row], key: str, which: str) -> list[Row]:
     return sorted(known, key=lambda row: -(means[row.label] or 0.0))
 
 
-def _best(ranked: Sequence[Row], key: str, comparison: Comparison | None, which: str) -> str:
+def _best(table: Table, ranked: Sequence[Row], key: str, comparison: Comparison | None, which: str) -> str:
     """Describe the first of ranked rows, its difference to the baseline and to the second."""
     first = ranked[0]
     text = f"{first.label} {spread_text(first.spread(key, which))} (n = {len(first.seeds)})"
@@ -202,10 +201,9 @@ def _best(ranked: Sequence[Row], key: str, comparison: Comparison | None, which:
         text += f", {100 * difference.mean:+.1f} points to {comparison.baseline}: {difference.words}"
     if len(ranked) > 1:
         second = ranked[1]
-        ours, theirs = first.values(key, which), second.values(key, which)
-        paired = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+        apart = compare_two(table, first, second, key, which)
         text += f"; then {second.label} {spread_text(second.spread(key, which))}"
-        text += f": {verdict(len(paired), paired_interval(paired), None)}" if paired else ": no seed in common"
+        text += f": {apart.words if apart else 'no seed in common'}"
     return f"{text}."
 
 

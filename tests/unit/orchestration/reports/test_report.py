@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from orchestration.cli import main
+from orchestration.reports.compare import compare_two
 from orchestration.reports.records import LeftOut, read_run, unfinished_lines
 from orchestration.reports.report import make_report
 from orchestration.reports.rows import tables
@@ -75,6 +76,23 @@ def test_differences_are_paired_by_the_seeds_that_both_have(report):
     assert one.over_seeds == pytest.approx((0.3, 0.3, 0.3))
     assert one.over_images.low < 0.3 < one.over_images.high
     assert one.words == "real at 95 %"
+
+
+def test_the_first_is_told_apart_from_the_second_by_the_same_two_intervals_as_from_the_baseline(runs, tmp_path):
+    """One test image more of one class, in each seed: the seeds agree to the digit, other images would not."""
+    folder = copied(runs, tmp_path, "ce-s0", "ce-s1")
+    for seed, by in enumerate((0.0, 0.05)):
+        more = shifted((*CE[:8], CE[8] + 0.05, CE[9]), by)
+        finish(folder / f"more-s{seed}", "method=ce", f"seed={seed}", "method.stages.train.optimizer.lr=0.9",
+               accuracy=more)  # fmt: skip
+    (section,) = make_report(read_sources([str(folder)]), nothing).sections
+    words = "not told apart by the test images"
+    assert section.difference("ce lr=0.9", "few").words == words
+    few = section.answers[0]
+    assert few.startswith("Best on few-shot classes: ce lr=0.9")
+    assert few.count(words) == 2
+    apart = compare_two(section.table, *reversed(section.table.rows), "few")
+    assert apart == section.difference("ce lr=0.9", "few")
 
 
 def test_a_second_baseline_turns_the_signs(runs):
