@@ -111,7 +111,7 @@ def _row(row: Mapping[str, Any], apart: str | None) -> dict[str, Any]:
         for group in GROUPS
     }  # fmt: skip
     differences = {group: {"mean": _short(one["mean"]), "words": one["words"]}
-                   for group, one in row.get("differences", {}).items() if group in GROUPS}  # fmt: skip
+                   for group, one in row.get("differences", {}).items() if group in GROUPS and not apart}  # fmt: skip
     return {
         "label": row["label"],
         "seeds": row["seeds"],

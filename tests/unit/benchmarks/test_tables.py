@@ -77,7 +77,8 @@ def report():
     ]}  # fmt: skip
     other = {"data": data | {"digest": "2"}, "schedule": {"epochs": 15}, "seeds": [0], "baseline": None,
              "rows": [row("lfme", None)]}  # fmt: skip
-    return {"title": "s", "tables": [other, first], "made_with": {}, "missing": [{"label": "x", "why": "y"}]}
+    third = other | {"baseline": "gcl+joint", "rows": [row("gcl+gcl", 0.5, REAL)]}
+    return {"title": "s", "tables": [other, first, third], "made_with": {}, "missing": [{"label": "x", "why": "y"}]}
 
 
 def test_a_table_shows_bold_what_is_real_the_seeds_that_are_there_and_what_is_not():
@@ -88,9 +89,11 @@ def test_a_table_shows_bold_what_is_real_the_seeds_that_are_there_and_what_is_no
     assert lines[2] == "| `ce` (1 of 2 seeds) | 50.0 ± 1.0 | 50.0 ± 1.0 | 50.0 ± 1.0 | 50.0 ± 1.0 | 50.0 / 50.0 / 50.0 |  | 9.4 | 1.36 |"  # fmt: skip  # noqa: E501
     assert lines[3].startswith("| `ride`, 6 experts | 62.5 ± 1.0 |") and "| **+12.5** / **+12.5** |" in lines[3]
     assert lines[4].startswith("| `mislas` (1 of 2 seeds) |") and "| +12.5 / +12.5 |" in lines[4]
-    assert lines[5].startswith("| `lfme` (1 of 2 seeds) | n/a |")
-    assert lines[6:] == [
-        "", "Not compared with `ce`: `lfme` (other images are held out).", "Not trained yet: `tade`.",
+    # The third table has a baseline of its own, and its differences are not to `ce`.
+    assert lines[5].startswith("| `gcl` (1 of 2 seeds) | 50.0 ± 1.0 |") and "| 50.0 / 50.0 / 50.0 |  |" in lines[5]
+    assert lines[6].startswith("| `lfme` (1 of 2 seeds) | n/a |")
+    assert lines[7:] == [
+        "", "Not compared with `ce`: `gcl`, `lfme` (other images are held out).", "Not trained yet: `tade`.",
         "Not in the study: `x`, since y.",
     ]  # fmt: skip
 
