@@ -8,6 +8,7 @@ from orchestration.config.compose import compose
 from orchestration.config.run_config import RunConfig
 from orchestration.reports.asked import asked_of
 from orchestration.reports.published import Published, printed, published_for, published_tables
+from orchestration.reports.rows import recipe_name
 from orchestration.results.text import text_table
 from orchestration.storage.exports import check_sources
 from orchestration.studies.grid import Grid
@@ -51,8 +52,9 @@ def beside_lines(grid: Grid) -> Iterator[str]:
     remarks = dict.fromkeys(f"{one.name}: {remark}" for _, one in found for remark in one.remarks)
     yield from (f"remark    {remark}" for remark in remarks)
     yield from (f"missing   {missing.label}: {missing.why}" for missing in grid.study.missing)
-    if left := rows_left(tables or (), found, [missing.label for missing in grid.study.missing]):
-        yield f"without   no run meets the conditions of the rows {_named(left)}"
+    left = rows_left(tables or (), found, [missing.label for missing in grid.study.missing])
+    if meant := rows_meant(left, tables or (), rows):
+        yield f"without   no run meets the conditions of the rows {_named(meant)}"
     yield from _files(rows)
 
 
@@ -73,6 +75,13 @@ def rows_left(tables: Sequence[str], found: Sequence[tuple[Point, Published]], m
     return list(
         dict.fromkeys(label for name in tables for label in published_tables()[name].rows if label not in there)
     )
+
+
+def rows_meant(labels: Sequence[str], tables: Sequence[str], rows: Sequence[tuple[Point, RunConfig]]) -> list[str]:
+    """Return those rows of tables whose recipe a study has; a study of a few recipes does not miss the others."""
+    own = {recipe_name(config, stage) for _, config in rows for stage in finals_of(config)}
+    recipes = [published_tables()[name].recipes for name in tables]
+    return [label for label in labels if any(label in one and one[label].recipe in own for one in recipes)]
 
 
 def _table(found: Sequence[tuple[Point, Published]]) -> list[str]:

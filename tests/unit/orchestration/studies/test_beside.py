@@ -16,7 +16,7 @@ from orchestration.config.layers import read_yaml
 from orchestration.reports.asked import asked_of
 from orchestration.reports.published import published_for, published_tables
 from orchestration.reports.write import write_report
-from orchestration.studies.beside import beside_lines, finals_of, first_runs, rows_left
+from orchestration.studies.beside import beside_lines, finals_of, first_runs, rows_left, rows_meant
 from orchestration.studies.grid import lay_out
 from orchestration.studies.study_config import read_study
 from tests.finished_runs import finish
@@ -177,6 +177,12 @@ def test_a_plan_says_what_will_stand_beside_what_is_missing_and_what_must_be_fet
     assert "remark    DR: 37.40 is printed, 38.12 follows from its groups" in lines
     assert sum(line.startswith("not there  method.backbone_weights: ") for line in lines) == 1
     assert not any(line.startswith("without") for line in lines), "every recipe has its row"
+
+
+def test_a_plan_does_not_name_rows_of_recipes_that_the_study_is_not_about():
+    grid, tables, _ = shown("h2t_ratio")
+    assert not any("no run meets" in line for line in beside_lines(grid))
+    assert rows_meant(["CE", "RIDE+H2T", "DR+H2T"], tables, first_runs(grid)) == ["RIDE+H2T", "DR+H2T"]
 
 
 def test_the_result_of_a_recipe_is_that_of_its_row_where_both_are_from_one_table():
