@@ -15,7 +15,7 @@ from orchestration.storage.study_file import STUDY_FILE
 from orchestration.tracking import contents
 from orchestration.tracking.headline import experiment_tags
 from orchestration.tracking.ownership import copied_from
-from orchestration.tracking.process import STATE_FILE, State, Target, hold_lock, user_name
+from orchestration.tracking.process import STATE_FILE, State, Target, need_lock, user_name
 from orchestration.tracking.study_rows import StudyRow
 from orchestration.tracking.uri import artifact_folder
 
@@ -62,8 +62,11 @@ def find_run(
         state: what the folder remembers of the store; changed, and written to disk.
         target: names the run.
         tags: of the run if it is made; a parent is set in any case.
+
+    Raises:
+        TimeoutError: another process makes runs of the folder and does not end; nothing was made.
     """
-    with hold_lock(folder / f".{STATE_FILE}.run.lock", wait_s=_WAIT_S):  # runs side by side make their study's once
+    with need_lock(folder / f".{STATE_FILE}.run.lock", wait_s=_WAIT_S):  # runs side by side make their study's once
         state.agree_on_key()
         values = state.values
         created = contents.time_ms(contents.describe_folder(folder)[0], "created")
@@ -89,8 +92,11 @@ def find_row(client: Any, experiment_id: str, study: Path, state: State, row: St
         study: folder of the study.
         state: what that folder remembers of the store.
         row: one of the study's.
+
+    Raises:
+        TimeoutError: as `find_run`.
     """
-    with hold_lock(study / f".{STATE_FILE}.run.lock", wait_s=_WAIT_S):
+    with need_lock(study / f".{STATE_FILE}.run.lock", wait_s=_WAIT_S):
         state.agree_on_key()
         key = f"{state.values['key']}/{row.name}"
         created = contents.time_ms(contents.times(study, row.runs), "created")

@@ -29,6 +29,7 @@ from orchestration.tracking.uri import sqlite_path
 STATE_FILE = "tracking.json"
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 _PASSING = 3  # failures in a row that a server may need to come back
+_SCHEMA_WAIT_S = 120.0  # for another process that builds the tables of a store
 _log = logging.getLogger("expertail.tracking")
 
 
@@ -125,6 +126,19 @@ def hold_lock(path: Path, *, wait_s: float) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
+def need_lock(path: Path, *, wait_s: float) -> Iterator[None]:
+    """Hold a lock file inside the block, which is not entered without it.
+
+    Raises:
+        TimeoutError: it was not free within `wait_s`. That passes: whoever sends tries again.
+    """
+    with hold_lock(path, wait_s=wait_s) as ours:
+        if not ours:
+            raise TimeoutError(f"{path}: another process has kept it locked for {wait_s:g} s; wait until that one ends")
+        yield
+
+
+@contextlib.contextmanager
 def schema_lock(uri: str, folder: Path) -> Iterator[None]:
     """Hold a lock while a store is opened, which may build its tables: two processes must not do so at the same time.
 
@@ -133,6 +147,9 @@ def schema_lock(uri: str, folder: Path) -> Iterator[None]:
     Args:
         uri: of the store.
         folder: the folder of runs; holds the lock of a database that is not a file.
+
+    Raises:
+        TimeoutError: another process has held it for 120 s.
     """
     database = sqlite_path(uri)
     if database is not None:
@@ -140,7 +157,7 @@ def schema_lock(uri: str, folder: Path) -> Iterator[None]:
     if uri.startswith(("http", "databricks")):
         yield
     else:
-        with hold_lock(Path(f"{database or folder / '.mlflow'}.lock"), wait_s=120.0):
+        with need_lock(Path(f"{database or folder / '.mlflow'}.lock"), wait_s=_SCHEMA_WAIT_S):
             yield
 
 
