@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,10 @@ class _Parent:
 
     def _listen(self) -> None:
         for line in sys.stdin:
-            self._jobs.put(json.loads(line))
+            job = json.loads(line)
+            if "run" in job:  # from here on, so that no run begins whose parent has gone before it was seen
+                self.training = True
+            self._jobs.put(job)
         self._jobs.put(None)
         if self.training:  # as on a signal: a checkpoint, then the end
             os.kill(os.getpid(), signal.SIGTERM)
@@ -96,9 +99,8 @@ def main(arguments: list[str]) -> int:
             if "run" not in job:  # nothing to do for a while: others may need the places
                 end_kept()
                 continue
-            parent.training = True
             outcome = _train(job, parent)
-            parent.training = False
+            parent.training = False  # before the parent hears of it, and may send the next
             parent.say("ended", run=job["run"], memory_mib=_memory_mib(), **outcome)
             if outcome["status"] == "stopped" and outcome["problem"] is not None:
                 break  # by a signal, which is for this process and not for one run
@@ -108,10 +110,10 @@ def main(arguments: list[str]) -> int:
 def _train(job: dict[str, Any], parent: _Parent) -> dict[str, Any]:
     """Train one run. Return its status, and its problem if it has one."""
     folder = Path(job["folder"])
-    folder.mkdir(parents=True, exist_ok=True)
-    with _output_to(folder / LOG_FILE):
-        parent.say("began", run=job["run"])
+    with ExitStack() as stack:
         try:
+            stack.enter_context(_output_to(folder / LOG_FILE))
+            parent.say("began", run=job["run"])
             code = _carry_out(job, folder)
         except BaseException as problem:
             return _problem(problem)
@@ -171,16 +173,28 @@ def _problem(problem: BaseException) -> dict[str, Any]:
 
 @contextmanager
 def _output_to(path: Path) -> Iterator[None]:
-    """Append all that this process and its libraries print to a file."""
+    """Append all that this process and its libraries print to a file. What a full disk does not take is lost.
+
+    Raises:
+        ValueError: the file cannot be opened.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError as error:
+        raise ValueError(
+            f"{path}: the run's text cannot be written ({error.strerror}); make the file and its folder writable, "
+            f"then study.retry=failed trains it again"
+        ) from error
     kept = os.dup(1), os.dup(2)
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         for number in (1, 2):
             os.dup2(file, number)
         yield
     finally:
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+            with suppress(OSError):
+                stream.flush()
         for number, before in zip((1, 2), kept, strict=True):
             os.dup2(before, number)
             os.close(before)
