@@ -169,10 +169,15 @@ def _train(
         return None
     lanes.connect(own_address())
     live, progress = _LiveReport(folder), Progress()
+
+    def look(line: str) -> None:
+        progress.draw(line)
+        live.write()
+
     try:
         runs = SideBySide(
             folder, points, lanes, node_resources, _most(grid), grid.defaults,
-            progress.say, live.write, lent, progress.draw,
+            progress.say, live.note, lent, look,
         )  # fmt: skip
         return runs.carry_out()
     finally:
@@ -181,18 +186,29 @@ def _train(
 
 
 class _LiveReport:
-    """Writes the report while runs train, in a process of its own, at most every ten minutes."""
+    """Writes the report while runs train, in a process of its own, every ten minutes if runs have ended since."""
 
     def __init__(self, folder: StudyFolder) -> None:
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
         self._next = time.monotonic() + _LIVE_S
+        self._changed = False
+
+    def note(self) -> None:
+        """Note that a run has ended."""
+        self._changed = True
 
     def write(self) -> None:
-        """Write it anew, unless that was done a short while ago or is going on."""
-        if time.monotonic() < self._next or (self._process is not None and self._process.poll() is None):
+        """Write it again if a run has ended, unless that was done a short while ago or is going on."""
+        going_on = self._process is not None and self._process.poll() is None
+        if not self._changed or going_on or time.monotonic() < self._next:
             return
         self._next = time.monotonic() + _LIVE_S
+        with contextlib.suppress(OSError):  # no memory for a process, a full disk: runs go on, and the next may be made
+            self._start()
+            self._changed = False
+
+    def _start(self) -> None:
         command = [sys.executable, "-P", "-m", "orchestration", "report", str(self._folder.path)]
         path = os.pathsep.join(import_roots() + list(filter(None, [os.environ.get("PYTHONPATH")])))
         with open(self._folder.path / LOG_FILE, "ab") as log:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -52,3 +53,35 @@ def test_a_study_that_cannot_go_on_shows_how_its_runs_stand_and_ends_its_upload(
         pretended(full, "seed=0,1")
     assert waits == [command._STOPPED_WAIT_S]
     assert "x: 2 runs; 1 gone, 1 waiting" in capsys.readouterr().out
+
+
+def test_the_report_follows_runs_that_end_and_a_failure_to_start_it_ends_nothing(monkeypatch, tmp_path):
+    """A run ends a minute after a report: the next is written nine minutes later, though no other run has ended."""
+    clock, started = [0.0], []
+
+    def start(*_, **__):
+        started.append(clock[0])
+        if len(started) == 1:
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        return SimpleNamespace(poll=lambda: 0)
+
+    class Runs:
+        def __init__(self, *arguments):
+            self.ended, self.looked = arguments[7], arguments[9]
+
+        def carry_out(self):
+            for minute in range(60):
+                clock[0] = 60.0 * minute
+                if minute in (1, 21):
+                    self.ended()
+                self.looked("")
+
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(command.subprocess, "Popen", start)
+    monkeypatch.setattr(command, "SideBySide", Runs)
+    monkeypatch.setattr(command, "own_address", str)
+    point = SimpleNamespace(run="a")
+    folder = SimpleNamespace(path=tmp_path, record=lambda _: {"status": "waiting"})
+    grid = SimpleNamespace(name="x", defaults=(), study=SimpleNamespace(parallel="auto"))
+    assert command._train(grid, folder, [point], SimpleNamespace(connect=id), {}) is None
+    assert [seconds / 60 for seconds in started] == [10, 20, 30], "the first failed, and nothing is new after the third"
