@@ -23,8 +23,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from orchestration.studies.lanes import PARENT_GONE_S
+
 LOG_FILE = "console.log"
-_PARENT_GONE_S = 900.0  # how long a run whose parent has gone may take to write its checkpoint
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # a full disk, a full quota
 _RAY_GONE = 5  # seconds in a row without an answer: a Ray that ended with the parent; its own clients wait for a minute
 
@@ -58,7 +59,7 @@ class _Parent:
         self._jobs.put(None)
         if self.training:  # as on a signal: a checkpoint, then the end
             os.kill(os.getpid(), signal.SIGTERM)
-        end, silent = time.monotonic() + _PARENT_GONE_S, 0
+        end, silent = time.monotonic() + PARENT_GONE_S, 0
         while time.monotonic() < end and silent < _RAY_GONE:
             time.sleep(1.0)
             silent = 0 if _listens(os.environ.get("RAY_ADDRESS", "")) else silent + 1

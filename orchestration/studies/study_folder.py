@@ -27,10 +27,11 @@ from orchestration.storage.run_folder import RunFolder
 from orchestration.storage.study_file import RESTORE, SCHEMA, read_study_file, write_study_file
 from orchestration.storage.study_file import STUDY_FILE as STUDY
 from orchestration.studies.grid import Grid
+from orchestration.studies.lanes import PARENT_GONE_S
 from orchestration.studies.points import Point
 from orchestration.studies.run_queue import FAILED, FINISHED, RUNNING, STOPPED, WAITING
 
-_LEFTOVER_S = 120.0  # how long processes of a killed start may take to write their checkpoints
+_LEFTOVER_S = PARENT_GONE_S + 30.0  # for processes of a killed start, which have ended by themselves before
 _FREE = ("run.", "cluster.", "tracking.", "cluster=", "dataset.root", "dataset.loader_processes")
 """Common words that may change between two starts: they change no result."""
 _OF_A_RUN = ("identity", "words", "status", "problem", "attempts")

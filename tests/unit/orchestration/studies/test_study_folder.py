@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from orchestration.storage.files import read_json, write_json
+from orchestration.studies import study_folder
 from orchestration.studies.grid import lay_out
+from orchestration.studies.lanes import PARENT_GONE_S
 from orchestration.studies.run_queue import FAILED, FINISHED, WAITING
 from orchestration.studies.status import status_text
 from orchestration.studies.study_config import read_study
@@ -88,6 +93,24 @@ def test_a_study_is_held_by_one_process_at_a_time(tmp_path):
         pass
     with held(tmp_path / "x"):
         pass
+
+
+@pytest.mark.parametrize("more_s", [0, 60])
+def test_a_start_waits_as_long_as_runs_of_a_killed_one_may_still_write(more_s, tmp_path, monkeypatch):
+    clock, said = [0.0], []
+    with open(tmp_path / ".lanes.lock", "a+") as left_over:
+        fcntl.flock(left_over, fcntl.LOCK_EX)
+
+        def sleep(_):
+            clock[0] += 10.0
+            if clock[0] >= PARENT_GONE_S + more_s:
+                fcntl.flock(left_over, fcntl.LOCK_UN)
+
+        monkeypatch.setattr(study_folder, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
+        refused = pytest.raises(ValueError, match="processes of an earlier start still train after 930 s; wait")
+        with refused if more_s else nullcontext(), held(tmp_path, said.append):
+            assert clock[0] == PARENT_GONE_S
+    assert len(said) == 1 and "waiting for them" in said[0]
 
 
 def test_a_folder_of_studies_has_a_line_for_each_and_one_without_runs_is_refused(tmp_path):
