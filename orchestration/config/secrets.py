@@ -11,7 +11,9 @@ def redact(text: str) -> str:
     # Database drivers accept a password with / ? # in it. In a web address these end the host: another rule.
     text = re.sub(r"(?i)((?:postgresql|mysql|mssql)[\w+]*://)[^\s/:@'\"]*:[^\s@'\"]*@", r"\1", text)
     text = re.sub(r"(?<=://)[^/?#\s]*@", "", text)  # greedy: a password may contain an @ itself
-    return re.sub(r"(?i)([?&](?:[\w-]*(?:password|passwd|pwd|token|secret|key))=)[^&\s'\"]+", r"\1***", text)
+    # The key of a view that MLflow's page shares is no secret: the link needs it.
+    named = r"(?!viewStateShareKey=)[\w-]*(?:password|passwd|pwd|token|secret|key)"
+    return re.sub(rf"(?i)([?&](?:{named})=)[^&\s'\"]+", r"\1***", text)
 
 
 def redact_all(value: Any) -> Any:

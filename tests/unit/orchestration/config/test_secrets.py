@@ -16,6 +16,7 @@ from orchestration.config.secrets import redact
         ("postgresql://h/db?user=u&password=p%40q&sslkey=k", "postgresql://h/db?user=u&password=***&sslkey=***"),
         ("postgresql+psycopg2://me:a/b?c#d@h:5432/db", "postgresql+psycopg2://h:5432/db"),
         ("sqlite:////a/b.db", "sqlite:////a/b.db"),
+        ("http://h/#/experiments/1/runs?viewStateShareKey=ab1", "http://h/#/experiments/1/runs?viewStateShareKey=ab1"),
     ],
 )
 def test_secrets_are_taken_out_of_uris(text, expected):
