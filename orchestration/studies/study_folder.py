@@ -181,7 +181,8 @@ class StudyFolder:
             if run and record["status"] != FINISHED:
                 problems += _other_run(folder, point)
             if record["status"] == FINISHED and not run:
-                say(f"{point.run}: finished once, and {folder} is not there; it is trained again")
+                again = "it is trained again, unless study.adopt has it"
+                say(f"{point.run}: finished once, and {folder} is not there; {again}")
             if run.get("status") == "finished":
                 record |= _finished(run)
             elif record["status"] == FAILED and not retry:
