@@ -9,22 +9,23 @@ A run has them once it is finished; accuracies are in percent, as in its table.
     finals/<stage>/<group>   the same of each of several final stages
     sd/<name>                of a row of a study: standard deviation over its seeds, of the mean that has that name
 
-Where no class is few-shot by its number of images, but the data set has cuts by index, groups are those by index.
+Where no class is few-shot by its number of images, but the data set has cuts by index, groups are those by index:
+final/few_by_index. Saved views have the names that the data of a study give.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from orchestration.results.tables import CLASS_GROUPS
-from orchestration.storage.files import RUN, evaluations, final_evaluations, read_json
+from orchestration.storage.files import DATA, RUN, evaluations, final_evaluations, read_json
 
 PRIMARY = "final/few"
-"""The metric that MLflow's charts open on."""
+"""The metric that MLflow's charts open on, where groups are those by count."""
 NAMES = ("final/few", "final/medium", "final/many", "final/all", "best/few")
 _SPREAD, _COST = "sd/", "cost/"
 _BY_INDEX = "_by_index"
@@ -104,30 +105,54 @@ def mean_and_spread(runs: Iterable[Mapping[str, float]]) -> dict[str, float]:
 # Saved views
 
 
-def experiment_tags(of_study: bool) -> dict[str, str]:
+def grouped_by_index(runs: Iterable[Path]) -> bool | None:
+    """Return whether headline metrics of some runs are those of groups by index; None where their data are not known.
+
+    It is False as soon as one of them has few-shot classes by count, as the runs of several imbalance ratios may.
+    """
+    found = None
+    for run in runs:
+        groups = read_json(run / DATA).get("groups") or {}
+        few = {rule: bool((own or {}).get("few")) for rule, own in groups.items()}
+        if few.get("by_count"):
+            return False
+        if few:
+            found = bool(found or few.get("by_index"))
+    return found
+
+
+def _named(name: str, by_index: bool) -> str:
+    """Return the name of a headline metric under one of the rules that group classes."""
+    return f"{name}{_BY_INDEX}" if by_index and name.rpartition("/")[2] in CLASS_GROUPS else name
+
+
+def experiment_tags(of_study: bool, by_index: bool = False) -> dict[str, str]:
     """Return the tags that make an experiment's pages open on the headline metrics.
 
     MLflow's list of runs has no column for a metric by itself. A saved view has; it is in the menu "Views".
 
     Args:
         of_study: whether the experiment has rows of a study, which have a view of their own.
+        by_index: whether groups are those by index.
     """
+    primary = _named(PRIMARY, by_index)
+    names = [_named(name, by_index) for name in NAMES]
     found = {
-        "mlflow.experiment.primaryMetric.name": PRIMARY,
+        "mlflow.experiment.primaryMetric.name": primary,
         "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
-        f"{_VIEW}runs": _view("All runs", "", "params.`seed`", "tags.`recipe`"),
+        f"{_VIEW}runs": _view("All runs", "", names, "params.`seed`", "tags.`recipe`"),
     }
     if of_study:
-        spread = (f"metrics.`{_SPREAD}{PRIMARY}`", f"metrics.`{_SPREAD}final/all`", "tags.`seeds`")
-        found[_VIEW + VIEW] = _view("Recipes, means over seeds", "tags.role = 'row'", *spread)
+        spread = (f"metrics.`{_SPREAD}{primary}`", f"metrics.`{_SPREAD}final/all`", "tags.`seeds`")
+        found[_VIEW + VIEW] = _view("Recipes, means over seeds", "tags.role = 'row'", names, *spread)
     return found
 
 
-def _view(name: str, search: str, *columns: str) -> str:
-    """Return a saved view: runs that are searched for, the best on rare classes first, with headline metrics."""
-    shown = [*(f"metrics.`{name}`" for name in NAMES), *columns]
+def _view(name: str, search: str, metrics: Sequence[str], *columns: str) -> str:
+    """Return a saved view: runs that are searched for, with metrics as columns, the best by the first metric first."""
+    shown = [*(f"metrics.`{metric}`" for metric in metrics), *columns]
     state = {
-        "searchFilter": search, "orderByKey": f"metrics.`{PRIMARY}`", "orderByAsc": False, "startTime": "ALL",
+        "searchFilter": search, "orderByKey": shown[0], "orderByAsc": False, "startTime": "ALL",
         "lifecycleFilter": "Active", "modelVersionFilter": "All Runs", "datasetsFilter": [],
         "selectedColumns": shown,
     }  # fmt: skip

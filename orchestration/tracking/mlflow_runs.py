@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from experts.data.names import readable
-from orchestration.storage.study_file import STUDY_FILE
+from orchestration.storage.study_file import STUDY_FILE, read_study_file
 from orchestration.tracking import contents
-from orchestration.tracking.headline import experiment_tags
+from orchestration.tracking.headline import experiment_tags, grouped_by_index
 from orchestration.tracking.ownership import copied_from
 from orchestration.tracking.process import STATE_FILE, State, Target, need_lock, user_name
 from orchestration.tracking.study_rows import StudyRow
@@ -33,21 +33,39 @@ def find_experiment(client: Any, target: Target, folder: Path) -> str:
     """
     from mlflow.exceptions import MlflowException
 
-    tags = experiment_tags((folder / STUDY_FILE).exists() or contents.study_folder(folder) is not None)
     name = readable(target.experiment)  # no store takes bytes that are no text
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         try:
+            views = _views(folder, grouped_by_index(_runs(folder)))
             kind = {"mlflow.experimentKind": "custom_model_development"}  # else the pages are those of chat models
-            return str(client.create_experiment(name, artifact_folder(target.uri, folder.parent), kind | tags))
+            return str(client.create_experiment(name, artifact_folder(target.uri, folder.parent), kind | views))
         except MlflowException:  # another run was faster
             experiment = client.get_experiment_by_name(name)
             if experiment is None:
                 raise
-    for key, value in tags.items():
-        if experiment.tags.get(key) != value:
-            client.set_experiment_tag(experiment.experiment_id, key, value)
+    update_views(client, experiment, folder)
     return str(experiment.experiment_id)
+
+
+def update_views(client: Any, experiment: Any, folder: Path) -> None:
+    """Bring an experiment's saved views up to what the data of a run or a study say, as soon as these are known."""
+    by_index = grouped_by_index(_runs(folder))
+    for key, value in _views(folder, by_index).items():
+        before = experiment.tags.get(key)
+        if before is None or (by_index is not None and before != value):
+            client.set_experiment_tag(experiment.experiment_id, key, value)
+
+
+def _views(folder: Path, by_index: bool | None) -> dict[str, str]:
+    of_study = (folder / STUDY_FILE).exists() or contents.study_folder(folder) is not None
+    return experiment_tags(of_study, by_index=bool(by_index))
+
+
+def _runs(folder: Path) -> list[Path]:
+    """Return the runs that share an experiment with a run or a study, as far as its folder tells."""
+    study = folder if (folder / STUDY_FILE).exists() else contents.study_folder(folder)
+    return [folder] if study is None else [study / one["run"] for one in read_study_file(study).get("points", ())]
 
 
 def find_run(

@@ -42,7 +42,7 @@ from orchestration.storage.study_file import STUDY_FILE
 from orchestration.tracking import contents
 from orchestration.tracking.headline import VIEW, headline, in_words, selection_tag
 from orchestration.tracking.mlflow_model import save_pyfunc
-from orchestration.tracking.mlflow_runs import PARENT, find_experiment, find_row, find_run
+from orchestration.tracking.mlflow_runs import PARENT, find_experiment, find_row, find_run, update_views
 from orchestration.tracking.process import (
     STATE_FILE,
     TIMEOUT,
@@ -354,6 +354,7 @@ class MlflowSender:
         self._client.set_tag(self._run_id, "status", str(run.get("status", status.lower())))
         experiment_id = self.state.values["experiment_id"]
         find_run(self._client, experiment_id, self._run_dir, self.state, self._target, {})  # no strays
+        update_views(self._client, self._client.get_experiment(experiment_id), self._run_dir)  # its data are known now
         if self._rows is not None and status in ("KILLED", "FAILED"):
             self._rows.send(ended=status)
         if status != "RUNNING":

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from orchestration.storage.files import write_json
-from orchestration.tracking.headline import experiment_tags, headline, in_words, mean_and_spread
+from orchestration.tracking.headline import experiment_tags, grouped_by_index, headline, in_words, mean_and_spread
+
+INDEX = {"by_count": {"few": []}, "by_index": {"few": [7]}}  # as data.json has groups
 
 
 def write_run(folder, top1, **run):
@@ -63,3 +67,36 @@ def test_a_model_is_described_by_few_and_all_first():
     assert said == "few 25.0, all 58.2, medium 50.0, many 75.0: top-1 in % of val, epoch 3"
     assert in_words({"members": {"ensemble": {"top1": {"all": 0.5}}}}).startswith("all 50.0: top-1")
     assert in_words({}) == ""
+
+
+@pytest.mark.parametrize(
+    ("data", "by_index"),
+    [
+        ([INDEX], True),
+        ([{"by_count": {"few": []}, "by_index": None}], False),
+        ([INDEX, {"by_count": {"few": [7]}, "by_index": {"few": [7]}}], False),
+        ([None, INDEX], True),
+        ([None], None),
+    ],
+)  # fmt: skip
+def test_groups_are_those_by_index_where_no_run_has_few_shot_classes_by_count(data, by_index, tmp_path):
+    runs = [tmp_path / str(number) for number in range(len(data))]
+    for run, groups in zip(runs, data, strict=True):
+        run.mkdir()
+        if groups is not None:
+            write_json(run / "data.json", {"groups": groups})
+    assert grouped_by_index(runs) is by_index
+
+
+def test_saved_views_of_sets_by_index_have_the_metrics_that_their_runs_have(tmp_path):
+    top1 = {"all": 0.5, "many": 0.5, "medium": None, "few": None}
+    top1 |= {"many_by_index": 0.75, "medium_by_index": 0.5, "few_by_index": 0.25}
+    write_run(tmp_path, top1)
+    there = mean_and_spread([headline(tmp_path)] * 2)
+    tags = experiment_tags(of_study=True, by_index=True)
+    assert tags["mlflow.experiment.primaryMetric.name"] in there and len(max(tags.values(), key=len)) < 5000
+    for view in (json.loads(value) for key, value in tags.items() if key.startswith("mlflow.sharedViewState.")):
+        state = json.loads(view["state"])
+        assert state["orderByKey"] == "metrics.`final/few_by_index`"
+        columns = [name.split("`")[1] for name in state["selectedColumns"] if name.startswith("metrics.")]
+        assert len(columns) >= 5 and set(columns) <= there.keys()

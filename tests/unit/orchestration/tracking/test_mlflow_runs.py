@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from orchestration.storage.files import write_json
 from orchestration.tracking import mlflow_runs
-from orchestration.tracking.mlflow_runs import find_row, find_run
+from orchestration.tracking.mlflow_runs import find_row, find_run, update_views
 from orchestration.tracking.process import STATE_FILE, State, Target, hold_lock, is_permanent, schema_lock
 from orchestration.tracking.study_rows import StudyRow
 
@@ -54,3 +56,23 @@ def test_two_processes_never_build_the_tables_of_one_store(tmp_path, monkeypatch
         raise AssertionError("entered without the lock")
     with schema_lock("postgresql://host/db", tmp_path):
         pass
+
+
+def test_views_follow_the_data_of_a_study_once_they_are_known(tmp_path):
+    """Two runs, of which the first has not read its data; afterwards nothing is sent again."""
+    write_json(tmp_path / "study.json", {"points": [{"run": "a-s0"}, {"run": "a-s1"}]})
+    tags = {}
+    store = SimpleNamespace(set_experiment_tag=lambda _, key, value: tags.update({key: value}))
+    experiment = SimpleNamespace(experiment_id="0", tags=tags)
+    key = "mlflow.experiment.primaryMetric.name"
+    update_views(store, experiment, tmp_path)
+    assert tags[key] == "final/few"
+    run = tmp_path / "a-s1"
+    run.mkdir()
+    write_json(run / "data.json", {"groups": {"by_count": {"few": []}, "by_index": {"few": [7]}}})
+    write_json(run / "run.json", {"study": tmp_path.name})
+    update_views(store, experiment, run)  # a run of the study
+    assert tags[key] == "final/few_by_index" and "final/few`" not in "".join(tags.values())
+    (run / "data.json").unlink()
+    update_views(store, experiment, tmp_path)  # not known any more: they stay
+    assert tags[key] == "final/few_by_index"
