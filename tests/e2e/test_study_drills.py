@@ -5,6 +5,7 @@ The report is compared as a whole, report.json, without the hours that runs took
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -84,8 +85,12 @@ def same(folder, undisturbed):
 
 
 def lanes_of(process):
-    children = psutil.Process(process.pid).children() if process.poll() is None else []
-    return [child for child in children if "orchestration.commands.lane" in child.cmdline()]
+    found = []
+    for child in psutil.Process(process.pid).children() if process.poll() is None else ():
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if "orchestration.commands.lane" in child.cmdline():
+                found.append(child)
+    return found
 
 
 def workers_of(folder):
