@@ -1,4 +1,4 @@
-"""What a study measures once its runs have ended: the key `evaluate` of its `report`.
+"""The measurements of a study once its runs have ended: the key `evaluate` of its `report`.
 
 Each finished run is measured once for each rule of weights, on all distributions that are asked of it with this rule:
 one file holds them. The model is that which the report shows.

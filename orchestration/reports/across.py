@@ -1,4 +1,4 @@
-"""What a study varies across the tables of a report: data, such as its imbalance ratio, or the length of training.
+"""Values that a study varies across the tables of a report: of data, as an imbalance ratio, or training's length.
 
 Rows of different tables are not compared. They stand one below the other here, each with the sizes of groups of its own
 data, because they are what the study varies.

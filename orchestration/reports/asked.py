@@ -1,4 +1,4 @@
-"""What a study asks of its reports, the key `report` of its file."""
+"""The wishes of a study for its reports, the key `report` of its file."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ class Evaluation(_Keys):
     recipe: str
     """Words of the recipe, e.g. `method=tade`; the runs whose labels have them are measured."""
     weights: Literal["test-time", "known-prior", "uniform"] = "test-time"
-    """How experts are weighted."""
+    """The rule by which experts are weighted."""
     distribution: str = "published"
     """Test distributions."""
 
 
 class Asked(_Keys):
-    """What a study asks of its reports."""
+    """The wishes of a study for its reports."""
 
     model: Literal["last", "best"] = "last"
     """Which model of every run is shown."""
     tables: tuple[str, ...] | None = None
     """Published tables whose rows alone stand beside runs; unset: what was published for each run."""
     evaluate: tuple[Evaluation, ...] = Field(default=())
-    """What to measure once all runs have ended."""
+    """Measurements to take once all runs have ended."""
 
     @field_validator("tables")
     @classmethod

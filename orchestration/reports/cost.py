@@ -54,7 +54,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class _StageCost:
-    """What counting says of a stage; see `StagePlan`, whose fields these are, and `Size`."""
+    """The counted cost of a stage; see `StagePlan`, whose fields these are, and `Size`."""
 
     epochs: int
     images_per_epoch: int | None

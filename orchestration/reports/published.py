@@ -35,7 +35,7 @@ class _Keys(BaseModel):
 
 
 class _Row(_Keys):
-    """What a run must be for a row of a table to stand beside it."""
+    """Conditions that a run must meet for a row of a table to stand beside it."""
 
     recipe: str
     """As composed, with its final stage where it has several: ce+ncm."""
@@ -101,7 +101,7 @@ class Published:
 
     @property
     def name(self) -> str:
-        """What it is called beside a row."""
+        """Its name beside a row."""
         return self.row or "its recipe"
 
 

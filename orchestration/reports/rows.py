@@ -47,7 +47,7 @@ class Schedule(NamedTuple):
 
     @property
     def length(self) -> str:
-        """How long training is, in words."""
+        """The length of training, in words."""
         return plural(self.epochs, "epoch")
 
     @property

@@ -49,7 +49,7 @@ class Sources:
 
     @property
     def asked(self) -> Asked:
-        """What the study asks of its reports.
+        """Return the wishes of the study for its reports.
 
         Raises:
             ValueError: its `report` has an unknown key or value.

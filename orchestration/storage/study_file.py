@@ -10,7 +10,7 @@ from orchestration.storage.files import read_json, write_json
 
 STUDY_FILE = "study.json"
 SCHEMA = 1
-"""Of study.json. A file of a later one is refused: what it means is not known here."""
+"""Version of study.json. A file of a later one is refused: its meaning is not known here."""
 
 RESTORE = "restore the file, or remove it: the study is laid out again then, and its finished runs stay"
 

@@ -67,7 +67,7 @@ class Donor:
 
 @dataclass
 class Found:
-    """What lies in the folders of `adopt`.
+    """The runs that lie in the folders of `adopt`.
 
     Attributes:
         donors: finished runs, in order.

@@ -1,4 +1,4 @@
-"""What stands beside the runs of a study: published rows whose conditions they meet. Nothing is trained to know it."""
+"""Published rows beside the runs of a study that meet their conditions. Nothing is trained to know them."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from orchestration.config.paths import import_roots
 
 LOG_FILE = "lanes.log"
 PARENT_GONE_S = 900.0
-"""How long a run whose parent has gone may take to write its checkpoint; then its process ends."""
+"""Seconds that a run whose parent has gone may take to write its checkpoint; then its process ends."""
 _DIED = "died"
 
 

@@ -1,4 +1,4 @@
-"""How far a study is while it trains: on a terminal one line that is kept up to date, anywhere else plain lines."""
+"""The progress of a study: on a terminal one line that is kept up to date, anywhere else plain lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with a study, its file, folder or report: one message with key or file, what is found and needed."""
+"""A fault in a study, its file, folder or report gives one message with key or file, what is found and needed."""
 
 from __future__ import annotations
 
@@ -308,7 +308,7 @@ def test_status_goes_on_past_a_damaged_run(tmp_path, capsys):
 
 
 def test_status_knows_a_killed_process_from_one_that_trains(tmp_path, capsys):
-    """What is noted is `running` in both; who holds the lock tells. One took half an hour, one waits."""
+    """Both are noted as `running`; who holds the lock tells. One took half an hour, one waits."""
     path, _ = taken(tmp_path, "method=ce", "seed=0,1,2,3")
     folder = StudyFolder(path)
     for run, status in (("ce-s0", "running"), ("ce-s1", "finished")):

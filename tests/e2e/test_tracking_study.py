@@ -28,16 +28,9 @@ ROW = {"ce": 0.0, "ldam": 0.3}  # what a recipe adds to it
 
 def add_run(study: Path, method: str, seed: int, status: str = "finished", **more) -> None:
     """Add a run to a study's folder and to its study.json."""
-    content = read_json(study / "study.json") or {
-        "name": study.name,
-        "words": [],
-        "axes": {},
-        "seeds": [],
-        "points": [],
-    }
     few = RARE[seed] + ROW[method]
     run = finish(
-        study / f"{method}-s{seed}", f"method={method}", f"seed={seed}", f"tracking.experiment={content['name']}",
+        study / f"{method}-s{seed}", f"method={method}", f"seed={seed}", f"tracking.experiment={study.name}",
         accuracy=[0.9] * 7 + [few] * 3, best=[0.8] * 7 + [few + 0.05] * 3, predictions=False,
     )  # fmt: skip
     facts = read_json(run / "run.json") | {"study": study.name, "status": status}

@@ -1,4 +1,4 @@
-"""What steps cost: the document is what was measured, and every loss of the study is measured."""
+"""The costs of steps: the document is what was measured, and every loss of the study is measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a lane keeps of a run and tells its parent, whatever happens to the files of the run."""
+"""A lane keeps the outcome of a run and tells its parent, whatever happens to the files of the run."""
 
 from __future__ import annotations
 

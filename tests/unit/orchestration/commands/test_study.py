@@ -1,4 +1,4 @@
-"""What `expertail study` does around its runs, which are only pretended here: its exit code, its end, its reports."""
+"""`expertail study` around its runs, which are only pretended here: its exit code, its end, its reports."""
 
 from __future__ import annotations
 

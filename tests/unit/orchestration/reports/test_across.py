@@ -1,4 +1,4 @@
-"""What a study varies across tables stands in one table and one picture, each row with the sizes of its own data."""
+"""Values varied across tables stand in one table and one picture, each row with the sizes of its own data."""
 
 from __future__ import annotations
 
