@@ -28,14 +28,6 @@ ROW = {"ce": 0.0, "ldam": 0.3}  # what a recipe adds to it
 
 def add_run(study: Path, method: str, seed: int, status: str = "finished", **more) -> None:
     """Add a run to a study's folder and to its study.json."""
-    few = RARE[seed] + ROW[method]
-    run = finish(
-        study / f"{method}-s{seed}", f"method={method}", f"seed={seed}", f"tracking.experiment={study.name}",
-        accuracy=[0.9] * 7 + [few] * 3, best=[0.8] * 7 + [few + 0.05] * 3, predictions=False,
-    )  # fmt: skip
-    facts = read_json(run / "run.json") | {"study": study.name, "status": status}
-    facts |= {"created": 1.7e9 + seed, "ended": 1.8e9 + seed}
-    write_json(run / "run.json", facts | {"recipe": {f"method/{method}": {}, "dataset/digits_lt": {}}} | more)
     content = read_json(study / "study.json") or {
         "name": study.name,
         "words": [],
@@ -43,6 +35,14 @@ def add_run(study: Path, method: str, seed: int, status: str = "finished", **mor
         "seeds": [],
         "points": [],
     }
+    few = RARE[seed] + ROW[method]
+    run = finish(
+        study / f"{method}-s{seed}", f"method={method}", f"seed={seed}", f"tracking.experiment={content['name']}",
+        accuracy=[0.9] * 7 + [few] * 3, best=[0.8] * 7 + [few + 0.05] * 3, predictions=False,
+    )  # fmt: skip
+    facts = read_json(run / "run.json") | {"study": study.name, "status": status}
+    facts |= {"created": 1.7e9 + seed, "ended": 1.8e9 + seed}
+    write_json(run / "run.json", facts | {"recipe": {f"method/{method}": {}, "dataset/digits_lt": {}}} | more)
     content["seeds"] = sorted({*content["seeds"], seed})
     point = {"run": run.name, "label": {"method": method}, "seed": seed, "role": "run", "status": status}
     content["points"] = [*content["points"], point]
