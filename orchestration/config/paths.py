@@ -19,6 +19,21 @@ def expand(path: str) -> Path:
     return Path(path if os.path.lexists(path) else os.path.expandvars(path))
 
 
+SIBLING = "sibling:"
+"""What stands before the name of a run in the same run.dir, in the place of a path: it stays true where both move."""
+
+
+def absolute_run_dir(run_dir: str) -> str:
+    """Return run.dir as an absolute path; a URL stays as it is."""
+    return run_dir if "://" in run_dir else os.path.abspath(expand(run_dir))
+
+
+def as_sibling(run_dir: str, path: str) -> str:
+    """Return the folder of a run as a sibling where it lies in an absolute run.dir, and as it is elsewhere."""
+    parent, name = os.path.split(path)
+    return f"{SIBLING}{name}" if name and parent == run_dir else path
+
+
 def import_roots() -> list[str]:
     """Return what another process needs on its path to import our packages: nothing where they are installed.
 

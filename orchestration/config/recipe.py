@@ -45,7 +45,7 @@ class ModelSource(Settings):
     stage: str | None = None
     """An earlier stage of this run."""
     run: str | None = None
-    """Folder of a finished run."""
+    """Folder of a finished run; `sibling:NAME` is the run NAME in the same run.dir."""
     final: str | None = None
     """Which of that run's final stages, where it has several. Unset: its last stage."""
     weights: Literal["last", "best"] = "last"
@@ -161,6 +161,11 @@ class StageConfig(Settings):
     """How the experts are combined from this stage on. Unset: the method's rule."""
     experts: tuple[str, ...] | None = None
     """Names of this stage's experts if they are not the method's: another ensemble of the same architecture."""
+
+    @property
+    def sources(self) -> tuple[ModelSource, ...]:
+        """Trained ensembles that it says it begins with or learns from."""
+        return (*self.teachers.values(), *([self.start_from] if self.start_from else []))
 
 
 class Expected(Settings):

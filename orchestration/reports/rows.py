@@ -144,7 +144,8 @@ def recipe_keys(record: Record) -> dict[str, Any]:
             continue
         if key.startswith("method.stages.") and key.split(".")[2] not in stages:
             continue
-        kept[key] = value
+        # A teacher of the same seed is the same teacher of the recipe.
+        kept[key] = value.removesuffix(f"-s{record.seed}") if key.endswith(".run") and value else value
     return {**kept, "recipe": base_name(record)}
 
 

@@ -6,7 +6,7 @@ on them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -55,14 +55,18 @@ class Admission:
         return replace(self, config=config)
 
 
-def admit(config: RunConfig) -> Admission:
+def admit(config: RunConfig, promised: Collection[str] = ()) -> Admission:
     """Refuse a run that cannot work, before anything is started.
+
+    Args:
+        config: of the run.
+        promised: folders of runs that are trained before it begins.
 
     Raises:
         ValueError: experts and workers do not fit; another run or a file that is named is missing or does not fit; or
             run.dir would vanish with a submitted job, or is a URL that cannot be used.
     """
     shape = shape_of(config.method.num_experts, config.cluster)
-    check_sources(config)
+    check_sources(config, promised)
     check_run_dir(config)
     return Admission(config, shape)

@@ -7,7 +7,7 @@ Checkpoints are verified before they are exported. Nothing is unpickled.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,12 @@ from orchestration.storage.pretrained import check_pretrained
 from orchestration.storage.run_folder import RunFolder
 
 
-def check_sources(config: RunConfig) -> None:
+def check_sources(config: RunConfig, promised: Collection[str] = ()) -> None:
     """Refuse runs and files that the config names but that cannot be used, before anything is started.
+
+    Args:
+        config: of the run.
+        promised: folders of runs that are trained before this one begins, and are not looked at.
 
     Raises:
         ValueError: names every run that is missing, unfinished or of other images, and pretrained weights that do not
@@ -34,7 +38,9 @@ def check_sources(config: RunConfig) -> None:
     """
     problems = []
     for key, source, stage in _named(config):
-        if source.run is not None and (problem := _problem(Path(expand(source.run)), source, config, stage)):
+        if source.run is None or source.run in promised:
+            continue
+        if problem := _problem(Path(expand(source.run)), source, config, stage):
             problems.append(f"{key}.run = {source.run}: {problem}")
     if config.method.backbone_weights is not None:
         try:

@@ -20,7 +20,7 @@ from experts.data.cpus import usable_cpus
 from orchestration.cluster.placement import bundle_of, largest_share, shape_of
 from orchestration.config.compose import compose
 from orchestration.config.identity import config_hash
-from orchestration.config.paths import expand
+from orchestration.config.paths import absolute_run_dir, expand
 from orchestration.config.run_config import RunConfig, name_problems
 from orchestration.config.secrets import redact
 from orchestration.config.words import message
@@ -31,6 +31,7 @@ from orchestration.storage.location import run_path
 from orchestration.storage.url_store import is_url
 from orchestration.studies.points import Point
 from orchestration.studies.shared_stages import stage_digests
+from orchestration.studies.siblings import Named, Siblings, siblings_in
 from orchestration.studies.study_config import PARTS, StudyConfig, default_name, in_label, plain_word, short_key
 from orchestration.tracking.uri import default_uri
 
@@ -80,6 +81,11 @@ class _Combination:
     label: dict[str, str]
     extra: tuple[str, ...]  # of its name, beside method, mix and then
     stem: str | None  # of its name, in the place of method, mix and then: a recipe's own label
+    values: tuple[str, ...]  # of the axes that are no part of a recipe
+
+    def named(self, config: RunConfig) -> Named:
+        """Return what its runs are called."""
+        return Named(self.stem or _recipe_name(config), self.extra, self.values)
 
 
 def lay_out(study: StudyConfig, gpu_share: float | None = None, *, files: bool = True) -> Grid:
@@ -99,13 +105,15 @@ def lay_out(study: StudyConfig, gpu_share: float | None = None, *, files: bool =
     if problems:
         raise ValueError(message("study", problems))
 
-    points = [point for combination in combinations for point in _points_of(study, combination, composed)]
+    siblings = Siblings({one.title: one.named(composed[one.title][1]) for one in combinations})
+    points = [point for one in combinations for point in _points_of(study, one, *composed[one.title], siblings)]
     if study.references:
-        points += _references(study, combinations, points, gpu_share, problems, files)
+        points += _references(study, combinations, points, siblings, gpu_share, problems, files)
     first = next(iter(composed.values()))[1]
     name = study.name or default_name(study, first.method.name, first.dataset.name)
     baseline = _baseline(study, points)
     problems += [*_duplicates(points), *_unknown_recipes(study, baseline, points), *_place_problems(name, composed)]
+    problems += siblings.problems(points)
     if problems:
         raise ValueError(message(f"study {name}", problems))
     named = first.model_copy(update={"run": first.run.model_copy(update={"name": name})})
@@ -172,7 +180,8 @@ def _combinations(study: StudyConfig, problems: list[str]) -> Iterator[_Combinat
         mine = tuple(map(plain_word, words))
         title = " ".join([*mine, *set_]) or "its one recipe"
         stem = None if shown is None else _plain_name(shown)
-        yield _Combination(title, (*study.words, *mine, *set_), label, extra, stem)
+        others = tuple(f"{key}={value}" for key, value in axes.items() if key not in PARTS)
+        yield _Combination(title, (*study.words, *mine, *set_), label, extra, stem, others)
     example = " ".join(f"{key}={value}" for key, value in label.items()) or "method=ce,ride as an axis"
     for pairs in unmatched:
         shown_pairs = ", ".join(f"{key}: {value}" for key, value in pairs.items())
@@ -190,6 +199,10 @@ def _part(key: str, value: str) -> str:
 def _plain_name(text: str) -> str:
     """Return what stands in the name of a folder for some text."""
     return re.sub(r"[^\w.+-]+", "_", text).strip("_")[:_NAME_CHARACTERS] or "_"
+
+
+def _recipe_name(config: RunConfig) -> str:
+    return re.sub(r"[^\w.+-]+", "_", config.method.name)
 
 
 # Configs
@@ -238,7 +251,8 @@ def compose_as_run(
         words += (f"cluster.cpus_per_worker={cpus:g}",)
         config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"cpus_per_worker": cpus})})
     if files:
-        admit(config)
+        run_dir = absolute_run_dir(config.run.dir)
+        admit(config, {f"{run_dir}/{name}" for name in siblings_in(words)})
     else:
         shape_of(config.method.num_experts, config.cluster)
     return words, config
@@ -257,28 +271,37 @@ def _cpus(config: RunConfig, gpu_share: float | None) -> float | None:
 
 
 def _points_of(
-    study: StudyConfig, combination: _Combination, composed: Mapping[str, tuple[tuple[str, ...], RunConfig]]
+    study: StudyConfig, combination: _Combination, words: tuple[str, ...], config: RunConfig, siblings: Siblings
 ) -> Iterator[Point]:
-    words, config = composed[combination.title]
-    name = "-".join([combination.stem or re.sub(r"[^\w.+-]+", "_", config.method.name), *combination.extra])
+    named = combination.named(config)
     for seed in study.seeds:
-        yield _point(f"{name}-s{seed}", combination.label, seed, words, config)
+        mine, after = siblings.fill_in(words, named, seed)
+        own = compose([*mine, f"seed={seed}"]).config if after else config
+        yield _point(named.run(seed), combination.label, seed, mine, own, after=after)
 
 
 def _point(
-    run: str, label: Mapping[str, str], seed: int, words: tuple[str, ...], config: RunConfig, role: str = "run"
+    run: str,
+    label: Mapping[str, str],
+    seed: int,
+    words: tuple[str, ...],
+    config: RunConfig,
+    role: str = "run",
+    after: tuple[str, ...] = (),
 ) -> Point:
     seeded = config.model_copy(update={"seed": seed, "run": config.run.model_copy(update={"name": run})})
     cluster = config.cluster
     bundle = bundle_of(cluster, cluster.cpus_per_worker or 1.0)
     need = tuple(sorted(bundle.items())), shape_of(config.method.num_experts, cluster).workers
-    return Point(run, label, seed, (*words, f"seed={seed}"), config_hash(seeded), stage_digests(seeded), role, need)
+    told = (*words, f"seed={seed}")
+    return Point(run, label, seed, told, config_hash(seeded), stage_digests(seeded), role, need, after)
 
 
 def _references(
     study: StudyConfig,
     combinations: Sequence[_Combination],
     points: Sequence[Point],
+    siblings: Siblings,
     gpu_share: float | None,
     problems: list[str],
     files: bool,
@@ -302,11 +325,14 @@ def _references(
                 for key, value in combination.label.items()
                 if key != "recipe" and not key.startswith("method.")
             }  # fmt: skip
-            stem = combination.stem if recipe else None
-            extra = combination.extra if stem else [part for key, part in _parts_of(label)]
-            name = "-".join([stem or re.sub(r"[^\w.+-]+", "_", config.method.name), "balanced", *extra])
+            named = combination.named(config) if recipe else Named(
+                _recipe_name(config), tuple(part for _, part in _parts_of(label)), combination.values
+            )  # fmt: skip
             for seed in study.seeds:
-                point = _point(f"{name}-s{seed}", label | {BALANCED: "true"}, seed, words, config, "reference")
+                mine, after = siblings.fill_in(words, named, seed, reference=True)
+                own = compose([*mine, f"seed={seed}"]).config if after else config
+                run = named.run(seed, reference=True)
+                point = _point(run, label | {BALANCED: "true"}, seed, mine, own, "reference", after)
                 if point.identity not in known:
                     known.add(point.identity)
                     found.append(point)
@@ -373,7 +399,7 @@ def _unknown_recipes(study: StudyConfig, baseline: Mapping[str, str] | None, poi
 def _place_problems(name: str, composed: Mapping[str, tuple[tuple[str, ...], RunConfig]]) -> Iterator[str]:
     """Yield what is wrong with the folders of study and runs."""
     config = next(iter(composed.values()))[1]
-    if len({one.run.dir for _, one in composed.values()}) > 1:
+    if len({absolute_run_dir(one.run.dir) for _, one in composed.values()}) > 1:
         yield "run.dir: differs between recipes; needed one for the study"
     named = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
     yield from (problem.replace("run.name = ", "study.name = ", 1) for problem in name_problems(named))

@@ -23,6 +23,7 @@ class Point:
         stages: digest of each stage, in order; see shared_stages.py.
         role: "run", or "reference" for relative accuracy alone.
         need: resources of a worker and the number of workers, for counting places.
+        after: names of runs of the study that it learns from or begins with.
     """
 
     run: str
@@ -33,6 +34,7 @@ class Point:
     stages: Mapping[str, str] = field(default_factory=dict)
     role: str = "run"
     need: Need = ((), 1)
+    after: tuple[str, ...] = ()
 
     def record(self) -> dict[str, Any]:
         """Return what study.json keeps of it."""

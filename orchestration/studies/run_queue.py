@@ -6,12 +6,15 @@
 
 A run waits for an earlier one that begins with the same stage and has not ended: it takes the stage over then. Later
 runs overtake it. If the earlier one fails, the next that needs the stage trains it.
+
+A run also waits for those whose models it learns from or begins with. If one of them fails, it fails, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 WAITING, RUNNING, FINISHED, FAILED, STOPPED = "waiting", "running", "finished", "failed", "stopped"
 ENDED = (FINISHED, FAILED, STOPPED)
@@ -31,11 +34,17 @@ class RunQueue:
         stages: digests of the stages of each run, by run, in the order in which they are to be trained.
         statuses: of runs that are not waiting.
         deaths: how often the process of a run may die without progress between, before the run fails.
+        after: runs that must be finished before a run begins, by run.
     """
 
     def __init__(
-        self, stages: Mapping[str, Sequence[str]], statuses: Mapping[str, str] | None = None, deaths: int = 6
+        self,
+        stages: Mapping[str, Sequence[str]],
+        statuses: Mapping[str, str] | None = None,
+        deaths: int = 6,
+        after: Mapping[str, Sequence[str]] = MappingProxyType({}),
     ) -> None:
+        self._after = after
         self._stages = {name: frozenset(own) for name, own in stages.items()}
         self._runs = {name: _Run() for name in stages}
         self._most_deaths = deaths
@@ -63,9 +72,16 @@ class RunQueue:
         """Count the runs that could be trained at once, those that train now too."""
         begun = list[str]()
         for name in self.with_status(RUNNING, WAITING):
-            if self.status(name) == RUNNING or not any(self._shared(name, other) for other in begun):
+            waits = self._unfinished(name) or any(self._shared(name, other) for other in begun)
+            if self.status(name) == RUNNING or not waits:
                 begun.append(name)
         return len(begun)
+
+    def forsake(self) -> Iterator[tuple[str, str]]:
+        """Let runs fail that wait for one that has not finished and never will. Yield each, and that one."""
+        while found := next(self._lost(), None):
+            self._runs[found[0]].status = FAILED
+            yield found
 
     def donors(self, run: str) -> list[str]:
         """Return the runs that may have trained stages of a run, finished ones first."""
@@ -102,23 +118,33 @@ class RunQueue:
             self._runs[name].status = STOPPED
 
     def _blocker(self, run: str) -> str | None:
-        """Return a run that trains a stage of this one, or will train it before; None if there is none.
+        """Return a run that this one needs, or that trains a stage of it, or will before; None if there is none.
 
         A stage that a finished run has needs nobody.
         """
+        if needed := self._unfinished(run):
+            return needed[0]
         missing = self._stages[run].difference(*(self._stages[name] for name in self.with_status(FINISHED)))
         for other in self._before(run):
             if missing & self._stages[other]:
                 return other
         return None
 
+    def _lost(self) -> Iterator[tuple[str, str]]:
+        for name in self.with_status(WAITING):
+            yield from ((name, one) for one in self._unfinished(name) if self.status(one) in ENDED)
+
+    def _unfinished(self, run: str) -> list[str]:
+        return [one for one in self._after.get(run, ()) if self.status(one) != FINISHED]
+
     def _before(self, run: str) -> Iterator[str]:
-        """Yield the runs that train, and those that wait before a run."""
+        """Yield the runs that train, and those that wait before a run; none that needs another, perhaps this one."""
         yield from self.with_status(RUNNING)
         for name in self.with_status(WAITING):
             if name == run:
                 return
-            yield name
+            if not self._unfinished(name):
+                yield name
 
     def _shared(self, one: str, other: str) -> bool:
         return bool(self._stages[one] & self._stages[other])

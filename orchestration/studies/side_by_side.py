@@ -72,7 +72,7 @@ class SideBySide:
         order = sorted(points, key=lambda point: point.seed)
         statuses = {point.run: folder.record(point.run)["status"] for point in points}
         to_train = {p.run: [digest for digest in p.stages.values() if digest not in lent] for p in order}
-        self._queue = RunQueue(to_train, statuses)
+        self._queue = RunQueue(to_train, statuses, after={point.run: point.after for point in points})
         self._begun_at: dict[str, float] = {}
         self._took: list[float] = []
         self._took_by_recipe: dict[str, float] = {}
@@ -97,6 +97,7 @@ class SideBySide:
                     if signals.received is not None and not self._stopping:
                         self._stop(signals.received)
                     if not self._stopping:
+                        self._forsake()
                         self._adjust()
                         self._feed()
                     elif not self._lanes.alive:
@@ -194,6 +195,11 @@ class SideBySide:
             "study": path.name,
             "donors": [*map(str, lenders), *(str(path / donor) for donor in self._queue.donors(run))],
         }
+
+    def _forsake(self) -> None:
+        """Note runs that can never begin."""
+        for run, needed in self._queue.forsake():
+            self._note(run, FAILED, f"it needs {needed}, which is {self._queue.status(needed)}")
 
     def _stop(self, number: int) -> None:
         self._stopping = True

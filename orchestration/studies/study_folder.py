@@ -100,7 +100,15 @@ class StudyFolder:
         old, new = (_by_key(words, axes) for words in (self.content["words"], grid.study.words))
         lines = difference(old, new)
         by_name = {record["run"]: record for record in self.records}
-        known = {record["identity"] for record in self.records}
+        known = {record["identity"]: record["run"] for record in self.records}
+        names = {point.run: known.get(point.identity, point.run) for point in grid.points}
+        for point in grid.points:
+            for needed in point.after:
+                if names[needed] != needed:
+                    yield (
+                        f"{point.run}: needs {needed}, which was trained as {names[needed]}; give its recipe the label "
+                        f"that it had, or set another study.name"
+                    )
         for point in grid.points:
             record = by_name.get(point.run)
             if not lines and record is not None and point.identity not in known:

@@ -31,6 +31,9 @@ def of_file(tmp_path, content, *words):
     return grid(tmp_path, f"study={path}", *words)
 
 
+STUDENT = "method=ride_distill method.stages.train.teachers.teacher.run=sibling"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -114,6 +117,13 @@ def test_words_that_are_wrong_are_told_before_anything_starts(words, message, tm
             "both runs would be A-s0; leave one out, or give one",
         ),
         ("recipes: [method=ce, method=ce]\n", "the same run twice; leave one out"),
+        (f"recipes: [method=ride, {STUDENT}:rid]\n", "sibling:rid: no recipe of the study; did you mean sibling:ride?"),
+        (
+            f"recipes: [method=ride, {{label: x, words: {STUDENT}:ride}}]\n"
+            "axes: {dataset.imbalance_ratio: [20, 50]}\nexclude: [{method: ride, dataset.imbalance_ratio: 20}]\n",
+            "x: sibling:ride: excluded at dataset.imbalance_ratio=20; leave both out, or none",
+        ),
+        (f"recipes: [{{label: x, words: {STUDENT}:x}}]\n", "x-s0: each needs another of them, so that none can begin"),
         ("recipes: [method=ce]\naxes: {method: [ride]}\n", "method: set twice, by an axis and by recipe"),
         ("recipes: [method=ce, method=ride]\nwords: [method=tade]\n", "method: set for all runs, and by every recipe"),
         ("axes: {method: [ce]}\nexclude: [{method: ce}]\n", "no run is left: every combination is excluded"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import yaml
 
 from orchestration.cli import main
+from orchestration.config.compose import from_yaml
 from tests import runs
 
 pytestmark = pytest.mark.ray
@@ -73,6 +75,33 @@ def test_runs_of_a_study_are_bitwise_those_of_single_runs_and_a_failure_costs_it
     capsys.readouterr()
     assert main(["status", str(folder)]) == 0
     assert "3 runs; 2 finished, 1 failed" in capsys.readouterr().out
+
+
+def test_a_run_waits_for_its_teacher_and_fails_with_it(warm, tmp_path):
+    student = "method=ride_distill method.stages.train.teachers.teacher.run=sibling"
+    recipes = [
+        {"label": "student", "words": f"{student}:good"},
+        {"label": "orphan", "words": f"{student}:bad"},
+        {"label": "bad", "words": "method=ride method.stages.train.optimizer.lr=1e30"},
+        {"label": "good", "words": "method=ride method.num_experts=2"},
+    ]
+    assert main(["study", *written(tmp_path, recipes=recipes)]) == 1
+    found = records(tmp_path / "tiny")
+    assert {run: record["status"] for run, record in found.items()} == {
+        "student-s0": "finished", "orphan-s0": "failed", "bad-s0": "failed", "good-s0": "finished",
+    }  # fmt: skip
+    assert found["orphan-s0"]["problem"] == "it needs bad-s0, which is failed" and not found["orphan-s0"]["attempts"]
+    # The same run by itself finds its teacher beside it; and the study may move.
+    single = alone(tmp_path / "tiny", found["student-s0"])
+    assert_equal(tmp_path / "tiny" / "student-s0", single)
+    shutil.rmtree(single)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "tiny").rename(tmp_path / "elsewhere" / "tiny")
+    assert main(["study", *written(tmp_path, recipes=recipes), f"run.dir={tmp_path / 'elsewhere'}"]) == 1
+    moved = tmp_path / "elsewhere" / "tiny"
+    assert {run: one["status"] for run, one in records(moved).items()} == {r: one["status"] for r, one in found.items()}
+    stored = from_yaml(moved / "student-s0" / "config.yaml")
+    assert stored.method.stages["train"].teachers["teacher"].run == str(moved / "good-s0")
 
 
 def test_finished_runs_and_stages_from_elsewhere_are_as_if_trained_in_the_study(warm, tmp_path):

@@ -76,6 +76,36 @@ def test_references_are_balanced_runs_that_recipes_share():
     assert alone[1].label == {"method": "ce", "dataset.balanced": "true"} or "method" not in alone[1].label
 
 
+def test_a_run_learns_from_the_run_of_another_recipe_with_its_own_values_and_seed(tmp_path):
+    teacher = "method.stages.train.teachers.teacher.run"
+    path = written(
+        tmp_path,
+        recipes=[
+            {"label": "student", "words": f"method=ride_distill {teacher}=sibling:RIDE_6"},
+            {"label": "RIDE, 6", "words": "method=ride method.num_experts=6"},
+        ],
+        axes={"dataset.imbalance_ratio": [20, 50]},
+        seeds=[0, 1],
+        references=True,
+    )
+    found = grid(f"run.dir={tmp_path}", **path)
+    points = {point.run: point for point in found.points}
+    needs = {run: point.after for run, point in points.items() if run.startswith("student")}
+    assert needs == {
+        f"student{kind}-ratio{ratio}-s{seed}": (f"RIDE_6{kind}-ratio{ratio}-s{seed}",)
+        for kind in ("", "-balanced") for ratio in (20, 50) for seed in (0, 1)
+    }  # fmt: skip
+    assert {needed for after in needs.values() for needed in after} <= points.keys()
+
+    # A single run of its words is this run, wherever the study lies: the teacher lies beside it.
+    words = list(points["student-ratio50-s1"].words)
+    single = load_config([*words, f"run.dir={tmp_path / 'elsewhere'}"])
+    assert single.method.stages["train"].teachers["teacher"].run == str(tmp_path / "elsewhere/RIDE_6-ratio50-s1")
+    assert config_hash(single) == points["student-ratio50-s1"].identity
+    other = load_config([*words, f"run.dir={tmp_path}", f"{teacher}={tmp_path / 'elsewhere/RIDE_6-ratio50-s1'}"])
+    assert config_hash(other) != config_hash(single), "a teacher outside run.dir is another one"
+
+
 def test_a_file_may_change_another_and_name_the_words_of_its_references(tmp_path):
     words = ["dataset=digits_lt", "engine.threads=1"]
     base = {"words": words, "recipes": [{"label": "Softmax, plain", "words": "method=ce"}], "references": True}

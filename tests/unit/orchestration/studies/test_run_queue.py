@@ -21,15 +21,26 @@ def drawn_stages(draw: random.Random) -> dict[str, list[str]]:
     return found
 
 
+def drawn_needs(draw: random.Random, runs: list[str]) -> dict[str, list[str]]:
+    """Runs that some runs need, in an order that has nothing to do with theirs, so that none waits for itself."""
+    order = draw.sample(runs, len(runs))
+    return {run: draw.sample(order[:place], draw.randint(0, min(2, place))) for place, run in enumerate(order)}
+
+
+@pytest.mark.parametrize("needing", [False, True])
 @pytest.mark.parametrize("seed", range(60))
-def test_every_run_ends_and_shared_stages_are_trained_once_unless_a_run_fails(seed):
+def test_every_run_ends_and_shared_stages_are_trained_once_unless_a_run_fails(seed, needing):
     draw = random.Random(seed)
     stages, lanes, deadly = drawn_stages(draw), draw.randint(1, 4), draw.random() < 0.5
-    queue, trained, running = RunQueue(stages, deaths=2), [], {}
+    after = drawn_needs(draw, list(stages)) if needing else {}
+    queue, trained, running = RunQueue(stages, deaths=2, after=after), [], {}
     for _ in range(500):
+        for run, needed in queue.forsake():
+            assert queue.status(needed) == FAILED and needed in after[run]
         while len(running) < lanes and (run := next(queue.able(), None)) is not None:
             have = {stage for donor in queue.donors(run) if queue.status(donor) == FINISHED for stage in stages[donor]}
             running[run] = [stage for stage in stages[run] if stage not in have]
+            assert all(queue.status(needed) == FINISHED for needed in after.get(run, ()))
             queue.begin(run)
         busy = [stage for own in running.values() for stage in own]
         assert len(busy) == len(set(busy)), "two runs train one stage at once"

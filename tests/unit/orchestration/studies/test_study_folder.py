@@ -21,6 +21,8 @@ from orchestration.studies.study_config import read_study
 from orchestration.studies.study_folder import StudyFolder, held
 from orchestration.tracking import contents
 
+STUDENT = "method=ride_distill method.stages.train.teachers.teacher.run=sibling:"
+
 
 def grid(tmp_path, *words):
     common = ["dataset=digits_lt", f"run.dir={tmp_path}", "study.name=x"]
@@ -46,6 +48,23 @@ def test_known_runs_keep_name_and_state_when_seeds_and_recipes_are_added(tmp_pat
     assert kept["points"][0]["attempts"] == 2 and kept["seeds"] == [0, 1] and kept["schema"] == 1
     folder, points = taken(tmp_path, "method=ce", "seed=2")
     assert len(points) == 1 and len(folder.records) == 5, "those that are not asked for stay in the study"
+
+
+def test_a_run_that_others_need_keeps_the_name_by_which_they_need_it(tmp_path):
+    def study(label, *more):
+        recipes = [{"label": label, "words": "method=ride"}, *more]
+        (tmp_path / "x.yaml").write_text(json.dumps({"recipes": recipes}))
+        return f"study={tmp_path / 'x.yaml'}"
+
+    def student(teacher):
+        return {"label": "student", "words": f"{STUDENT}{teacher}"}
+
+    taken(tmp_path, study("old"))
+    assert list(StudyFolder(tmp_path / "x").problems_with(grid(tmp_path, study("new", student("new"))))) == [
+        "student-s0: needs new-s0, which was trained as old-s0; give its recipe the label that it had, or set another "
+        "study.name"
+    ]
+    assert [point.after for point in taken(tmp_path, study("old", student("old")))[1]] == [(), ("old-s0",)]
 
 
 @pytest.mark.parametrize(
