@@ -1,6 +1,6 @@
 """Fill the tables of docs/results.md and README.md with what the committed studies have measured.
 
-    python -m benchmarks.tables runs      read the studies in the folder runs, keep what the tables show, fill them
+    python -m benchmarks.tables runs ...  read the studies in these folders, keep what the tables show, fill them
     python -m benchmarks.tables           fill them with what is kept in benchmarks/results/<study>.json
 
 The studies are files of configs/study/. Each is trained, or gone on with, by a command like
@@ -8,7 +8,9 @@ The studies are files of configs/study/. Each is trained, or gone on with, by a 
     expertail study study=fashion_mnist_lt dataset.root=<folder of the four .gz files> run.dir=runs
 
 A study that is still being trained fills its rows with the seeds that it has; recipes without a seed are named below
-its table. Differences, and whether they are real, are the report's own (docs/reports.md).
+its table. A study may be trained in parts, on several machines, each a study of this name with some of its recipes or
+seeds: what is kept stays, and is joined with what the parts have (parts.py). Differences, and whether they are real,
+are the report's own (docs/reports.md).
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.parts import joined
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -48,14 +52,14 @@ README = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="?", type=Path, help="folder of the studies")
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of the studies")
     options = parser.parse_args()
-    if options.runs:
-        there = [name for name in STUDIES if (options.runs / name / "study.json").exists()]
+    for runs in options.runs:
+        there = [name for name in STUDIES if (runs / name / "study.json").exists()]
         if not there:
-            sys.exit(f"{options.runs}: holds none of the studies {', '.join(STUDIES)}; needed the run.dir of them")
+            sys.exit(f"{runs}: holds none of the studies {', '.join(STUDIES)}; needed the run.dir of them")
         for name in there:
-            print(f"{name}: {keep(options.runs / name)} rows", flush=True)
+            print(f"{name}: {keep(runs / name)} rows", flush=True)
     for path in (ROOT / "docs" / "results.md", ROOT / "README.md"):
         path.write_text(filled_in(path.read_text(), path.name))
 
@@ -64,13 +68,16 @@ def main() -> None:
 
 
 def keep(folder: Path) -> int:
-    """Write what the tables show of a study to benchmarks/results. Return the number of rows."""
+    """Join what the tables show of a study with what is kept in benchmarks/results. Return the number of rows."""
     from orchestration.reports.json_file import json_text
     from orchestration.reports.report import make_report
     from orchestration.reports.sources import read_sources
 
     found = read_sources([str(folder)])
     record = kept(json.loads(json_text(make_report(found, print))), found.study)
+    before = read(folder.name)
+    if before is not None:
+        record = joined(before, record, lambda label: NAMES.get(label, label), order_of(folder.name))
     (RESULTS / f"{folder.name}.json").write_text(as_text(record))
     return len(record["rows"])
 
@@ -81,17 +88,33 @@ def kept(report: Mapping[str, Any], study: Mapping[str, Any]) -> dict[str, Any]:
     have = {run["run"] for table in tables for row in table["rows"] for run in row["runs"]}
     points = [point["run"] for point in study["points"] if point["run"] not in have]
     recipes = {re.sub("-s[0-9]+$", "", run) for run in have}
+    seeds = {seed for table in tables for row in table["rows"] for seed in row["seeds"]}
     return {
         "command": f"expertail study study={report['title']} dataset.root=<folder>",
         "data": tables[0]["data"],
         "schedule": tables[0]["schedule"],
-        "seeds": tables[0]["seeds"],
+        "seeds": sorted({*tables[0]["seeds"], *seeds}),
         "baseline": tables[0]["baseline"],
         "made_with": report["made_with"],
         "missing": report["missing"],
         "untrained": [one for one in dict.fromkeys(re.sub("-s[0-9]+$", "", p) for p in points) if one not in recipes],
+        "trained": sorted(recipes),
         "rows": [_row(row, _apart(table, tables[0])) for table in tables for row in table["rows"]],
     }
+
+
+def order_of(study: str) -> list[str]:
+    """Return the rows of a study as tables call them, in the order of its recipes."""
+    from orchestration.studies.grid import label_of
+    from orchestration.studies.study_config import read_study
+
+    names = []
+    for recipe in read_study([f"study={study}"]).recipes:
+        label = label_of(recipe.words.split())
+        name = recipe.label or "+".join(label[key] for key in ("method", "mix") if key in label)
+        finals = label.get("then", "").strip("[]").split(",")
+        names += [NAMES.get(row, row) for row in ([f"{name}+{final}" for final in finals] if finals[0] else [name])]
+    return names
 
 
 def _apart(table: Mapping[str, Any], first: Mapping[str, Any]) -> str | None:
@@ -110,7 +133,7 @@ def _row(row: Mapping[str, Any], apart: str | None) -> dict[str, Any]:
                 "by_seed": {seed: _short(value) for seed, value in row["measures"][group]["by_seed"].items()}}
         for group in GROUPS
     }  # fmt: skip
-    differences = {group: {"mean": _short(one["mean"]), "words": one["words"]}
+    differences = {group: {"mean": _short(one["mean"]), "words": one["words"], "over_images": _ends(one)}
                    for group, one in row.get("differences", {}).items() if group in GROUPS and not apart}  # fmt: skip
     return {
         "label": row["label"],
@@ -122,6 +145,12 @@ def _row(row: Mapping[str, Any], apart: str | None) -> dict[str, Any]:
         "differences": differences,
         "cost": {key: row["cost"][key] for key in ("parameters", "inference", "training", "teachers")},
     }
+
+
+def _ends(difference: Mapping[str, Any]) -> list[float | None] | None:
+    """Return the ends of the interval over images, where there is one."""
+    ends = difference.get("over_images")
+    return ends and [_short(end) for end in ends]
 
 
 def _short(value: float | None) -> float | None:
