@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from experts.backbones.cost import multiply_adds, multiply_adds_by_shape, structure
 from experts.backbones.resnet_cifar import ResNetCifar
@@ -45,6 +48,24 @@ def test_multiply_adds_of_resnet10_at_64_pixels():
     trunk, image = parts.trunk(), torch.zeros(1, 3, 64, 64)
     assert multiply_adds(trunk, image) == 9_633_792 + 18_874_368 + 14_680_064
     assert multiply_adds(parts.late_stages(reduce_dimension=False), trunk.eval()(image)) == 2 * 14_680_064
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        ResNetCifar(ResNetCifar.Config(depth=14)).trunk(),
+        ResNetImageNet(ResNetImageNet.Config(depth=50, cardinality=32)).trunk(),
+        ResNetImageNet(ResNetImageNet.Config(depth=152)).trunk(),
+        nn.Sequential(nn.Conv2d(3, 4, (3, 5), (2, 1), (0, 2), (1, 3)), nn.Flatten(2), nn.Linear(899, 7, bias=False)),
+    ],
+    ids=["resnet14", "resnext50", "resnet152", "odd"],
+)
+def test_multiply_adds_without_computing_are_those_of_the_libraries_counter(module):
+    module, image = module.eval(), torch.zeros(1, 3, 64, 37)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        output = module(image)
+    assert multiply_adds_by_shape(module, (1, 3, 64, 37)) == (counter.get_total_flops() // 2, tuple(output.shape))
+    assert multiply_adds(module, image) == counter.get_total_flops() // 2
 
 
 def test_pooling_before_a_branch_costs_one_position_instead_of_all():
