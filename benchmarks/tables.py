@@ -10,7 +10,7 @@ The studies are files of configs/study/. Each is trained, or gone on with, by a 
 A study that is still being trained fills its rows with the seeds that it has; recipes without a seed are named below
 its table. A study may be trained in parts, on several machines, each a study of this name with some of its recipes or
 seeds: what is kept stays, and is joined with what the parts have (parts.py). Differences, and whether they are real,
-are the report's own (docs/reports.md).
+are a report's own (docs/reports.md). Where seeds were joined, the bootstrap is of those whose predictions were at hand.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.parts import joined
+from benchmarks.parts import joined, made_by
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -59,7 +59,10 @@ def main() -> None:
         if not there:
             sys.exit(f"{runs}: holds none of the studies {', '.join(STUDIES)}; needed the run.dir of them")
         for name in there:
-            print(f"{name}: {keep(runs / name)} rows", flush=True)
+            try:
+                print(f"{name}: {keep(runs / name)} rows", flush=True)
+            except ValueError as problem:
+                sys.exit(f"{runs / name}: {problem}")
     for path in (ROOT / "docs" / "results.md", ROOT / "README.md"):
         path.write_text(filled_in(path.read_text(), path.name))
 
@@ -74,16 +77,23 @@ def keep(folder: Path) -> int:
     from orchestration.reports.sources import read_sources
 
     found = read_sources([str(folder)])
-    record = kept(json.loads(json_text(make_report(found, print))), found.study)
-    before = read(folder.name)
-    if before is not None:
-        record = joined(before, record, lambda label: NAMES.get(label, label), order_of(folder.name))
+    record = kept(json.loads(json_text(make_report(found, print))), found.study, made_by(found.records))
+    if (before := read(folder.name)) is not None:
+        order = order_of(folder.name)
+        record = joined(before, record, lambda label: NAMES.get(label, label), order, recipes_of)
+    record["missing"] = missing_in(folder.name)
     (RESULTS / f"{folder.name}.json").write_text(as_text(record))
     return len(record["rows"])
 
 
-def kept(report: Mapping[str, Any], study: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the tables show of a report; its first table is that with the baseline."""
+def kept(report: Mapping[str, Any], study: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the tables show of a report; its first table is that with the baseline.
+
+    Args:
+        report: its JSON.
+        study: content of its study.json.
+        made: what made its runs, of `benchmarks.parts.made_by`.
+    """
     tables = sorted(report["tables"], key=lambda table: table["baseline"] is None)
     have = {run["run"] for table in tables for row in table["rows"] for run in row["runs"]}
     points = [point["run"] for point in study["points"] if point["run"] not in have]
@@ -98,9 +108,16 @@ def kept(report: Mapping[str, Any], study: Mapping[str, Any]) -> dict[str, Any]:
         "made_with": report["made_with"],
         "missing": report["missing"],
         "untrained": [one for one in dict.fromkeys(re.sub("-s[0-9]+$", "", p) for p in points) if one not in recipes],
-        "trained": sorted(recipes),
+        **made,
         "rows": [_row(row, _apart(table, tables[0])) for table in tables for row in table["rows"]],
     }
+
+
+def missing_in(study: str) -> list[dict[str, str]]:
+    """Return the rows that the committed study lists without a run."""
+    from orchestration.studies.study_config import read_study
+
+    return [one.model_dump() for one in read_study([f"study={study}"]).missing]
 
 
 def order_of(study: str) -> list[str]:

@@ -15,7 +15,7 @@ go with the piece.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,10 +31,10 @@ from orchestration.config.like import SAVED_RUN, SavedEnsemble, saved_ensemble
 from orchestration.config.list_paths import absolute_lists, unread_lists
 from orchestration.config.origins import COMMAND_LINE, Layered
 from orchestration.config.parts import lay_recipe, plan_recipe
-from orchestration.config.paths import SIBLING, absolute_run_dir, as_sibling, expand
+from orchestration.config.paths import expand
 from orchestration.config.percentages import Resolved, resolve_percentages
 from orchestration.config.problems import check
-from orchestration.config.recipe import ModelSource, StageConfig
+from orchestration.config.recipe import ModelSource
 from orchestration.config.renamed import with_new_keys
 from orchestration.config.run_config import RunConfig
 from orchestration.config.secrets import redact
@@ -258,26 +258,24 @@ def _describe_environment(layered: Layered) -> Iterator[str]:
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
     """Make paths absolute: workers and later commands may run in other folders."""
-    method, run_dir = config.method, absolute_run_dir(config.run.dir)
-    stages = _with_sources(config, lambda source: _with_folder(source, run_dir))
+    method = config.method
+    stages = {
+        name: stage.model_copy(
+            update={
+                "start_from": stage.start_from and _with_folder(stage.start_from),
+                "teachers": {key: _with_folder(teacher) for key, teacher in stage.teachers.items()},
+            }
+        )
+        for name, stage in method.stages.items()
+    }
     method = _with_absolute(_with_absolute(method.model_copy(update={"stages": stages}), "backbone_weights"), "like")
     data = _with_absolute(config.dataset, "root")
     data = data.model_copy(update=absolute_lists(data))
-    # That its siblings are found from the stored config, too, wherever a later command is given.
-    run = config.run.model_copy(update={"dir": run_dir}) if _has_sibling(config) else config.run
-    return config.model_copy(update={"method": method, "dataset": data, "run": run})
+    return config.model_copy(update={"method": method, "dataset": data})
 
 
-def _has_sibling(config: RunConfig) -> bool:
-    sources = [source for stage in config.method.stages.values() for source in stage.sources]
-    return any(source.run is not None and source.run.startswith(SIBLING) for source in sources)
-
-
-def _with_folder(source: Source, run_dir: str) -> Source:
-    """Return where a trained ensemble comes from, with the absolute path of its run."""
-    if source.run is None or not source.run.startswith(SIBLING):
-        return _with_absolute(source, "run")
-    return source.model_copy(update={"run": f"{run_dir}/{source.run.removeprefix(SIBLING)}"})
+def _with_folder(source: Source) -> Source:
+    return source if source.sibling is not None else _with_absolute(source, "run")
 
 
 def _with_absolute(settings: S, key: str) -> S:
@@ -291,7 +289,7 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def from_yaml(path: Path) -> RunConfig:
-    """Read a run's config.yaml. Runs that lay in the same run.dir are looked for beside its folder, if that has moved.
+    """Read a run's config.yaml. The run.dir of a run that names siblings is where its folder lies now.
 
     Raises:
         ValueError: the file is missing, is not YAML, or does not fit the schema.
@@ -304,37 +302,11 @@ def from_yaml(path: Path) -> RunConfig:
         raise ValueError(f"{path}: not YAML ({_first_line(error)})") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: found {type(tree).__name__}, needed a mapping")
-    return _where_it_lies(check(with_new_keys(tree), str(path)), path.absolute().parent.parent)  # type: ignore[arg-type]
-
-
-def _where_it_lies(config: RunConfig, run_dir: Path) -> RunConfig:
-    """Return a run's config with the folder that the run lies in now, where that matters: for its siblings."""
-    before, now = config.run.dir, str(run_dir)
-    if before == now:
-        return config
-
-    def moved(source: Source) -> Source:
-        name = "" if source.run is None else as_sibling(before, source.run).partition(SIBLING)[2]
-        return source.model_copy(update={"run": f"{now}/{name}"}) if name else source
-
-    stages = _with_sources(config, moved)
-    if stages == config.method.stages:
-        return config
-    method = config.method.model_copy(update={"stages": stages})
-    return config.model_copy(update={"method": method, "run": config.run.model_copy(update={"dir": now})})
-
-
-def _with_sources(config: RunConfig, change: Callable[[Any], Any]) -> dict[str, StageConfig]:
-    """Return the stages with what `change` makes of each trained ensemble that they begin with or learn from."""
-    return {
-        name: stage.model_copy(
-            update={
-                "start_from": stage.start_from and change(stage.start_from),
-                "teachers": {key: change(teacher) for key, teacher in stage.teachers.items()},
-            }
-        )
-        for name, stage in config.method.stages.items()
-    }
+    config = check(with_new_keys(tree), str(path))  # type: ignore[arg-type]
+    if any(source.sibling for stage in config.method.stages.values() for source in stage.sources):
+        here = os.path.abspath(path.parent.parent)  # its folder may have moved, and its siblings with it
+        config = config.model_copy(update={"run": config.run.model_copy(update={"dir": here})})
+    return config
 
 
 def _first_line(error: BaseException) -> str:

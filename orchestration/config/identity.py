@@ -9,7 +9,6 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from orchestration.config.paths import as_sibling
 from orchestration.config.recipe import Expected
 from orchestration.config.run_config import RunConfig
 
@@ -32,15 +31,9 @@ under a moved root or list is detected by its digest."""
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
-    """Return the part of a config that determines the results, as a flat mapping of dotted keys.
-
-    Other runs in the same run.dir are there by name, so that both may move together.
-    """
+    """Return the part of a config that determines the results, as a flat mapping of dotted keys."""
     flat = flatten(config.model_dump(mode="json"))
     kept = {key: value for key, value in flat.items() if not _covered(key, MAY_CHANGE)}
-    for key, value in kept.items():
-        if key.startswith("method.stages.") and key.endswith(".run") and value is not None:
-            kept[key] = as_sibling(config.run.dir, value)
     for key in ("run.evaluate_every_epochs", "run.select_on"):  # under `run`, but they decide which epoch is "best"
         kept[key] = flat[key]
     return kept

@@ -20,18 +20,12 @@ def expand(path: str) -> Path:
 
 
 SIBLING = "sibling:"
-"""What stands before the name of a run in the same run.dir, in the place of a path: it stays true where both move."""
+"""What stands before the name of another run in the same run.dir, in the place of a path."""
 
 
-def absolute_run_dir(run_dir: str) -> str:
-    """Return run.dir as an absolute path; a URL stays as it is."""
-    return run_dir if "://" in run_dir else os.path.abspath(expand(run_dir))
-
-
-def as_sibling(run_dir: str, path: str) -> str:
-    """Return the folder of a run as a sibling where it lies in an absolute run.dir, and as it is elsewhere."""
-    parent, name = os.path.split(path)
-    return f"{SIBLING}{name}" if name and parent == run_dir else path
+def sibling_of(run: str) -> str | None:
+    """Return the name of a run that is named as a sibling; None of a path."""
+    return run.removeprefix(SIBLING) if run.startswith(SIBLING) else None
 
 
 def import_roots() -> list[str]:

@@ -5,6 +5,9 @@ recipe_checks.py says why the parts of a recipe do not fit together; method.py a
 
 from __future__ import annotations
 
+import os
+import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -18,6 +21,7 @@ from experts.flows.plain import Plain
 from experts.losses.class_weights import ClassWeights
 from experts.ramps import Weight, constant
 from experts.registry import PieceOf, Settings, import_pieces, piece
+from orchestration.config.paths import SIBLING, expand, sibling_of
 
 import_pieces(experts, aggregation)  # the fields below accept the config of any registered piece
 
@@ -60,7 +64,23 @@ class ModelSource(Settings):
             )
         if self.final is not None and self.run is None:
             raise ValueError(f"final = {self.final}: names a stage of another run; set run, or remove it")
+        if self.sibling is not None and not re.fullmatch(r"\w[\w.+-]*", self.sibling):
+            raise ValueError(f"run = {self.run}: needed {SIBLING}NAME, the name of another run in the same run.dir")
         return self
+
+    @property
+    def sibling(self) -> str | None:
+        """Name of the run, where it lies in the run.dir of the run that names it; None of any other."""
+        return None if self.run is None else sibling_of(self.run)
+
+    def folder(self, run_dir: str) -> Path:
+        """Return the folder of another run, absolute.
+
+        Args:
+            run_dir: of the run that names it.
+        """
+        assert self.run is not None
+        return Path(os.path.abspath(expand(self.run) if self.sibling is None else expand(run_dir) / self.sibling))
 
     @property
     def export(self) -> str:

@@ -202,7 +202,7 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _data_fits(self) -> RunConfig:
         problems = [*name_problems(self), *data_problems(self), *view_problems(self), *precision_problems(self)]
-        problems += attention_problems(self)
+        problems += [*attention_problems(self), *sibling_problems(self)]
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -268,6 +268,18 @@ def attention_problems(config: RunConfig) -> Iterator[str]:
             f"method.attention.name = {config.method.attention.name}: found backbone.split = {config.backbone.split}, "
             f"whose experts have no last map of their own; needed another split, or method.attention=null"
         )
+
+
+def sibling_problems(config: RunConfig) -> Iterator[str]:
+    """Yield a problem for each sibling of a run whose run.dir is a URL: models are read from disk."""
+    if "://" in config.run.dir:
+        for name, stage in config.method.stages.items():
+            for source in stage.sources:
+                if source.sibling is not None:
+                    yield (
+                        f"method.stages.{name}: run = {source.run}: run.dir is the URL {config.run.dir}, and models "
+                        f"are read from disk; needed the path of a copy of that run"
+                    )
 
 
 def precision_problems(config: RunConfig) -> Iterator[str]:

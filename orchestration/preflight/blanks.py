@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,6 @@ from experts.data.images import ResidentImages
 from experts.ensemble import build_ensemble
 from experts.progress import Progress
 from experts.registry import build
-from orchestration.config.paths import expand
 from orchestration.config.recipe import Teacher, stage_classes
 from orchestration.config.run_config import RunConfig
 
@@ -142,7 +140,7 @@ def _teacher(config: RunConfig, source: Teacher, counts_C: np.ndarray, *, counts
     if source.stage is None:
         assert source.run is not None
         try:
-            description = read_description(Path(expand(source.run)) / source.export / DESCRIPTION)
+            description = read_description(source.folder(config.run.dir) / source.export / DESCRIPTION)
         except ValueError:
             return None
         return BlankTeacher(ServedModel(blank_ensemble(description), description), known=True)

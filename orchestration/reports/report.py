@@ -127,7 +127,7 @@ def make_report(found: Sources, say: Callable[[str], None], baseline: str | None
     remarks += list(dict.fromkeys(line for one in sections if one.comparison for line in one.comparison.remarks))
     return Report(
         found.title, which, sections, tuple(remarks), (*found.left_out, *doubles), tuple(found.missing),
-        _provenance(found.records), tuple(across(all_tables, found.axes, found.varied)),
+        provenance(found.records), tuple(across(all_tables, found.axes, found.varied)),
     )  # fmt: skip
 
 
@@ -224,7 +224,7 @@ def spread_text(spread: tuple[float | None, float | None], scale: float = 100.0,
     return decimals(mean, scale, digits) + (f" ± {decimals(sd, scale, digits)}" if sd is not None else "")
 
 
-def _provenance(records: Sequence[Record]) -> dict[str, dict[str, int]]:
+def provenance(records: Sequence[Record]) -> dict[str, dict[str, int]]:
     """Return what the runs were made with, and how many runs of each."""
     runs = {record.folder: record for record in records}.values()
     found: dict[str, Counter[str]] = {name: Counter() for name in ("commit", "versions", "hardware", "data")}

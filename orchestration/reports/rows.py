@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from orchestration.config.identity import identity
+from orchestration.config.paths import sibling_of
 from orchestration.config.run_config import RunConfig
 from orchestration.reports.records import Data, LeftOut, Model, Record
 from orchestration.reports.statistics import mean_and_sd
@@ -144,8 +145,9 @@ def recipe_keys(record: Record) -> dict[str, Any]:
             continue
         if key.startswith("method.stages.") and key.split(".")[2] not in stages:
             continue
-        # A teacher of the same seed is the same teacher of the recipe.
-        kept[key] = value.removesuffix(f"-s{record.seed}") if key.endswith(".run") and value else value
+        # A sibling is a recipe's run with the same seed.
+        its = key.endswith(".run") and value is not None and sibling_of(value)
+        kept[key] = value.removesuffix(f"-s{record.seed}") if its else value
     return {**kept, "recipe": base_name(record)}
 
 

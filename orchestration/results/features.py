@@ -28,7 +28,6 @@ from experts.data.images import part_of_store
 from experts.ensemble import Ensemble
 from experts.eval_batches import EvalBatches
 from orchestration.config.messages import in_one_line, say
-from orchestration.config.paths import expand
 from orchestration.config.recipe import ModelSource
 from orchestration.results.features_picture import draw_features, draw_norms
 from orchestration.results.saved_run import SavedRun, open_last, open_run, same_threads, stages_to_measure
@@ -244,7 +243,7 @@ def _setup(saved: SavedRun, stage: str) -> StageSetup:
 def _begun(saved: SavedRun, stage: str) -> Ensemble:
     setup, source = _setup(saved, stage), saved.config.method.starts_from(stage)
     if source is not None and source.run is not None:
-        start_from_model(setup, expand(source.run) / source.export)
+        start_from_model(setup, source.folder(saved.config.run.dir) / source.export)
     elif source is not None:
         start_from(setup, weights_of(Checkpoints(saved.folder, list(saved.config.method.stages)), source))
     return setup.model.eval()

@@ -47,7 +47,6 @@ from experts.precision import at_least_float32
 from experts.registry import Settings, piece
 from orchestration.config.compose import from_yaml
 from orchestration.config.messages import say
-from orchestration.config.paths import expand
 from orchestration.config.recipe import StageConfig
 from orchestration.config.run_config import RunConfig
 from orchestration.config.words import parse
@@ -391,7 +390,7 @@ def _last_stage_with_steps(config: RunConfig, stage: str) -> StageConfig | None:
     assert source is not None, "a stage without steps begins with weights"
     if source.stage is not None:
         return _last_stage_with_steps(config, source.stage) if _same_head(config, stage, config, source.stage) else None
-    folder = expand(str(source.run))
+    folder = source.folder(config.run.dir)
     if not (folder / CONFIG).is_file():
         raise ValueError(
             f"known_prior.trained = auto: stage {stage} begins with run {folder}, whose {CONFIG} is gone; needed what "

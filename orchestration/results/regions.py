@@ -185,7 +185,7 @@ def _starting_model(saved: SavedRun) -> ServedModel:
 
     method, source = saved.config.method, _starting_weights(saved)
     if source.run is not None:
-        model = load_model(expand(source.run) / source.export)
+        model = load_model(source.folder(saved.config.run.dir) / source.export)
     else:
         assert source.stage is not None
         checkpoint = weights_of(Checkpoints(saved.folder, list(method.stages)), source)

@@ -60,7 +60,7 @@ def admit(config: RunConfig, promised: Collection[str] = ()) -> Admission:
 
     Args:
         config: of the run.
-        promised: folders of runs that are trained before it begins.
+        promised: siblings that are trained before it begins.
 
     Raises:
         ValueError: experts and workers do not fit; another run or a file that is named is missing or does not fit; or

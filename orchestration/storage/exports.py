@@ -15,7 +15,6 @@ from typing import Any
 from aggregation.serving import DESCRIPTION, TrainingData, export_model, preprocessing_problem, read_description
 from experts.ensemble import TRAINING_ONLY, part_of
 from orchestration.config.compose import from_yaml
-from orchestration.config.paths import expand
 from orchestration.config.recipe import ModelSource, stage_classes
 from orchestration.config.recipe_checks import head_problem, learnt_problems
 from orchestration.config.run_config import RunConfig
@@ -30,7 +29,7 @@ def check_sources(config: RunConfig, promised: Collection[str] = ()) -> None:
 
     Args:
         config: of the run.
-        promised: folders of runs that are trained before this one begins, and are not looked at.
+        promised: siblings that are trained before this one begins, and are not looked at.
 
     Raises:
         ValueError: names every run that is missing, unfinished or of other images, and pretrained weights that do not
@@ -38,9 +37,9 @@ def check_sources(config: RunConfig, promised: Collection[str] = ()) -> None:
     """
     problems = []
     for key, source, stage in _named(config):
-        if source.run is None or source.run in promised:
+        if source.run is None or source.sibling in promised:
             continue
-        if problem := _problem(Path(expand(source.run)), source, config, stage):
+        if problem := _problem(source.folder(config.run.dir), source, config, stage):
             problems.append(f"{key}.run = {source.run}: {problem}")
     if config.method.backbone_weights is not None:
         try:
@@ -117,7 +116,7 @@ def model_folder(config: RunConfig, folder: RunFolder, checkpoints: Checkpoints,
         ValueError: a checkpoint is damaged.
     """
     if source.run is not None:
-        return Path(expand(source.run)).absolute() / source.export
+        return source.folder(config.run.dir) / source.export
     assert source.stage is not None
     target = folder.path / "export" / f"stage-{source.stage}-{source.weights}"
     weights, fitted = weights_of(checkpoints, source), _fitted(checkpoints, source.stage)

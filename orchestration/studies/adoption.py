@@ -106,14 +106,20 @@ def _donor(run: Path) -> Donor:
     if (status := facts.get("status", "not begun")) != "finished":
         raise ValueError(f"not finished ({status})")
     config = from_yaml(run / CONFIG)
-    open_threads = config.model_copy(update={"engine": config.engine.model_copy(update={"threads": None})})
-    both = (config, open_threads)
+    both = _as_asked(config)
     stages = {digest: stage for one in both for stage, digest in stage_digests(one).items()}
+    if any(source.sibling for stage in config.method.stages.values() for source in stage.sources):
+        stages = {}  # their digests have names of siblings, which may be others in the study
     digest = read_json(run / DATA).get("digest")
     if not digest:
         raise ValueError(f"{DATA} is missing, or says nothing about the run's images")
     commit = (facts.get("adopted") or facts).get("commit")
     return Donor(run.absolute(), commit, config, str(digest), tuple(map(config_hash, both)), stages)
+
+
+def _as_asked(config: RunConfig) -> tuple[RunConfig, RunConfig]:
+    """Return a stored config as a study may have asked for it: with its threads, and with open ones."""
+    return config, config.model_copy(update={"engine": config.engine.model_copy(update={"threads": None})})
 
 
 def _short(problem: object, run: Path) -> str:
@@ -155,7 +161,7 @@ class Adoption:
             elif point.run in left:
                 if begun[point.run]:
                     self.lines.append(f"not taken over: {donor.folder}: {point.run} has begun here, and goes on")
-                elif problem := _other_data(donor, point):
+                elif problem := _other_data(donor, point) or _other_siblings(donor.folder, point, by_name):
                     self.lines.append(f"not taken over: {donor.folder}: {problem}")
                 else:
                     self.taken[left.pop(point.run).run] = donor
@@ -288,6 +294,28 @@ def _other_data(donor: Donor, point: Point) -> str | None:
     if here is None or here == donor.digest:
         return None
     return f"trained on other images than those at dataset.root (digest {donor.digest[:12]}, here {here[:12]})"
+
+
+def _other_siblings(folder: Path, point: Point, points: Mapping[str, Point]) -> str | None:
+    """Say that a run learnt from another run than the one that the study has by this name; None if it did not.
+
+    Args:
+        folder: of the run.
+        point: that it is, but for those that it learnt from.
+        points: of the study, by name.
+    """
+    for name in point.after:
+        sibling = folder.parent / name
+        try:
+            config = from_yaml(sibling / CONFIG)
+        except ValueError:
+            return f"it learnt from {name}, which is not beside it, so that it cannot be compared"
+        same = points[name].identity in {config_hash(one) for one in _as_asked(config)}
+        if not same:
+            return f"it learnt from another run called {name} than the study has"
+        if problem := _other_siblings(sibling, points[name], points):
+            return problem
+    return None
 
 
 def _digest_for(donor: Donor, point: Point) -> str | None:

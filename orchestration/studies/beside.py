@@ -13,6 +13,7 @@ from orchestration.results.text import text_table
 from orchestration.storage.exports import check_sources
 from orchestration.studies.grid import Grid
 from orchestration.studies.points import Point
+from orchestration.studies.siblings import siblings_in
 
 _NAMES = {"upper": "A_u", "relative": "A_r"}
 _SHOWN = 4  # runs without a published row, or rows without a run, that are named
@@ -101,9 +102,9 @@ def _unseeded(point: Point) -> str:
 def _files(rows: Sequence[tuple[Point, RunConfig]]) -> Iterator[str]:
     """Yield what must be fetched before the runs can start."""
     problems = list[str]()
-    for _, config in rows:
+    for point, config in rows:
         try:
-            check_sources(config)
+            check_sources(config, siblings_in(point.words))
         except ValueError as problem:
             problems += [line.strip() for line in str(problem).splitlines()]
     yield from (f"not there  {problem}" for problem in dict.fromkeys(problems))

@@ -20,7 +20,7 @@ from experts.data.cpus import usable_cpus
 from orchestration.cluster.placement import bundle_of, largest_share, shape_of
 from orchestration.config.compose import compose
 from orchestration.config.identity import config_hash
-from orchestration.config.paths import absolute_run_dir, expand
+from orchestration.config.paths import expand
 from orchestration.config.run_config import RunConfig, name_problems
 from orchestration.config.secrets import redact
 from orchestration.config.words import message
@@ -31,7 +31,7 @@ from orchestration.storage.location import run_path
 from orchestration.storage.url_store import is_url
 from orchestration.studies.points import Point
 from orchestration.studies.shared_stages import stage_digests
-from orchestration.studies.siblings import Named, Siblings, siblings_in
+from orchestration.studies.siblings import Named, Siblings, siblings_in, with_siblings
 from orchestration.studies.study_config import PARTS, StudyConfig, default_name, in_label, plain_word, short_key
 from orchestration.tracking.uri import default_uri
 
@@ -81,11 +81,11 @@ class _Combination:
     label: dict[str, str]
     extra: tuple[str, ...]  # of its name, beside method, mix and then
     stem: str | None  # of its name, in the place of method, mix and then: a recipe's own label
-    values: tuple[str, ...]  # of the axes that are no part of a recipe
+    values: frozenset[str]  # of the axes, as words
 
     def named(self, config: RunConfig) -> Named:
         """Return what its runs are called."""
-        return Named(self.stem or _recipe_name(config), self.extra, self.values)
+        return _named(self, self.stem or _recipe_name(config), self.extra)
 
 
 def lay_out(study: StudyConfig, gpu_share: float | None = None, *, files: bool = True) -> Grid:
@@ -105,7 +105,7 @@ def lay_out(study: StudyConfig, gpu_share: float | None = None, *, files: bool =
     if problems:
         raise ValueError(message("study", problems))
 
-    siblings = Siblings({one.title: one.named(composed[one.title][1]) for one in combinations})
+    siblings = Siblings([(one.named(composed[one.title][1]), composed[one.title][1]) for one in combinations])
     points = [point for one in combinations for point in _points_of(study, one, *composed[one.title], siblings)]
     if study.references:
         points += _references(study, combinations, points, siblings, gpu_share, problems, files)
@@ -180,8 +180,8 @@ def _combinations(study: StudyConfig, problems: list[str]) -> Iterator[_Combinat
         mine = tuple(map(plain_word, words))
         title = " ".join([*mine, *set_]) or "its one recipe"
         stem = None if shown is None else _plain_name(shown)
-        others = tuple(f"{key}={value}" for key, value in axes.items() if key not in PARTS)
-        yield _Combination(title, (*study.words, *mine, *set_), label, extra, stem, others)
+        at = frozenset(f"{key}={value}" for key, value in axes.items())
+        yield _Combination(title, (*study.words, *mine, *set_), label, extra, stem, at)
     example = " ".join(f"{key}={value}" for key, value in label.items()) or "method=ce,ride as an axis"
     for pairs in unmatched:
         shown_pairs = ", ".join(f"{key}: {value}" for key, value in pairs.items())
@@ -199,6 +199,12 @@ def _part(key: str, value: str) -> str:
 def _plain_name(text: str) -> str:
     """Return what stands in the name of a folder for some text."""
     return re.sub(r"[^\w.+-]+", "_", text).strip("_")[:_NAME_CHARACTERS] or "_"
+
+
+def _named(combination: _Combination, recipe: str, extra: tuple[str, ...]) -> Named:
+    # The name of a recipe without a label says method, mix and then.
+    said = () if combination.stem else [word for word in combination.values if word.partition("=")[0] in PARTS]
+    return Named(recipe, extra, combination.values.difference(said), combination.values)
 
 
 def _recipe_name(config: RunConfig) -> str:
@@ -251,8 +257,7 @@ def compose_as_run(
         words += (f"cluster.cpus_per_worker={cpus:g}",)
         config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"cpus_per_worker": cpus})})
     if files:
-        run_dir = absolute_run_dir(config.run.dir)
-        admit(config, {f"{run_dir}/{name}" for name in siblings_in(words)})
+        admit(config, siblings_in(words))
     else:
         shape_of(config.method.num_experts, config.cluster)
     return words, config
@@ -275,7 +280,7 @@ def _points_of(
 ) -> Iterator[Point]:
     named = combination.named(config)
     for seed in study.seeds:
-        mine, after = siblings.fill_in(words, named, seed)
+        mine, after = siblings.fill_in(words, named, config, seed)
         own = compose([*mine, f"seed={seed}"]).config if after else config
         yield _point(named.run(seed), combination.label, seed, mine, own, after=after)
 
@@ -310,7 +315,7 @@ def _references(
 
     Those that are runs of the study already, or references of another recipe, are not there twice.
     """
-    known, found = {point.identity for point in points}, list[Point]()
+    found = list[Point]()
     balanced = (f"{BALANCED}=true",) if study.references is True else study.references or ()
     for combination in combinations:
         plain = tuple(word for word in combination.words if not word.startswith(_OF_A_RECIPE))
@@ -325,18 +330,37 @@ def _references(
                 for key, value in combination.label.items()
                 if key != "recipe" and not key.startswith("method.")
             }  # fmt: skip
-            named = combination.named(config) if recipe else Named(
-                _recipe_name(config), tuple(part for _, part in _parts_of(label)), combination.values
-            )  # fmt: skip
+            stem, extra = _recipe_name(config), tuple(part for _, part in _parts_of(label))
+            named = combination.named(config) if recipe else _named(combination, stem, extra)
             for seed in study.seeds:
-                mine, after = siblings.fill_in(words, named, seed, reference=True)
+                mine, after = siblings.fill_in(words, named, config, seed, reference=True)
                 own = compose([*mine, f"seed={seed}"]).config if after else config
                 run = named.run(seed, reference=True)
-                point = _point(run, label | {BALANCED: "true"}, seed, mine, own, "reference", after)
-                if point.identity not in known:
-                    known.add(point.identity)
-                    found.append(point)
-    return found
+                found.append(_point(run, label | {BALANCED: "true"}, seed, mine, own, "reference", after))
+    return _without_repeats(found, points)
+
+
+def _without_repeats(references: Sequence[Point], points: Sequence[Point]) -> list[Point]:
+    """Leave out references that are runs of the study, or other references; what needs one of them needs these."""
+    known = {point.identity: point.run for point in points}
+    kept, instead = dict[int, Point](), dict[str, str]()
+    for place, point in sorted(enumerate(references), key=lambda one: bool(one[1].after)):
+        own = _renamed(point, {run: instead[run] for run in point.after if instead.get(run, run) != run})
+        if own.identity not in known:
+            known[own.identity] = own.run
+            kept[place] = own
+        instead[own.run] = known[own.identity]
+    return [kept[place] for place in sorted(kept)]
+
+
+def _renamed(point: Point, names: Mapping[str, str]) -> Point:
+    """Return a point that needs runs of other names."""
+    if not names:
+        return point
+    words = with_siblings(point.words, names)
+    config = compose(list(words)).config
+    after = tuple(names.get(run, run) for run in point.after)
+    return replace(point, words=words, after=after, identity=config_hash(config), stages=stage_digests(config))
 
 
 def _parts_of(label: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -399,7 +423,7 @@ def _unknown_recipes(study: StudyConfig, baseline: Mapping[str, str] | None, poi
 def _place_problems(name: str, composed: Mapping[str, tuple[tuple[str, ...], RunConfig]]) -> Iterator[str]:
     """Yield what is wrong with the folders of study and runs."""
     config = next(iter(composed.values()))[1]
-    if len({absolute_run_dir(one.run.dir) for _, one in composed.values()}) > 1:
+    if len({one.run.dir for _, one in composed.values()}) > 1:
         yield "run.dir: differs between recipes; needed one for the study"
     named = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
     yield from (problem.replace("run.name = ", "study.name = ", 1) for problem in name_problems(named))

@@ -7,7 +7,8 @@
 A run waits for an earlier one that begins with the same stage and has not ended: it takes the stage over then. Later
 runs overtake it. If the earlier one fails, the next that needs the stage trains it.
 
-A run also waits for those whose models it learns from or begins with. If one of them fails, it fails, too.
+A run also waits for those whose models it learns from or begins with. If one of them ends otherwise than finished, so
+does it.
 """
 
 from __future__ import annotations
@@ -78,9 +79,9 @@ class RunQueue:
         return len(begun)
 
     def forsake(self) -> Iterator[tuple[str, str]]:
-        """Let runs fail that wait for one that has not finished and never will. Yield each, and that one."""
+        """End runs that wait for one that has ended and has not finished, as that one has. Yield each, and that one."""
         while found := next(self._lost(), None):
-            self._runs[found[0]].status = FAILED
+            self._runs[found[0]].status = self.status(found[1])
             yield found
 
     def donors(self, run: str) -> list[str]:

@@ -199,7 +199,8 @@ class SideBySide:
     def _forsake(self) -> None:
         """Note runs that can never begin."""
         for run, needed in self._queue.forsake():
-            self._note(run, FAILED, f"it needs {needed}, which is {self._queue.status(needed)}")
+            status = self._queue.status(needed)
+            self._note(run, status, f"it needs {needed}, which {'has failed' if status == FAILED else 'was stopped'}")
 
     def _stop(self, number: int) -> None:
         self._stopping = True

@@ -106,8 +106,8 @@ class StudyFolder:
             for needed in point.after:
                 if names[needed] != needed:
                     yield (
-                        f"{point.run}: needs {needed}, which was trained as {names[needed]}; give its recipe the label "
-                        f"that it had, or set another study.name"
+                        f"{point.run}: needs {needed}, which was trained as {names[needed]}; needed the labels and "
+                        f"axes that the study had then, or another study.name"
                     )
         for point in grid.points:
             record = by_name.get(point.run)
@@ -129,8 +129,11 @@ class StudyFolder:
         """
         by_identity = {record["identity"]: record for record in (self.records if self.content else [])}
         points, records = [], []
+        by_name = {record["run"]: record for record in by_identity.values()}
         for asked in grid.points:
             record = by_identity.pop(asked.identity, None)
+            if record is None and (named := by_name.get(asked.run)) is not None:
+                record = by_identity.pop(named["identity"], None)  # the same words under a newer version
             point = asked if record is None else replace(asked, run=record["run"])
             before = record or {"status": WAITING, "problem": None, "attempts": 0}
             records.append(point.record() | {key: before[key] for key in ("status", "problem", "attempts")})
@@ -193,11 +196,11 @@ class StudyFolder:
                 say(f"{point.run}: finished once, and {folder} is not there; {again}")
             if run.get("status") == "finished":
                 record |= _finished(run)
-            elif record["status"] == FAILED and not retry:
-                continue
+            elif record["status"] == FAILED and not retry and record["attempts"]:
+                continue  # one without an attempt needs a run that had failed, and may be there now
             else:
                 record["status"] = WAITING
-                record |= {"problem": None} if retry else {}
+                record |= {"problem": None} if retry or not record["attempts"] else {}
         if not problems:
             self.write()
         return problems

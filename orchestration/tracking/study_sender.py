@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experts.data.names import readable
+from orchestration.config.paths import sibling_of
 from orchestration.storage.files import CONFIG, DATA, RUN, read_config, read_json
 from orchestration.storage.study_file import read_study_file
 from orchestration.tracking import contents
@@ -63,7 +64,7 @@ class StudySender:
         tags = [RunTag(k, v) for k, v in row_tags(row, first, seeds).items() if known.data.tags.get(k) != v]
         config, facts = read_config(first), read_json(first / RUN)
         params = {
-            key: value
+            key: _of_every_seed(value, config["seed"])
             for key, value in contents.parameters(config, facts).items()
             if key != "seed" and key not in known.data.params
         }
@@ -100,6 +101,11 @@ def row_tags(row: StudyRow, first: Path, seeds: list[int]) -> dict[str, str]:
     found |= {"seeds": ",".join(map(str, seeds)) or "none", "n": str(len(seeds))}
     found["mlflow.note.content"] = _note(seeds)
     return {key: readable(value)[:5000] for key, value in found.items() if value}
+
+
+def _of_every_seed(value: Any, seed: int) -> Any:
+    """Return a parameter of a run as one of its row: a sibling is the run with the same seed."""
+    return value.removesuffix(f"-s{seed}") if isinstance(value, str) and sibling_of(value) else value
 
 
 def _role(row: StudyRow) -> str:

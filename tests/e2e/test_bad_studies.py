@@ -121,7 +121,7 @@ def test_words_that_are_wrong_are_told_before_anything_starts(words, message, tm
         (
             f"recipes: [method=ride, {{label: x, words: {STUDENT}:ride}}]\n"
             "axes: {dataset.imbalance_ratio: [20, 50]}\nexclude: [{method: ride, dataset.imbalance_ratio: 20}]\n",
-            "x: sibling:ride: excluded at dataset.imbalance_ratio=20; leave both out, or none",
+            "x: sibling:ride: excluded at dataset.imbalance_ratio=20; needed both there, or none",
         ),
         (f"recipes: [{{label: x, words: {STUDENT}:x}}]\n", "x-s0: each needs another of them, so that none can begin"),
         ("recipes: [method=ce]\naxes: {method: [ride]}\n", "method: set twice, by an axis and by recipe"),

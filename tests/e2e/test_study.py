@@ -90,7 +90,7 @@ def test_a_run_waits_for_its_teacher_and_fails_with_it(warm, tmp_path):
     assert {run: record["status"] for run, record in found.items()} == {
         "student-s0": "finished", "orphan-s0": "failed", "bad-s0": "failed", "good-s0": "finished",
     }  # fmt: skip
-    assert found["orphan-s0"]["problem"] == "it needs bad-s0, which is failed" and not found["orphan-s0"]["attempts"]
+    assert found["orphan-s0"]["problem"] == "it needs bad-s0, which has failed" and not found["orphan-s0"]["attempts"]
     # The same run by itself finds its teacher beside it; and the study may move.
     single = alone(tmp_path / "tiny", found["student-s0"])
     assert_equal(tmp_path / "tiny" / "student-s0", single)
@@ -101,7 +101,7 @@ def test_a_run_waits_for_its_teacher_and_fails_with_it(warm, tmp_path):
     moved = tmp_path / "elsewhere" / "tiny"
     assert {run: one["status"] for run, one in records(moved).items()} == {r: one["status"] for r, one in found.items()}
     stored = from_yaml(moved / "student-s0" / "config.yaml")
-    assert stored.method.stages["train"].teachers["teacher"].run == str(moved / "good-s0")
+    assert stored.method.stages["train"].teachers["teacher"].folder(stored.run.dir) == moved / "good-s0"
 
 
 def test_finished_runs_and_stages_from_elsewhere_are_as_if_trained_in_the_study(warm, tmp_path):

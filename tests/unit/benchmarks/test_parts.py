@@ -44,13 +44,14 @@ def report(runs):
                      "measures": measures})  # fmt: skip
     table = {"data": DATA, "schedule": {"epochs": 15}, "seeds": sorted({seed for _, seed in runs}), "rows": rows,
              "baseline": "ce" if any(label == "ce" for label, _ in runs) else None}  # fmt: skip
-    made_with = {"commit": {f"c{seed}": sum(s == seed for _, s in runs) for _, seed in runs}}
+    made_with = {"commit": {f"c{seed}": sum(s == seed for _, s in runs) for _, seed in sorted(runs)}}
     every = [{"run": f"{label}-s{seed}"} for label in LABELS for seed in (0, 1, 2)]
     return {"title": "s", "tables": [table], "made_with": made_with, "missing": []}, {"points": every}
 
 
 def of(*runs):
-    return kept(*report(runs))
+    made = {"runs": {f"{label}-s{seed}": f"m{seed}" for label, seed in runs}}
+    return kept(*report(runs), {**made, "makers": {f"m{seed}": {"commit": f"c{seed}"} for _, seed in runs}})
 
 
 def test_parts_trained_apart_are_as_the_whole_trained_at_once():
@@ -66,9 +67,23 @@ def test_parts_trained_apart_are_as_the_whole_trained_at_once():
     found = parts[0]
     for part in parts[1:]:
         found = joined(found, part, str, LABELS)
-    assert found["made_with"]["commit"] == {"c0": 3, "c1": 4, "c2": 3}, "a run that was trained twice counts twice"
-    assert found["untrained"] == [] and found["trained"] == sorted(LABELS)
-    assert {**found, "made_with": None} == {**whole, "made_with": None}
+        assert joined(found, part, str, LABELS) == found, "a part may be joined again"
+    assert found.pop("made_before") == {} and found == whole
+
+
+def test_results_without_makers_count_among_what_made_them():
+    old = {key: value for key, value in of(("ce", 0), ("ce", 1)).items() if key not in ("runs", "makers")}
+    for _ in range(2):  # the same part again, grown
+        old = joined(old, of(("ce", 2), ("ride", 2)), str, LABELS)
+        assert old["made_with"]["commit"] == {"c0": 1, "c1": 1, "c2": 2}
+
+
+def test_a_baseline_may_come_later_and_what_no_part_has_trained_is_untrained():
+    first = of(("ride", 0), ("ride", 1))
+    assert first["baseline"] is None and first["untrained"] == ["ce", "tade"]
+    found = joined(first, of(("ce", 0), ("ce", 1)), str, LABELS)
+    assert found["baseline"] == "ce" and found["untrained"] == ["tade"]
+    assert found["rows"] == of(("ce", 0), ("ce", 1), ("ride", 0), ("ride", 1))["rows"]
 
 
 def test_a_bootstrap_of_a_part_still_tells_whether_test_images_could_be_the_cause():

@@ -83,7 +83,7 @@ def report():
 
 def test_a_table_shows_bold_what_is_real_the_seeds_that_are_there_and_what_is_not():
     points = [{"run": run} for run in ("ce+joint-s0", "ce+joint-s1", "tade-s0", "tade-s1")]
-    record = kept(report(), {"points": points})
+    record = kept(report(), {"points": points}, {"runs": {}, "makers": {}})
     assert record == json.loads(tables.as_text(record))
     lines = list(table(record, tables.NAMES))
     assert lines[2] == "| `ce` (1 of 2 seeds) | 50.0 ± 1.0 | 50.0 ± 1.0 | 50.0 ± 1.0 | 50.0 ± 1.0 | 50.0 / 50.0 / 50.0 |  | 9.4 | 1.36 |"  # fmt: skip  # noqa: E501

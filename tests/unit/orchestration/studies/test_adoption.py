@@ -93,6 +93,31 @@ def test_a_run_from_elsewhere_becomes_the_run_that_it_is_and_says_where_it_came_
 
 
 @pytest.mark.parametrize(
+    ("teacher", "line"),
+    [
+        ("method=ride", None),
+        ("method=tade", "it learnt from another run called T-s0 than the study has"),
+        (None, "it learnt from T-s0, which is not beside it, so that it cannot be compared"),
+    ],
+)
+def test_a_run_that_learnt_from_another_is_taken_only_where_that_one_is_the_same(teacher, line, tmp_path):
+    student = "method=ride_distill method.stages.train.teachers.teacher.run=sibling:T"
+    recipes = [{"label": "T", "words": "method=ride"}, {"label": "S", "words": student}]
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"recipes": recipes}))
+    old = finished(tmp_path / "elsewhere" / "mine", *student.split()[:1], f"{student.split()[1]}-s0")
+    if teacher:
+        finished(tmp_path / "elsewhere" / "T-s0", teacher)
+    study = Study(tmp_path, f"study={tmp_path / 's.yaml'}")
+    found = study.start(old.parent)
+    assert found["S-s0"]["status"] == (WAITING if line else FINISHED)
+    assert line is None or f"not taken over: {old}: {line}" in study.said
+    assert study.lent == {}
+    if not line:  # its copy has its teacher beside it, too
+        config = from_yaml(study.path / "S-s0" / "config.yaml")
+        assert config.method.stages["train"].teachers["teacher"].folder(config.run.dir) == study.path / "T-s0"
+
+
+@pytest.mark.parametrize(
     ("words", "line"),
     [
         (["method.stages.train.optimizer.lr=0.05"], "as ce-s0: method.stages.train.optimizer.lr: 0.05 -> 0.1"),

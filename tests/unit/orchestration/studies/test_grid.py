@@ -10,6 +10,7 @@ from orchestration.config.identity import config_hash
 from orchestration.studies.grid import lay_out
 from orchestration.studies.study_config import read_study
 
+STUDENT = "method=ride_distill method.stages.train.teachers.teacher.run=sibling"
 DIGITS = ("dataset=digits_lt", "engine.threads=1")
 
 
@@ -100,10 +101,52 @@ def test_a_run_learns_from_the_run_of_another_recipe_with_its_own_values_and_see
     # A single run of its words is this run, wherever the study lies: the teacher lies beside it.
     words = list(points["student-ratio50-s1"].words)
     single = load_config([*words, f"run.dir={tmp_path / 'elsewhere'}"])
-    assert single.method.stages["train"].teachers["teacher"].run == str(tmp_path / "elsewhere/RIDE_6-ratio50-s1")
+    source = single.method.stages["train"].teachers["teacher"]
+    assert source.folder(single.run.dir) == tmp_path / "elsewhere" / "RIDE_6-ratio50-s1"
     assert config_hash(single) == points["student-ratio50-s1"].identity
-    other = load_config([*words, f"run.dir={tmp_path}", f"{teacher}={tmp_path / 'elsewhere/RIDE_6-ratio50-s1'}"])
-    assert config_hash(other) != config_hash(single), "a teacher outside run.dir is another one"
+
+
+@pytest.mark.parametrize(
+    ("axes", "exclude", "student", "needed"),
+    [
+        ({"mix": ["none", "cmo"]}, [], "S-mixcmo-s0", "T-mixcmo-s0"),
+        ({"mix": ["none", "cmo"]}, [], "S-mixnone-s0", "T-mixnone-s0"),
+        ({"dataset.imbalance_ratio": [20]}, [], "S-ratio20-s0", "T-ratio20-s0"),
+    ],
+)
+def test_a_sibling_has_the_values_of_every_axis(axes, exclude, student, needed, tmp_path):
+    recipes = [{"label": "T", "words": "method=ride"}, {"label": "S", "words": f"{STUDENT}:T"}]
+    found = grid(**written(tmp_path, recipes=recipes, axes=axes, exclude=exclude)).points
+    assert {point.run: point.after for point in found}[student] == (needed,)
+
+
+@pytest.mark.parametrize(
+    ("recipes", "more", "problem"),
+    [
+        ([{"label": "T", "words": "method=ride"}, {"label": "S", "words": f"{STUDENT}:T"}],
+         {"axes": {"mix": ["none", "cmo"]}, "exclude": [{"recipe": "T", "mix": "cmo"}]},
+         "S: sibling:T: excluded at mix=cmo; needed both there, or none"),
+        ([*(f"method=ride method.num_experts={n}" for n in (2, 4)), {"label": "S", "words": f"{STUDENT}:ride"}],
+         {}, "S: sibling:ride: 2 recipes are called so; needed a label for one of them"),
+        (["method=ce", {"label": "S", "words": f"{STUDENT}:ce method.stages.train.teachers.teacher.final=crt"}],
+         {}, "S: method.stages.train: sibling:ce: it has no final stage crt; needed one of its own: train"),
+        (["method=ldam", {"label": "S", "words": "method=ce method.stages.train.start_from.run=sibling:ldam"}],
+         {}, "S: method.stages.train: sibling:ldam: .*head"),
+    ],
+)  # fmt: skip
+def test_a_sibling_that_cannot_be_meant_is_refused_before_its_teacher_trains(recipes, more, problem, tmp_path):
+    with pytest.raises(ValueError, match=problem):
+        grid(**written(tmp_path, recipes=recipes, **more))
+
+
+def test_a_reference_learns_from_the_run_that_its_teachers_reference_is(tmp_path):
+    """Plain cross-entropy's reference is there once, under the name of the recipe that came first."""
+    recipes = ["method=ride", {"label": "plain", "words": "method=ce"}, {"label": "S", "words": f"{STUDENT}:plain"}]
+    points = {point.run: point for point in grid(**written(tmp_path, recipes=recipes, references=True)).points}
+    (needed,) = points["S-balanced-s0"].after
+    assert points[needed].role == "reference" and "method=ce" in points[needed].words
+    assert any(f"sibling:{needed}" in word for word in points["S-balanced-s0"].words)
+    assert config_hash(load_config(list(points["S-balanced-s0"].words))) == points["S-balanced-s0"].identity
 
 
 def test_a_file_may_change_another_and_name_the_words_of_its_references(tmp_path):

@@ -36,7 +36,7 @@ def test_every_run_ends_and_shared_stages_are_trained_once_unless_a_run_fails(se
     queue, trained, running = RunQueue(stages, deaths=2, after=after), [], {}
     for _ in range(500):
         for run, needed in queue.forsake():
-            assert queue.status(needed) == FAILED and needed in after[run]
+            assert queue.status(run) == queue.status(needed) == FAILED and needed in after[run]
         while len(running) < lanes and (run := next(queue.able(), None)) is not None:
             have = {stage for donor in queue.donors(run) if queue.status(donor) == FINISHED for stage in stages[donor]}
             running[run] = [stage for stage in stages[run] if stage not in have]

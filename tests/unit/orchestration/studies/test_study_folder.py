@@ -50,6 +50,21 @@ def test_known_runs_keep_name_and_state_when_seeds_and_recipes_are_added(tmp_pat
     assert len(points) == 1 and len(folder.records) == 5, "those that are not asked for stay in the study"
 
 
+def test_a_run_that_never_began_is_tried_when_what_it_needs_may_be_there(tmp_path):
+    folder, points = taken(tmp_path, "method=ce", "seed=0")
+    folder.update("ce-s0", status=FAILED, problem="it needs ride-s0, which has failed")
+    assert folder.settle(points, retry=False) == []
+    assert folder.record("ce-s0")["status"] == WAITING and folder.record("ce-s0")["problem"] is None
+
+
+def test_a_run_whose_identity_a_newer_version_has_changed_is_there_once(tmp_path):
+    folder, points = taken(tmp_path, "method=ce", "seed=0")
+    folder.update("ce-s0", status=FINISHED, identity="of-an-older-version")
+    folder, points = taken(tmp_path, "method=ce", "seed=0,1")
+    assert [record["run"] for record in folder.records] == ["ce-s0", "ce-s1"]
+    assert folder.record("ce-s0")["status"] == FINISHED and folder.record("ce-s0")["identity"] == points[0].identity
+
+
 def test_a_run_that_others_need_keeps_the_name_by_which_they_need_it(tmp_path):
     def study(label, *more):
         recipes = [{"label": label, "words": "method=ride"}, *more]
@@ -61,8 +76,8 @@ def test_a_run_that_others_need_keeps_the_name_by_which_they_need_it(tmp_path):
 
     taken(tmp_path, study("old"))
     assert list(StudyFolder(tmp_path / "x").problems_with(grid(tmp_path, study("new", student("new"))))) == [
-        "student-s0: needs new-s0, which was trained as old-s0; give its recipe the label that it had, or set another "
-        "study.name"
+        "student-s0: needs new-s0, which was trained as old-s0; needed the labels and axes that the study had then, or "
+        "another study.name"
     ]
     assert [point.after for point in taken(tmp_path, study("old", student("old")))[1]] == [(), ("old-s0",)]
 
@@ -84,7 +99,7 @@ def test_another_study_in_the_folder_is_refused_with_its_differences(words, mess
 
 def test_failed_runs_stay_failed_until_they_are_asked_for(tmp_path):
     folder, points = taken(tmp_path, "method=ce", "seed=0,1")
-    folder.update("ce-s0", status=FAILED, problem="the loss is not finite")
+    folder.update("ce-s0", status=FAILED, problem="the loss is not finite", attempts=1)
     folder.update("ce-s1", status="running")
     assert folder.settle(points, retry=False) == []
     assert [record["status"] for record in folder.records] == [FAILED, WAITING]
