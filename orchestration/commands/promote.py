@@ -3,7 +3,7 @@
     expertail promote runs/ride-birds-s0        then models:/expertail-birds@best is that run's best model
     expertail promote runs/night                then models:/night-birds@best is the best of the study night
 
-A run that ends registers its models and takes no alias: which run is the one to use is decided by whoever compares. Of
+A run that ends registers its models and takes no alias: which run is the one to use is decided by those who compare. Of
 a study it is the run with the highest accuracy on the split that chose the epochs.
 """
 

@@ -139,7 +139,7 @@ def _cost_of(stage: StagePlan) -> _StageCost:
 
 @functools.cache
 def _counting() -> str:
-    """Return a digest of the code that is counted and that counts: another version of it counts anew."""
+    """Return a digest of the code that is counted and that counts: another version of it counts again."""
     digest = hashlib.sha256(torch.__version__.encode())
     for root in (experts, orchestration.preflight, orchestration.training):
         for path in sorted(Path(root.__path__[0]).rglob("*.py")):

@@ -87,7 +87,7 @@ class Published:
 
     Attributes:
         table: name of its table; "" for the result of a recipe.
-        row: label in the table; "" likewise.
+        row: label in the table; "", too.
         values: percent by measure: `all`, groups as in `BY_COUNT` and `BY_INDEX`, `upper` and `relative`.
         source: where it is from.
         remarks: what the source leaves open, what does not fit together in it.

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 LEVEL = 0.95
 DRAWS = 2000
 FEWEST_CLASSES = 20
-"""Classes that a group needs to be drawn anew. Fewer cannot stand for a population: the percentiles of 2 or 5 drawn
+"""Classes that a group needs to be drawn again. Fewer cannot stand for a population: the percentiles of 2 or 5 drawn
 classes are far too narrow, or no interval at all."""
 _BLOCK = 4_000_000  # numbers of one piece of the draws: 32 MB
 
