@@ -22,6 +22,7 @@ from orchestration import __version__
 from orchestration.commands.result_commands import RESULTS
 from orchestration.commands.training_commands import TRAINING
 from orchestration.config.messages import say
+from orchestration.config.secrets import redact
 
 _EPILOG = """\
 examples:
@@ -147,7 +148,7 @@ def _explain(error: BaseException, full: bool) -> int:
     # By name, because importing WorkerLost would load Ray.
     expected = isinstance(error, ValueError | FloatingPointError | OSError) or type(error).__name__ == "WorkerLost"
     if full or not expected:
-        traceback.print_exception(error)
+        sys.stderr.write(redact("".join(traceback.format_exception(error))))
     else:
         say(str(error))
     return 1

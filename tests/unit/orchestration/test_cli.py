@@ -123,3 +123,10 @@ def test_a_sigterm_that_ray_answers_ends_a_command_as_any_other(monkeypatch, cap
     monkeypatch.setitem(cli.TRAINING, "doctor", cli.TRAINING["doctor"]._replace(carry_out=ray_answers))
     assert main(["doctor"]) == 143
     assert "stopped by SIGTERM; the same command goes on" in capsys.readouterr().err
+
+
+def test_a_traceback_has_no_password(capsys):
+    uri = "tracking.uri=postgresql://me:hunter2@db/m"
+    assert main(["plan", "--traceback", "method=ride", uri, "nonsense"]) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" in said and "nonsense" in said and "hunter2" not in said
