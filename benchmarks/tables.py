@@ -44,8 +44,8 @@ NAMES = {
 }
 """Recipes that a study trains as final stages of one run, by the label of their row."""
 README = {
-    "ce": "1", "balanced_softmax": "1", "crt": "1", "bbn": "2", "reslt": "3", "ace": "3", "tade": "3", "ride": "3",
-    "ride_h2t": "3", "lfme": "3, then 1",
+    "ce": "1", "ros": "1", "balanced_softmax": "1", "crt": "1", "bbn": "2", "reslt": "3", "ace": "3", "tade": "3",
+    "ride": "3", "ride_h2t": "3", "lfme": "3, then 1",
 }  # fmt: skip
 """Rows of the README's table, with their experts."""
 
@@ -269,7 +269,7 @@ def readme_table(record: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines of the README's table: some rows, the highest mean of each column over all seeds in bold."""
     rows = {NAMES.get(row["label"], row["label"]): row for row in record["rows"]}
     there = {label: rows[label] for label in README if label in rows}
-    whole = [row for row in there.values() if len(row["seeds"]) == len(record["seeds"])]
+    whole = [row for row in there.values() if len(row["seeds"]) == len(record["seeds"]) and not row["apart"]]
     best = {group: max((row["top1"][group]["mean"] for row in whole), default=None) for group in GROUPS[:4]}
     yield "| method | experts | all | many | medium | few |"
     yield "|---" * 6 + "|"
@@ -277,7 +277,8 @@ def readme_table(record: Mapping[str, Any]) -> Iterator[str]:
         bold = [row in whole and row["top1"][group]["mean"] == best[group] for group in GROUPS[:4]]
         cells = [f"**{cell}**" if top else cell for cell, top in zip(accuracies(row), bold, strict=True)]
         few = "" if len(row["seeds"]) == len(record["seeds"]) else f" (n={len(row['seeds'])})"
-        yield f"| `{label.partition(',')[0]}`{few} | {README[label]} | {' | '.join(cells)} |"
+        note = f" ({row['apart']})" if row["apart"] else few
+        yield f"| `{label.partition(',')[0]}`{note} | {README[label]} | {' | '.join(cells)} |"
 
 
 # Documents

@@ -31,6 +31,17 @@ def require_root(config: DatasetConfig, holds: str) -> str:
     return root
 
 
+def missing_root(config: DatasetConfig) -> str | None:
+    """Say that the folder of a set's files is not here; None if it is, or if the set needs none. Opens no file."""
+    if config.source == "digits":
+        return None
+    try:
+        require_root(config, "the folder of its files")
+    except ValueError as problem:
+        return str(problem)
+    return None
+
+
 @contextlib.contextmanager
 def download_lock(root: str) -> Iterator[None]:
     """Hold the lock of a download folder, which is made if missing; other processes on this machine wait for it.

@@ -65,7 +65,7 @@ class ModelSource(Settings):
         if self.final is not None and self.run is None:
             raise ValueError(f"final = {self.final}: names a stage of another run; set run, or remove it")
         if self.sibling is not None and not re.fullmatch(r"\w[\w.+-]*", self.sibling):
-            raise ValueError(f"run = {self.run}: needed {SIBLING}NAME, the name of another run in the same run.dir")
+            raise ValueError(f"run = {self.run}: needed {SIBLING}NAME, another run of the same run.dir by its name")
         return self
 
     @property

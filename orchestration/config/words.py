@@ -86,8 +86,9 @@ def title(words: list[str]) -> str:
 
 
 def message(title: str, lines: list[str]) -> str:
-    """Return one message for several problems."""
-    return f"{title}: {len(lines)} problem{'s' if len(lines) > 1 else ''}\n" + "\n".join(f"  {line}" for line in lines)
+    """Return one message for several problems; lines that begin with blanks belong to the one before."""
+    count = sum(not line.startswith(" ") for line in lines)
+    return f"{title}: {count} problem{'s' if count > 1 else ''}\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def _parse_word(parser: OverridesParser, word: str) -> Override:

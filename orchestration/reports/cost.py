@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,7 +40,7 @@ class Cost:
         parameters: of the ensemble that answers.
         inference: multiply-adds per image.
         training: multiply-adds of all stages that lead to the result.
-        teachers: whether stages learnt from a saved run, whose own training is not in `training`.
+        teachers: whether stages learnt from a run that the report does not have, whose training is not in `training`.
         worker_hours, gpu_hours: of a run, mean over seeds.
     """
 
@@ -74,9 +74,11 @@ class Costs:
     Args:
         say: takes a line where a cost cannot be counted.
         folder: of the report.
+        records: of the report: what others learn from is among them, or not counted.
     """
 
-    def __init__(self, say: Callable[[str], None], folder: Path) -> None:
+    def __init__(self, say: Callable[[str], None], folder: Path, records: Sequence[Record] = ()) -> None:
+        self._records = {(record.folder.absolute(), record.final): record for record in records}
         self._say = say
         self._file = folder / KEPT
         self._counted: dict[str, dict[str, _StageCost] | None] = {}
@@ -94,13 +96,34 @@ class Costs:
         stages = self._stages(record)
         if stages is None:
             return Cost(None, None, None, False, workers, gpus)
-        needed = stages_to(record.config, record.final)
-        total = _training_work([stages[name] for name in needed], sum(record.data.counts), record.config.run.max_steps)
-        outside = any(
-            source.stage is None for name in needed for source in record.config.method.stages[name].teachers.values()
-        )
+        total, outside = self._training(record, stages)
         final = stages[record.final]
         return Cost(final.parameters, final.inference, total, outside, workers, gpus)
+
+    def _training(self, record: Record, stages: Mapping[str, _StageCost]) -> tuple[float | None, bool]:
+        """Return the multiply-adds of all stages that lead to a result, and whether others, not counted, do, too.
+
+        Runs that it learnt from or began with are counted once each, where the report has them.
+        """
+        config, needed = record.config, stages_to(record.config, record.final)
+        total = _training_work([stages[name] for name in needed], sum(record.data.counts), config.run.max_steps)
+        runs = {
+            (source.folder(config.run.dir), source.final): source in stage.teachers.values()
+            for stage in (config.method.stages[name] for name in needed)
+            for source in stage.sources
+            if source.run is not None
+        }
+        outside = False
+        for (folder, final), teaches in runs.items():
+            other = next((r for (f, s), r in self._records.items() if f == folder and final in (None, s)), None)
+            own = None if other is None else self._stages(other)
+            if other is None or own is None:
+                outside |= teaches
+                continue
+            work, more = self._training(other, own)
+            total = None if total is None or work is None else total + work
+            outside |= more
+        return total, outside
 
     def _stages(self, record: Record) -> dict[str, _StageCost] | None:
         config = _on_one_worker(record.config)

@@ -123,7 +123,7 @@ def _panels(
     if len(shown) > 1:
         handles = [panels[0, 0].plot([], [], color=colour)[0] for colour in shown.values()]
         names = [name.split("/")[2] for name in shown]
-        figure.legend(handles, names, loc="outside upper right", ncols=len(names))
+        figure.legend(handles, names, loc="outside right upper")  # beside the title, which may be as wide as the rest
     return figure
 
 

@@ -31,6 +31,8 @@ _WIDE = 30  # values that span more than this factor are drawn in decades
 
 def groups_figure(report: Report, section: Section) -> Any:
     """Draw a line of dots for every row: all, many, medium, few, with a bar of one standard deviation to each side."""
+    from matplotlib.transforms import ScaledTranslation
+
     rules, rows = rules_of(section), section.table.rows
     key = section.rarest
     means, _ = points(rows, key, report.which)
@@ -55,9 +57,9 @@ def groups_figure(report: Report, section: Section) -> Any:
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.grid(axis="y", visible=False)
         handles, labels = axes.get_legend_handles_labels()
-        below = -0.5 / max(0.235 * len(rows), 1.2)  # of the axes' height
-        axes.legend(handles[::-1], labels[::-1], loc="upper center", bbox_to_anchor=(0.5, below), ncols=4,
-                    columnspacing=1.2, handletextpad=0.3)  # fmt: skip
+        below = axes.transAxes + ScaledTranslation(0, -0.45, figure.dpi_scale_trans)  # inches, below the axis' label
+        axes.legend(handles[::-1], labels[::-1], loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=4,
+                    bbox_transform=below, columnspacing=1.2, handletextpad=0.3)  # fmt: skip
     all_axes[0].set_yticks(y, [short_label(rows[i].label) for i in order], fontsize=8)
     for text, i in zip(all_axes[0].get_yticklabels(), order, strict=True):
         if rows[i].label == base:

@@ -115,8 +115,8 @@ def make_report(found: Sources, say: Callable[[str], None], baseline: str | None
     bases = {table.number: baseline_of(table, asked) for table in all_tables}
     if baseline is not None and not any(bases.values()):  # that of a study may have no finished run yet
         labels = list(dict.fromkeys(row.label for table in all_tables for row in table.rows))
-        raise ValueError(f"--baseline {asked}: no such row; needed one of: {', '.join(labels)}")
-    costs = Costs(say, found.folder)
+        raise ValueError(f"--baseline {asked}: no such row; needed one of: {'; '.join(labels)}")
+    costs = Costs(say, found.folder, found.records)
     sections = tuple(_section(table, bases[table.number], references, costs, which, found) for table in all_tables)
     remarks = apart_lines(all_tables)
     remarks += [
@@ -172,7 +172,8 @@ def _answers(table: Table, comparison: Comparison | None, costs: Mapping[str, Co
     for key in dict.fromkeys((rarest(table), "all")):
         ranked = _ranked(table.rows, key, which)
         if ranked:
-            lines.append(f"Best {_in_words(key)}: {_best(table, ranked, key, comparison, which)}")
+            price = _price(costs, ranked[0].label, comparison)
+            lines.append(f"Best {_in_words(key)}: {_best(table, ranked, key, comparison, which)}{price}")
     if comparison is not None:
         key = rarest(table)
         equal = [row for row in table.rows if _costs_as(costs[row.label], costs[comparison.baseline])]
@@ -205,6 +206,17 @@ def _best(table: Table, ranked: Sequence[Row], key: str, comparison: Comparison 
         text += f"; then {second.label} {spread_text(second.spread(key, which))}"
         text += f": {apart.words if apart else 'no seed in common'}"
     return f"{text}."
+
+
+def _price(costs: Mapping[str, Cost], label: str, comparison: Comparison | None) -> str:
+    """Say how many times the baseline's training a row costs; nothing of the baseline, or where it is not known."""
+    if comparison is None or label == comparison.baseline:
+        return ""
+    own, base = costs[label].training, costs[comparison.baseline].training
+    if not own or not base:
+        return ""
+    more = ", and its teachers'" if costs[label].teachers else ""
+    return f" It costs {own / base:.2g} times the training of {comparison.baseline}{more}."
 
 
 def _costs_as(one: Cost, base: Cost) -> bool:

@@ -61,7 +61,10 @@ def _named(config: RunConfig) -> Iterator[tuple[str, ModelSource, str | None]]:
 
 def _problem(folder: Path, source: ModelSource, config: RunConfig, stage: str | None) -> str | None:
     if not (folder / "config.yaml").is_file():
-        return "there is no run; needed the folder of a finished run, as runs/<run.name>"
+        return (
+            "there is no run; needed the folder of a finished run, as runs/<run.name>, or in a study sibling:<recipe> "
+            "for a run of its own"
+        )
     try:
         status = json.loads((folder / RUN).read_text()).get("status")
     except (OSError, ValueError) as error:

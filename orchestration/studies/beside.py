@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from experts.data.download import missing_root
 from orchestration.config.compose import compose
 from orchestration.config.run_config import RunConfig
 from orchestration.reports.asked import asked_of
@@ -103,8 +104,10 @@ def _files(rows: Sequence[tuple[Point, RunConfig]]) -> Iterator[str]:
     """Yield what must be fetched before the runs can start."""
     problems = list[str]()
     for point, config in rows:
+        if (problem := missing_root(config.dataset)) is not None:
+            problems.append(problem)
         try:
             check_sources(config, siblings_in(point.words))
-        except ValueError as problem:
-            problems += [line.strip() for line in str(problem).splitlines()]
+        except ValueError as error:
+            problems += [line.strip() for line in str(error).splitlines()]
     yield from (f"not there  {problem}" for problem in dict.fromkeys(problems))

@@ -6,6 +6,7 @@ first is finished, they are said to be unknown: `expertail plan --probe` of one 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ def plan_lines(
     there = folder.finished()
     known = [one for one in (folder.records if folder.content else []) if one["status"] != FINISHED or one in there]
     status = {one["identity"]: (one["status"], one["run"]) for one in known}
+    names = {one["identity"]: one["run"] for one in (folder.records if folder.content else [])}
     again = grid.study.retry == "failed"
     done = [point for point in grid.points if status.get(point.identity, ("",))[0] == FINISHED]
     taken = adoption.taken if adoption else {}
@@ -51,14 +53,14 @@ def plan_lines(
     yield f"study {grid.name}: {grid.folder}"
     yield ""
     rows = [["run", "state", "words"]]
-    rows += [
-        [point.run, status.get(point.identity, ("to train",))[0], " ".join(_own(point, grid))] for point in grid.points
-    ]
+    for point in grid.points:
+        state = status.get(point.identity, ("to train",))[0]
+        rows.append([names.get(point.identity, point.run), state, " ".join(_own(point, grid))])
     yield from text_table(rows, left=(0, 1, 2))
     yield ""
     parts = [
         f"{len(done)} finished",
-        *([f"{len(failed)} failed, which stay so"] if failed else []),
+        *([f"{len(failed)} failed, which stay so without study.retry=failed"] if failed else []),
         *([f"{len(taken)} to take over"] if taken else []),
         f"{len(left)} to train",
     ]
@@ -74,9 +76,10 @@ def plan_lines(
     at_once = min(room(resources, left), len(left)) if left else 0
     most = at_once if grid.study.parallel == "auto" else min(at_once, grid.study.parallel)
     where = plural(len(nodes), "node") if nodes is not None else _THIS_MACHINE
-    yield f"places    {most} at once on {where}"
+    if left:
+        yield f"places    {most} at once on {where}"
     measured = [_measured(grid.folder / status[point.identity][1]) for point in done]
-    yield f"hours     {_hours(measured, len(left), most)}"
+    yield f"hours     {_hours(measured, left, most)}"
     yield f"storage   {_storage(measured, len(left))}"
     yield from beside_lines(grid)
 
@@ -100,12 +103,12 @@ def _measured(folder: Path) -> tuple[float | None, int]:
     )
 
 
-def _hours(measured: Sequence[tuple[float | None, int]], left: int, at_once: int) -> str:
-    known = [seconds for seconds, _ in measured if seconds]
+def _hours(measured: Sequence[tuple[float | None, int]], points: Sequence[Point], at_once: int) -> str:
+    known, left = [seconds for seconds, _ in measured if seconds], len(points)
     if not left:
         return "none"
     if not known:
-        return f"{_UNKNOWN}; expertail plan --probe measures them for one"
+        return f"{_UNKNOWN}; measured for one by: expertail plan --probe {shlex.join(points[0].words)}"
     mean = sum(known) / len(known)
     return (
         f"about {duration(mean * left / max(at_once, 1))}, by {plural(len(known), 'finished run')} of {duration(mean)}"

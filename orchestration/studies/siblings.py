@@ -88,7 +88,7 @@ class Siblings:
         return with_siblings(words, runs), tuple(runs.values())
 
     def _problem(self, recipe: str, user: Named, found: int) -> str:
-        known = list(dict.fromkeys(named.recipe for named, _ in self._recipes))
+        known = list(dict.fromkeys(named.recipe for named, _ in self._recipes if named.recipe != user.recipe))
         if found:
             return f"{found} recipes are called so; needed a label for one of them"
         if recipe in known:

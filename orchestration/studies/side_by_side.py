@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import Any
 
 from orchestration.cluster.placement import Resources, places
-from orchestration.results.text import duration
+from orchestration.results.text import duration, plural
 from orchestration.runs.stopping import StopSignals
 from orchestration.storage.files import read_json
 from orchestration.studies.lanes import Event, Lane, Lanes
@@ -205,6 +205,8 @@ class SideBySide:
     def _stop(self, number: int) -> None:
         self._stopping = True
         self._queue.stop()
+        if training := len(self._queue.with_status(RUNNING)):
+            self._report(f"stopping: {plural(training, 'run')} to write a checkpoint")
         self._lanes.stop(number)
 
     # What lanes say
@@ -276,12 +278,14 @@ class SideBySide:
 
     def _note(self, run: str, status: str, problem: str | None) -> None:
         self._folder.update(run, status=status, problem=problem)
-        seconds = time.time() - self._begun_at.get(run, time.time())
+        begun = self._begun_at.get(run)
+        seconds = 0.0 if begun is None else time.time() - begun
         if status == FINISHED:
             self._took.append(seconds)
             self._took_by_recipe[_recipe(self._points[run])] = seconds
         said = _result(self._folder.path / run) if status == FINISHED else f": {_first_line(problem)}"
-        self._report(f"{run}: {status}{said}  {duration(seconds)}  ({self._count()})")
+        took = "" if begun is None else f"  {duration(seconds)}"
+        self._report(f"{run}: {status}{said}{took}  ({self._count()})")
         self._ended()
 
     def _count(self) -> str:

@@ -31,6 +31,7 @@ from orchestration.storage.study_file import STUDY_FILE
 PARTS = ("method", "mix", "then")
 """Groups that a recipe's name is made of."""
 _OWN = "study."  # words with this prefix set keys of the study
+_OF = "of"  # names the study that a file changes
 _BY_FILE_ALONE = ("words", "axes", "recipes", "seeds", "exclude", "missing", "of")
 
 
@@ -172,7 +173,11 @@ def read_study(words: Sequence[str]) -> StudyConfig:
     try:
         study = StudyConfig.model_validate(tree)
     except ValidationError as error:
-        problems += [f"{_place(one['loc']) or origin}: {_needed(one)}" for one in error.errors()]
+        typed = {word.partition("=")[0] for word in words}
+        for one in error.errors():
+            place = _place(one["loc"])
+            own = next((key for key in (f"{_OWN}{place}", f"{_OWN}{one['loc'][0]}") if key in typed), place)
+            problems.append(f"{own or origin}: {_needed(one)}")
     if problems:
         raise ValueError(message(origin, problems))
     return study
@@ -197,9 +202,11 @@ def _needed(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         inner: dict[str, type[BaseModel]] = {"recipes": Recipe, "missing": Missing}
         model = inner.get(str(error["loc"][0]), StudyConfig) if len(error["loc"]) > 1 else StudyConfig
-        known = list(model.model_fields)
+        known = [*model.model_fields, *([_OF] if model is StudyConfig else [])]
         near = difflib.get_close_matches(str(error["loc"][-1]), known, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
+        if error["input"] is None and not near:
+            hint = "; is it part of a text with a comma? needed quotes around that"
         return f"unknown key{hint}; known: {', '.join(known)}"
     if error["type"] == "value_error":  # of ours
         return str(error["ctx"]["error"]) + (f"; found {error['input']!r}" if error["loc"][0] in _TOLD else "")
@@ -231,7 +238,7 @@ def read_file(given: str, changed_by: tuple[Path, ...] = ()) -> tuple[dict[str, 
     Raises:
         ValueError: there is no such file, or it is no mapping.
     """
-    by_path = given.endswith((".yaml", ".yml")) or "/" in given
+    by_path = _is_path(given)
     path = Path(expand(given)) if by_path else path_of("study", given)
     if path.resolve() in changed_by:
         raise ValueError(f"{path}: of: {given} leads back to itself; needed another study")
@@ -251,8 +258,13 @@ def read_file(given: str, changed_by: tuple[Path, ...] = ()) -> tuple[dict[str, 
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: found {type(tree).__name__}, needed a mapping with recipes or axes")
     tree = {str(key): value for key, value in tree.items()}
-    if (other := tree.pop("of", None)) is not None:
-        tree = read_file(str(other), (*changed_by, path.resolve()))[0] | tree
+    if (other := tree.pop(_OF, None)) is not None:
+        beside = path.parent / str(other)  # a path is one from the file's own folder, if there is such a file
+        found = str(beside) if _is_path(str(other)) and beside.is_file() else str(other)
+        try:
+            tree = read_file(found, (*changed_by, path.resolve()))[0] | tree
+        except ValueError as problem:
+            raise ValueError(f"{path}: {_OF}: {problem}") from problem
     if isinstance(tree.get("axes"), dict):
         tree["axes"] = {
             str(key): [as_value(str(key), value) for value in (values if isinstance(values, list) else [values])]
@@ -266,6 +278,10 @@ def read_file(given: str, changed_by: tuple[Path, ...] = ()) -> tuple[dict[str, 
     if tree.get("name") is None:
         tree["name"] = path.stem
     return tree, str(path) if by_path else f"study={given}"
+
+
+def _is_path(given: str) -> bool:
+    return given.endswith((".yaml", ".yml")) or "/" in given
 
 
 def _where(problem: yaml.YAMLError) -> str:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from orchestration.cli import main
+from orchestration.commands.study import plan_study
 from orchestration.reports.write import write_report
 from orchestration.studies.grid import lay_out
 from orchestration.studies.study_config import read_study
@@ -89,7 +90,12 @@ def test_words_that_are_wrong_are_told_before_anything_starts(words, message, tm
         ("recipes: [method=ce method=ride]\n", "recipes: method set twice in method=ce method=ride; needed once"),
         ("axes: {mix: [none, cmo, null]}\n", "axes.mix: none more than once"),
         ("references: [3]\n", "references: needed true or false, or a list of words"),
-        ("of: mine.yaml\n", "of: mine.yaml leads back to itself"),
+        ("of: mine.yaml\n", "mine.yaml: of: .*leads back to itself"),
+        ("of: nowhere.yaml\n", "mine.yaml: of: study=nowhere.yaml: No such file or directory"),
+        (
+            "recipes: [{label: RIDE, 6 experts, words: method=ride}]\n",
+            "part of a text with a comma. needed quotes",
+        ),
         ("axis: {method: [ce]}\n", "axis: unknown key; did you mean axes"),
         ("recipes: [{words: method=ce, lable: x}]\n", "recipes.0.lable: unknown key; did you mean label"),
         ("seeds: [0]\nseeds: [1]\n", "mine.yaml: not YAML, line 1, column 1: the key seeds is there 2 times"),
@@ -146,6 +152,14 @@ def test_a_file_that_is_wrong_is_told_before_anything_starts(content, message, t
         of_file(tmp_path, content)
 
 
+def test_data_that_are_not_there_are_told_before_any_run_fails_for_them(tmp_path):
+    words = ["dataset=image_folder_lt", "dataset.root=/nowhere", "dataset.num_classes=10", "method=ce,ride"]
+    missing = "dataset.root = /nowhere: found nothing at /nowhere; needed the folder of its files"
+    with pytest.raises(ValueError, match=f"every recipe: {missing}"):
+        lay_out(read_study([*words, f"run.dir={tmp_path}"]))
+    assert f"not there  {missing}" in plan_study([*words, f"run.dir={tmp_path}"])
+
+
 def test_a_study_of_nothing_is_refused():
     with pytest.raises(ValueError, match=r"a study of nothing; needed study=NAME or study=FILE.yaml"):
         read_study([])
@@ -158,7 +172,9 @@ def test_none_is_no_mixing_and_no_further_stage_wherever_it_stands(tmp_path):
 
 
 def test_everything_that_is_wrong_is_told_at_once(tmp_path):
-    with pytest.raises(ValueError, match=r"3 problems\n  seeds=1: unknown.*\n  parallel: needed.*\n  foo: unknown key"):
+    with pytest.raises(
+        ValueError, match=r"3 problems\n  seeds=1: unknown.*\n  study.parallel: needed.*\n  study.foo: unknown key"
+    ):
         grid(tmp_path, "method=ce", "study.foo=1", "seeds=1", "study.parallel=0")
 
 

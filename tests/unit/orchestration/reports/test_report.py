@@ -227,7 +227,7 @@ def test_damaged_predictions_cost_the_bootstrap_alone(runs, tmp_path):
         (["empty"], "a folder without config.yaml, and without runs in it"),
         (["file"], "found a file; needed the folder of a run"),
         (["open"], "no finished run to report on; found 1 running"),
-        (["night/ce-s0", "night/ride-s0", "--baseline", "rid"], "--baseline rid: no such row; needed one of: ce, ride"),
+        (["night/ce-s0", "night/ride-s0", "--baseline", "rid"], "--baseline rid: no such row; needed one of: ce; ride"),
     ],
 )
 def test_what_cannot_be_reported_on_is_said_in_one_line(runs, tmp_path, capsys, monkeypatch, targets, message):
