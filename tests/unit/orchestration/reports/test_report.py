@@ -108,6 +108,21 @@ def test_costs_are_counted_for_the_data_of_the_run(report):
     assert report.sections[0].costs["ride"].inference > of_first.inference
 
 
+def test_a_run_costs_what_the_run_costs_too_that_it_begins_with_where_the_report_has_it(runs, tmp_path):
+    folder = copied(runs, tmp_path, "ce-s0", "ce-s1")
+    for seed in (0, 1):
+        before = f"method.stages.train.start_from.run=sibling:ce-s{seed}"
+        finish(folder / f"longer-s{seed}", "method=ce", before, f"seed={seed}", accuracy=RIDE)
+    (section,) = make_report(read_sources([str(folder)]), nothing).sections
+    assert [row.seeds for row in section.table.rows] == [(0, 1), (0, 1)]
+    first, longer = (section.costs[row.label] for row in section.table.rows)
+    assert longer.training == 2 * first.training and longer.inference == first.inference
+    assert "It costs 2 times the training of ce (ce)." in section.answers[0]
+    alone = [str(folder / "longer-s0"), str(folder / "longer-s1")]
+    (lonely,) = make_report(read_sources(alone), nothing).sections
+    assert next(iter(lonely.costs.values())).training == first.training
+
+
 def test_a_row_is_known_by_the_keys_that_differ(runs, tmp_path):
     folder = copied(runs, tmp_path, "ce-s0")
     finish(folder / "long-s0", "method=ce", "seed=0", "method.stages.train.optimizer.lr=0.9", accuracy=CE)
