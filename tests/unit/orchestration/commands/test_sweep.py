@@ -17,7 +17,8 @@ RATIO = "method.stages.h2t.flow.ratio"
 
 def planned(tmp_path, *words):
     said = []
-    grid = with_a_folder(lay_out(read_study(["dataset=digits_lt", f"run.dir={tmp_path}", *words])), said.append)
+    study = read_study(["dataset=digits_lt", f"run.dir={tmp_path}", *words])
+    grid = with_a_folder(lay_out(study, files=False), said.append)
     return grid, said
 
 
