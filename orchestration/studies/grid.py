@@ -104,7 +104,7 @@ def lay_out(study: StudyConfig, gpu_share: float | None = None, *, files: bool =
     combinations = [] if problems else list(_combinations(study, problems))
     composed = {} if problems else _compose(study, combinations, gpu_share, problems, files)
     if problems:
-        raise ValueError(message("study", problems))
+        raise ValueError(message(" ".join(filter(None, ["study", study.name])), problems))
 
     siblings = Siblings([(one.named(composed[one.title][1]), composed[one.title][1]) for one in combinations])
     points = [point for one in combinations for point in _points_of(study, one, *composed[one.title], siblings)]
@@ -234,7 +234,8 @@ def _compose(
     for line, titles in found.items():
         more = f" and {len(titles) - _SHOWN} more" if len(titles) > _SHOWN else ""
         whose = "every recipe" if len(titles) == len(combinations) else "; ".join(titles[:_SHOWN]) + more
-        problems.append(f"{whose}: {line}" if len(combinations) > 1 else line)
+        told = len(combinations) == 1 or line.startswith(f"{whose}:")
+        problems.append(line if told else f"{whose}: {line}")
     return composed
 
 
