@@ -127,15 +127,18 @@ def test_a_study_killed_three_times_at_random_ends_with_the_same_report(seed, un
 
 def test_a_signal_in_any_phase_ends_a_study_with_143_and_the_same_command_goes_on(undisturbed, tmp_path):
     """While it is laid out, while lanes start, while runs train, while the report is written."""
-    report = tmp_path / "night" / "report"
+    report, began = tmp_path / "night" / "report", time.time()
+    checkpoints = (tmp_path / "night").glob
     phases = {
         "laid out": (tmp_path / "study.log").exists,
         "prepared": (tmp_path / "night" / ".lock").exists,
         "starting": lambda: "running" in statuses(tmp_path),
-        "training": lambda: any((tmp_path / "night").glob("*/checkpoints/00-*")),
+        # One of this start: a signal to the start before may have left some.
+        "training": lambda: any(path.stat().st_mtime > began for path in checkpoints("*/checkpoints/00-*")),
         "reporting": lambda: set(statuses(tmp_path)) == {"finished"},
     }
     for phase, reached in phases.items():
+        began = time.time()
         process = start(tmp_path)
         runs.wait_until(lambda its=reached, p=process: its() or p.poll() is not None, phase, ENDED_S)
         process.terminate()
