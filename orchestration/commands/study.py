@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from experts.data.download import missing_root
 from orchestration.cluster.connection import cluster, node_resources, own_address
 from orchestration.config.compose import compose
 from orchestration.config.messages import in_one_line, say, show
@@ -74,6 +75,7 @@ def study(words: Sequence[str]) -> int:
     with signals_stop("the study was prepared"), contextlib.ExitStack() as stack:
         grid = with_a_folder(lay_out(read_study(words)))  # before a cluster is asked: refusals come at once
         refuse(grid.name, list(StudyFolder(grid.folder).problems_with(grid)))
+        refuse(grid.name, _missing_data(grid))
         elsewhere = find(grid.study.adopt, StudyFolder(grid.folder))
         lock = stack.enter_context(held(grid.folder))
         lanes = stack.enter_context(_lanes(grid, lock))
@@ -93,6 +95,22 @@ def study(words: Sequence[str]) -> int:
     if failed:
         say(f"failed: {', '.join(failed)}; study.retry=failed trains them again")
     return 1 if failed else 0
+
+
+def _missing_data(grid: Grid) -> list[str]:
+    """Return why runs that are left could not open their data, each cause once.
+
+    Finished runs need no data, and runs that may be taken over from elsewhere need none either.
+    """
+    if grid.study.adopt:
+        return []
+    done = {record["identity"] for record in StudyFolder(grid.folder).finished()}
+    left: dict[tuple[str, ...], Point] = {}  # a run of each data set: words name it, or a saved run brings it
+    for point in grid.points:
+        if point.identity not in done:
+            left.setdefault(tuple(w for w in point.words if w.startswith(("dataset", "method.like"))), point)
+    found = (missing_root(compose(list(point.words)).config.dataset) for point in left.values())
+    return list(dict.fromkeys(problem for problem in found if problem is not None))
 
 
 def _take(grid: Grid) -> tuple[Grid, StudyFolder, list[Point]]:

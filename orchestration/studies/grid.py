@@ -17,7 +17,6 @@ from pathlib import Path
 
 from configs import VANILLA
 from experts.data.cpus import usable_cpus
-from experts.data.download import missing_root
 from orchestration.cluster.placement import bundle_of, largest_share, shape_of
 from orchestration.config.compose import compose
 from orchestration.config.identity import config_hash
@@ -260,8 +259,6 @@ def compose_as_run(
         config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"cpus_per_worker": cpus})})
     if files:
         admit(config, siblings_in(words))
-        if (problem := missing_root(config.dataset)) is not None:  # as every run of it would find
-            raise ValueError(problem)
     else:
         shape_of(config.method.num_experts, config.cluster)
     return words, config

@@ -6,12 +6,13 @@ import json
 import platform
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import yaml
 
 from orchestration.cli import main
-from orchestration.commands.study import plan_study
+from orchestration.commands.study import _missing_data, plan_study, study
 from orchestration.reports.write import write_report
 from orchestration.studies.grid import lay_out
 from orchestration.studies.study_config import read_study
@@ -154,10 +155,25 @@ def test_a_file_that_is_wrong_is_told_before_anything_starts(content, message, t
 
 def test_data_that_are_not_there_are_told_before_any_run_fails_for_them(tmp_path):
     words = ["dataset=image_folder_lt", "dataset.root=/nowhere", "dataset.num_classes=10", "method=ce,ride"]
+    words += [f"run.dir={tmp_path}", "study.name=x"]
     missing = "dataset.root = /nowhere: found nothing at /nowhere; needed the folder of its files"
-    with pytest.raises(ValueError, match=f"every recipe: {missing}"):
-        lay_out(read_study([*words, f"run.dir={tmp_path}"]))
-    assert f"not there  {missing}" in plan_study([*words, f"run.dir={tmp_path}"])
+    with pytest.raises(ValueError, match=rf"study x: 1 problem\n  {missing}"):
+        study(words)
+    assert not list(tmp_path.iterdir())
+    assert f"not there  {missing}" in plan_study(words)
+
+
+def test_a_finished_study_needs_no_data(tmp_path):
+    """As one that was copied to a machine where only its report is written."""
+    words = ["dataset=image_folder_lt", "dataset.root=/nowhere", "dataset.num_classes=10", "method=ce,ride"]
+    grid = lay_out(read_study([*words, f"run.dir={tmp_path}", "study.name=x"]))
+    folder = StudyFolder(grid.folder)
+    for point in folder.take(grid)[:1]:
+        folder.update(point.run, status="finished")
+        (folder.path / point.run).mkdir()
+        (folder.path / point.run / "config.yaml").touch()
+    assert len(_missing_data(grid)) == 1, "one run is left"
+    assert _missing_data(replace(grid, points=grid.points[:1])) == []
 
 
 def test_a_study_of_nothing_is_refused():
