@@ -79,7 +79,7 @@ class Worker:
         self._beat = time.monotonic()
 
     def load_libraries(self, engine: str) -> dict[str, Any]:
-        """Import what training needs, which takes seconds. Return the process and node of this worker."""
+        """Import what training needs, which takes seconds. Return the process, node and device of this worker."""
         keep_freed_memory()  # before torch allocates anything
         import torch
 
@@ -103,6 +103,7 @@ class Worker:
             "node_id": ray.get_runtime_context().get_node_id(),
             "host": socket.gethostname(),
             "cpus": usable_cpus(),
+            "device": torch.cuda.get_device_name() if self.gpu else "cpu",
         }
 
     def warm_up(self, engine: str, dataset: DatasetConfig, left_out: Sequence[str] | None = None) -> dict[str, Any]:
@@ -235,7 +236,6 @@ class Worker:
 
     def _facts(self, dataset: Dataset) -> dict[str, Any]:
         """Return what the driver needs to know of the data, the stage and this worker."""
-        import torch
 
         setup, training = self.trainer.setup, self.trainer.training
         return {
@@ -252,7 +252,6 @@ class Worker:
             "steps_per_epoch": setup.steps_per_epoch,
             "parameters": sum(p.numel() for p in setup.model.parameters()),
             "trunk_parameters": sum(p.numel() for p in setup.model.trunk.parameters()),
-            "device": torch.cuda.get_device_name() if self.gpu else "cpu",
         }
 
     def train(self, until: int) -> Any:

@@ -1,0 +1,208 @@
+"""Experts that live apart on GPUs: workers on Ray, with NCCL between them, give the numbers of one process.
+
+A machine with fewer GPUs than workers lends its first one to all of them. NCCL refuses two processes on one GPU of one
+host, so each says that it is a host of its own (NCCL_HOSTID), and they talk through sockets as hosts do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from orchestration.cli import main
+from orchestration.config.compose import load_config
+from orchestration.training.mesh import Mesh, mesh_shape
+from orchestration.training.trainer import StageTrainer
+from tests import runs
+from tests.recipes import WORDS, Recipe, saved_tensors
+
+ray = pytest.importorskip("ray")  # a GPU may be tried without it
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"), pytest.mark.xdist_group("gpus"),
+]  # fmt: skip
+
+WORKERS = 6  # the most that a test asks for
+STEPS = 20
+GPU = ["cluster.gpus_per_worker=1", "cluster.cpus_per_worker=1", "engine.threads=1"]
+RIDE = [
+    *GPU, "method=ride", "dataset=digits_lt", "dataset.image_size=8", "method.stages.train.batch_size=50",
+    "method.stages.train.objective.reweight_epoch=1", "engine.precision=float64", "tracking.enabled=false",
+]  # fmt: skip
+PLACEMENTS = {
+    "packed, DeepSpeed": ["engine.name=deepspeed"],
+    "spread": ["cluster.workers=3", "engine.name=torch"],
+    "spread, DeepSpeed": ["cluster.workers=3", "engine.name=deepspeed"],
+    "two replicas of all": ["cluster.workers=2", "cluster.experts_per_worker=3", "engine.name=torch"],
+    "3 x 2, ZeRO 2": ["cluster.workers=6", "engine.name=deepspeed", "engine.zero_stage=2"],
+}
+RUN = [
+    *(word for word in runs.SMALL if "epochs" not in word), *GPU, "method.stages.train.epochs=60",
+    "run.evaluate_every_epochs=20", "cluster.workers=3", "engine.deterministic=true", "engine.name=torch",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def gpus(tmp_path_factory):
+    """Start a Ray with a GPU for each worker."""
+    from orchestration.cluster.ray_internals import no_fixed_ports, own_code_in_workers
+
+    if ray.is_initialized():
+        pytest.skip("a Ray with no GPUs runs in this process")
+    with pytest.MonkeyPatch.context() as patch:
+        if torch.cuda.device_count() < WORKERS:
+            place = tmp_path_factory.mktemp("hosts")
+            (place / "sitecustomize.py").write_text("import os\nos.environ['NCCL_HOSTID'] = str(os.getpid())\n")
+            patch.setenv("PYTHONPATH", os.pathsep.join([str(place), *sys.path]))
+            patch.setenv("RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES", "1")
+        with no_fixed_ports(), own_code_in_workers():
+            ray.init(
+                address="local", num_cpus=2 * WORKERS, num_gpus=WORKERS, include_dashboard=False,
+                object_store_memory=2**28, logging_level="ERROR", log_to_driver=False,
+            )  # fmt: skip
+        yield
+        ray.shutdown()
+
+
+def apart(words, folder, stage, steps=STEPS):
+    """Train a stage on workers of their own; return the loss of each step, and all tensors that they save."""
+    from orchestration.cluster.fleet import Fleet
+
+    config = load_config(words)
+    cluster = config.cluster
+    fleet = Fleet(config, mesh_shape(config.method.num_experts, cluster.workers, cluster.experts_per_worker))
+    try:
+        fleet.start()
+        per_epoch = fleet.build(stage)[0]["steps_per_epoch"]
+        losses = []
+        while len(losses) < steps:
+            until = min(steps, (len(losses) // per_epoch + 1) * per_epoch)
+            losses += fleet.call("train", until)[0].losses
+        folder.mkdir()
+        fleet.call("snapshot")
+        fleet.call("write", str(folder))
+    finally:
+        fleet.close()
+    return np.array(losses), saved_tensors(folder)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """Train RIDE in this process, on one GPU, without an exchange."""
+    from experts.data.dataset import open_dataset
+
+    config = load_config([*RIDE, "engine.name=torch"])
+    trainer = StageTrainer(config, "train", open_dataset(config.dataset), Mesh(mesh_shape(3, 1), device="cuda"))
+    losses = [loss for step in range(1, STEPS + 1) for loss in trainer.train(step).losses]
+    folder = tmp_path_factory.mktemp("together")
+    trainer.save(str(folder))
+    trainer.close()
+    return np.array(losses), saved_tensors(folder)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_losses_weights_and_statistics_are_those_of_one_process(placement, together, tmp_path):
+    losses, tensors = apart([*RIDE, *PLACEMENTS[placement]], tmp_path / "saved", "train")
+    expected, expected_tensors = together
+    np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-9)
+    assert tensors.keys() == expected_tensors.keys()
+    for name, values in expected_tensors.items():
+        np.testing.assert_allclose(tensors[name], values, rtol=0, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize("method", ["tade", "ace", "ride_router"])
+def test_experts_that_learn_from_each_other_do_so_apart(method, tmp_path):
+    """Experts of other systems, spread, against one process; a recipe's first stage."""
+    words = [f"method={method}", *WORDS, *GPU, "engine.precision=float64"]
+    experts = load_config(words).method.num_experts
+    (tmp_path / "together").mkdir()
+    recipe = Recipe(method, tmp_path / "together", *words, mesh=lambda _: Mesh(mesh_shape(experts, 1), device="cuda"))
+    trainers = recipe.trainers()
+    trainer = next(trainers)
+    expected = trainer.train(trainer.setup.steps_per_epoch).losses
+    trainer.close()
+    stage = trainer.setup.stage_name
+    losses, _ = apart([*words, f"cluster.workers={experts}"], tmp_path / "apart", stage, len(expected))
+    np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-9)
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    """Carry out a whole run on three GPUs that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("calm") / "run"
+    assert runs.train(folder, *GPU, common=RUN) == 0
+    return folder
+
+
+def test_a_run_whose_worker_is_killed_ends_with_the_same_bits(calm, tmp_path):
+    """The losses, weights and scores, with steps as graphs and cuDNN held to algorithms that repeat."""
+    folder = tmp_path / "run"
+    process = runs.start(folder, common=RUN)
+    try:
+        runs.wait_for_step(folder, 5)
+        os.kill(json.loads((folder / "run.json").read_text())["workers"][1]["pid"], signal.SIGKILL)
+        output, _ = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    assert json.loads((folder / "run.json").read_text())["failures"] == 1, output
+    assert runs.points(folder) == runs.points(calm)
+    assert runs.weights(folder) == runs.weights(calm)
+    assert (folder / "evaluation" / "best.json").read_text() == (calm / "evaluation" / "best.json").read_text()
+
+
+def test_a_finished_run_is_evaluated_on_a_gpu(calm, capsys):
+    assert main(["evaluate", str(calm)]) == 0
+    assert "all" in capsys.readouterr().out
+
+
+def test_a_study_shares_the_gpus(tmp_path, capsys):
+    """Runs of one and of three workers side by side; their processes leave the memory of the GPU when it ends."""
+    before = used_mib()
+    words = [
+        "method=ce,ride", "seed=0,1", "dataset=digits_lt", *runs.SMALL, "cluster.gpus_per_worker=1",
+        "engine.name=torch", "study.name=gpus", f"run.dir={tmp_path}",
+    ]  # fmt: skip
+    assert main(["study", *words]) == 0, capsys.readouterr()
+    records = json.loads((tmp_path / "gpus" / "study.json").read_text())["points"]
+    assert [record["status"] for record in records] == ["finished"] * 4
+    assert (tmp_path / "gpus" / "report").is_dir()
+    for record in records:
+        kept = json.loads((tmp_path / "gpus" / record["run"] / "run.json").read_text())
+        assert all(worker["device"] != "cpu" for worker in kept["workers"]), kept["workers"]
+    with contextlib.suppress(TimeoutError):
+        runs.wait_until(lambda: used_mib() < before + 200, "free memory", 30)
+    assert used_mib() < before + 200
+
+
+def used_mib():
+    """Return the memory of the first GPU that is taken, MiB."""
+    free, total = torch.cuda.mem_get_info(0)
+    return (total - free) / 2**20
+
+
+def test_the_doctor_finds_the_gpus(capsys):
+    main(["doctor", *RIDE, "cluster.workers=3"])  # what else it finds is of the machine
+    said = capsys.readouterr().out
+    (line,) = [line for line in said.splitlines() if line.split()[1:2] == ["gpus"]]
+    assert line.startswith("ok"), said
+
+
+def test_placements_are_timed_on_gpus(capsys):
+    assert main(["plan", "--probe", *RIDE, "cluster.workers=3"]) == 0, capsys.readouterr()
+    assert "NCCL" in capsys.readouterr().out
+
+
+def test_a_gpu_that_is_not_there_is_refused(capsys):
+    begun = time.monotonic()
+    assert main(["train", *RIDE, f"cluster.workers={3 * WORKERS}", "run.dir=/nowhere"]) == 1
+    assert "GPU" in capsys.readouterr().err
+    assert time.monotonic() - begun < 30
