@@ -1,7 +1,7 @@
-"""Measure training, evaluation and checkpoints on one GPU, in one process without Ray. About 4 minutes.
+"""Measure training, evaluation and checkpoints on one GPU. About 4 minutes; Ray is needed for `command` alone.
 
     DS_ACCELERATOR=cuda python benchmarks/gpu.py [--only SECTION ...] [--out benchmarks/results/gpu.json]
-    DS_ACCELERATOR=cuda python benchmarks/gpu.py --only whole [--precision autocast] [--epochs 200] [--compile]
+    DS_ACCELERATOR=cuda python benchmarks/gpu.py --only whole command [--precision autocast] [--epochs 200] [--compile]
 
 RIDE-3, ResNet-32, batch 128, on images of the form of CIFAR-100-LT at ratio 100 (10,847 for training, 10,000 for the
 test), made up so that a network can learn them. Each side is the product's own `StageTrainer`:
@@ -10,6 +10,7 @@ test), made up so that a network can learn them. Each side is the product's own 
   deepspeed   ZeRO 1 with one worker
   epochs      some epochs, the test scored after each, with either engine
   whole       a whole run of --epochs epochs in --precision, the test scored after each (only if asked for)
+  command     the same by `expertail train`: Ray, one worker, checkpoints, a report (only if asked for)
 --device cpu --tiny tries the script on a CPU. What holds a GPU to a CPU's numbers is tests/contract/test_gpu.py.
 """
 
@@ -21,6 +22,7 @@ import datetime
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -58,7 +60,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "gpu.json"))
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--only", nargs="+", choices=[*SECTIONS, "whole"], default=list(SECTIONS))
+    parser.add_argument("--only", nargs="+", choices=[*SECTIONS, *OF_A_RUN], default=list(SECTIONS))
     parser.add_argument("--precision", default="autocast", choices=PRECISIONS)
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--compile", action="store_true", help="the network of the whole run")
@@ -67,10 +69,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder), **({"per_class": 20, "test": 300} if options.tiny else {}))
         bench = Bench(options.device, options.tiny, folder)
-        sections = {**SECTIONS, "whole": lambda bench: whole(bench, options)}
         for name in options.only:
             try:  # a section that fails is a finding, and the device's time is short
-                record[name] = sections[name](bench)
+                record[name] = OF_A_RUN[name](bench, options) if name in OF_A_RUN else SECTIONS[name](bench)
             except Exception as problem:
                 record[name] = {"failed": f"{type(problem).__name__}: {problem}"[:2000]}
             print(json.dumps({name: record[name]}), flush=True)
@@ -109,13 +110,17 @@ class Bench:
     tiny: bool
     root: str
 
-    def config(self, *words: str) -> RunConfig:
-        """Return the config of RIDE-3 with some keys changed."""
+    def words(self, gpus: int = 1) -> list[str]:
+        """Return what makes a run RIDE-3 on these images."""
         common = ["method=ride", "dataset=cifar100_lt", f"dataset.root={self.root}", "engine.name=torch"]
         if self.tiny:
             common += ["backbone=resnet8", "method.stages.train.batch_size=16", "dataset.max_per_class=20",
                        "dataset.imbalance_ratio=10"]  # fmt: skip
-        return load_config([*common, "cluster.gpus_per_worker=1", *words])
+        return [*common, f"cluster.gpus_per_worker={gpus}"]
+
+    def config(self, *words: str) -> RunConfig:
+        """Return the config of RIDE-3 with some keys changed."""
+        return load_config([*self.words(), *words])
 
     def trainer(self, *words: str) -> StageTrainer:
         """Return a new trainer."""
@@ -295,6 +300,24 @@ def whole(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     return found | {"images_per_s_evaluation_included": round(images / took)}
 
 
+def command(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
+    """Carry out a whole run as users do: `expertail train`, the test scored after each epoch, a report at its end."""
+    words = [
+        *bench.words(gpus=int(bench.device == "cuda")), f"engine.precision={options.precision}",
+        f"engine.compile={str(options.compile).lower()}", f"method.stages.train.epochs={options.epochs}",
+        "run.evaluate_every_epochs=1", "tracking.enabled=false", f"run.dir={bench.root}", "run.name=command",
+    ]  # fmt: skip
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "orchestration", "train", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    took = time.perf_counter() - start
+    if done.returncode:
+        raise RuntimeError(done.stderr[-1500:])
+    run = json.loads((Path(bench.root) / "command" / "run.json").read_text())
+    return {"s": round(took, 1), "startup_s": run["startup_s"], "cost": run["cost"], "workers": run["workers"],
+            "last_lines": done.stderr.splitlines()[-4:]}  # fmt: skip
+
+
 def trained(trainer: StageTrainer, count: int) -> dict[str, Any]:
     """Train epochs, score the test after each, and close the trainer."""
     seconds: list[tuple[float, float]] = []
@@ -317,6 +340,7 @@ def trained(trainer: StageTrainer, count: int) -> dict[str, Any]:
 
 
 SECTIONS = {"bare": bare, "plain": plain, "deepspeed": deepspeed, "epochs": epochs}
+OF_A_RUN = {"whole": whole, "command": command}
 
 
 if __name__ == "__main__":

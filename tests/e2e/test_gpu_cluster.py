@@ -17,12 +17,15 @@ import numpy as np
 import pytest
 import torch
 
+from experts.data.dataset import open_dataset
 from orchestration.cli import main
+from orchestration.cluster.warm import end_kept, kept_warm
 from orchestration.config.compose import load_config
 from orchestration.training.mesh import Mesh, mesh_shape
 from orchestration.training.trainer import StageTrainer
 from tests import runs
-from tests.recipes import WORDS, Recipe, saved_tensors
+from tests.e2e.test_placement_systems import SYSTEMS, words_of
+from tests.recipes import saved_tensors
 
 ray = pytest.importorskip("ray")  # a GPU may be tried without it
 
@@ -68,70 +71,77 @@ def gpus(tmp_path_factory):
                 address="local", num_cpus=2 * WORKERS, num_gpus=WORKERS, include_dashboard=False,
                 object_store_memory=2**28, logging_level="ERROR", log_to_driver=False,
             )  # fmt: skip
-        yield
+        with kept_warm():
+            yield
         ray.shutdown()
 
 
-def apart(words, folder, stage, steps=STEPS):
+def in_epochs(steps_per_epoch):
+    """Yield where each call that trains ends: with an epoch, or with the last step."""
+    return [*range(steps_per_epoch, STEPS, steps_per_epoch), STEPS]
+
+
+def apart(words, folder, stage):
     """Train a stage on workers of their own; return the loss of each step, and all tensors that they save."""
     from orchestration.cluster.fleet import Fleet
 
     config = load_config(words)
     cluster = config.cluster
     fleet = Fleet(config, mesh_shape(config.method.num_experts, cluster.workers, cluster.experts_per_worker))
-    try:
+    with contextlib.closing(fleet):
+        fleet.reserve()
         fleet.start()
-        per_epoch = fleet.build(stage)[0]["steps_per_epoch"]
-        losses = []
-        while len(losses) < steps:
-            until = min(steps, (len(losses) // per_epoch + 1) * per_epoch)
-            losses += fleet.call("train", until)[0].losses
+        ends = in_epochs(fleet.build(stage)[0]["steps_per_epoch"])
+        losses = [loss for until in ends for loss in fleet.call("train", until)[0].losses]
         folder.mkdir()
         fleet.call("snapshot")
         fleet.call("write", str(folder))
-    finally:
-        fleet.close()
+        fleet.hand_on()
     return np.array(losses), saved_tensors(folder)
 
 
-@pytest.fixture(scope="module")
-def together(tmp_path_factory):
-    """Train RIDE in this process, on one GPU, without an exchange."""
-    from experts.data.dataset import open_dataset
-
-    config = load_config([*RIDE, "engine.name=torch"])
-    trainer = StageTrainer(config, "train", open_dataset(config.dataset), Mesh(mesh_shape(3, 1), device="cuda"))
-    losses = [loss for step in range(1, STEPS + 1) for loss in trainer.train(step).losses]
-    folder = tmp_path_factory.mktemp("together")
+def trained(trainer, folder):
+    """Return the same of a trainer in this process."""
+    losses = [loss for until in in_epochs(trainer.setup.steps_per_epoch) for loss in trainer.train(until).losses]
+    folder.mkdir()
     trainer.save(str(folder))
     trainer.close()
     return np.array(losses), saved_tensors(folder)
 
 
+def assert_equal(found, expected):
+    """Compare losses, weights, momentum and BatchNorm's statistics in float64."""
+    np.testing.assert_allclose(found[0], expected[0], rtol=0, atol=1e-9)
+    assert found[1].keys() == expected[1].keys()
+    for name, values in expected[1].items():
+        np.testing.assert_allclose(found[1][name], values, rtol=0, atol=1e-9, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """Train RIDE in this process, on one GPU, without an exchange."""
+    config = load_config([*RIDE, "engine.name=torch"])
+    mesh = Mesh(mesh_shape(3, 1), device="cuda")
+    return trained(
+        StageTrainer(config, "train", open_dataset(config.dataset), mesh), tmp_path_factory.mktemp("ride") / "saved"
+    )
+
+
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_losses_weights_and_statistics_are_those_of_one_process(placement, together, tmp_path):
-    losses, tensors = apart([*RIDE, *PLACEMENTS[placement]], tmp_path / "saved", "train")
-    expected, expected_tensors = together
-    np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-9)
-    assert tensors.keys() == expected_tensors.keys()
-    for name, values in expected_tensors.items():
-        np.testing.assert_allclose(tensors[name], values, rtol=0, atol=1e-9, err_msg=name)
+    assert_equal(apart([*RIDE, *PLACEMENTS[placement]], tmp_path / "saved", "train"), together)
 
 
-@pytest.mark.parametrize("method", ["tade", "ace", "ride_router"])
-def test_experts_that_learn_from_each_other_do_so_apart(method, tmp_path):
-    """Experts of other systems, spread, against one process; a recipe's first stage."""
-    words = [f"method={method}", *WORDS, *GPU, "engine.precision=float64"]
-    experts = load_config(words).method.num_experts
-    (tmp_path / "together").mkdir()
-    recipe = Recipe(method, tmp_path / "together", *words, mesh=lambda _: Mesh(mesh_shape(experts, 1), device="cuda"))
-    trainers = recipe.trainers()
-    trainer = next(trainers)
-    expected = trainer.train(trainer.setup.steps_per_epoch).losses
-    trainer.close()
-    stage = trainer.setup.stage_name
-    losses, _ = apart([*words, f"cluster.workers={experts}"], tmp_path / "apart", stage, len(expected))
-    np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-9)
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_experts_that_learn_from_each_other_do_so_apart(name, tmp_path):
+    """Every system and combination, spread, against one process; processes of one test serve the next."""
+    stage, _ = SYSTEMS[name]
+    words = [*(word for word in words_of(name) if not word.startswith("cluster.")), *GPU, "engine.name=torch"]
+    config = load_config(words)
+    experts = config.method.num_experts
+    mesh = Mesh(mesh_shape(experts, 1), device="cuda")
+    expected = trained(StageTrainer(config, stage, open_dataset(config.dataset), mesh), tmp_path / "together")
+    assert_equal(apart([*words, f"cluster.workers={experts}"], tmp_path / "apart", stage), expected)
 
 
 @pytest.fixture(scope="module")
@@ -142,18 +152,45 @@ def calm(tmp_path_factory):
     return folder
 
 
-def test_a_run_whose_worker_is_killed_ends_with_the_same_bits(calm, tmp_path):
-    """The losses, weights and scores, with steps as graphs and cuDNN held to algorithms that repeat."""
+@pytest.mark.parametrize(("number", "failure"), [(signal.SIGKILL, "died"), (signal.SIGSTOP, "has not answered")])
+def test_a_run_whose_worker_is_lost_ends_with_the_same_bits(number, failure, calm, tmp_path):
+    """Killed or hanging while the others wait for it inside NCCL: losses, weights and scores are the same.
+
+    Steps are graphs, and cuDNN is held to algorithms that repeat.
+    """
     folder = tmp_path / "run"
-    process = runs.start(folder, common=RUN)
+    process = runs.start(folder, "cluster.heartbeat_timeout_s=15", common=RUN)
     try:
         runs.wait_for_step(folder, 5)
-        os.kill(json.loads((folder / "run.json").read_text())["workers"][1]["pid"], signal.SIGKILL)
+        os.kill(run_json(folder)["workers"][1]["pid"], number)
         output, _ = process.communicate(timeout=240)
     finally:
         process.kill()
     assert process.returncode == 0, output
-    assert json.loads((folder / "run.json").read_text())["failures"] == 1, output
+    found = run_json(folder)
+    assert found["failures"] == 1 and failure in found["last_failure"]["what"], found["last_failure"]
+    assert_same_run(folder, calm)
+
+
+def test_a_stopped_run_goes_on_with_the_same_bits(calm, tmp_path):
+    folder = tmp_path / "run"
+    process = runs.start(folder, common=RUN)
+    try:
+        runs.wait_for_step(folder, 5)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert runs.train(folder, common=RUN) == 0
+    assert_same_run(folder, calm)
+
+
+def run_json(folder):
+    return json.loads((folder / "run.json").read_text())
+
+
+def assert_same_run(folder, calm):
     assert runs.points(folder) == runs.points(calm)
     assert runs.weights(folder) == runs.weights(calm)
     assert (folder / "evaluation" / "best.json").read_text() == (calm / "evaluation" / "best.json").read_text()
@@ -166,6 +203,7 @@ def test_a_finished_run_is_evaluated_on_a_gpu(calm, capsys):
 
 def test_a_study_shares_the_gpus(tmp_path, capsys):
     """Runs of one and of three workers side by side; their processes leave the memory of the GPU when it ends."""
+    end_kept()  # a study's runs have workers of their own
     before = used_mib()
     words = [
         "method=ce,ride", "seed=0,1", "dataset=digits_lt", *runs.SMALL, "cluster.gpus_per_worker=1",
@@ -176,8 +214,8 @@ def test_a_study_shares_the_gpus(tmp_path, capsys):
     assert [record["status"] for record in records] == ["finished"] * 4
     assert (tmp_path / "gpus" / "report").is_dir()
     for record in records:
-        kept = json.loads((tmp_path / "gpus" / record["run"] / "run.json").read_text())
-        assert all(worker["device"] != "cpu" for worker in kept["workers"]), kept["workers"]
+        workers = run_json(tmp_path / "gpus" / record["run"])["workers"]
+        assert all(worker["device"] != "cpu" for worker in workers), workers
     with contextlib.suppress(TimeoutError):
         runs.wait_until(lambda: used_mib() < before + 200, "free memory", 30)
     assert used_mib() < before + 200
@@ -190,7 +228,8 @@ def used_mib():
 
 
 def test_the_doctor_finds_the_gpus(capsys):
-    main(["doctor", *RIDE, "cluster.workers=3"])  # what else it finds is of the machine
+    address = ray.get_runtime_context().gcs_address
+    main(["doctor", *RIDE, "cluster.workers=3", f"cluster.address={address}"])  # what else it finds is of the machine
     said = capsys.readouterr().out
     (line,) = [line for line in said.splitlines() if line.split()[1:2] == ["gpus"]]
     assert line.startswith("ok"), said
