@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -152,8 +153,8 @@ def calm(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("number", "failure"), [(signal.SIGKILL, "died"), (signal.SIGSTOP, "has not answered")])
-def test_a_run_whose_worker_is_lost_ends_with_the_same_bits(number, failure, calm, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_run_whose_worker_is_lost_ends_with_the_same_bits(number, calm, tmp_path):
     """Killed or hanging while the others wait for it inside NCCL: losses, weights and scores are the same.
 
     Steps are graphs, and cuDNN is held to algorithms that repeat.
@@ -168,7 +169,10 @@ def test_a_run_whose_worker_is_lost_ends_with_the_same_bits(number, failure, cal
         process.kill()
     assert process.returncode == 0, output
     found = run_json(folder)
-    assert found["failures"] == 1 and failure in found["last_failure"]["what"], found["last_failure"]
+    assert found["failures"] == 1, output
+    # The others hang, too: whose time is over first, that worker's or theirs, is open.
+    messages = {signal.SIGKILL: "died", signal.SIGSTOP: "has not answered|has finished nothing"}
+    assert re.search(messages[number], found["last_failure"]["what"]), output
     assert_same_run(folder, calm)
 
 
