@@ -8,6 +8,7 @@ A run has them once it is finished; accuracies are in percent, as in its table.
     final/<group>            the model of the last epoch: all, few, many, medium
     finals/<stage>/<group>   the same of each of several final stages
     sd/<name>                of a row of a study: standard deviation over its seeds, of the mean that has that name
+    runs/finished, failed    of a study, which also has the hours of all its runs
 
 Where no class is few-shot by its number of images, but the data set has cuts by index, groups are those by index:
 final/few_by_index. Saved views have the names that the data of a study give.
@@ -67,6 +68,21 @@ def _costs(run: Mapping[str, Any]) -> dict[str, float]:
     if size.get("multiply_adds") is not None:
         found["gmacs"] = size["multiply_adds"] / 1e9
     return {f"{_COST}{name}": float(value) for name, value in found.items() if value is not None}
+
+
+def totals(folder: Path, study: Mapping[str, Any]) -> dict[str, float]:
+    """Return how many runs of a study have finished and failed, and the hours of all of them.
+
+    Args:
+        folder: of the study.
+        study: content of study.json.
+    """
+    statuses = [point.get("status") for point in study["points"]]
+    found = {f"runs/{status}": float(statuses.count(status)) for status in ("finished", "failed")}
+    costs = [read_json(folder / point["run"] / RUN).get("cost") or {} for point in study["points"]]
+    hours = {name: sum(cost.get(name) or 0.0 for cost in costs) for name in ("gpu_hours", "cpu_hours")}
+    used = "gpu_hours" if hours["gpu_hours"] else "cpu_hours"
+    return found | {f"{_COST}{used}": round(hours[used], 4)}
 
 
 def in_words(evaluation: Mapping[str, Any]) -> str:

@@ -162,7 +162,7 @@ class MlflowSender:
         if run.info.status != "RUNNING":
             client.update_run(self._run_id, status="RUNNING")
         if (self._run_dir / STUDY_FILE).exists():
-            self._rows = StudySender(client, experiment_id, self._run_dir, self.state)
+            self._rows = StudySender(client, experiment_id, self._run_id, self._run_dir, self.state)
         self._client = client
         _log.info("run %s of experiment %s", self._run_id, self._target.experiment)
 

@@ -1,4 +1,4 @@
-"""Sends the rows of a study to MLflow: means, spreads and states of runs that differ in their seed alone.
+"""Sends the numbers of a study to MLflow: totals, and of each row of runs that differ in their seed alone their means.
 
 Everything is computed from the run folders each time and sent where the store has something else, so it does not matter
 what was lost or sent before.
@@ -7,6 +7,7 @@ what was lost or sent before.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +16,39 @@ from orchestration.config.paths import sibling_of
 from orchestration.storage.files import CONFIG, DATA, RUN, read_config, read_json
 from orchestration.storage.study_file import read_study_file
 from orchestration.tracking import contents
+from orchestration.tracking.headline import totals
 from orchestration.tracking.mlflow_runs import find_row
 from orchestration.tracking.process import State, chunks, file_version
 from orchestration.tracking.study_rows import StudyRow, rows_of
 
 
 class StudySender:
-    """The rows of one study in one store.
+    """The numbers of one study in one store.
 
     Args:
         client: of the store.
         experiment_id: where the study is.
+        run_id: of the study's own run.
         folder: of the study.
         state: what the folder remembers of the store.
     """
 
-    def __init__(self, client: Any, experiment_id: str, folder: Path, state: State) -> None:
+    def __init__(self, client: Any, experiment_id: str, run_id: str, folder: Path, state: State) -> None:
         self._client, self._experiment_id, self._folder, self._state = client, experiment_id, folder, state
+        self._run_id = run_id
         self._ids: dict[str, str] = {}
         self._sent: dict[str, Any] = {}  # by row: what it was made of when it was last sent
 
     def send(self, ended: str | None = None) -> None:
-        """Send what has changed of every row that has begun.
+        """Send what has changed of the totals, and of every row that has begun.
 
         Args:
             ended: status, in MLflow's word, of rows that the study calls running, where nobody trains it any more.
         """
-        for row in rows_of(read_study_file(self._folder)):
+        study = read_study_file(self._folder)
+        if metrics := _changed(totals(self._folder, study), self._client.get_run(self._run_id)):
+            self._client.log_batch(self._run_id, metrics=metrics, synchronous=True)
+        for row in rows_of(study):
             begun = [run for run in row.runs if (self._folder / run / CONFIG).exists()]
             made_of = (row, ended, [file_version(self._folder / run / RUN) for run in begun])
             if begun and self._sent.get(row.name) != made_of:
@@ -49,18 +56,14 @@ class StudySender:
                 self._sent[row.name] = made_of
 
     def _send(self, row: StudyRow, first: Path, ended: str | None) -> None:
-        from mlflow.entities import Metric, Param, RunTag
+        from mlflow.entities import Param, RunTag
 
         if row.name not in self._ids:
             self._ids[row.name] = find_row(self._client, self._experiment_id, self._folder, self._state, row)
         run_id = self._ids[row.name]
         known = self._client.get_run(run_id)
         metrics, seeds = row.summary(self._folder)
-        # All at step 0, as numbers that have no course: MLflow draws them as bars, one for each run.
-        now = round(time.time() * 1000)
-        changed = [
-            Metric(name, value, now, 0) for name, value in metrics.items() if known.data.metrics.get(name) != value
-        ]
+        changed = _changed(metrics, known)
         tags = [RunTag(k, v) for k, v in row_tags(row, first, seeds).items() if known.data.tags.get(k) != v]
         config, facts = read_config(first), read_json(first / RUN)
         params = {
@@ -85,6 +88,17 @@ class StudySender:
         else:
             ended_at = contents.time_ms(contents.times(self._folder, row.runs), "ended")
             self._client.set_terminated(run_id, status, ended_at)
+
+
+def _changed(metrics: Mapping[str, float], known: Any) -> list[Any]:
+    """Return the metrics that an MLflow run does not have so yet.
+
+    All at step 0, as numbers that have no course: MLflow draws them as bars, one for each run.
+    """
+    from mlflow.entities import Metric
+
+    now = round(time.time() * 1000)
+    return [Metric(name, value, now, 0) for name, value in metrics.items() if known.data.metrics.get(name) != value]
 
 
 def row_tags(row: StudyRow, first: Path, seeds: list[int]) -> dict[str, str]:
