@@ -215,8 +215,10 @@ def _price(costs: Mapping[str, Cost], label: str, comparison: Comparison | None)
     own, base = costs[label].training, costs[comparison.baseline].training
     if not own or not base:
         return ""
-    more = ", and its teachers'" if costs[label].teachers else ""
-    return f" It costs {own / base:.2g} times the training of {comparison.baseline}{more}."
+    times, more = f"{own / base:.2g}", ", and its teachers'" if costs[label].teachers else ""
+    if times == "1" and not more:
+        return f" It costs as much training as {comparison.baseline}."
+    return f" It costs {times} times the training of {comparison.baseline}{more}."
 
 
 def _costs_as(one: Cost, base: Cost) -> bool:

@@ -34,6 +34,8 @@ _DIGITS = 4  # of percent: 100 x 0.582 is 58.199999999999996
 _VIEW = "mlflow.sharedViewState."
 VIEW = "recipes"
 """The saved view of a study's experiment that has its rows, with headline metrics as columns."""
+FOR_TRAINING = "workflowType=machine_learning"
+"""Part of a link: MLflow's pages for training. A browser that is new there shows those for language models else."""
 
 
 def headline(run_dir: Path) -> dict[str, float]:

@@ -40,7 +40,7 @@ from orchestration.storage import journal
 from orchestration.storage.files import read_config
 from orchestration.storage.study_file import STUDY_FILE
 from orchestration.tracking import contents
-from orchestration.tracking.headline import VIEW, headline, in_words, selection_tag
+from orchestration.tracking.headline import FOR_TRAINING, VIEW, headline, in_words, selection_tag
 from orchestration.tracking.mlflow_model import save_pyfunc
 from orchestration.tracking.mlflow_runs import PARENT, find_experiment, find_row, find_run, update_views
 from orchestration.tracking.process import (
@@ -216,7 +216,8 @@ class MlflowSender:
     def _links(self) -> str:
         """Return links to the pages of a study, in Markdown."""
         page = f"#/experiments/{self.state.values['experiment_id']}/runs"
-        return f"[Recipes, means over seeds]({page}?viewStateShareKey={VIEW}) | [Report]({page}/{self._run_id}/{_PAGE})"
+        rows = f"[Recipes, means over seeds]({page}?viewStateShareKey={VIEW}&{FOR_TRAINING})"
+        return f"{rows} | [Report]({page}/{self._run_id}/{_PAGE}?{FOR_TRAINING})"
 
     def send_points(self, deadline: float) -> bool:
         """Send the journal's new lines; a batch that fails is kept and sent first the next time.

@@ -15,7 +15,7 @@ from typing import Any
 
 from orchestration.config.paths import import_roots
 from orchestration.config.secrets import redact
-from orchestration.tracking.headline import VIEW
+from orchestration.tracking.headline import FOR_TRAINING, VIEW
 from orchestration.tracking.process import State, Target, incomplete_message
 from orchestration.tracking.uri import check_uri
 
@@ -138,7 +138,7 @@ class Uploader:
         if "run_id" not in values:
             return None
         uri = redact(self._target.uri)
-        page = f"{uri.rstrip('/')}/#/experiments/{values['experiment_id']}/runs/{values['run_id']}"
+        page = f"{uri.rstrip('/')}/#/experiments/{values['experiment_id']}/runs/{values['run_id']}?{FOR_TRAINING}"
         shown = page if uri.startswith("http") else f"run {self._target.run_name}; mlflow ui --backend-store-uri {uri}"
         model = values.get("models", {}).get("best")
         return f"MLflow: {shown}" + (f"; {model}" if model else "")
@@ -149,7 +149,7 @@ class Uploader:
         if "experiment_id" not in values:
             return None
         uri, name = redact(self._target.uri), self._target.experiment
-        page = f"#/experiments/{values['experiment_id']}/runs?viewStateShareKey={VIEW}"
+        page = f"#/experiments/{values['experiment_id']}/runs?viewStateShareKey={VIEW}&{FOR_TRAINING}"
         if uri.startswith("http"):
             return f"MLflow: {uri.rstrip('/')}/{page}"
         return f"MLflow: experiment {name}; mlflow ui --backend-store-uri {uri}, then http://127.0.0.1:5000/{page}"
