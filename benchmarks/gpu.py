@@ -1,7 +1,7 @@
-"""Measure training, evaluation and checkpoints on one GPU. About 4 minutes; Ray is needed for `command` alone.
+"""Measure training, evaluation and checkpoints on one GPU. About 4 minutes; Ray is needed for `cli` alone.
 
     DS_ACCELERATOR=cuda python benchmarks/gpu.py [--only SECTION ...] [--out benchmarks/results/gpu.json]
-    DS_ACCELERATOR=cuda python benchmarks/gpu.py --only whole command [--precision autocast] [--epochs 200] [--compile]
+    DS_ACCELERATOR=cuda python benchmarks/gpu.py --only whole cli [--precision autocast] [--epochs 200] [--compile]
 
 RIDE-3, ResNet-32, batch 128, on images of the form of CIFAR-100-LT at ratio 100 (10,847 for training, 10,000 for the
 test), made up so that a network can learn them. Each side is the product's own `StageTrainer`:
@@ -10,7 +10,7 @@ test), made up so that a network can learn them. Each side is the product's own 
   deepspeed   ZeRO 1 with one worker
   epochs      some epochs, the test scored after each, with either engine
   whole       a whole run of --epochs epochs in --precision, the test scored after each (only if asked for)
-  command     the same by `expertail train`: Ray, one worker, checkpoints, a report (only if asked for)
+  cli         the same by `expertail train`: Ray, one worker, checkpoints, a report (only if asked for)
 --device cpu --tiny tries the script on a CPU. What holds a GPU to a CPU's numbers is tests/contract/test_gpu.py.
 """
 
@@ -300,12 +300,12 @@ def whole(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     return found | {"images_per_s_evaluation_included": round(images / took)}
 
 
-def command(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
+def cli(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     """Carry out a whole run as users do: `expertail train`, the test scored after each epoch, a report at its end."""
     words = [
         *bench.words(gpus=int(bench.device == "cuda")), f"engine.precision={options.precision}",
         f"engine.compile={str(options.compile).lower()}", f"method.stages.train.epochs={options.epochs}",
-        "run.evaluate_every_epochs=1", "tracking.enabled=false", f"run.dir={bench.root}", "run.name=command",
+        "run.evaluate_every_epochs=1", "tracking.enabled=false", f"run.dir={bench.root}", "run.name=cli",
     ]  # fmt: skip
     start = time.perf_counter()
     command = [sys.executable, "-m", "orchestration", "train", *words]
@@ -313,9 +313,9 @@ def command(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     took = time.perf_counter() - start
     if done.returncode:
         raise RuntimeError(done.stderr[-1500:])
-    run = json.loads((Path(bench.root) / "command" / "run.json").read_text())
+    run = json.loads((Path(bench.root) / "cli" / "run.json").read_text())
     return {"s": round(took, 1), "startup_s": run["startup_s"], "cost": run["cost"], "workers": run["workers"],
-            "last_lines": done.stderr.splitlines()[-4:]}  # fmt: skip
+            "last_lines": done.stderr.splitlines()[-4:-1]}  # fmt: skip
 
 
 def trained(trainer: StageTrainer, count: int) -> dict[str, Any]:
@@ -340,7 +340,7 @@ def trained(trainer: StageTrainer, count: int) -> dict[str, Any]:
 
 
 SECTIONS = {"bare": bare, "plain": plain, "deepspeed": deepspeed, "epochs": epochs}
-OF_A_RUN = {"whole": whole, "command": command}
+OF_A_RUN = {"whole": whole, "cli": cli}
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def main(arguments: list[str]) -> int:
     if (where := next(jobs, None)) is None:  # the study was refused, or has gone
         return 0
     os.environ["RAY_ADDRESS"] = where["ray"]
-    with one_uploader(), cluster(None), kept_warm():
+    with one_uploader(lambda text: parent.say("said", text=text), where["study"]), cluster(None), kept_warm():
         parent.say("ready")
         for job in jobs:
             if "run" not in job:  # nothing to do for a while: others may need the places

@@ -141,7 +141,7 @@ def _conclude(folder: StudyFolder, lanes: Lanes, upload: StudyUpload | None, *, 
             show(status_text(folder.path, who=False))
             if whole and any(record["status"] == FINISHED for record in folder.records):
                 _report(folder)
-            lanes.finish()  # their uploads come before the study's own
+            lanes.finish(say)  # their uploads come before the study's own
             wait_s = None if whole else _STOPPED_WAIT_S
         finally:
             if upload is not None:

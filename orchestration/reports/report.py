@@ -246,11 +246,12 @@ def provenance(records: Sequence[Record]) -> dict[str, dict[str, int]]:
         facts = record.facts
         host, mesh = facts.get("host") or {}, facts.get("mesh") or {}
         workers = mesh.get("slots", 1) * mesh.get("replicas", 1)
-        gpu = (record.config.cluster.gpus_per_worker or 0) > 0
+        devices = {str(worker.get("device", "GPU")) for worker in facts.get("workers") or ()} or {"GPU"}
+        gpu = f"with {', '.join(sorted(devices))}" if record.config.cluster.gpus_per_worker else "without GPU"
         found["commit"][str(facts.get("commit"))] += 1
         found["versions"][", ".join(f"{k} {v}" for k, v in (facts.get("versions") or {}).items())] += 1
         machine = f"{host.get('processor', 'unknown')}, {host.get('cpus', '?')} CPUs"
-        found["hardware"][f"{machine}; {plural(workers, 'worker')} {'with GPU' if gpu else 'without GPU'}"] += 1
+        found["hardware"][f"{machine}; {plural(workers, 'worker')} {gpu}"] += 1
         found["data"][f"{record.data.name} {record.data.digest}"] += 1
         if adopted := facts.get("adopted"):  # the folder alone: its runs may be many
             found.setdefault("taken over from", Counter())[Path(adopted["folder"]).name] += 1

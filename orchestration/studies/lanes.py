@@ -1,7 +1,8 @@
 """Lanes: processes that train one run of a study after another. This is their parent's side.
 
-    parent -> lane    standard input: {"ray": address} once, then a line of JSON per run: {"run": name, ...}
-    lane -> parent    a pipe of its own, a line of JSON per event: {"event": "ready" | "began" | "ended", "run": ...}
+    parent -> lane    standard input: {"ray": address, "study": folder} once, then a line of JSON per run: {"run": ...}
+    lane -> parent    a pipe of its own, a line of JSON per event: {"event": "ready" | "began" | "ended", "run": ...};
+                      {"event": "said", "text": ...} is for those who watch the study
 
 A lane whose standard input ends has lost its parent, or has no more to do: it writes a checkpoint if it trains, and
 ends. A lane that dies costs the steps since the newest checkpoint of the one run that it trained.
@@ -15,7 +16,7 @@ import os
 import selectors
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ class Event(NamedTuple):
 
     Attributes:
         lane: that says it.
-        kind: "ready", "began", "ended"; "died" once its process has ended.
+        kind: "ready", "began", "ended", "said"; "died" once its process has ended.
         values: what else it says.
     """
 
@@ -60,9 +61,9 @@ class Lane:
         self.first_memory_mib: float | None = None
         self._text = b""
 
-    def connect(self, address: str) -> None:
-        """Tell it where Ray is. It has loaded its libraries meanwhile."""
-        self._send({"ray": address})
+    def connect(self, address: str, study: Path) -> None:
+        """Tell it where Ray and the study are. It has loaded its libraries meanwhile."""
+        self._send({"ray": address, "study": str(study)})
 
     def give(self, job: Mapping[str, Any]) -> None:
         """Let it train a run. One that has died meanwhile says so by its end."""
@@ -127,7 +128,7 @@ class Lanes:
         """Let all lanes, those that are started later too, connect to Ray."""
         self._address = address
         for lane in self.alive:
-            lane.connect(address)
+            lane.connect(address, self._folder)
 
     def start(self) -> Lane:
         """Start one more. It is ready once it is connected, too."""
@@ -144,7 +145,7 @@ class Lanes:
         self._selector.register(reads, selectors.EVENT_READ, lane)
         self.alive.append(lane)
         if self._address is not None:
-            lane.connect(self._address)
+            lane.connect(self._address, self._folder)
         return lane
 
     def events(self, wait_s: float) -> list[Event]:
@@ -175,12 +176,21 @@ class Lanes:
             else:
                 lane.send(number)
 
-    def finish(self) -> None:
-        """Let all end, and wait for them."""
+    def finish(self, report: Callable[[str], None]) -> None:
+        """Let all end, and wait for them.
+
+        Args:
+            report: takes what they say meanwhile, each line once.
+        """
         for lane in self.alive:
             lane.end()
+        heard = set[str]()
         while self.alive:
-            self.events(1.0)
+            for event in self.events(1.0):
+                text = event.values.get("text")
+                if text and text not in heard:
+                    heard.add(text)
+                    report(text)
 
     def close(self) -> None:
         """End all of them at once. Goes on past failures."""

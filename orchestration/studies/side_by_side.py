@@ -109,7 +109,7 @@ class SideBySide:
             for lane in self._lanes.alive:
                 lane.end()  # it uploads what is left of its runs meanwhile
             if self._no_room is not None and signals.received is None:
-                self._lanes.finish()
+                self._lanes.finish(self._report)
                 raise ValueError(f"no run begins any more: {self._no_room}")
             return signals.received
         except BaseException:
@@ -220,6 +220,8 @@ class SideBySide:
                 self._report(f"{event.values['run']}: began  ({self._count()})")
             case "ended":
                 self._end(lane, event.values)
+            case "said":
+                self._report(event.values["text"])
             case "died":
                 self._lose(lane, event.values["code"])
 

@@ -8,7 +8,8 @@ A run has them once it is finished; accuracies are in percent, as in its table.
     final/<group>            the model of the last epoch: all, few, many, medium
     finals/<stage>/<group>   the same of each of several final stages
     sd/<name>                of a row of a study: standard deviation over its seeds, of the mean that has that name
-    runs/finished, failed    of a study, which also has the hours of all its runs
+    runs/finished, failed    of a study
+    total/gpu_hours          of a study: of all runs that it trained itself; without a GPU it is total/cpu_hours
 
 Where no class is few-shot by its number of images, but the data set has cuts by index, groups are those by index:
 final/few_by_index. Saved views have the names that the data of a study give.
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ _VIEW = "mlflow.sharedViewState."
 VIEW = "recipes"
 """The saved view of a study's experiment that has its rows, with headline metrics as columns."""
 FOR_TRAINING = "workflowType=machine_learning"
-"""Part of a link: MLflow's pages for training. A browser that is new there shows those for language models else."""
+"""Part of a link: opens MLflow's pages for training. A browser that is new there opens those for language models."""
 
 
 def headline(run_dir: Path) -> dict[str, float]:
@@ -72,19 +73,21 @@ def _costs(run: Mapping[str, Any]) -> dict[str, float]:
     return {f"{_COST}{name}": float(value) for name, value in found.items() if value is not None}
 
 
-def totals(folder: Path, study: Mapping[str, Any]) -> dict[str, float]:
-    """Return how many runs of a study have finished and failed, and the hours of all of them.
+def totals(study: Mapping[str, Any], cost_of: Callable[[str], Mapping[str, float]]) -> dict[str, float]:
+    """Return how many runs of a study have finished and failed, and the hours of those that it trained itself.
 
     Args:
-        folder: of the study.
         study: content of study.json.
+        cost_of: returns the `cost` of run.json, by the name of a run.
     """
-    statuses = [point.get("status") for point in study["points"]]
+    points = study.get("points", ())
+    statuses = [point.get("status") for point in points]
     found = {f"runs/{status}": float(statuses.count(status)) for status in ("finished", "failed")}
-    costs = [read_json(folder / point["run"] / RUN).get("cost") or {} for point in study["points"]]
+    costs = [cost_of(point["run"]) for point in points if not point.get("adopted")]
     hours = {name: sum(cost.get(name) or 0.0 for cost in costs) for name in ("gpu_hours", "cpu_hours")}
-    used = "gpu_hours" if hours["gpu_hours"] else "cpu_hours"
-    return found | {f"{_COST}{used}": round(hours[used], 4)}
+    # One of them, as of a run; none before a run has a cost: which one it will be is not known, and it would stay.
+    used = next((name for name, sum_ in hours.items() if sum_), None)
+    return found | ({f"total/{used}": round(hours[used], 4)} if used else {})
 
 
 def in_words(evaluation: Mapping[str, Any]) -> str:

@@ -169,7 +169,7 @@ class MlflowSender:
     def describe(self) -> None:
         """Send parameters, tags, dataset and files, once and whenever the files that describe the run change.
 
-        Of a run that is finished, send its headline metrics too; of a study, its rows.
+        Of a run that is finished, send its headline metrics too; of a study, its totals and rows.
         """
         from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 

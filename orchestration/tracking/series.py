@@ -1,8 +1,8 @@
 """Uploads of a study: of its runs by one process for each lane, and of the study itself, beside them.
 
 One process uploads many runs, one after another: MLflow is imported once, which costs seconds. A run does not wait for
-its upload: that goes on beside the next run. What a series could not send is said when it is known, and `expertail
-sync` sends it later.
+its upload: that goes on beside the next run. What a series could not send is said when it is known, and once more at
+its end; `expertail sync` sends it later.
 
 The study's own process follows study.json and the report; means of rows are sent as runs end (study_sender.py).
 
@@ -28,6 +28,7 @@ from typing import Any
 
 from orchestration.config.messages import in_one_line, say
 from orchestration.config.paths import import_roots
+from orchestration.results.text import plural
 from orchestration.tracking.ownership import settle_ownership
 from orchestration.tracking.process import RedactedStream, Target, set_priority
 from orchestration.tracking.uploader import LOG_FILE, Uploader, instead, start_uploader
@@ -38,13 +39,15 @@ _LAST_WAIT_S = 2.0  # beyond the longest wait of a run, for the last request
 class _SeriesUploader(Uploader):
     """The driver's handle on the upload of one run."""
 
-    def __init__(self, run_dir: Path, target: Target, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, run_dir: Path, target: Target, process: subprocess.Popen[bytes], waits: list[float]) -> None:
         super().__init__(run_dir, target, process)
+        self._waits = waits
         self.send_message({"run_dir": str(run_dir), "target": asdict(target)})
 
     def finish(self, wait_s: float = 60.0, status: str | None = None) -> str | None:
         """Let the process send the rest. Return at once: nothing is missing yet."""
         self._finishing = True
+        self._waits.append(wait_s)
         self.send_message({"finish": wait_s, "status": status})
         return None
 
@@ -87,22 +90,26 @@ class StudyUpload:
 
 
 @contextlib.contextmanager
-def one_uploader(wait_s: float = 60.0) -> Iterator[None]:
+def one_uploader(tell: Callable[[str], None], study: str) -> Iterator[None]:
     """Upload all runs of this process by one process more, until the context ends.
 
     Args:
-        wait_s: how long the end of the context may wait for what is left.
+        tell: takes a line at the end where something was not sent. The end waits for what is left as long as the most
+            patient run would (tracking.final_wait_s).
+        study: folder that the line says to send later.
     """
     reads, writes = os.pipe()
     path = os.pathsep.join(import_roots() + list(filter(None, [os.environ.get("PYTHONPATH")])))
     process: list[subprocess.Popen[bytes]] = []
+    problems: list[str] = []
+    waits = [0.0]
 
     def begin(run_dir: Path, target: Target, report: Callable[[str], None]) -> Uploader:
         if not process or process[0].poll() is not None:  # the first run, or the process has died
             process[:] = [_start(writes, path)]
-        return _SeriesUploader(run_dir, target, process[0])
+        return _SeriesUploader(run_dir, target, process[0], waits)
 
-    listener = threading.Thread(target=_listen, args=(reads,), name="uploads", daemon=True)
+    listener = threading.Thread(target=_listen, args=(reads, problems), name="uploads", daemon=True)
     listener.start()
     instead.append(begin)
     try:
@@ -114,13 +121,17 @@ def one_uploader(wait_s: float = 60.0) -> Iterator[None]:
             assert running.stdin is not None
             with contextlib.suppress(OSError):
                 running.stdin.close()
+            wait_s = max(waits)
             try:
                 running.wait(wait_s + _LAST_WAIT_S)
             except subprocess.TimeoutExpired:
                 running.kill()
                 running.wait()
-                say(f"tracking: not all runs were uploaded after {wait_s:.0f} s; later: expertail sync STUDY")
+                tell(f"tracking: not all runs were uploaded after {wait_s:.0f} s; later: expertail sync {study}")
         listener.join(_LAST_WAIT_S)
+        if problems:
+            text = f"tracking: {plural(len(problems), 'upload')} of runs failed, the first with {problems[0]}"
+            tell(f"{text}; later: expertail sync {study}")
 
 
 def _start(writes: int, path: str) -> subprocess.Popen[bytes]:
@@ -131,10 +142,11 @@ def _start(writes: int, path: str) -> subprocess.Popen[bytes]:
     )  # fmt: skip
 
 
-def _listen(reads: int) -> None:
+def _listen(reads: int, problems: list[str]) -> None:
     with open(reads, encoding="utf-8", errors="replace") as lines:
         for line in lines:
             said = json.loads(line)
+            problems.append(said["problem"])
             say(f"tracking, {Path(said['run_dir']).name}: {said['problem']}; later: expertail sync {said['run_dir']}")
 
 

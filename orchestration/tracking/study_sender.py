@@ -1,4 +1,4 @@
-"""Sends the numbers of a study to MLflow: totals, and of each row of runs that differ in their seed alone their means.
+"""Sends the numbers of a study to MLflow: totals; means, spreads and states of runs that differ in their seed alone.
 
 Everything is computed from the run folders each time and sent where the store has something else, so it does not matter
 what was lost or sent before.
@@ -38,6 +38,8 @@ class StudySender:
         self._run_id = run_id
         self._ids: dict[str, str] = {}
         self._sent: dict[str, Any] = {}  # by row: what it was made of when it was last sent
+        self._totals: dict[str, float] = {}
+        self._costs: dict[str, tuple[Any, Mapping[str, float]]] = {}  # by run, with the version of its file
 
     def send(self, ended: str | None = None) -> None:
         """Send what has changed of the totals, and of every row that has begun.
@@ -46,14 +48,24 @@ class StudySender:
             ended: status, in MLflow's word, of rows that the study calls running, where nobody trains it any more.
         """
         study = read_study_file(self._folder)
-        if metrics := _changed(totals(self._folder, study), self._client.get_run(self._run_id)):
-            self._client.log_batch(self._run_id, metrics=metrics, synchronous=True)
+        if (found := totals(study, self._cost)) != self._totals:
+            if metrics := _changed(found, self._client.get_run(self._run_id)):
+                self._client.log_batch(self._run_id, metrics=metrics, synchronous=True)
+            self._totals = found
         for row in rows_of(study):
             begun = [run for run in row.runs if (self._folder / run / CONFIG).exists()]
             made_of = (row, ended, [file_version(self._folder / run / RUN) for run in begun])
             if begun and self._sent.get(row.name) != made_of:
                 self._send(row, self._folder / begun[0], ended)
                 self._sent[row.name] = made_of
+
+    def _cost(self, run: str) -> Mapping[str, float]:
+        """Return the hours of a run, read again only when its file has changed."""
+        path = self._folder / run / RUN
+        version = file_version(path)
+        if run not in self._costs or self._costs[run][0] != version:
+            self._costs[run] = version, read_json(path).get("cost") or {}
+        return self._costs[run][1]
 
     def _send(self, row: StudyRow, first: Path, ended: str | None) -> None:
         from mlflow.entities import Param, RunTag
@@ -91,7 +103,7 @@ class StudySender:
 
 
 def _changed(metrics: Mapping[str, float], known: Any) -> list[Any]:
-    """Return the metrics that an MLflow run does not have so yet.
+    """Return the metrics that are new to an MLflow run, or that it has with another value.
 
     All at step 0, as numbers that have no course: MLflow draws them as bars, one for each run.
     """

@@ -67,6 +67,7 @@ def test_runs_of_a_study_are_bitwise_those_of_single_runs_and_a_failure_costs_it
     assert kept[lws]["stages_taken"] == {"train": crt} and kept[lws]["study"] == "tiny"
     assert kept[lws]["command"].startswith("expertail train ") and f"run.name={lws}" in kept[lws]["command"]
     assert kept[crt]["workers"][0]["pid"] == kept[lws]["workers"][0]["pid"], "workers stay from run to run"
+    assert kept[crt]["workers"][0]["device"] == "cpu"
     assert_equal(folder / lws, alone(tmp_path, found[lws]))
 
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/run.json")}

@@ -81,7 +81,7 @@ def check(study, store):
     points = read_json(study / "study.json")["points"]
     hours = [read_json(study / point["run"] / "run.json")["cost"]["cpu_hours"] for point in points]
     totals = {f"runs/{status}": sum(p["status"] == status for p in points) for status in ("finished", "failed")}
-    assert there[study.name].data.metrics == {**totals, "cost/cpu_hours": pytest.approx(sum(hours), abs=1e-4)}
+    assert there[study.name].data.metrics == {**totals, "total/cpu_hours": pytest.approx(sum(hours), abs=1e-4)}
     for method in {point["label"]["method"] for point in points}:
         row, seeds = there[method], {p["seed"]: p["run"] for p in points if p["label"]["method"] == method}
         finished = {s: r for s, r in seeds.items() if read_json(study / r / "run.json")["status"] == "finished"}

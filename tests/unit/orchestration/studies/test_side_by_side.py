@@ -79,7 +79,7 @@ def study(tmp_path, *runs, cpus=2.0, most=None):
 def carry_out(training):
     """Train the study and wait for its lanes, as the command does after its report."""
     stopped_by = training.carry_out()
-    training._lanes.finish()
+    training._lanes.finish(print)
     return stopped_by
 
 
