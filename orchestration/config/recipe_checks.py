@@ -24,6 +24,14 @@ def recipe_problems(method: Recipe) -> Iterator[str]:
     yield from _names_problems("experts", method.experts, method.num_experts)
     earlier: list[str] = []  # a stage may refer to these alone, so nothing can wait in a circle
     for name, stage in method.stages.items():
+        if stage.epochs and len(method.stages) > 1 and not any(getattr(stage, key) for key in _STEPS_NEED):
+            others = ", ".join(other for other in method.stages if other != name)
+            yield (
+                f"stages.{name}: a stage with steps (epochs = {stage.epochs}) that has none of "
+                f"{', '.join(_STEPS_NEED)}; needed all of them, or a stage of the recipe: {others}"
+            )
+            earlier.append(name)
+            continue
         found = [*_stage_problems(name, stage, method, earlier), *_learning_problems(name, stage, method)]
         yield from (f"stages.{name}.{problem}" for problem in [*found, *_head_problems(name, stage, method)])
         yield from _rule_problems(name, method, earlier)

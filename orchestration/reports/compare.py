@@ -5,14 +5,14 @@ over classes and test images of the mean difference over these seeds, where both
 
 The words follow from both, so that neither kind of chance passes as a result:
   "real at 95 %"                          each interval that there is excludes 0, and that over seeds is there
-  "not told apart by n seeds"             the interval over seeds includes 0
+  "not told apart by n seeds"             the interval over seeds includes 0, or two seeds differ by the same number
   "not told apart by the test images"     that over seeds excludes 0, the bootstrap does not
   "one seed: no interval"                 a single seed in common: training again may give another order
 
 The interval over seeds decides first, because training again is what a reader would do. With 3 seeds it has 2 degrees
-of freedom and is 2.5 standard deviations wide to each side, with 5 seeds 1.2. A recipe whose seeds all give the same
-number (an accuracy of 0) has no spread; its interval is that number. Each difference is judged alone: of 100 that are
-none, up to 5 will be called real.
+of freedom and is 2.5 standard deviations wide to each side, with 5 seeds 1.2. A recipe of three seeds or more that all
+give the same number (an accuracy of 0) has no spread; its interval is that number. Each difference is judged alone: of
+100 that are none, up to 5 will be called real.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Difference:
     Attributes:
         mean: over the seeds that both have.
         seeds: how many these are.
-        over_seeds: Student's interval; None with one seed.
+        over_seeds: Student's interval; None with one seed, and of two equal differences.
         over_images: the bootstrap's; None where a run kept no predictions.
         words: what may be said.
     """
@@ -141,9 +141,9 @@ def _over_seeds(row: Row, base: Row, key: str, which: str, over_images: Interval
 
 def verdict(seeds: int, over_seeds: Interval | None, over_images: Interval | None) -> str:
     """Return the words that may be said of a difference; see the head of this file."""
-    if over_seeds is None:
+    if seeds == 1:
         return "one seed: no interval"
-    if not over_seeds.excludes_zero:
+    if over_seeds is None or not over_seeds.excludes_zero:
         return f"not told apart by {seeds} seeds"
     if over_images is not None and not over_images.excludes_zero:
         return "not told apart by the test images"

@@ -181,7 +181,8 @@ def _answers(table: Table, comparison: Comparison | None, costs: Mapping[str, Co
         if ranked and len(equal) < len(table.rows):
             lines.append(
                 f"Best {_in_words(key)} at the cost of {comparison.baseline} (multiply-adds of training and inference "
-                f"within {100 * (_EQUAL_COST - 1):.0f} %): {_best(table, ranked, key, comparison, which)}"
+                f"within {100 * (_EQUAL_COST - 1):.0f} %: {len(equal)} of {len(table.rows)} recipes): "
+                f"{_best(table, ranked, key, comparison, which)}"
             )
     return lines
 
@@ -202,9 +203,11 @@ def _best(table: Table, ranked: Sequence[Row], key: str, comparison: Comparison 
         text += f", {100 * difference.mean:+.1f} points to {comparison.baseline}: {difference.words}"
     if len(ranked) > 1:
         second = ranked[1]
-        apart = compare_two(table, first, second, key, which)
         text += f"; then {second.label} {spread_text(second.spread(key, which))}"
-        text += f": {apart.words if apart else 'no seed in common'}"
+        if not (comparison and difference and second.label == comparison.baseline):  # that is said already
+            apart = compare_two(table, first, second, key, which)
+            behind = f", {100 * apart.mean:.1f} points behind: {apart.words}" if apart else ": no seed in common"
+            text += behind
     return f"{text}."
 
 

@@ -281,9 +281,11 @@ def apart_lines(found: Iterable[Table]) -> list[str]:
     reasons = []
     digests = {table.data.digest: table.data for table in all_}
     if len(digests) > 1:
-        reasons.append("data (" + ", ".join(f"{one.name} {one.digest[:8]}" for one in digests.values()) + ")")
+        reasons.append("data (" + "; ".join(f"{one.line} {one.digest[:8]}" for one in digests.values()) + ")")
     for field in Schedule._fields:
         values = list(dict.fromkeys(getattr(one, field) for one in schedules))
         if len(values) > 1:
             reasons.append(f"{field.replace('_', ' ')} ({', '.join(map(str, values))})")
-    return [f"{len(all_)} tables, because their runs differ in {'; '.join(reasons)}: those are not compared"]
+    return [
+        f"{len(all_)} tables, because their runs differ in {'; '.join(reasons)}: those are not compared with each other"
+    ]

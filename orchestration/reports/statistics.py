@@ -22,6 +22,7 @@ DRAWS = 2000
 FEWEST_CLASSES = 20
 """Classes that a group needs to be drawn again. Fewer cannot stand for a population: the percentiles of 2 or 5 drawn
 classes are far too narrow, or no interval at all."""
+_EQUAL = 1e-9  # of accuracies, as fractions: what rounding leaves of a difference of 0
 _BLOCK = 4_000_000  # numbers of one piece of the draws: 32 MB
 
 
@@ -76,9 +77,10 @@ def paired_interval(differences: Sequence[float]) -> Interval | None:
     """Return the mean of differences that are paired by seed, with its Student interval; None of fewer than two.
 
     With n seeds it is mean +- t(n - 1) sd / sqrt(n). t(2) is 4.30: three seeds tell little apart, and that is right.
+    Two differences that are equal by chance, as those of few images often are, have no spread to go by: None, too.
     """
     mean, sd = mean_and_sd(differences)
-    if mean is None or sd is None:
+    if mean is None or sd is None or (len(differences) == 2 and mean and sd < _EQUAL):
         return None
     half = student_quantile(len(differences) - 1) * sd / math.sqrt(len(differences))
     return Interval(mean, mean - half, mean + half)

@@ -101,7 +101,7 @@ def _keys_once(words: tuple[str, ...]) -> tuple[str, ...]:
 
 def _some(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if not values:
-        raise ValueError("needed at least one")
+        raise ValueError("found none; needed at least one, e.g. [0, 1, 2]")
     return values
 
 
@@ -341,7 +341,11 @@ def _lay_words(tree: dict[str, Any], words: Sequence[str], problems: list[str]) 
         elif key.startswith(_OWN):
             _lay_own(tree, key.removeprefix(_OWN), text, problems)
         elif key == "seed":
-            tree["seeds"] = [int(value) if value.isdecimal() else value for value in _values(parser, word) or [text]]
+            seeds = _values(parser, word) or [text]
+            if all(seed.isdecimal() for seed in seeds):
+                tree["seeds"] = [int(seed) for seed in seeds]
+            else:
+                problems.append(f"{word}: needed whole numbers, e.g. seed=0,1,2 or seed=range(0,3)")
         else:
             common = [other for other in common if str(other).partition("=")[0] != key]
             values = None if is_text(key.split(".")) else _values(parser, word)
@@ -363,7 +367,9 @@ def plain_word(word: str) -> str:
 def _lay_own(tree: dict[str, Any], key: str, text: str, problems: list[str]) -> None:
     """Set a key of the study itself."""
     if key in _BY_FILE_ALONE:
-        problems.append(f"{_OWN}{key}={text}: set in a study's file alone; needed plain words, e.g. method=ce,ride")
+        problems.append(
+            f"{_OWN}{key}={text}: set in a study's file alone; needed plain words, e.g. method=ce,ride seed=0,1"
+        )
     elif key.startswith("report."):
         tree["report"] = {**(tree.get("report") or {}), key.removeprefix("report."): text}
     elif key in ("name", "baseline"):

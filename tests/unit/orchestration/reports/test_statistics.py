@@ -35,6 +35,8 @@ def test_one_seed_has_a_mean_and_no_interval():
     assert mean_and_sd([0.4]) == (0.4, None)
     assert mean_and_sd([]) == (None, None)
     assert paired_interval([0.4]) is None
+    assert paired_interval([0.4, 0.4]) is None, "no spread to go by"
+    assert paired_interval([0.4, 0.4, 0.4]) == pytest.approx((0.4, 0.4, 0.4))
 
 
 def test_the_paired_interval_covers_the_true_difference_in_95_of_100_studies():
