@@ -173,7 +173,7 @@ def _answers(table: Table, comparison: Comparison | None, costs: Mapping[str, Co
         ranked = _ranked(table.rows, key, which)
         if ranked:
             price = _price(costs, ranked[0].label, comparison)
-            lines.append(f"Best {_in_words(key)}: {_best(table, ranked, key, comparison, which)}{price}")
+            lines.append(f"Best {_in_words(key)}: {_best(table, ranked, key, comparison, which, price)}")
     if comparison is not None:
         key = rarest(table)
         equal = [row for row in table.rows if _costs_as(costs[row.label], costs[comparison.baseline])]
@@ -194,13 +194,15 @@ def _ranked(rows: Sequence[Row], key: str, which: str) -> list[Row]:
     return sorted(known, key=lambda row: -(means[row.label] or 0.0))
 
 
-def _best(table: Table, ranked: Sequence[Row], key: str, comparison: Comparison | None, which: str) -> str:
-    """Describe the first of ranked rows, its difference to the baseline and to the second."""
+def _best(
+    table: Table, ranked: Sequence[Row], key: str, comparison: Comparison | None, which: str, price: str = ""
+) -> str:
+    """Describe the first of ranked rows, its difference to the baseline, at a price, and to the second."""
     first = ranked[0]
     text = f"{first.label} {spread_text(first.spread(key, which))} (n = {len(first.seeds)})"
     difference = comparison.differences.get(first.label, {}).get(key) if comparison else None
     if comparison and difference:
-        text += f", {100 * difference.mean:+.1f} points to {comparison.baseline}: {difference.words}"
+        text += f", {100 * difference.mean:+.1f} points to {comparison.baseline}{price}: {difference.words}"
     if len(ranked) > 1:
         second = ranked[1]
         text += f"; then {second.label} {spread_text(second.spread(key, which))}"
@@ -212,16 +214,14 @@ def _best(table: Table, ranked: Sequence[Row], key: str, comparison: Comparison 
 
 
 def _price(costs: Mapping[str, Cost], label: str, comparison: Comparison | None) -> str:
-    """Say how many times the baseline's training a row costs; nothing of the baseline, or where it is not known."""
-    if comparison is None or label == comparison.baseline:
+    """Say for how many times the baseline's training a row is had; nothing where that is not known."""
+    if comparison is None:
         return ""
     own, base = costs[label].training, costs[comparison.baseline].training
     if not own or not base:
         return ""
-    times, more = f"{own / base:.2g}", ", and its teachers'" if costs[label].teachers else ""
-    if times == "1" and not more:
-        return f" It costs as much training as {comparison.baseline}."
-    return f" It costs {times} times the training of {comparison.baseline}{more}."
+    times, more = f"{own / base:.2g}", ", teachers not counted" if costs[label].teachers else ""
+    return f" for {'as much training' if times == '1' else f'{times} times its training'}{more}"
 
 
 def _costs_as(one: Cost, base: Cost) -> bool:

@@ -119,7 +119,7 @@ def test_a_run_costs_what_the_run_costs_too_that_it_begins_with_where_the_report
     assert [row.seeds for row in section.table.rows] == [(0, 1), (0, 1)]
     first, longer = (section.costs[row.label] for row in section.table.rows)
     assert longer.training == 2 * first.training and longer.inference == first.inference
-    assert "It costs 2 times the training of ce (ce)." in section.answers[0]
+    assert "points to ce (ce) for 2 times its training:" in section.answers[0]
     alone = [str(folder / "longer-s0"), str(folder / "longer-s1")]
     (lonely,) = make_report(read_sources(alone), nothing).sections
     assert next(iter(lonely.costs.values())).training == first.training
