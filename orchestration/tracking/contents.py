@@ -201,6 +201,8 @@ def note(folder: Path, links: str = "") -> str | None:
         answers = [line for line in lines if line.startswith("- Best ")]
         rest = "\n".join(line for line in lines if line not in answers)
         text = "\n\n".join(filter(None, [links, "\n".join(answers), rest]))
+        if len(text) <= _NOTE:
+            return text or None
         kept = text[:_NOTE].rpartition("\n\n")[0] or text[:_NOTE]
         return re.sub(r"(\n+#+ [^\n]*)+$", "", kept) or None  # no heading of what is cut off
     return f"```\n{path.read_text()[:_NOTE].rstrip()}\n```" if path.exists() else None

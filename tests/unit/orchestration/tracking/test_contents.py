@@ -133,3 +133,7 @@ def test_the_description_of_a_study_begins_with_links_and_answers_and_ends_with_
     found = tracking_contents.note(tmp_path, "[Report](#/x)")
     assert found.startswith("[Report](#/x)\n\n- Best over all: ce 1.\n- Best on few-shot classes: ce 2.\n\n# s")
     assert 4800 < len(found) <= 5000 and found.endswith("a b c")
+    (tmp_path / "report" / "report.md").write_text("# s\n\na b c\n\n### Cut off\n\n" + "x " * 4000)
+    assert tracking_contents.note(tmp_path) == "# s\n\na b c", "no heading of what is cut off"
+    (tmp_path / "report" / "report.md").write_text("# s\n\nd e f\n")
+    assert tracking_contents.note(tmp_path) == "# s\n\nd e f"
