@@ -90,7 +90,8 @@ def study(words: Sequence[str]) -> int:
             raise
         _conclude(folder, lanes, upload, whole=number is None)
     if number is not None:
-        raise Stopped(number, f"study {grid.name}: stopped; the same command goes on")
+        report = f"; a report of what has finished: expertail report {folder.path}" if folder.finished() else ""
+        raise Stopped(number, f"study {grid.name}: stopped; the same command goes on{report}")
     failed = [point.run for point in points if folder.record(point.run)["status"] == FAILED]
     if failed:
         say(f"failed: {', '.join(failed)}; study.retry=failed trains them again")
@@ -182,7 +183,12 @@ def _train(
     """Train what is left. Return the signal that stopped it, if one did."""
     left = [point for point in points if folder.record(point.run)["status"] == WAITING]
     done = sum(folder.record(point.run)["status"] == FINISHED for point in points)
-    say(f"study {grid.name}: {plural(len(points), 'run')}, {done} finished, {len(left)} to train; folder {folder.path}")
+    others = len(folder.records) - len(points)
+    more = f"; {plural(others, 'run')} of the folder not asked for now, in its report all the same" if others else ""
+    say(
+        f"study {grid.name}: {plural(len(points), 'run')}, {done} finished, {len(left)} to train; folder {folder.path}"
+        f"{more}"
+    )
     if not left:
         return None
     lanes.connect(own_address())

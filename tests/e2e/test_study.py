@@ -76,6 +76,9 @@ def test_runs_of_a_study_are_bitwise_those_of_single_runs_and_a_failure_costs_it
     capsys.readouterr()
     assert main(["status", str(folder)]) == 0
     assert "3 runs; 2 finished, 1 failed" in capsys.readouterr().out
+    assert main(["study", *written(tmp_path, recipes=recipes[:1])]) == 0
+    assert "study tiny: 1 run, 1 finished, 0 to train" in (said := capsys.readouterr().err)
+    assert "2 runs of the folder not asked for now, in its report all the same" in said
 
 
 def test_a_run_waits_for_its_teacher_and_fails_with_it(warm, tmp_path):

@@ -81,7 +81,8 @@ def test_the_report_follows_runs_that_end_and_a_failure_to_start_it_ends_nothing
     monkeypatch.setattr(command, "SideBySide", Runs)
     monkeypatch.setattr(command, "own_address", str)
     point = SimpleNamespace(run="a")
-    folder = SimpleNamespace(path=tmp_path, record=lambda _: {"status": "waiting"})
+    record = {"status": "waiting"}
+    folder = SimpleNamespace(path=tmp_path, records=[record], record=lambda _: record)
     grid = SimpleNamespace(name="x", defaults=(), study=SimpleNamespace(parallel="auto"))
     assert command._train(grid, folder, [point], SimpleNamespace(connect=id), {}) is None
     assert [seconds / 60 for seconds in started] == [10, 20, 30], "the first failed, and nothing is new after the third"
