@@ -236,7 +236,6 @@ class Worker:
 
     def _facts(self, dataset: Dataset) -> dict[str, Any]:
         """Return what the driver needs to know of the data, the stage and this worker."""
-
         setup, training = self.trainer.setup, self.trainer.training
         return {
             "class_names": list(dataset.class_names),

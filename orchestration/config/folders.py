@@ -129,8 +129,6 @@ def path_of(group: str, choice: str) -> Path:
     if choice not in known:
         near = difflib.get_close_matches(choice, known, 1)
         hint = f", did you mean {near[0]}" if near else ""
-        if (file := Path(f"{choice}.yaml")).is_file():
-            hint = f", but there is a file: {group}={file}"
         raise ValueError(
             f"{group}={choice}: no such {group}{hint}{passed_over(group, choice)}; known: {', '.join(known)}"
         )

@@ -24,7 +24,7 @@ def recipe_problems(method: Recipe) -> Iterator[str]:
     yield from _names_problems("experts", method.experts, method.num_experts)
     earlier: list[str] = []  # a stage may refer to these alone, so nothing can wait in a circle
     for name, stage in method.stages.items():
-        if stage.epochs and len(method.stages) > 1 and not any(getattr(stage, key) for key in _STEPS_NEED):
+        if len(method.stages) > 1 and _missing(stage) == list(_STEPS_NEED):
             others = ", ".join(other for other in method.stages if other != name)
             yield (
                 f"stages.{name}: a stage with steps (epochs = {stage.epochs}) that has none of "
@@ -125,10 +125,15 @@ def _only_without_steps(key: str) -> str:
     return f"{key} = null: it is chosen on the validation split in a stage without steps; set a number, or epochs=0"
 
 
+def _missing(stage: StageConfig) -> list[str]:
+    """Return the keys that a stage with steps needs and has not; none of one without steps."""
+    return [key for key in _STEPS_NEED if getattr(stage, key) is None] if stage.epochs else []
+
+
 def _stage_problems(name: str, stage: StageConfig, method: Recipe, earlier: list[str]) -> Iterator[str]:
     yield from _names_problems("experts", stage.experts, method.num_experts)
     if stage.epochs:
-        missing = [key for key in _STEPS_NEED if getattr(stage, key) is None]
+        missing = _missing(stage)
         yield from (
             f"{key}: not set; needed a value in a stage with steps (epochs = {stage.epochs})" for key in missing
         )

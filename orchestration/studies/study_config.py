@@ -228,6 +228,19 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _named(name: str) -> Path:
+    """Return the file of a study among those of configs/.
+
+    Raises:
+        ValueError: there is none; names a file of the working folder that may be meant.
+    """
+    try:
+        return path_of("study", name)
+    except ValueError as problem:
+        file = Path(f"{name}.yaml")
+        raise ValueError(f"{problem}; here is a file: study={file}" if file.is_file() else str(problem)) from None
+
+
 def read_file(given: str, changed_by: tuple[Path, ...] = ()) -> tuple[dict[str, Any], str]:
     """Return the content of a study's file, with values as text, and what messages call it.
 
@@ -239,7 +252,7 @@ def read_file(given: str, changed_by: tuple[Path, ...] = ()) -> tuple[dict[str, 
         ValueError: there is no such file, or it is no mapping.
     """
     by_path = _is_path(given)
-    path = Path(expand(given)) if by_path else path_of("study", given)
+    path = Path(expand(given)) if by_path else _named(given)
     if path.resolve() in changed_by:
         raise ValueError(f"{path}: of: {given} leads back to itself; needed another study")
     try:
@@ -345,7 +358,7 @@ def _lay_words(tree: dict[str, Any], words: Sequence[str], problems: list[str]) 
             if all(seed.isdecimal() for seed in seeds):
                 tree["seeds"] = [int(seed) for seed in seeds]
             else:
-                problems.append(f"{word}: needed whole numbers, e.g. seed=0,1,2 or seed=range(0,3)")
+                problems.append(f"{word}: needed whole numbers of 0 or more, e.g. seed=0,1,2 or seed=range(0,3)")
         else:
             common = [other for other in common if str(other).partition("=")[0] != key]
             values = None if is_text(key.split(".")) else _values(parser, word)

@@ -130,7 +130,7 @@ def one_uploader(tell: Callable[[str], None], study: str) -> Iterator[None]:
                 tell(f"tracking: not all runs were uploaded after {wait_s:.0f} s; later: expertail sync {study}")
         listener.join(_LAST_WAIT_S)
         if problems:
-            text = f"tracking: {plural(len(problems), 'upload')} of runs failed, the first with {problems[0]}"
+            text = f"tracking: the upload of {plural(len(problems), 'run')} failed, first with {problems[0]}"
             tell(f"{text}; later: expertail sync {study}")
 
 

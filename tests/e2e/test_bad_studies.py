@@ -45,9 +45,9 @@ STUDENT = "method=ride_distill method.stages.train.teachers.teacher.run=sibling"
         (["dataset.imbalance_ratio=50,50.0", "method=ce"], "ratio=50 and .*ratio=50.0: the same run twice"),
         (["method=ce,ce"], "axes.method: ce more than once; needed each value once"),
         (["method=ce", "seed=0,1,0"], "seeds: 0 more than once"),
-        (["method=ce", "seed=1.5"], "seed=1.5: needed whole numbers, e.g. seed=0,1,2"),
-        (["method=ce", "seed=-1"], "seed=-1: needed whole numbers, e.g. seed=0,1,2"),
-        (["method=ce", "seed=one,2"], "seed=one,2: needed whole numbers, e.g. seed=0,1,2"),
+        (["method=ce", "seed=1.5"], "seed=1.5: needed whole numbers of 0 or more, e.g. seed=0,1,2"),
+        (["method=ce", "seed=-1"], "seed=-1: needed whole numbers of 0 or more, e.g. seed=0,1,2"),
+        (["method=ce", "seed=one,2"], "seed=one,2: needed whole numbers of 0 or more, e.g. seed=0,1,2"),
         (["method=ce,"], "method=ce,: "),
         (["method=ce", "seeds=1"], "seeds=1: unknown key; did you mean seed=1"),
         (["run.keep_checkpoints=1,2", "method=ce"], "run.keep_checkpoints: changes no result"),
@@ -64,7 +64,7 @@ STUDENT = "method=ride_distill method.stages.train.teachers.teacher.run=sibling"
         (["method=ce", "run.dir=s3://x/y", "tracking.enabled=false"], "needed a folder; set run.dir"),
         (["method=ce", "study.name=a/b"], "study.name = 'a/b': needed the name of one folder"),
         (["method=ce", "study.name=.x"], "study.name = '.x': needed the name of one folder"),
-        (["method=ce", "seed=0,,1"], r"1 problem\n  seed=0,,1: needed whole numbers, e.g. seed=0,1,2"),
+        (["method=ce", "seed=0,,1"], r"1 problem\n  seed=0,,1: needed whole numbers of 0 or more, e.g. seed=0,1,2"),
         (["study=toor"], "study=toor: no such study, did you mean tour"),
         (["study=a", "study=b"], "study=: named 2 times"),
         (["study=/nowhere/x.yaml"], "study=/nowhere/x.yaml: No such file or directory; needed a YAML file"),
@@ -371,3 +371,10 @@ def test_status_knows_a_killed_process_from_one_that_trains(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "4 runs; 2 interrupted, 1 finished, 1 waiting" in said
     assert "nobody carries it out; the same `expertail study` goes on with 3 runs" in said
+
+
+def test_the_name_of_a_file_that_lies_here_is_told_with_its_ending(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "few.yaml").write_text("axes: {method: [ce]}\n")
+    with pytest.raises(ValueError, match=r"study=few: no such study; known: .*; here is a file: study=few\.yaml"):
+        lay_out(read_study(["study=few"]))

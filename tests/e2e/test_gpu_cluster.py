@@ -26,8 +26,8 @@ from orchestration.config.compose import load_config
 from orchestration.training.mesh import Mesh, mesh_shape
 from orchestration.training.trainer import StageTrainer
 from tests import runs
-from tests.e2e.test_placement_systems import SYSTEMS, words_of
-from tests.recipes import saved_tensors
+from tests.e2e.test_placement import train_on
+from tests.e2e.test_placement_systems import STEPS, SYSTEMS, train_here, words_of
 
 ray = pytest.importorskip("ray")  # a GPU may be tried without it
 
@@ -36,7 +36,6 @@ pytestmark = [
 ]  # fmt: skip
 
 WORKERS = 6  # the most that a test asks for
-STEPS = 20
 GPU = ["cluster.gpus_per_worker=1", "cluster.cpus_per_worker=1", "engine.threads=1"]
 RIDE = [
     *GPU, "method=ride", "dataset=digits_lt", "dataset.image_size=8", "method.stages.train.batch_size=50",
@@ -78,39 +77,6 @@ def gpus(tmp_path_factory):
         ray.shutdown()
 
 
-def in_epochs(steps_per_epoch):
-    """Return the steps at which calls that train end: those of epochs, and the last one."""
-    return [*range(steps_per_epoch, STEPS, steps_per_epoch), STEPS]
-
-
-def apart(words, folder, stage):
-    """Train a stage on workers of their own; return the loss of each step, and all tensors that they save."""
-    from orchestration.cluster.fleet import Fleet
-
-    config = load_config(words)
-    cluster = config.cluster
-    fleet = Fleet(config, mesh_shape(config.method.num_experts, cluster.workers, cluster.experts_per_worker))
-    with contextlib.closing(fleet):
-        fleet.reserve()
-        fleet.start()
-        ends = in_epochs(fleet.build(stage)[0]["steps_per_epoch"])
-        losses = [loss for until in ends for loss in fleet.call("train", until)[0].losses]
-        folder.mkdir()
-        fleet.call("snapshot")
-        fleet.call("write", str(folder))
-        fleet.hand_on()
-    return np.array(losses), saved_tensors(folder)
-
-
-def trained(trainer, folder):
-    """Train in this process; return what `apart` does."""
-    losses = [loss for until in in_epochs(trainer.setup.steps_per_epoch) for loss in trainer.train(until).losses]
-    folder.mkdir()
-    trainer.save(str(folder))
-    trainer.close()
-    return np.array(losses), saved_tensors(folder)
-
-
 def assert_equal(found, expected):
     """Compare losses, weights, momentum and BatchNorm's statistics in float64."""
     np.testing.assert_allclose(found[0], expected[0], rtol=0, atol=1e-9)
@@ -124,14 +90,18 @@ def together(tmp_path_factory):
     """Train RIDE in this process, on one GPU, without an exchange."""
     config = load_config([*RIDE, "engine.name=torch"])
     mesh = Mesh(mesh_shape(3, 1), device="cuda")
-    return trained(
-        StageTrainer(config, "train", open_dataset(config.dataset), mesh), tmp_path_factory.mktemp("ride") / "saved"
-    )
+    return here(config, "train", mesh, tmp_path_factory.mktemp("ride"))
+
+
+def here(config, stage, mesh, folder):
+    trainer = StageTrainer(config, stage, open_dataset(config.dataset), mesh)
+    with contextlib.closing(trainer):
+        return train_here(trainer, folder)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_losses_weights_and_statistics_are_those_of_one_process(placement, together, tmp_path):
-    assert_equal(apart([*RIDE, *PLACEMENTS[placement]], tmp_path / "saved", "train"), together)
+    assert_equal(train_on([*RIDE, *PLACEMENTS[placement]], tmp_path / "saved", "train", STEPS), together)
 
 
 @pytest.mark.parametrize("name", [name for name in SYSTEMS if load_config(words_of(name)).method.num_experts > 1])
@@ -142,8 +112,8 @@ def test_experts_that_learn_from_each_other_do_so_apart(name, tmp_path):
     config = load_config(words)
     experts = config.method.num_experts
     mesh = Mesh(mesh_shape(experts, 1), device="cuda")
-    expected = trained(StageTrainer(config, stage, open_dataset(config.dataset), mesh), tmp_path / "together")
-    assert_equal(apart([*words, f"cluster.workers={experts}"], tmp_path / "apart", stage), expected)
+    expected = here(config, stage, mesh, tmp_path)
+    assert_equal(train_on([*words, f"cluster.workers={experts}"], tmp_path / "apart", stage, STEPS), expected)
 
 
 @pytest.fixture(scope="module")

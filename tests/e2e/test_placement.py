@@ -59,6 +59,7 @@ def train_on(words, folder, stage, steps):
             done = until
         folder.mkdir()
         save(fleet, folder)
+        fleet.hand_on()  # where the process keeps workers; those of the pool have their own way
     finally:
         fleet.close()
     return np.array(losses), saved_tensors(folder)

@@ -92,6 +92,15 @@ def words_of(name: str) -> list[str]:
     ]
 
 
+def train_here(trainer, folder):
+    """Train in this process; return what `train_on` does of workers."""
+    losses, per_epoch = [], trainer.setup.steps_per_epoch
+    while len(losses) < STEPS:
+        losses += trainer.train(min(STEPS, (len(losses) // per_epoch + 1) * per_epoch)).losses
+    trainer.save(str(folder))
+    return np.array(losses), saved_tensors(folder)
+
+
 @pytest.fixture(scope="module")
 def controls(tmp_path_factory):
     """Train each system in one process with plain PyTorch when its losses and tensors are first asked for."""
@@ -103,13 +112,7 @@ def controls(tmp_path_factory):
             config = load_config([*words_of(name), "engine.name=torch"])
             mesh = Mesh(mesh_shape(config.method.num_experts, 1))
             trainer = StageTrainer(config, stage, open_dataset(config.dataset), mesh)
-            losses, folder = [], tmp_path_factory.mktemp("control")
-            while len(losses) < STEPS:
-                losses += trainer.train(
-                    min(STEPS, (len(losses) // trainer.setup.steps_per_epoch + 1) * trainer.setup.steps_per_epoch)
-                ).losses
-            trainer.save(str(folder))
-            made[name] = np.array(losses), saved_tensors(folder)
+            made[name] = train_here(trainer, tmp_path_factory.mktemp("control"))
         return made[name]
 
     return control

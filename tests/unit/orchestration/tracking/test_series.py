@@ -24,7 +24,7 @@ HANGS = "import time; time.sleep(60)"
 @pytest.mark.parametrize(
     ("program", "line"),
     [
-        (SAYS, "tracking: 2 uploads of runs failed, the first with ConnectionError: no answer"),
+        (SAYS, "tracking: the upload of 2 runs failed, first with ConnectionError: no answer"),
         (HANGS, "tracking: not all runs were uploaded after 1 s"),
     ],
 )
